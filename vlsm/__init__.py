@@ -1,0 +1,36 @@
+"""Vision-language segmentation models: load a checkpoint, segment images, read and export the masks of an archive.
+
+The public names are imported on first use, so that `import vlsm` and a job's `--help` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vlsm.checkpoints import load_checkpoint as load_checkpoint
+    from vlsm.checkpoints import save_checkpoint as save_checkpoint
+    from vlsm.errors import VlsmError as VlsmError
+    from vlsm.models import build_model as build_model
+    from vlsm.results import read_masks as read_masks
+    from vlsm.segmenter import Segmenter as Segmenter
+
+_HOMES = {
+    "Segmenter": "vlsm.segmenter",
+    "VlsmError": "vlsm.errors",
+    "build_model": "vlsm.models",
+    "load_checkpoint": "vlsm.checkpoints",
+    "read_masks": "vlsm.results",
+    "save_checkpoint": "vlsm.checkpoints",
+}
+
+__all__ = ["Segmenter", "VlsmError", "__version__", "build_model", "load_checkpoint", "read_masks", "save_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":
+        return import_module("vlsm.export")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlsm' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))} and export")
+    return getattr(import_module(_HOMES[name]), name)

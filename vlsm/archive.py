@@ -1,0 +1,174 @@
+"""An archive as rows: every image under a folder or prefix, of a glob, or of a manifest."""
+
+import csv
+import datetime
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlsm import storage
+from vlsm.errors import ConfigError, ManifestError
+from vlsm.images import EXTENSIONS
+
+MANIFEST_EXTENSIONS = (".parquet", ".csv", ".jsonl")
+
+
+@dataclass
+class Archive:
+    """A stream of manifest rows (dicts with the columns of MANIFEST_SCHEMA) and what was passed over on the way.
+
+    `skipped` counts the files that are no images by their extension; it is complete once `rows` is exhausted.
+    """
+
+    rows: Iterable[dict[str, Any]]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def open_archive(uri: str, prompts: tuple[str, ...], exclude: str | None = None) -> Archive:
+    """The images of an archive, one row each, in a stable order.
+
+    Args:
+        uri: a folder or prefix (recursive), a glob, one image, or a manifest (.parquet, .csv, .jsonl with `image_uri` and
+            optionally `image_id`, `prompt` or `prompts`; relative image_uris are taken from the manifest's folder).
+        prompts: those of every image for which a manifest gives none.
+        exclude: a folder whose files are no input, such as an output folder inside the archive.
+
+    Raises:
+        ConfigError: there is nothing at the location.
+        ManifestError: the manifest cannot be read or lacks what it needs.
+    """
+    fs, path = storage.open_uri(uri)
+    archive = Archive(rows=())
+    if uri.lower().endswith(MANIFEST_EXTENSIONS) and fs.isfile(path):
+        archive.rows = _read_manifest(uri, prompts)
+        return archive
+    root, infos = _list_files(fs, path, uri)
+    excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
+    archive.rows = _image_rows(fs, root, infos, prompts, excluded, archive.skipped)
+    return archive
+
+
+def _list_files(fs: Any, path: str, uri: str) -> tuple[str, list[dict[str, Any]]]:
+    """The folder that image_ids are relative to, and what the store says of each file in it."""
+    if fs.isfile(path):
+        return path.rsplit("/", 1)[0], [fs.info(path)]
+    found = fs.find(path, detail=True)
+    if found:
+        return path, list(found.values())
+    if any(character in path for character in "*?["):
+        plain = path[: min(path.index(character) for character in "*?[" if character in path)]
+        return plain.rsplit("/", 1)[0], [info for info in fs.glob(path, detail=True).values() if info["type"] == "file"]
+    if storage.is_local(fs) and fs.isdir(path):
+        return path, []
+    raise ConfigError(f"INPUT {uri!r} does not exist; it must be a folder, a prefix, a glob, an image or a manifest")
+
+
+def _image_rows(  # noqa: PLR0913: one place that knows how a listed file becomes a row
+    fs: Any, root: str, infos: list[dict[str, Any]], prompts: tuple[str, ...], excluded: str | None, skipped: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    prefix = root.rstrip("/") + "/"
+    for info in sorted(infos, key=lambda info: info["name"]):
+        path = info["name"]
+        name = path.rsplit("/", 1)[-1]
+        if info["type"] != "file" or (excluded and path.startswith(excluded)):
+            continue
+        # "._x.jpg" is what macOS leaves beside x.jpg on foreign disks: never an image
+        if not name.lower().endswith(EXTENSIONS) or name.startswith("._"):
+            skipped["." + name.rsplit(".", 1)[-1].lower() if "." in name else "no extension"] += 1
+            continue
+        readable = _utf8(path)
+        yield {
+            "image_id": readable.removeprefix(_utf8(prefix)),
+            "image_uri": readable if storage.is_local(fs) else fs.unstrip_protocol(readable),
+            "size_bytes": info.get("size"),
+            "etag": _text(info.get("ETag"), strip='"'),
+            "mtime": _timestamp(info.get("mtime", info.get("LastModified"))),
+            "prompts": list(prompts),
+        }
+
+
+def _read_manifest(uri: str, prompts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
+    for number, row in enumerate(_manifest_records(uri), start=1):
+        image_uri = row.get("image_uri")
+        if not isinstance(image_uri, str) or not image_uri:
+            raise ManifestError(f"{uri}, row {number}: image_uri is {image_uri!r}; it must name an image")
+        is_relative = "://" not in image_uri and not image_uri.startswith("/")
+        yield {
+            "image_id": _text(row.get("image_id")) or image_uri,
+            "image_uri": storage.join(storage.absolute(folder), image_uri) if is_relative else image_uri,
+            "size_bytes": row["size_bytes"] if isinstance(row.get("size_bytes"), int) else None,
+            "etag": _text(row.get("etag")),
+            "mtime": _timestamp(row.get("mtime")),
+            "prompts": _row_prompts(row, prompts, f"{uri}, row {number}"),
+        }
+
+
+def _row_prompts(row: dict[str, Any], prompts: tuple[str, ...], where: str) -> list[str]:
+    own = row.get("prompts")
+    if own is None:
+        own = row.get("prompt")
+    if own is None:
+        return list(prompts)
+    own = [own] if isinstance(own, str) else list(own)
+    if not own or not all(isinstance(prompt, str) for prompt in own):
+        raise ManifestError(f"{where}: prompts are {own!r}; they must be one text or a list of texts")
+    return list(dict.fromkeys(own))
+
+
+def _manifest_records(uri: str) -> Iterator[dict[str, Any]]:
+    fs, path = storage.open_uri(uri)
+    try:
+        with fs.open(path, "rb") as file:
+            if uri.lower().endswith(".parquet"):
+                table = pq.ParquetFile(file)
+                _check_columns(table.schema_arrow.names, uri)
+                for batch in table.iter_batches(batch_size=4096):
+                    yield from batch.to_pylist()
+            elif uri.lower().endswith(".csv"):
+                # everything is text: an image_id of 007 stays 007, and only an empty cell is no value
+                reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+                _check_columns(reader.fieldnames or [], uri)
+                yield from ({name: cell or None for name, cell in row.items()} for row in reader)
+            else:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield _json_record(line, f"{uri}, line {number}")
+    except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{uri} cannot be read as a manifest: {error}") from error
+
+
+def _check_columns(names: Sequence[str], uri: str) -> None:
+    if "image_uri" not in names:
+        raise ManifestError(f"{uri} has the columns {', '.join(names)}; a manifest needs image_uri")
+
+
+def _json_record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ManifestError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ManifestError(f"{where} is {record!r}; a manifest's line is an object with image_uri")
+    return record
+
+
+def _text(value: Any, strip: str = "") -> str | None:
+    return None if value is None else str(value).strip(strip) if strip else str(value)
+
+
+def _utf8(path: str) -> str:
+    """File names that are not UTF-8, spelled out: no table could hold them; fetching such a file says it is missing."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _timestamp(value: Any) -> datetime.datetime | None:
+    if isinstance(value, (int, float)):
+        return datetime.datetime.fromtimestamp(value, datetime.UTC)
+    return value if isinstance(value, datetime.datetime) else None

@@ -1,0 +1,205 @@
+"""Checkpoint directories: all that a model needs to be used, and nothing that could run code.
+
+    checkpoint.yaml     model name, options, image size, mean and std, threshold, prompt, versions
+    model.safetensors   every weight
+    clipseg/...         what the model's own library needs besides, such as its configuration and tokenizer
+
+`python -m vlsm.checkpoints DIR --model clipseg` makes one from pretrained weights.
+"""
+
+import argparse
+import hashlib
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import safetensors.torch
+import yaml
+from pydantic import Field, ValidationError
+
+import vlsm
+from vlsm import storage
+from vlsm.config import Settings, dump_yaml, explain, parse_assignments
+from vlsm.errors import CheckpointError, ConfigError, VlsmError
+from vlsm.images import ImageSpec
+from vlsm.models import MODELS, SegmentationModel, build_model, find_model, parse_options
+
+_SETTINGS_NAME = "checkpoint.yaml"
+_WEIGHTS_NAME = "model.safetensors"
+_SUFFIXES = (".yaml", ".safetensors", ".json", ".txt", ".model", ".jinja")
+
+
+class _ImageSettings(Settings):
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class CheckpointSettings(Settings):
+    """The content of checkpoint.yaml."""
+
+    model: str
+    options: dict[str, Any]
+    image: _ImageSettings
+    threshold: float = Field(0.5, gt=0, lt=1)
+    prompt: str = ""
+    versions: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready for inference with what it was saved with.
+
+    `name` is the model's name and the beginning of the checkpoint's digest: it tells two trainings of one model apart.
+    """
+
+    model: SegmentationModel
+    settings: CheckpointSettings
+    name: str
+
+
+def save_checkpoint(model: SegmentationModel, directory: str | Path, prompt: str = "", threshold: float = 0.5) -> None:
+    """Write a checkpoint directory on the local disk; checkpoint.yaml last, so that its presence means complete.
+
+    Args:
+        model: one of `vlsm.models.MODELS`.
+        directory: made where it does not exist; a checkpoint there is replaced.
+        prompt: what to segment where a run names no prompt.
+        threshold: a probability; at or above it a pixel is foreground.
+
+    Raises:
+        CheckpointError: a file stands where the directory should be.
+    """
+    folder = Path(directory)
+    name = next(name for name, built in MODELS.items() if type(model) is built)
+    settings = CheckpointSettings(
+        model=name,
+        options=model.options.model_dump(mode="json"),
+        image=_ImageSettings(**asdict(model.image_spec)),
+        threshold=threshold,
+        prompt=prompt,
+        versions={"vlsm": vlsm.__version__} | {package: version(package) for package in ("torch", "transformers")},
+    )
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; a checkpoint is a directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _SETTINGS_NAME).unlink(missing_ok=True)
+    model.save_files(folder)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, folder / _WEIGHTS_NAME)
+    (folder / _SETTINGS_NAME).write_text(dump_yaml(settings.model_dump(mode="json")), encoding="utf-8")
+
+
+def read_checkpoint(uri: str) -> dict[str, bytes]:
+    """The files of a checkpoint directory, by their names within it.
+
+    Raises:
+        CheckpointError: there is no checkpoint at the location, or a file in it is of a kind that none needs.
+    """
+    uri = storage.absolute(uri)
+    fs, path = storage.open_uri(uri)
+    if not fs.exists(f"{path}/{_SETTINGS_NAME}"):
+        raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {_SETTINGS_NAME}")
+    names = {found.removeprefix(path).lstrip("/"): found for found in fs.find(path)}
+    for name in names:
+        if not name.endswith(_SUFFIXES):
+            raise CheckpointError(
+                f"checkpoint {uri!r} holds {name!r}; only {', '.join(_SUFFIXES)} are allowed (a pickle could run code)"
+            )
+    return {name: storage.read_bytes(storage.join(uri, name)) for name in sorted(names)}
+
+
+def digest_files(files: dict[str, bytes]) -> str:
+    """SHA-256 over names and contents: equal digests, equal checkpoints, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, data in sorted(files.items()):
+        digest.update(f"{name}\0{len(data)}\0".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
+    """What checkpoint.yaml says, checked without building the model.
+
+    Raises:
+        CheckpointError: it is malformed, or the model or its options are unknown.
+    """
+    try:
+        settings = CheckpointSettings.model_validate(yaml.safe_load(files[_SETTINGS_NAME]))
+    except (yaml.YAMLError, ValidationError) as error:
+        why = explain(error, CheckpointSettings) if isinstance(error, ValidationError) else " ".join(str(error).split())
+        raise CheckpointError(f"{_SETTINGS_NAME} of checkpoint {uri!r}: {why}") from error
+    parse_options(settings.model, settings.options)
+    if _WEIGHTS_NAME not in files:
+        raise CheckpointError(f"checkpoint {uri!r} has no {_WEIGHTS_NAME}")
+    return settings
+
+
+def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
+    """The model of a checkpoint's files, on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: the settings are wrong, or the weights do not fit the model.
+    """
+    settings = parse_settings(files, uri)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            if name != _WEIGHTS_NAME:
+                target = Path(folder, *[part for part in PurePosixPath(name).parts if part not in ("..", "/")])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+        model = find_model(settings.model).restore(parse_options(settings.model, settings.options), Path(folder))
+    try:
+        weights = safetensors.torch.load(bytes(files[_WEIGHTS_NAME]))
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{_WEIGHTS_NAME} of checkpoint {uri!r} is damaged: {error}") from error
+    _check_weights(model, weights, uri)
+    model.load_state_dict(weights)
+    # the statistics travel with the weights: a checkpoint may be normalised otherwise than its model's default
+    model.image_spec = ImageSpec(**settings.image.model_dump())
+    return Checkpoint(model.eval(), settings, f"{settings.model}@{digest_files(files)[:12]}")
+
+
+def load_checkpoint(uri: str | Path) -> Checkpoint:
+    """A checkpoint directory, local or on an object store, as a model ready for inference.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint at the location.
+    """
+    return build_checkpoint(read_checkpoint(str(uri)), str(uri))
+
+
+def _check_weights(model: SegmentationModel, weights: dict[str, Any], uri: str) -> None:
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in weights.items()}
+    wrong = [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
+    if wrong:
+        shown = "; ".join(f"{key}: {found.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in wrong[:3])
+        raise CheckpointError(f"the weights of checkpoint {uri!r} do not fit its model in {len(wrong)} places: {shown}")
+
+
+def main() -> int:
+    """Make a checkpoint directory from pretrained weights."""
+    parser = argparse.ArgumentParser(prog="python -m vlsm.checkpoints", description=main.__doc__)
+    parser.add_argument("directory", metavar="DIR", help="the checkpoint directory to write")
+    parser.add_argument("--model", required=True, choices=MODELS)
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="an option of the model")
+    parser.add_argument("--prompt", default="", help="what to segment where a run names no prompt")
+    parser.add_argument("--threshold", type=float, default=0.5, help="a probability (default 0.5)")
+    args = parser.parse_args()
+    try:
+        save_checkpoint(
+            build_model(args.model, **parse_assignments(args.set)), args.directory, args.prompt, args.threshold
+        )
+    except (VlsmError, ValidationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | CheckpointError | ValidationError) else 1
+    print(args.directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Settings: frozen models with the defaults, read strictly from YAML and `key=value` words."""
+
+import difflib
+import io
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vlsm import storage
+from vlsm.errors import ConfigError
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSettings(Settings):
+    """How a run is carried out: nothing here can change a row, so it may differ when a run is resumed."""
+
+    actors: int | None = Field(None, ge=1, description="model actors; one per GPU of the cluster, or one, unless told")
+    gpus_per_actor: float | None = Field(None, ge=0, description="1 where the cluster has GPUs, else 0, unless told")
+    cpus_per_actor: float | None = Field(None, gt=0, description="1 beside a GPU, else all of a node but one, unless told")
+    batch_size: int = Field(8, ge=1, description="images that go through the model at once")
+    fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads at the same time")
+    max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger share of failed images ends the run")
+
+
+class SegmentSettings(Settings):
+    """Everything that decides a segment run's rows, and under `run` how it is carried out."""
+
+    input: str
+    output: str
+    checkpoint: str
+    prompts: tuple[str, ...] | None = Field(None, min_length=1, description="of every image; the checkpoint's own unless told")
+    threshold: float | None = Field(None, gt=0, lt=1, description="a probability; the checkpoint's own unless told")
+    max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
+    max_image_bytes: int = Field(1 << 30, ge=1, description="larger files are refused before they are read")
+    shard_rows: int = Field(256, ge=1, description="output rows of one part file at most: the unit of work and of resuming")
+    start_over: bool = Field(False, description="forget an earlier run in OUTPUT")
+    run: RunSettings = RunSettings()
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_prompt_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        if self.prompts and len(set(self.prompts)) < len(self.prompts):
+            raise ValueError("prompts: the same prompt stands there twice; each gives one row per image")
+        return self
+
+
+def load_settings(
+    settings: type[SettingsT], config: str | None, assignments: list[str], arguments: dict[str, Any]
+) -> SettingsT:
+    """Settings from a YAML file, overridden by `key=value` words, overridden by the command's own arguments.
+
+    Args:
+        settings: the class to fill.
+        config: a YAML file with the same tree, or None.
+        assignments: words such as "run.batch_size=4"; the value is read as YAML.
+        arguments: fields that the command line gives by position or flag.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a wrong value, or a file that cannot be read.
+    """
+    tree: dict[str, Any] = _read_yaml(config) if config else {}
+    parse_assignments(assignments, tree)
+    try:
+        return settings.model_validate(tree | arguments)
+    except ValidationError as error:
+        raise ConfigError(explain(error, settings)) from error
+
+
+def parse_assignments(assignments: list[str], tree: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A tree of settings with `key=value` words put into it, values read as YAML; keys may be dotted."""
+    tree = {} if tree is None else tree
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {assignment!r} is not of the form key=value, such as run.batch_size=4")
+        *groups, leaf = key.split(".")
+        branch = tree
+        for group in groups:
+            branch = branch.setdefault(group, {})
+            if not isinstance(branch, dict):
+                raise ConfigError(f"--set {assignment!r}: {group} is a value, not a group of settings")
+        branch[leaf] = _parse_yaml(value, f"--set {assignment}")
+    return tree
+
+
+def dump_yaml(tree: dict[str, Any]) -> str:
+    """A tree of plain values as YAML, in the order given."""
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = storage.read_bytes(path).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path!r} cannot be read: {error}") from error
+    tree = _parse_yaml(text, f"--config {Path(path).name}")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--config {path!r} must hold keys and values, such as `prompts: [polyp]`")
+    return tree
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(io.StringIO(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def explain(error: ValidationError, settings: type[Settings]) -> str:
+    """All that is wrong, in one sentence."""
+    problems = []
+    known = _known_keys(settings)
+    for detail in error.errors():
+        key = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            problems.append(f"unknown key {key!r}; {hint}")
+        elif key:
+            message = detail["msg"][0].lower() + detail["msg"][1:]
+            problems.append(f"{key} is {detail['input']!r}: {message}")
+        else:
+            problems.append(detail["msg"].removeprefix("Value error, "))
+    return "; ".join(problems)
+
+
+def _known_keys(settings: type[Settings], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in settings.model_fields.items():
+        group = info.annotation
+        is_group = isinstance(group, type) and issubclass(group, Settings)
+        keys += _known_keys(group, f"{prefix}{name}.") if is_group else [f"{prefix}{name}"]
+    return keys
+
+
+def describe_settings(settings: type[Settings], prefix: str = "") -> list[str]:
+    """One line per setting, its default and what it means, for a job's --help."""
+    lines: list[str] = []
+    for name, info in settings.model_fields.items():
+        group = info.annotation
+        if isinstance(group, type) and issubclass(group, Settings):
+            lines += describe_settings(group, f"{prefix}{name}.")
+        elif info.description:
+            default = "null" if info.default is None else str(info.default).lower() if info.default is False else info.default
+            lines.append(f"{prefix + name + '=' + str(default):32} {info.description}")
+    return lines

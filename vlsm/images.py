@@ -1,0 +1,98 @@
+"""Bytes to image to pixel_values: the one preprocessing that training, segmentation and evaluation share."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vlsm.errors import ImageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
+
+# Pillow's own limits would warn at 89 and refuse at 179 million pixels; decode_image has a limit of its own.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model wants to see: a square of `size` pixels, normalised by mean and std per RGB channel (0 to 1 scale)."""
+
+    size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.ndarray:
+    """An image as a person sees it: RGB, upright, 8 bits a channel.
+
+    EXIF orientation is applied and alpha dropped; palette, grey and CMYK are converted. 16-bit grey is scaled by its full
+    range (65,535 is white); 32-bit integer and float images, whose range no header tells, from their minimum to their
+    maximum. Of several frames the first counts.
+
+    Args:
+        data: the file's content: JPEG, PNG, TIFF, BMP or WebP.
+        name: what error messages call it.
+        max_pixels: images of more pixels are refused before they are decoded.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ImageError: "too_large", or "corrupt" with the decoder's reason.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size
+            if height * width > max_pixels:
+                raise ImageError(
+                    "too_large", f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}"
+                )
+            image.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except UnidentifiedImageError as error:
+        raise ImageError("corrupt", f"{name} is not a {', '.join(_FORMATS)} image") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", f"{name}: {error}") from error
+    except _DECODE_ERRORS as error:
+        raise ImageError("corrupt", f"{name}: {error or type(error).__name__}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        low, high = values.min(), values.max()
+        return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """The image squeezed into the model's square, bilinear with antialias, aspect ratio not kept.
+
+    Args:
+        image: (H, W, 3) uint8.
+        size: S in pixels.
+
+    Returns:
+        (S, S, 3) uint8.
+    """
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def normalize(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """Resized images as pixel_values, on the device they are on.
+
+    Args:
+        images: (B, S, S, 3) uint8.
+        spec: mean and std to normalise by.
+
+    Returns:
+        (B, 3, S, S) float32, channels last in memory.
+    """
+    mean = torch.tensor(spec.mean, device=images.device)
+    std = torch.tensor(spec.std, device=images.device)
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)

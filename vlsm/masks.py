@@ -1,0 +1,89 @@
+"""Logits to masks at the image's own size, and masks to COCO run lengths and statistics."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pycocotools import mask as coco
+
+
+@dataclass(frozen=True)
+class MaskRecord:
+    """What an output row says of one mask; the column names of `vlsm.schema`."""
+
+    mask_rle: str
+    area_px: int
+    area_fraction: float
+    bbox: list[int] | None
+    confidence: float | None
+
+
+def enlarge_logits(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Logits at the image's own size, bilinear (with antialias where the image is smaller than the model's square).
+
+    Args:
+        logits: (S, S) float.
+        size: (height, width) in pixels.
+
+    Returns:
+        (height, width) float32, column-major in memory as COCO run lengths count, so that encoding needs no copy.
+    """
+    transposed = torch.from_numpy(np.ascontiguousarray(logits.T, dtype=np.float32))[None, None]
+    enlarged = torch.nn.functional.interpolate(
+        transposed, size=(size[1], size[0]), mode="bilinear", align_corners=False, antialias=True
+    )
+    return enlarged[0, 0].numpy().T
+
+
+def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float) -> np.ndarray:
+    """The binary mask at the image's own size; logits are enlarged first, so edges follow the image, not the model grid.
+
+    Args:
+        logits: (S, S) float.
+        size: (height, width) in pixels.
+        threshold: probability in (0, 1); at or above it a pixel is foreground.
+
+    Returns:
+        (height, width) uint8, 0 or 1.
+    """
+    return (enlarge_logits(logits, size) >= _logit(threshold)).view(np.uint8)
+
+
+def describe_logits(logits: np.ndarray, size: tuple[int, int], threshold: float) -> MaskRecord:
+    """The mask of `mask_from_logits` as run lengths, with what can be said of it.
+
+    Args:
+        logits: (S, S) float.
+        size: (height, width) in pixels.
+        threshold: probability in (0, 1).
+
+    Returns:
+        Run lengths and statistics; bbox is [x, y, width, height] in pixels, confidence the mean probability inside the
+        mask; both are None where the mask is empty.
+    """
+    enlarged = enlarge_logits(logits, size)
+    is_foreground = enlarged >= _logit(threshold)
+    encoded = coco.encode(is_foreground.view(np.uint8))
+    area_px = int(coco.area(encoded))
+    inside = enlarged[is_foreground]
+    return MaskRecord(
+        mask_rle=encoded["counts"].decode("ascii"),
+        area_px=area_px,
+        area_fraction=area_px / is_foreground.size,
+        bbox=[int(edge) for edge in coco.toBbox(encoded)] if area_px else None,
+        confidence=float(np.mean(1 / (1 + np.exp(-inside, dtype=np.float64)))) if area_px else None,
+    )
+
+
+def encode_mask(mask: np.ndarray) -> str:
+    """COCO compressed run lengths of a mask, (H, W) of 0 and 1."""
+    return str(coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode("ascii"))
+
+
+def decode_mask(mask_rle: str, size: tuple[int, int]) -> np.ndarray:
+    """The mask of COCO compressed run lengths: (H, W) uint8, 0 or 1; size is (height, width)."""
+    return np.asarray(coco.decode({"size": list(size), "counts": mask_rle.encode("ascii")}))
+
+
+def _logit(probability: float) -> float:
+    return float(np.log(probability / (1 - probability)))

@@ -1,0 +1,35 @@
+"""The columns of everything that a segment run writes: the one definition of the output."""
+
+import pyarrow as pa
+
+# One row per image, in shards: a row group is a shard.
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("etag", pa.string()),
+        pa.field("mtime", pa.timestamp("us", tz="UTC")),
+        pa.field("prompts", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
+# One row per (image, prompt).
+RESULT_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("mask_rle", pa.string()),
+        pa.field("area_px", pa.int64()),
+        pa.field("area_fraction", pa.float64()),
+        pa.field("bbox", pa.list_(pa.int32())),
+        pa.field("confidence", pa.float64()),
+        pa.field("agreement", pa.float64()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)

@@ -1,0 +1,114 @@
+"""Segment images with a checkpoint: arrays in, arrays out, no cluster needed."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlsm.checkpoints import Checkpoint
+from vlsm.images import normalize, resize_image
+from vlsm.masks import mask_from_logits
+
+_MAX_CACHED_PROMPTS = 4096  # of 512 floats: 8 MB
+
+
+class Segmenter:
+    """A checkpoint on a device. Each distinct prompt is encoded once, each image goes through the image tower once.
+
+    Args:
+        checkpoint: from `vlsm.load_checkpoint`.
+        device: "cpu", "cuda", "cuda:1"; the GPU if there is one unless told.
+        batch_size: images, and then (image, prompt) pairs, that go through the model at once. It changes speed only.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str | None = None, batch_size: int = 8) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = checkpoint.model.eval().to(self.device, memory_format=torch.channels_last)
+        self.settings = checkpoint.settings
+        self.batch_size = batch_size
+        self._text_embeddings: OrderedDict[str, Tensor] = OrderedDict()
+
+    def segment(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: str | Sequence[str] | None = None,
+        threshold: float | None = None,
+    ) -> list[np.ndarray]:
+        """One mask per image and prompt, at the image's own size.
+
+        Args:
+            images: arrays (H, W, 3) uint8, each of its own size.
+            prompts: one text or several, for every image; the checkpoint's own unless told.
+            threshold: a probability; the checkpoint's own unless told.
+
+        Returns:
+            One array per image: (H, W) uint8 of 0 and 1 for one text, (T, H, W) for a sequence of T texts.
+
+        Raises:
+            ValueError: an image is not (H, W, 3) uint8, or there is no prompt.
+        """
+        texts = [prompts] if isinstance(prompts, str) else [self.settings.prompt] if prompts is None else list(prompts)
+        for image in images:
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise ValueError(f"an image is {image.dtype} of shape {image.shape}; images are uint8 (H, W, 3)")
+        if not images:
+            return []
+        size = self.model.image_spec.size
+        resized = np.stack([resize_image(image, size) for image in images])
+        all_logits = self.predict_logits(resized, [texts] * len(images))
+        threshold = self.settings.threshold if threshold is None else threshold
+        masks = [
+            np.stack([mask_from_logits(one, image.shape[:2], threshold) for one in logits])
+            for image, logits in zip(images, all_logits, strict=True)
+        ]
+        return masks if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [mask[0] for mask in masks]
+
+    @torch.inference_mode()
+    def predict_logits(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Logits at the model's own size.
+
+        Args:
+            images: (N, S, S, 3) uint8, resized by `vlsm.images.resize_image`.
+            prompts: the texts of each image, one at least.
+
+        Returns:
+            One array per image: (T, S, S) float32, T the number of its texts.
+
+        Raises:
+            ValueError: images and prompts disagree on N, or an image has no prompt.
+        """
+        if len(images) != len(prompts) or not all(prompts):
+            raise ValueError(f"{len(images)} images and {len(prompts)} lists of prompts; each image needs one prompt or more")
+        self._encode_new(list(dict.fromkeys(text for texts in prompts for text in texts)))
+        logits: list[np.ndarray] = []
+        for start in range(0, len(images), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            logits += self._predict_batch(images[batch], prompts[batch])
+        return logits
+
+    def _predict_batch(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            pixel_values = normalize(torch.from_numpy(np.ascontiguousarray(images)).to(self.device), self.model.image_spec)
+            features = self.model.encode_images(pixel_values)
+            owners = [index for index, texts in enumerate(prompts) for _ in texts]
+            texts = [text for own in prompts for text in own]
+            pieces = []
+            for start in range(0, len(texts), self.batch_size):
+                batch = slice(start, start + self.batch_size)
+                rows = torch.tensor(owners[batch], device=self.device)
+                text_embeddings = torch.stack([self._text_embeddings[text] for text in texts[batch]])
+                pieces.append(self.model.decode(tuple(part[rows] for part in features), text_embeddings)[:, 0].float())
+        logits = torch.cat(pieces).cpu().numpy()  # (sum of T, S, S)
+        return np.split(logits, np.cumsum([len(own) for own in prompts])[:-1])
+
+    def _encode_new(self, texts: list[str]) -> None:
+        new = [text for text in texts if text not in self._text_embeddings]
+        for start in range(0, len(new), self.batch_size):
+            batch = new[start : start + self.batch_size]
+            self._text_embeddings.update(zip(batch, self.model.encode_prompts(batch), strict=True))
+        for text in texts:
+            self._text_embeddings.move_to_end(text)
+        while len(self._text_embeddings) > max(_MAX_CACHED_PROMPTS, len(texts)):
+            self._text_embeddings.popitem(last=False)
