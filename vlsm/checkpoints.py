@@ -14,9 +14,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import yaml
 from pydantic import Field, ValidationError
 
@@ -25,7 +24,10 @@ from vlsm import storage
 from vlsm.config import Settings, dump_yaml, explain, parse_assignments
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.images import ImageSpec
-from vlsm.models import MODELS, SegmentationModel, build_model, find_model, parse_options
+from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
+
+if TYPE_CHECKING:
+    from vlsm.models.contract import SegmentationModel
 
 _SETTINGS_NAME = "checkpoint.yaml"
 _WEIGHTS_NAME = "model.safetensors"
@@ -56,12 +58,12 @@ class Checkpoint:
     `name` is the model's name and the beginning of the checkpoint's digest: it tells two trainings of one model apart.
     """
 
-    model: SegmentationModel
+    model: "SegmentationModel"
     settings: CheckpointSettings
     name: str
 
 
-def save_checkpoint(model: SegmentationModel, directory: str | Path, prompt: str = "", threshold: float = 0.5) -> None:
+def save_checkpoint(model: "SegmentationModel", directory: str | Path, prompt: str = "", threshold: float = 0.5) -> None:
     """Write a checkpoint directory on the local disk; checkpoint.yaml last, so that its presence means complete.
 
     Args:
@@ -73,8 +75,11 @@ def save_checkpoint(model: SegmentationModel, directory: str | Path, prompt: str
     Raises:
         CheckpointError: a file stands where the directory should be.
     """
+    import safetensors.torch
+
     folder = Path(directory)
-    name = next(name for name, built in MODELS.items() if type(model) is built)
+    kind = f"{type(model).__module__}:{type(model).__qualname__}"
+    name = next(name for name, home in MODELS.items() if home == kind)
     settings = CheckpointSettings(
         model=name,
         options=model.options.model_dump(mode="json"),
@@ -132,7 +137,7 @@ def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
     except (yaml.YAMLError, ValidationError) as error:
         why = explain(error, CheckpointSettings) if isinstance(error, ValidationError) else " ".join(str(error).split())
         raise CheckpointError(f"{_SETTINGS_NAME} of checkpoint {uri!r}: {why}") from error
-    parse_options(settings.model, settings.options)
+    check_name(settings.model)
     if _WEIGHTS_NAME not in files:
         raise CheckpointError(f"checkpoint {uri!r} has no {_WEIGHTS_NAME}")
     return settings
@@ -144,6 +149,8 @@ def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
     Raises:
         CheckpointError: the settings are wrong, or the weights do not fit the model.
     """
+    import safetensors.torch  # the driver of a run reads checkpoints without loading torch
+
     settings = parse_settings(files, uri)
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
@@ -172,7 +179,7 @@ def load_checkpoint(uri: str | Path) -> Checkpoint:
     return build_checkpoint(read_checkpoint(str(uri)), str(uri))
 
 
-def _check_weights(model: SegmentationModel, weights: dict[str, Any], uri: str) -> None:
+def _check_weights(model: "SegmentationModel", weights: dict[str, Any], uri: str) -> None:
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     wrong = [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]

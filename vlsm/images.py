@@ -2,12 +2,15 @@
 
 import io
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlsm.errors import ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
@@ -83,7 +86,7 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def normalize(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+def normalize(images: "Tensor", spec: ImageSpec) -> "Tensor":
     """Resized images as pixel_values, on the device they are on.
 
     Args:
@@ -93,6 +96,8 @@ def normalize(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     Returns:
         (B, 3, S, S) float32, channels last in memory.
     """
+    import torch  # here, so that the many processes which only decode stay a quarter of the size
+
     mean = torch.tensor(spec.mean, device=images.device)
     std = torch.tensor(spec.std, device=images.device)
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)

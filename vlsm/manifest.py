@@ -104,7 +104,7 @@ def _hash(image_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little")
 
 
-def _check_unique(output: str, plan: Plan, id_hashes: array[int]) -> None:
+def _check_unique(output: str, plan: Plan, id_hashes: "array[int]") -> None:
     """Equal hashes are rare enough to look the names up: 8 bytes an image instead of every id in memory."""
     values, counts = np.unique(np.frombuffer(id_hashes, dtype=np.uint64), return_counts=True)
     suspects = set(values[counts > 1].tolist())

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from PIL import Image
 from pycocotools import mask as coco
 
 
@@ -28,11 +28,8 @@ def enlarge_logits(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
         (height, width) float32, column-major in memory as COCO run lengths count, so that encoding needs no copy.
     """
-    transposed = torch.from_numpy(np.ascontiguousarray(logits.T, dtype=np.float32))[None, None]
-    enlarged = torch.nn.functional.interpolate(
-        transposed, size=(size[1], size[0]), mode="bilinear", align_corners=False, antialias=True
-    )
-    return enlarged[0, 0].numpy().T
+    transposed = Image.fromarray(np.ascontiguousarray(logits.T, dtype=np.float32))
+    return np.asarray(transposed.resize(size, Image.Resampling.BILINEAR)).T
 
 
 def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float) -> np.ndarray:

@@ -90,7 +90,7 @@ class Segmenter:
 
     def _predict_batch(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            pixel_values = normalize(torch.from_numpy(np.ascontiguousarray(images)).to(self.device), self.model.image_spec)
+            pixel_values = normalize(torch.from_numpy(np.array(images)).to(self.device), self.model.image_spec)
             features = self.model.encode_images(pixel_values)
             owners = [index for index, texts in enumerate(prompts) for _ in texts]
             texts = [text for own in prompts for text in own]

@@ -1,21 +1,22 @@
 """The models by name."""
 
 import difflib
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from vlsm.config import explain
 from vlsm.errors import CheckpointError
-from vlsm.models.clipseg import CLIPSeg
-from vlsm.models.contract import Features as Features
-from vlsm.models.contract import SegmentationModel as SegmentationModel
-from vlsm.models.unet_d import UNetD
 
-MODELS: dict[str, type[SegmentationModel]] = {"clipseg": CLIPSeg, "unet_d": UNetD}
+if TYPE_CHECKING:
+    from vlsm.models.contract import SegmentationModel
+
+# where each model lives: transformers alone takes seconds to import, and only the process that runs a model needs it
+MODELS = {"clipseg": "vlsm.models.clipseg:CLIPSeg", "unet_d": "vlsm.models.unet_d:UNetD"}
 
 
-def build_model(name: str, **options: Any) -> SegmentationModel:
+def build_model(name: str, **options: Any) -> "SegmentationModel":
     """A model of the table, in training mode.
 
     Args:
@@ -28,8 +29,15 @@ def build_model(name: str, **options: Any) -> SegmentationModel:
     return find_model(name).build(parse_options(name, options))
 
 
-def find_model(name: str) -> type[SegmentationModel]:
+def find_model(name: str) -> type["SegmentationModel"]:
     """The class of a model's name, or a CheckpointError that names the nearest."""
+    module, _, model = check_name(name).partition(":")
+    found: type[SegmentationModel] = getattr(import_module(module), model)
+    return found
+
+
+def check_name(name: str) -> str:
+    """Where a model lives, or a CheckpointError that names the nearest."""
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -1,0 +1,75 @@
+"""What the commands have in common: arguments, logging, exit codes, and how Ray is started."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vlsm.config import Settings, describe_settings
+from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
+
+logger = logging.getLogger("vlsm")
+
+EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wrong, 130 interrupted"
+
+
+def make_parser(module: str, description: str, settings: type[Settings]) -> argparse.ArgumentParser:
+    """A parser with --config, --set and --dry-run, whose help lists every setting."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog="\n".join(["settings, as --set key=value or in --config FILE:", *describe_settings(settings), "", EXIT_CODES]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML with settings")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="one setting; may be repeated")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what would be done")
+    return parser
+
+
+def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
+    """Do a command's work and turn how it ends into an exit code; what it returns is one JSON line on stdout.
+
+    Everything else goes to stderr. SIGTERM (`ray job stop`) ends a run as Ctrl-C does.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("aiobotocore", "botocore", "httpx", "ray.data", "s3fs"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = work()
+    except (ConfigError, CheckpointError, ManifestError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except VlsmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if result is not None:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def start_ray() -> None:
+    """Join the cluster of the environment (RAY_ADDRESS, a submitted job), or start Ray on this machine."""
+    import ray  # here, so that --help and wrong arguments do not wait for it
+
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING, include_dashboard=False)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

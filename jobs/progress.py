@@ -1,0 +1,98 @@
+"""How far a run is: a live bar on a terminal, a line every ten seconds in a log."""
+
+import datetime
+import sys
+import threading
+import time
+from typing import Any, Self
+
+import ray
+from tqdm import tqdm
+
+_LOG_INTERVAL_S = 10.0
+_BAR_INTERVAL_S = 0.5
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where actors note how many images of an unfinished shard they have done; a retry overwrites its first try's note."""
+
+    def __init__(self) -> None:
+        self._images: dict[int, int] = {}
+
+    def note(self, shard: int, num_images: int) -> None:
+        """A shard is so far."""
+        self._images[shard] = num_images
+
+    def finish(self, shard: int) -> int:
+        """A shard is written and counts as a whole; what was noted of it until now."""
+        return self._images.pop(shard, 0)
+
+    def total(self) -> int:
+        """Images done in shards that are not written yet."""
+        return sum(self._images.values())
+
+
+class Progress:
+    """Counts of images and what is printed of them on stderr, by a thread of its own.
+
+    Args:
+        total: images of the whole run.
+        done: images that an earlier run has done.
+        failed: failed ones among them.
+        board: the Board of the run.
+    """
+
+    def __init__(self, total: int, done: int, failed: int, board: Any) -> None:
+        self.total, self.done, self.failed = total, done, failed
+        self._before = done
+        self._board = board
+        self._started_s = time.monotonic()
+        self._stop = threading.Event()
+        self._bar = (
+            tqdm(total=total, initial=done, unit="image", unit_scale=False, smoothing=0.05, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show(self.done)
+        if self._bar is not None:
+            self._bar.close()
+
+    def finish_shard(self, shard: int, num_images: int, num_failed: int) -> None:
+        """Count a shard whose part file is written."""
+        ray.get(self._board.finish.remote(shard))
+        self.done += num_images
+        self.failed += num_failed
+
+    def _tick(self) -> None:
+        while not self._stop.wait(_BAR_INTERVAL_S if self._bar is not None else _LOG_INTERVAL_S):
+            try:
+                partial = ray.get(self._board.total.remote(), timeout=5)
+            except ray.exceptions.RayError:
+                partial = 0  # a slow or ended cluster only costs this line its fraction of a shard
+            self._show(min(self.total, self.done + partial))
+
+    def _show(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.set_postfix(failed=self.failed)
+            return
+        elapsed_s = time.monotonic() - self._started_s
+        rate = (done - self._before) / elapsed_s
+        left = str(datetime.timedelta(seconds=round((self.total - done) / rate))) if rate else "unknown"
+        share = 100 * done / self.total
+        print(
+            f"{datetime.datetime.now():%H:%M:%S} {done:,} of {self.total:,} images ({share:.1f} %), {rate:.1f} images/s, "
+            f"{self.failed:,} failed, {left} left",
+            file=sys.stderr,
+            flush=True,
+        )
