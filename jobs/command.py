@@ -1,12 +1,12 @@
 """What the commands have in common: arguments, logging, exit codes, and how Ray is started."""
 
 import argparse
+import contextlib
 import json
 import logging
-import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vlsm.config import Settings, describe_settings
@@ -22,7 +22,9 @@ def make_parser(module: str, description: str, settings: type[Settings]) -> argp
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
-        epilog="\n".join(["settings, as --set key=value or in --config FILE:", *describe_settings(settings), "", EXIT_CODES]),
+        epilog="\n".join(
+            ["settings, as --set key=value or in --config FILE:", *describe_settings(settings), "", EXIT_CODES]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML with settings")
@@ -37,7 +39,7 @@ def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
     Everything else goes to stderr. SIGTERM (`ray job stop`) ends a run as Ctrl-C does.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("aiobotocore", "botocore", "httpx", "ray.data", "s3fs"):
+    for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -58,17 +60,30 @@ def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
     return 0
 
 
-def start_ray() -> None:
-    """Join the cluster of the environment (RAY_ADDRESS, a submitted job), or start Ray on this machine."""
-    import ray  # here, so that --help and wrong arguments do not wait for it
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray for a while: the cluster of the environment (RAY_ADDRESS, a submitted job), or one started on this machine.
 
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    if not ray.is_initialized():
+    A session that the caller has already opened is used and left open.
+    """
+    import ray.data  # here, so that --help and wrong arguments do not wait for it
+
+    opened = not ray.is_initialized()
+    if opened:
         ray.init(logging_level=logging.WARNING, include_dashboard=False)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # warnings stay; what Ray Data says of its own progress would stand beside ours
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        if opened:
+            ray.shutdown()
 
 
 def _interrupt(signum: int, frame: object) -> None:

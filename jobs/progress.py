@@ -15,7 +15,7 @@ _BAR_INTERVAL_S = 0.5
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Where actors note how many images of an unfinished shard they have done; a retry overwrites its first try's note."""
+    """Where actors note how many images of an unfinished shard are done; a retry overwrites its first try's note."""
 
     def __init__(self) -> None:
         self._images: dict[int, int] = {}
@@ -91,8 +91,8 @@ class Progress:
         left = str(datetime.timedelta(seconds=round((self.total - done) / rate))) if rate else "unknown"
         share = 100 * done / self.total
         print(
-            f"{datetime.datetime.now():%H:%M:%S} {done:,} of {self.total:,} images ({share:.1f} %), {rate:.1f} images/s, "
-            f"{self.failed:,} failed, {left} left",
+            f"{datetime.datetime.now():%H:%M:%S} {done:,} of {self.total:,} images ({share:.1f} %), "
+            f"{rate:.1f} images/s, {self.failed:,} failed, {left} left",
             file=sys.stderr,
             flush=True,
         )

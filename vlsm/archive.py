@@ -34,8 +34,8 @@ def open_archive(uri: str, prompts: tuple[str, ...], exclude: str | None = None)
     """The images of an archive, one row each, in a stable order.
 
     Args:
-        uri: a folder or prefix (recursive), a glob, one image, or a manifest (.parquet, .csv, .jsonl with `image_uri` and
-            optionally `image_id`, `prompt` or `prompts`; relative image_uris are taken from the manifest's folder).
+        uri: a folder or prefix (recursive), a glob, one image, or a manifest (.parquet, .csv, .jsonl with `image_uri`
+            and optionally `image_id`, `prompt` or `prompts`; relative image_uris start from the manifest's folder).
         prompts: those of every image for which a manifest gives none.
         exclude: a folder whose files are no input, such as an output folder inside the archive.
 
@@ -69,8 +69,13 @@ def _list_files(fs: Any, path: str, uri: str) -> tuple[str, list[dict[str, Any]]
     raise ConfigError(f"INPUT {uri!r} does not exist; it must be a folder, a prefix, a glob, an image or a manifest")
 
 
-def _image_rows(  # noqa: PLR0913: one place that knows how a listed file becomes a row
-    fs: Any, root: str, infos: list[dict[str, Any]], prompts: tuple[str, ...], excluded: str | None, skipped: Counter[str]
+def _image_rows(  # noqa: PLR0913 - one place that knows how a listed file becomes a row
+    fs: Any,
+    root: str,
+    infos: list[dict[str, Any]],
+    prompts: tuple[str, ...],
+    excluded: str | None,
+    skipped: Counter[str],
 ) -> Iterator[dict[str, Any]]:
     prefix = root.rstrip("/") + "/"
     for info in sorted(infos, key=lambda info: info["name"]):

@@ -63,7 +63,9 @@ class Checkpoint:
     name: str
 
 
-def save_checkpoint(model: "SegmentationModel", directory: str | Path, prompt: str = "", threshold: float = 0.5) -> None:
+def save_checkpoint(
+    model: "SegmentationModel", directory: str | Path, prompt: str = "", threshold: float = 0.5
+) -> None:
     """Write a checkpoint directory on the local disk; checkpoint.yaml last, so that its presence means complete.
 
     Args:
@@ -184,7 +186,9 @@ def _check_weights(model: "SegmentationModel", weights: dict[str, Any], uri: str
     found = {key: tuple(value.shape) for key, value in weights.items()}
     wrong = [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
     if wrong:
-        shown = "; ".join(f"{key}: {found.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in wrong[:3])
+        shown = "; ".join(
+            f"{key}: {found.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in wrong[:3]
+        )
         raise CheckpointError(f"the weights of checkpoint {uri!r} do not fit its model in {len(wrong)} places: {shown}")
 
 

@@ -2,11 +2,13 @@
 
 import difflib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from vlsm import storage
 from vlsm.errors import ConfigError
@@ -25,7 +27,9 @@ class RunSettings(Settings):
 
     actors: int | None = Field(None, ge=1, description="model actors; one per GPU of the cluster, or one, unless told")
     gpus_per_actor: float | None = Field(None, ge=0, description="1 where the cluster has GPUs, else 0, unless told")
-    cpus_per_actor: float | None = Field(None, gt=0, description="1 beside a GPU, else all of a node but one, unless told")
+    cpus_per_actor: float | None = Field(
+        None, gt=0, description="1 beside a GPU, else all of a node but one, unless told"
+    )
     batch_size: int = Field(8, ge=1, description="images that go through the model at once")
     fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads at the same time")
     max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger share of failed images ends the run")
@@ -37,11 +41,15 @@ class SegmentSettings(Settings):
     input: str
     output: str
     checkpoint: str
-    prompts: tuple[str, ...] | None = Field(None, min_length=1, description="of every image; the checkpoint's own unless told")
+    prompts: tuple[str, ...] | None = Field(
+        None, min_length=1, description="of every image; the checkpoint's own unless told"
+    )
     threshold: float | None = Field(None, gt=0, lt=1, description="a probability; the checkpoint's own unless told")
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
     max_image_bytes: int = Field(1 << 30, ge=1, description="larger files are refused before they are read")
-    shard_rows: int = Field(256, ge=1, description="output rows of one part file at most: the unit of work and of resuming")
+    shard_rows: int = Field(
+        256, ge=1, description="output rows of one part file at most: the unit of work and of resuming"
+    )
     start_over: bool = Field(False, description="forget an earlier run in OUTPUT")
     run: RunSettings = RunSettings()
 
@@ -130,7 +138,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 def explain(error: ValidationError, settings: type[Settings]) -> str:
     """All that is wrong, in one sentence."""
     problems = []
-    known = _known_keys(settings)
+    known = [key for key, _ in _leaves(settings)]
     for detail in error.errors():
         key = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
@@ -145,23 +153,21 @@ def explain(error: ValidationError, settings: type[Settings]) -> str:
     return "; ".join(problems)
 
 
-def _known_keys(settings: type[Settings], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, info in settings.model_fields.items():
-        group = info.annotation
-        is_group = isinstance(group, type) and issubclass(group, Settings)
-        keys += _known_keys(group, f"{prefix}{name}.") if is_group else [f"{prefix}{name}"]
-    return keys
-
-
-def describe_settings(settings: type[Settings], prefix: str = "") -> list[str]:
+def describe_settings(settings: type[Settings]) -> list[str]:
     """One line per setting, its default and what it means, for a job's --help."""
-    lines: list[str] = []
+    lines = []
+    for key, info in _leaves(settings):
+        if info.description:
+            default = yaml.safe_dump(info.default).partition("\n")[0]
+            lines.append(f"  {f'{key}={default}':28} {info.description}")
+    return lines
+
+
+def _leaves(settings: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting by its dotted key."""
     for name, info in settings.model_fields.items():
         group = info.annotation
         if isinstance(group, type) and issubclass(group, Settings):
-            lines += describe_settings(group, f"{prefix}{name}.")
-        elif info.description:
-            default = "null" if info.default is None else str(info.default).lower() if info.default is False else info.default
-            lines.append(f"{prefix + name + '=' + str(default):32} {info.description}")
-    return lines
+            yield from _leaves(group, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info

@@ -21,7 +21,7 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, Mem
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a model wants to see: a square of `size` pixels, normalised by mean and std per RGB channel (0 to 1 scale)."""
+    """What a model wants to see: a square of `size` pixels, normalised by mean and std per RGB channel (of 0 to 1)."""
 
     size: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -31,9 +31,9 @@ class ImageSpec:
 def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.ndarray:
     """An image as a person sees it: RGB, upright, 8 bits a channel.
 
-    EXIF orientation is applied and alpha dropped; palette, grey and CMYK are converted. 16-bit grey is scaled by its full
-    range (65,535 is white); 32-bit integer and float images, whose range no header tells, from their minimum to their
-    maximum. Of several frames the first counts.
+    EXIF orientation is applied and alpha dropped; palette, grey and CMYK are converted. 16-bit grey is scaled by its
+    full range (65,535 is white); 32-bit integer and float images, whose range no header tells, from their minimum to
+    their maximum. Of several frames the first counts.
 
     Args:
         data: the file's content: JPEG, PNG, TIFF, BMP or WebP.
@@ -51,7 +51,8 @@ def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.nd
             width, height = image.size
             if height * width > max_pixels:
                 raise ImageError(
-                    "too_large", f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}"
+                    "too_large",
+                    f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}",
                 )
             image.load()
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))

@@ -1,6 +1,6 @@
 """The plan of a segment run: which images, in which shards. Written once, before any work, and the truth from then on.
 
-`OUTPUT/manifest/` holds files of up to SHARDS_PER_FILE row groups; a row group is a shard, so that a task reads just its own.
+`OUTPUT/manifest/` holds files of up to SHARDS_PER_FILE row groups; a row group is a shard: a task reads just its own.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class Plan:
 
 
 def cut_shards(rows: Iterable[dict[str, Any]], shard_rows: int) -> Iterator[list[dict[str, Any]]]:
-    """Runs of images whose output rows sum to at most shard_rows; an image with more prompts than that is a shard alone."""
+    """Runs of images of shard_rows output rows at most; an image with more prompts than that is a shard alone."""
     shard: list[dict[str, Any]] = []
     num_rows = 0
     for row in rows:

@@ -33,7 +33,7 @@ def enlarge_logits(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float) -> np.ndarray:
-    """The binary mask at the image's own size; logits are enlarged first, so edges follow the image, not the model grid.
+    """The binary mask at the image's own size; logits are enlarged first, so edges follow the image, not the model.
 
     Args:
         logits: (S, S) float.

@@ -1,7 +1,7 @@
 """config.yaml of a run: what was asked, with which checkpoint and software, and what was planned.
 
-It is written after the manifest and before any work: its presence means that the plan is complete, so that a rerun goes on
-with that plan instead of listing the archive again.
+It is written after the manifest and before any work: its presence means that the plan is complete, so that a rerun goes
+on with that plan instead of listing the archive again.
 """
 
 import datetime

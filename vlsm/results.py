@@ -1,7 +1,7 @@
 """The rows of a finished or unfinished run: reading them with their masks, and counting them against the plan."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.errors import ConfigError, ResultError
-from vlsm.manifest import Plan, planned_rows, read_shard
+from vlsm.manifest import planned_rows, read_shard
 from vlsm.masks import decode_mask
 from vlsm.schema import RESULT_SCHEMA
 
@@ -31,7 +31,7 @@ def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) 
         columns: those wanted beside `mask`; all unless told.
 
     Yields:
-        A dict per row: the columns, and under "mask" an array (height, width) uint8 of 0 and 1, or None for failed rows.
+        A dict per row: the columns, and "mask", an array (height, width) uint8 of 0 and 1, or None for failed rows.
 
     Raises:
         ConfigError: there are no masks at the location, or a column is unknown.
@@ -54,18 +54,19 @@ def open_results(uri: str) -> ds.Dataset:
         ConfigError: there are none.
     """
     fs, path = storage.open_uri(storage.join(storage.absolute(uri), "masks"))
-    names = [name for name in storage.list_names(storage.join(storage.absolute(uri), "masks")) if name.startswith("part-")]
+    names = [
+        name for name in storage.list_names(storage.join(storage.absolute(uri), "masks")) if name.startswith("part-")
+    ]
     if not names:
         raise ConfigError(f"there are no masks in {uri!r}; it must be the OUTPUT of a segment run")
     return ds.dataset([f"{path}/{name}" for name in names], schema=RESULT_SCHEMA, filesystem=fs, format="parquet")
 
 
-def count_rows(output: str, plan: Plan, shards: list[int]) -> Counter[str]:
+def count_rows(output: str, shards: Iterable[int]) -> Counter[str]:
     """The images of some shards, counted anew from storage and compared row by row with the plan.
 
     Args:
         output: the run's output folder.
-        plan: of the run.
         shards: those whose part files are there.
 
     Returns:
@@ -93,11 +94,11 @@ def _count_part(output: str, shard: int) -> Counter[str]:
 
 
 def check_rows(output: str, shard: int, rows: pa.Table, planned: list[tuple[str, str]]) -> None:
-    """Nothing, where a part's rows are exactly the planned (image_id, prompt) pairs in their order; else a ResultError."""
+    """Nothing, where a part's rows are the planned (image_id, prompt) pairs in their order; else a ResultError."""
     found = list(zip(rows["image_id"].to_pylist(), rows["prompt"].to_pylist(), strict=True))
     if found != planned:
         missing, extra = Counter(planned) - Counter(found), Counter(found) - Counter(planned)
         raise ResultError(
-            f"{part_name(shard)} in {output!r} is not what was planned: {missing.total()} rows missing {list(missing)[:3]}, "
-            f"{extra.total()} too many {list(extra)[:3]}; remove it and run again"
+            f"{part_name(shard)} in {output!r} is not what was planned: {missing.total()} rows missing "
+            f"{list(missing)[:3]}, {extra.total()} too many {list(extra)[:3]}; remove it and run again"
         )

@@ -25,7 +25,7 @@ class Segmenter:
 
     def __init__(self, checkpoint: Checkpoint, device: str | None = None, batch_size: int = 8) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = checkpoint.model.eval().to(self.device, memory_format=torch.channels_last)
+        self.model = checkpoint.model.eval().to(self.device).to(memory_format=torch.channels_last)
         self.settings = checkpoint.settings
         self.batch_size = batch_size
         self._text_embeddings: OrderedDict[str, Tensor] = OrderedDict()
@@ -80,7 +80,9 @@ class Segmenter:
             ValueError: images and prompts disagree on N, or an image has no prompt.
         """
         if len(images) != len(prompts) or not all(prompts):
-            raise ValueError(f"{len(images)} images and {len(prompts)} lists of prompts; each image needs one prompt or more")
+            raise ValueError(
+                f"{len(images)} images and {len(prompts)} lists of prompts; each image needs one prompt or more"
+            )
         self._encode_new(list(dict.fromkeys(text for texts in prompts for text in texts)))
         logits: list[np.ndarray] = []
         for start in range(0, len(images), self.batch_size):

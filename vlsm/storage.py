@@ -171,7 +171,9 @@ def with_retries(call: Callable[[], T], uri: str) -> T:
             if not remote:
                 raise
             if delay_s is None:
-                raise StorageError(f"{uri} could not be reached in {len(_RETRY_DELAYS_S) + 1} tries: {error}") from error
+                raise StorageError(
+                    f"{uri} could not be reached in {len(_RETRY_DELAYS_S) + 1} tries: {error}"
+                ) from error
             time.sleep(delay_s)
     raise AssertionError("unreachable")
 

@@ -38,7 +38,9 @@ class CLIPSeg(SegmentationModel):
         super().__init__()
         patch = network.config.vision_config.patch_size
         if options.image_size % patch:
-            raise CheckpointError(f"image_size is {options.image_size}; it must be a multiple of the patch size {patch}")
+            raise CheckpointError(
+                f"image_size is {options.image_size}; it must be a multiple of the patch size {patch}"
+            )
         self.options = options
         self.image_spec = ImageSpec(options.image_size)
         self.network = network

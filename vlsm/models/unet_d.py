@@ -16,7 +16,9 @@ class UNetDOptions(Settings):
     """The published network has width 64; a quarter of it trains on a laptop."""
 
     image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
-    width: int = Field(64, ge=4, description="channels of the first level; all others follow in the published proportions")
+    width: int = Field(
+        64, ge=4, description="channels of the first level; all others follow in the published proportions"
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="after each encoder level")
 
 

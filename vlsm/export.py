@@ -1,0 +1,215 @@
+"""Masks of a finished run as files that other tools read: mask PNGs, overlay PNGs, COCO JSON.
+
+`python -m vlsm.export OUTPUT DIR --format overlays`
+"""
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from vlsm import storage
+from vlsm.errors import ConfigError, ImageError, VlsmError
+from vlsm.images import decode_image
+from vlsm.overlays import draw_overlay
+from vlsm.results import open_results, read_masks
+
+logger = logging.getLogger("vlsm")
+
+_MAX_NAME_BYTES = 180
+
+
+def export_masks(output: str, directory: str | Path, filters: Any = None, limit: int | None = None) -> int:
+    """Write every mask as a PNG of 0 and 255, at `DIR/IMAGE_ID.PROMPT.png`.
+
+    Args:
+        output: OUTPUT of a segment run, local or on an object store.
+        directory: a local folder; it is made where it does not exist.
+        filters: which rows, as `vlsm.read_masks` takes them.
+        limit: rows at most.
+
+    Returns:
+        How many files were written; failed rows have no mask and are passed over.
+
+    Raises:
+        ConfigError: there are no masks at OUTPUT.
+    """
+    return sum(_write_png(_file_path(directory, row), row["mask"] * 255) for row in _ok_rows(output, filters, limit))
+
+
+def export_overlays(output: str, directory: str | Path, filters: Any = None, limit: int | None = None) -> int:
+    """Write every mask drawn on its image as a PNG; arguments, result and errors as for `export_masks`.
+
+    Images are read again from where they were. One that is no longer there is passed over with a warning.
+    """
+    num_written = 0
+    for row in _ok_rows(output, filters, limit):
+        try:
+            data = storage.read_image_bytes(row["image_uri"], None, max_bytes=1 << 30)
+            image = decode_image(data, row["image_uri"], max_pixels=max(100_000_000, row["mask"].size))
+        except ImageError as error:
+            logger.warning("no overlay: %s", error)
+            continue
+        if image.shape[:2] != row["mask"].shape:
+            logger.warning("no overlay: %s changed its size since it was segmented", row["image_uri"])
+            continue
+        num_written += _write_png(_file_path(directory, row), draw_overlay(image, row["mask"]))
+    return num_written
+
+
+def export_coco(output: str, directory: str | Path, filters: Any = None, limit: int | None = None) -> int:
+    """Write `DIR/coco.json`: an annotation per mask that is not empty, a category per prompt, `score` the confidence.
+
+    Arguments and errors as for `export_masks`; the result counts annotations. Written as it is read, so that an archive
+    of millions needs no memory.
+    """
+    columns = ["image_id", "prompt", "height", "width", "mask_rle", "area_px", "bbox", "confidence"]
+    prompts: dict[str, int] = {}
+    Path(directory).mkdir(parents=True, exist_ok=True)
+
+    def images() -> Iterator[dict[str, Any]]:
+        rows = _limited(_rows(output, filters, columns), limit)
+        for number, (image_id, same) in enumerate(itertools.groupby(rows, key=lambda row: row["image_id"]), start=1):
+            first = next(same)
+            yield {"id": number, "file_name": image_id, "height": first["height"], "width": first["width"]}
+
+    def annotations() -> Iterator[dict[str, Any]]:
+        rows = _limited(_rows(output, filters, columns), limit)
+        numbers = itertools.count(1)
+        for image_number, (_, same) in enumerate(itertools.groupby(rows, key=lambda row: row["image_id"]), start=1):
+            for row in same:
+                category = prompts.setdefault(row["prompt"], len(prompts) + 1)
+                if row["area_px"]:
+                    yield {
+                        "id": next(numbers),
+                        "image_id": image_number,
+                        "category_id": category,
+                        "segmentation": {"size": [row["height"], row["width"]], "counts": row["mask_rle"]},
+                        "area": row["area_px"],
+                        "bbox": row["bbox"],
+                        "iscrowd": 0,
+                        "score": row["confidence"],
+                    }
+
+    with Path(directory, "coco.json").open("w", encoding="utf-8") as file:
+        file.write('{"images": [')
+        _write_items(file, images())
+        file.write('], "annotations": [')
+        num_written = _write_items(file, annotations())
+        categories = [{"id": number, "name": prompt} for prompt, number in prompts.items()]
+        file.write(f'], "categories": {json.dumps(categories)}}}\n')
+    return num_written
+
+
+FORMATS = {"masks": export_masks, "overlays": export_overlays, "coco": export_coco}
+
+
+def _rows(output: str, filters: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+    expression = pq.filters_to_expression([("status", "==", "ok"), *(filters or [])])
+    for batch in open_results(output).to_batches(columns=columns, filter=expression, batch_size=1024):
+        yield from batch.to_pylist()
+
+
+def _limited(rows: Iterable[dict[str, Any]], limit: int | None) -> Iterator[dict[str, Any]]:
+    return itertools.islice(rows, limit)
+
+
+def _ok_rows(output: str, filters: Any, limit: int | None) -> Iterator[dict[str, Any]]:
+    chosen = [("status", "==", "ok"), *(filters or [])]
+    rows = read_masks(output, chosen, columns=["image_id", "image_uri", "prompt"])
+    total = open_results(output).count_rows(filter=pq.filters_to_expression(chosen))
+    yield from tqdm(
+        _limited(rows, limit), total=min(total, limit or total), unit="mask", disable=not sys.stderr.isatty()
+    )
+
+
+def _write_items(file: io.TextIOBase, items: Iterable[dict[str, Any]]) -> int:
+    count = 0
+    for item in items:
+        file.write(("\n" if not count else ",\n") + json.dumps(item))
+        count += 1
+    return count
+
+
+def _write_png(path: Path, picture: np.ndarray) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+    return 1
+
+
+def _file_path(directory: str | Path, row: dict[str, Any]) -> Path:
+    """Where a row's file goes: below the directory, whatever the image_id says, and nowhere that another row's goes."""
+    parts = [part for part in row["image_id"].split("/") if part not in ("", ".", "..")]
+    return Path(directory, *(_safe_name(part) for part in parts[:-1]), _leaf(row, "/".join(parts)))
+
+
+def _leaf(row: dict[str, Any], safe_id: str) -> str:
+    name = _safe_name(safe_id.rsplit("/", 1)[-1])
+    if safe_id != row["image_id"]:  # "a" and "../a" are two images
+        name += "~" + _digest(row["image_id"])
+    prompt = re.sub(r"[^\w-]+", "_", row["prompt"])[:40]
+    if prompt != row["prompt"]:  # "a b" and "a_b" are two prompts
+        prompt += "~" + _digest(row["prompt"])
+    return f"{name}.{prompt}.png" if prompt else f"{name}.png"
+
+
+def _safe_name(name: str) -> str:
+    safe = re.sub(r"[\x00-\x1f\x7f\\:]", "_", name)
+    short = safe.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
+    return short if short == name else f"{short}~{_digest(name)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def parse_filter(words: str) -> tuple[str, str, Any]:
+    """A filter such as "confidence < 0.6" as (column, operator, value); the value is read as YAML.
+
+    Raises:
+        ConfigError: it is not of this form.
+    """
+    found = re.fullmatch(r"\s*(\w+)\s*(==|=|!=|<=|>=|<|>)\s*(.+)", words)
+    if found is None:
+        raise ConfigError(f"--filter {words!r} is not of the form 'column operator value', such as 'confidence < 0.6'")
+    return found[1], found[2], yaml.safe_load(found[3])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the masks of a segment run as files."""
+    parser = argparse.ArgumentParser(prog="python -m vlsm.export", description=main.__doc__)
+    parser.add_argument("output", metavar="OUTPUT", help="the OUTPUT of a segment run; local or s3://")
+    parser.add_argument("directory", metavar="DIR", help="a local folder for the files")
+    parser.add_argument("--format", choices=FORMATS, default="overlays", help="what to write (default: overlays)")
+    parser.add_argument(
+        "--filter", action="append", default=[], help="only such rows, such as 'confidence < 0.6'; repeatable"
+    )
+    parser.add_argument("--limit", type=int, help="rows at most")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        filters = [parse_filter(words) for words in args.filter]
+        count = FORMATS[args.format](storage.absolute(args.output), args.directory, filters, args.limit)
+    except (VlsmError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    what = "annotations in coco.json" if args.format == "coco" else "files"
+    print(f"{count:,} {what} below {args.directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

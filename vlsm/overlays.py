@@ -1,0 +1,68 @@
+"""Pictures for people: masks drawn on images, and many of them on one sheet."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+_GREEN = (0, 230, 118)
+_MAGENTA = (255, 64, 200)
+
+
+def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.ndarray | None = None) -> np.ndarray:
+    """The image with the mask tinted and outlined in green, and the outline of a target mask in magenta.
+
+    Args:
+        image: (H, W, 3) uint8.
+        mask: (H, W) of 0 and 1, or None for an image without one.
+        target_mask: the same, ground truth.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    picture = image.astype(np.float32)
+    thickness = max(1, round(min(image.shape[:2]) / 250))
+    if mask is not None:
+        inside = mask.astype(bool)
+        picture[inside] = 0.7 * picture[inside] + 0.3 * np.array(_GREEN, np.float32)
+        picture[_outline(inside, thickness)] = _GREEN
+    if target_mask is not None:
+        picture[_outline(target_mask.astype(bool), thickness)] = _MAGENTA
+    return picture.astype(np.uint8)
+
+
+def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, tile_px: int = 220) -> np.ndarray:
+    """One sheet of pictures with a caption each, row by row.
+
+    Args:
+        pictures: pairs of an image (H, W, 3) uint8 and its caption.
+        columns: pictures side by side.
+        tile_px: the side of the square that each is fitted into.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    line_px, gap_px = 16, 4
+    rows = -(-len(pictures) // columns)
+    step_x, step_y = tile_px + gap_px, tile_px + line_px + gap_px
+    sheet = Image.new("RGB", (columns * step_x + gap_px, rows * step_y + gap_px), (24, 24, 24))
+    pen = ImageDraw.Draw(sheet)
+    for number, (picture, caption) in enumerate(pictures):
+        row, column = divmod(number, columns)
+        left, top = gap_px + column * step_x, gap_px + row * step_y
+        tile = ImageOps.pad(Image.fromarray(picture), (tile_px, tile_px), color=(0, 0, 0))
+        sheet.paste(tile, (left, top))
+        # Pillow's built-in font knows Latin letters only
+        pen.text(
+            (left, top + tile_px + 1), caption.encode("latin-1", "replace").decode("latin-1")[:36], fill=(230, 230, 230)
+        )
+    return np.asarray(sheet)
+
+
+def _outline(mask: np.ndarray, thickness: int) -> np.ndarray:
+    """The pixels of a mask next to its rim: those that an erosion by `thickness` takes away."""
+    core = mask
+    for _ in range(thickness):
+        padded = np.pad(core, 1, constant_values=False)
+        core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~core

@@ -1,0 +1,165 @@
+"""A segment run from its settings to its proof: what comes before and after the work, without a cluster.
+
+OUTPUT/config.yaml       resolved settings, checkpoint digest, versions, what is planned
+OUTPUT/manifest/         the plan itself
+OUTPUT/masks/part-*      the result
+OUTPUT/summary.json      written last: its presence means complete
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vlsm import storage
+from vlsm.archive import Archive, open_archive
+from vlsm.checkpoints import digest_files, parse_settings, read_checkpoint
+from vlsm.config import SegmentSettings
+from vlsm.errors import ConfigError, ResultError, VlsmError
+from vlsm.manifest import Plan, write_manifest
+from vlsm.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
+from vlsm.results import count_rows
+
+logger = logging.getLogger("vlsm")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A planned run: resolved settings, the checkpoint's files and image size in pixels, how much there is to do."""
+
+    settings: SegmentSettings
+    checkpoint_files: dict[str, bytes]
+    image_size: int
+    plan: Plan
+
+
+def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, dict[str, bytes], int]:
+    """The settings with the checkpoint's prompt and threshold where none were given, its files, and its image size.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint.
+    """
+    with _storage_errors("checkpoint", settings.checkpoint):
+        files = read_checkpoint(settings.checkpoint)
+    checkpoint = parse_settings(files, settings.checkpoint)
+    resolved = {
+        "prompts": settings.prompts or (checkpoint.prompt,),
+        "threshold": settings.threshold or checkpoint.threshold,
+    }
+    return settings.model_copy(update=resolved), files, checkpoint.image.size
+
+
+def open_input(settings: SegmentSettings) -> Archive:
+    """The archive of a run, found to hold one image at least.
+
+    Raises:
+        ConfigError: INPUT does not exist, or holds no images.
+    """
+    with _storage_errors("INPUT", settings.input):
+        archive = open_archive(settings.input, settings.prompts or (), exclude=settings.output)
+        rows = iter(archive.rows)
+        first = next(rows, None)
+    if first is None:
+        others = f", but {_describe_skipped(archive)}" if archive.skipped else ""
+        raise ConfigError(f"INPUT {settings.input!r} holds no images{others}")
+    archive.rows = itertools.chain([first], rows)
+    return archive
+
+
+def prepare_run(settings: SegmentSettings) -> Run:
+    """Plan a run, or take it up again where OUTPUT already holds its plan; all that can be wrong is found here.
+
+    Raises:
+        ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
+        CheckpointError, ManifestError: the checkpoint or the manifest is of no use.
+    """
+    settings, files, image_size = resolve_settings(settings)
+    digest, output = digest_files(files), settings.output
+    with _storage_errors("OUTPUT", output):
+        record = None if settings.start_over else read_record(output)
+        if record is not None:
+            if differences := describe_differences(record, settings, digest):
+                raise ConfigError(
+                    f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
+                    "choose another OUTPUT, or --set start_over=true to forget that run"
+                )
+            return Run(settings, files, image_size, Plan(**record["plan"]))
+        archive = open_input(settings)
+        if settings.start_over:
+            forget_run(output)
+        elif any(name.startswith("part-") for name in storage.list_names(storage.join(output, "masks"))):
+            raise ConfigError(f"OUTPUT {output!r} holds masks of a run without config.yaml; choose another OUTPUT")
+        plan = write_manifest(output, archive.rows, settings.shard_rows)
+        write_record(output, make_record(settings, digest, plan))
+    others = f"; passed over {_describe_skipped(archive)}" if archive.skipped else ""
+    logger.info("planned %d images, %d rows%s", plan.num_images, plan.num_rows, others)
+    return Run(settings, files, image_size, plan)
+
+
+def check_failed_share(settings: SegmentSettings, num_images: int, num_failed: int, first_errors: list[str]) -> None:
+    """Nothing, or a VlsmError where too large a share of the images failed, with some of their reasons."""
+    if num_failed > settings.run.max_failed_fraction * num_images:
+        raise VlsmError(
+            f"{num_failed:,} of {num_images:,} images failed, more than run.max_failed_fraction "
+            f"{settings.run.max_failed_fraction}: {'; '.join(first_errors) or 'see the rows with status failed'}"
+        )
+
+
+def read_summary(output: str) -> dict[str, Any] | None:
+    """The summary of a finished run, or None where it is not finished."""
+    uri = storage.join(output, SUMMARY_NAME)
+    return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
+
+
+def finish_run(run: Run, num_before: int, seconds: float) -> dict[str, Any]:
+    """Prove by counting that every planned row is there once, then write summary.json and return it.
+
+    Args:
+        run: the run, all of whose parts are written.
+        num_before: images that were done when this run of the job began.
+        seconds: how long it took.
+
+    Raises:
+        ResultError: the rows are not those planned.
+        VlsmError: too large a share of the images failed; all rows are there.
+    """
+    counts = count_rows(run.settings.output, range(run.plan.num_shards))
+    num_images = counts["ok"] + counts["failed"]
+    if (num_images, counts["rows"]) != (run.plan.num_images, run.plan.num_rows):
+        raise ResultError(f"{counts['rows']} rows of {num_images} images are there; planned were {run.plan}")
+    check_failed_share(run.settings, num_images, counts["failed"], [])
+    summary = {
+        "planned": run.plan.num_images,
+        "ok": counts["ok"],
+        "failed": counts["failed"],
+        "failed_by_reason": {
+            key.partition(": ")[2]: counts[key] for key in sorted(counts) if key.startswith("failed: ")
+        },
+        "rows": counts["rows"],
+        "parts": run.plan.num_shards,
+        "done_before": num_before,
+        "seconds": round(seconds, 1),
+        "images_per_s": round((num_images - num_before) / seconds, 2),
+    }
+    storage.write_bytes(storage.join(run.settings.output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
+    return summary
+
+
+def _describe_skipped(archive: Archive) -> str:
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in archive.skipped.most_common(5))
+
+
+@contextlib.contextmanager
+def _storage_errors(what: str, uri: str) -> Iterator[None]:
+    """Storage that refuses is one sentence that names what was asked of it."""
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:  # without s3fs there are only this machine's own errors
+        BotoCoreError = ClientError = OSError
+    try:
+        yield
+    except (OSError, BotoCoreError, ClientError) as error:
+        raise ConfigError(f"{what} {uri!r} cannot be used: {error}") from error
