@@ -120,7 +120,7 @@ class UNetD(SegmentationModel):
         for up in self.up:
             x = up(x)
             if skips:
-                x = torch.cat([skips.pop(), x], dim=1)
+                x = torch.cat([x, skips.pop()], dim=1)
         return (self.head(x),)
 
     def decode(self, features: Features, text_embeddings: Tensor) -> Tensor:

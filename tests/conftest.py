@@ -1,0 +1,176 @@
+"""What tests share: tiny checkpoints in the real formats, drawn archives, one Ray cluster and one S3 server."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster on loopback for a few minutes
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A UNet-D small enough to run anywhere, with weights that give masks which are neither empty nor full."""
+    import torch
+
+    import vlsm
+
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    vlsm.save_checkpoint(vlsm.build_model("unet_d", image_size=32, width=4), folder, prompt="polyp")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bright_checkpoint(tmp_path_factory):
+    """A UNet-D whose weights are set so that it marks what is bright: its masks can be predicted by eye.
+
+    Every channel but the first is silenced, and the first passes brightness from the input to the logits.
+    """
+    import torch
+
+    import vlsm
+
+    model = vlsm.build_model("unet_d", image_size=32, width=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.fill_(1)
+        first = model.down[0]
+        first.conv1.weight[0, :, 1, 1] = 1
+        first.conv2.weight[0, 0, 1, 1] = 1
+        top = model.up[3]  # it takes the pooled brightness as the first of its skip channels
+        top.upconv.weight[0, 0] = 1
+        top.conv.weight[0, 0, 1, 1] = 1
+        model.head.weight[0, 0] = 1
+        model.head.bias.fill_(-3)
+    folder = tmp_path_factory.mktemp("bright")
+    vlsm.save_checkpoint(model, folder, prompt="bright")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """Six drawn images of different sizes: a folder in the `anns/ images/ masks/` layout."""
+    from vlsm.phantoms import write_labelled
+
+    folder = tmp_path_factory.mktemp("drawn")
+    write_labelled(folder, {"test": 6}, seed=5)
+    return folder
+
+
+@pytest.fixture
+def archive(drawn, tmp_path):
+    """The drawn images as an unlabelled archive of the test's own, with room beside it."""
+    return Path(shutil.copytree(drawn / "images", tmp_path / "archive"))
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """Two CPUs of Ray for all tests, which subprocesses join through RAY_ADDRESS."""
+    import ray
+
+    context = ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=600 * 2**20)
+    os.environ["RAY_ADDRESS"] = context.address_info["address"]
+    yield context
+    del os.environ["RAY_ADDRESS"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A SeaweedFS server with S3's own protocol; the standard AWS environment leads to it."""
+    ports = [_free_port() for _ in range(6)]
+    folder = tmp_path_factory.mktemp("weed")
+    environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{ports[0]}"
+    names = ("s3.port", "master.port", "volume.port", "filer.port", "admin.port", "admin.port.grpc")
+    command = [Path(sys.executable).with_name("weed"), "mini", "-master.telemetry=false", f"-dir={folder}"]
+    command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false", "-webdav=false", "-bucket=images"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
+    with (folder / "weed.log").open("wb") as log:
+        limits = {"GOMEMLIMIT": "256MiB", "GOGC": "50"}
+        server = subprocess.Popen(command, env=os.environ | environment | limits, stdout=log, stderr=log)
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        _wait_for_put(server, folder / "weed.log")
+        yield "s3://images"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def s3_folder(s3_server, request):
+    """A prefix of the test's own: emptied ones linger on some servers."""
+    return f"{s3_server}/{request.node.name}-{time.time_ns()}"
+
+
+def _free_port():
+    # gRPC takes the port + 10000, so stay below 55535
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        port = 20000 + port % 30000
+        with socket.socket() as first, socket.socket() as second:
+            try:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 10000))
+                return port
+            except OSError:
+                continue
+
+
+def _wait_for_put(server, log):
+    import s3fs
+
+    for _ in range(120):
+        if server.poll() is not None:
+            break
+        try:
+            s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True).pipe_file("images/ready", b"1")
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+def read_mask_rows(output):
+    """Every row of a run's output, by (image_id, prompt); a pair that stands there twice fails."""
+    from vlsm import read_masks
+
+    rows = {}
+    for row in read_masks(str(output)):
+        key = (row["image_id"], row["prompt"])
+        assert key not in rows, f"{key} stands there twice"
+        rows[key] = row
+    return rows
+
+
+def save_square(path, size=(60, 90), corner="top left", **options):
+    """A dark image with a bright square in one corner: where the mask must be, in an upright picture."""
+    height, width = size
+    pixels = np.full((height, width, 3), 20, np.uint8)
+    rows = slice(0, height // 3) if "top" in corner else slice(2 * height // 3, height)
+    columns = slice(0, width // 3) if "left" in corner else slice(2 * width // 3, width)
+    pixels[rows, columns] = 250
+    Image.fromarray(pixels).save(path, **options)
+    return pixels

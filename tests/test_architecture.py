@@ -1,0 +1,43 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "vlsm").rglob("*.py"))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_imports_no_ray_and_no_job(path):
+    assert not [name for name in imported(path) if name.split(".")[0] in ("ray", "jobs")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_networks_come_in_through_the_models_only(path):
+    if "models" not in path.parts:
+        assert not [name for name in imported(path) if name.split(".")[0] in ("transformers", "open_clip", "timm")]
+
+
+def test_everything_but_the_jobs_works_where_ray_cannot_be_imported():
+    code = """
+import sys
+sys.modules["ray"] = None
+import vlsm, vlsm.segmenter, vlsm.training, vlsm.runs, vlsm.export, vlsm.models.clipseg, vlsm.models.unet_d
+assert not [name for name in sys.modules if name.startswith("ray.")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_what_only_decodes_or_drives_a_run_does_not_load_torch():
+    code = "import sys, jobs.segment, jobs.stages, vlsm.images, vlsm.masks; assert not {'torch', 'transformers'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)

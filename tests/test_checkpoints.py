@@ -1,0 +1,111 @@
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+import vlsm
+from vlsm.checkpoints import digest_files, read_checkpoint
+from vlsm.errors import CheckpointError
+
+
+@pytest.fixture
+def copy(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "ck")
+
+
+def edit(folder, **changes):
+    path = folder / "checkpoint.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+def test_another_process_gives_the_same_logits(tiny_checkpoint, tmp_path):
+    code = f"""
+import numpy, torch, vlsm
+model = vlsm.load_checkpoint({str(tiny_checkpoint)!r}).model
+with torch.inference_mode():
+    logits = model(torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32), model.encode_prompts(["x"]))
+numpy.save({str(tmp_path / "logits.npy")!r}, logits.numpy())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    model = vlsm.load_checkpoint(tiny_checkpoint).model
+    with torch.inference_mode():
+        logits = model(torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32), model.encode_prompts(["x"]))
+    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), logits.numpy())
+
+
+def test_the_spec_of_the_checkpoint_counts_not_the_default_of_the_model(copy):
+    edit(copy, image={"size": 32, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]})
+    assert vlsm.load_checkpoint(copy).model.image_spec.mean == (0.1, 0.2, 0.3)
+
+
+def test_the_digest_follows_content_not_place(tiny_checkpoint, copy):
+    assert digest_files(read_checkpoint(str(tiny_checkpoint))) == digest_files(read_checkpoint(str(copy)))
+    edit(copy, threshold=0.7)
+    assert digest_files(read_checkpoint(str(tiny_checkpoint))) != digest_files(read_checkpoint(str(copy)))
+
+
+def test_a_pickle_in_the_folder_is_refused(copy):
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*a pickle could run code"):
+        vlsm.load_checkpoint(copy)
+
+
+def test_weights_that_do_not_fit_are_named_with_their_shapes(copy):
+    weights = safetensors.torch.load_file(copy / "model.safetensors")
+    weights["head.weight"] = torch.zeros(2, 3, 1, 1)
+    del weights["expand.bias"]
+    safetensors.torch.save_file(weights, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"in 2 places: expand\.bias: none instead of \(78,\); head\.weight: \(2, 3"):
+        vlsm.load_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "unet_x"}, "unknown model 'unet_x'"),
+        ({"colour": 1}, "unknown key 'colour'"),
+        ({"threshold": 2}, "threshold is 2"),
+        ({"options": {"widt": 4}}, "unknown key 'widt'"),
+    ],
+)
+def test_wrong_settings_are_named(copy, changes, message):
+    edit(copy, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        vlsm.load_checkpoint(copy)
+    assert message in str(caught.value)
+
+
+def test_damaged_or_missing_weights_are_said(copy):
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        vlsm.load_checkpoint(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
+        vlsm.load_checkpoint(copy)
+
+
+def test_a_folder_without_a_checkpoint_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        vlsm.load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_in_an_object_store_loads(tiny_checkpoint, s3_folder):
+    import s3fs
+
+    s3fs.S3FileSystem().put(str(tiny_checkpoint), f"{s3_folder}/ck", recursive=True)
+    assert vlsm.load_checkpoint(f"{s3_folder}/ck").name == vlsm.load_checkpoint(tiny_checkpoint).name
+
+
+def test_pretrained_weights_become_a_checkpoint_by_one_command(tmp_path):
+    from tests.tiny import save_tiny_clipseg
+
+    source = save_tiny_clipseg(tmp_path / "hub")
+    command = [sys.executable, "-m", "vlsm.checkpoints", str(tmp_path / "ck"), "--model", "clipseg", "--prompt", "polyp"]
+    subprocess.run([*command, "--set", f"source={source}", "--set", "image_size=64"], check=True, timeout=120)
+    assert vlsm.load_checkpoint(tmp_path / "ck").settings.prompt == "polyp"

@@ -1,0 +1,60 @@
+import pytest
+
+from vlsm.config import SegmentSettings, load_settings
+from vlsm.errors import ConfigError
+
+PATHS = {"input": "in", "output": "out", "checkpoint": "ck"}
+
+
+def load(*assignments, config=None):
+    return load_settings(SegmentSettings, config, list(assignments), PATHS)
+
+
+def test_defaults_stand_where_nothing_is_set():
+    assert load().shard_rows == 256
+    assert load().run.batch_size == 8
+
+
+def test_words_override_the_file_and_reach_into_groups(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("threshold: 0.3\nrun:\n  batch_size: 2\n  fetch_threads: 3\n")
+    settings = load("run.batch_size=5", config=str(config))
+    assert (settings.threshold, settings.run.batch_size, settings.run.fetch_threads) == (0.3, 5, 3)
+
+
+def test_a_number_that_yaml_takes_for_text_is_a_number():
+    assert load("threshold=1e-3").threshold == 0.001
+
+
+def test_one_prompt_is_a_list_of_one():
+    assert load("prompts=polyp").prompts == ("polyp",)
+    assert load("prompts=[polyp, flat polyp]").prompts == ("polyp", "flat polyp")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("run.batchsize=3", "unknown key 'run.batchsize'; did you mean 'run.batch_size'?"),
+        ("treshold=0.4", "unknown key 'treshold'; did you mean 'threshold'?"),
+        ("threshold=7", "threshold is 7"),
+        ("threshold=high", "threshold is 'high'"),
+        ("run.batch_size=0", "run.batch_size is 0"),
+        ("shard_rows", "not of the form key=value"),
+        ("prompts=[a, a]", "the same prompt stands there twice"),
+        ("threshold.x=1", "threshold"),
+        ("prompts=[a", "is not YAML"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(word, message):
+    with pytest.raises(ConfigError) as caught:
+        load(word)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_shapeless_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.yaml"):
+        load(config=str(tmp_path / "nowhere.yaml"))
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="must hold keys and values"):
+        load(config=str(tmp_path / "list.yaml"))

@@ -1,0 +1,148 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlsm.errors import ImageError
+from vlsm.images import ImageSpec, decode_image, normalize, resize_image
+
+
+def encode(image, kind="PNG", **options):
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+@pytest.fixture
+def picture():
+    """Left half red, right half blue, top row white: orientation and channels can be told."""
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30, 0] = 200
+    pixels[:, 30:, 2] = 200
+    pixels[:8] = 255
+    return pixels
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP"])
+def test_lossless_formats_decode_to_the_same_pixels(picture, kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    decoded = decode_image(encode(Image.fromarray(picture), kind, **options), "x")
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(picture, decoded)
+
+
+def test_jpeg_decodes_close_to_the_original(picture):
+    decoded = decode_image(encode(Image.fromarray(picture), "JPEG", quality=98, subsampling=0), "x")
+    assert np.abs(decoded.astype(int) - picture).mean() < 3
+
+
+def test_alpha_is_dropped_not_blended(picture):
+    rgba = np.dstack([picture, np.full(picture.shape[:2], 10, np.uint8)])
+    np.testing.assert_array_equal(picture, decode_image(encode(Image.fromarray(rgba)), "x"))
+
+
+def test_palette_becomes_rgb(picture):
+    palette = Image.fromarray(picture).convert("P", palette=Image.Palette.ADAPTIVE)
+    np.testing.assert_array_equal(np.asarray(palette.convert("RGB")), decode_image(encode(palette), "x"))
+
+
+def test_cmyk_jpeg_keeps_its_colours(picture):
+    decoded = decode_image(encode(Image.fromarray(picture).convert("CMYK"), "JPEG", quality=98), "x")
+    assert np.abs(decoded.astype(int) - picture).mean() < 12
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_by_its_full_range(kind):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    decoded = decode_image(encode(Image.fromarray(ramp), kind), "x")
+    np.testing.assert_array_equal(np.arange(256).reshape(16, 16), decoded[..., 0])
+    assert (decoded == decoded[..., :1]).all()
+
+
+def test_float_tiff_is_scaled_from_its_minimum_to_its_maximum():
+    values = np.linspace(-1000, 3000, 64, dtype=np.float32).reshape(8, 8)
+    decoded = decode_image(encode(Image.fromarray(values), "TIFF"), "x")
+    assert (decoded.min(), decoded.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_grey_modes_have_three_equal_channels(mode):
+    grey = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (6, 3))).convert(mode)
+    decoded = decode_image(encode(grey), "x")
+    np.testing.assert_array_equal(np.tile([0, 255], (6, 3)), decoded[..., 0])
+    assert (decoded == decoded[..., :1]).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_turned_upright(picture, orientation):
+    undo = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: np.rot90(x),
+        7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+        8: lambda x: np.rot90(x, -1),
+    }
+    stored = Image.fromarray(np.ascontiguousarray(undo[orientation](picture)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(picture, decode_image(encode(stored, exif=exif), "x"))
+
+
+def test_one_pixel_is_an_image():
+    assert (1, 1, 3) == decode_image(encode(Image.new("RGB", (1, 1), "red")), "x").shape
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"hello, I am no image at all", "x.png is not a JPEG"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "x.png"),
+        (b"GIF89a" + b"\0" * 100, "x.png is not a JPEG"),
+    ],
+)
+def test_what_is_no_image_is_corrupt(data, words):
+    with pytest.raises(ImageError, match=words) as caught:
+        decode_image(data, "x.png")
+    assert caught.value.reason == "corrupt"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP"])
+def test_a_truncated_file_is_corrupt_not_half_an_image(kind):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), kind)
+    with pytest.raises(ImageError, match=r"^corrupt: scan\.jpg"):
+        decode_image(data[: len(data) // 2], "scan.jpg")
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded():
+    bomb = encode(Image.new("1", (20_000, 20_000)))
+    assert len(bomb) < 100_000
+    with pytest.raises(ImageError, match="too_large"):
+        decode_image(bomb, "bomb.png")
+
+
+def test_the_pixel_limit_is_the_callers():
+    image = encode(Image.new("L", (50, 40)))
+    assert decode_image(image, "x", max_pixels=2000).shape == (40, 50, 3)
+    with pytest.raises(ImageError, match=r"50 x 40 = 2,000 pixels; max_pixels is 1,999"):
+        decode_image(image, "x", max_pixels=1999)
+
+
+def test_normalized_images_are_what_the_formula_says():
+    import torch
+
+    images = np.random.default_rng(1).integers(0, 255, (2, 4, 4, 3), dtype=np.uint8)
+    spec = ImageSpec(4, (0.5, 0.4, 0.3), (0.2, 0.1, 0.4))
+    expected = ((images / 255 - np.array(spec.mean)) / np.array(spec.std)).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(normalize(torch.from_numpy(images), spec).numpy(), expected, atol=1e-5)
+
+
+def test_resizing_averages_instead_of_skipping_pixels():
+    checkers = np.tile(np.array([[0, 255], [255, 0]], np.uint8), (64, 64))
+    resized = resize_image(np.dstack([checkers] * 3), 16)
+    assert resized.shape == (16, 16, 3)
+    assert np.abs(resized.astype(int) - 127).max() < 10

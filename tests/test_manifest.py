@@ -1,0 +1,38 @@
+import pytest
+
+from vlsm.errors import ManifestError
+from vlsm.manifest import cut_shards, planned_rows, read_shard, write_manifest
+
+
+def make_rows(counts):
+    return [
+        {"image_id": f"i{number}", "image_uri": f"/i{number}", "prompts": [f"p{prompt}" for prompt in range(count)]}
+        for number, count in enumerate(counts)
+    ]
+
+
+def test_shards_hold_as_many_images_as_their_rows_allow():
+    shards = list(cut_shards(make_rows([2, 2, 3, 9, 1, 1]), shard_rows=4))
+    assert [[row["image_id"] for row in shard] for shard in shards] == [["i0", "i1"], ["i2"], ["i3"], ["i4", "i5"]]
+
+
+def test_every_shard_reads_back_as_planned_across_files(tmp_path):
+    rows = make_rows([1] * 150)
+    plan = write_manifest(str(tmp_path), iter(rows), shard_rows=1)
+    assert (plan.num_images, plan.num_rows, plan.num_shards) == (150, 150, 150)
+    assert len(list((tmp_path / "manifest").iterdir())) == 3
+    found = [pair for shard in range(plan.num_shards) for pair in planned_rows(read_shard(str(tmp_path), shard))]
+    assert found == [(row["image_id"], "p0") for row in rows]
+
+
+def test_an_id_that_stands_twice_is_named(tmp_path):
+    rows = make_rows([1] * 40)
+    rows[33]["image_id"] = "i2"
+    with pytest.raises(ManifestError, match="'i2' stands twice"):
+        write_manifest(str(tmp_path), rows, shard_rows=4)
+
+
+def test_the_files_of_an_unfinished_planning_are_replaced(tmp_path):
+    write_manifest(str(tmp_path), make_rows([1] * 200), shard_rows=1)
+    write_manifest(str(tmp_path), make_rows([1]), shard_rows=1)
+    assert len(list((tmp_path / "manifest").iterdir())) == 1
