@@ -71,6 +71,7 @@ def ray_session() -> Iterator[None]:
     opened = not ray.is_initialized()
     if opened:
         ray.init(logging_level=logging.WARNING, include_dashboard=False)
+        signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put a handler of its own there
     # warnings stay; what Ray Data says of its own progress would stand beside ours
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):

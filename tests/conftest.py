@@ -52,8 +52,8 @@ def bright_checkpoint(tmp_path_factory):
         first = model.down[0]
         first.conv1.weight[0, :, 1, 1] = 1
         first.conv2.weight[0, 0, 1, 1] = 1
-        top = model.up[3]  # it takes the pooled brightness as the first of its skip channels
-        top.upconv.weight[0, 0] = 1
+        top = model.up[3]  # the last four of its channels are the skip of the first level
+        top.upconv.weight[-4, 0] = 1
         top.conv.weight[0, 0, 1, 1] = 1
         model.head.weight[0, 0] = 1
         model.head.bias.fill_(-3)

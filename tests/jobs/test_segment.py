@@ -1,0 +1,359 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from jobs import segment
+from tests.conftest import read_mask_rows, save_square
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+
+
+def run(capfd, *words):
+    """The job in this process, on the tests' cluster: exit code, the JSON line, what it logged."""
+    capfd.readouterr()
+    code = segment.main([str(word) for word in words])
+    captured = capfd.readouterr()
+    assert captured.out.count("\n") == (1 if code == 0 else 0)
+    return code, json.loads(captured.out) if code == 0 else None, captured.err
+
+
+def start(*words, **environment):
+    """The job as a user starts it."""
+    command = [sys.executable, "-m", "jobs.segment", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def without_ray(*words):
+    """The job where importing ray fails: what it does before Ray starts."""
+    code = f"import sys; sys.modules['ray'] = None; from jobs.segment import main; sys.exit(main({[*map(str, words)]!r}))"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def hard_archive(tmp_path_factory):
+    """300 images in three folders, 12 of which no one can read."""
+    folder = tmp_path_factory.mktemp("hard") / "archive"
+    rng = np.random.default_rng(0)
+    for number in range(288):
+        path = folder / f"study {number % 3}" / f"scan_{number // 3:03d}.{('png', 'jpg')[number % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (*rng.integers(20, 90, 2), 3), dtype=np.uint8)).save(path)
+    good = (folder / "study 0" / "scan_000.png").read_bytes()
+    jpeg = (folder / "study 1" / "scan_000.jpg").read_bytes()
+    bad = {
+        "empty.png": b"",
+        "empty.jpg": b"",
+        "text.png": b"Dear radiologist,",
+        "half.jpg": jpeg[: len(jpeg) // 2],
+        "half.png": good[: len(good) // 2],
+        "header.png": good[:30],
+        "zeros.tif": bytes(500),
+        "page.jpg": b"<html>404 Not Found</html>",
+        "pdf.bmp": b"%PDF-1.4 " + bytes(200),
+        "nothing.webp": b"RIFF" + bytes(8) + b"WEBP",
+        "é [1] %20.png": good[: len(good) // 3],
+    }
+    for number, (name, data) in enumerate(bad.items()):
+        (folder / f"study {number % 3}" / name).write_bytes(data)
+    Image.new("1", (20_000, 20_000)).save(folder / "study 0" / "bomb.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, hard_archive, tiny_checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    words = [str(hard_archive), str(output), "--checkpoint", str(tiny_checkpoint), "--set", "shard_rows=16"]
+    assert segment.main([*words, "--set", "prompts=[polyp, lesion]"]) == 0
+    return output
+
+
+def test_every_image_and_prompt_has_one_row_and_failures_say_why(undisturbed, hard_archive):
+    rows = read_mask_rows(undisturbed)
+    files = {str(path.relative_to(hard_archive)) for path in hard_archive.rglob("*") if path.is_file()}
+    assert len(files) == 300
+    assert set(rows) == {(name, prompt) for name in files for prompt in ("polyp", "lesion")}
+    failed = {name: row["error"] for (name, _), row in rows.items() if row["status"] == "failed"}
+    assert len(failed) == 12
+    assert failed["study 0/empty.png"].startswith("empty: ") and failed["study 0/empty.png"].endswith("0 bytes")
+    assert "20000 x 20000" in failed["study 0/bomb.png"]
+    assert all(Path(name).name in error for name, error in failed.items())
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert (summary["planned"], summary["ok"], summary["failed"], summary["rows"]) == (300, 288, 12, 600)
+    assert summary["failed_by_reason"] == {"corrupt": 9, "empty": 2, "too_large": 1}
+    for row in rows.values():
+        if row["status"] == "ok":
+            with Image.open(hard_archive / row["image_id"]) as image:
+                assert row["mask"].shape == (image.height, image.width) == (row["height"], row["width"])
+            assert row["mask"].sum() == row["area_px"]
+        else:
+            assert row["mask"] is None and row["area_px"] is None
+
+
+def test_the_output_folder_is_what_the_readme_says(undisturbed):
+    assert {path.name for path in undisturbed.iterdir()} == {"config.yaml", "manifest", "masks", "summary.json"}
+    assert [path.name for path in sorted((undisturbed / "masks").iterdir())] == [f"part-{n:08d}.parquet" for n in range(38)]
+    frame = pd.read_parquet(undisturbed / "masks")
+    assert len(frame) == 600
+    assert sorted(pd.read_parquet(undisturbed / "manifest")["image_id"]) == sorted(set(frame["image_id"]))
+
+
+def test_a_finished_run_is_left_alone_and_says_so(undisturbed, hard_archive, tiny_checkpoint):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    words = [hard_archive, undisturbed, "--checkpoint", tiny_checkpoint, "--set", "shard_rows=16"]
+    done = without_ray(*words, "--set", "prompts=[polyp, lesion]", "--set", "run.batch_size=3")
+    assert done.returncode == 0
+    assert "is finished: there is nothing to do" in done.stderr
+    assert done.stdout == (undisturbed / "summary.json").read_text()
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+
+
+def test_other_settings_on_the_same_output_are_refused_by_name(undisturbed, hard_archive, bright_checkpoint):
+    done = without_ray(hard_archive, undisturbed, "--checkpoint", bright_checkpoint, "--set", "threshold=0.3")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    for key in ("checkpoint_digest", "prompts", "shard_rows", "threshold (there 0.5, now 0.3)", "start_over=true"):
+        assert key in done.stderr
+
+
+def test_a_killed_job_run_again_has_the_rows_of_an_undisturbed_one(undisturbed, hard_archive, tiny_checkpoint, tmp_path):
+    output = tmp_path / "out"
+    words = [hard_archive, output, "--checkpoint", tiny_checkpoint, "--set", "shard_rows=16"]
+    words += ["--set", "prompts=[polyp, lesion]", "--set", "run.batch_size=1"]
+    kills = 0
+    for _ in range(3):
+        job = start(*words)
+        want = len(list(output.glob("masks/part-*"))) + random.randint(1, 12)
+        deadline = time.monotonic() + 120
+        while job.poll() is None and len(list(output.glob("masks/part-*"))) < want and time.monotonic() < deadline:
+            time.sleep(0.02)
+        kills += job.poll() is None
+        job.kill()
+        job.communicate()
+    assert kills >= 2
+    assert not (output / "summary.json").exists()
+    job = start(*words)
+    out, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err
+    summary = json.loads(out)
+    assert summary["done_before"] > 0
+    assert {path.name for path in output.glob("masks/*.parquet")} == {path.name for path in undisturbed.glob("masks/*.parquet")}
+    pd.testing.assert_frame_equal(pd.read_parquet(undisturbed / "masks"), pd.read_parquet(output / "masks"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_ends_cleanly_and_goes_on_later(ray_cluster, hard_archive, tiny_checkpoint, tmp_path, capfd, how):
+    output = tmp_path / "out"
+    words = [hard_archive, output, "--checkpoint", tiny_checkpoint, "--set", "shard_rows=8", "--set", "run.batch_size=1"]
+    job = start(*words)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("masks/part-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(how)
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, out) == (130, "")
+    assert "interrupted; the same command goes on from here" in err
+    assert "Traceback" not in err
+    code, summary, _ = run(capfd, *words)
+    assert (code, summary["ok"], summary["failed"]) == (0, 288, 12)
+
+
+def save_readable_oddities(folder):
+    """Files that need care, each with its bright square in a corner of the upright picture, and where that is."""
+    folder.mkdir()
+    corners = {
+        "two words (1) [a].png": "top left",
+        "100% %20 ü ☃.png": "top right",
+        "a::b#c?d&e.png": "bottom left",
+        "same/name.png": "bottom right",
+        "other/name.png": "top left",
+    }
+    for name, corner in corners.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        save_square(folder / name, corner=corner)
+    pixels = save_square(folder / "plain.jpg", corner="top right", quality=95)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    image.rotate(90, expand=True).save(folder / "rotated.jpg", exif=exif, quality=95)
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "sixteen.tif")
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png")
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    transparent = np.dstack([pixels, np.zeros(pixels.shape[:2], np.uint8)])
+    Image.fromarray(transparent).save(folder / "rgba.png")
+    image.save(folder / "x.webp", lossless=True)
+    image.save(folder / "x.bmp")
+    names = "plain.jpg rotated.jpg sixteen.png sixteen.tif palette.png cmyk.jpg rgba.png x.webp x.bmp"
+    return corners | dict.fromkeys(names.split(), "top right")
+
+
+def test_readable_oddities_get_their_mask_in_the_right_place(ray_cluster, bright_checkpoint, tmp_path, capfd):
+    corners = save_readable_oddities(tmp_path / "odd")
+    Image.new("RGB", (1, 1), "white").save(tmp_path / "odd" / "pixel.png")
+    code, summary, _ = run(capfd, tmp_path / "odd", tmp_path / "out", "--checkpoint", bright_checkpoint)
+    assert (code, summary["failed"], summary["ok"]) == (0, 0, len(corners) + 1)
+    rows = {image_id: row for (image_id, _), row in read_mask_rows(tmp_path / "out").items()}
+    assert set(rows) == {*corners, "pixel.png"}
+    assert rows["pixel.png"]["mask"].tolist() == [[1]]
+    for name, corner in corners.items():
+        mask = rows[name]["mask"]
+        assert mask.shape == (60, 90), name
+        expected = save_square(tmp_path / "expected.png", corner=corner)[..., 0] > 128
+        overlap = ((mask == 1) & expected).sum() / ((mask == 1) | expected).sum()
+        assert overlap > 0.6, (name, overlap)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_manifest_decides_images_ids_and_prompts(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd, kind):
+    names = sorted(path.name for path in archive.iterdir())
+    frame = pd.DataFrame({"image_uri": [f"archive/{name}" for name in names], "image_id": [f"case {n}" for n in range(6)]})
+    frame["prompt"] = ["polyp", "lesion", "polyp", None, "flat", "a, b"]
+    frame.loc[6] = {"image_uri": "archive/vanished.png", "image_id": "gone", "prompt": "polyp"}
+    manifest = tmp_path / f"list.{kind}"
+    {
+        "csv": lambda: frame.to_csv(manifest, index=False),
+        "jsonl": lambda: frame.to_json(manifest, orient="records", lines=True),
+        "parquet": lambda: frame.to_parquet(manifest),
+    }[kind]()
+    code, summary, _ = run(capfd, manifest, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "prompts=tumour")
+    assert (code, summary["failed_by_reason"]) == (0, {"missing": 1})
+    rows = read_mask_rows(tmp_path / "out")
+    prompts = ["polyp", "lesion", "polyp", "tumour", "flat", "a, b"]
+    assert set(rows) == {*((f"case {number}", prompt) for number, prompt in enumerate(prompts)), ("gone", "polyp")}
+    assert rows["gone", "polyp"]["error"] == f"missing: there is no file {tmp_path}/archive/vanished.png"
+
+
+def test_a_run_from_s3_to_s3_and_again_after_a_part_is_lost(
+    ray_cluster, s3_folder, archive, tiny_checkpoint, tmp_path, capfd
+):
+    import s3fs
+
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    odd = tmp_path / "odd"
+    corners = save_readable_oddities(odd)
+    fs.put(f"{archive}/", f"{s3_folder}/in/drawn/", recursive=True)
+    for name in corners:
+        fs.pipe_file(f"{s3_folder}/in/odd/{name}", (odd / name).read_bytes())
+    fs.pipe_file(f"{s3_folder}/in/odd/empty.png", b"")
+    fs.put(f"{tiny_checkpoint}/", f"{s3_folder}/ck/", recursive=True)
+    words = [f"{s3_folder}/in", f"{s3_folder}/out", "--checkpoint", f"{s3_folder}/ck", "--set", "shard_rows=4"]
+    code, summary, err = run(capfd, *words)
+    assert (code, summary["ok"], summary["failed_by_reason"]) == (0, 6 + len(corners), {"empty": 1}), err
+    first = read_mask_rows(f"{s3_folder}/out")
+    assert {image_id for image_id, _ in first} == {
+        *(f"drawn/{path.name}" for path in archive.iterdir()),
+        *(f"odd/{name}" for name in corners),
+        "odd/empty.png",
+    }
+    names = [name.rsplit("/", 1)[-1] for name in fs.find(f"{s3_folder}/out")]
+    assert names == ["config.yaml", "manifest-000000.parquet", *(f"part-{n:08d}.parquet" for n in range(6)), "summary.json"]
+    manifest = pd.read_parquet(f"{s3_folder}/out/manifest/manifest-000000.parquet")
+    assert manifest["etag"].str.fullmatch(r"[0-9a-f]{32}").all()
+    assert b"secret" not in b"".join(fs.cat(f"{s3_folder}/out", recursive=True).values())
+    fs.rm([f"{s3_folder}/out/masks/part-00000002.parquet", f"{s3_folder}/out/summary.json"])
+    code, summary, _ = run(capfd, *words)
+    assert (code, summary["done_before"], summary["rows"]) == (0, len(first) - 4, len(first))
+    again = read_mask_rows(f"{s3_folder}/out")
+    assert {key: row["mask_rle"] for key, row in first.items()} == {key: row["mask_rle"] for key, row in again.items()}
+
+
+def test_too_many_failures_end_the_run_and_a_higher_limit_finishes_it(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):
+    for number in range(8):
+        (archive / f"broken {number}.png").write_bytes(b"")
+    words = [archive, tmp_path / "out", "--checkpoint", tiny_checkpoint]
+    code, _, err = run(capfd, *words)
+    assert code == 1
+    assert "8 of 14 images failed, more than run.max_failed_fraction 0.5: empty: " in err
+    assert not (tmp_path / "out" / "summary.json").exists()
+    code, summary, _ = run(capfd, *words, "--set", "run.max_failed_fraction=0.9")
+    assert (code, summary["ok"], summary["failed"], summary["done_before"]) == (0, 6, 8, 14)
+
+
+def test_a_part_with_other_rows_than_planned_is_noticed(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):
+    words = [archive, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "shard_rows=3"]
+    assert run(capfd, *words)[0] == 0
+    masks = tmp_path / "out" / "masks"
+    (masks / "part-00000001.parquet").write_bytes((masks / "part-00000000.parquet").read_bytes())
+    (tmp_path / "out" / "summary.json").unlink()
+    code, _, err = run(capfd, *words)
+    assert code == 1
+    assert "part-00000001.parquet" in err and "3 rows missing" in err and "3 too many" in err
+
+
+def test_starting_over_forgets_the_run_and_nothing_else(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):
+    words = [archive, tmp_path / "out", "--checkpoint", tiny_checkpoint]
+    assert run(capfd, *words, "--set", "shard_rows=1")[0] == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "masks" / "mine.csv").write_text("mine")
+    code, summary, _ = run(capfd, *words, "--set", "shard_rows=100", "--set", "start_over=true")
+    assert (code, summary["parts"], summary["done_before"]) == (0, 1, 0)
+    assert sorted(path.name for path in (tmp_path / "out" / "masks").iterdir()) == ["mine.csv", "part-00000000.parquet"]
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_the_log_has_a_progress_line(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):
+    (archive / "broken.png").write_bytes(b"")
+    _, _, err = run(capfd, archive, tmp_path / "out", "--checkpoint", tiny_checkpoint)
+    assert "7 of 7 images (100.0 %)" in err
+    assert "images/s, 1 failed, 0:00:00 left" in err
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(archive, tiny_checkpoint, tmp_path):
+    done = without_ray(archive, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--dry-run")
+    assert done.returncode == 0
+    assert "threshold: 0.5" in done.stdout and "- polyp" in done.stdout
+    assert "# 6 images, 6 output rows" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": "nowhere"}, "nowhere' does not exist"),
+        ({"input": "texts"}, "holds no images, but 1 .txt"),
+        ({"input": "void"}, "holds no images"),
+        ({"input": "gs://bucket/x"}, "gs://bucket/x"),
+        ({"input": "what://x"}, "what://x"),
+        ({"output": "a file"}, "a file"),
+        ({"checkpoint": "void"}, "there is no checkpoint at"),
+        ({"set": "treshold=0.4"}, "did you mean 'threshold'?"),
+        ({"config": "absent.yaml"}, "absent.yaml"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence_before_ray_starts(archive, tiny_checkpoint, tmp_path, change, message):
+    (tmp_path / "void").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "a file").write_text("a")
+    names = {"input": "archive", "output": "out", "checkpoint": tiny_checkpoint, "set": "threshold=0.4"} | change
+    paths = {key: name if "://" in str(name) else tmp_path / name for key, name in names.items() if key != "set"}
+    words = [paths["input"], paths["output"], "--checkpoint", paths["checkpoint"], "--set", names["set"]]
+    started_s = time.monotonic()
+    done = without_ray(*words, *(["--config", paths["config"]] if "config" in paths else []))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert time.monotonic() - started_s < 20
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_a_bucket_that_does_not_exist_is_said_before_ray_starts(s3_server, archive, tiny_checkpoint, tmp_path):
+    done = without_ray("s3://nobucket/x", tmp_path / "out", "--checkpoint", tiny_checkpoint)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "s3://nobucket/x" in done.stderr
+    done = without_ray(archive, "s3://nobucket/out", "--checkpoint", tiny_checkpoint)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "s3://nobucket/out" in done.stderr
