@@ -8,7 +8,6 @@ task that Ray retries, or that outlives its run, can only put the same rows agai
 """
 
 import json
-import math
 import sys
 import time
 from collections import Counter
@@ -138,7 +137,7 @@ def stream_parts(run: Run, pending: list[int], board: Any) -> Any:
         .map_batches(fetch_shard, fn_args=(settings, run.image_size), batch_size=1, num_cpus=size.task_cpus)
         .map_batches(
             SegmentActor,
-            fn_constructor_args=(settings, weights, board, math.ceil(size.num_cpus)),
+            fn_constructor_args=(settings, weights, board, size.num_threads),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size.max_actors),
             num_cpus=size.num_cpus,

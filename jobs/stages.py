@@ -4,6 +4,7 @@ The CPU tasks import no torch: there are many of them, and each stays a quarter 
 """
 
 import json
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,13 +32,14 @@ class PoolSize:
     num_cpus: float
     num_gpus: float
     task_cpus: float
+    num_threads: int
 
 
 def pool_size(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> PoolSize:
     """As many actors as the cluster has GPUs, or nodes; CPU tasks keep room beside them.
 
-    Without GPUs the model takes all of a node but half a CPU, and as many threads as the node has CPUs: decoding costs
-    little next to a model on a CPU, but must never wait for it.
+    Without GPUs the model has as many threads as the node has CPUs but asks Ray for one CPU less, so that fetching and
+    writing can always run beside it: with half a CPU left, Ray Data held all writing back until the last fetch.
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = sum(node.get("GPU", 0) for node in resources)
@@ -45,11 +47,13 @@ def pool_size(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> PoolSiz
     num_gpus = settings.run.gpus_per_actor
     if num_gpus is None:
         num_gpus = 1.0 if gpus else 0.0
-    num_cpus = settings.run.cpus_per_actor or (1.0 if num_gpus else cpus - 0.5)
+    num_cpus = settings.run.cpus_per_actor or (1.0 if num_gpus else max(0.5, cpus - 1))
+    num_threads = math.ceil(num_cpus) if num_gpus or settings.run.cpus_per_actor else int(cpus)
     max_actors = settings.run.actors or (max(1, int(gpus / num_gpus)) if num_gpus else len(resources))
     # unequal CPUs keep Ray from fusing the fetching tasks into the actors, which would decode on the model's time
     task_cpus = 0.75 if num_gpus else 0.25
-    return PoolSize(max_actors, num_cpus, num_gpus, task_cpus if task_cpus != num_cpus else task_cpus / 2)
+    task_cpus = task_cpus / 2 if task_cpus == num_cpus else task_cpus
+    return PoolSize(max_actors, num_cpus, num_gpus, task_cpus, num_threads)
 
 
 def fetch_shard(batch: dict[str, np.ndarray], settings: SegmentSettings, image_size: int) -> dict[str, Any]:
