@@ -14,7 +14,16 @@ def ids(uri, **options):
 
 @pytest.fixture
 def tree(tmp_path):
-    names = ["b.jpg", "a.PNG", "sub/b.jpg", "sub/deep/c.tiff", "notes.txt", "README", "._b.jpg", "d [1] 100% ü::x#?.jpg"]
+    names = [
+        "b.jpg",
+        "a.PNG",
+        "sub/b.jpg",
+        "sub/deep/c.tiff",
+        "notes.txt",
+        "README",
+        "._b.jpg",
+        "d [1] 100% ü::x#?.jpg",
+    ]
     for name in names:
         path = tmp_path / "tree" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +98,9 @@ def test_manifests_give_ids_places_and_prompts(tmp_path, name, write):
 
 def test_a_csv_is_text_all_through(tmp_path):
     path = tmp_path / "m.csv"
-    path.write_text('image_uri,image_id,prompt\nx.png,007,"a, b"\ny.png,,\n"two\nlines.png",NA,NA\n', encoding="utf-8-sig")
+    path.write_text(
+        'image_uri,image_id,prompt\nx.png,007,"a, b"\ny.png,,\n"two\nlines.png",NA,NA\n', encoding="utf-8-sig"
+    )
     rows = list(open_archive(str(path), ("default",)).rows)
     assert [row["image_id"] for row in rows] == ["007", "y.png", "NA"]
     assert [row["prompts"] for row in rows] == [["a, b"], ["default"], ["NA"]]

@@ -61,7 +61,9 @@ def test_weights_that_do_not_fit_are_named_with_their_shapes(copy):
     weights["head.weight"] = torch.zeros(2, 3, 1, 1)
     del weights["expand.bias"]
     safetensors.torch.save_file(weights, copy / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"in 2 places: expand\.bias: none instead of \(78,\); head\.weight: \(2, 3"):
+    with pytest.raises(
+        CheckpointError, match=r"in 2 places: expand\.bias: none instead of \(78,\); head\.weight: \(2, 3"
+    ):
         vlsm.load_checkpoint(copy)
 
 
@@ -106,6 +108,15 @@ def test_pretrained_weights_become_a_checkpoint_by_one_command(tmp_path):
     from tests.tiny import save_tiny_clipseg
 
     source = save_tiny_clipseg(tmp_path / "hub")
-    command = [sys.executable, "-m", "vlsm.checkpoints", str(tmp_path / "ck"), "--model", "clipseg", "--prompt", "polyp"]
+    command = [
+        sys.executable,
+        "-m",
+        "vlsm.checkpoints",
+        str(tmp_path / "ck"),
+        "--model",
+        "clipseg",
+        "--prompt",
+        "polyp",
+    ]
     subprocess.run([*command, "--set", f"source={source}", "--set", "image_size=64"], check=True, timeout=120)
     assert vlsm.load_checkpoint(tmp_path / "ck").settings.prompt == "polyp"

@@ -33,7 +33,10 @@ def assert_same(expected, actual):
 
 def test_a_prediction_never_depends_on_its_batch_mates(checkpoint, images):
     together = vlsm.Segmenter(checkpoint, batch_size=5).predict_logits(images, PROMPTS)
-    alone = [vlsm.Segmenter(checkpoint, batch_size=1).predict_logits(images[i : i + 1], PROMPTS[i : i + 1])[0] for i in range(5)]
+    alone = [
+        vlsm.Segmenter(checkpoint, batch_size=1).predict_logits(images[i : i + 1], PROMPTS[i : i + 1])[0]
+        for i in range(5)
+    ]
     assert_same(alone, together)
     order = [3, 0, 4, 2, 1]
     mixed = vlsm.Segmenter(checkpoint, batch_size=2).predict_logits(images[order], [PROMPTS[i] for i in order])
@@ -44,8 +47,12 @@ def test_each_prompt_is_encoded_once_and_each_image_once(checkpoint, images, mon
     segmenter = vlsm.Segmenter(checkpoint, batch_size=2)
     encoded, seen = [], []
     encode_prompts, encode_images = checkpoint.model.encode_prompts, checkpoint.model.encode_images
-    monkeypatch.setattr(checkpoint.model, "encode_prompts", lambda texts: encoded.extend(texts) or encode_prompts(texts))
-    monkeypatch.setattr(checkpoint.model, "encode_images", lambda values: seen.append(len(values)) or encode_images(values))
+    monkeypatch.setattr(
+        checkpoint.model, "encode_prompts", lambda texts: encoded.extend(texts) or encode_prompts(texts)
+    )
+    monkeypatch.setattr(
+        checkpoint.model, "encode_images", lambda values: seen.append(len(values)) or encode_images(values)
+    )
     segmenter.predict_logits(images, PROMPTS)
     segmenter.predict_logits(images, PROMPTS)
     assert sorted(encoded) == sorted({text for texts in PROMPTS for text in texts})
@@ -56,7 +63,11 @@ def test_masks_have_the_size_of_their_images(checkpoint):
     images = [np.zeros((h, w, 3), np.uint8) for h, w in ((50, 70), (1, 1), (200, 33))]
     segmenter = vlsm.Segmenter(checkpoint)
     assert [mask.shape for mask in segmenter.segment(images, "polyp")] == [(50, 70), (1, 1), (200, 33)]
-    assert [mask.shape for mask in segmenter.segment(images, ["polyp", "lesion"])] == [(2, 50, 70), (2, 1, 1), (2, 200, 33)]
+    assert [mask.shape for mask in segmenter.segment(images, ["polyp", "lesion"])] == [
+        (2, 50, 70),
+        (2, 1, 1),
+        (2, 200, 33),
+    ]
     assert segmenter.segment([], "polyp") == []
 
 

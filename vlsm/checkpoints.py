@@ -192,7 +192,7 @@ def _check_weights(model: "SegmentationModel", weights: dict[str, Any], uri: str
         raise CheckpointError(f"the weights of checkpoint {uri!r} do not fit its model in {len(wrong)} places: {shown}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Make a checkpoint directory from pretrained weights."""
     parser = argparse.ArgumentParser(prog="python -m vlsm.checkpoints", description=main.__doc__)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint directory to write")
@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="an option of the model")
     parser.add_argument("--prompt", default="", help="what to segment where a run names no prompt")
     parser.add_argument("--threshold", type=float, default=0.5, help="a probability (default 0.5)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         save_checkpoint(
             build_model(args.model, **parse_assignments(args.set)), args.directory, args.prompt, args.threshold

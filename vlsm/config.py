@@ -25,11 +25,11 @@ class Settings(BaseModel):
 class RunSettings(Settings):
     """How a run is carried out: nothing here can change a row, so it may differ when a run is resumed."""
 
-    actors: int | None = Field(None, ge=1, description="model actors; one per GPU of the cluster, or per node, unless told")
-    gpus_per_actor: float | None = Field(None, ge=0, description="1 where the cluster has GPUs, else 0, unless told")
-    cpus_per_actor: float | None = Field(
-        None, gt=0, description="1 beside a GPU, else a node's but one, unless told"
+    actors: int | None = Field(
+        None, ge=1, description="model actors; one per GPU of the cluster, or per node, unless told"
     )
+    gpus_per_actor: float | None = Field(None, ge=0, description="1 where the cluster has GPUs, else 0, unless told")
+    cpus_per_actor: float | None = Field(None, gt=0, description="1 beside a GPU, else a node's but one, unless told")
     batch_size: int = Field(8, ge=1, description="images that go through the model at once")
     fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads at the same time")
     max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger share of failed images ends the run")

@@ -38,7 +38,9 @@ def start(*words, **environment):
 
 def without_ray(*words):
     """The job where importing ray fails: what it does before Ray starts."""
-    code = f"import sys; sys.modules['ray'] = None; from jobs.segment import main; sys.exit(main({[*map(str, words)]!r}))"
+    code = (
+        f"import sys; sys.modules['ray'] = None; from jobs.segment import main; sys.exit(main({[*map(str, words)]!r}))"
+    )
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
@@ -104,7 +106,9 @@ def test_every_image_and_prompt_has_one_row_and_failures_say_why(undisturbed, ha
 
 def test_the_output_folder_is_what_the_readme_says(undisturbed):
     assert {path.name for path in undisturbed.iterdir()} == {"config.yaml", "manifest", "masks", "summary.json"}
-    assert [path.name for path in sorted((undisturbed / "masks").iterdir())] == [f"part-{n:08d}.parquet" for n in range(38)]
+    assert [path.name for path in sorted((undisturbed / "masks").iterdir())] == [
+        f"part-{n:08d}.parquet" for n in range(38)
+    ]
     frame = pd.read_parquet(undisturbed / "masks")
     assert len(frame) == 600
     assert sorted(pd.read_parquet(undisturbed / "manifest")["image_id"]) == sorted(set(frame["image_id"]))
@@ -128,7 +132,9 @@ def test_other_settings_on_the_same_output_are_refused_by_name(undisturbed, hard
         assert key in done.stderr
 
 
-def test_a_killed_job_run_again_has_the_rows_of_an_undisturbed_one(undisturbed, hard_archive, tiny_checkpoint, tmp_path):
+def test_a_killed_job_run_again_has_the_rows_of_an_undisturbed_one(
+    undisturbed, hard_archive, tiny_checkpoint, tmp_path
+):
     output = tmp_path / "out"
     words = [hard_archive, output, "--checkpoint", tiny_checkpoint, "--set", "shard_rows=16"]
     words += ["--set", "prompts=[polyp, lesion]", "--set", "run.batch_size=1"]
@@ -149,14 +155,27 @@ def test_a_killed_job_run_again_has_the_rows_of_an_undisturbed_one(undisturbed, 
     assert job.returncode == 0, err
     summary = json.loads(out)
     assert summary["done_before"] > 0
-    assert {path.name for path in output.glob("masks/*.parquet")} == {path.name for path in undisturbed.glob("masks/*.parquet")}
+    assert {path.name for path in output.glob("masks/*.parquet")} == {
+        path.name for path in undisturbed.glob("masks/*.parquet")
+    }
     pd.testing.assert_frame_equal(pd.read_parquet(undisturbed / "masks"), pd.read_parquet(output / "masks"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_job_ends_cleanly_and_goes_on_later(ray_cluster, hard_archive, tiny_checkpoint, tmp_path, capfd, how):
+def test_an_interrupted_job_ends_cleanly_and_goes_on_later(
+    ray_cluster, hard_archive, tiny_checkpoint, tmp_path, capfd, how
+):
     output = tmp_path / "out"
-    words = [hard_archive, output, "--checkpoint", tiny_checkpoint, "--set", "shard_rows=8", "--set", "run.batch_size=1"]
+    words = [
+        hard_archive,
+        output,
+        "--checkpoint",
+        tiny_checkpoint,
+        "--set",
+        "shard_rows=8",
+        "--set",
+        "run.batch_size=1",
+    ]
     job = start(*words)
     deadline = time.monotonic() + 120
     while not list(output.glob("masks/part-*")) and time.monotonic() < deadline:
@@ -219,7 +238,9 @@ def test_readable_oddities_get_their_mask_in_the_right_place(ray_cluster, bright
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_a_manifest_decides_images_ids_and_prompts(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd, kind):
     names = sorted(path.name for path in archive.iterdir())
-    frame = pd.DataFrame({"image_uri": [f"archive/{name}" for name in names], "image_id": [f"case {n}" for n in range(6)]})
+    frame = pd.DataFrame(
+        {"image_uri": [f"archive/{name}" for name in names], "image_id": [f"case {n}" for n in range(6)]}
+    )
     frame["prompt"] = ["polyp", "lesion", "polyp", None, "flat", "a, b"]
     frame.loc[6] = {"image_uri": "archive/vanished.png", "image_id": "gone", "prompt": "polyp"}
     manifest = tmp_path / f"list.{kind}"
@@ -228,7 +249,9 @@ def test_a_manifest_decides_images_ids_and_prompts(ray_cluster, archive, tiny_ch
         "jsonl": lambda: frame.to_json(manifest, orient="records", lines=True),
         "parquet": lambda: frame.to_parquet(manifest),
     }[kind]()
-    code, summary, _ = run(capfd, manifest, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "prompts=tumour")
+    code, summary, _ = run(
+        capfd, manifest, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "prompts=tumour"
+    )
     assert (code, summary["failed_by_reason"]) == (0, {"missing": 1})
     rows = read_mask_rows(tmp_path / "out")
     prompts = ["polyp", "lesion", "polyp", "tumour", "flat", "a, b"]
@@ -259,7 +282,12 @@ def test_a_run_from_s3_to_s3_and_again_after_a_part_is_lost(
         "odd/empty.png",
     }
     names = [name.rsplit("/", 1)[-1] for name in fs.find(f"{s3_folder}/out")]
-    assert names == ["config.yaml", "manifest-000000.parquet", *(f"part-{n:08d}.parquet" for n in range(6)), "summary.json"]
+    assert names == [
+        "config.yaml",
+        "manifest-000000.parquet",
+        *(f"part-{n:08d}.parquet" for n in range(6)),
+        "summary.json",
+    ]
     manifest = pd.read_parquet(f"{s3_folder}/out/manifest/manifest-000000.parquet")
     assert manifest["etag"].str.fullmatch(r"[0-9a-f]{32}").all()
     assert b"secret" not in b"".join(fs.cat(f"{s3_folder}/out", recursive=True).values())
@@ -270,7 +298,9 @@ def test_a_run_from_s3_to_s3_and_again_after_a_part_is_lost(
     assert {key: row["mask_rle"] for key, row in first.items()} == {key: row["mask_rle"] for key, row in again.items()}
 
 
-def test_too_many_failures_end_the_run_and_a_higher_limit_finishes_it(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):
+def test_too_many_failures_end_the_run_and_a_higher_limit_finishes_it(
+    ray_cluster, archive, tiny_checkpoint, tmp_path, capfd
+):
     for number in range(8):
         (archive / f"broken {number}.png").write_bytes(b"")
     words = [archive, tmp_path / "out", "--checkpoint", tiny_checkpoint]

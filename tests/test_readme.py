@@ -1,0 +1,52 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vlsm.schema import RESULT_SCHEMA
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+def test_the_table_of_columns_is_the_schema():
+    rows = re.findall(r"^\| (`.+?) \| ", README, re.M)
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == RESULT_SCHEMA.names
+
+
+def test_the_map_names_every_module():
+    stated = set(re.findall(r"^  (\w+\.py) ", README, re.M))
+    modules = [*ROOT.glob("jobs/*.py"), *ROOT.glob("vlsm/*.py")]
+    assert stated == {path.name for path in modules if path.name not in ("__init__.py", "errors.py")}
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
+def test_every_command_is_understood_by_its_parser(command, monkeypatch):
+    from jobs import segment
+    from vlsm import checkpoints, export
+
+    module, *words = shlex.split(command)[2:]
+    seen = []
+    monkeypatch.setattr(segment, "segment", lambda settings: seen.append(settings))
+    monkeypatch.setattr(segment, "dry_run", lambda settings: seen.append(settings))
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
+    monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
+    monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
+    main = {"jobs.segment": segment.main, "vlsm.export": export.main, "vlsm.checkpoints": checkpoints.main}[module]
+    assert main(words) == 0
+    assert seen
+
+
+def test_the_reasons_are_those_of_the_code():
+    from vlsm.errors import ImageError
+
+    assert f"reasons: {', '.join(ImageError.REASONS)}" in README
+
+
+def test_ci_runs_the_test_command():
+    install, test = (part.strip() for part in COMMANDS[1].split("uv pip install")[1].split("&&"))
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert f"uv pip install -q {install}" in ci
+    assert test in ci

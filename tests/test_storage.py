@@ -1,0 +1,97 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vlsm import storage
+from vlsm.errors import ConfigError, ImageError, StorageError
+
+
+def reason_of(uri, size_bytes=None, max_bytes=1000):
+    with pytest.raises(ImageError) as caught:
+        storage.read_image_bytes(str(uri), size_bytes, max_bytes)
+    return caught.value.reason
+
+
+def test_what_keeps_a_file_from_being_read_has_its_own_reason(tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "large").write_bytes(bytes(1001))
+    assert reason_of(tmp_path / "empty") == "empty"
+    assert reason_of(tmp_path / "large") == "too_large"
+    assert reason_of(tmp_path / "absent") == "missing"
+    assert reason_of(tmp_path, size_bytes=10) == "unreadable"
+
+
+def test_a_file_without_read_permission_is_forbidden(tmp_path):
+    path = tmp_path / "secret.png"
+    path.write_bytes(b"x")
+    path.chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(folder.stat().st_mode | 0o111)
+    code = f"""
+import os
+from vlsm import storage
+storage.open_uri("x")
+if os.getuid() == 0:
+    os.setuid(65534)  # root may read everything
+try:
+    storage.read_image_bytes({str(path)!r}, 1, 1000)
+except Exception as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"forbidden: no permission to read {path}\n"
+
+
+def test_reasons_in_an_object_store_are_the_same(s3_folder):
+    storage.write_bytes(f"{s3_folder}/empty.png", b"")
+    storage.write_bytes(f"{s3_folder}/a b%20[1]#.png", b"abc")
+    assert reason_of(f"{s3_folder}/empty.png") == "empty"
+    assert reason_of(f"{s3_folder}/absent.png") == "missing"
+    assert reason_of(f"{s3_folder}/absent.png", size_bytes=3) == "missing"
+    assert storage.read_image_bytes(f"{s3_folder}/a b%20[1]#.png", None, 1000) == b"abc"
+
+
+def test_a_store_that_stays_away_is_no_bad_image(monkeypatch):
+    delays = []
+    monkeypatch.setattr(storage.time, "sleep", delays.append)
+
+    def fail():
+        raise OSError("connection reset")
+
+    with pytest.raises(StorageError, match="could not be reached in 4 tries: connection reset"):
+        storage.with_retries(fail, "s3://bucket/x")
+    assert delays == [0.5, 2.0, 8.0]
+
+
+def test_a_store_that_comes_back_is_used(monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda delay_s: None)
+    answers = iter([OSError("reset"), TimeoutError(), b"data"])
+
+    def call():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert storage.with_retries(call, "s3://bucket/x") == b"data"
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_debris(tmp_path, monkeypatch):
+    path = tmp_path / "part"
+    storage.write_bytes(str(path), b"old")
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        storage.write_bytes(str(path), b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["part"]
+
+
+def test_a_scheme_that_nobody_knows_is_said():
+    with pytest.raises(ConfigError, match="use a local path or s3://"):
+        storage.open_uri("what://x/y")
