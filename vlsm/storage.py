@@ -23,7 +23,7 @@ _S3_OPTIONS = {
         "max_pool_connections": 64,
         "connect_timeout": 10,
         "read_timeout": 60,
-        "retries": {"mode": "standard", "max_attempts": 5},
+        "retries": {"mode": "standard", "max_attempts": 1},  # s3fs and with_retries try again
     },
 }
 _RETRY_DELAYS_S = (0.5, 2.0, 8.0)

@@ -142,7 +142,7 @@ def test_a_killed_job_run_again_has_the_rows_of_an_undisturbed_one(
     for _ in range(3):
         job = start(*words)
         want = len(list(output.glob("masks/part-*"))) + random.randint(1, 12)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while job.poll() is None and len(list(output.glob("masks/part-*"))) < want and time.monotonic() < deadline:
             time.sleep(0.02)
         kills += job.poll() is None
@@ -177,11 +177,11 @@ def test_an_interrupted_job_ends_cleanly_and_goes_on_later(
         "run.batch_size=1",
     ]
     job = start(*words)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not list(output.glob("masks/part-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     job.send_signal(how)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=240)
     assert (job.returncode, out) == (130, "")
     assert "interrupted; the same command goes on from here" in err
     assert "Traceback" not in err
