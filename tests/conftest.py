@@ -79,8 +79,11 @@ def archive(drawn, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """Two CPUs of Ray for all tests, which subprocesses join through RAY_ADDRESS."""
+def ray_cluster(s3_server):
+    """Two CPUs of Ray for all tests, which subprocesses join through RAY_ADDRESS.
+
+    The S3 server comes first: workers inherit the environment of the time when Ray starts.
+    """
     import ray
 
     context = ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=600 * 2**20)

@@ -31,14 +31,16 @@ logger = logging.getLogger("vlsm")
 
 _MAX_NAME_BYTES = 180
 
+Filters = list[tuple[str, str, Any]] | None
 
-def export_masks(output: str, directory: str | Path, filters: Any = None, limit: int | None = None) -> int:
+
+def export_masks(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
     """Write every mask as a PNG of 0 and 255, at `DIR/IMAGE_ID.PROMPT.png`.
 
     Args:
         output: OUTPUT of a segment run, local or on an object store.
         directory: a local folder; it is made where it does not exist.
-        filters: which rows, as `vlsm.read_masks` takes them.
+        filters: which rows, as a list of (column, operator, value): [("confidence", "<", 0.6)].
         limit: rows at most.
 
     Returns:
@@ -50,7 +52,7 @@ def export_masks(output: str, directory: str | Path, filters: Any = None, limit:
     return sum(_write_png(_file_path(directory, row), row["mask"] * 255) for row in _ok_rows(output, filters, limit))
 
 
-def export_overlays(output: str, directory: str | Path, filters: Any = None, limit: int | None = None) -> int:
+def export_overlays(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
     """Write every mask drawn on its image as a PNG; arguments, result and errors as for `export_masks`.
 
     Images are read again from where they were. One that is no longer there is passed over with a warning.
@@ -70,7 +72,7 @@ def export_overlays(output: str, directory: str | Path, filters: Any = None, lim
     return num_written
 
 
-def export_coco(output: str, directory: str | Path, filters: Any = None, limit: int | None = None) -> int:
+def export_coco(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
     """Write `DIR/coco.json`: an annotation per mask that is not empty, a category per prompt, `score` the confidence.
 
     Arguments and errors as for `export_masks`; the result counts annotations. Written as it is read, so that an archive
@@ -117,7 +119,7 @@ def export_coco(output: str, directory: str | Path, filters: Any = None, limit: 
 FORMATS = {"masks": export_masks, "overlays": export_overlays, "coco": export_coco}
 
 
-def _rows(output: str, filters: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
+def _rows(output: str, filters: Filters, columns: list[str]) -> Iterator[dict[str, Any]]:
     expression = pq.filters_to_expression([("status", "==", "ok"), *(filters or [])])
     for batch in open_results(output).to_batches(columns=columns, filter=expression, batch_size=1024):
         yield from batch.to_pylist()
@@ -127,7 +129,7 @@ def _limited(rows: Iterable[dict[str, Any]], limit: int | None) -> Iterator[dict
     return itertools.islice(rows, limit)
 
 
-def _ok_rows(output: str, filters: Any, limit: int | None) -> Iterator[dict[str, Any]]:
+def _ok_rows(output: str, filters: Filters, limit: int | None) -> Iterator[dict[str, Any]]:
     chosen = [("status", "==", "ok"), *(filters or [])]
     rows = read_masks(output, chosen, columns=["image_id", "image_uri", "prompt"])
     total = open_results(output).count_rows(filter=pq.filters_to_expression(chosen))

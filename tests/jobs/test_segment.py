@@ -387,3 +387,25 @@ def test_a_bucket_that_does_not_exist_is_said_before_ray_starts(s3_server, archi
     done = without_ray(archive, "s3://nobucket/out", "--checkpoint", tiny_checkpoint)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "s3://nobucket/out" in done.stderr
+
+
+def test_clipseg_gives_each_prompt_a_mask_of_its_own(ray_cluster, archive, tmp_path, capfd):
+    import vlsm
+    from tests.tiny import save_tiny_clipseg
+    from vlsm.images import decode_image
+
+    model = vlsm.build_model("clipseg", source=str(save_tiny_clipseg(tmp_path / "hub")), image_size=64)
+    vlsm.save_checkpoint(model, tmp_path / "ck", prompt="polyp")
+    prompts = ["polyp", "a round lesion of the left"]
+    words = [archive, tmp_path / "out", "--checkpoint", tmp_path / "ck", "--set", f"prompts={prompts}"]
+    code, summary, err = run(capfd, *words, "--set", "threshold=0.45")
+    assert (code, summary["ok"], summary["rows"]) == (0, 6, 12), err
+    segmenter = vlsm.Segmenter(vlsm.load_checkpoint(tmp_path / "ck"))
+    rows = read_mask_rows(tmp_path / "out")
+    for path in archive.iterdir():
+        expected = segmenter.segment([decode_image(path.read_bytes(), "x")], prompts, threshold=0.45)[0]
+        for prompt, mask in zip(prompts, expected, strict=True):
+            assert (rows[path.name, prompt]["mask"] != mask).mean() < 0.01  # logits travel as float16
+    assert any(
+        (rows[path.name, prompts[0]]["mask"] != rows[path.name, prompts[1]]["mask"]).any() for path in archive.iterdir()
+    )
