@@ -384,9 +384,14 @@ def test_a_bucket_that_does_not_exist_is_said_before_ray_starts(s3_server, archi
     done = without_ray("s3://nobucket/x", tmp_path / "out", "--checkpoint", tiny_checkpoint)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "s3://nobucket/x" in done.stderr
-    done = without_ray(archive, "s3://nobucket/out", "--checkpoint", tiny_checkpoint)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "s3://nobucket/out" in done.stderr
+
+
+def test_a_store_that_refuses_the_output_is_said_before_ray_starts(s3_folder, archive, tiny_checkpoint, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrongsecret")
+    done = without_ray(archive, f"{s3_folder}/out", "--checkpoint", tiny_checkpoint)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"{s3_folder}/out" in done.stderr
+    assert "wrongsecret" not in done.stderr
 
 
 def test_clipseg_gives_each_prompt_a_mask_of_its_own(ray_cluster, archive, tmp_path, capfd):
