@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,9 +83,23 @@ def ray_session() -> Iterator[None]:
     context.print_on_execution_start = False
     try:
         yield
+    except BaseException as error:
+        _release_frames(error)
+        raise
     finally:
         if opened:
             ray.shutdown()
+
+
+def _release_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold.
+
+    A stream that was interrupted between two rows lives on there; released after Ray has gone, it would start Ray anew
+    to cancel its tasks.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _interrupt(signum: int, frame: object) -> None:
