@@ -1,6 +1,7 @@
 """How far a run is: a live bar on a terminal, a line every ten seconds in a log."""
 
 import datetime
+import os
 import sys
 import threading
 import time
@@ -51,7 +52,7 @@ class Progress:
         self._stop = threading.Event()
         self._bar = (
             tqdm(total=total, initial=done, unit="image", unit_scale=False, smoothing=0.05, dynamic_ncols=True)
-            if sys.stderr.isatty()
+            if _has_columns()
             else None
         )
         self._thread = threading.Thread(target=self._tick, daemon=True)
@@ -96,3 +97,8 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _has_columns() -> bool:
+    """Whether stderr is a terminal that a bar fits on; those of some containers are 0 columns wide."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
