@@ -100,7 +100,7 @@ def _image_rows(  # noqa: PLR0913 - one place that knows how a listed file becom
 
 def _read_manifest(uri: str, prompts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
-    for number, row in enumerate(_manifest_records(uri), start=1):
+    for number, row in enumerate(read_manifest_rows(uri), start=1):
         image_uri = row.get("image_uri")
         if not isinstance(image_uri, str) or not image_uri:
             raise ManifestError(f"{uri}, row {number}: image_uri is {image_uri!r}; it must name an image")
@@ -127,7 +127,12 @@ def _row_prompts(row: dict[str, Any], prompts: tuple[str, ...], where: str) -> l
     return list(dict.fromkeys(own))
 
 
-def _manifest_records(uri: str) -> Iterator[dict[str, Any]]:
+def read_manifest_rows(uri: str) -> Iterator[dict[str, Any]]:
+    """The rows of a manifest as they are written.
+
+    Raises:
+        ManifestError: it cannot be read, or has no image_uri.
+    """
     fs, path = storage.open_uri(uri)
     try:
         with fs.open(path, "rb") as file:

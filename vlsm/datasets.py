@@ -1,0 +1,122 @@
+"""Labelled datasets as records: the layout that MedVLSM's splits use, or a manifest with masks."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from vlsm import storage
+from vlsm.archive import MANIFEST_EXTENSIONS, read_manifest_rows
+from vlsm.errors import ConfigError, ManifestError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image, one of its masks, and what to call it. An image with several findings has as many records.
+
+    Attributes:
+        dataset: name of the dataset.
+        split: one of SPLITS.
+        where: the file and position that it was read from, for messages.
+        image_uri: of the image.
+        mask_uri: of the mask.
+        prompts: alternative texts by the name of their kind, such as p1; one at least of each.
+    """
+
+    dataset: str
+    split: str
+    where: str
+    image_uri: str
+    mask_uri: str
+    prompts: dict[str, tuple[str, ...]]
+
+
+def read_dataset(name: str, uri: str) -> list[Record]:
+    """All records of a dataset, in the order of its files.
+
+    Args:
+        name: what to call it.
+        uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`, or a manifest (.parquet, .csv,
+            .jsonl) with `image_uri`, `mask_uri`, `split`, and optionally `prompt` or `prompts` and `dataset`; relative
+            locations start from the manifest's folder.
+
+    Raises:
+        ConfigError: there is no dataset at the location.
+        ManifestError: a list cannot be read, or a record lacks what it needs or points outside its folder.
+
+    Source: the layout is MedVLSM's, MIDL 2024, arXiv 2308.07706.
+    """
+    uri = storage.absolute(uri)
+    if uri.lower().endswith(MANIFEST_EXTENSIONS):
+        if not storage.exists(uri):
+            raise ConfigError(f"dataset {name}: there is no manifest at {uri!r}")
+        return list(_manifest_records(name, uri))
+    lists = [split for split in SPLITS if storage.exists(storage.join(uri, "anns", f"{split}.json"))]
+    if not lists:
+        raise ConfigError(f"dataset {name}: {uri!r} has no anns/train.json, anns/val.json or anns/test.json")
+    return [record for split in lists for record in _layout_records(name, uri, split)]
+
+
+def _layout_records(name: str, uri: str, split: str) -> Iterator[Record]:
+    location = storage.join(uri, "anns", f"{split}.json")
+    try:
+        rows = json.loads(storage.read_bytes(location))
+    except ValueError as error:
+        raise ManifestError(f"dataset {name}: {location} is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ManifestError(f"dataset {name}: {location} holds a {type(rows).__name__}; it must be a list of records")
+    for number, row in enumerate(rows, start=1):
+        where = f"{location}, record {number}"
+        if not isinstance(row, dict):
+            raise ManifestError(f"{where} is {row!r}; it must be an object")
+        image, mask = (_file_name(row, key, where) for key in ("img_name", "mask_name"))
+        prompts = row.get("prompts")
+        if not isinstance(prompts, dict):
+            raise ManifestError(f"{where}: prompts are {prompts!r}; they must be named, such as p1")
+        yield Record(
+            name,
+            split,
+            where,
+            storage.join(uri, "images", image),
+            storage.join(uri, "masks", mask),
+            {kind: _texts(texts, f"{where}, prompt {kind}") for kind, texts in prompts.items()},
+        )
+
+
+def _manifest_records(name: str, uri: str) -> Iterator[Record]:
+    folder = uri.rsplit("/", 1)[0]
+    for number, row in enumerate(read_manifest_rows(uri), start=1):
+        where = f"{uri}, row {number}"
+        locations = [row.get(key) for key in ("image_uri", "mask_uri")]
+        if not all(isinstance(location, str) and location for location in locations):
+            raise ManifestError(f"{where}: image_uri and mask_uri are {locations}; both must name a file")
+        split = row.get("split")
+        if split not in SPLITS:
+            raise ManifestError(f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        image_uri, mask_uri = (
+            location if "://" in location or location.startswith("/") else storage.join(folder, location)
+            for location in map(str, locations)
+        )
+        texts = row.get("prompts") if row.get("prompts") is not None else row.get("prompt")
+        prompts = {} if texts is None else {"p1": _texts(texts, f"{where}, prompts")}
+        yield Record(str(row.get("dataset") or name), str(split), where, image_uri, mask_uri, prompts)
+
+
+def _file_name(row: dict[str, Any], key: str, where: str) -> str:
+    """A file below the dataset's folder; sub-folders are allowed, ways out of it are not."""
+    name = row.get(key)
+    if not isinstance(name, str) or not name:
+        raise ManifestError(f"{where}: {key} is {name!r}; it must name a file")
+    if name.startswith("/") or ".." in PurePosixPath(name).parts or "://" in name:
+        raise ManifestError(f"{where}: {key} is {name!r}; it must lie below the dataset's folder")
+    return name
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ManifestError(f"{where} is {value!r}; it must be a text or a list of texts")
+    return texts
