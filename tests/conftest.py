@@ -49,14 +49,15 @@ def bright_checkpoint(tmp_path_factory):
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.fill_(1)
-        first = model.down[0]
+        network = model.network
+        first = network.down[0]
         first.conv1.weight[0, :, 1, 1] = 1
         first.conv2.weight[0, 0, 1, 1] = 1
-        top = model.up[3]  # the last four of its channels are the skip of the first level
+        top = network.up[3]  # the last four of its channels are the skip of the first level
         top.upconv.weight[-4, 0] = 1
         top.conv.weight[0, 0, 1, 1] = 1
-        model.head.weight[0, 0] = 1
-        model.head.bias.fill_(-3)
+        network.head.weight[0, 0] = 1
+        network.head.bias.fill_(-3)
     folder = tmp_path_factory.mktemp("bright")
     vlsm.save_checkpoint(model, folder, prompt="bright")
     return folder

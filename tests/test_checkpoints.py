@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import vlsm
-from vlsm.checkpoints import digest_files, read_checkpoint
+from vlsm.checkpoints import digest_files, main, read_checkpoint
 from vlsm.errors import CheckpointError
 
 
@@ -58,11 +58,12 @@ def test_a_pickle_in_the_folder_is_refused(copy):
 
 def test_weights_that_do_not_fit_are_named_with_their_shapes(copy):
     weights = safetensors.torch.load_file(copy / "model.safetensors")
-    weights["head.weight"] = torch.zeros(2, 3, 1, 1)
-    del weights["expand.bias"]
+    weights["network.head.weight"] = torch.zeros(2, 3, 1, 1)
+    del weights["network.expand.bias"]
     safetensors.torch.save_file(weights, copy / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"in 2 places: expand\.bias: none instead of \(78,\); head\.weight: \(2, 3"
+        CheckpointError,
+        match=r"in 2 places: network\.expand\.bias: none instead of \(78,\); network\.head\.weight: \(2, 3",
     ):
         vlsm.load_checkpoint(copy)
 
@@ -120,3 +121,38 @@ def test_pretrained_weights_become_a_checkpoint_by_one_command(tmp_path):
     ]
     subprocess.run([*command, "--set", f"source={source}", "--set", "image_size=64"], check=True, timeout=120)
     assert vlsm.load_checkpoint(tmp_path / "ck").settings.prompt == "polyp"
+
+
+def test_what_a_replaced_checkpoint_had_besides_is_gone(tiny_checkpoint, tmp_path):
+    (tmp_path / "clipseg").mkdir()
+    (tmp_path / "clipseg" / "config.json").write_text("{}")
+    model = vlsm.load_checkpoint(tiny_checkpoint).model
+    vlsm.save_checkpoint(model, tmp_path, prompt="polyp")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.yaml", "model.safetensors"]
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "checkpoint.yaml").stat().st_mode
+
+
+def test_an_image_size_that_is_not_the_models_is_refused(copy):
+    path = copy / "checkpoint.yaml"
+    path.write_text(path.read_text().replace("\n  size: 32", "\n  size: 48"))
+    with pytest.raises(CheckpointError, match="image.size is 48; its unet_d takes 32 pixels"):
+        vlsm.load_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["DIR", "--model", "unet_d", "--threshold", "2"], "--threshold is 2.0; it must be a probability"),
+        (["s3://bucket/x", "--model", "unet_d", "--set", "width=4"], "s3://bucket/x is not on the local disk"),
+        (["DIR", "--model", "unet_d", "--set", "name=x"], "unknown key 'name'"),
+        (["FILE/x", "--model", "unet_d", "--set", "width=4"], "Not a directory"),
+        (["TINY", "--model", "unet_d"], "already; --overwrite replaces it"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(tiny_checkpoint, tmp_path, capsys, words, message):
+    (tmp_path / "file").write_text("")
+    places = {"DIR": str(tmp_path / "dir"), "FILE/x": str(tmp_path / "file" / "x"), "TINY": str(tiny_checkpoint)}
+    assert main([places.get(word, word) for word in words]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

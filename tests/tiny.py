@@ -1,46 +1,91 @@
-"""Tiny pretrained weights in their libraries' own formats, made on the spot."""
-
-import json
+"""Tiny pretrained weights in their libraries' own formats, and every model of the table built on them."""
 
 import torch
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+from safetensors.torch import load_file, save_file
 
-_WORDS = ["a", "polyp", "lesion", "round", "bright", "of", "the", "left", "small", "flat"]
+from vlsm.models.untrained import write_biomedclip, write_clip_resnet, write_clipseg, write_open_clip
+
+_LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+_BYTE_PAIR_TEXT = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 
 
-def save_tiny_clipseg(folder, image_size=64):
-    """A CLIPSeg folder as from_pretrained takes it: configuration, safetensors, and a real byte-pair tokenizer."""
-    letters = [*(chr(code) for code in range(33, 127))]
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
-    merges = []
-    for word in _WORDS:  # each word is built letter by letter, as byte-pair encoding does
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            merges.append(f"{pieces[0]} {pieces[1]}")
-            pieces[:2] = [pieces[0] + pieces[1]]
-            vocabulary.append(pieces[0])
-    vocabulary = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *dict.fromkeys(merges)]) + "\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    end = tokenizer.eos_token_id
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
-    config = CLIPSegConfig(
-        text_config={**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": end},
-        vision_config={**sizes, "image_size": image_size, "patch_size": 16},
+def save_tiny_clipseg(folder):
+    """Five layers of width 32; 16 tokens of text."""
+    write_clipseg(
+        folder,
+        text_config={**_LAYERS, "num_hidden_layers": 5, "vocab_size": 500, "max_position_embeddings": 16},
+        vision_config={**_LAYERS, "num_hidden_layers": 5, "image_size": 64},
         projection_dim=24,
         reduce_dim=16,
         extract_layers=[0, 1, 3],
         decoder_num_attention_heads=2,
         decoder_intermediate_size=32,
-        use_complex_transposed_convolution=True,
     )
-    torch.manual_seed(7)
-    network = CLIPSegForImageSegmentation(config)
-    with torch.no_grad():  # larger than the usual initialisation, so that images and prompts matter
-        for parameter in network.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
-    network.save_pretrained(folder)
+    return _stir(folder)
+
+
+def save_tiny_biomedclip(folder):
+    """timm's six-block vision transformer of width 64, and a BERT of two layers."""
+    write_biomedclip(folder, image_tower=("test_vit", 160), num_hidden_layers=2, vocab_size=500, **_LAYERS)
+    return _stir(folder)
+
+
+def save_tiny_clip_resnet(folder):
+    """One block a stage, eight channels wide."""
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
+    write_clip_resnet(folder, embed_dim=32, vision_cfg=vision, text_cfg=_BYTE_PAIR_TEXT)
+    return _stir(folder)
+
+
+def save_tiny_open_clip(folder):
+    """open_clip's own vision transformer of four blocks, with patches of 8 pixels."""
+    vision = {"image_size": 64, "layers": 4, "width": 32, "patch_size": 8, "head_width": 8}
+    write_open_clip(folder, {"embed_dim": 32, "vision_cfg": vision, "text_cfg": _BYTE_PAIR_TEXT})
+    return _stir(folder)
+
+
+def save_tiny_sources(folder):
+    """One folder of each kind."""
+    save_tiny_clipseg(folder / "clipseg")
+    save_tiny_biomedclip(folder / "biomedclip")
+    save_tiny_clip_resnet(folder / "clip_resnet")
+    save_tiny_open_clip(folder / "open_clip")
+    return folder
+
+
+def tiny_options(folder):
+    """For every model of the table, options that make it tiny; openclip_seg stands there with UNet-D as well."""
+    clipseg = {"source": str(folder / "clipseg"), "image_size": 64}
+    biomedclip = {"source": str(folder / "biomedclip"), "image_size": 64, "taps": [1, 2, 4]}
+    both = {"biomedclip_source": biomedclip["source"], "clipseg_source": clipseg["source"]}
+    cnn = {"encoder": "resnet18", "encoder_weights": None, "image_size": 64}
+    return {
+        "clipseg": clipseg,
+        "biomedclipseg": biomedclip,
+        "biomedclipseg_d": biomedclip | {"decoder_source": None},
+        "openclip_seg": {"source": str(folder / "open_clip")},
+        "openclip_seg+unet": {"source": str(folder / "open_clip"), "unet": True, "width": 4},
+        "cris": {"source": str(folder / "clip_resnet"), "image_size": 64, "width": 32},
+        "unet_d": {"image_size": 64, "width": 4},
+        "unet": cnn,
+        "unetplusplus": cnn,
+        "deeplabv3plus": cnn,
+        "vlsm_a": biomedclip | {"width": 4},
+        "vlsm_b": clipseg | {"width": 4},
+        "vlsm_c": both | {"image_size": 64, "taps": [1, 2, 4], "width": 4},
+    }
+
+
+def _stir(folder):
+    """Weights larger than the usual initial ones, so that images and prompts matter, and statistics as if learned."""
+    (path,) = folder.glob("*.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    state = load_file(path)
+    for key, value in state.items():
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator) * 0.15
+            if key.startswith("decoder.") and value.ndim > 1:
+                value = torch.zeros_like(value)  # transformers draws these with a standard deviation of 1
+            state[key] = value + (noise.abs() if key.endswith("running_var") else noise)
+    save_file(state, path, metadata={"format": "pt"})
     return folder

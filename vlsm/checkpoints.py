@@ -9,6 +9,7 @@
 
 import argparse
 import hashlib
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _SETTINGS_NAME = "checkpoint.yaml"
 _WEIGHTS_NAME = "model.safetensors"
+_PACKAGES = ("torch", "transformers", "open_clip_torch", "timm", "segmentation_models_pytorch")
+_TOWER_FOLDERS = ("clipseg", "openclip")
 _SUFFIXES = (".yaml", ".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
@@ -64,22 +67,32 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    model: "SegmentationModel", directory: str | Path, prompt: str = "", threshold: float = 0.5
+    model: "SegmentationModel", directory: str | Path, prompt: str = "", threshold: float | None = None
 ) -> None:
     """Write a checkpoint directory on the local disk; checkpoint.yaml last, so that its presence means complete.
 
     Args:
-        model: one of `vlsm.models.MODELS`.
+        model: one of `vlsm.models.MODELS`; LoRA adapters are merged into the weights that are written.
         directory: made where it does not exist; a checkpoint there is replaced.
         prompt: what to segment where a run names no prompt.
-        threshold: a probability; at or above it a pixel is foreground.
+        threshold: a probability; at or above it a pixel is foreground; the published model's own unless told.
 
     Raises:
-        CheckpointError: a file stands where the directory should be.
+        CheckpointError: the threshold is no probability, the directory is a file or not on the local disk, or the model
+            was prepared for inference only.
     """
     import safetensors.torch
 
+    from vlsm.models.towers import merged_copy
+
+    if model.is_folded:
+        raise CheckpointError("a Segmenter has folded the model's batch norms; save it before, or load it anew")
+    if "://" in str(directory):
+        raise CheckpointError(f"{directory} is not on the local disk; write it there, then copy the directory")
     folder = Path(directory)
+    threshold = model.threshold if threshold is None else threshold
+    if not 0 < threshold < 1:
+        raise CheckpointError(f"threshold is {threshold}; it must be a probability between 0 and 1")
     kind = f"{type(model).__module__}:{type(model).__qualname__}"
     name = next(name for name, home in MODELS.items() if home == kind)
     settings = CheckpointSettings(
@@ -88,16 +101,21 @@ def save_checkpoint(
         image=_ImageSettings(**asdict(model.image_spec)),
         threshold=threshold,
         prompt=prompt,
-        versions={"vlsm": vlsm.__version__} | {package: version(package) for package in ("torch", "transformers")},
+        versions={"vlsm": vlsm.__version__} | {package: version(package) for package in _PACKAGES},
     )
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a directory")
+    model = merged_copy(model)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _SETTINGS_NAME).unlink(missing_ok=True)
+    for stale in _TOWER_FOLDERS:  # of a checkpoint that is replaced
+        shutil.rmtree(folder / stale, ignore_errors=True)
     model.save_files(folder)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     safetensors.torch.save_file(state, folder / _WEIGHTS_NAME)
+    # written last; the weights get its mode, since safetensors writes for the owner alone
     (folder / _SETTINGS_NAME).write_text(dump_yaml(settings.model_dump(mode="json")), encoding="utf-8")
+    shutil.copymode(folder / _SETTINGS_NAME, folder / _WEIGHTS_NAME)
 
 
 def read_checkpoint(uri: str) -> dict[str, bytes]:
@@ -154,19 +172,38 @@ def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
     import safetensors.torch  # the driver of a run reads checkpoints without loading torch
 
     settings = parse_settings(files, uri)
+    for name, data in files.items():
+        if name.endswith(".json") and b'"auto_map"' in data:
+            raise CheckpointError(
+                f"{name} of checkpoint {uri!r} has an auto_map, which asks to run code from elsewhere"
+            )
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             if name != _WEIGHTS_NAME:
                 target = Path(folder, *[part for part in PurePosixPath(name).parts if part not in ("..", "/")])
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
-        model = find_model(settings.model).restore(parse_options(settings.model, settings.options), Path(folder))
+        options = parse_options(settings.model, settings.options)
+        from vlsm.models.towers import LOAD_ERRORS
+
+        try:
+            model = find_model(settings.model).restore(options, Path(folder))
+        except LOAD_ERRORS as error:
+            raise CheckpointError(
+                f"the files of checkpoint {uri!r} do not describe {settings.model}: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            ) from error
     try:
         weights = safetensors.torch.load(bytes(files[_WEIGHTS_NAME]))
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{_WEIGHTS_NAME} of checkpoint {uri!r} is damaged: {error}") from error
     _check_weights(model, weights, uri)
     model.load_state_dict(weights)
+    if settings.image.size != model.image_spec.size:
+        raise CheckpointError(
+            f"{_SETTINGS_NAME} of checkpoint {uri!r}: image.size is {settings.image.size}; "
+            f"its {settings.model} takes {model.image_spec.size} pixels"
+        )
     # the statistics travel with the weights: a checkpoint may be normalised otherwise than its model's default
     model.image_spec = ImageSpec(**settings.image.model_dump())
     return Checkpoint(model.eval(), settings, f"{settings.model}@{digest_files(files)[:12]}")
@@ -193,19 +230,30 @@ def _check_weights(model: "SegmentationModel", weights: dict[str, Any], uri: str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make a checkpoint directory from pretrained weights."""
+    """Make a checkpoint directory: pretrained towers as far as there are any, the rest untrained."""
     parser = argparse.ArgumentParser(prog="python -m vlsm.checkpoints", description=main.__doc__)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint directory to write")
     parser.add_argument("--model", required=True, choices=MODELS)
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="an option of the model")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="an option of the model; `python -m vlsm.models NAME` lists them",
+    )
     parser.add_argument("--prompt", default="", help="what to segment where a run names no prompt")
-    parser.add_argument("--threshold", type=float, default=0.5, help="a probability (default 0.5)")
+    parser.add_argument("--threshold", type=float, help="a probability (default: the published model's, mostly 0.5)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     args = parser.parse_args(argv)
     try:
+        if Path(args.directory, _SETTINGS_NAME).exists() and not args.overwrite:
+            raise CheckpointError(f"there is a checkpoint at {args.directory} already; --overwrite replaces it")
+        if args.threshold is not None and not 0 < args.threshold < 1:
+            raise CheckpointError(f"--threshold is {args.threshold}; it must be a probability between 0 and 1")
         save_checkpoint(
             build_model(args.model, **parse_assignments(args.set)), args.directory, args.prompt, args.threshold
         )
-    except (VlsmError, ValidationError) as error:
+    except (VlsmError, ValidationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | CheckpointError | ValidationError) else 1
     print(args.directory)

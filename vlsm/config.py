@@ -145,6 +145,8 @@ def explain(error: ValidationError, settings: type[Settings]) -> str:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
             problems.append(f"unknown key {key!r}; {hint}")
+        elif detail["type"] == "missing":
+            problems.append(f"{key} is missing")
         elif key:
             message = detail["msg"][0].lower() + detail["msg"][1:]
             problems.append(f"{key} is {detail['input']!r}: {message}")
@@ -158,9 +160,17 @@ def describe_settings(settings: type[Settings]) -> list[str]:
     lines = []
     for key, info in _leaves(settings):
         if info.description:
-            default = yaml.safe_dump(info.default).partition("\n")[0]
+            default = (
+                "..."
+                if info.is_required()
+                else yaml.safe_dump(_plain(info.default), default_flow_style=True).partition("\n")[0]
+            )
             lines.append(f"  {f'{key}={default}':28} {info.description}")
     return lines
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _leaves(settings: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -1,6 +1,5 @@
 """Segment images with a checkpoint: arrays in, arrays out, no cluster needed."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,12 +9,14 @@ from torch import Tensor
 from vlsm.checkpoints import Checkpoint
 from vlsm.images import normalize, resize_image
 from vlsm.masks import mask_from_logits
-
-_MAX_CACHED_PROMPTS = 4096  # of 512 floats: 8 MB
+from vlsm.models.folding import fold_batch_norms
+from vlsm.models.prompts import PromptCache
 
 
 class Segmenter:
     """A checkpoint on a device. Each distinct prompt is encoded once, each image goes through the image tower once.
+
+    The checkpoint's model is taken over: its batch norms are folded for speed. Load it anew to train or save it.
 
     Args:
         checkpoint: from `vlsm.load_checkpoint`.
@@ -25,10 +26,17 @@ class Segmenter:
 
     def __init__(self, checkpoint: Checkpoint, device: str | None = None, batch_size: int = 8) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = checkpoint.model.eval().to(self.device).to(memory_format=torch.channels_last)
+        if not isinstance(checkpoint, Checkpoint):
+            raise TypeError(f"a Segmenter takes what load_checkpoint gives, not a {type(checkpoint).__name__}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
+        # torch's shortcut for nn.MultiheadAttention makes attention maps; without it the attention is fused
+        torch.backends.mha.set_fastpath_enabled(False)
+        fold_batch_norms(checkpoint.model)
+        self.model = checkpoint.model.to(self.device).to(memory_format=torch.channels_last)
         self.settings = checkpoint.settings
         self.batch_size = batch_size
-        self._text_embeddings: OrderedDict[str, Tensor] = OrderedDict()
+        self._prompts = PromptCache(self.model)
 
     def segment(
         self,
@@ -47,18 +55,20 @@ class Segmenter:
             One array per image: (H, W) uint8 of 0 and 1 for one text, (T, H, W) for a sequence of T texts.
 
         Raises:
-            ValueError: an image is not (H, W, 3) uint8, or there is no prompt.
+            ValueError: an image is not (H, W, 3) uint8, there is no prompt, or the threshold is no probability.
         """
         texts = [prompts] if isinstance(prompts, str) else [self.settings.prompt] if prompts is None else list(prompts)
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise ValueError(f"an image is {image.dtype} of shape {image.shape}; images are uint8 (H, W, 3)")
-        if not images:
+        if len(images) == 0:
             return []
+        threshold = self.settings.threshold if threshold is None else threshold
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold is {threshold}; it must be a probability between 0 and 1")
         size = self.model.image_spec.size
         resized = np.stack([resize_image(image, size) for image in images])
         all_logits = self.predict_logits(resized, [texts] * len(images))
-        threshold = self.settings.threshold if threshold is None else threshold
         masks = [
             np.stack([mask_from_logits(one, image.shape[:2], threshold) for one in logits])
             for image, logits in zip(images, all_logits, strict=True)
@@ -83,7 +93,6 @@ class Segmenter:
             raise ValueError(
                 f"{len(images)} images and {len(prompts)} lists of prompts; each image needs one prompt or more"
             )
-        self._encode_new(list(dict.fromkeys(text for texts in prompts for text in texts)))
         logits: list[np.ndarray] = []
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
@@ -91,26 +100,27 @@ class Segmenter:
         return logits
 
     def _predict_batch(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        owners = [index for index, texts in enumerate(prompts) for _ in texts]
+        texts = [text for own in prompts for text in own]
+        distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        text_features = self._prompts.encode(list(distinct))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             pixel_values = normalize(torch.from_numpy(np.array(images)).to(self.device), self.model.image_spec)
             features = self.model.encode_images(pixel_values)
-            owners = [index for index, texts in enumerate(prompts) for _ in texts]
-            texts = [text for own in prompts for text in own]
             pieces = []
-            for start in range(0, len(texts), self.batch_size):
+            for start in range(0, len(owners), self.batch_size):
                 batch = slice(start, start + self.batch_size)
-                rows = torch.tensor(owners[batch], device=self.device)
-                text_embeddings = torch.stack([self._text_embeddings[text] for text in texts[batch]])
-                pieces.append(self.model.decode(tuple(part[rows] for part in features), text_embeddings)[:, 0].float())
-        logits = torch.cat(pieces).cpu().numpy()  # (sum of T, S, S)
+                wanted = _take(text_features, [distinct[text] for text in texts[batch]])
+                pieces.append(self.model.decode(_take(features, owners[batch]), wanted)[:, 0].float().cpu())
+        logits = torch.cat(pieces).numpy()  # (sum of T, S, S)
         return np.split(logits, np.cumsum([len(own) for own in prompts])[:-1])
 
-    def _encode_new(self, texts: list[str]) -> None:
-        new = [text for text in texts if text not in self._text_embeddings]
-        for start in range(0, len(new), self.batch_size):
-            batch = new[start : start + self.batch_size]
-            self._text_embeddings.update(zip(batch, self.model.encode_prompts(batch), strict=True))
-        for text in texts:
-            self._text_embeddings.move_to_end(text)
-        while len(self._text_embeddings) > max(_MAX_CACHED_PROMPTS, len(texts)):
-            self._text_embeddings.popitem(last=False)
+
+def _take(features: tuple[Tensor, ...], rows: list[int]) -> tuple[Tensor, ...]:
+    """Rows of every tensor, without a copy where one image has all the prompts, or each image one."""
+    if len(set(rows)) == 1:
+        return tuple(part[rows[0]].expand(len(rows), *part.shape[1:]) for part in features)
+    if rows == [*range(rows[0], rows[0] + len(rows))]:
+        return tuple(part[rows[0] : rows[0] + len(rows)] for part in features)
+    index = torch.tensor(rows, device=features[0].device)
+    return tuple(part[index] for part in features)

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlsm.errors import VlsmError
 from vlsm.images import normalize
 from vlsm.models.contract import SegmentationModel
+from vlsm.models.prompts import PromptCache
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,23 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=lr, weight_decay=1e-3)
-    steps = -(-len(examples.images) // batch_size)
+    # batch norms need two values at least: a remainder of one joins the batch before
+    num_images = len(examples.images)
+    sizes = [batch_size] * (num_images // batch_size)
+    if remainder := num_images % batch_size:
+        sizes = [*sizes, remainder] if remainder > 1 or not sizes else [*sizes[:-1], sizes[-1] + 1]
+    steps = len(sizes)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs=epochs, steps_per_epoch=steps)
     dice = DiceLoss(mode="binary", from_logits=True)
-    prompts = list(dict.fromkeys(examples.prompts))
-    text_embeddings = dict(zip(prompts, model.encode_prompts(prompts), strict=True))
+    cache = PromptCache(model)
     model.train()
     for epoch in range(epochs):
         losses = []
         order = torch.randperm(len(examples.images), generator=generator)
-        for step, chosen in enumerate(torch.split(order, batch_size)):
+        for step, chosen in enumerate(torch.split(order, sizes)):
             images, targets = _flip(*_batch(examples, chosen, model.device), generator)
-            texts = torch.stack([text_embeddings[examples.prompts[index]] for index in chosen.tolist()])
-            logits = model(normalize(images, model.image_spec), texts)
+            prompts = [examples.prompts[index] for index in chosen.tolist()]
+            logits = model(normalize(images, model.image_spec), prompts if model.learns_text else cache.encode(prompts))
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets) + dice(logits, targets)
             if not torch.isfinite(loss):
                 raise VlsmError(

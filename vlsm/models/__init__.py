@@ -11,22 +11,37 @@ from vlsm.errors import CheckpointError
 
 if TYPE_CHECKING:
     from vlsm.models.contract import SegmentationModel
+    from vlsm.models.towers import Trainable
 
 # where each model lives: transformers alone takes seconds to import, and only the process that runs a model needs it
-MODELS = {"clipseg": "vlsm.models.clipseg:CLIPSeg", "unet_d": "vlsm.models.unet_d:UNetD"}
+MODELS = {
+    "clipseg": "vlsm.models.clipseg:CLIPSeg",
+    "biomedclipseg": "vlsm.models.openclip_seg:BiomedCLIPSeg",
+    "biomedclipseg_d": "vlsm.models.openclip_seg:BiomedCLIPSegD",
+    "openclip_seg": "vlsm.models.openclip_seg:OpenCLIPSeg",
+    "cris": "vlsm.models.cris:CRIS",
+    "unet_d": "vlsm.models.unet_d:UNetD",
+    "unet": "vlsm.models.cnn:UNet",
+    "unetplusplus": "vlsm.models.cnn:UNetPlusPlus",
+    "deeplabv3plus": "vlsm.models.cnn:DeepLabV3Plus",
+    "vlsm_a": "vlsm.models.ensembles:EnsembleA",
+    "vlsm_b": "vlsm.models.ensembles:EnsembleB",
+    "vlsm_c": "vlsm.models.ensembles:EnsembleC",
+}
 
 
-def build_model(name: str, **options: Any) -> "SegmentationModel":
+def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any) -> "SegmentationModel":
     """A model of the table, in training mode.
 
     Args:
         name: a key of MODELS.
+        trainable: what learns beside the decoder; see `SegmentationModel.set_trainable`.
         options: fields of the model's Options.
 
     Raises:
         CheckpointError: the name or an option is unknown, or pretrained weights cannot be loaded.
     """
-    return find_model(name).build(parse_options(name, options))
+    return find_model(name).build(parse_options(name, options)).set_trainable(trainable)
 
 
 def find_model(name: str) -> type["SegmentationModel"]:

@@ -1,51 +1,131 @@
 """CLIPSeg: transformers' own network, its two towers and its decoder called one by one."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor
-from transformers import AutoTokenizer, CLIPSegConfig, CLIPSegForImageSegmentation
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPSegConfig
+from transformers.models.clipseg.modeling_clipseg import CLIPSegModel
 
 from vlsm.config import Settings
 from vlsm.errors import CheckpointError
 from vlsm.images import ImageSpec
-from vlsm.models.contract import Features, SegmentationModel
+from vlsm.models.decoder import PUBLISHED, PromptDecoder, load_network
+from vlsm.models.towers import Towers, cut_tokens, encode_by_length, explain_source
+from vlsm.models.vlsm import VLSM
 
 _FOLDER = "clipseg"
+
+
+class CLIPSegTowers(Towers):
+    """CLIP's towers as transformers' CLIPSeg holds them.
+
+    transformers runs both under no_grad, whatever the parameters ask for; here they are called directly, so that they
+    can learn. What no output of CLIPSeg depends on is left out: the layers above the last tapped one, the image
+    projection, the logit scale.
+    """
+
+    lora_targets = r".*self_attn\.(q|k|v|out)_proj"
+
+    def __init__(self, config: CLIPSegConfig, clip: CLIPSegModel, tokenizer: Any, image_size: int) -> None:
+        super().__init__()
+        vision = config.vision_config
+        if image_size % vision.patch_size:
+            raise CheckpointError(
+                f"image_size is {image_size}; it must be a multiple of the patch size {vision.patch_size}"
+            )
+        if list(config.extract_layers) != sorted(set(config.extract_layers)):
+            raise CheckpointError(f"extract_layers of the CLIPSeg are {config.extract_layers}; they must rise")
+        self.config = config
+        self.taps = list(config.extract_layers)
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.image_spec = ImageSpec(image_size)
+        self.text_width, self.image_width = config.projection_dim, vision.hidden_size
+        self.grid, self.num_prefix_tokens = image_size // vision.patch_size, 1
+        tower = clip.vision_model
+        tower.encoder.layers = tower.encoder.layers[: max(self.taps) + 1]
+        tower.post_layernorm = clip.visual_projection = nn.Identity()
+        del clip.logit_scale
+        self.set_trainable("decoder")
+
+    @property
+    def image_tower(self) -> nn.Module:
+        """The vision transformer."""
+        return self.clip.vision_model
+
+    def tokenize(self, prompts: list[str]) -> list[Tensor]:
+        """Byte-pair ids, (L,) each, L at most 77 in the published model."""
+        limit = self.config.text_config.max_position_embeddings
+        rows = self.tokenizer(prompts, verbose=False)["input_ids"]
+        tower = f"the text tower of {type(self).__name__.removesuffix('Towers')}"
+        return [torch.tensor(cut_tokens(prompt, ids, limit, tower)) for prompt, ids in zip(prompts, rows, strict=True)]
+
+    def encode_tokens(self, tokens: list[Tensor]) -> Tensor:
+        """(T, 512) projected text features."""
+        device = self.clip.text_projection.weight.device
+
+        def encode(ids: Tensor) -> tuple[Tensor]:
+            return (self.clip.get_text_features(input_ids=ids.to(device)).pooler_output,)
+
+        return encode_by_length(tokens, encode)[0]
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of the layers in `extract_layers`, (B, L, 768) each."""
+        tower = self.clip.vision_model
+        activations = []
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
+        for index, layer in enumerate(tower.encoder.layers):
+            hidden = layer(hidden, None)
+            if index in self.taps:
+                activations.append(hidden)
+        return tuple(activations)
+
+    def save_files(self, folder: Path) -> None:
+        """The network's configuration and the tokenizer."""
+        self.config.save_pretrained(folder / _FOLDER)
+        self.tokenizer.save_pretrained(folder / _FOLDER)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder or hub id, as a CheckpointError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer of {source!r} cannot be loaded: {explain_source(error)}") from error
+
+
+def load_towers(source: str, image_size: int) -> tuple[CLIPSegTowers, PromptDecoder]:
+    """CLIPSeg's pretrained towers, and its pretrained decoder."""
+    network = load_network(source)
+    decoder = PromptDecoder(network.config)
+    decoder.load_state_dict(network.decoder.state_dict())
+    return CLIPSegTowers(network.config, network.clip, load_tokenizer(source), image_size), decoder
+
+
+def restore_towers(folder: Path, image_size: int) -> tuple[CLIPSegTowers, PromptDecoder]:
+    """Towers and decoder as a checkpoint directory describes them, weights still to be loaded."""
+    config = CLIPSegConfig.from_pretrained(folder / _FOLDER)
+    tokenizer = load_tokenizer(str(folder / _FOLDER))
+    return CLIPSegTowers(config, CLIPSegModel(config), tokenizer, image_size), PromptDecoder(config)
 
 
 class CLIPSegOptions(Settings):
     """Where the pretrained weights come from, and the input size."""
 
-    source: str = Field("CIDAS/clipseg-rd64-refined", description="hub id or local folder, as from_pretrained takes it")
+    source: str = Field(PUBLISHED, description="hub id or local folder, as from_pretrained takes it")
     image_size: int = Field(352, ge=16, description="side of the input square in pixels")
 
 
-class CLIPSeg(SegmentationModel):
-    """Image-tower activations and a text embedding, through a light transformer decoder.
-
-    Equal to transformers' forward, but each tower runs once, and the image tower only as deep as its last tapped layer.
+class CLIPSeg(VLSM):
+    """transformers' CLIPSeg, its steps taken apart.
 
     Source: CLIPSeg, CVPR 2022, arXiv 2112.10003.
     """
 
-    Options = CLIPSegOptions
-    options: CLIPSegOptions
-
-    def __init__(self, options: CLIPSegOptions, network: CLIPSegForImageSegmentation, tokenizer: Any) -> None:
-        super().__init__()
-        patch = network.config.vision_config.patch_size
-        if options.image_size % patch:
-            raise CheckpointError(
-                f"image_size is {options.image_size}; it must be a multiple of the patch size {patch}"
-            )
-        self.options = options
-        self.image_spec = ImageSpec(options.image_size)
-        self.network = network
-        self.tokenizer = tokenizer
-        self.network.clip.requires_grad_(False)  # the towers stay as published; the decoder learns
+    Options: ClassVar[type[Settings]] = CLIPSegOptions
 
     @classmethod
     def build(cls, options: CLIPSegOptions) -> Self:
@@ -54,48 +134,14 @@ class CLIPSeg(SegmentationModel):
         Raises:
             CheckpointError: the source is neither a folder of a CLIPSeg model nor a hub id that can be reached.
         """
-        try:
-            network = CLIPSegForImageSegmentation.from_pretrained(options.source, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(options.source)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"CLIPSeg weights {options.source!r} cannot be loaded: {str(error).splitlines()[0]}; "
-                "give a local folder, or a hub id where the hub can be reached"
-            ) from error
-        return cls(options, network.float(), tokenizer)
+        return cls.assemble(options, *load_towers(options.source, options.image_size))
 
     @classmethod
     def restore(cls, options: CLIPSegOptions, folder: Path) -> Self:
         """The architecture and tokenizer of a checkpoint directory."""
-        config = CLIPSegConfig.from_pretrained(folder / _FOLDER)
-        return cls(options, CLIPSegForImageSegmentation(config), AutoTokenizer.from_pretrained(folder / _FOLDER))
+        return cls.assemble(options, *restore_towers(folder, options.image_size))
 
-    def save_files(self, folder: Path) -> None:
-        """The network's configuration and the tokenizer, in transformers' own format."""
-        self.network.config.save_pretrained(folder / _FOLDER)
-        self.tokenizer.save_pretrained(folder / _FOLDER)
-
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """(T, 512) projected text features; prompts longer than the text tower's context are cut there."""
-        limit = self.network.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        with torch.no_grad():
-            return self.network.clip.get_text_features(
-                input_ids=tokens["input_ids"].to(self.device), attention_mask=tokens["attention_mask"].to(self.device)
-            ).pooler_output
-
-    def encode_images(self, pixel_values: Tensor) -> Features:
-        """The tapped activations, (B, L, 768) each; L counts the patches and the class token."""
-        tower = self.network.clip.vision_model
-        activations: dict[int, Tensor] = {}
-        with torch.no_grad():
-            hidden = tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
-            for index, layer in enumerate(tower.encoder.layers[: max(self.network.extract_layers) + 1]):
-                hidden = layer(hidden, None)
-                if index in self.network.extract_layers:
-                    activations[index] = hidden
-        return tuple(activations[index] for index in self.network.extract_layers)
-
-    def decode(self, features: Features, text_embeddings: Tensor) -> Tensor:
-        """Logits (B, 1, S, S) from the activations and one text embedding per image."""
-        return self.network.decoder(features, text_embeddings).logits[:, None]
+    @classmethod
+    def assemble(cls, options: Any, towers: CLIPSegTowers, decoder: PromptDecoder) -> Self:
+        """The model of its parts."""
+        return cls(options, towers, decoder)

@@ -1,25 +1,31 @@
 """UNet-D, the low-complexity CNN of VLSM-Ensemble. It sees no text: every prompt gets the same logits."""
 
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vlsm.config import Settings
-from vlsm.images import ImageSpec
-from vlsm.models.contract import Features, SegmentationModel
+from vlsm.models.contract import Features, ImageOnlyModel
 
 
-class UNetDOptions(Settings):
+class UNetDSettings(Settings):
     """The published network has width 64; a quarter of it trains on a laptop."""
 
-    image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
     width: int = Field(
         64, ge=4, description="channels of the first level; all others follow in the published proportions"
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="after each encoder level")
+
+
+class UNetDOptions(UNetDSettings):
+    """Standalone."""
+
+    image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
 class _Down(nn.Module):
@@ -33,21 +39,39 @@ class _Down(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(torch.relu(self.norm(self.conv2(self.conv1(x)))))
+        x = self.dropout(torch.relu_(self.norm(self.conv2(self.conv1(x)))))
         return nn.functional.max_pool2d(x, 2)
 
 
-class _Up(nn.Module):
-    """2x2 stride-2 transposed conv, one 3x3 conv applied twice with the same weights, batch norm, ReLU."""
+class UpBlock(nn.Module):
+    """2x2 stride-2 transposed conv, one 3x3 conv applied twice with the same weights, batch norm, ReLU.
 
-    def __init__(self, channels_in: int, channels: int) -> None:
+    The transposed conv takes what comes from below and the skip side by side. It is linear, so the skip's share is
+    computed apart, once per image, and added for each prompt.
+    """
+
+    def __init__(self, channels_below: int, channels_skip: int, channels: int) -> None:
         super().__init__()
-        self.upconv = nn.ConvTranspose2d(channels_in, channels, 2, stride=2)
+        self.channels_below = channels_below
+        self.upconv = nn.ConvTranspose2d(channels_below + channels_skip, channels, 2, stride=2)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm: nn.Module = nn.BatchNorm2d(channels)
+        self.last: nn.Module | None = None  # the second application with the norm in it
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.norm(self.conv(self.conv(self.upconv(x)))))
+    def fold(self) -> None:
+        """Make the norm part of the second application of the convolution."""
+        self.last = fuse_conv_bn_eval(self.conv, cast(nn.BatchNorm2d, self.norm))
+        self.norm = nn.Identity()
+
+    def project_skip(self, skip: Tensor) -> Tensor:
+        """The skip's share of the transposed conv, (B, channels, 2 H, 2 W) from (B, channels_skip, H, W)."""
+        return functional.conv_transpose2d(skip, self.upconv.weight[self.channels_below :], stride=2)
+
+    def forward(self, below: Tensor, skip: Tensor | None) -> Tensor:
+        """(B, channels, 2 H, 2 W) from (B, channels_below, H, W) and `project_skip`."""
+        x = functional.conv_transpose2d(below, self.upconv.weight[: self.channels_below], self.upconv.bias, stride=2)
+        x = self.conv(x if skip is None else x.add_(skip))
+        return torch.relu_(self.norm(self.conv(x)) if self.last is None else self.last(x))
 
 
 class _ChannelAttention(nn.Module):
@@ -65,64 +89,77 @@ class _ChannelAttention(nn.Module):
         return x * weights[:, 0, :, None, None]
 
 
-class UNetD(SegmentationModel):
+class UNetDNetwork(nn.Module):
     """Four levels down, an attentive bottleneck, four levels up, skips from the pooled outputs.
+
+    Args:
+        width: channels of the first level.
+        dropout: after each encoder level.
+        fusion_channels: of a map that enters the bottleneck beside the deepest pooled output.
+
+    Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
+    """
+
+    def __init__(self, width: int, dropout: float, fusion_channels: int = 0) -> None:
+        super().__init__()
+        c = width
+        bottleneck, *ups = (round(c * published / 64) for published in (1240, 546, 182, 91, 45))
+        self.down = nn.ModuleList(
+            _Down(channels_in, channels, dropout)
+            for channels_in, channels in ((3, c), (c, 2 * c), (2 * c, 4 * c), (4 * c, 8 * c))
+        )
+        self.expand = nn.Conv2d(8 * c + fusion_channels, bottleneck, 1)
+        self.attention = _ChannelAttention()
+        self.fusion_channels = fusion_channels
+        skips = (0, 4 * c, 2 * c, c)
+        self.up = nn.ModuleList(
+            UpBlock(below, skip, channels)
+            for below, skip, channels in zip((bottleneck, *ups), skips, ups, strict=False)
+        )
+        self.head = nn.Conv2d(ups[-1], 1, 1)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits (B, 1, S, S) of the network by itself."""
+        return self.decode(self.encode(pixel_values))
+
+    def encode(self, pixel_values: Tensor) -> Features:
+        """What no prompt changes: the bottleneck's share of the deepest pooled output, then those of the skips."""
+        pooled = []
+        for down in self.down:
+            pixel_values = down(pixel_values)
+            pooled.append(pixel_values)
+        *skips, deepest = pooled
+        expanded = functional.conv2d(deepest, self.expand.weight[:, self.fusion_channels :], self.expand.bias)
+        return (
+            expanded,
+            *(cast(UpBlock, up).project_skip(skip) for up, skip in zip(self.up[1:], reversed(skips), strict=True)),
+        )
+
+    def decode(self, encoded: Features, fused: Tensor | None = None) -> Tensor:
+        """Logits (B, 1, S, S) from `encode` and a map (B, fusion_channels, S / 16, S / 16)."""
+        x, *skips = encoded
+        if fused is not None:
+            x = x + functional.conv2d(fused, self.expand.weight[:, : self.fusion_channels])
+        x = self.attention(x)
+        for up, skip in zip(self.up, (None, *skips), strict=True):
+            x = up(x, skip)
+        return self.head(x)
+
+
+class UNetD(ImageOnlyModel):
+    """UNet-D by itself.
 
     Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
     """
 
     Options = UNetDOptions
-    options: UNetDOptions
-
-    def __init__(self, options: UNetDOptions) -> None:
-        super().__init__()
-        self.options = options
-        self.image_spec = ImageSpec(options.image_size)
-        c = options.width
-        bottleneck, *ups = (round(c * published / 64) for published in (1240, 546, 182, 91, 45))
-        self.down = nn.ModuleList(
-            _Down(channels_in, channels, options.dropout)
-            for channels_in, channels in ((3, c), (c, 2 * c), (2 * c, 4 * c), (4 * c, 8 * c))
-        )
-        self.expand = nn.Conv2d(8 * c, bottleneck, 1)
-        self.attention = _ChannelAttention()
-        skips = (0, 4 * c, 2 * c, c)
-        self.up = nn.ModuleList(
-            _Up(below + skip, channels) for below, skip, channels in zip((bottleneck, *ups), skips, ups, strict=False)
-        )
-        self.head = nn.Conv2d(ups[-1], 1, 1)
 
     @classmethod
     def build(cls, options: UNetDOptions) -> Self:
         """An untrained network: there are no published weights."""
-        return cls(options)
+        return cls(options, UNetDNetwork(options.width, options.dropout))
 
     @classmethod
     def restore(cls, options: UNetDOptions, folder: Path) -> Self:
         """The network; nothing but the options is needed."""
-        return cls(options)
-
-    def save_files(self, folder: Path) -> None:
-        """Nothing to write: the options say it all."""
-
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """(T, 0): no text enters."""
-        return torch.zeros(len(prompts), 0, device=self.device)
-
-    def encode_images(self, pixel_values: Tensor) -> Features:
-        """The whole network, since nothing depends on the prompt: logits (B, 1, S, S)."""
-        skips = []
-        x = pixel_values
-        for down in self.down:
-            x = down(x)
-            skips.append(x)
-        x = self.attention(self.expand(skips.pop()))
-        for up in self.up:
-            x = up(x)
-            if skips:
-                x = torch.cat([x, skips.pop()], dim=1)
-        return (self.head(x),)
-
-    def decode(self, features: Features, text_embeddings: Tensor) -> Tensor:
-        """The logits of `encode_images`, whatever the prompt."""
-        return features[0]
+        return cls.build(options)

@@ -1,0 +1,50 @@
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from safetensors.torch import save_file
+
+import vlsm
+from vlsm.errors import CheckpointError
+
+
+@pytest.mark.parametrize("name", ["unet", "unetplusplus", "deeplabv3plus"])
+@torch.no_grad()
+def test_encoder_weights_come_from_a_local_file(name, tmp_path):
+    path = tmp_path / "resnet18.safetensors"
+    encoder = smp.encoders.get_encoder("resnet18", weights=None)
+    save_file(encoder.state_dict(), path)
+    model = vlsm.build_model(name, encoder="resnet18", encoder_weights=str(path), image_size=64)
+    assert torch.equal(model.network.encoder.conv1.weight, encoder.conv1.weight)
+
+
+@torch.no_grad()
+def test_logits_equal_the_librarys_own():
+    model = vlsm.build_model("unet", encoder="tu-resnet10t", encoder_weights=None, image_size=64).eval()
+    theirs = smp.Unet("tu-resnet10t", encoder_weights=None).eval()
+    theirs.load_state_dict(model.network.state_dict())
+    pixel_values = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(pixel_values, ["polyp", "lesion"]), theirs(pixel_values))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": "resnet5"}, "unknown encoder 'resnet5'; did you mean resnet50"),
+        ({"encoder_weights": "imagnet"}, "Wrong pretrained weights `imagnet`"),
+        ({}, "encoder 'resnet50' with weights 'imagenet' cannot be built: it is no local folder, and the hub cannot"),
+        ({"encoder_weights": "nowhere.safetensors"}, "encoder weights 'nowhere.safetensors' cannot be loaded"),
+        ({"encoder": "tu-no_such_net", "encoder_weights": None}, "cannot be built"),
+    ],
+)
+def test_what_cannot_be_built_is_one_sentence(options, message):
+    with pytest.raises(CheckpointError) as caught:
+        vlsm.build_model("unet", **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_encoder_are_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file(smp.encoders.get_encoder("resnet34", weights=None).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"other.safetensors' cannot be loaded: .*layer1.2.bn1"):
+        vlsm.build_model("unet", encoder="resnet18", encoder_weights=str(path), image_size=64)

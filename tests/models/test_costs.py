@@ -1,0 +1,45 @@
+import pytest
+
+from vlsm.models import MODELS
+from vlsm.models.__main__ import main
+from vlsm.models.costs import measure_costs
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return {cost.name: cost for cost in measure_costs()}
+
+
+def test_parameters_and_operations_are_the_published_ones(costs):
+    assert set(costs) == set(MODELS)
+    assert costs["unet_d"].num_parameters == 11_833_593
+    assert costs["unet_d"].image_gflop == pytest.approx(108, abs=0.5)
+    assert [round(costs[name].image_gflop) for name in ("unet", "unetplusplus", "deeplabv3plus")] == [40, 217, 35]
+    # published with 12 blocks: 92 and 35; the taps need 10 and 11 of them
+    assert costs["clipseg"].image_gflop - costs["clipseg"].prompt_gflop == pytest.approx(92 * 10 / 12, abs=1)
+    assert costs["biomedclipseg"].image_gflop - costs["biomedclipseg"].prompt_gflop == pytest.approx(
+        35 * 11 / 12, abs=1
+    )
+    assert costs["clipseg"].num_trainable == costs["biomedclipseg"].num_trainable == 1_127_009
+
+
+def test_a_further_prompt_costs_only_what_it_changes(costs):
+    for name, cost in costs.items():
+        sees_text = name not in ("unet_d", "unet", "unetplusplus", "deeplabv3plus")
+        assert (cost.prompt_gflop > 0) == sees_text
+    assert costs["vlsm_a"].prompt_gflop < costs["vlsm_a"].image_gflop / 3
+    assert costs["biomedclipseg"].prompt_gflop < costs["biomedclipseg"].image_gflop / 50
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_options_of_a_model_are_printed(name, capsys):
+    assert main([name]) == 0
+    assert "image_size=" in capsys.readouterr().out
+
+
+def test_the_table_is_printed(costs, monkeypatch, capsys):
+    monkeypatch.setattr("vlsm.models.__main__.measure_costs", lambda: list(costs.values()))
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(MODELS)
+    assert "hf-hub:microsoft/BiomedCLIP" in lines[2]

@@ -1,0 +1,38 @@
+"""`python -m vlsm.models` prints the table of models."""
+
+import argparse
+
+from vlsm.config import describe_settings
+from vlsm.models import MODELS, find_model
+from vlsm.models.costs import measure_costs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Every model with its parameters (in millions), its input size in pixels, and its cost in GFLOP."""
+    parser = argparse.ArgumentParser(prog="python -m vlsm.models", description=main.__doc__)
+    parser.add_argument("name", nargs="?", metavar="NAME", choices=MODELS, help="a model, to list its options instead")
+    name = parser.parse_args(argv).name
+    if name:
+        print("\n".join(describe_settings(find_model(name).Options)))
+        return 0
+    heads = ("model", "million parameters", "trained", "image", "GFLOP an image", "a further prompt", "weights from")
+    rows = [
+        (
+            cost.name,
+            f"{cost.num_parameters / 1e6:.1f}",
+            f"{cost.num_trainable / 1e6:.1f}",
+            str(cost.image_size),
+            f"{cost.image_gflop:.1f}",
+            f"{cost.prompt_gflop:.1f}",
+            cost.source,
+        )
+        for cost in measure_costs()
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+"""The CNN baselines: segmentation_models_pytorch's networks with any of its encoders. They see no text."""
+
+import difflib
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import segmentation_models_pytorch as smp
+from pydantic import Field
+
+from vlsm.config import Settings
+from vlsm.errors import CheckpointError
+from vlsm.models.contract import ImageOnlyModel
+from vlsm.models.towers import LOAD_ERRORS, explain_source
+
+
+class CNNOptions(Settings):
+    """MedVLSM's baselines have ResNet-50 with ImageNet weights."""
+
+    encoder: str = Field("resnet50", description="any encoder of segmentation_models_pytorch, tu-NAME for timm's")
+    encoder_weights: str | None = Field(
+        "imagenet", description="a pretrained set by name, a local .safetensors file, or null for none"
+    )
+    image_size: int = Field(352, ge=32, multiple_of=32, description="side of the input square in pixels")
+
+
+class CNN(ImageOnlyModel):
+    """An encoder-decoder; nothing in it depends on the prompt.
+
+    Source: MedVLSM, MIDL 2024, arXiv 2308.07706; segmentation_models_pytorch.
+    """
+
+    Options: ClassVar[type[Settings]] = CNNOptions
+    architecture: ClassVar[str]
+
+    @classmethod
+    def build(cls, options: CNNOptions) -> Self:
+        """The network with pretrained encoder weights.
+
+        Raises:
+            CheckpointError: the encoder is unknown, or its weights cannot be loaded or do not fit.
+        """
+        weights = options.encoder_weights
+        if weights is None or not weights.endswith(".safetensors"):
+            return cls(options, _build_network(cls.architecture, options.encoder, weights))
+        import safetensors.torch
+
+        network = _build_network(cls.architecture, options.encoder, None)
+        try:
+            state = safetensors.torch.load_file(weights)
+            if options.encoder.startswith("tu-"):  # a timm model of the same name, without its classifier
+                wanted = network.encoder.model.state_dict()
+                network.encoder.model.load_state_dict({key: state[key] for key in wanted})
+            else:
+                network.encoder.load_state_dict(state)
+        except LOAD_ERRORS as error:
+            raise CheckpointError(f"encoder weights {weights!r} cannot be loaded: {explain_source(error)}") from error
+        return cls(options, network)
+
+    @classmethod
+    def restore(cls, options: CNNOptions, folder: Path) -> Self:
+        """The network; nothing but the options is needed."""
+        return cls(options, _build_network(cls.architecture, options.encoder, None))
+
+
+def _build_network(architecture: str, encoder: str, weights: str | None) -> Any:
+    known = smp.encoders.get_encoder_names()
+    if encoder not in known and not encoder.startswith("tu-"):
+        near = difflib.get_close_matches(encoder, known, n=3) or known
+        raise CheckpointError(f"unknown encoder {encoder!r}; did you mean {', '.join(near[:3])}? timm's are tu-NAME")
+    # timm's names tell the weights: tu-NAME.TAG
+    wanted = bool(weights) or None if encoder.startswith("tu-") else weights
+    try:
+        return smp.create_model(architecture, encoder, wanted)
+    except LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"encoder {encoder!r} with weights {weights!r} cannot be built: {explain_source(error)}; "
+            "encoder_weights may also be null or a local .safetensors file"
+        ) from error
+
+
+class UNet(CNN):
+    """U-Net, arXiv 1505.04597."""
+
+    architecture = "unet"
+
+
+class UNetPlusPlus(CNN):
+    """U-Net++, arXiv 1807.10165."""
+
+    architecture = "unetplusplus"
+
+
+class DeepLabV3Plus(CNN):
+    """DeepLabV3+, arXiv 1802.02611."""
+
+    architecture = "deeplabv3plus"

@@ -1,0 +1,260 @@
+"""CRIS: CLIP's ResNet, a neck that lets the sentence in, a decoder over the words, and a convolution made of text."""
+
+import math
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vlsm.config import Settings
+from vlsm.errors import CheckpointError
+from vlsm.images import ImageSpec
+from vlsm.models.contract import Features, SegmentationModel
+from vlsm.models.openclip import OpenCLIPTowers
+from vlsm.models.openclip_seg import SOURCE_HELP
+from vlsm.models.towers import encode_by_length
+
+
+class CRISOptions(Settings):
+    """There are no official weights of CRIS: it starts from CLIP's and learns the rest."""
+
+    source: str = Field("RN50-quickgelu/openai", description=SOURCE_HELP)
+    image_size: int = Field(416, ge=32, multiple_of=32, description="side of the input square in pixels")
+    width: int = Field(512, ge=32, multiple_of=32, description="channels of the decoder; the neck has half to double")
+    dropout: float = Field(0.2, ge=0, lt=1, description="in the decoder")
+
+
+class ResNetTowers(OpenCLIPTowers):
+    """CLIP's modified ResNet and its text transformer."""
+
+    lora_targets = r"attnpool\.(q|k|v|c)_proj"
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """Of what `encode_images` gives."""
+        layers = self.visual.layer2, self.visual.layer3, self.visual.layer4
+        third, fourth, last = (layer[-1].bn3.num_features for layer in layers)
+        return third, fourth, self.visual.attnpool.c_proj.out_features, last
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Maps at an eighth, a sixteenth and a thirty-second of S, the third pooled by attention; and it unpooled.
+
+        CLIP's attention pool gives one vector; here every position asks, as the mean does there.
+        """
+        third, fourth, last = self.visual.forward_intermediates(
+            pixel_values, indices=[2, 3, 4], intermediates_only=True
+        )["image_intermediates"]
+        return third, fourth, self._attend(last), last
+
+    def _attend(self, x: Tensor) -> Tensor:
+        pool = self.visual.attnpool
+        height, width = x.shape[2:]
+        learned = pool.positional_embedding[1:]  # the first belongs to the mean
+        side = math.isqrt(len(learned))
+        positions = functional.interpolate(
+            learned.T.unflatten(1, (side, side))[None], (height, width), mode="bicubic", align_corners=False
+        )
+        tokens = (x + positions).flatten(2).transpose(1, 2)  # (B, height * width, C)
+        query, key, value = (
+            project(tokens).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+            for project in (pool.q_proj, pool.k_proj, pool.v_proj)
+        )
+        attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return pool.c_proj(attended).transpose(1, 2).unflatten(2, (height, width))
+
+    def _prepare_images(self, taps: tuple[int, ...] | None) -> None:
+        if not hasattr(self.visual, "attnpool"):
+            raise CheckpointError(f"CRIS needs CLIP's ResNet as image tower, not a {type(self.visual).__name__}")
+        if not self.is_causal:
+            raise CheckpointError(f"CRIS needs CLIP's own text transformer, not a {type(self.text).__name__}")
+        self.taps = (2, 3, 4)
+        self.image_width, self.num_prefix_tokens = self.visual.attnpool.c_proj.out_features, 0
+
+
+def _conv(channels_in: int, channels: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels_in, channels, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
+
+
+def _double(x: Tensor) -> Tensor:
+    return functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class _Neck(nn.Module):
+    """Three feature levels, the deepest multiplied with the sentence, gathered at a sixteenth of S."""
+
+    def __init__(self, channels: tuple[int, int, int, int], text_width: int, width: int) -> None:
+        super().__init__()
+        third, fourth, pooled, last = channels
+        small, large = width // 2, width * 2
+        self.residual = nn.Sequential(nn.Conv2d(last, pooled, 1, bias=False), nn.BatchNorm2d(pooled))
+        self.text = nn.Sequential(nn.Linear(text_width, large, bias=False), nn.BatchNorm1d(large), nn.ReLU())
+        self.project5 = _conv(pooled, large, 1)
+        self.norm5 = nn.Sequential(nn.BatchNorm2d(large), nn.ReLU())
+        self.project4, self.project3 = _conv(fourth, width, 3), _conv(third, small, 3)
+        self.merge4, self.merge3 = _conv(large + width, width, 1), _conv(small + width, width, 1)
+        self.query5, self.query4, self.query3 = _conv(large, width, 3), _conv(width, width, 3), _conv(width, width, 3)
+        self.gather = _conv(3 * width, width, 1)
+        self.locate = nn.Sequential(_conv(width + 2, width, 3), _conv(width, width, 3))
+
+    def project(self, maps: Features) -> Features:
+        """The part that no prompt changes."""
+        third, fourth, pooled, last = maps
+        level5 = self.project5(torch.relu(pooled + self.residual(last)))
+        return functional.avg_pool2d(self.project3(third), 2), self.project4(fourth), level5
+
+    def forward(self, projected: Features, sentences: Tensor) -> Tensor:
+        """(B, width, S / 16, S / 16) from `project` and sentence embeddings (B, text_width)."""
+        level3, level4, level5 = projected
+        level5 = self.norm5(level5 * self.text(sentences)[:, :, None, None])
+        level4 = self.merge4(torch.cat([level4, _double(level5)], dim=1))
+        level3 = self.merge3(torch.cat([level3, level4], dim=1))
+        queries = [self.query3(level3), self.query4(level4), _double(self.query5(level5))]
+        gathered = self.gather(torch.cat(queries, dim=1))
+        side = torch.linspace(-1, 1, gathered.shape[-1], device=gathered.device, dtype=gathered.dtype)
+        places = torch.stack(torch.meshgrid(side, side, indexing="xy")).expand(len(gathered), -1, -1, -1)
+        return self.locate(torch.cat([gathered, places], dim=1))
+
+
+class _DecoderLayer(nn.Module):
+    """Pixels attend pixels, then words; each block normalised before and after, as published."""
+
+    def __init__(self, width: int, words_width: int, dropout: float) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.after = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.self_attention = nn.MultiheadAttention(width, 8, dropout, batch_first=True)
+        self.cross_attention = nn.MultiheadAttention(
+            width, 8, dropout, kdim=words_width, vdim=words_width, batch_first=True
+        )
+        hidden = 4 * width
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(hidden), nn.Linear(hidden, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, pixels: Tensor, places: Tensor, words: Tensor, order: Tensor, padding: Tensor) -> Tensor:
+        """(B, N, width) pixels, which have looked at each other and at the words (B, L, D) that are no padding."""
+        normed = self.norms[0](pixels)
+        asking = normed + places
+        found, _ = self.self_attention(asking, asking, normed, need_weights=False)
+        pixels = pixels + self.dropout(self.after[0](found))
+        asking = self.norms[1](pixels) + places
+        found, _ = self.cross_attention(asking, words + order, words, key_padding_mask=padding, need_weights=False)
+        pixels = pixels + self.dropout(self.after[1](found))
+        return pixels + self.dropout(self.feed_forward(self.norms[2](pixels)))
+
+
+class _Projector(nn.Module):
+    """Pixels at a quarter of S, convolved with a kernel that a linear layer makes of the sentence."""
+
+    def __init__(self, width: int, text_width: int) -> None:
+        super().__init__()
+        self.grow = nn.ModuleList([_conv(width, width, 3), _conv(width, width // 2, 3)])
+        self.last = nn.Conv2d(width // 2, width // 2, 1)
+        self.text = nn.Linear(text_width, width // 2 * 9 + 1)
+
+    def forward(self, pixels: Tensor, sentences: Tensor) -> Tensor:
+        """Logits (B, 1, S / 4, S / 4)."""
+        for grow in self.grow:
+            pixels = grow(_double(pixels))
+        pixels = self.last(pixels)
+        batch, channels = pixels.shape[:2]
+        kernels = self.text(sentences)
+        weight, bias = kernels[:, :-1].reshape(batch, channels, 3, 3), kernels[:, -1]
+        # one group per image: each has its own kernel
+        logits = functional.conv2d(pixels.reshape(1, -1, *pixels.shape[2:]), weight, bias, padding=1, groups=batch)
+        return logits.transpose(0, 1)
+
+
+class CRIS(SegmentationModel):
+    """CLIP's ResNet-50 towers, multi-modal neck, vision-language decoder, text-to-pixel projector.
+
+    Its own threshold is 0.35. Padding gets no attention: the tokenizer tells it from words, where the public code takes
+    every id 0 for padding, which is an exclamation mark as well.
+
+    Source: CRIS, CVPR 2022, arXiv 2111.15174.
+    """
+
+    Options: ClassVar[type[Settings]] = CRISOptions
+    threshold = 0.35
+    options: CRISOptions
+
+    def __init__(self, options: CRISOptions, towers: ResNetTowers) -> None:
+        super().__init__()
+        self.options = options
+        self.image_spec = ImageSpec(options.image_size, towers.image_spec.mean, towers.image_spec.std)
+        self.towers = towers
+        words_width = towers.text.width
+        self.neck = _Neck(towers.channels, towers.text_width, options.width)
+        self.layers = nn.ModuleList(_DecoderLayer(options.width, words_width, options.dropout) for _ in range(3))
+        self.norm = nn.LayerNorm(options.width)
+        self.projector = _Projector(options.width, towers.text_width)
+
+    @classmethod
+    def build(cls, options: CRISOptions) -> Self:
+        """CLIP's pretrained towers; the rest untrained.
+
+        Raises:
+            CheckpointError: the source cannot be loaded, or is not CLIP with a ResNet.
+        """
+        return cls(options, ResNetTowers.build(options.source, None))
+
+    @classmethod
+    def restore(cls, options: CRISOptions, folder: Path) -> Self:
+        """The architecture and tokenizer of a checkpoint directory."""
+        return cls(options, ResNetTowers.restore(folder, None))
+
+    def save_files(self, folder: Path) -> None:
+        """open_clip's configuration."""
+        self.towers.save_files(folder)
+
+    def encode_prompts(self, prompts: list[str]) -> Features:
+        """Sentence embeddings (T, D), word features (T, 77, 512), and which of those are padding (T, 77) bool."""
+        context = self.towers.tokenizer.context_length
+
+        def encode(ids: Tensor) -> Features:
+            sentences, words = self.towers.encode_words(ids.to(self.device))
+            lengths = torch.tensor([self.towers.num_tokens(row) for row in ids], device=self.device)
+            padding = torch.arange(context, device=self.device) >= lengths[:, None]
+            return sentences, functional.pad(words, (0, 0, 0, context - ids.shape[1])), padding
+
+        return encode_by_length(self.towers.tokenize(prompts), encode)
+
+    def encode_images(self, pixel_values: Tensor) -> Features:
+        """The neck's three levels as they are before the sentence enters."""
+        return self.neck.project(self.towers.encode_images(pixel_values))
+
+    def decode(self, image_features: Features, text_features: Features) -> Tensor:
+        """Logits (B, 1, S, S); the projector's quarter size enlarged bilinearly."""
+        sentences, words, padding = text_features
+        fused = self.neck(image_features, sentences)
+        pixels = fused.flatten(2).transpose(1, 2)  # (B, N, width)
+        height, width = fused.shape[2:]
+        places = _plane_encoding(pixels.shape[2], height, width).to(pixels)
+        order = _sine_encoding(words.shape[2], words.shape[1]).to(pixels)
+        for layer in self.layers:
+            pixels = layer(pixels, places, words, order, padding)
+        logits = self.projector(self.norm(pixels).transpose(1, 2).unflatten(2, (height, width)), sentences)
+        size = (self.image_spec.size, self.image_spec.size)
+        return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def _sine_encoding(width: int, length: int) -> Tensor:
+    """(length, width): sines and cosines of positions, alternating.
+
+    Source: Attention Is All You Need, arXiv 1706.03762.
+    """
+    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+def _plane_encoding(width: int, height: int, columns: int) -> Tensor:
+    """(height * columns, width): the first half of the channels tells the column, the second the row."""
+    across = _sine_encoding(width // 2, columns)[None].expand(height, -1, -1)
+    down = _sine_encoding(width // 2, height)[:, None].expand(-1, columns, -1)
+    return torch.cat([across, down], dim=2).flatten(0, 1)

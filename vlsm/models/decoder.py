@@ -1,0 +1,101 @@
+"""CLIPSeg's decoder, transformers' own class, called in two steps: per image, and per image and prompt."""
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoder
+
+from vlsm.errors import CheckpointError
+from vlsm.models.towers import LOAD_ERRORS, Towers, explain_source
+
+PUBLISHED = "CIDAS/clipseg-rd64-refined"
+_PATCH = 16  # of the published decoder: it enlarges the patch grid sixteen times
+
+
+class PromptDecoder(CLIPSegDecoder):  # type: ignore[misc] # transformers has no types for mypy
+    """Activations of several layers, deepest first, through a light transformer that the text conditions.
+
+    Source: CLIPSeg, CVPR 2022, arXiv 2112.10003.
+    """
+
+    def __init__(self, config: CLIPSegConfig) -> None:
+        config.vision_config._attn_implementation = "sdpa"  # it is chosen by whole models only, and this is a part
+        super().__init__(config)
+
+    def reduce_activations(self, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The part that no prompt changes: each layer's (B, L, W) projected to (B, L, reduce_dim), deepest first."""
+        return tuple(reduce(activation) for reduce, activation in zip(self.reduces, reversed(activations), strict=True))
+
+    def decode(self, reduced: tuple[Tensor, ...], text_embeddings: Tensor, num_prefix_tokens: int) -> Tensor:
+        """Logits (B, 1, 16 x grid, 16 x grid) from reduced activations and one text embedding per image."""
+        hidden = torch.zeros_like(reduced[0])
+        for index, (activation, layer) in enumerate(zip(reduced, self.layers, strict=True)):
+            hidden = hidden + activation
+            if index == self.conditional_layer:
+                scale, shift = self.film_mul(text_embeddings), self.film_add(text_embeddings)
+                hidden = scale[:, None] * hidden + shift[:, None]
+            hidden = layer(hidden, attention_mask=None)
+        patches = hidden[:, num_prefix_tokens:].transpose(1, 2)  # (B, reduce_dim, grid * grid)
+        side = round(patches.shape[2] ** 0.5)
+        return self.transposed_convolution(patches.reshape(*patches.shape[:2], side, side))
+
+
+def build_decoder(towers: Towers) -> PromptDecoder:
+    """An untrained decoder that fits the towers; every other size is the published one.
+
+    Its weights are torch's own initial ones: transformers 5 would draw those of every linear layer and convolution with
+    a standard deviation of 1, so that logits begin in the hundreds.
+
+    Args:
+        towers: whose activations and text embeddings it takes.
+    """
+    config = CLIPSegConfig(
+        vision_config={"hidden_size": towers.image_width, "patch_size": _PATCH, "num_attention_heads": 1},
+        projection_dim=towers.text_width,
+        reduce_dim=64,
+        extract_layers=list(range(len(towers.taps))),
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=2048,
+        use_complex_transposed_convolution=True,
+    )
+    decoder = PromptDecoder(config)
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.ConvTranspose2d):
+            module.reset_parameters()
+    return decoder
+
+
+def load_network(source: str) -> CLIPSegForImageSegmentation:
+    """CLIPSeg with pretrained weights, float32.
+
+    Raises:
+        CheckpointError: the source is neither a complete CLIPSeg folder nor a hub id that can be reached.
+    """
+    try:
+        # safetensors where there are any; else transformers reads a pickle with weights_only
+        network, report = CLIPSegForImageSegmentation.from_pretrained(source, output_loading_info=True)
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"CLIPSeg weights {source!r} cannot be loaded: {explain_source(error)}") from error
+    if report["missing_keys"]:  # transformers would go on with random ones
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(
+            f"CLIPSeg weights {source!r} lack {len(missing)} tensors, such as {', '.join(missing[:3])}; is it one?"
+        )
+    return network.float()
+
+
+def load_decoder(decoder: PromptDecoder, source: str) -> None:
+    """Put CLIPSeg's pretrained decoder into one that was built for other towers.
+
+    Raises:
+        CheckpointError: the source cannot be loaded, or its decoder has other sizes.
+    """
+    weights = load_network(source).decoder.state_dict()
+    wrong = [
+        f"{key}: {tuple(weights[key].shape) if key in weights else 'none'} instead of {tuple(value.shape)}"
+        for key, value in decoder.state_dict().items()
+        if key not in weights or weights[key].shape != value.shape
+    ]
+    if wrong:
+        raise CheckpointError(f"the decoder of {source!r} does not fit these towers: {'; '.join(wrong[:3])}")
+    decoder.load_state_dict(weights)

@@ -1,0 +1,290 @@
+"""Towers from open_clip: any of its text towers, and any image tower that is a vision transformer."""
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import open_clip
+import torch
+from huggingface_hub import hf_hub_download
+from open_clip.transformer import TextTransformer, text_global_pool
+from torch import Tensor, nn
+
+from vlsm.errors import CheckpointError
+from vlsm.images import ImageSpec
+from vlsm.models.towers import LOAD_ERRORS, Towers, cut_tokens, encode_by_length, explain_source
+
+_FOLDER = "openclip"
+CONFIG_NAME = "open_clip_config.json"
+
+
+class OpenCLIPTowers(Towers):
+    """The image and text tower of an open_clip model; the image tower only as deep as its last tapped block.
+
+    Args:
+        model: an open_clip model with a text tower of its own (CustomTextCLIP).
+        config: what open_clip_config.json holds.
+        tokenizer: open_clip's.
+        taps: 0-based indices of image-tower blocks whose outputs are wanted; by default those at a quarter, a half and
+            three quarters of the depth.
+    """
+
+    # timm's names, then EVA's, then those of open_clip's own transformer, whose attention is one module
+    lora_targets = r".*\bblocks\.\d+\.attn\.(qkv|proj|q_proj|k_proj|v_proj)|.*\bresblocks\.\d+\.attn"
+
+    def __init__(self, model: Any, config: dict[str, Any], tokenizer: Any, taps: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.visual = model.visual
+        self.text = model.text
+        self.text_width = config["model_cfg"]["embed_dim"]
+        preprocessing = model.visual.preprocess_cfg
+        self.image_spec = ImageSpec(
+            _side(model.visual.image_size), tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+        )
+        self._prepare_images(taps)
+        self.set_trainable("decoder")
+
+    @classmethod
+    def build(cls, source: str, image_size: int | None, taps: tuple[int, ...] | None = None) -> Self:
+        """Towers with pretrained weights.
+
+        Args:
+            source: a hub id, a local folder with open_clip_config.json and weights, or open_clip's NAME/TAG.
+            image_size: side of the input in pixels; the position embedding is resampled where it is not the model's.
+            taps: see the class.
+
+        Raises:
+            CheckpointError: nothing can be loaded from the source, or its image tower is no vision transformer.
+        """
+        name, tag = _resolve(source)
+        try:
+            config = _read_config(name)
+            overrides = _local_text_tower(name, config)
+            if tag and not Path(tag).is_file():  # create_model would log what it also raises
+                open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
+            model = open_clip.create_model(
+                name, tag, force_custom_text=True, force_image_size=image_size, require_pretrained=True, **overrides
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+        except LOAD_ERRORS as error:
+            raise CheckpointError(f"open_clip weights {source!r} cannot be loaded: {explain_source(error)}") from error
+        config["preprocess_cfg"] = {key: model.visual.preprocess_cfg[key] for key in ("mean", "std")}
+        return cls(model, config, tokenizer, taps)
+
+    @classmethod
+    def restore(cls, folder: Path, image_size: int | None, taps: tuple[int, ...] | None = None) -> Self:
+        """The architecture and tokenizer of a checkpoint directory, weights still to be loaded."""
+        name = f"local-dir:{folder / _FOLDER}"
+        config = _read_config(name)
+        if "hf_model_name" in config["model_cfg"]["text_cfg"] and not (folder / _FOLDER / "config.json").is_file():
+            raise FileNotFoundError(f"{_FOLDER}/config.json, which describes the text tower, is missing")
+        model = build_architecture(config["model_cfg"] | _local_text_tower(name, config), image_size)
+        model.visual.preprocess_cfg = config["preprocess_cfg"]
+        return cls(model, config, open_clip.get_tokenizer(name), taps)
+
+    @property
+    def image_tower(self) -> nn.Module:
+        """open_clip's `visual`."""
+        return self.visual
+
+    def tokenize(self, prompts: list[str]) -> list[Tensor]:
+        """Ids without padding where the text tower does not see padding, else padded to its context."""
+        context = self.tokenizer.context_length
+        for prompt in prompts:
+            cut_tokens(prompt, self._uncut_ids(prompt), context, "the text tower")
+        padded = self.tokenizer(prompts)
+        if not self._ignores_padding:
+            return list(padded)
+        return [row[: self.num_tokens(row)] for row in padded]
+
+    def encode_tokens(self, tokens: list[Tensor]) -> Tensor:
+        """(T, text_width) projected text embeddings."""
+        return encode_by_length(tokens, lambda ids: self.encode_words(ids.to(self.text_device))[:1])[0]
+
+    def encode_words(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Sentence embeddings (T, text_width), and for CLIP's own transformer word features (T, L, width)."""
+        if not self.is_causal:
+            return (self.text(ids),)
+        # open_clip's forward adds a causal mask of the full context; of shorter rows only its corner counts
+        text, length = self.text, ids.shape[1]
+        hidden = text.token_embedding(ids) + text.positional_embedding[:length]
+        words = text.ln_final(text.transformer(hidden, attn_mask=text.attn_mask[:length, :length]))
+        pooled = text_global_pool(words, ids, pool_type=text.pool_type, eos_token_id=text.eos_id)
+        project = text.text_projection
+        return (project(pooled) if isinstance(project, nn.Linear) else pooled @ project), words
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of the tapped blocks, (B, L, W) each, as open_clip's forward_intermediates gives them."""
+        found = self.visual.forward_intermediates(
+            pixel_values,
+            indices=list(self.taps),
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=self.num_prefix_tokens > 0,
+        )
+        patches = found["image_intermediates"]
+        prefixes = found.get("image_intermediates_prefix")
+        return (
+            tuple(torch.cat(pair, dim=1) for pair in zip(prefixes, patches, strict=True))
+            if prefixes
+            else tuple(patches)
+        )
+
+    def save_files(self, folder: Path) -> None:
+        """open_clip's configuration, and the text tower's configuration and tokenizer where they are transformers'."""
+        target = folder / _FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        if hasattr(self.text, "config"):
+            self.text.config.save_pretrained(target)
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(target)
+        (target / CONFIG_NAME).write_text(json.dumps(self.config, indent=2), encoding="utf-8")
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where the text tower's weights are."""
+        return next(self.text.parameters()).device
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the text tower is CLIP's own: no token sees those after it."""
+        text = self.text
+        return isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None
+
+    @property
+    def _ignores_padding(self) -> bool:
+        """Whether nothing depends on padding.
+
+        A causal tower pools at the end of text, before any padding; transformers' towers mask it; others attend it.
+        """
+        return not isinstance(self.text, TextTransformer) or (
+            self.is_causal and self.text.pool_type in ("argmax", "eos")
+        )
+
+    def _prepare_images(self, taps: tuple[int, ...] | None) -> None:
+        """Check that the image tower is a vision transformer, and leave out what lies above the last tap."""
+        tower = getattr(self.visual, "trunk", self.visual)
+        blocks = getattr(tower, "blocks", None) or getattr(getattr(tower, "transformer", None), "resblocks", None)
+        if blocks is None or not hasattr(tower, "prune_intermediate_layers"):
+            raise CheckpointError(f"the image tower {type(tower).__name__} is no vision transformer")
+        depth = len(blocks)
+        self.taps = taps or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
+        if not all(0 <= tap < depth for tap in self.taps) or list(self.taps) != sorted(set(self.taps)):
+            raise CheckpointError(
+                f"taps are {list(self.taps)}; they must rise, and the image tower has blocks 0 to {depth - 1}"
+            )
+        tower.prune_intermediate_layers(list(self.taps), prune_norm=True, prune_head=True)
+        for module in tower.modules():
+            if hasattr(module, "qkv_bias_separate"):  # EVA: else the weight is used past its layer, and so past lora
+                module.qkv_bias_separate = True
+        if tower is not self.visual:
+            self.visual.head = nn.Identity()
+            self.image_width, self.num_prefix_tokens = tower.embed_dim, tower.num_prefix_tokens
+            self.grid = tower.patch_embed.grid_size[0]
+        else:
+            self.image_width, self.num_prefix_tokens = tower.transformer.width, 1
+            self.grid = tower.grid_size[0]
+        patch = _side(tower.patch_size if tower is self.visual else tower.patch_embed.feat_ratio(as_scalar=False))
+        size = self.image_spec.size
+        if self.grid * patch != size:  # the last pixels would be cut off, and the logits stretched over them
+            near = f"{size // patch * patch} or {(size // patch + 1) * patch}"
+            raise CheckpointError(
+                f"image_size is {size}; it must be a multiple of the patch size {patch}, such as {near}"
+            )
+
+    def _uncut_ids(self, prompt: str) -> list[int]:
+        if hasattr(self.tokenizer, "encode"):  # open_clip's own, which leaves the two ends to others
+            return [self.tokenizer.sot_token_id, *self.tokenizer.encode(prompt), self.tokenizer.eot_token_id]
+        return list(self.tokenizer.tokenizer(self.tokenizer.clean_fn(prompt), verbose=False)["input_ids"])
+
+    def num_tokens(self, row: Tensor) -> int:
+        """Ids of a padded row that are no padding, as the tokenizer tells, never by the id 0.
+
+        open_clip's own tokenizer pads with 0, an exclamation mark as well; all after the end of text is padding.
+        """
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        if inner is None or inner.pad_token_id == inner.eos_token_id:
+            end = self.tokenizer.eot_token_id if inner is None else inner.eos_token_id
+            return int((row == end).int().argmax()) + 1
+        return int((row != inner.pad_token_id).sum())
+
+
+def build_architecture(model_config: dict[str, Any], image_size: int | None = None) -> open_clip.CustomTextCLIP:
+    """An open_clip model of random weights, with a text tower of its own, and nothing fetched from anywhere.
+
+    Args:
+        model_config: `model_cfg` of open_clip_config.json.
+        image_size: side of the input in pixels where it is not the configuration's.
+    """
+    config = copy.deepcopy({key: value for key, value in model_config.items() if key != "custom_text"})
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+    if image_size:
+        vision["image_size"] = image_size
+    model = open_clip.CustomTextCLIP(**config)
+    if image_size and "timm_model_name" in vision:
+        model.visual.set_input_size(image_size)
+    return model
+
+
+def _resolve(source: str) -> tuple[str, str | None]:
+    """open_clip's model name, with its schema, and the tag of the weights."""
+    if source.startswith(("hf-hub:", "local-dir:")):
+        return source, None
+    if Path(source).is_dir():
+        return f"local-dir:{source}", None
+    name, _, tag = source.partition("/")
+    near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.7)
+    if near and name != near[0]:
+        raise CheckpointError(
+            f"unknown open_clip model {name!r}; did you mean {near[0]}? a hub id is hf-hub:OWNER/NAME"
+        )
+    if near:
+        if not tag:
+            tags = open_clip.list_pretrained_tags_by_model(name) or ["TAG"]
+            raise CheckpointError(f"open_clip weights {source!r} need a tag, such as {name}/{tags[0]}")
+        return name, tag
+    return f"hf-hub:{source}", None
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    """What open_clip_config.json of a source holds, or would hold."""
+    schema, separator, identifier = name.partition(":")
+    if not separator:
+        config = {"model_cfg": open_clip.get_model_config(name)}
+    else:
+        path = Path(identifier, CONFIG_NAME)
+        if schema == "hf-hub":
+            path = Path(hf_hub_download(identifier, CONFIG_NAME))
+        elif not path.is_file():
+            raise FileNotFoundError(f"there is no {CONFIG_NAME} in it")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    if "trust_remote_code" in config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}):
+        raise ValueError(f"{CONFIG_NAME} asks to run code that comes with a tokenizer")
+    if "multimodal_cfg" in config["model_cfg"]:
+        raise ValueError("it is a captioner (CoCa), whose text tower gives more than an embedding")
+    return config
+
+
+def _local_text_tower(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Keywords that make open_clip read a transformers text tower's configuration from the folder, not from the hub."""
+    folder = name.removeprefix("local-dir:")
+    text = config["model_cfg"]["text_cfg"]
+    if folder == name or "hf_model_name" not in text or not Path(folder, "config.json").is_file():
+        return {}
+    return {"text_cfg": text | {"hf_model_name": folder, "hf_model_pretrained": False}}
+
+
+def _side(size: int | tuple[int, int]) -> int:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise CheckpointError(f"the image tower takes {height} x {width} pixels; only squares are supported")
+    return height

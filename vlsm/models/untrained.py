@@ -1,0 +1,121 @@
+"""Folders in the libraries' own formats, with the published architectures and random weights.
+
+They stand in for hub ids where there is no network: to count parameters and operations, to measure speed, to try a job.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from safetensors.torch import save_file
+from transformers import BertConfig, BertTokenizerFast, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+
+from vlsm.models.openclip import CONFIG_NAME, build_architecture
+
+_WORDS = (
+    "a an the of and with in on one two left right top bottom polyp lesion tumor mass round flat small large bright"
+)
+
+
+def write_clipseg(folder: Path, weights: bool = True, **config: Any) -> Path:
+    """A CLIPSeg as transformers' from_pretrained takes it: by default `CIDAS/clipseg-rd64-refined`.
+
+    Args:
+        folder: made where it does not exist.
+        weights: write random ones; without, only what describes the architecture, and the tokenizer.
+        config: fields of CLIPSegConfig that differ from the published ones.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = _byte_pair_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = CLIPSegConfig(
+        text_config=special | config.pop("text_config", {}),
+        vision_config={"image_size": 352, "patch_size": 16} | config.pop("vision_config", {}),
+        **{"use_complex_transposed_convolution": True, "extract_layers": [3, 6, 9]} | config,
+    )
+    settings.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if weights:
+        CLIPSegForImageSegmentation(settings).save_pretrained(folder)
+    return folder
+
+
+def write_biomedclip(
+    folder: Path, weights: bool = True, image_tower: tuple[str, int] = ("vit_base_patch16_224", 224), **bert: Any
+) -> Path:
+    """BiomedCLIP as open_clip's local-dir takes it: a timm vision transformer and a BERT.
+
+    Args:
+        folder: made where it does not exist.
+        weights: write random ones; without, only what describes the architecture, and the tokenizer.
+        image_tower: timm's name of it, and the side of its input in pixels.
+        bert: fields of BertConfig that differ from the published ones, which are BERT's defaults.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = _word_piece_tokenizer()
+    tokenizer.save_pretrained(folder)
+    BertConfig(**bert).save_pretrained(folder)
+    text = {
+        "hf_model_name": str(folder),
+        "hf_tokenizer_name": str(folder),
+        "hf_proj_type": "mlp",
+        "hf_pooler_type": "cls_last_hidden_state_pooler",
+        "context_length": 256,
+    }
+    vision = {"timm_model_name": image_tower[0], "timm_pool": "", "timm_proj": "linear", "image_size": image_tower[1]}
+    return write_open_clip(folder, {"embed_dim": 512, "vision_cfg": vision, "text_cfg": text}, weights)
+
+
+def write_clip_resnet(folder: Path, weights: bool = True, **config: Any) -> Path:
+    """CLIP's RN50 with QuickGELU, from which CRIS starts.
+
+    Args:
+        folder: made where it does not exist.
+        weights: write random ones; without, only what describes the architecture.
+        config: keys of open_clip's model_cfg that differ from the published ones.
+
+    Returns:
+        The folder.
+    """
+    return write_open_clip(folder, open_clip.get_model_config("RN50-quickgelu") | config, weights)
+
+
+def write_open_clip(folder: Path, model_config: dict[str, Any], weights: bool = True) -> Path:
+    """Any open_clip architecture as local-dir takes it, with CLIP's mean and std."""
+    folder.mkdir(parents=True, exist_ok=True)
+    statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    config = {"model_cfg": model_config, "preprocess_cfg": statistics}
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    if weights:
+        state = {key: value.contiguous() for key, value in build_architecture(model_config).state_dict().items()}
+        save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def _byte_pair_tokenizer() -> CLIPTokenizer:
+    """A real byte-pair tokenizer of a few words; all others fall into letters."""
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
+    merges = []
+    for word in _WORDS.split():  # each word is built letter by letter, as byte-pair encoding does
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces[:2] = [pieces[0] + pieces[1]]
+            vocabulary.append(pieces[0])
+    vocabulary = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
+    numbered = {token: number for number, token in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=numbered, merges=[*dict.fromkeys(merges)])
+
+
+def _word_piece_tokenizer() -> BertTokenizerFast:
+    """A real word-piece tokenizer of a few words; all others fall into letters."""
+    letters = [chr(code) for code in range(33, 127)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = [*special, *letters, *("##" + letter for letter in letters), *_WORDS.split()]
+    return BertTokenizerFast(vocab={token: number for number, token in enumerate(dict.fromkeys(vocabulary))})
