@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from vlsm.models import MODELS
 from vlsm.schema import RESULT_SCHEMA
 
 ROOT = Path(__file__).parents[1]
@@ -12,30 +13,47 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for l
 
 
 def test_the_table_of_columns_is_the_schema():
-    rows = re.findall(r"^\| (`.+?) \| ", README, re.M)
+    section = README.partition("### What comes out")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \| ", section, re.M)
     assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == RESULT_SCHEMA.names
 
 
+def test_the_table_of_models_is_the_codes():
+    section = README.partition("\n## Models")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \| ", section, re.M)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(MODELS)
+
+
 def test_the_map_names_every_module():
-    stated = set(re.findall(r"^  (\w+\.py) ", README, re.M))
-    modules = [*ROOT.glob("jobs/*.py"), *ROOT.glob("vlsm/*.py")]
-    assert stated == {path.name for path in modules if path.name not in ("__init__.py", "errors.py")}
+    stated = set(re.findall(r"^ +(\w+\.py) ", README, re.M))
+    modules = [*ROOT.glob("jobs/*.py"), *ROOT.glob("vlsm/*.py"), *ROOT.glob("vlsm/models/*.py")]
+    assert stated == {path.name for path in modules if path.name not in ("__init__.py", "__main__.py", "errors.py")}
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
 def test_every_command_is_understood_by_its_parser(command, monkeypatch):
-    from jobs import segment
+    from jobs import benchmark, segment
     from vlsm import checkpoints, export
+    from vlsm.models import __main__ as models
 
-    module, *words = shlex.split(command)[2:]
+    module, *words = shlex.split(command, comments=True)[2:]
     seen = []
     monkeypatch.setattr(segment, "segment", lambda settings: seen.append(settings))
     monkeypatch.setattr(segment, "dry_run", lambda settings: seen.append(settings))
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
-    main = {"jobs.segment": segment.main, "vlsm.export": export.main, "vlsm.checkpoints": checkpoints.main}[module]
-    assert main(words) == 0
+    monkeypatch.setattr(benchmark, "benchmark_models", lambda args: seen.append(args))
+    monkeypatch.setattr(models, "measure_costs", lambda: seen.append(words) or [])
+    monkeypatch.setattr(models, "describe_settings", lambda options: seen.append(options) or [])
+    mains = {
+        "jobs.segment": segment.main,
+        "jobs.benchmark": benchmark.main,
+        "vlsm.export": export.main,
+        "vlsm.checkpoints": checkpoints.main,
+        "vlsm.models": models.main,
+    }
+    assert mains[module](words) == 0
     assert seen
 
 
