@@ -85,6 +85,23 @@ def test_text_features_stand_for_their_prompts(build, pixel_values, case):
     assert difference(model(pixel_values, model.encode_prompts(PROMPTS)), model(pixel_values, PROMPTS)) < 1e-5
 
 
+@pytest.mark.parametrize("case", TOWERS)
+@torch.no_grad()
+def test_kept_activations_stand_for_the_towers(build, pixel_values, case):
+    model = build(case).eval()
+    activations = model.encode_towers(pixel_values)
+    assert model.has_frozen_towers and activations
+    expected = model(pixel_values, PROMPTS)
+    for part in (part for part in model.modules() if isinstance(part, Towers)):
+        part.image_tower.requires_grad_(False).apply(lambda module: module.register_forward_pre_hook(_forbid))
+    assert difference(model(pixel_values, PROMPTS, activations), expected) == 0
+    assert not model.set_trainable("lora").has_frozen_towers
+
+
+def _forbid(module, args):
+    raise AssertionError(f"{type(module).__name__} ran again")
+
+
 @pytest.fixture
 def segmenter(build, tmp_path):
     def make(case):

@@ -47,20 +47,30 @@ class SegmentationModel(nn.Module):
     def encode_prompts(self, prompts: list[str]) -> Features:
         """What prompts give to every image alike: tensors of T rows, from the model's own tokenizers and towers."""
 
+    def encode_towers(self, pixel_values: Tensor) -> Features:
+        """What the pretrained image towers make of the images: the part of `encode_images` that stays while they do."""
+        return ()
+
     @abstractmethod
-    def encode_images(self, pixel_values: Tensor) -> Features:
-        """What the images give to every prompt alike: tensors of B rows each, from pixel_values (B, 3, S, S)."""
+    def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
+        """What the images give to every prompt alike: tensors of B rows each, from pixel_values (B, 3, S, S).
+
+        `activations` are those of `encode_towers` where they were kept; they are computed otherwise.
+        """
 
     @abstractmethod
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Logits (B, 1, S, S) from B rows of image features and as many of text features."""
 
-    def forward(self, pixel_values: Tensor, prompts: Sequence[str] | Features) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, prompts: Sequence[str] | Features, activations: Features | None = None
+    ) -> Tensor:
         """Logits (B, 1, S, S) of B images, each with its own prompt.
 
         Args:
             pixel_values: (B, 3, S, S) float, normalised by `image_spec`.
             prompts: B texts, each distinct one encoded once, or B rows of what `encode_prompts` made of them.
+            activations: what `encode_towers` made of the images, where it was kept.
 
         Raises:
             ValueError: there is not one prompt per image.
@@ -72,7 +82,7 @@ class SegmentationModel(nn.Module):
             distinct = list(dict.fromkeys(prompts))
             rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
             prompts = tuple(part[rows] for part in self.encode_prompts(distinct))
-        return self.decode(self.encode_images(pixel_values), prompts)
+        return self.decode(self.encode_images(pixel_values, activations), prompts)
 
     def set_trainable(self, trainable: Trainable = "decoder", lora_rank: int = 8) -> Self:
         """Choose what learns; everything outside the pretrained towers always does.
@@ -104,6 +114,11 @@ class SegmentationModel(nn.Module):
                 "a Segmenter has folded the model's batch norms; load the checkpoint anew to train it"
             )
         return super().train(mode)
+
+    @property
+    def has_frozen_towers(self) -> bool:
+        """Whether there are towers and all stay as they are, so that what they make of an image can be kept."""
+        return bool(self._towers) and all(towers.trainable == "decoder" for towers in self._towers)
 
     @property
     def learns_text(self) -> bool:
@@ -141,7 +156,7 @@ class ImageOnlyModel(SegmentationModel):
         """(T, 0): no text enters."""
         return (torch.zeros(len(prompts), 0, device=self.device),)
 
-    def encode_images(self, pixel_values: Tensor) -> Features:
+    def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
         """The whole network: logits (B, 1, S, S)."""
         return (self.network(pixel_values),)
 

@@ -224,9 +224,13 @@ class CRIS(SegmentationModel):
 
         return encode_by_length(self.towers.tokenize(prompts), encode)
 
-    def encode_images(self, pixel_values: Tensor) -> Features:
+    def encode_towers(self, pixel_values: Tensor) -> Features:
+        """The tower's maps."""
+        return self.towers.encode_images(pixel_values)
+
+    def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
         """The neck's three levels as they are before the sentence enters."""
-        return self.neck.project(self.towers.encode_images(pixel_values))
+        return self.neck.project(self.encode_towers(pixel_values) if activations is None else activations)
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Logits (B, 1, S, S); the projector's quarter size enlarged bilinearly."""

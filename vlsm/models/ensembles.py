@@ -113,10 +113,16 @@ class EnsembleC(SegmentationModel):
         """A's text embeddings and B's, each from its own tokens."""
         return self.a.encode_prompts(prompts) + self.b.encode_prompts(prompts)
 
-    def encode_images(self, pixel_values: Tensor) -> Features:
+    def encode_towers(self, pixel_values: Tensor) -> Features:
+        """A's activations, then B's."""
+        return self.a.encode_towers(pixel_values) + self.b.encode_towers(self._normalized_for_b(pixel_values))
+
+    def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
         """A's features, then B's."""
-        for_b = renormalize(pixel_values, self.a.image_spec, self.b.image_spec)
-        return self.a.encode_images(pixel_values) + self.b.encode_images(for_b)
+        split = len(self.a.towers.taps)
+        for_a, for_b = (None, None) if activations is None else (activations[:split], activations[split:])
+        pixels_b = self._normalized_for_b(pixel_values)
+        return self.a.encode_images(pixel_values, for_a) + self.b.encode_images(pixels_b, for_b)
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """The joined logits (B, 1, S, S)."""
@@ -124,6 +130,9 @@ class EnsembleC(SegmentationModel):
         logits_a = self.a.decode(image_features[:split], text_features[:1])
         logits_b = self.b.decode(image_features[split:], text_features[1:])
         return self.join(torch.cat([logits_a, logits_b], dim=1))
+
+    def _normalized_for_b(self, pixel_values: Tensor) -> Tensor:
+        return renormalize(pixel_values, self.a.image_spec, self.b.image_spec)
 
 
 def renormalize(pixel_values: Tensor, current: ImageSpec, wanted: ImageSpec) -> Tensor:

@@ -45,9 +45,14 @@ class VLSM(SegmentationModel):
         """The projected text embeddings, (T, D)."""
         return (self.towers.encode_prompts(prompts),)
 
-    def encode_images(self, pixel_values: Tensor) -> Features:
+    def encode_towers(self, pixel_values: Tensor) -> Features:
+        """The tapped activations, (B, L, W) each."""
+        return self.towers.encode_images(pixel_values)
+
+    def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
         """The activations reduced to the decoder's width, (B, L, 64) each; then what the CNN needs, if there is one."""
-        activations = self.towers.encode_images(pixel_values)
+        if activations is None:
+            activations = self.encode_towers(pixel_values)
         reduced = self.decoder.reduce_activations(activations)
         return reduced if self.fusion is None else reduced + self.fusion.encode_images(activations, pixel_values)
 
