@@ -62,16 +62,19 @@ def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
 
 
 @contextlib.contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session(log_to_driver: bool = True) -> Iterator[None]:
     """Ray for a while: the cluster of the environment (RAY_ADDRESS, a submitted job), or one started on this machine.
 
     A session that the caller has already opened is used and left open.
+
+    Args:
+        log_to_driver: whether what tasks and actors print stands in the job's log as well as in their own.
     """
     import ray.data  # here, so that --help and wrong arguments do not wait for it
 
     opened = not ray.is_initialized()
     if opened:
-        ray.init(logging_level=logging.WARNING, include_dashboard=False)
+        ray.init(logging_level=logging.WARNING, include_dashboard=False, log_to_driver=log_to_driver)
         signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put a handler of its own there
     # warnings stay; what Ray Data says of its own progress would stand beside ours
     for handler in logging.getLogger("ray.data").handlers:

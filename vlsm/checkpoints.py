@@ -28,9 +28,11 @@ from vlsm.images import ImageSpec
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vlsm.models.contract import SegmentationModel
 
-_SETTINGS_NAME = "checkpoint.yaml"
+SETTINGS_NAME = "checkpoint.yaml"
 _WEIGHTS_NAME = "model.safetensors"
 _PACKAGES = ("torch", "transformers", "open_clip_torch", "timm", "segmentation_models_pytorch")
 _TOWER_FOLDERS = ("clipseg", "openclip")
@@ -67,7 +69,11 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    model: "SegmentationModel", directory: str | Path, prompt: str = "", threshold: float | None = None
+    model: "SegmentationModel",
+    directory: str | Path,
+    prompt: str = "",
+    threshold: float | None = None,
+    weights: "dict[str, Tensor] | None" = None,
 ) -> None:
     """Write a checkpoint directory on the local disk; checkpoint.yaml last, so that its presence means complete.
 
@@ -76,6 +82,7 @@ def save_checkpoint(
         directory: made where it does not exist; a checkpoint there is replaced.
         prompt: what to segment where a run names no prompt.
         threshold: a probability; at or above it a pixel is foreground; the published model's own unless told.
+        weights: all of the model's, where it holds only shards of them itself.
 
     Raises:
         CheckpointError: the threshold is no probability, the directory is a file or not on the local disk, or the model
@@ -107,15 +114,16 @@ def save_checkpoint(
         raise CheckpointError(f"{folder} is a file; a checkpoint is a directory")
     model = merged_copy(model)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _SETTINGS_NAME).unlink(missing_ok=True)
+    (folder / SETTINGS_NAME).unlink(missing_ok=True)
     for stale in _TOWER_FOLDERS:  # of a checkpoint that is replaced
         shutil.rmtree(folder / stale, ignore_errors=True)
     model.save_files(folder)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     safetensors.torch.save_file(state, folder / _WEIGHTS_NAME)
     # written last; the weights get its mode, since safetensors writes for the owner alone
-    (folder / _SETTINGS_NAME).write_text(dump_yaml(settings.model_dump(mode="json")), encoding="utf-8")
-    shutil.copymode(folder / _SETTINGS_NAME, folder / _WEIGHTS_NAME)
+    (folder / SETTINGS_NAME).write_text(dump_yaml(settings.model_dump(mode="json")), encoding="utf-8")
+    shutil.copymode(folder / SETTINGS_NAME, folder / _WEIGHTS_NAME)
 
 
 def read_checkpoint(uri: str) -> dict[str, bytes]:
@@ -126,8 +134,8 @@ def read_checkpoint(uri: str) -> dict[str, bytes]:
     """
     uri = storage.absolute(uri)
     fs, path = storage.open_uri(uri)
-    if not fs.exists(f"{path}/{_SETTINGS_NAME}"):
-        raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {_SETTINGS_NAME}")
+    if not fs.exists(f"{path}/{SETTINGS_NAME}"):
+        raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {SETTINGS_NAME}")
     names = {found.removeprefix(path).lstrip("/"): found for found in fs.find(path)}
     for name in names:
         if not name.endswith(_SUFFIXES):
@@ -153,10 +161,10 @@ def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
         CheckpointError: it is malformed, or the model or its options are unknown.
     """
     try:
-        settings = CheckpointSettings.model_validate(yaml.safe_load(files[_SETTINGS_NAME]))
+        settings = CheckpointSettings.model_validate(yaml.safe_load(files[SETTINGS_NAME]))
     except (yaml.YAMLError, ValidationError) as error:
         why = explain(error, CheckpointSettings) if isinstance(error, ValidationError) else " ".join(str(error).split())
-        raise CheckpointError(f"{_SETTINGS_NAME} of checkpoint {uri!r}: {why}") from error
+        raise CheckpointError(f"{SETTINGS_NAME} of checkpoint {uri!r}: {why}") from error
     check_name(settings.model)
     if _WEIGHTS_NAME not in files:
         raise CheckpointError(f"checkpoint {uri!r} has no {_WEIGHTS_NAME}")
@@ -201,7 +209,7 @@ def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
     model.load_state_dict(weights)
     if settings.image.size != model.image_spec.size:
         raise CheckpointError(
-            f"{_SETTINGS_NAME} of checkpoint {uri!r}: image.size is {settings.image.size}; "
+            f"{SETTINGS_NAME} of checkpoint {uri!r}: image.size is {settings.image.size}; "
             f"its {settings.model} takes {model.image_spec.size} pixels"
         )
     # the statistics travel with the weights: a checkpoint may be normalised otherwise than its model's default
@@ -246,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     args = parser.parse_args(argv)
     try:
-        if Path(args.directory, _SETTINGS_NAME).exists() and not args.overwrite:
+        if Path(args.directory, SETTINGS_NAME).exists() and not args.overwrite:
             raise CheckpointError(f"there is a checkpoint at {args.directory} already; --overwrite replaces it")
         if args.threshold is not None and not 0 < args.threshold < 1:
             raise CheckpointError(f"--threshold is {args.threshold}; it must be a probability between 0 and 1")

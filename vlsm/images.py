@@ -87,6 +87,29 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
+def decode_mask(data: bytes, name: str, threshold: int, max_pixels: int = 100_000_000) -> np.ndarray:
+    """A mask file as a mask: 1 where the brightest channel is above the threshold, whatever noise its coding left.
+
+    Args:
+        data: the file's content, as for `decode_image`.
+        name: what error messages call it.
+        threshold: 0 to 254, of 8 bits.
+        max_pixels: masks of more pixels are refused before they are decoded.
+
+    Returns:
+        (H, W) uint8 of 0 and 1.
+
+    Raises:
+        ImageError: as `decode_image` raises it.
+    """
+    return (decode_image(data, name, max_pixels).max(axis=2) > threshold).astype(np.uint8)
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """A mask (H, W) in the model's square, (S, S); the nearest pixel, never anything in between."""
+    return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+
+
 def normalize(images: "Tensor", spec: ImageSpec) -> "Tensor":
     """Resized images as pixel_values, on the device they are on.
 

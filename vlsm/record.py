@@ -1,12 +1,12 @@
-"""config.yaml of a run: what was asked, with which checkpoint and software, and what was planned.
+"""config.yaml of a run: what was asked, with which checkpoint or data and software, and what was planned.
 
-It is written after the manifest and before any work: its presence means that the plan is complete, so that a rerun goes
-on with that plan instead of listing the archive again.
+It is written after the plan and before any work: its presence means that the plan is complete, so that a rerun goes on
+with that plan instead of listing the archive again.
 """
 
 import datetime
 import subprocess
-from dataclasses import asdict
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,26 @@ import yaml
 
 import vlsm
 from vlsm import storage
-from vlsm.config import SegmentSettings, dump_yaml, flatten
+from vlsm.config import Settings, dump_yaml, flatten
 from vlsm.errors import ConfigError
-from vlsm.manifest import Plan
 
 RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
 _PACKAGES = ("ray", "torch", "torchvision", "transformers", "pillow", "pyarrow", "fsspec", "s3fs")
 
 
-def make_record(settings: SegmentSettings, checkpoint_digest: str, plan: Plan) -> dict[str, Any]:
-    """The content of config.yaml; settings are resolved: prompts and threshold are no longer left to the checkpoint."""
+def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.yaml.
+
+    Args:
+        settings: resolved: nothing that decides a result is left to a checkpoint any more.
+        facts: what else decides the results, such as a checkpoint's digest.
+        plan: how much is to be done.
+    """
     return {
         "config": settings.model_dump(mode="json", exclude={"start_over"}),
-        "checkpoint_digest": checkpoint_digest,
-        "plan": asdict(plan),
+        **facts,
+        "plan": plan,
         "versions": {"vlsm": vlsm.__version__} | {package: version(package) for package in _PACKAGES},
         "git_revision": _git_revision(),
         "planned_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -54,13 +59,13 @@ def read_record(output: str) -> dict[str, Any] | None:
         record = yaml.safe_load(storage.read_bytes(uri))
     except yaml.YAMLError:
         record = None
-    if not isinstance(record, dict) or not {"config", "checkpoint_digest", "plan"} <= record.keys():
+    if not isinstance(record, dict) or not {"config", "plan"} <= record.keys():
         raise ConfigError(f"{uri} is not the record of a run; choose another OUTPUT")
     return record
 
 
-def describe_differences(record: dict[str, Any], settings: SegmentSettings, checkpoint_digest: str) -> list[str]:
-    """What would change an output's rows if this run went on there, one phrase per differing key.
+def describe_differences(record: dict[str, Any], settings: Settings, facts: dict[str, Any]) -> list[str]:
+    """What would change an output if this run went on there, one phrase per differing key; arguments as for a record.
 
     How a run is carried out (`run`) may change, and a checkpoint may move: its content counts.
     """
@@ -68,7 +73,8 @@ def describe_differences(record: dict[str, Any], settings: SegmentSettings, chec
         flatten({key: value for key, value in tree.items() if key not in ("run", "output", "checkpoint")})
         for tree in (record["config"], settings.model_dump(mode="json", exclude={"start_over"}))
     )
-    before["checkpoint_digest"], now["checkpoint_digest"] = record["checkpoint_digest"], checkpoint_digest
+    before |= {key: record.get(key) for key in facts}
+    now |= facts
     return [
         f"{key} (there {before.get(key)!r}, now {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
@@ -76,11 +82,17 @@ def describe_differences(record: dict[str, Any], settings: SegmentSettings, chec
     ]
 
 
-def forget_run(output: str) -> None:
-    """Remove an earlier run's files, and nothing else, from an output folder; its record first."""
-    for name in (RECORD_NAME, SUMMARY_NAME):
+def forget_run(output: str, names: Iterable[str] = (), folders: Iterable[tuple[str, str]] = ()) -> None:
+    """Remove an earlier run's files, and nothing else, from an output folder; its record first.
+
+    Args:
+        output: the folder.
+        names: of files besides the record and the summary.
+        folders: pairs of a folder and what the names of its files begin with.
+    """
+    for name in (RECORD_NAME, SUMMARY_NAME, *names):
         storage.remove(storage.join(output, name))
-    for folder, prefix in (("masks", "part-"), ("manifest", "manifest-")):
+    for folder, prefix in folders:
         for name in storage.list_names(storage.join(output, folder)):
             if name.startswith(prefix):
                 storage.remove(storage.join(output, folder, name))

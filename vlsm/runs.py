@@ -6,12 +6,10 @@ OUTPUT/masks/part-*      the result
 OUTPUT/summary.json      written last: its presence means complete
 """
 
-import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlsm import storage
@@ -42,7 +40,7 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, dict[s
     Raises:
         CheckpointError: there is no usable checkpoint.
     """
-    with _storage_errors("checkpoint", settings.checkpoint):
+    with storage.name_errors("checkpoint", settings.checkpoint):
         files = read_checkpoint(settings.checkpoint)
     checkpoint = parse_settings(files, settings.checkpoint)
     resolved = {
@@ -58,7 +56,7 @@ def open_input(settings: SegmentSettings) -> Archive:
     Raises:
         ConfigError: INPUT does not exist, or holds no images.
     """
-    with _storage_errors("INPUT", settings.input):
+    with storage.name_errors("INPUT", settings.input):
         archive = open_archive(settings.input, settings.prompts or (), exclude=settings.output)
         rows = iter(archive.rows)
         first = next(rows, None)
@@ -78,10 +76,10 @@ def prepare_run(settings: SegmentSettings) -> Run:
     """
     settings, files, image_size = resolve_settings(settings)
     digest, output = digest_files(files), settings.output
-    with _storage_errors("OUTPUT", output):
+    with storage.name_errors("OUTPUT", output):
         record = None if settings.start_over else read_record(output)
         if record is not None:
-            if differences := describe_differences(record, settings, digest):
+            if differences := describe_differences(record, settings, {"checkpoint_digest": digest}):
                 raise ConfigError(
                     f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
                     "choose another OUTPUT, or --set start_over=true to forget that run"
@@ -89,11 +87,11 @@ def prepare_run(settings: SegmentSettings) -> Run:
             return Run(settings, files, image_size, Plan(**record["plan"]))
         archive = open_input(settings)
         if settings.start_over:
-            forget_run(output)
+            forget_run(output, folders=(("masks", "part-"), ("manifest", "manifest-")))
         elif any(name.startswith("part-") for name in storage.list_names(storage.join(output, "masks"))):
             raise ConfigError(f"OUTPUT {output!r} holds masks of a run without config.yaml; choose another OUTPUT")
         plan = write_manifest(output, archive.rows, settings.shard_rows)
-        write_record(output, make_record(settings, digest, plan))
+        write_record(output, make_record(settings, {"checkpoint_digest": digest}, asdict(plan)))
     others = f"; passed over {_describe_skipped(archive)}" if archive.skipped else ""
     logger.info("planned %d images, %d rows%s", plan.num_images, plan.num_rows, others)
     return Run(settings, files, image_size, plan)
@@ -150,16 +148,3 @@ def finish_run(run: Run, num_before: int, seconds: float) -> dict[str, Any]:
 
 def _describe_skipped(archive: Archive) -> str:
     return ", ".join(f"{count:,} {suffix}" for suffix, count in archive.skipped.most_common(5))
-
-
-@contextlib.contextmanager
-def _storage_errors(what: str, uri: str) -> Iterator[None]:
-    """Storage that refuses is one sentence that names what was asked of it."""
-    try:
-        from botocore.exceptions import BotoCoreError, ClientError
-    except ImportError:  # without s3fs there are only this machine's own errors
-        BotoCoreError = ClientError = OSError
-    try:
-        yield
-    except (OSError, BotoCoreError, ClientError) as error:
-        raise ConfigError(f"{what} {uri!r} cannot be used: {error}") from error

@@ -4,10 +4,11 @@ A location is a local path or a URI that fsspec knows (`s3://bucket/key`). Names
 signs and `::` in them mean nothing here. Endpoint and credentials come from the standard environment of the store.
 """
 
+import contextlib
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import fsspec
@@ -176,6 +177,19 @@ def with_retries(call: Callable[[], T], uri: str) -> T:
                 ) from error
             time.sleep(delay_s)
     raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def name_errors(what: str, uri: str) -> Iterator[None]:
+    """Storage that refuses is one sentence that names what was asked of it."""
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:  # without s3fs there are only this machine's own errors
+        BotoCoreError = ClientError = OSError
+    try:
+        yield
+    except (OSError, BotoCoreError, ClientError) as error:
+        raise ConfigError(f"{what} {uri!r} cannot be used: {error}") from error
 
 
 def _transient_errors() -> tuple[type[BaseException], ...]:

@@ -1,0 +1,180 @@
+"""How examples reach training workers: Ray's CPU tasks inspect, read, decode, resize and augment them.
+
+A micro-batch of a worker's plan is one row that flows through Ray Data, in the order of the plan. Each worker streams
+its own: Ray Train's way of splitting a dataset deals out blocks as workers ask for them, and no run could be repeated.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+import ray.data
+
+from jobs.command import logger
+from vlsm import storage
+from vlsm.augment import augment_example
+from vlsm.datasets import Record
+from vlsm.examples import MicroBatch
+from vlsm.images import decode_image, decode_mask, resize_image, resize_mask
+from vlsm.inspection import Facts, inspect_record
+from vlsm.recipe import DataSettings
+
+_TASK_CPUS = 0.25  # they mostly wait for storage; half of a small machine is the workers'
+_CHUNK = 32  # images of one object: 16 MB at 352 pixels
+_MAX_LOADERS = 16  # per worker; Ray Data starts as many as keep up
+_WAVE = 512  # micro-batches of one stream: Ray Data plans some hundreds of blocks a second
+_CACHED_SHARE = 0.3  # of the object store: the rest is for batches under way
+
+T = TypeVar("T")
+Loaded = tuple[MicroBatch, np.ndarray, np.ndarray]
+
+
+def inspect_records(records: Sequence[Record], settings: DataSettings) -> list[Facts]:
+    """What is to be known of the files of records, in their order."""
+    size = max(_CHUNK, len(records) // 4000)
+    starts = [{"start": start} for start in range(0, len(records), size)]
+    shared = ray.put(list(records))
+    logger.info("looking through %d records", len(records))
+    rows = (
+        ray.data.from_items(starts, override_num_blocks=len(starts))
+        .map_batches(_inspect_chunk, fn_args=([shared], size, settings), batch_size=1, num_cpus=1)
+        .iter_rows()
+    )
+    facts = {row["start"]: [Facts(**fact) for fact in json.loads(row["facts"])] for row in rows}
+    return [fact for start in sorted(facts) for fact in facts[start]]
+
+
+def _inspect_chunk(batch: dict[str, Any], shared: list[Any], size: int, settings: DataSettings) -> dict[str, Any]:
+    start = int(batch["start"][0])
+    records = ray.get(shared[0])[start : start + size]
+    return {"start": [start], "facts": [json.dumps([asdict(inspect_record(record, settings)) for record in records])]}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Decoded examples in Ray's object store, in chunks of some; a lost chunk is decoded again by Ray."""
+
+    chunks: list[Any]
+
+    def fetch(self, examples: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Image and mask of each example, without a copy where they lie on this node."""
+        wanted = list(dict.fromkeys(example // _CHUNK for example in examples))
+        chunks = dict(zip(wanted, ray.get([self.chunks[number] for number in wanted]), strict=True))
+        return [tuple(part[example % _CHUNK] for part in chunks[example // _CHUNK]) for example in examples]  # type: ignore[misc]
+
+
+def keep_decoded(records: Sequence[Record], settings: DataSettings, size: int, wanted: bool | None) -> Decoded | None:
+    """All examples decoded in the object store, or None where that is not wanted or they would not fit.
+
+    Args:
+        records: the examples.
+        settings: how to read them.
+        size: S of the model in pixels.
+        wanted: None to keep them where they take less than a third of the cluster's object store.
+    """
+    num_bytes, store_bytes = len(records) * size * size * 4, ray.cluster_resources().get("object_store_memory", 0)
+    if wanted is False or (wanted is None and num_bytes > _CACHED_SHARE * store_bytes):
+        logger.info("images are decoded anew in every epoch: they would take %.1f GB", num_bytes / 1e9)
+        return None
+    decode = ray.remote(num_cpus=2 * _TASK_CPUS)(_decode_chunk)
+    return Decoded([decode.remote(chunk, settings, size) for chunk in _batched(records, _CHUNK)])
+
+
+def _decode_chunk(records: list[Record], settings: DataSettings, size: int) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [_decode(record.image_uri, record.mask_uri, settings, size) for record in records]
+    images, masks = zip(*pairs, strict=True)
+    return np.stack(images), np.stack(masks)
+
+
+def _decode(image_uri: str, mask_uri: str, settings: DataSettings, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """An example in the model's square: (S, S, 3) uint8 and (S, S) uint8 of 0 and 1."""
+    image = storage.read_image_bytes(image_uri, None, settings.max_image_bytes)
+    mask = storage.read_image_bytes(mask_uri, None, settings.max_image_bytes)
+    return (
+        resize_image(decode_image(image, image_uri, settings.max_pixels), size),
+        resize_mask(decode_mask(mask, mask_uri, settings.mask_threshold, settings.max_pixels), size),
+    )
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where a worker's micro-batches come from: a pool of actors, since Ray ends tasks' processes after an idle second.
+
+    Attributes:
+        records: the examples.
+        settings: how to read and augment them.
+        size: S of the model in pixels.
+        decoded: the examples where they were kept.
+    """
+
+    records: Sequence[Record]
+    settings: DataSettings
+    size: int
+    decoded: Decoded | None
+
+    def stream(self, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
+        """Micro-batches in their order, each with images (B, S, S, 3) uint8 and target masks (B, S, S) uint8."""
+        for wave in _batched(batches, _WAVE):
+            rows = [{"batch": json.dumps(self._describe(batch))} for batch in wave]
+            loaded = (
+                ray.data.from_items(rows, override_num_blocks=len(rows))
+                .map_batches(
+                    _Loader,
+                    fn_constructor_args=(self.settings, self.size, self.decoded),
+                    batch_size=1,
+                    num_cpus=_TASK_CPUS,
+                    compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_MAX_LOADERS),
+                )
+                .iter_rows()
+            )
+            for batch, row in zip(wave, loaded, strict=True):
+                yield batch, np.array(row["images"]), np.array(row["masks"])
+
+    def _describe(self, batch: MicroBatch) -> dict[str, Any]:
+        """What a task needs to know."""
+        files = [(self.records[example].image_uri, self.records[example].mask_uri) for example in batch.examples]
+        return {"examples": batch.examples, "files": files, "seeds": batch.seeds if batch.split == "train" else None}
+
+
+class _Loader:
+    """A CPU actor that reads, decodes, resizes and augments, or takes what was kept decoded."""
+
+    def __init__(self, settings: DataSettings, size: int, decoded: Decoded | None) -> None:
+        self.settings, self.size, self.decoded = settings, size, decoded
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The images and masks of one micro-batch, augmented where they have seeds."""
+        wanted = json.loads(batch["batch"][0])
+        if self.decoded is None:
+            pairs = [_decode(*files, self.settings, self.size) for files in wanted["files"]]
+        else:
+            pairs = self.decoded.fetch(wanted["examples"])
+        augment = self.settings.augment
+        if wanted["seeds"] is not None and not augment.is_off:
+            pairs = [
+                augment_example(image, mask, augment, seed)
+                for (image, mask), seed in zip(pairs, wanted["seeds"], strict=True)
+            ]
+        images, masks = zip(*pairs, strict=True)
+        return {"images": np.stack(images)[None], "masks": np.stack(masks)[None]}
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def prepare_streams(num_workers: int) -> None:
+    """Ray Data in this worker: in order, quiet, and with its share of the object store of so many workers."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    options = context.execution_options
+    options.preserve_order = True
+    store_bytes = ray.cluster_resources().get("object_store_memory", 0)
+    options.resource_limits = options.resource_limits.copy(object_store_memory=0.3 * store_bytes / num_workers)

@@ -1,0 +1,155 @@
+"""Train a model on one or several labelled datasets, with as many workers as there are, into a checkpoint for segment.
+
+    check the data -> keep it decoded -> workers: stream, learn, validate -> the best checkpoint, tested
+
+Where a run is stands in one file, OUTPUT/last.safetensors, which the first worker replaces in one atomic step. Whatever
+dies, workers, nodes or the driver, goes on from there: the plan of steps follows from the seed alone.
+"""
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.command import logger, make_parser, ray_session, run_command
+from vlsm import storage
+from vlsm.config import dump_yaml, load_settings
+from vlsm.datasets import Record
+from vlsm.errors import ConfigError, VlsmError
+from vlsm.inspection import Facts
+from vlsm.recipe import TrainSettings
+from vlsm.record import read_record
+from vlsm.runs import read_summary
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = make_parser("jobs.train", str(__doc__).partition("\n")[0], TrainSettings)
+    parser.add_argument("output", metavar="OUTPUT", help="folder for the checkpoint and all else; a rerun continues")
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME=URI",
+        help="a folder with anns/ images/ masks/, or a manifest with image_uri, mask_uri, split; may be repeated",
+    )
+    args = parser.parse_args(argv)
+
+    def work() -> dict[str, Any] | None:
+        arguments: dict[str, Any] = {"output": storage.absolute(args.output)}
+        if args.dataset:
+            arguments["datasets"] = parse_datasets(args.dataset)
+        settings = load_settings(TrainSettings, args.config, args.set, arguments)
+        if not args.dry_run:
+            return train(settings)
+        dry_run(settings)
+        return None
+
+    return run_command(work)
+
+
+def parse_datasets(words: list[str]) -> dict[str, str]:
+    """NAME=URI words as names and locations.
+
+    Raises:
+        ConfigError: a word is not of this form, or a name stands there twice.
+    """
+    datasets: dict[str, str] = {}
+    for word in words:
+        name, separator, uri = word.partition("=")
+        if not (name and separator and uri):
+            raise ConfigError(f"--dataset {word!r} is not of the form NAME=URI, such as kvasir=s3://bucket/kvasir")
+        if name in datasets:
+            raise ConfigError(f"--dataset {name} is given twice; each dataset has a name of its own")
+        datasets[name] = storage.absolute(uri)
+    return datasets
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Run the job to its end and return its summary.
+
+    Raises:
+        VlsmError: the settings or the data are wrong, or the run could not be finished; a rerun goes on.
+    """
+    from vlsm.training_run import prepare_training  # here, so that --help does not wait for it
+
+    with contextlib.ExitStack() as stack:
+
+        def inspect(records: Sequence[Record]) -> list[Facts]:
+            from jobs.feeding import inspect_records
+
+            stack.enter_context(ray_session(log_to_driver=False))
+            return inspect_records(records, settings.data)
+
+        records = prepare_training(settings, inspect)
+        if summary := read_summary(settings.output):
+            logger.info("%s is finished: there is nothing to do", settings.output)
+            return summary
+        stack.enter_context(ray_session(log_to_driver=False))
+        execute(settings, records)
+    summary = read_summary(settings.output)
+    if summary is None:
+        raise VlsmError("the workers ended without a summary; the same command goes on from here")
+    return summary
+
+
+def dry_run(settings: TrainSettings) -> None:
+    """Print the resolved settings and what is to be said of the data; nothing is written, nothing is trained."""
+    from jobs.feeding import inspect_records
+    from vlsm.training_run import check_examples, check_model
+
+    check_model(settings)
+    with ray_session(log_to_driver=False):
+        _, lines, num_broken = check_examples(
+            settings, lambda records: inspect_records(records, settings.data), num_shown=None
+        )
+    print(dump_yaml(settings.model_dump(mode="json")), end="")
+    print("\n".join(f"# {line}" for line in lines))
+    if num_broken and not settings.data.skip_broken:
+        raise VlsmError(f"{num_broken:,} records are broken")
+
+
+def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
+    """Train with Ray Train until the summary is there.
+
+    Raises:
+        VlsmError: what no repetition would mend, or more deaths than run.max_failures.
+    """
+    import ray
+
+    from jobs.feeding import keep_decoded
+    from jobs.group import Board, Work, fit_in_background, group_size
+    from vlsm.training_run import image_size
+
+    size = group_size(settings, ray.nodes())
+    low, high = size.num_workers
+    logger.info(
+        "%s workers with %s CPUs and %s GPUs each", low if low == high else f"{low} to {high}", size.cpus, size.gpus
+    )
+    board = ray.remote(num_cpus=0)(Board).remote()
+    decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
+    work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
+    ended = fit_in_background(work, size)
+    while not ended.wait(1.0):
+        for line in ray.get(board.take.remote()):
+            logger.info("%s", line)
+    for line in ray.get(board.take.remote()):
+        logger.info("%s", line)
+    if message := ray.get(board.failure.remote()):
+        raise VlsmError(message)
+    if ended.error is not None:
+        raise VlsmError(
+            f"training failed through run.max_failures={settings.run.max_failures} repetitions: {ended.error}; "
+            "the same command goes on from here"
+        ) from ended.error
+
+
+def _run_id(output: str) -> str:
+    """The same when the run is taken up again, another when it is started over."""
+    record = read_record(output) or {}
+    return hashlib.sha256(f"{output} {record.get('planned_at')}".encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""What each worker of the train job does: Ray Train calls `train_worker` in all of them, and again after a death."""
+
+import json
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+import vlsm
+from jobs.feeding import Feed, prepare_streams
+from jobs.group import Work
+from vlsm import storage
+from vlsm.errors import VlsmError
+from vlsm.examples import MicroBatch, Plan
+from vlsm.features import FeatureCache
+from vlsm.history import MEAN, Row, summarize
+from vlsm.parallel import gather
+from vlsm.recipe import TrainSettings
+from vlsm.record import SUMMARY_NAME
+from vlsm.trackers import open_trackers
+from vlsm.training import Learner, NotFiniteError, Score
+from vlsm.training_run import (
+    CHECKPOINT_NAME,
+    State,
+    build_learning_model,
+    default_prompt,
+    read_examples,
+    read_state,
+    write_best,
+    write_metrics,
+    write_state,
+)
+
+_PROGRESS_S = 10.0
+
+
+def train_worker(work: Work) -> None:
+    """Train to the end, or raise; what no repetition would mend is noted on the board and ends the run."""
+    if ray.get(work.board.failure.remote()):
+        return
+    torch.set_num_threads(work.num_threads)
+    try:
+        _Worker(work).run()
+    except Exception as error:
+        if message := _explain(error, work.settings):
+            ray.get(work.board.fail.remote(message))
+        raise
+
+
+def _explain(error: BaseException, settings: TrainSettings) -> str | None:
+    """Why the run cannot go on, or None where another try may succeed, as after a worker's death."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, torch.cuda.OutOfMemoryError):
+            run = settings.run
+            return (
+                f"the GPU's memory is not enough: {chain}; lower run.micro_batch_size (now {run.micro_batch_size}; "
+                f"the result stays the same) or options.image_size, set optim.precision=bf16 (now "
+                f"{settings.optim.precision}), or with trainable=all run.fsdp=true (now {run.fsdp})"
+            )
+        if isinstance(chain, VlsmError):
+            return str(chain)
+        chain = getattr(chain, "cause", None) or chain.__cause__ or chain.__context__
+    return None
+
+
+class _Worker:
+    """One worker's part of a run."""
+
+    def __init__(self, work: Work) -> None:
+        context = ray.train.get_context()
+        self.settings, self.output, self.board = work.settings, work.settings.output, work.board
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        prepare_streams(self.num_workers)
+        self.records = read_examples(self.output)
+        self.plan = Plan(self.records, self.settings, self.rank, self.num_workers)
+        self.device = ray.train.torch.get_device()
+        model = build_learning_model(self.settings)
+        self.feed = Feed(self.records, self.settings.data, model.image_spec.size, work.decoded)
+        self.features = self._open_features(work.run_id, context.get_local_world_size())
+        self.learner = Learner(model, self.settings, self.plan.num_steps, self.device, self.features)
+        self.state = read_state(self.output)
+        if self.state.weights is not None:
+            self.learner.restore(self.state.weights, self.state.optimizer or {})
+            self.say(f"goes on at epoch {self.state.epoch + 1}, step {self.state.step + 1}")
+        self.state.weights = self.state.optimizer = None
+        self.trackers = open_trackers(self.settings, work.run_id) if self.rank == 0 else []
+        self.train_scores: list[Score] = []
+        self.val_scores: list[Score] = []
+        self.clock = _Clock()
+
+    def run(self) -> None:
+        """From where the run is to its summary."""
+        stream = self.feed.stream(self._rest())
+        while not self._is_over():
+            batch, images, masks = next(stream)
+            pixels, targets = torch.from_numpy(images), torch.from_numpy(masks)
+            if batch.split == "train":
+                self._learn(batch, pixels, targets)
+            else:
+                self._validate(batch, pixels, targets)
+        stream.close()  # type: ignore[attr-defined]
+        self._finish(self._test())
+
+    def say(self, line: str) -> None:
+        """A line in the job's log."""
+        if self.rank == 0:
+            self.board.say.remote(line)
+
+    def _rest(self) -> Iterator[MicroBatch]:
+        first = self.state.epoch
+        for epoch in range(first, self.settings.optim.epochs):
+            yield from self.plan.train(epoch, self.state.step if epoch == first else 0)
+            yield from self.plan.evaluate("val", epoch)
+
+    def _is_over(self) -> bool:
+        optim, epochs = self.settings.optim, self.state.epoch
+        best = self.state.history.best_epoch(optim.monitor)
+        return epochs >= optim.epochs or (optim.early_stop is not None and epochs - best >= optim.early_stop)
+
+    def _learn(self, batch: MicroBatch, images: torch.Tensor, masks: torch.Tensor) -> None:
+        try:
+            scores = self.learner.train(batch, images, masks, self.state.history)
+        except NotFiniteError as error:
+            record = self.records[error.example]
+            raise VlsmError(
+                f"dataset {record.dataset}, {record.where}: {error}; the last good state is in {self.output}; "
+                "try a lower optim.lr, a longer optim.warmup_epochs, or optim.precision=fp32 in another OUTPUT"
+            ) from error
+        if not batch.ends_step:
+            return
+        self.train_scores += scores
+        self.state.step, self.state.steps = batch.step + 1, self.state.steps + 1
+        loss = sum(score.loss for score in scores) / max(1, len(scores))
+        if line := self.clock.tick(batch.batch_size):
+            epoch = f"epoch {batch.epoch + 1} of {self.settings.optim.epochs}"
+            self.say(f"{epoch}, step {self.state.step} of {self.plan.num_steps}, loss {loss:.4f}, {line}")
+        often = self.settings.run.checkpoint_steps
+        if often and self.state.step % often == 0 and self.state.step < self.plan.num_steps:
+            self._save(self._all_train_scores())
+
+    def _validate(self, batch: MicroBatch, images: torch.Tensor, masks: torch.Tensor) -> None:
+        if not self.val_scores:
+            self.learner.end_training()
+        self.val_scores += self.learner.evaluate(batch, images, masks)
+        if batch.ends_step:
+            self._end_epoch(batch.epoch)
+
+    def _end_epoch(self, epoch: int) -> None:
+        state, optim = self.state, self.settings.optim
+        train, val = self._all_train_scores(), self._all_once(self.val_scores, "val")
+        common = {"epoch": epoch + 1, "step": state.steps, "lr": self.learner.lr, **self.clock.end_epoch()}
+        rows = self._rows("train", train, common) + self._rows("val", val, common)
+        state.history.rows += rows
+        is_best = state.history.best_epoch(optim.monitor) == epoch + 1
+        state.epoch, state.step, state.scores = epoch + 1, 0, []
+        self.train_scores, self.val_scores = [], []
+        self._save([], is_best)
+        if self.rank == 0:
+            write_metrics(self.output, state.history)
+            for track in self.trackers:
+                track(rows)
+        self.say(_describe_epoch(rows, optim.epochs, is_best))
+
+    def _save(self, scores: list[tuple[int, float, float]], is_best: bool = False) -> None:
+        weights, optimizer = self.learner.state()
+        if self.rank:
+            return
+        if is_best:  # before the state: a run that dies in between does the epoch again and comes to the same
+            whole = weights if self.settings.run.fsdp and self.num_workers > 1 else None
+            write_best(self.output, self.learner.model, default_prompt(self.records, self.settings), whole)
+        state = self.state
+        write_state(self.output, State(state.epoch, state.step, state.steps, scores, state.history, weights, optimizer))
+
+    def _all_train_scores(self) -> list[tuple[int, float, float]]:
+        own = gather([(score.example, score.loss, score.dice) for score in self.train_scores])
+        return self.state.scores + own
+
+    def _all_once(self, scores: Sequence[Score], split: str) -> list[tuple[int, float, float]]:
+        """The scores of all workers, proved to be one per example of the split."""
+        found = gather([(score.example, score.loss, score.dice) for score in scores])
+        counts = Counter(score[0] for score in found)
+        wanted = Counter(number for number, record in enumerate(self.records) if record.split == split)
+        if counts != wanted:
+            raise VlsmError(
+                f"{split} was to be scored once per example, {wanted.total()}; it was {counts.total()} times"
+            )
+        return sorted(found)
+
+    def _rows(self, split: str, scores: list[tuple[int, float, float]], common: dict[str, Any]) -> list[Row]:
+        named = [(self.records[example].dataset, loss, dice) for example, loss, dice in scores]
+        datasets = [*self.settings.datasets, *self.settings.external]
+        own = dict.fromkeys(record.dataset for record in self.records)  # a manifest may name others
+        return summarize(named, list(dict.fromkeys([*datasets, *own])), {"split": split, **common})
+
+    def _test(self) -> list[Row]:
+        """Of the best checkpoint, as it will be used."""
+        if not any(record.split == "test" for record in self.records):
+            return []
+        optim = self.settings.optim
+        best = self.state.history.best_epoch(optim.monitor)
+        self.say(f"testing the checkpoint of epoch {best}")
+        gather([])  # nobody reads before the first has written
+        model = vlsm.load_checkpoint(storage.join(self.output, CHECKPOINT_NAME)).model
+        tester = Learner(model, self.settings, self.plan.num_steps, self.device)
+        scores: list[Score] = []
+        for batch, images, masks in self.feed.stream(self.plan.evaluate("test", best)):
+            scores += tester.evaluate(batch, torch.from_numpy(images), torch.from_numpy(masks))
+        common = {"epoch": best, "step": self.state.steps, "lr": self.learner.lr, **self.clock.end_epoch()}
+        return self._rows("test", self._all_once(scores, "test"), common)
+
+    def _finish(self, rows: list[Row]) -> None:
+        state, monitor = self.state, self.settings.optim.monitor
+        best = state.history.best_epoch(monitor)
+        if self.features is not None:
+            gather([])  # everybody is through with them
+            shutil.rmtree(self.features.folder, ignore_errors=True)
+        if self.rank:
+            return
+        state.history.rows += rows
+        write_metrics(self.output, state.history)
+        for track in self.trackers:
+            if rows:
+                track(rows)
+        shown = [row for row in state.history.rows if row.epoch == best and row.split != "train"]
+        summary = {
+            "checkpoint": storage.join(self.output, CHECKPOINT_NAME),
+            "epochs": state.epoch,
+            "best_epoch": best,
+            "steps": state.steps,
+            "dice": {f"{row.split} {row.dataset}": round(row.dice, 4) for row in shown},
+            "loss": {f"{row.split} {row.dataset}": round(row.loss, 4) for row in shown},
+        }
+        storage.write_bytes(storage.join(self.output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
+
+    def _open_features(self, run_id: str, num_sharing: int) -> FeatureCache | None:
+        max_bytes = self.settings.run.feature_cache_bytes
+        folder = Path(tempfile.gettempdir(), f"vlsm-features-{run_id}")
+        return FeatureCache(folder, max_bytes, num_sharing) if max_bytes else None
+
+
+class _Clock:
+    """How long epochs take, and when it is time for a line of progress."""
+
+    def __init__(self) -> None:
+        self._epoch_s = self._said_s = time.monotonic()
+        self._num_images = 0
+
+    def tick(self, num_images: int) -> str | None:
+        """Images per second since the last line, where that is some seconds ago."""
+        self._num_images += num_images
+        elapsed_s = time.monotonic() - self._said_s
+        if elapsed_s < _PROGRESS_S:
+            return None
+        rate = self._num_images / elapsed_s
+        self._said_s, self._num_images = time.monotonic(), 0
+        return f"{rate:.1f} images/s"
+
+    def end_epoch(self) -> dict[str, float]:
+        """What a row says of time."""
+        seconds = time.monotonic() - self._epoch_s
+        self._epoch_s = time.monotonic()
+        return {"seconds": round(seconds, 3), "finished_at": time.time()}
+
+
+def _describe_epoch(rows: list[Row], epochs: int, is_best: bool) -> str:
+    train = next(row for row in rows if (row.split, row.dataset) == ("train", MEAN))
+    val = [row for row in rows if row.split == "val"]
+    shown = val if len(val) > 2 else val[:1]
+    dice = ", ".join(f"{row.dataset} {row.dice:.3f}" for row in shown)
+    loss = next(row.loss for row in val if row.dataset == MEAN)
+    best = ", the best so far" if is_best else ""
+    return (
+        f"epoch {train.epoch} of {epochs}: loss {train.loss:.4f}, val loss {loss:.4f}, val Dice {dice}{best} "
+        f"({train.seconds:.1f} s)"
+    )

@@ -1,0 +1,40 @@
+"""Random changes of a training image and its mask together; torchvision does them."""
+
+import numpy as np
+
+from vlsm.recipe import AugmentSettings
+
+
+def augment_example(
+    image: np.ndarray, target_mask: np.ndarray, settings: AugmentSettings, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its mask, flipped, turned, scaled and recoloured; masks stay two-valued.
+
+    Args:
+        image: (S, S, 3) uint8.
+        target_mask: (S, S) uint8 of 0 and 1.
+        settings: how much of what.
+        seed: equal seeds change equally.
+
+    Returns:
+        Both in their shapes and types.
+    """
+    import torch  # here, so that processes which only decode stay small
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    steps: list[v2.Transform] = []
+    if settings.flip:
+        steps += [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+    if settings.rotate_degrees or settings.scale:
+        scale = (1 - settings.scale, 1 + settings.scale)
+        steps.append(v2.RandomAffine(settings.rotate_degrees, scale=scale, interpolation=v2.InterpolationMode.BILINEAR))
+    if settings.color:
+        steps.append(v2.ColorJitter(settings.color, settings.color, settings.color))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changed, mask = v2.Compose(steps)(
+            tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1)),
+            tv_tensors.Mask(torch.from_numpy(np.array(target_mask))),
+        )
+    return changed.permute(1, 2, 0).contiguous().numpy(), mask.numpy()

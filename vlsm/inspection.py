@@ -1,0 +1,188 @@
+"""Labelled datasets looked through before anything learns from them: what is broken, what is doubtful, what leaks."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vlsm import storage
+from vlsm.datasets import Record
+from vlsm.errors import ImageError
+from vlsm.images import decode_image, decode_mask
+from vlsm.recipe import DataSettings
+
+# Of the 64 of a perceptual hash. 7 of ClinicDB's 61 test frames are so near to one of val, which come from the same
+# videos; 3 of Kvasir's 200 are; none of ClinicDB's to one of Kvasir's. At 10 bits every sixth image has such a twin.
+_NEAR_BITS = 6
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one record's files are.
+
+    Attributes:
+        error: why they are of no use, or None.
+        height, width: of the image in pixels.
+        image_sha256, mask_sha256: of the files.
+        area_fraction: the mask's share of the image.
+        image_hash: perceptual, 64 bits: alike for images that look alike.
+    """
+
+    error: str | None = None
+    height: int = 0
+    width: int = 0
+    image_sha256: str = ""
+    mask_sha256: str = ""
+    area_fraction: float = 0.0
+    image_hash: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong or doubtful: its kind, the dataset and split, the record, and what is to be said."""
+
+    kind: str
+    dataset: str
+    split: str
+    where: str
+    message: str
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing can be learned from the record."""
+        return self.kind == "broken"
+
+
+def inspect_record(record: Record, settings: DataSettings) -> Facts:
+    """Read and decode a record's two files."""
+    import imagehash
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit
+    try:
+        image_data = storage.read_image_bytes(record.image_uri, None, settings.max_image_bytes)
+        mask_data = storage.read_image_bytes(record.mask_uri, None, settings.max_image_bytes)
+        image = decode_image(image_data, record.image_uri, settings.max_pixels)
+        mask = decode_mask(mask_data, record.mask_uri, settings.mask_threshold, settings.max_pixels)
+    except ImageError as error:
+        return Facts(error=str(error))
+    if image.shape[:2] != mask.shape:
+        sizes = " and ".join(f"{width} x {height}" for height, width in (image.shape[:2], mask.shape))
+        return Facts(error=f"size: {record.image_uri} and {record.mask_uri} are of different sizes, {sizes}")
+    return Facts(
+        None,
+        *mask.shape,
+        hashlib.sha256(image_data).hexdigest(),
+        hashlib.sha256(mask_data).hexdigest(),
+        float(mask.mean()),
+        int(str(imagehash.phash(Image.fromarray(image))), 16),
+    )
+
+
+def judge(records: Sequence[Record], facts: Sequence[Facts]) -> list[Finding]:
+    """All that is wrong with records: broken files, empty masks, images in two splits, images alike in two splits."""
+    findings = []
+
+    def find(kind: str, index: int, message: str) -> None:
+        record = records[index]
+        findings.append(Finding(kind, record.dataset, record.split, record.where, message))
+
+    for index, fact in enumerate(facts):
+        if fact.error:
+            find("broken", index, fact.error)
+        elif not fact.area_fraction:
+            find("empty mask", index, f"no pixel of {records[index].mask_uri} is above the threshold")
+    good = [index for index, fact in enumerate(facts) if not fact.error]
+    seen: dict[str, int] = {}
+    for index in good:
+        first = seen.setdefault(facts[index].image_sha256, index)
+        if records[first].split != records[index].split:
+            find("in two splits", index, f"{records[index].image_uri} is {_place(records[first])} as well")
+    for index, twin, bits in _near_pairs(records, facts, good):
+        message = f"{records[index].image_uri} looks like {_place(records[twin])} ({bits} of 64 bits differ)"
+        find("alike in two splits", index, message)
+    return findings
+
+
+def _place(record: Record) -> str:
+    return f"{record.image_uri} in {record.split} of {record.dataset}"
+
+
+def _near_pairs(records: Sequence[Record], facts: Sequence[Facts], good: list[int]) -> Iterable[tuple[int, int, int]]:
+    """Each image of val and test with the nearest of an earlier split, where the two are near but not the same file."""
+    by_split = {
+        split: np.array([index for index in good if records[index].split == split], int)
+        for split in ("train", "val", "test")
+    }
+    hashes = np.array([fact.image_hash for fact in facts], np.uint64)
+    for split, earlier in (("val", ("train",)), ("test", ("train", "val"))):
+        others = np.concatenate([by_split[name] for name in earlier])
+        if not len(others):
+            continue
+        for index in by_split[split]:
+            differing = np.bitwise_count(hashes[others] ^ hashes[index])
+            twin = int(others[differing.argmin()])
+            if differing.min() <= _NEAR_BITS and facts[twin].image_sha256 != facts[index].image_sha256:
+                yield int(index), twin, int(differing.min())
+
+
+def describe_findings(records: Sequence[Record], findings: Sequence[Finding], num_shown: int | None = 5) -> list[str]:
+    """Lines for people: counts per dataset and split, then what was found, of each kind the first few."""
+    counts = Counter((record.dataset, record.split) for record in records)
+    kinds = list(dict.fromkeys(finding.kind for finding in findings))
+    of_kind = Counter((finding.dataset, finding.split, finding.kind) for finding in findings)
+    lines = []
+    for (dataset, split), count in counts.items():
+        notes = [f"{of_kind[dataset, split, kind]:,} {kind}" for kind in kinds if of_kind[dataset, split, kind]]
+        lines.append(f"{dataset:16} {split:6} {count:8,} records" + "".join(f", {note}" for note in notes))
+    for kind in kinds:
+        own = [finding for finding in findings if finding.kind == kind]
+        shown = own[:num_shown]
+        lines += [f"{kind}: dataset {finding.dataset}, {finding.where}: {finding.message}" for finding in shown]
+        if len(own) > len(shown):
+            lines.append(f"{kind}: and {len(own) - len(shown):,} more")
+    return lines
+
+
+EXAMPLES_SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string(), nullable=False) for name in Record.__dataclass_fields__ if name != "prompts"),
+        pa.field("prompts", pa.map_(pa.string(), pa.list_(pa.string())), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("image_sha256", pa.string()),
+        pa.field("mask_sha256", pa.string()),
+        pa.field("area_fraction", pa.float64()),
+        pa.field("image_hash", pa.uint64()),
+    ]
+)
+
+
+def examples_table(records: Sequence[Record], facts: Sequence[Facts]) -> pa.Table:
+    """Records and what is known of them, a row each."""
+    rows: list[dict[str, Any]] = [
+        asdict(record) | {"prompts": list(record.prompts.items())} | asdict(fact)
+        for record, fact in zip(records, facts, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=EXAMPLES_SCHEMA)
+
+
+def read_records(table: pa.Table) -> list[Record]:
+    """The records of a table from `examples_table`."""
+    return [
+        Record(**row | {"prompts": {kind: tuple(texts) for kind, texts in row["prompts"]}})
+        for row in table.select(list(Record.__dataclass_fields__)).to_pylist()
+    ]
+
+
+def digest_examples(table: pa.Table) -> str:
+    """SHA-256 over what is learned from: the contents of the files, their prompts, splits and datasets, in order."""
+    digest = hashlib.sha256()
+    for row in table.select(["dataset", "split", "image_sha256", "mask_sha256", "prompts"]).to_pylist():
+        digest.update(repr(sorted(row.items())).encode())
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""Metrics of a training run for the tools in which people compare runs."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlsm.errors import ConfigError
+from vlsm.history import History, Row
+from vlsm.recipe import TrainSettings
+
+Track = Callable[[Sequence[Row]], None]
+
+
+def tensorboard_events(history: History) -> bytes:
+    """An events file with all metrics so far.
+
+    Times are those of the epochs: the file of a later epoch begins as the one before it, so that a TensorBoard which
+    reads along goes on where it was, also after the run was taken up again.
+    """
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for row in history.rows:
+                for key, value in _scalars(row).items():
+                    writer.add_scalar(key, value, row.epoch, walltime=row.finished_at)
+        (path,) = Path(folder).iterdir()
+        return path.read_bytes()
+
+
+def open_trackers(settings: TrainSettings, run_id: str) -> list[Track]:
+    """Those that the settings name; each is to be given an epoch's rows.
+
+    Args:
+        settings: run.mlflow and run.wandb.
+        run_id: the same when the run is taken up again.
+
+    Raises:
+        ConfigError: the tracker's package is not installed.
+    """
+    trackers = []
+    try:
+        if settings.run.mlflow:
+            trackers.append(_open_mlflow(settings, run_id))
+        if settings.run.wandb:
+            trackers.append(_open_wandb(settings, run_id))
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed; pip install it where the workers run") from error
+    return trackers
+
+
+def _open_mlflow(settings: TrainSettings, run_id: str) -> Track:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(settings.run.mlflow)
+    experiment = client.get_experiment_by_name("vlsm")
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment("vlsm")
+    found = client.search_runs([experiment_id], f"tags.vlsm_run = '{run_id}'")
+    if found:
+        mlflow_id = found[0].info.run_id
+    else:
+        mlflow_id = client.create_run(experiment_id, tags={"vlsm_run": run_id, "output": settings.output}).info.run_id
+        for key, value in _parameters(settings).items():
+            client.log_param(mlflow_id, key, value)
+
+    def track(rows: Sequence[Row]) -> None:
+        for row in rows:
+            for key, value in _scalars(row).items():
+                client.log_metric(mlflow_id, key, value, int(row.finished_at * 1000), row.epoch)
+
+    return track
+
+
+def _open_wandb(settings: TrainSettings, run_id: str) -> Track:
+    import wandb
+
+    run = wandb.init(
+        project=settings.run.wandb, id=run_id, resume="allow", config=_parameters(settings), dir=tempfile.gettempdir()
+    )
+
+    def track(rows: Sequence[Row]) -> None:
+        values = {key: value for row in rows for key, value in _scalars(row).items()}
+        run.log(values, step=rows[-1].epoch)
+
+    return track
+
+
+def _scalars(row: Row) -> dict[str, float]:
+    scalars = {f"{name}/{row.split}/{row.dataset}": getattr(row, name) for name in ("loss", "dice")}
+    return scalars | ({"lr": row.lr, "seconds": row.seconds} if row.split == "train" else {})
+
+
+def _parameters(settings: TrainSettings) -> dict[str, Any]:
+    from vlsm.config import flatten
+
+    return flatten(settings.model_dump(mode="json", exclude={"run", "start_over"}))
