@@ -1,9 +1,10 @@
 """The whole story in a few minutes: draw a labelled archive, train on it, segment another archive, score, look.
 
-labelled/        drawn images and masks, `anns/ images/ masks/`
-checkpoint/      a small UNet-D trained on them
+labelled/        drawn images, each with a lesion and a stone, and a mask of each: `anns/ images/ masks/`
+clipseg/         a tiny CLIPSeg with random weights, in place of the published one
+training/        what `python -m jobs.train training --dataset drawn=labelled --set model=vlsm_b ...` makes
 archive/         other drawn images (and two broken files), as a bucket would hold them
-segmented/       what `python -m jobs.segment archive/images segmented --checkpoint checkpoint` makes
+segmented/       what `python -m jobs.segment archive/images segmented --checkpoint training/checkpoint` makes
 overlays.png     some of the masks, drawn on their images
 """
 
@@ -16,20 +17,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.command import logger, run_command
+from jobs.command import logger, ray_session, run_command
 from jobs.segment import segment
+from jobs.train import train
 from vlsm.config import SegmentSettings
 from vlsm.errors import VlsmError
-from vlsm.images import decode_image, resize_image
+from vlsm.images import decode_image, decode_mask
 from vlsm.metrics import dice_score
 from vlsm.overlays import draw_overlay, draw_sheet
-from vlsm.phantoms import write_labelled
+from vlsm.phantoms import KINDS, write_labelled
+from vlsm.recipe import OptimSettings, TrainRunSettings, TrainSettings
 from vlsm.results import read_masks
 
-_NUM_LABELLED, _NUM_ARCHIVE = 320, 120
-_MODEL = {"image_size": 96, "width": 16}  # a sixteenth of the published network's work per pixel
-_EPOCHS, _LR, _SEED = 12, 3e-3, 0
-_PROMPT = "lesion"
+_SPLITS, _NUM_ARCHIVE, _SEED = {"train": 256, "val": 24}, 60, 0
+_IMAGE_SIZE, _WIDTH = 96, 8  # an eighth of the published UNet-D's width
+_LAYERS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+_OPTIM = OptimSettings(epochs=9, lr=3e-3, batch_size=16, ce_weight=1.0, clip_norm=1.0, warmup_epochs=1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,27 +50,44 @@ def main(argv: list[str] | None = None) -> int:
 def tell(output: Path) -> None:
     """Run the story below a folder; what an earlier demo left there is replaced."""
     started_s = time.monotonic()
-    logger.info("drawing %d labelled and %d other images below %s", _NUM_LABELLED, _NUM_ARCHIVE, output)
-    write_labelled(output / "labelled", {"train": _NUM_LABELLED}, seed=_SEED)
+    logger.info("drawing %d labelled and %d other images below %s", sum(_SPLITS.values()), _NUM_ARCHIVE, output)
+    write_labelled(output / "labelled", _SPLITS, seed=_SEED)
     write_labelled(output / "archive", {"test": _NUM_ARCHIVE}, seed=_SEED + 1)
     images = output / "archive" / "images"
     (images / "broken_truncated.jpg").write_bytes((images / "test_0001.jpg").read_bytes()[:1500])
     (images / "broken_empty.png").write_bytes(b"")
+    write_tiny_clipseg(output / "clipseg")
 
-    train_checkpoint(output / "labelled", output / "checkpoint")
+    training = TrainSettings(
+        output=str(output / "training"),
+        datasets={"drawn": str(output / "labelled")},
+        model="vlsm_b",
+        options={"source": str(output / "clipseg"), "image_size": _IMAGE_SIZE, "width": _WIDTH},
+        seed=_SEED,
+        start_over=True,
+        optim=_OPTIM,
+        run=TrainRunSettings(workers=2),
+    )
     settings = SegmentSettings(
         input=str(images),
         output=str(output / "segmented"),
-        checkpoint=str(output / "checkpoint"),
+        checkpoint=str(output / "training" / "checkpoint"),
+        prompts=KINDS,
         shard_rows=32,
         start_over=True,
     )
-    logger.info("python -m jobs.segment %s %s --checkpoint %s", settings.input, settings.output, settings.checkpoint)
-    summary = segment(settings)
-    mean_dice = score(output / "archive", settings.output, output / "overlays.png")
+    with ray_session(log_to_driver=False):
+        logger.info("python -m jobs.train %s --dataset drawn=%s", training.output, training.datasets["drawn"])
+        train(training)
+        logger.info(
+            "python -m jobs.segment %s %s --checkpoint %s", settings.input, settings.output, settings.checkpoint
+        )
+        summary = segment(settings)
+    dice = score(output / "archive", settings.output, output / "overlays.png")
     print(
         f"\nsegmented {summary['ok']} images, {summary['failed']} could not be read ({summary['failed_by_reason']}); "
-        f"mean Dice on images never seen: {mean_dice:.3f}\n"
+        f"mean Dice on images never seen: {', '.join(f'{kind} {value:.3f}' for kind, value in dice.items())}\n"
+        f"curves    {training.output}/curves.png\n"
         f"masks     {settings.output}/masks/*.parquet\n"
         f"overlays  {output / 'overlays.png'}\n"
         f"summary   {settings.output}/summary.json\n"
@@ -75,64 +95,47 @@ def tell(output: Path) -> None:
     )
 
 
-def train_checkpoint(labelled: Path, checkpoint: Path) -> None:
-    """Train a small UNet-D on a labelled folder and save it."""
+def write_tiny_clipseg(folder: Path) -> None:
+    """A CLIPSeg of four narrow layers with random weights, in the format of the published one."""
     import torch
 
-    import vlsm
-    from vlsm.training import Examples, train
+    from vlsm.models.untrained import write_clipseg
 
-    records = json.loads((labelled / "anns" / "train.json").read_text(encoding="utf-8"))
-    size = _MODEL["image_size"]
-    examples = Examples(
-        images=np.stack([resize_image(_read(labelled / "images" / record["img_name"]), size) for record in records]),
-        target_masks=np.stack([resize_mask(_read_mask(labelled, record), size) for record in records]),
-        prompts=[_PROMPT] * len(records),
-    )
     torch.manual_seed(_SEED)
-    model = vlsm.build_model("unet_d", **_MODEL)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    logger.info("training a small UNet-D on %d images for %d epochs", len(records), _EPOCHS)
-    for epoch, loss in enumerate(train(model, examples, _EPOCHS, _LR, _SEED), start=1):
-        logger.info("epoch %2d of %d, loss %.3f", epoch, _EPOCHS, loss)
-    vlsm.save_checkpoint(model, checkpoint, prompt=_PROMPT)
+    write_clipseg(
+        folder,
+        text_config={**_LAYERS, "num_hidden_layers": 2, "vocab_size": 500, "max_position_embeddings": 16},
+        vision_config={**_LAYERS, "num_hidden_layers": 4, "image_size": _IMAGE_SIZE},
+        projection_dim=64,
+        reduce_dim=32,
+        extract_layers=[0, 1, 3],
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=128,
+    )
 
 
-def score(archive: Path, output: str, sheet: Path) -> float:
-    """The mean Dice of the masks against the drawn ones; the worst and some others go on a sheet."""
-    records = {
-        record["img_name"]: record
-        for record in json.loads((archive / "anns" / "test.json").read_text(encoding="utf-8"))
+def score(archive: Path, output: str, sheet: Path) -> dict[str, float]:
+    """The mean Dice of each kind's masks against the drawn ones; the worst and some others go on a sheet."""
+    records = json.loads((archive / "anns" / "test.json").read_text(encoding="utf-8"))
+    targets = {
+        (record["img_name"], record["prompts"]["p1"]): archive / "masks" / record["mask_name"] for record in records
     }
     scored = []
-    for row in read_masks(output, [("status", "==", "ok")], columns=["image_id", "image_uri"]):
-        target_mask = _read_mask(archive, records[row["image_id"]])
-        scored.append(
-            (dice_score(row["mask"], target_mask), row["image_id"], row["image_uri"], row["mask"], target_mask)
-        )
+    for row in read_masks(output, [("status", "==", "ok")], columns=["image_id", "image_uri", "prompt"]):
+        path = targets[row["image_id"], row["prompt"]]
+        target_mask = decode_mask(path.read_bytes(), str(path), threshold=127)
+        scored.append((dice_score(row["mask"], target_mask), row, target_mask))
     if len(scored) != len(records):
-        raise VlsmError(f"{len(scored)} masks for {len(records)} readable images")
-    scored.sort(key=lambda entry: entry[:2])
+        raise VlsmError(f"{len(scored)} masks for {len(records)} records")
+    scored.sort(key=lambda entry: entry[0])
     shown = scored[:6] + scored[6 :: max(1, len(scored) // 18)][:18]
-    pictures = [
-        (draw_overlay(_read(Path(uri)), mask, target), f"{name} Dice {dice:.2f}")
-        for dice, name, uri, mask, target in shown
-    ]
+    pictures = []
+    for dice, row, target_mask in shown:
+        image = decode_image(Path(row["image_uri"]).read_bytes(), row["image_uri"])
+        caption = f"{row['prompt']}: Dice {dice:.2f}, {row['image_id']}"
+        pictures.append((draw_overlay(image, row["mask"], target_mask), caption))
     Image.fromarray(draw_sheet(pictures)).save(sheet)
-    return float(np.mean([entry[0] for entry in scored]))
-
-
-def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """A mask at the model's size, (S, S) of 0 and 1; nearest neighbour, never in between."""
-    return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-
-
-def _read(path: Path) -> np.ndarray:
-    return decode_image(path.read_bytes(), str(path))
-
-
-def _read_mask(folder: Path, record: dict[str, str]) -> np.ndarray:
-    return (_read(folder / "masks" / record["mask_name"])[..., 0] > 127).astype(np.uint8)
+    return {kind: float(np.mean([dice for dice, row, _ in scored if row["prompt"] == kind])) for kind in KINDS}
 
 
 if __name__ == "__main__":

@@ -1,61 +1,75 @@
-"""Drawn images with a lesion and its mask: labelled archives where real data may not travel."""
+"""Drawn images with objects of two kinds and their masks: labelled archives where real data may not travel."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
-_PROMPTS = ("lesion", "lesion in the image")
+KINDS = ("lesion", "stone")
 
 
-def draw_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An image of mottled tissue with one lesion, and the lesion's mask.
+def draw_phantom(rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """An image of mottled tissue with one lesion and one stone, and a mask of each: only a prompt tells which is meant.
 
-    Sizes vary between 96 and 420 pixels a side; the lesion is an uneven blob of another colour and texture with a soft
-    rim; bright reflections, which are no lesions, lie anywhere.
+    Sizes vary between 96 and 420 pixels a side. The lesion is an uneven blob of another colour and texture with a soft
+    rim, the stone a pale lump with corners; bright reflections, which are neither, lie anywhere.
 
     Returns:
-        image (H, W, 3) uint8 and mask (H, W) uint8 of 0 and 1.
+        image (H, W, 3) uint8, and by kind a mask (H, W) uint8 of 0 and 1.
     """
     height, width = (int(side) for side in rng.integers(96, 420, size=2))
     tissue = rng.uniform((150, 70, 60), (220, 140, 120))
     lesion = np.clip(tissue + rng.choice((-1, 1)) * rng.uniform(35, 70, 3) * (1, 0.8, 0.6), 10, 250)
-    mask = _blob(rng, height, width)
+    centers = _apart(rng)
+    mask = _blob(rng, height, width, centers[0])
     rim = _blur(mask * 255.0, rng.uniform(0.5, 2.5))[..., None] / 255
     mottle = _noise(rng, height, width, (4, 9, 23), 22) * (1 - rim) + _noise(rng, height, width, (11, 31), 34) * rim
     image = tissue * (1 - rim) + lesion * rim + mottle
+    stone = _lump(rng, height, width, centers[1])
+    grey = rng.uniform(185, 225) * np.array([1, 1, 0.85]) + _noise(rng, height, width, (7, 15), 10)
+    image = np.where(stone[..., None] > 0, grey, image)
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     image *= (1 - 0.35 * (x**2 + y**2) * rng.uniform(0, 1))[..., None]  # darker towards the corners, as endoscopes are
     for _ in range(rng.integers(0, 5)):
         spot = _ellipse(height, width, rng.uniform(0, 1, 2), rng.uniform(0.01, 0.03, 2), rng.uniform(0, np.pi)) < 1
         image[spot] = 245
-    return np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8), mask
+    image = np.clip(image + rng.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
+    return image, {"lesion": mask * (1 - stone), "stone": stone}
 
 
 def write_labelled(folder: Path, splits: dict[str, int], seed: int) -> None:
-    """Draw a dataset in the usual layout: `images/`, `masks/` (0 and 255) and `anns/SPLIT.json`.
+    """Draw a dataset in the usual layout: `images/`, `masks/KIND/` (0 and 255) and `anns/SPLIT.json`.
 
     Args:
         folder: where to; the files of an earlier drawing are replaced.
-        splits: how many images each split gets.
+        splits: how many images each split gets; each is two records, one per kind.
         seed: equal seeds draw equal datasets.
     """
-    for name in ("images", "masks", "anns"):
+    for name in ("images", "anns", *(f"masks/{kind}" for kind in KINDS)):
         (folder / name).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for split, count in splits.items():
         records = []
         for number in range(count):
-            image, mask = draw_phantom(rng)
+            image, masks = draw_phantom(rng)
             name = f"{split}_{number:04d}"
             # both real kinds of file: lossy JPEG, and PNG
             image_name = f"{name}.jpg" if number % 2 else f"{name}.png"
             Image.fromarray(image).save(folder / "images" / image_name, quality=92)
-            Image.fromarray(mask * 255).save(folder / "masks" / f"{name}.png")
-            prompts = {"p0": "", **{f"p{index}": prompt for index, prompt in enumerate(_PROMPTS, start=1)}}
-            records.append({"img_name": image_name, "mask_name": f"{name}.png", "prompts": prompts})
+            for kind, mask in masks.items():
+                Image.fromarray(mask * 255).save(folder / "masks" / kind / f"{name}.png")
+                prompts = {"p0": "", "p1": kind, "p2": [f"{kind} in the image", f"one {kind}"]}
+                records.append({"img_name": image_name, "mask_name": f"{kind}/{name}.png", "prompts": prompts})
         (folder / "anns" / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def _apart(rng: np.random.Generator) -> np.ndarray:
+    """Two places (y, x) as fractions of the image, not too near to each other."""
+    while True:
+        centers = rng.uniform(0.2, 0.8, (2, 2))
+        if np.abs(centers[0] - centers[1]).max() > 0.35:
+            return centers
 
 
 def _ellipse(height: int, width: int, center: np.ndarray, radii: np.ndarray, angle: float) -> np.ndarray:
@@ -67,9 +81,20 @@ def _ellipse(height: int, width: int, center: np.ndarray, radii: np.ndarray, ang
     return (u / radii[0]) ** 2 + (v / radii[1]) ** 2
 
 
-def _blob(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _lump(rng: np.random.Generator, height: int, width: int, center: np.ndarray) -> np.ndarray:
+    """A mask (H, W) of a polygon."""
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 3)) / 3 + np.arange(0, 6, 2)[:, None] * np.pi / 3
+    radii = rng.uniform(0.07, 0.15, angles.size) * max(height, width)
+    corners = np.stack([np.cos(angles.ravel()), np.sin(angles.ravel())], axis=1) * radii[:, None]
+    picture = Image.new("L", (width, height))
+    points = [(x + center[1] * width, y + center[0] * height) for y, x in corners]
+    ImageDraw.Draw(picture).polygon(points, fill=1)
+    return np.asarray(picture)
+
+
+def _blob(rng: np.random.Generator, height: int, width: int, center: np.ndarray) -> np.ndarray:
     """A mask (H, W) of an ellipse whose rim wavers."""
-    center, radii = rng.uniform(0.25, 0.75, 2), rng.uniform(0.09, 0.24, 2)
+    radii = rng.uniform(0.09, 0.2, 2)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle = np.arctan2(y - center[0] * height, x - center[1] * width)
     waver = sum(rng.uniform(0, 0.12) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 5))

@@ -43,9 +43,6 @@ class PromptDecoder(CLIPSegDecoder):  # type: ignore[misc] # transformers has no
 def build_decoder(towers: Towers) -> PromptDecoder:
     """An untrained decoder that fits the towers; every other size is the published one.
 
-    Its weights are torch's own initial ones: transformers 5 would draw those of every linear layer and convolution with
-    a standard deviation of 1, so that logits begin in the hundreds.
-
     Args:
         towers: whose activations and text embeddings it takes.
     """
@@ -59,10 +56,19 @@ def build_decoder(towers: Towers) -> PromptDecoder:
         use_complex_transposed_convolution=True,
     )
     decoder = PromptDecoder(config)
+    initialize_decoder(decoder)
+    return decoder
+
+
+def initialize_decoder(decoder: nn.Module) -> None:
+    """Give a decoder torch's own initial weights.
+
+    transformers 5 draws those of every linear layer and convolution with a standard deviation of 1, so that logits
+    would begin in the hundreds.
+    """
     for module in decoder.modules():
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.ConvTranspose2d):
             module.reset_parameters()
-    return decoder
 
 
 def load_network(source: str) -> CLIPSegForImageSegmentation:

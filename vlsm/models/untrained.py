@@ -11,6 +11,7 @@ import open_clip
 from safetensors.torch import save_file
 from transformers import BertConfig, BertTokenizerFast, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
+from vlsm.models.decoder import initialize_decoder
 from vlsm.models.openclip import CONFIG_NAME, build_architecture
 
 _WORDS = (
@@ -39,7 +40,9 @@ def write_clipseg(folder: Path, weights: bool = True, **config: Any) -> Path:
     settings.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if weights:
-        CLIPSegForImageSegmentation(settings).save_pretrained(folder)
+        network = CLIPSegForImageSegmentation(settings)
+        initialize_decoder(network.decoder)
+        network.save_pretrained(folder)
     return folder
 
 
