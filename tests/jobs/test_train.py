@@ -1,0 +1,255 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from PIL import Image
+
+import vlsm
+from jobs import train
+from vlsm.phantoms import write_labelled
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+# momentum and dropout carry over from step to step: whatever is lost of a run's state shows in its metrics
+SETTINGS = ["model=unet_d", "options.image_size=32", "options.width=4", "optim.epochs=4", "optim.batch_size=8"]
+SETTINGS += ["run.workers=2", "run.micro_batch_size=3", "run.checkpoint_steps=2", "data.prompt=random", "optim.lr=1e-2"]
+SETTINGS += ["data.augment.flip=true", "data.augment.rotate_degrees=10"]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """27 drawn images, two records each: 40, 7 and 7 records."""
+    folder = tmp_path_factory.mktemp("labelled") / "drawn"
+    write_labelled(folder, {"train": 20, "val": 4, "test": 3}, seed=2)
+    return folder
+
+
+def words(output, dataset, *settings):
+    return [str(output), "--dataset", f"drawn={dataset}", *(w for s in (*SETTINGS, *settings) for w in ("--set", s))]
+
+
+def run(capfd, *arguments):
+    """The job in this process: exit code, the JSON line, what it logged."""
+    capfd.readouterr()
+    code = train.main([str(argument) for argument in arguments])
+    captured = capfd.readouterr()
+    return code, json.loads(captured.out) if code == 0 and captured.out.startswith("{") else captured.out, captured.err
+
+
+def start(*arguments):
+    """The job as a user starts it."""
+    command = [sys.executable, "-m", "jobs.train", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(job, condition, timeout_s=300):
+    deadline = time.monotonic() + timeout_s
+    while job.poll() is None and not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert job.poll() is None, job.communicate()[1]
+    assert condition()
+
+
+def training_workers():
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "ray::RayTrainWorker" in "".join(process.info["cmdline"] or [])
+    ]
+
+
+def read_metrics(output):
+    frame = pd.read_parquet(f"{output}/metrics.parquet")
+    return frame.drop(columns=["seconds", "finished_at"])
+
+
+def assert_same_run(output, expected):
+    found, wanted = read_metrics(output), read_metrics(expected)
+    pd.testing.assert_frame_equal(found, wanted, check_exact=False, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, labelled, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "out"
+    tracking = f"run.mlflow=file://{output.parent}/mlruns"
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    assert train.main(words(output, labelled, tracking)) == 0
+    return output
+
+
+def test_a_run_leaves_what_the_readme_says(undisturbed, labelled):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {
+        "config.yaml", "examples.parquet", "last.safetensors", "checkpoint", "metrics.parquet", "curves.png",
+        "tensorboard", "summary.json",
+    }  # fmt: skip
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert (summary["epochs"], summary["steps"]) == (4, 4 * 5)
+    frame = read_metrics(undisturbed)
+    counts = frame[frame.dataset == "drawn"].groupby("split")["num_examples"].agg(["count", "max"])
+    assert counts.to_dict("index") == {
+        "train": {"count": 4, "max": 40}, "val": {"count": 4, "max": 8}, "test": {"count": 1, "max": 6},
+    }  # fmt: skip
+    best = frame[(frame.split == "val") & (frame.dataset == "mean")].set_index("epoch")["dice"].idxmax()
+    assert summary["best_epoch"] == best
+    with Image.open(undisturbed / "curves.png") as picture:
+        assert np.asarray(picture).std() > 10
+
+
+def test_a_checkpoint_is_what_was_judged(undisturbed, labelled):
+    """The val Dice of the best epoch, scored anew with the checkpoint that segment takes."""
+    from vlsm.datasets import read_dataset
+    from vlsm.examples import choose_prompt
+    from vlsm.images import decode_image, decode_mask, resize_image, resize_mask
+    from vlsm.metrics import dice_score
+    from vlsm.recipe import DataSettings
+
+    segmenter = vlsm.Segmenter(vlsm.load_checkpoint(undisturbed / "checkpoint"), device="cpu")
+    scores = []
+    for record in (record for record in read_dataset("drawn", str(labelled)) if record.split == "val"):
+        image = resize_image(decode_image(Path(record.image_uri).read_bytes(), ""), 32)
+        target = resize_mask(decode_mask(Path(record.mask_uri).read_bytes(), "", 127), 32)
+        (mask,) = segmenter.segment([image], choose_prompt(record, DataSettings(), None))
+        scores.append(dice_score(mask, target))
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert np.mean(scores) == pytest.approx(summary["dice"]["val drawn"], abs=2e-3)
+
+
+def test_metrics_reach_the_trackers(undisturbed):
+    from mlflow import MlflowClient
+    from tensorboardX.proto.event_pb2 import Event
+
+    data = (undisturbed / "tensorboard" / "events.out.tfevents.0.vlsm").read_bytes()
+    scalars = {}
+    while data:  # length, its checksum, the event, its checksum
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        data = data[16 + length :]
+    client = MlflowClient(f"file://{undisturbed.parent}/mlruns")
+    (found,) = client.search_runs([client.get_experiment_by_name("vlsm").experiment_id])
+    assert found.data.params["optim.lr"] == "0.01"
+    for row in read_metrics(undisturbed).itertuples():
+        assert scalars[f"dice/{row.split}/{row.dataset}", row.epoch] == pytest.approx(row.dice)
+    last = read_metrics(undisturbed).query("split == 'val' and dataset == 'drawn'")["dice"].iloc[-1]
+    assert found.data.metrics["dice/val/drawn"] == pytest.approx(last)
+
+
+def test_a_finished_run_is_left_alone_and_other_settings_are_refused(undisturbed, labelled, capfd):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    code, summary, err = run(capfd, *words(undisturbed, labelled, "run.micro_batch_size=8"))
+    assert (code, summary) == (0, json.loads((undisturbed / "summary.json").read_text()))
+    assert "is finished: there is nothing to do" in err
+    code, _, err = run(capfd, *words(undisturbed, labelled, "optim.lr=0.5", "seed=3"))
+    assert code == 2
+    assert "optim.lr (there 0.01, now 0.5); seed (there 0, now 3)" in err and "start_over=true" in err
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+
+
+def test_a_killed_worker_costs_nothing_but_time_from_s3_to_s3(ray_cluster, labelled, undisturbed, s3_folder, capfd):
+    import s3fs
+
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    fs.put(f"{labelled}/", f"{s3_folder}/drawn/", recursive=True)
+    job = start(*words(f"{s3_folder}/out", f"{s3_folder}/drawn"))
+    wait_for(job, lambda: fs.exists(f"{s3_folder}/out/metrics.parquet"))
+    training_workers()[-1].kill()
+    out, err = job.communicate(timeout=400)
+    assert job.returncode == 0, err
+    assert re.search(r"goes on at epoch \d, step \d", err)
+    assert json.loads(out)["steps"] == 20
+    assert_same_run(f"{s3_folder}/out", undisturbed)
+    assert b"secret" not in b"".join(fs.cat_file(name) for name in fs.find(f"{s3_folder}/out"))
+
+
+def test_an_interrupted_run_and_a_killed_driver_go_on_where_they_were(ray_cluster, labelled, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    arguments = words(output, labelled)
+    job = start(*arguments)
+    wait_for(job, (output / "last.safetensors").exists)
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=120)
+    assert (job.returncode, out) == (130, "")
+    assert "interrupted; the same command goes on from here" in err and "Traceback" not in err
+    job = start(*arguments)
+    written = (output / "last.safetensors").stat().st_mtime_ns
+    wait_for(job, lambda: (output / "last.safetensors").stat().st_mtime_ns > written)
+    job.kill()
+    job.communicate()
+    assert not (output / "summary.json").exists()
+    job = start(*arguments)
+    out, err = job.communicate(timeout=400)
+    assert job.returncode == 0, err
+    assert json.loads(out)["steps"] == 20
+    assert_same_run(output, undisturbed)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_dataset(ray_cluster, labelled, tmp_path, capfd):
+    settings = ["optim.lr=1e30", "optim.clip_norm=null", "run.workers=1"]
+    code, _, err = run(capfd, *words(tmp_path / "out", labelled, *settings))
+    assert code == 1
+    assert re.search(r"error: dataset drawn, .*train.json, record \d+: the loss .* at epoch 1, step \d", err)
+    assert "try a lower optim.lr" in err
+
+
+def test_broken_records_are_listed_before_anything_is_trained(ray_cluster, labelled, tmp_path, capfd):
+    write_labelled(tmp_path / "drawn", {"train": 3, "val": 2}, seed=0)
+    (tmp_path / "drawn" / "masks" / "stone" / "train_0001.png").unlink()
+    (tmp_path / "drawn" / "images" / "val_0000.png").write_bytes(b"no image")
+    arguments = words(tmp_path / "out", tmp_path / "drawn")
+    code, _, err = run(capfd, *arguments)
+    assert code == 2
+    assert "broken: dataset drawn, " in err and "masks/stone/train_0001.png" in err
+    assert err.count("val_0000.png") >= 2  # two records have it
+    assert "3 of 10 records are broken, as listed above" in err
+    assert not (tmp_path / "out").exists()
+    code, out, _ = run(capfd, *arguments, "--dry-run")
+    assert code == 1
+    assert re.search(r"# drawn +train +6 records, 1 broken", out)
+    assert re.search(r"# drawn +val +4 records, 2 broken", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["out", "--set", "model=unet"], "datasets is missing"),
+        (["out", "--dataset", "a"], "--dataset 'a' is not of the form NAME=URI"),
+        (["out", "--dataset", "a=nowhere", "--set", "model=unet"], "dataset a: .*nowhere' has no anns/train.json"),
+        (["out", "--dataset", "a=x", "--set", "model=unte"], "unknown model 'unte'; did you mean 'unet'"),
+        (["out", "--dataset", "a=x", "--set", "optim.lrr=1"], "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence_without_ray(tmp_path, arguments, message):
+    code = "import sys; sys.modules['ray'] = None; from jobs.train import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.search(message, done.stderr) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_understood(path):
+    from vlsm.config import load_settings
+    from vlsm.models import parse_options
+    from vlsm.recipe import TrainSettings
+
+    settings = load_settings(TrainSettings, str(path), [], {"output": "out", "datasets": {"a": "a"}})
+    assert settings.model == path.stem
+    parse_options(settings.model, settings.options)
+
+
+def test_every_model_of_the_papers_has_a_recipe():
+    from vlsm.models import MODELS
+
+    assert {path.stem for path in (ROOT / "jobs" / "configs").glob("*.yaml")} == set(MODELS) - {"openclip_seg"}

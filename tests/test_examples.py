@@ -1,0 +1,151 @@
+"""The plan of a training: what is seen, when, with which prompt."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from vlsm.datasets import Record
+from vlsm.errors import ConfigError, ManifestError
+from vlsm.examples import Plan, choose_prompt, cut_batches
+from vlsm.recipe import DataSettings, TrainSettings
+
+
+def make_records(**counts):
+    """So many of each split_dataset; p1 is one text, p2 two."""
+    prompts = {"p0": ("",), "p1": ("polyp",), "p2": ("flat polyp", "round polyp")}
+    return [
+        Record(dataset, split, f"record {number}", f"{dataset}{number}.png", "mask.png", prompts)
+        for name, count in counts.items()
+        for split, dataset in [name.split("_")]
+        for number in range(count)
+    ]
+
+
+def make_settings(**changes):
+    tree = {"output": "out", "datasets": {"a": "a", "b": "b"}, "model": "unet"} | changes
+    return TrainSettings.model_validate(tree)
+
+
+def used(batches):
+    return [
+        example for batch in batches for example, weight in zip(batch.examples, batch.weights, strict=True) if weight
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 7])
+def test_workers_share_the_same_steps_whatever_their_number(num_workers):
+    records = make_records(train_a=37, val_a=11)
+    settings = make_settings(optim={"batch_size": 8}, run={"micro_batch_size": 2})
+    alone = {step: set() for step in range(5)}
+    for batch in Plan(records, settings).train(3):
+        alone[batch.step] |= set(zip(batch.examples, batch.prompts, batch.seeds, strict=True))
+    together = {step: set() for step in range(5)}
+    plans = [Plan(records, settings, rank, num_workers) for rank in range(num_workers)]
+    for batches in zip(*(plan.train(3) for plan in plans), strict=True):
+        assert len({(batch.step, batch.ends_step, batch.batch_size, len(batch.examples)) for batch in batches}) == 1
+        for batch in batches:
+            rows = zip(batch.examples, batch.prompts, batch.seeds, batch.weights, strict=True)
+            together[batch.step] |= {row[:3] for row in rows if row[3]}
+    assert together == alone
+    for split in ("train", "val"):
+        batches = [
+            batch for plan in plans for batch in (plan.train(3) if split == "train" else plan.evaluate("val", 3))
+        ]
+        assert Counter(used(batches)) == Counter(i for i, record in enumerate(records) if record.split == split)
+
+
+def test_an_epoch_goes_on_from_any_step():
+    plan = Plan(make_records(train_a=37), make_settings(optim={"batch_size": 8}, data={"prompt": "random"}))
+    whole = list(plan.train(2))
+    assert plan.num_steps == 5
+    assert list(plan.train(2, first_step=3)) == [batch for batch in whole if batch.step >= 3]
+
+
+def test_order_prompts_and_seeds_follow_from_the_seed_and_differ_between_epochs():
+    records = make_records(train_a=30)
+    settings = make_settings(data={"prompt": "p2"})
+    first, again, other = (list(Plan(records, settings).train(epoch)) for epoch in (0, 0, 1))
+    assert first == again
+    assert used(first) != used(other)
+    assert {prompt for batch in first for prompt in batch.prompts} == {"flat polyp", "round polyp"}
+    assert used(Plan(records, make_settings(seed=1)).train(0)) != used(Plan(records, make_settings()).train(0))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ("proportional", {"a": 90, "b": 10}),
+        ("uniform", {"a": 50, "b": 50}),
+        ({"a": 1, "b": 3}, {"a": 25, "b": 75}),
+        ({"a": 1}, {"a": 100}),
+    ],
+)
+def test_datasets_are_seen_as_often_as_sampling_says(sampling, expected):
+    records = make_records(train_a=90, train_b=10)
+    plan = Plan(records, make_settings(data={"sampling": sampling}))
+    seen = used(plan.train(0))
+    assert Counter(records[example].dataset for example in seen) == expected
+    repeats = Counter(example for example in seen if records[example].dataset == "b").values()
+    assert not repeats or max(repeats) - min(repeats) <= 1
+
+
+def test_no_batch_is_a_single_image_left_over():
+    assert [len(batch) for batch in cut_batches(np.arange(33), 16)] == [11, 11, 11]
+    assert cut_batches(np.arange(0), 16) == []
+
+
+def test_validation_prompts_stay_the_same():
+    plan = Plan(make_records(val_a=9), make_settings(data={"prompt": "random"}))
+    assert list(plan.evaluate("val", 0)) == [
+        batch.__class__(**batch.__dict__ | {"epoch": 0}) for batch in plan.evaluate("val", 5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("p1", "polyp"),
+        ("p2", "flat polyp"),
+        ("text: a lesion", "a lesion"),
+        ({"a": "p2"}, "flat polyp"),
+        ({}, "polyp"),
+        ("p0", ""),
+        ("random", "polyp"),
+    ],
+)
+def test_the_prompt_is_a_choice(choice, expected):
+    (record,) = make_records(train_a=1)
+    assert choose_prompt(record, DataSettings(prompt=choice), None) == expected
+
+
+def test_a_prompt_that_a_record_lacks_names_it():
+    (record,) = make_records(train_a=1)
+    with pytest.raises(
+        ManifestError, match="dataset a, record 0: there is no prompt for data.prompt=p9; it has p0, p1"
+    ):
+        choose_prompt(record, DataSettings(prompt="p9"), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "unte"}, "unknown model 'unte'; did you mean 'unet'"),
+        ({"model": None}, "give either a model"),
+        ({"external": {"a": "x"}}, "a is named both as a dataset and as an external one"),
+        ({"datasets": {"mean": "x"}}, "may not be called mean"),
+        ({"data": {"sampling": {"c": 1}}}, "data.sampling names c; datasets are a, b"),
+        ({"data": {"sampling": {"a": 0}}}, "weights of 0 or more, one above 0"),
+        ({"run": {"workers": "8..2"}}, "it must be 1 or more"),
+        ({"run": {"workers": "two"}}, "neither a number nor MIN..MAX"),
+        ({"run": {"fsdp": True}}, "run.fsdp is for trainable=all"),
+        ({"optim": {"dice_weight": 0, "ce_weight": 0}}, "one of them must weigh something"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    from vlsm.config import load_settings
+
+    with pytest.raises(ConfigError, match=message):
+        load_settings(
+            TrainSettings, None, [], {"output": "o", "datasets": {"a": "a", "b": "b"}, "model": "unet"} | changes
+        )

@@ -1,0 +1,231 @@
+"""What a Learner promises: the same learning however it is cut into processes, micro-batches and interruptions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import vlsm
+from tests.test_examples import make_records
+from tests.tiny import save_tiny_clipseg, tiny_options
+from vlsm.errors import VlsmError
+from vlsm.examples import Plan
+from vlsm.features import FeatureCache
+from vlsm.history import History, Row
+from vlsm.recipe import TrainSettings
+from vlsm.training import Learner, NotFiniteError
+
+RECORDS = make_records(train_a=10, val_a=3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_tiny_clipseg(tmp_path_factory.mktemp("sources") / "clipseg").parent
+
+
+def make_settings(source, model="clipseg", **changes):
+    """Group norms would be the same in every cut; batch norms are not, so models without them are compared."""
+    tree = {"output": "out", "datasets": {"a": "a"}, "model": model, "options": tiny_options(source)[model]}
+    optim = {"epochs": 2, "batch_size": 5, "lr": 1e-2} | changes.pop("optim", {})
+    return TrainSettings.model_validate(tree | {"optim": optim} | changes)
+
+
+def build(settings):
+    torch.manual_seed(0)
+    return vlsm.build_model(settings.model, settings.trainable, **settings.options).train()
+
+
+def draw(batch):
+    """An image and a mask per example, always the same ones."""
+    images, masks = [], []
+    for example in batch.examples:
+        rng = np.random.default_rng(example)
+        images.append(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+        masks.append((images[-1][..., 0] > 128).astype(np.uint8))
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
+
+
+def learn(settings, rank=0, num_workers=1, epochs=range(2), learner=None, history=None, **options):
+    plan = Plan(RECORDS, settings, rank, num_workers)
+    learner = learner or Learner(build(settings), settings, plan.num_steps, CPU, **options)
+    scores = []
+    for epoch in epochs:
+        for batch in plan.train(epoch):
+            scores += learner.train(batch, *draw(batch), history or History())
+    return learner, scores
+
+
+def weights_of(learner):
+    return {name: value for name, value in learner.state()[0].items() if value.is_floating_point()}
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_micro_batches_change_nothing(source):
+    whole, scores = learn(make_settings(source, run={"micro_batch_size": 8}))
+    pieces, others = learn(make_settings(source, run={"micro_batch_size": 2}))
+    assert largest_difference(weights_of(whole), weights_of(pieces)) < 1e-4
+    assert np.allclose([score.loss for score in scores], [score.loss for score in others], atol=1e-4)
+    assert len(scores) == 20
+
+
+def _learn_in_parallel(rank, folder, tree):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    settings = TrainSettings.model_validate(json.loads(tree))
+    learner, _ = learn(settings, rank, 2)
+    weights = weights_of(learner)
+    again = Learner(build(settings), settings, 2, CPU)
+    states = [learner.state()]
+    torch.distributed.broadcast_object_list(states, src=0)
+    again.restore(*states[0])
+    _, scores = learn(settings, rank, 2, epochs=[1], learner=again)
+    _, expected = learn(settings, rank, 2, epochs=[1], learner=learner)
+    assert [score.example for score in scores] == [score.example for score in expected]
+    assert np.allclose([s.loss for s in scores], [s.loss for s in expected], atol=1e-4)
+    if rank == 0:
+        torch.save(weights, f"{folder}/weights.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_learn_what_one_learns_and_go_on_from_its_state(source, tmp_path, fsdp):
+    """Five examples a step do not divide by two."""
+    settings = make_settings(source, trainable="all", run={"micro_batch_size": 1, "fsdp": fsdp})
+    alone, _ = learn(settings)
+    arguments = (str(tmp_path), settings.model_dump_json())
+    torch.multiprocessing.spawn(_learn_in_parallel, arguments, nprocs=2)
+    together = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert largest_difference(weights_of(alone), together) < 2e-4
+
+
+@pytest.mark.parametrize("model", ["clipseg", "unet_d", "unet"])
+def test_a_learner_goes_on_from_its_state_as_if_nothing_had_been(source, model):
+    settings = make_settings(source, model)
+    undisturbed, expected = learn(settings)
+    first, _ = learn(settings, epochs=[0])
+    weights, optimizer = first.state()
+    again = Learner(build(settings), settings, 2, CPU)
+    again.restore(
+        weights,
+        json.loads(json.dumps({key: optimizer[key] for key in optimizer if key != "state"}))
+        | {"state": optimizer["state"]},
+    )
+    again, scores = learn(settings, epochs=[1], learner=again)
+    assert scores == expected[10:]
+    assert largest_difference(weights_of(undisturbed), weights_of(again)) == 0
+
+
+def test_dropout_follows_from_the_seed(source):
+    (one, first), (_, second) = learn(make_settings(source, "unet_d")), learn(make_settings(source, "unet_d"))
+    assert first == second
+    assert any(isinstance(module, torch.nn.Dropout) and module.p for module in one.model.modules())
+    assert learn(make_settings(source, "unet_d", seed=1))[1] != first
+
+
+def test_frozen_towers_stay_and_learning_towers_have_their_own_rate(source):
+    for trainable in ("decoder", "all"):
+        settings = make_settings(source, trainable=trainable, optim={"tower_lr": 1e-5, "lr": 1e-3})
+        before = build(settings).state_dict()
+        learner, _ = learn(settings)
+        after = learner.model.state_dict()
+        towers = [name for name in before if name.startswith("towers.") and before[name].is_floating_point()]
+        moved = max((after[name] - before[name]).abs().max().item() for name in towers)
+        decoder = max((after[n] - before[n]).abs().max().item() for n in before if n.startswith("decoder."))
+        assert (moved == 0) if trainable == "decoder" else (0 < moved < 1e-4)
+        assert decoder > 1e-3
+
+
+def test_kept_features_change_nothing(source, tmp_path):
+    settings = make_settings(source, "vlsm_b", optim={"epochs": 3})
+    plain, expected = learn(settings, epochs=range(3))
+    calls = []
+    cache = FeatureCache(tmp_path / "features", max_bytes=1 << 30)
+    learner = Learner(build(settings), settings, 2, CPU, cache)
+    encode = learner.model.encode_towers
+    learner.model.encode_towers = lambda pixel_values: calls.append(len(pixel_values)) or encode(pixel_values)
+    _, scores = learn(settings, epochs=range(3), learner=learner)
+    assert sum(calls) == 10  # each example once in three epochs
+    assert np.allclose([s.loss for s in scores], [s.loss for s in expected], atol=1e-5)
+    assert largest_difference(weights_of(plain), weights_of(learner)) < 1e-4
+
+
+def test_features_keep_to_their_bytes(source, tmp_path):
+    settings = make_settings(source)
+    num_bytes = 3 * 17 * 32 * 4  # of one example: three layers of 17 tokens
+    _, expected = learn(settings)
+    cache = FeatureCache(tmp_path / "features", max_bytes=4 * num_bytes + 2000)
+    _, scores = learn(settings, features=cache)
+    assert len(list((tmp_path / "features").iterdir())) == 4
+    assert np.allclose([s.loss for s in scores], [s.loss for s in expected], atol=1e-5)
+
+
+def test_features_are_left_out_where_they_change(source, tmp_path):
+    cache = FeatureCache(tmp_path / "features", max_bytes=1 << 30)
+    for changes in ({"trainable": "lora"}, {"data": {"augment": {"flip": True}}}):
+        settings = make_settings(source, **changes)
+        assert Learner(build(settings), settings, 2, CPU, cache).features is None
+
+
+def test_a_loss_that_is_no_number_stops_before_anything_is_learned_from_it(source):
+    settings = make_settings(source, "unet_d")
+    plan = Plan(RECORDS, settings)
+    learner, _ = learn(settings, epochs=[0])
+    before = weights_of(learner)
+    batch = next(plan.train(1))
+    with torch.no_grad():
+        learner.model.network.head.bias.fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match=r"the loss of example \d is nan at epoch 2, step 1") as caught:
+        learner.train(batch, *draw(batch), History())
+    assert isinstance(caught.value, VlsmError) and caught.value.example in batch.examples
+    after = weights_of(learner)
+    assert all(torch.equal(before[n], after[n]) for n in before if n.endswith("weight"))
+
+
+def make_history(dice):
+    common = {"step": 0, "loss": 0.5, "num_examples": 1, "lr": 0.1, "seconds": 1.0, "finished_at": 0.0}
+    return History([Row(epoch=n, split="val", dataset="mean", dice=d, **common) for n, d in enumerate(dice, start=1)])
+
+
+@pytest.mark.parametrize(
+    ("optim", "dice", "expected"),
+    [
+        ({"schedule": "constant"}, [], [1, 1, 1, 1]),
+        ({"schedule": "constant", "warmup_epochs": 1}, [], [0.5, 1, 1, 1]),
+        ({"schedule": "cosine"}, [], [(1 + np.cos(np.pi * x)) / 2 for x in (0.25, 0.5, 0.75, 1)]),
+        ({"schedule": "cosine", "warmup_epochs": 1}, [], [0.5, 1, 0.5, 0]),
+        ({"schedule": "plateau", "plateau_patience": 1}, [0.5, 0.6, 0.6], [1, 1, 1, 1]),
+        ({"schedule": "plateau", "plateau_patience": 1}, [0.6, 0.5, 0.5], [0.1, 0.1, 0.1, 0.1]),
+        ({"schedule": "plateau", "plateau_patience": 0}, [0.6, 0.5, 0.5], [0.01, 0.01, 0.01, 0.01]),
+    ],
+)
+def test_learning_rates(source, optim, dice, expected):
+    settings = make_settings(source, "unet_d", optim=optim)
+    plan = Plan(RECORDS, settings)
+    learner = Learner(build(settings), settings, plan.num_steps, CPU)
+    rates = []
+    for batch in [*plan.train(0), *plan.train(1)]:
+        learner.train(batch, *draw(batch), make_history(dice))
+        rates.append(learner.lr / settings.optim.lr)
+    assert rates == pytest.approx(expected, abs=1e-9)
+
+
+def test_synchronised_batch_norms_need_gpus(source):
+    with pytest.raises(VlsmError, match="sync_batch_norm needs GPUs"):
+        import unittest.mock
+
+        with unittest.mock.patch("vlsm.parallel.world_size", return_value=2):
+            settings = make_settings(source, "unet_d", optim={"sync_batch_norm": True})
+            Learner(build(settings), settings, 2, CPU)
+
+
+@pytest.mark.parametrize(("monitor", "best"), [("dice", 2), ("loss", 1)])
+def test_the_best_epoch(monitor, best):
+    history = make_history([0.5, 0.7, 0.7, float("nan")])
+    assert history.best_epoch(monitor) == best
+    assert History().best_epoch(monitor) == 0
