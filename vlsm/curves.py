@@ -30,5 +30,5 @@ def draw_curves(history: History) -> bytes:
         axes.grid(alpha=0.3)
     figure.axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
     return buffer.getvalue()

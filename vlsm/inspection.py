@@ -75,7 +75,8 @@ def inspect_record(record: Record, settings: DataSettings) -> Facts:
         return Facts(error=f"size: {record.image_uri} and {record.mask_uri} are of different sizes, {sizes}")
     return Facts(
         None,
-        *mask.shape,
+        mask.shape[0],
+        mask.shape[1],
         hashlib.sha256(image_data).hexdigest(),
         hashlib.sha256(mask_data).hexdigest(),
         float(mask.mean()),

@@ -34,7 +34,7 @@ def parallelize(model: SegmentationModel, settings: TrainSettings) -> nn.Module:
     if settings.optim.sync_batch_norm and world_size() > 1:
         if device.type != "cuda":
             raise VlsmError("optim.sync_batch_norm needs GPUs; torch has no such batch norm for CPUs")
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     if settings.run.compile:
         model.compile()
     if world_size() == 1:

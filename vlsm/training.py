@@ -6,7 +6,7 @@ Every process of a group has a Learner; what they do together (a step, an epoch'
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class Learner:
             weights = torch.tensor(batch.weights, device=self.device)
             losses = torch.where(weights > 0, losses, 0)
             # workers' gradients are averaged: the sum over all workers is what a batch's mean is made of
-            self.scaler.scale(losses.sum() * world_size() / batch.batch_size).backward()
+            self.scaler.scale(losses.sum() * world_size() / batch.batch_size).backward()  # type: ignore[no-untyped-call]
         self._pending += [
             (example, loss, score)
             for example, weight, loss, score in zip(batch.examples, batch.weights, losses.detach(), dice, strict=True)
@@ -137,7 +137,7 @@ class Learner:
         """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, optimizer = get_state_dict(self.network, self.optimizer, options=options)
-        return dict(weights), dict(optimizer) | {"scaler": self.scaler.state_dict()}
+        return cast(dict[str, Tensor], weights), dict(optimizer) | {"scaler": self.scaler.state_dict()}
 
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Go on from a state, the same in every process."""
@@ -145,7 +145,11 @@ class Learner:
         self.scaler.load_state_dict(optimizer.pop("scaler"))
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
         set_state_dict(
-            self.network, self.optimizer, model_state_dict=weights, optim_state_dict=optimizer, options=options
+            self.network,
+            self.optimizer,
+            model_state_dict=cast(dict[str, Any], weights),
+            optim_state_dict=optimizer,
+            options=options,
         )
 
     def _forward(self, batch: MicroBatch, images: Tensor, target_masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,7 +233,7 @@ class Learner:
     def _without_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Gradients stay with each worker until the last micro-batch of a step."""
         if hasattr(self.network, "no_sync"):
-            return self.network.no_sync()  # type: ignore[no-any-return, operator]
+            return self.network.no_sync()  # type: ignore[operator]
         return contextlib.nullcontext()  # FSDP reduces each time; its sums are the same
 
 
@@ -237,7 +241,7 @@ def _plateau_factor(history: History, settings: TrainSettings) -> float:
     """What ReduceLROnPlateau makes of the epochs so far: a function of them, so that no state of it is to be kept."""
     optim = settings.optim
     unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    mode = "max" if optim.monitor == "dice" else "min"
+    mode: Literal["max", "min"] = "max" if optim.monitor == "dice" else "min"
     schedule = ReduceLROnPlateau(unit, mode, factor=optim.plateau_factor, patience=optim.plateau_patience, eps=0)
     for value in history.monitored(optim.monitor):
         schedule.step(value)
