@@ -64,7 +64,7 @@ class Decoded:
         """Image and mask of each example, without a copy where they lie on this node."""
         wanted = list(dict.fromkeys(example // _CHUNK for example in examples))
         chunks = dict(zip(wanted, ray.get([self.chunks[number] for number in wanted]), strict=True))
-        return [tuple(part[example % _CHUNK] for part in chunks[example // _CHUNK]) for example in examples]  # type: ignore[misc]
+        return [tuple(part[example % _CHUNK] for part in chunks[example // _CHUNK]) for example in examples]
 
 
 def keep_decoded(records: Sequence[Record], settings: DataSettings, size: int, wanted: bool | None) -> Decoded | None:
@@ -150,7 +150,7 @@ class _Loader:
         """The images and masks of one micro-batch, augmented where they have seeds."""
         wanted = json.loads(batch["batch"][0])
         if self.decoded is None:
-            pairs = [_decode(*files, self.settings, self.size) for files in wanted["files"]]
+            pairs = [_decode(image, mask, self.settings, self.size) for image, mask in wanted["files"]]
         else:
             pairs = self.decoded.fetch(wanted["examples"])
         augment = self.settings.augment

@@ -107,7 +107,7 @@ class _Worker:
                 self._learn(batch, pixels, targets)
             else:
                 self._validate(batch, pixels, targets)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         self._finish(self._test())
 
     def say(self, line: str) -> None:
