@@ -143,10 +143,11 @@ def test_there_is_one_prompt_per_image(build, pixel_values, case, prompts):
         build(case)(pixel_values[:2], prompts)
 
 
+@pytest.mark.parametrize("encoder", ["tu-ghostnet_050", "tu-repvit_m0_9"])
 @torch.no_grad()
-def test_encoders_that_hand_out_a_convolution_keep_its_norm():
-    """timm's GhostNet taps its stem before the norm: with the norm folded in, the skip would be another one."""
-    model = vlsm.build_model("unet", encoder="tu-ghostnet_050", encoder_weights=None, image_size=64).eval()
+def test_norms_that_do_not_belong_to_one_convolution_stay(encoder):
+    """timm's GhostNet taps its stem before the norm, and its RepVit sums convolutions before one."""
+    model = vlsm.build_model("unet", encoder=encoder, encoder_weights=None, image_size=64).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
