@@ -69,7 +69,9 @@ def _explain(error: BaseException, settings: TrainSettings) -> str | None:
         if isinstance(chain, VlsmError):
             return str(chain)
         chain = getattr(chain, "cause", None) or chain.__cause__ or chain.__context__
-    return None
+    # Ray and the processes' collectives fail when others die; anything else would fail again
+    passing = isinstance(error, ray.exceptions.RayError | RuntimeError | ConnectionError | TimeoutError)
+    return None if passing else f"{type(error).__name__}: {error}"
 
 
 class _Worker:

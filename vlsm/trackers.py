@@ -1,5 +1,6 @@
 """Metrics of a training run for the tools in which people compare runs."""
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def open_trackers(settings: TrainSettings, run_id: str) -> list[Track]:
     trackers = []
     try:
         if settings.run.mlflow:
-            trackers.append(_open_mlflow(settings, run_id))
+            trackers.append(_open_mlflow(settings.run.mlflow, settings, run_id))
         if settings.run.wandb:
             trackers.append(_open_wandb(settings, run_id))
     except ImportError as error:
@@ -50,10 +51,12 @@ def open_trackers(settings: TrainSettings, run_id: str) -> list[Track]:
     return trackers
 
 
-def _open_mlflow(settings: TrainSettings, run_id: str) -> Track:
+def _open_mlflow(uri: str, settings: TrainSettings, run_id: str) -> Track:
     from mlflow import MlflowClient
 
-    client = MlflowClient(settings.run.mlflow)
+    if "://" not in uri or uri.startswith("file:"):  # MLflow 3 wants to be told that plain files are wanted
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("vlsm")
     experiment_id = experiment.experiment_id if experiment else client.create_experiment("vlsm")
     found = client.search_runs([experiment_id], f"tags.vlsm_run = '{run_id}'")

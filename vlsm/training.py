@@ -67,7 +67,8 @@ class Learner:
         self.settings, self.num_steps, self.device = settings, num_steps, device
         # torch's shortcut for nn.MultiheadAttention makes attention maps; without it the attention is fused
         torch.backends.mha.set_fastpath_enabled(False)
-        self.model = model.to(device).to(memory_format=torch.channels_last)
+        layout = torch.contiguous_format if settings.run.fsdp else torch.channels_last  # FSDP takes no other
+        self.model = model.to(device).to(memory_format=layout)
         self.network = parallelize(self.model, settings)
         self.features = features if model.has_frozen_towers and settings.data.augment.is_off else None
         self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=settings.optim.weight_decay)

@@ -81,7 +81,6 @@ def assert_same_run(output, expected):
 def undisturbed(ray_cluster, labelled, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "out"
     tracking = f"run.mlflow=file://{output.parent}/mlruns"
-    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     assert train.main(words(output, labelled, tracking)) == 0
     return output
 
