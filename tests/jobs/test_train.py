@@ -39,7 +39,7 @@ def words(output, dataset, *settings):
 
 
 @pytest.fixture(autouse=True)
-def _log_to_stderr(caplog):
+def _log_to_stderr(caplog, capfd):
     """The job's own lines, which pytest's handlers would keep from it."""
     handler = logging.StreamHandler()
     logger = logging.getLogger("vlsm")
