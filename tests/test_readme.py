@@ -32,7 +32,7 @@ def test_the_map_names_every_module():
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
 def test_every_command_is_understood_by_its_parser(command, monkeypatch):
-    from jobs import benchmark, segment
+    from jobs import benchmark, segment, train
     from vlsm import checkpoints, export
     from vlsm.models import __main__ as models
 
@@ -40,6 +40,9 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     seen = []
     monkeypatch.setattr(segment, "segment", lambda settings: seen.append(settings))
     monkeypatch.setattr(segment, "dry_run", lambda settings: seen.append(settings))
+    monkeypatch.setattr(train, "train", lambda settings: seen.append(settings))
+    monkeypatch.setattr(train, "dry_run", lambda settings: seen.append(settings))
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
@@ -48,6 +51,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(models, "describe_settings", lambda options: seen.append(options) or [])
     mains = {
         "jobs.segment": segment.main,
+        "jobs.train": train.main,
         "jobs.benchmark": benchmark.main,
         "vlsm.export": export.main,
         "vlsm.checkpoints": checkpoints.main,
