@@ -94,10 +94,12 @@ def execute(run: Run, pending: list[int], before: Counter[str]) -> None:
 
     Raises:
         VlsmError: too large a share of the images failed, or a stage failed through its retries.
+        CheckpointError: the actors could not build the checkpoint's model.
     """
     import ray.data  # here, so that --help and wrong arguments do not wait for it
 
     from jobs.progress import Board, Progress
+    from vlsm.checkpoints import build_checkpoint
 
     with ray_session():
         context = ray.data.DataContext.get_current()
@@ -115,6 +117,8 @@ def execute(run: Run, pending: list[int], before: Counter[str]) -> None:
                             run.settings, progress.done, progress.failed, json.loads(part["first_errors"])
                         )
         except ray.exceptions.RayError as error:
+            # an actor that could not load its checkpoint dies without a word of why
+            build_checkpoint(run.checkpoint_files, run.settings.checkpoint)
             raise VlsmError(
                 f"a stage failed through its retries: {_root_cause(error)}; the same command goes on from here"
             ) from error

@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     """Make a checkpoint directory: pretrained towers as far as there are any, the rest untrained."""
     parser = argparse.ArgumentParser(prog="python -m vlsm.checkpoints", description=main.__doc__)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint directory to write")
-    parser.add_argument("--model", required=True, choices=MODELS)
+    parser.add_argument("--model", required=True, metavar="NAME", help="`python -m vlsm.models` lists them")
     parser.add_argument(
         "--set",
         action="append",

@@ -1,19 +1,25 @@
 """`python -m vlsm.models` prints the table of models."""
 
 import argparse
+import sys
 
 from vlsm.config import describe_settings
-from vlsm.models import MODELS, find_model
+from vlsm.errors import CheckpointError
+from vlsm.models import find_model
 from vlsm.models.costs import measure_costs
 
 
 def main(argv: list[str] | None = None) -> int:
     """Every model with its parameters (in millions), its input size in pixels, and its cost in GFLOP."""
     parser = argparse.ArgumentParser(prog="python -m vlsm.models", description=main.__doc__)
-    parser.add_argument("name", nargs="?", metavar="NAME", choices=MODELS, help="a model, to list its options instead")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a model, to list its options instead")
     name = parser.parse_args(argv).name
     if name:
-        print("\n".join(describe_settings(find_model(name).Options)))
+        try:
+            print("\n".join(describe_settings(find_model(name).Options)))
+        except CheckpointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return 0
     heads = ("model", "million parameters", "trained", "image", "GFLOP an image", "a further prompt", "weights from")
     rows = [

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +75,15 @@ class SegmentationModel(nn.Module):
         Raises:
             ValueError: there is not one prompt per image.
         """
-        count = 1 if isinstance(prompts, str) else len(prompts[0]) if isinstance(prompts, tuple) else len(prompts)
+        is_encoded = isinstance(prompts, tuple) and len(prompts) > 0 and isinstance(prompts[0], Tensor)
+        count = 1 if isinstance(prompts, str) else len(prompts[0]) if is_encoded else len(prompts)
         if isinstance(prompts, str) or count != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} images but {count} prompts; give a list with one prompt per image")
-        if not isinstance(prompts, tuple):
-            distinct = list(dict.fromkeys(prompts))
+        if not is_encoded:
+            distinct = list(dict.fromkeys(cast(Sequence[str], prompts)))
             rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
             prompts = tuple(part[rows] for part in self.encode_prompts(distinct))
-        return self.decode(self.encode_images(pixel_values, activations), prompts)
+        return self.decode(self.encode_images(pixel_values, activations), cast(Features, prompts))
 
     def set_trainable(self, trainable: Trainable = "decoder", lora_rank: int = 8) -> Self:
         """Choose what learns; everything outside the pretrained towers always does.

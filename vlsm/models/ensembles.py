@@ -132,7 +132,7 @@ class EnsembleC(SegmentationModel):
         return self.join(torch.cat([logits_a, logits_b], dim=1))
 
     def _normalized_for_b(self, pixel_values: Tensor) -> Tensor:
-        return renormalize(pixel_values, self.a.image_spec, self.b.image_spec)
+        return renormalize(pixel_values, self.image_spec, self.b.image_spec)
 
 
 def renormalize(pixel_values: Tensor, current: ImageSpec, wanted: ImageSpec) -> Tensor:
