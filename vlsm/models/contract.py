@@ -80,8 +80,9 @@ class SegmentationModel(nn.Module):
         if isinstance(prompts, str) or count != len(pixel_values):
             raise ValueError(f"{len(pixel_values)} images but {count} prompts; give a list with one prompt per image")
         if not is_encoded:
-            distinct = list(dict.fromkeys(cast(Sequence[str], prompts)))
-            rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
+            texts = cast(Sequence[str], prompts)
+            distinct = list(dict.fromkeys(texts))
+            rows = torch.tensor([distinct.index(prompt) for prompt in texts], device=self.device)
             prompts = tuple(part[rows] for part in self.encode_prompts(distinct))
         return self.decode(self.encode_images(pixel_values, activations), cast(Features, prompts))
 
