@@ -144,7 +144,7 @@ def test_frozen_towers_stay_and_learning_towers_have_their_own_rate(source):
 
 
 def test_kept_features_change_nothing(source, tmp_path):
-    settings = make_settings(source, "vlsm_b", optim={"epochs": 3})
+    settings = make_settings(source, "vlsm_b", optim={"epochs": 3, "lr": 1e-3})  # see above
     plain, expected = learn(settings, epochs=range(3))
     calls = []
     cache = FeatureCache(tmp_path / "features", max_bytes=1 << 30)
