@@ -1,10 +1,12 @@
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 from safetensors.torch import save_file
 
 import vlsm
 from vlsm.errors import CheckpointError
+from vlsm.images import ImageSpec
 
 
 @pytest.mark.parametrize("name", ["unet", "unetplusplus", "deeplabv3plus"])
@@ -15,6 +17,30 @@ def test_encoder_weights_come_from_a_local_file(name, tmp_path):
     save_file(encoder.state_dict(), path)
     model = vlsm.build_model(name, encoder="resnet18", encoder_weights=str(path), image_size=64)
     assert torch.equal(model.network.encoder.conv1.weight, encoder.conv1.weight)
+
+
+@torch.no_grad()
+def test_timms_encoders_take_local_weights_and_see_images_as_those_did(tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    theirs = timm.create_model("convnext_atto", pretrained=False)
+    save_file(theirs.state_dict(), path)
+    model = vlsm.build_model("unet", encoder="tu-convnext_atto", encoder_weights=str(path), image_size=64)
+    assert torch.equal(model.network.encoder.model.stem_0.weight, theirs.stem[0].weight)
+    save_file(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"theirs.safetensors"):
+        vlsm.build_model("unet", encoder="tu-convnext_atto", encoder_weights=str(path), image_size=64)
+
+
+@torch.no_grad()
+def test_an_encoder_learned_with_other_statistics_keeps_them(tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    name = "tu-tf_efficientnet_lite0.in1k"  # of mean and std 0.5
+    save_file(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), path)
+    model = vlsm.build_model("unet", encoder=name, encoder_weights=str(path), image_size=64)
+    vlsm.save_checkpoint(model, tmp_path / "checkpoint")
+    restored = vlsm.load_checkpoint(tmp_path / "checkpoint").model
+    assert restored.image_spec.mean == model.image_spec.mean == timm.get_pretrained_cfg(name[3:]).mean
+    assert model.image_spec.mean != ImageSpec(64).mean
 
 
 @torch.no_grad()

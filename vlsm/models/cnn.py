@@ -1,9 +1,11 @@
 """The CNN baselines: segmentation_models_pytorch's networks with any of its encoders. They see no text."""
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import safetensors.torch
 import segmentation_models_pytorch as smp
 from pydantic import Field
 
@@ -41,20 +43,24 @@ class CNN(ImageOnlyModel):
         """
         weights = options.encoder_weights
         if weights is None or not weights.endswith(".safetensors"):
-            return cls(options, _build_network(cls.architecture, options.encoder, weights))
-        import safetensors.torch
-
-        network = _build_network(cls.architecture, options.encoder, None)
-        try:
-            state = safetensors.torch.load_file(weights)
-            if options.encoder.startswith("tu-"):  # a timm model of the same name, without its classifier
-                wanted = network.encoder.model.state_dict()
-                network.encoder.model.load_state_dict({key: state[key] for key in wanted})
-            else:
-                network.encoder.load_state_dict(state)
-        except LOAD_ERRORS as error:
-            raise CheckpointError(f"encoder weights {weights!r} cannot be loaded: {explain_source(error)}") from error
-        return cls(options, network)
+            network = _build_network(cls.architecture, options.encoder, weights)
+        elif options.encoder.startswith("tu-"):  # timm renames layers on the way into a feature extractor
+            network = _build_network(
+                cls.architecture, options.encoder, weights, pretrained_cfg_overlay={"file": weights}
+            )
+        else:
+            network = _build_network(cls.architecture, options.encoder, None)
+            try:
+                network.encoder.load_state_dict(safetensors.torch.load_file(weights))
+            except LOAD_ERRORS as error:
+                raise CheckpointError(
+                    f"encoder weights {weights!r} cannot be loaded: {explain_source(error)}"
+                ) from error
+        model = cls(options, network)
+        if weights is not None and options.encoder.startswith("tu-"):
+            learned_with = network.encoder.model.pretrained_cfg
+            model.image_spec = replace(model.image_spec, mean=learned_with["mean"], std=learned_with["std"])
+        return model
 
     @classmethod
     def restore(cls, options: CNNOptions, folder: Path) -> Self:
@@ -62,7 +68,7 @@ class CNN(ImageOnlyModel):
         return cls(options, _build_network(cls.architecture, options.encoder, None))
 
 
-def _build_network(architecture: str, encoder: str, weights: str | None) -> Any:
+def _build_network(architecture: str, encoder: str, weights: str | None, **options: Any) -> Any:
     known = smp.encoders.get_encoder_names()
     if encoder not in known and not encoder.startswith("tu-"):
         near = difflib.get_close_matches(encoder, known, n=3) or known
@@ -70,7 +76,7 @@ def _build_network(architecture: str, encoder: str, weights: str | None) -> Any:
     # timm's names tell the weights: tu-NAME.TAG
     wanted = bool(weights) or None if encoder.startswith("tu-") else weights
     try:
-        return smp.create_model(architecture, encoder, wanted)
+        return smp.create_model(architecture, encoder, wanted, **options)
     except LOAD_ERRORS as error:
         raise CheckpointError(
             f"encoder {encoder!r} with weights {weights!r} cannot be built: {explain_source(error)}; "
