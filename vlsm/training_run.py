@@ -137,7 +137,8 @@ def prepare_training(settings: TrainSettings, inspect: Inspect) -> list[Record]:
                 "or --set data.skip_broken=true to do without"
             )
         if settings.start_over:
-            forget_run(output, _NAMES, ((CHECKPOINT_NAME, ""), (f"{CHECKPOINT_NAME}/clipseg", ""), ("tensorboard", "")))
+            folders = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
+            forget_run(output, _NAMES, [(folder, "") for folder in folders])
         table = table.filter(pc.is_null(table["error"]))
         records = read_records(table)
         sink = pa.BufferOutputStream()

@@ -246,6 +246,17 @@ def test_a_folder_of_something_else_is_one_sentence(tmp_path):
         vlsm.build_model("openclip_seg", source=str(tmp_path))
 
 
+def test_a_folder_without_its_text_towers_configuration_says_where_that_is(biomedclip, tmp_path):
+    for path in biomedclip.iterdir():
+        if path.name != "config.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = "lab/its-bert"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"needs the config.json of lab/its-bert: put that file into the folder"):
+        vlsm.build_model("openclip_seg", source=str(tmp_path))
+
+
 def test_weights_that_do_not_fit_their_configuration_are_named(open_clip, tmp_path):
     for path in open_clip.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -71,7 +71,9 @@ class OpenCLIPTowers(Towers):
             )
             tokenizer = open_clip.get_tokenizer(name)
         except LOAD_ERRORS as error:
-            raise CheckpointError(f"open_clip weights {source!r} cannot be loaded: {explain_source(error)}") from error
+            raise CheckpointError(
+                f"open_clip weights {source!r} cannot be loaded: {explain_source(error)}{_explain_text_tower(name)}"
+            ) from error
         config["preprocess_cfg"] = {key: model.visual.preprocess_cfg[key] for key in ("mean", "std")}
         return cls(model, config, tokenizer, taps)
 
@@ -281,6 +283,19 @@ def _local_text_tower(name: str, config: dict[str, Any]) -> dict[str, Any]:
     if folder == name or "hf_model_name" not in text or not Path(folder, "config.json").is_file():
         return {}
     return {"text_cfg": text | {"hf_model_name": folder, "hf_model_pretrained": False}}
+
+
+def _explain_text_tower(name: str) -> str:
+    """What a local folder may lack: the published ones leave a transformers text tower's configuration to the hub."""
+    folder = Path(name.removeprefix("local-dir:"))
+    if not (folder / CONFIG_NAME).is_file() or (folder / "config.json").is_file():
+        return ""
+    text = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    return (
+        f"; its text tower needs the config.json of {text['hf_model_name']}: put that file into the folder"
+        if "hf_model_name" in text
+        else ""
+    )
 
 
 def _side(size: int | tuple[int, int]) -> int:
