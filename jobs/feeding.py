@@ -15,10 +15,10 @@ import ray
 import ray.data
 
 from jobs.command import logger
-from vlsm import storage
 from vlsm.augment import augment_example
 from vlsm.datasets import Record
 from vlsm.examples import MicroBatch
+from vlsm.fetch import read_image_bytes
 from vlsm.images import decode_image, decode_mask, resize_image, resize_mask
 from vlsm.inspection import Facts, inspect_record
 from vlsm.recipe import DataSettings
@@ -92,8 +92,8 @@ def _decode_chunk(records: list[Record], settings: DataSettings, size: int) -> t
 
 def _decode(image_uri: str, mask_uri: str, settings: DataSettings, size: int) -> tuple[np.ndarray, np.ndarray]:
     """An example in the model's square: (S, S, 3) uint8 and (S, S) uint8 of 0 and 1."""
-    image = storage.read_image_bytes(image_uri, None, settings.max_image_bytes)
-    mask = storage.read_image_bytes(mask_uri, None, settings.max_image_bytes)
+    image = read_image_bytes(image_uri, None, settings.max_image_bytes)
+    mask = read_image_bytes(mask_uri, None, settings.max_image_bytes)
     return (
         resize_image(decode_image(image, image_uri, settings.max_pixels), size),
         resize_mask(decode_mask(mask, mask_uri, settings.mask_threshold, settings.max_pixels), size),

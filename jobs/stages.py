@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
+from vlsm.fetch import read_image_bytes
 from vlsm.images import decode_image, resize_image
 from vlsm.manifest import planned_rows, read_shard
 from vlsm.masks import describe_logits
@@ -71,7 +72,7 @@ def fetch_shard(batch: dict[str, np.ndarray], settings: SegmentSettings, image_s
     def fetch(index: int) -> None:
         uri, size_bytes = rows["image_uri"][index].as_py(), rows["size_bytes"][index].as_py()
         try:
-            data = storage.read_image_bytes(uri, size_bytes, settings.max_image_bytes)
+            data = read_image_bytes(uri, size_bytes, settings.max_image_bytes)
             with decoding:
                 image = decode_image(data, uri, settings.max_pixels)
                 sizes[index] = image.shape[:2]

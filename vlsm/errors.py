@@ -33,7 +33,17 @@ class ImageError(VlsmError):
         message: what a person needs to find and mend the file.
     """
 
-    REASONS = ("missing", "forbidden", "unreadable", "empty", "corrupt", "too_large")
+    REASONS = (
+        "missing",
+        "forbidden",
+        "unreadable",  # by the local disk
+        "unavailable",  # its store answers, but not for this file
+        "timeout",
+        "empty",
+        "corrupt",
+        "too_large",
+        "crashed",  # the process that worked on it, each time
+    )
 
     def __init__(self, reason: str, message: str) -> None:
         if reason not in self.REASONS:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.errors import ConfigError, ImageError, VlsmError
+from vlsm.fetch import read_image_bytes
 from vlsm.images import decode_image
 from vlsm.overlays import draw_overlay
 from vlsm.results import open_results, read_masks
@@ -60,7 +61,7 @@ def export_overlays(output: str, directory: str | Path, filters: Filters = None,
     num_written = 0
     for row in _ok_rows(output, filters, limit):
         try:
-            data = storage.read_image_bytes(row["image_uri"], None, max_bytes=1 << 30)
+            data = read_image_bytes(row["image_uri"], None, max_bytes=1 << 30)
             image = decode_image(data, row["image_uri"], max_pixels=max(100_000_000, row["mask"].size))
         except ImageError as error:
             logger.warning("no overlay: %s", error)

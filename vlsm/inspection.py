@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vlsm import storage
 from vlsm.datasets import Record
 from vlsm.errors import ImageError
+from vlsm.fetch import read_image_bytes
 from vlsm.images import decode_image, decode_mask
 from vlsm.recipe import DataSettings
 
@@ -64,8 +64,8 @@ def inspect_record(record: Record, settings: DataSettings) -> Facts:
 
     Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit
     try:
-        image_data = storage.read_image_bytes(record.image_uri, None, settings.max_image_bytes)
-        mask_data = storage.read_image_bytes(record.mask_uri, None, settings.max_image_bytes)
+        image_data = read_image_bytes(record.image_uri, None, settings.max_image_bytes)
+        mask_data = read_image_bytes(record.mask_uri, None, settings.max_image_bytes)
         image = decode_image(image_data, record.image_uri, settings.max_pixels)
         mask = decode_mask(mask_data, record.mask_uri, settings.mask_threshold, settings.max_pixels)
     except ImageError as error:

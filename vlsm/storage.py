@@ -6,6 +6,7 @@ signs and `::` in them mean nothing here. Endpoint and credentials come from the
 
 import contextlib
 import os
+import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from vlsm.errors import ConfigError, ImageError, StorageError
+from vlsm.errors import ConfigError, StorageError
 
 T = TypeVar("T")
 
@@ -27,7 +28,9 @@ _S3_OPTIONS = {
         "retries": {"mode": "standard", "max_attempts": 1},  # s3fs and with_retries try again
     },
 }
-_RETRY_DELAYS_S = (0.5, 2.0, 8.0)
+QUICK_S = 10.5  # what a person waits for a store to answer, and a single object is worth
+PATIENT_S = 300.0  # what an unattended run waits for a store to come back
+_LONGEST_DELAY_S = 30.0
 
 
 def split_scheme(uri: str) -> tuple[str, str]:
@@ -73,24 +76,53 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 def exists(uri: str) -> bool:
     """Whether there is a file or a non-empty folder at the location."""
     fs, path = open_uri(uri)
-    return bool(fs.exists(path))
+    return bool(with_retries(lambda: fs.exists(path), uri, QUICK_S))
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, patience_s: float = QUICK_S) -> bytes:
     """The whole content of a file."""
     fs, path = open_uri(uri)
-    return bytes(with_retries(lambda: fs.cat_file(path), uri))
+    return bytes(with_retries(lambda: fs.cat_file(path), uri, patience_s))
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes, patience_s: float = PATIENT_S) -> None:
     """Put a file in one atomic step: readers see the old content or all of the new, whatever dies on the way.
 
     Locally that is a temporary file renamed into place; on an object store one put (or one completed multipart upload).
     """
     fs, path = open_uri(uri)
     if not is_local(fs):
-        with_retries(lambda: fs.pipe_file(path, data), uri)
+        with_retries(lambda: fs.pipe_file(path, data), uri, patience_s)
         return
+    with _temporary_file(path, data) as temporary:
+        os.replace(temporary, path)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Put a file, as `write_bytes`, where there is none; whether this call has put it, of all that try at once."""
+    fs, path = open_uri(uri)
+    if not is_local(fs):
+
+        def put() -> None:
+            try:
+                fs.pipe_file(path, data, mode="create")
+            except OSError:  # stores have many names for "somebody was first"
+                if not fs.exists(path):
+                    raise
+
+        with_retries(put, uri)
+        return read_bytes(uri) == data
+    with _temporary_file(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _temporary_file(path: str, data: bytes) -> Iterator[str]:
+    """A file with the content, whole on the disk, beside the path; gone afterwards where it was not renamed."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
@@ -99,18 +131,18 @@ def write_bytes(uri: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
-        raise
 
 
 def list_names(uri: str) -> list[str]:
     """The names of the files directly in a folder, sorted; empty where there is no such folder."""
     fs, path = open_uri(uri)
     try:
-        return sorted(info["name"].rsplit("/", 1)[-1] for info in fs.ls(path, detail=True) if info["type"] == "file")
+        infos = with_retries(lambda: fs.ls(path, detail=True), uri, QUICK_S)
+        return sorted(info["name"].rsplit("/", 1)[-1] for info in infos if info["type"] == "file")
     except FileNotFoundError:
         return []
 
@@ -124,38 +156,13 @@ def remove(uri: str) -> None:
         return
 
 
-def read_image_bytes(uri: str, size_bytes: int | None, max_bytes: int) -> bytes:
-    """The content of one image of an archive.
+def with_retries(call: Callable[[], T], uri: str, patience_s: float = PATIENT_S) -> T:
+    """What the call returns, tried again where a remote store may have failed for a moment.
 
     Args:
-        uri: where the image is.
-        size_bytes: its size as listed, or None to ask the store first.
-        max_bytes: larger files are refused before they are read.
-
-    Raises:
-        ImageError: the file is missing, forbidden, empty, too large or cannot be read; it will not be better next time.
-        StorageError: the store itself went on failing through the retries.
-    """
-    fs, path = open_uri(uri)
-    try:
-        if size_bytes is None:
-            size_bytes = int(with_retries(lambda: fs.info(path), uri)["size"])
-        if size_bytes > max_bytes:
-            raise ImageError("too_large", f"{uri} has {size_bytes:,} bytes; max_image_bytes is {max_bytes:,}")
-        data = bytes(with_retries(lambda: fs.cat_file(path), uri)) if size_bytes else b""
-    except FileNotFoundError as error:
-        raise ImageError("missing", f"there is no file {uri}") from error
-    except PermissionError as error:
-        raise ImageError("forbidden", f"no permission to read {uri}") from error
-    except OSError as error:  # a store's outage is a StorageError by now: this is one bad file of a local disk
-        raise ImageError("unreadable", f"{uri}: {error.strerror or error}") from error
-    if not data:
-        raise ImageError("empty", f"{uri} has 0 bytes")
-    return data
-
-
-def with_retries(call: Callable[[], T], uri: str) -> T:
-    """What the call returns, tried again where a remote store may have failed for a moment.
+        call: what to try.
+        uri: of what it asks for.
+        patience_s: how long to wait in all, between tries that lie further and further apart.
 
     Raises:
         FileNotFoundError, PermissionError: as the call raises them, without a second try.
@@ -163,7 +170,9 @@ def with_retries(call: Callable[[], T], uri: str) -> T:
         StorageError: a remote store still failed at the last try.
     """
     remote = split_scheme(uri)[0] not in ("file", "local")
-    for delay_s in (*_RETRY_DELAYS_S, None):
+    num_tries = 0
+    for delay_s in (*_delays(patience_s), None):
+        num_tries += 1
         try:
             return call()
         except (FileNotFoundError, PermissionError):
@@ -172,11 +181,17 @@ def with_retries(call: Callable[[], T], uri: str) -> T:
             if not remote:
                 raise
             if delay_s is None:
-                raise StorageError(
-                    f"{uri} could not be reached in {len(_RETRY_DELAYS_S) + 1} tries: {error}"
-                ) from error
-            time.sleep(delay_s)
+                raise StorageError(f"{uri} could not be reached in {num_tries} tries: {error}") from error
+            time.sleep(delay_s * random.uniform(0.5, 1))  # many processes were turned away at the same moment
     raise AssertionError("unreachable")
+
+
+def _delays(patience_s: float) -> Iterator[float]:
+    delay_s = 0.5
+    while patience_s > 0:
+        yield min(delay_s, patience_s)
+        patience_s -= delay_s
+        delay_s = min(delay_s * 4, _LONGEST_DELAY_S)
 
 
 @contextlib.contextmanager
@@ -196,7 +211,8 @@ def _transient_errors() -> tuple[type[BaseException], ...]:
     errors: list[Any] = [OSError, TimeoutError]
     try:
         from aiohttp import ClientError
-        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import HTTPClientError, ResponseStreamingError
+        from botocore.parsers import ResponseParserError
     except ImportError:  # a machine without s3fs reads its own disk
         return tuple(errors)
-    return (*errors, ClientError, BotoCoreError)
+    return (*errors, ClientError, HTTPClientError, ResponseStreamingError, ResponseParserError)

@@ -1,0 +1,109 @@
+"""The bytes of one image, whatever its store does meanwhile."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vlsm.errors import ImageError, StorageError
+from vlsm.storage import PATIENT_S, QUICK_S, open_uri, with_retries
+
+
+def read_image_bytes(
+    uri: str,
+    size_bytes: int | None,
+    max_bytes: int,
+    timeout_s: float | None = None,
+    patience_s: float = PATIENT_S,
+) -> bytes:
+    """The content of one image of an archive.
+
+    What may pass is tried again: of one image for some seconds, of a store that does not answer at all for longer.
+
+    Args:
+        uri: where the image is.
+        size_bytes: its size as listed, or None to ask the store first.
+        max_bytes: larger files are refused before they are read.
+        timeout_s: for all tries together, on a remote store.
+        patience_s: how long a store may be away.
+
+    Raises:
+        ImageError: the file is missing, forbidden, empty, too large or cannot be read, or its store answers, but not
+            for this file ("unavailable", "timeout").
+        StorageError: the store was away for longer than patience_s.
+    """
+    try:
+        return _Fetch(uri, timeout_s).read(size_bytes, max_bytes)
+    except ImageError as error:
+        if error.reason not in ("unavailable", "timeout") or not _wait_for_store(uri, patience_s):
+            raise
+    return _Fetch(uri, timeout_s).read(size_bytes, max_bytes)
+
+
+class _Fetch:
+    """One image being read, with its time running."""
+
+    def __init__(self, uri: str, timeout_s: float | None) -> None:
+        self.uri, self.timeout_s = uri, timeout_s
+        self._fs, self._path = open_uri(uri)
+        self._started_s = time.monotonic()
+
+    def read(self, size_bytes: int | None, max_bytes: int) -> bytes:
+        """The content; see `read_image_bytes`."""
+        with _image_errors(self.uri):
+            if size_bytes is None:
+                size_bytes = with_retries(self._ask_size, self.uri, QUICK_S)
+            if size_bytes > max_bytes:
+                raise ImageError("too_large", f"{self.uri} has {size_bytes:,} bytes; max_image_bytes is {max_bytes:,}")
+            data = with_retries(lambda: self._get(size_bytes), self.uri, QUICK_S)
+        if not data:
+            raise ImageError("empty", f"{self.uri} has 0 bytes")
+        return data
+
+    def _get(self, size_bytes: int) -> bytes:
+        data = bytes(self._ask(self._fs.cat_file))
+        # a body may end early without an error; or the file is another than the one that was listed
+        if len(data) != size_bytes and len(data) != self._ask_size():
+            raise OSError(f"only {len(data):,} bytes came")
+        return data
+
+    def _ask_size(self) -> int:
+        return int(self._ask(self._fs.info)["size"])
+
+    def _ask(self, method: Callable[..., Any]) -> Any:
+        if self.timeout_s is None or not getattr(self._fs, "async_impl", False):
+            return method(self._path)
+        left_s = self._started_s + self.timeout_s - time.monotonic()
+        if left_s <= 0:
+            raise ImageError("timeout", f"{self.uri} could not be read in {self.timeout_s:g} s")
+        return method(self._path, timeout=left_s)
+
+
+@contextlib.contextmanager
+def _image_errors(uri: str) -> Iterator[None]:
+    """What storage raises for a file, as the reason why its image cannot be read."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ImageError("missing", f"there is no file {uri}") from error
+    except PermissionError as error:
+        raise ImageError("forbidden", f"no permission to read {uri}") from error
+    except StorageError as error:
+        raise ImageError("unavailable", str(error)) from error
+    except OSError as error:  # of the local disk
+        raise ImageError("unreadable", f"{uri}: {error.strerror or error}") from error
+
+
+def _wait_for_store(uri: str, patience_s: float) -> bool:
+    """Wait until the store of a file answers anything; whether it had to be waited for."""
+    fs, path = open_uri(uri)
+    num_tries = 0
+
+    def ask() -> None:
+        nonlocal num_tries
+        num_tries += 1
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # which are answers
+            fs.info(fs._parent(path))
+
+    with_retries(ask, uri, patience_s)
+    return num_tries > 1
