@@ -14,26 +14,6 @@ _LOG_INTERVAL_S = 10.0
 _BAR_INTERVAL_S = 0.5
 
 
-@ray.remote(num_cpus=0)
-class Board:
-    """Where actors note how many images of an unfinished shard are done; a retry overwrites its first try's note."""
-
-    def __init__(self) -> None:
-        self._images: dict[int, int] = {}
-
-    def note(self, shard: int, num_images: int) -> None:
-        """A shard is so far."""
-        self._images[shard] = num_images
-
-    def finish(self, shard: int) -> int:
-        """A shard is written and counts as a whole; what was noted of it until now."""
-        return self._images.pop(shard, 0)
-
-    def total(self) -> int:
-        """Images done in shards that are not written yet."""
-        return sum(self._images.values())
-
-
 class Progress:
     """Counts of images and what is printed of them on stderr, by a thread of its own.
 
@@ -41,7 +21,7 @@ class Progress:
         total: images of the whole run.
         done: images that an earlier run has done.
         failed: failed ones among them.
-        board: the Board of the run.
+        board: the `jobs.board.Board` of the run.
     """
 
     def __init__(self, total: int, done: int, failed: int, board: Any) -> None:
@@ -70,7 +50,7 @@ class Progress:
 
     def finish_shard(self, shard: int, num_images: int, num_failed: int) -> None:
         """Count a shard whose part file is written."""
-        ray.get(self._board.finish.remote(shard))
+        self._board.finish.remote(shard)
         self.done += num_images
         self.failed += num_failed
 

@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 
 from jobs.command import logger, make_parser, ray_session, run_command
-from jobs.stages import SegmentActor, fetch_shard, pool_size, write_part
+from jobs.stages import SegmentActor, Task, fetch_shard, pool_size, write_masks
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.errors import VlsmError
-from vlsm.results import count_rows, part_name
+from vlsm.proof import RunState, compare_run
+from vlsm.record import SUMMARY_NAME
 from vlsm.runs import Run, check_failed_share, finish_run, open_input, prepare_run, read_summary, resolve_settings
 
-_MIN_IMAGES_TO_JUDGE = 200  # fewer say little about the share of failed images
+_WAVE = 2048  # shards that Ray Data plans at once: some hundreds a second
+_ROUNDS = 3  # a task that outlived a killed run may still undo what an update has planned anew
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,21 +56,27 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
         VlsmError: the settings are wrong, or the run could not be finished; a rerun goes on where it stopped.
     """
     run = prepare_run(settings)
-    output, plan = run.settings.output, run.plan
+    output = run.settings.output
     if summary := read_summary(output):
-        logger.info("%s is finished: there is nothing to do", output)
-        return summary
+        if not (settings.retry_failed and summary["failed"]):
+            logger.info("%s is finished: there is nothing to do", output)
+            return summary
+        storage.remove(storage.join(output, SUMMARY_NAME))
     started_s = time.monotonic()
-    names = set(storage.list_names(storage.join(output, "masks")))
-    pending = [shard for shard in range(plan.num_shards) if part_name(shard) not in names]
-    before = count_rows(output, sorted(set(range(plan.num_shards)) - set(pending)))
-    num_before = before["ok"] + before["failed"]
+    state = compare_run(output, run.plan, run.run_id, settings.retry_failed)
+    num_before = state.num_done
     logger.info(
-        "%d of %d images are to be done, in %d shards", plan.num_images - num_before, plan.num_images, len(pending)
+        "%d of %d images are to be done, in %d shards",
+        run.plan.num_images - num_before,
+        run.plan.num_images,
+        len(state.pending),
     )
-    if pending:
-        execute(run, pending, before)
-    return finish_run(run, num_before, time.monotonic() - started_s)
+    for round_number in range(_ROUNDS):
+        if not state.pending:
+            break
+        execute(run, state, settings.retry_failed and round_number == 0)
+        state = compare_run(output, run.plan, run.run_id)
+    return finish_run(run, state, num_before, time.monotonic() - started_s)
 
 
 def dry_run(settings: SegmentSettings) -> None:
@@ -84,13 +92,13 @@ def dry_run(settings: SegmentSettings) -> None:
     )
 
 
-def execute(run: Run, pending: list[int], before: Counter[str]) -> None:
+def execute(run: Run, state: RunState, retry_failed: bool) -> None:
     """Stream the pending shards through Ray until each has its part file.
 
     Args:
         run: the planned run.
-        pending: the shards to do.
-        before: counts of the images of all other shards.
+        state: what is done and what is to be done.
+        retry_failed: whether images that have failed are to be done again.
 
     Raises:
         VlsmError: too large a share of the images failed, or a stage failed through its retries.
@@ -98,7 +106,8 @@ def execute(run: Run, pending: list[int], before: Counter[str]) -> None:
     """
     import ray.data  # here, so that --help and wrong arguments do not wait for it
 
-    from jobs.progress import Board, Progress
+    from jobs.board import start_board
+    from jobs.progress import Progress
     from vlsm.checkpoints import build_checkpoint
 
     with ray_session():
@@ -107,15 +116,18 @@ def execute(run: Run, pending: list[int], before: Counter[str]) -> None:
         context.max_errored_blocks = 0
         context.retried_map_errors, context.max_map_retries = True, 2
         context.max_consecutive_actor_init_deaths = 3
-        board = Board.remote()
+        board = start_board()
+        task = Task(run.settings, run.run_id, run.plan.id, run.image_size, retry_failed, board)
+        pending = list(state.pending.items())
         try:
-            with Progress(run.plan.num_images, before["ok"] + before["failed"], before["failed"], board) as progress:
-                for part in stream_parts(run, pending, board).iter_rows():
-                    progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
-                    if progress.done >= min(_MIN_IMAGES_TO_JUDGE, run.plan.num_images):
-                        check_failed_share(
-                            run.settings, progress.done, progress.failed, json.loads(part["first_errors"])
-                        )
+            with Progress(run.plan.num_images, state.num_done, state.counts["failed"], board) as progress:
+                for begin in range(0, len(pending), _WAVE):
+                    for part in stream_parts(run, pending[begin : begin + _WAVE], task).iter_rows():
+                        progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
+                        if progress.done >= min(run.settings.run.judge_after, run.plan.num_images):
+                            check_failed_share(
+                                run.settings, progress.done, progress.failed, json.loads(part["first_errors"])
+                            )
         except ray.exceptions.RayError as error:
             # an actor that could not load its checkpoint dies without a word of why
             build_checkpoint(run.checkpoint_files, run.settings.checkpoint)
@@ -124,30 +136,30 @@ def execute(run: Run, pending: list[int], before: Counter[str]) -> None:
             ) from error
 
 
-def stream_parts(run: Run, pending: list[int], board: Any) -> Any:
+def stream_parts(run: Run, pending: list[tuple[int, bool]], task: Task) -> Any:
     """The pipeline as a lazy Ray dataset: a row per written part.
 
     One row is one shard and batch_size is 1 in every stage, so that no stage can merge or split shards.
     """
     import ray
 
-    settings = run.settings
-    size = pool_size(settings, ray.nodes())
+    size = pool_size(run.settings, ray.nodes())
     logger.info("up to %d model actors with %s CPUs and %s GPUs each", size.max_actors, size.num_cpus, size.num_gpus)
     # each node fetches the weights once from the object store, whether or not it could reach the directory itself
     weights = ray.put({name: np.frombuffer(data, np.uint8) for name, data in run.checkpoint_files.items()})
+    shards = [{"shard": shard, "exists": exists} for shard, exists in pending]
     return (
-        ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
-        .map_batches(fetch_shard, fn_args=(settings, run.image_size), batch_size=1, num_cpus=size.task_cpus)
+        ray.data.from_items(shards, override_num_blocks=len(shards))
+        .map_batches(fetch_shard, fn_args=(task,), batch_size=1, num_cpus=size.task_cpus)
         .map_batches(
             SegmentActor,
-            fn_constructor_args=(settings, weights, board, size.num_threads),
+            fn_constructor_args=(task, weights, size.num_threads),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size.max_actors),
             num_cpus=size.num_cpus,
             num_gpus=size.num_gpus,
         )
-        .map_batches(write_part, fn_args=(settings,), batch_size=1, num_cpus=size.task_cpus)
+        .map_batches(write_masks, fn_args=(task,), batch_size=1, num_cpus=size.task_cpus)
     )
 
 

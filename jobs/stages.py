@@ -3,26 +3,59 @@
 The CPU tasks import no torch: there are many of them, and each stays a quarter of the size.
 """
 
+import faulthandler
+import hashlib
 import json
 import math
+import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from vlsm import storage
+from jobs.board import Watch
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.fetch import read_image_bytes
 from vlsm.images import decode_image, resize_image
-from vlsm.manifest import planned_rows, read_shard
+from vlsm.manifest import read_shard
 from vlsm.masks import describe_logits
-from vlsm.results import check_rows, part_name
-from vlsm.schema import RESULT_SCHEMA
+from vlsm.proof import compare_shard
+from vlsm.results import read_part, write_part
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every stage is told.
+
+    Attributes:
+        settings: of the run.
+        run_id, plan_id: of the run, as its record has them.
+        image_size: side S of the model's input in pixels.
+        retry_failed: whether images that have failed are to be done again.
+        board: a `jobs.board.Board`.
+    """
+
+    settings: SegmentSettings
+    run_id: str
+    plan_id: str
+    image_size: int
+    retry_failed: bool
+    board: Any
+
+    def read_images(self, shard: int) -> pa.Table:
+        """The planned images of a shard."""
+        return read_shard(self.settings.output, self.plan_id, shard, self.settings.run.outage_patience_s)
+
+    def read_rows(self, shard: int, exists: bool) -> pa.Table | None:
+        """The rows of a shard that an earlier run has written."""
+        if not exists:
+            return None
+        return read_part(self.settings.output, shard, self.run_id, patience_s=self.settings.run.outage_patience_s)
 
 
 @dataclass(frozen=True)
@@ -57,38 +90,95 @@ def pool_size(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> PoolSiz
     return PoolSize(max_actors, num_cpus, num_gpus, task_cpus, num_threads)
 
 
-def fetch_shard(batch: dict[str, np.ndarray], settings: SegmentSettings, image_size: int) -> dict[str, Any]:
+@dataclass
+class _Fetched:
+    """The images of a shard that are to be done, one place for each of its images.
+
+    Attributes:
+        positions: in the shard, of the images that were to be read.
+        pixels: (n, S, S, 3) uint8.
+        sizes: (n, 2) int32, height and width of the originals.
+        errors: why an image cannot be done.
+        hashes: SHA-256 of the files' bytes.
+        twins: for each image the first of equal bytes, which may be itself.
+    """
+
+    positions: list[int]
+    pixels: np.ndarray
+    sizes: np.ndarray
+    errors: list[str | None]
+    hashes: list[str | None]
+    twins: list[int]
+
+
+def fetch_shard(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
     """A CPU task: the images of one shard, read, decoded and resized; an image that cannot be is an error and zeros."""
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit; Pillow's own would forbid to raise it
-    shard = int(batch["shard"][0])
-    rows = read_shard(settings.output, shard)
-    pixels = np.zeros((len(rows), image_size, image_size, 3), np.uint8)
-    sizes = np.zeros((len(rows), 2), np.int32)
-    errors: list[str | None] = [None] * len(rows)
+    shard, exists = int(batch["shard"][0]), bool(batch["exists"][0])
+    images = task.read_images(shard)
+    undone = compare_shard(images, task.read_rows(shard, exists), task.retry_failed).undone
+    positions = [position for position in undone if not images["vanished"][position].as_py()]
+    with Watch(task.board, "fetch", shard) as watch:
+        fetched = _fetch_images(images, positions, task, watch)
+    notes = {"positions": positions, "errors": fetched.errors, "hashes": fetched.hashes, "twins": fetched.twins}
+    return {
+        "shard": [shard],
+        "exists": [exists],
+        "pixels": fetched.pixels[None],
+        "sizes": fetched.sizes[None],
+        "notes": [json.dumps(notes)],
+    }
+
+
+def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Watch) -> _Fetched:
+    settings, size, count = task.settings, task.image_size, len(positions)
+    room = max(1, count)  # Ray Data has no arrays of nothing
+    pixels, sizes = np.zeros((room, size, size, 3), np.uint8), np.zeros((room, 2), np.int32)
+    fetched = _Fetched(positions, pixels, sizes, [None] * count, [None] * count, list(range(count)))
+    firsts: dict[str, int] = {}
     decoding = threading.Lock()  # reads overlap; decoding keeps to one core and to one decoded image in memory
 
     def fetch(index: int) -> None:
-        uri, size_bytes = rows["image_uri"][index].as_py(), rows["size_bytes"][index].as_py()
+        uri, size_bytes = (images[name][positions[index]].as_py() for name in ("image_uri", "size_bytes"))
         try:
-            data = read_image_bytes(uri, size_bytes, settings.max_image_bytes)
-            with decoding:
-                image = decode_image(data, uri, settings.max_pixels)
-                sizes[index] = image.shape[:2]
-                pixels[index] = resize_image(image, image_size)
+            if positions[index] in watch.blamed:
+                raise ImageError("crashed", f"{uri}: the process that read and decoded it died or hung each time")
+            with watch.image(positions[index]):
+                run = settings.run
+                data = read_image_bytes(
+                    uri, size_bytes, settings.max_image_bytes, run.image_timeout_s, run.outage_patience_s
+                )
+                with decoding:
+                    _decode(data, uri, index)
         except ImageError as error:
-            errors[index] = str(error)
+            fetched.errors[index] = str(error)
 
-    with ThreadPoolExecutor(settings.run.fetch_threads) as pool:
-        list(pool.map(fetch, range(len(rows))))
-    return {"shard": [shard], "pixels": pixels[None], "sizes": sizes[None], "errors": [json.dumps(errors)]}
+    def _decode(data: bytes, uri: str, index: int) -> None:
+        digest = fetched.hashes[index] = hashlib.sha256(data).hexdigest()
+        if (first := firsts.get(digest)) is not None:
+            fetched.twins[index] = first
+            sizes[index] = sizes[first]
+            return
+        # a decoder that hangs cannot be stopped otherwise; the next try of this shard goes carefully
+        faulthandler.dump_traceback_later(settings.run.image_timeout_s, exit=True, file=sys.__stderr__)
+        try:
+            image = decode_image(data, uri, settings.max_pixels)
+            sizes[index], pixels[index] = image.shape[:2], resize_image(image, size)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        firsts[digest] = index
+
+    with ThreadPoolExecutor(1 if watch.is_careful else settings.run.fetch_threads) as pool:
+        list(pool.map(fetch, range(count)))
+    return fetched
 
 
 class SegmentActor:
     """A model on its device; turns the images of a shard into logits, one per image and prompt."""
 
-    def __init__(self, settings: SegmentSettings, weights: Any, board: Any, num_threads: int) -> None:
+    def __init__(self, task: Task, weights: Any, num_threads: int) -> None:
         import ray
         import torch
 
@@ -97,54 +187,93 @@ class SegmentActor:
 
         torch.set_num_threads(num_threads)
         files = {name: data.tobytes() for name, data in ray.get(weights).items()}
-        checkpoint = build_checkpoint(files, settings.checkpoint)
-        self.settings = settings
-        self.board = board
+        checkpoint = build_checkpoint(files, task.settings.checkpoint)
+        self.task = task
         self.name = checkpoint.name
-        self.segmenter = Segmenter(checkpoint, batch_size=settings.run.batch_size)
+        self.segmenter = Segmenter(checkpoint, batch_size=task.settings.run.batch_size)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Logits (rows, S, S) float16: half the bytes to move, and exact to 0.001 where a threshold decides."""
-        shard, pixels = int(batch["shard"][0]), batch["pixels"][0]
-        errors = json.loads(batch["errors"][0])
-        prompts = read_shard(self.settings.output, shard)["prompts"].to_pylist()
+        shard, pixels, notes = int(batch["shard"][0]), batch["pixels"][0], json.loads(batch["notes"][0])
+        prompts = self.task.read_images(shard)["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
+        with Watch(self.task.board, "segment", shard) as watch:
+            for index, position in enumerate(notes["positions"]):
+                if position in watch.blamed:
+                    notes["errors"][index] = "crashed: the process that ran the model on this image died each time"
+            logits = self._segment(shard, pixels, prompts, notes, watch)
+        carried = {key: batch[key] for key in ("shard", "exists", "sizes")}
+        return carried | {"notes": [json.dumps(notes)], "logits": logits[None], "model": [self.name]}
+
+    def _segment(
+        self, shard: int, pixels: np.ndarray, prompts: list[list[str]], notes: dict[str, Any], watch: Watch
+    ) -> np.ndarray:
         starts = np.cumsum([0, *map(len, prompts)])
-        logits = np.zeros((starts[-1], *pixels.shape[1:3]), np.float16)
-        good = [index for index, error in enumerate(errors) if error is None]
-        for begin in range(0, len(good), self.segmenter.batch_size):
-            chosen = good[begin : begin + self.segmenter.batch_size]
-            predicted = self.segmenter.predict_logits(pixels[chosen], [prompts[index] for index in chosen])
-            for index, own in zip(chosen, predicted, strict=True):
-                logits[starts[index] : starts[index + 1]] = np.clip(own, -60_000, 60_000)
-            self.board.note.remote(shard, begin + len(chosen))
-        carried = {key: batch[key] for key in ("shard", "sizes", "errors")}
-        return carried | {"logits": logits[None], "model": [self.name]}
+        logits = np.zeros((max(1, starts[-1]), *pixels.shape[1:3]), np.float16)
+        good = [index for index, error in enumerate(notes["errors"]) if error is None]
+        # images of equal bytes and equal prompts have equal logits
+        same: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index in good:
+            same.setdefault((notes["twins"][index], tuple(prompts[index])), []).append(index)
+        groups = list(same.values())
+        step = 1 if watch.is_careful else self.segmenter.batch_size
+        for begin in range(0, len(groups), step):
+            chosen = groups[begin : begin + step]
+            firsts = [group[0] for group in chosen]
+            sources = [notes["twins"][index] for index in firsts]
+            with watch.image(notes["positions"][firsts[0]]):
+                predicted = self.segmenter.predict_logits(pixels[sources], [prompts[index] for index in firsts])
+            for group, own in zip(chosen, predicted, strict=True):
+                for index in group:
+                    logits[starts[index] : starts[index + 1]] = np.clip(own, -60_000, 60_000)
+            self.task.board.note.remote(shard, begin + len(chosen))
+        return logits
 
 
-def write_part(batch: dict[str, np.ndarray], settings: SegmentSettings) -> dict[str, Any]:
+def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
     """A CPU task: masks at the images' own sizes, and the shard's part file in one atomic put."""
     shard, logits, sizes = int(batch["shard"][0]), batch["logits"][0], batch["sizes"][0]
-    errors, model = json.loads(batch["errors"][0]), str(batch["model"][0])
-    manifest_rows = read_shard(settings.output, shard)
+    notes, model, settings = json.loads(batch["notes"][0]), str(batch["model"][0]), task.settings
+    images = task.read_images(shard)
+    old = task.read_rows(shard, bool(batch["exists"][0]))
+    undone = set(compare_shard(images, old, task.retry_failed).undone)
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for row in [] if old is None else old.to_pylist():
+        kept.setdefault(row["image_id"], []).append(row)
+    places = {position: index for index, position in enumerate(notes["positions"])}
     rows: list[dict[str, Any]] = []
-    for image, (height, width), error in zip(manifest_rows.to_pylist(), sizes.tolist(), errors, strict=True):
+    place = 0
+    for position, image in enumerate(images.to_pylist()):
+        if position not in undone:
+            rows += kept[image["image_id"]]
+            continue
+        if image["vanished"]:
+            rows += _vanished_rows(image, kept.get(image["image_id"], ()), model)
+            continue
+        index = places[position]
+        common = {"model": model, "content_sha256": notes["hashes"][index]}
+        common |= {name: image[name] for name in ("image_id", "image_uri", "image_version")}
         for prompt in image["prompts"]:
-            row = {"image_id": image["image_id"], "image_uri": image["image_uri"], "prompt": prompt, "model": model}
-            if error is None:
-                mask = describe_logits(logits[len(rows)], (height, width), settings.threshold or 0.5)
+            row = common | {"prompt": prompt}
+            if (error := notes["errors"][index]) is None:
+                height, width = sizes[index].tolist()
+                mask = describe_logits(logits[place], (height, width), settings.threshold or 0.5)
                 row |= {"status": "ok", "height": height, "width": width, **asdict(mask)}
             else:
                 row |= {"status": "failed", "error": error}
             rows.append(row)
-    table = pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
-    check_rows(settings.output, shard, table, planned_rows(manifest_rows))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    storage.write_bytes(storage.join(settings.output, "masks", part_name(shard)), sink.getvalue().to_pybytes())
-    failed = [error for error in errors if error is not None]
+            place += 1
+    write_part(settings.output, shard, rows, task.run_id, settings.run.outage_patience_s)
+    failed = [error for error in notes["errors"] if error is not None]
     return {
         "shard": [shard],
-        "num_images": [len(errors)],
+        "num_images": [len(undone)],
         "num_failed": [len(failed)],
         "first_errors": [json.dumps(failed[:3])],
     }
+
+
+def _vanished_rows(image: dict[str, Any], old: Sequence[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    """The rows of an image that is no longer there: its masks as they were, marked."""
+    known = {row["prompt"]: row for row in old}
+    bare = {name: image[name] for name in ("image_id", "image_uri", "image_version")} | {"model": model}
+    return [known.get(prompt, bare | {"prompt": prompt}) | {"status": "vanished"} for prompt in image["prompts"]]

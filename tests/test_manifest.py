@@ -1,7 +1,7 @@
 import pytest
 
 from vlsm.errors import ManifestError
-from vlsm.manifest import cut_shards, planned_rows, read_shard, write_manifest
+from vlsm.manifest import cut_shards, planned_rows, read_plan, read_shard, write_manifest
 
 
 def make_rows(counts):
@@ -21,8 +21,11 @@ def test_every_shard_reads_back_as_planned_across_files(tmp_path):
     plan = write_manifest(str(tmp_path), iter(rows), shard_rows=1)
     assert (plan.num_images, plan.num_rows, plan.num_shards) == (150, 150, 150)
     assert len(list((tmp_path / "manifest").iterdir())) == 3
-    found = [pair for shard in range(plan.num_shards) for pair in planned_rows(read_shard(str(tmp_path), shard))]
+    found = [
+        pair for shard in range(plan.num_shards) for pair in planned_rows(read_shard(str(tmp_path), plan.id, shard))
+    ]
     assert found == [(row["image_id"], "p0") for row in rows]
+    assert [pair for shard in read_plan(str(tmp_path), plan) for pair in planned_rows(shard)] == found
 
 
 def test_an_id_that_stands_twice_is_named(tmp_path):
@@ -30,9 +33,4 @@ def test_an_id_that_stands_twice_is_named(tmp_path):
     rows[33]["image_id"] = "i2"
     with pytest.raises(ManifestError, match="'i2' stands twice"):
         write_manifest(str(tmp_path), rows, shard_rows=4)
-
-
-def test_the_files_of_an_unfinished_planning_are_replaced(tmp_path):
-    write_manifest(str(tmp_path), make_rows([1] * 200), shard_rows=1)
-    write_manifest(str(tmp_path), make_rows([1]), shard_rows=1)
-    assert len(list((tmp_path / "manifest").iterdir())) == 1
+    assert not list((tmp_path / "manifest").iterdir())

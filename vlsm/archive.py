@@ -91,11 +91,10 @@ def _image_rows(  # noqa: PLR0913 - one place that knows how a listed file becom
         yield {
             "image_id": readable.removeprefix(_utf8(prefix)),
             "image_uri": readable if storage.is_local(fs) else fs.unstrip_protocol(readable),
-            "size_bytes": info.get("size"),
-            "etag": _text(info.get("ETag"), strip='"'),
-            "mtime": _timestamp(info.get("mtime", info.get("LastModified"))),
             "prompts": list(prompts),
-        }
+        } | _describe_file(
+            info.get("size"), _text(info.get("ETag"), strip='"'), info.get("mtime", info.get("LastModified"))
+        )
 
 
 def _read_manifest(uri: str, prompts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -108,11 +107,21 @@ def _read_manifest(uri: str, prompts: tuple[str, ...]) -> Iterator[dict[str, Any
         yield {
             "image_id": _text(row.get("image_id")) or image_uri,
             "image_uri": storage.join(storage.absolute(folder), image_uri) if is_relative else image_uri,
-            "size_bytes": row["size_bytes"] if isinstance(row.get("size_bytes"), int) else None,
-            "etag": _text(row.get("etag")),
-            "mtime": _timestamp(row.get("mtime")),
             "prompts": _row_prompts(row, prompts, f"{uri}, row {number}"),
-        }
+        } | _describe_file(_size(row.get("size_bytes")), _text(row.get("etag")), row.get("mtime"))
+
+
+def _describe_file(size_bytes: int | None, etag: str | None, mtime: Any) -> dict[str, Any]:
+    """What is known of an image's file, and the version that follows: its etag, or its size and mtime."""
+    modified = _timestamp(mtime)
+    known = [str(size_bytes)] if size_bytes is not None else []
+    known += [modified.isoformat()] if modified is not None else []
+    return {
+        "size_bytes": size_bytes,
+        "etag": etag,
+        "mtime": modified,
+        "image_version": etag or " ".join(known) or None,
+    }
 
 
 def _row_prompts(row: dict[str, Any], prompts: tuple[str, ...], where: str) -> list[str]:
@@ -171,6 +180,12 @@ def _json_record(line: bytes, where: str) -> dict[str, Any]:
 
 def _text(value: Any, strip: str = "") -> str | None:
     return None if value is None else str(value).strip(strip) if strip else str(value)
+
+
+def _size(value: Any) -> int | None:
+    """A manifest's size_bytes: a whole number, written in a CSV or not; anything else is not known."""
+    text = str(value)
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _utf8(path: str) -> str:

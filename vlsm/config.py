@@ -32,7 +32,10 @@ class RunSettings(Settings):
     cpus_per_actor: float | None = Field(None, gt=0, description="1 beside a GPU, else a node's but one, unless told")
     batch_size: int = Field(8, ge=1, description="images that go through the model at once")
     fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads at the same time")
+    image_timeout_s: float = Field(120, gt=0, description="to read one image, its tries together, or to decode it")
+    outage_patience_s: float = Field(300, ge=0, description="a store that is away for longer ends the run")
     max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger share of failed images ends the run")
+    judge_after: int = Field(200, ge=1, description="images, before which no share of failed ones ends the run")
 
 
 class SegmentSettings(Settings):
@@ -51,6 +54,8 @@ class SegmentSettings(Settings):
         256, ge=1, description="output rows of one part file at most: the unit of work and of resuming"
     )
     start_over: bool = Field(False, description="forget an earlier run in OUTPUT")
+    retry_failed: bool = Field(False, description="do the failed images of the run in OUTPUT again")
+    update: bool = Field(False, description="list INPUT again: do what is new or changed, mark what has vanished")
     run: RunSettings = RunSettings()
 
     @field_validator("prompts", mode="before")

@@ -1,9 +1,12 @@
-"""The plan of a segment run: which images, in which shards. Written once, before any work, and the truth from then on.
+"""The plan of a segment run: which images, in which shards. Written before any work, and the truth from then on.
 
 `OUTPUT/manifest/` holds files of up to SHARDS_PER_FILE row groups; a row group is a shard: a task reads just its own.
+A plan is never changed: an update writes another one beside it, and config.yaml tells which of them counts.
 """
 
 import hashlib
+import io
+import uuid
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ SHARDS_PER_FILE = 64
 class Plan:
     """How much is planned: images, output rows (one per image and prompt), and the shards that they are cut into."""
 
+    id: str
     num_images: int
     num_rows: int
     num_shards: int
@@ -47,39 +51,102 @@ def write_manifest(output: str, rows: Iterable[dict[str, Any]], shard_rows: int)
     """Write the plan of a run and count it.
 
     Args:
-        output: the run's output folder; the manifest of an unfinished planning there is replaced.
-        rows: dicts with the columns of MANIFEST_SCHEMA.
+        output: the run's output folder.
+        rows: dicts with the columns of MANIFEST_SCHEMA but `vanished`.
         shard_rows: output rows a shard holds at most.
 
     Raises:
         ManifestError: two rows have the same image_id.
     """
-    for name in storage.list_names(storage.join(output, "manifest")):
-        storage.remove(storage.join(output, "manifest", name))
-    id_hashes = array("Q")
-    num_rows = num_shards = 0
-    tables: list[pa.Table] = []
+    writer = ManifestWriter(output)
     for shard in cut_shards(rows, shard_rows):
-        tables.append(pa.Table.from_pylist(shard, schema=MANIFEST_SCHEMA))
-        id_hashes.extend(_hash(row["image_id"]) for row in shard)
-        num_rows += sum(len(row["prompts"]) for row in shard)
-        num_shards += 1
-        if len(tables) == SHARDS_PER_FILE:
-            _write_file(output, num_shards - 1, tables)
-            tables = []
-    if tables:
-        _write_file(output, num_shards - 1, tables)
-    plan = Plan(num_images=len(id_hashes), num_rows=num_rows, num_shards=num_shards)
-    _check_unique(output, plan, id_hashes)
-    return plan
+        writer.add(shard_table(shard))
+    return writer.finish()
 
 
-def read_shard(output: str, shard: int) -> pa.Table:
+def shard_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows of a shard as a table, none of them vanished unless a row says so."""
+    return pa.Table.from_pylist([{"vanished": False} | row for row in rows], schema=MANIFEST_SCHEMA)
+
+
+class ManifestWriter:
+    """Writes a plan shard by shard; no more of it is in memory than one file."""
+
+    def __init__(self, output: str) -> None:
+        self.output, self.plan_id = output, uuid.uuid4().hex[:12]
+        self._tables: list[pa.Table] = []
+        self._id_hashes = array("Q")
+        self._num_rows = self._num_shards = 0
+
+    def add(self, shard: pa.Table) -> None:
+        """Add a shard, with the columns of MANIFEST_SCHEMA."""
+        self._tables.append(shard)
+        self._id_hashes.extend(map(_hash, shard["image_id"].to_pylist()))
+        self._num_rows += len(shard["prompts"].combine_chunks().flatten())
+        self._num_shards += 1
+        if len(self._tables) == SHARDS_PER_FILE:
+            self._flush()
+
+    def finish(self) -> Plan:
+        """Write what is left.
+
+        Raises:
+            ManifestError: two rows have the same image_id; what was written is removed.
+        """
+        if self._tables:
+            self._flush()
+        plan = Plan(self.plan_id, len(self._id_hashes), self._num_rows, self._num_shards)
+        try:
+            _check_unique(self.output, plan, self._id_hashes)
+        except ManifestError:
+            remove_plan(self.output, plan.id)
+            raise
+        return plan
+
+    def _flush(self) -> None:
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, MANIFEST_SCHEMA, compression="zstd") as writer:
+            for table in self._tables:
+                writer.write_table(table, row_group_size=len(table))
+        file = (self._num_shards - 1) // SHARDS_PER_FILE
+        storage.write_bytes(_file_uri(self.output, self.plan_id, file), sink.getvalue().to_pybytes())
+        self._tables = []
+
+
+def read_shard(output: str, plan_id: str, shard: int, patience_s: float = storage.PATIENT_S) -> pa.Table:
     """The manifest rows of one shard, as planned."""
     file, row_group = divmod(shard, SHARDS_PER_FILE)
-    fs, path = storage.open_uri(_file_uri(output, file))
-    with fs.open(path, "rb") as opened:
-        return pq.ParquetFile(opened).read_row_group(row_group)
+    uri = _file_uri(output, plan_id, file)
+    fs, path = storage.open_uri(uri)
+
+    def read() -> pa.Table:
+        with fs.open(path, "rb") as opened:
+            return pq.ParquetFile(opened).read_row_group(row_group)
+
+    return storage.with_retries(read, uri, patience_s)
+
+
+def read_plan(output: str, plan: Plan) -> Iterator[pa.Table]:
+    """The manifest rows of all shards, in order, each file fetched once."""
+    for file in range(-(-plan.num_shards // SHARDS_PER_FILE)):
+        data = storage.read_bytes(_file_uri(output, plan.id, file), storage.PATIENT_S)
+        parquet = pq.ParquetFile(io.BytesIO(data))
+        for row_group in range(parquet.num_row_groups):
+            yield parquet.read_row_group(row_group)
+
+
+def list_plans(output: str) -> set[str]:
+    """The ids of all plans of which there are files, whether they count or not."""
+    names = storage.list_names(storage.join(output, "manifest"))
+    return {name.split("-")[1] for name in names if name.startswith("plan-")}
+
+
+def remove_plan(output: str, plan_id: str) -> None:
+    """Remove a plan that does not count."""
+    folder = storage.join(output, "manifest")
+    for name in storage.list_names(folder):
+        if name.startswith(f"plan-{plan_id}-"):
+            storage.remove(storage.join(folder, name))
 
 
 def planned_rows(manifest_rows: pa.Table) -> list[tuple[str, str]]:
@@ -88,16 +155,8 @@ def planned_rows(manifest_rows: pa.Table) -> list[tuple[str, str]]:
     return [(image_id, prompt) for image_id, own in zip(ids, prompts, strict=True) for prompt in own]
 
 
-def _file_uri(output: str, file: int) -> str:
-    return storage.join(output, "manifest", f"manifest-{file:06d}.parquet")
-
-
-def _write_file(output: str, last_shard: int, tables: list[pa.Table]) -> None:
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, MANIFEST_SCHEMA, compression="zstd") as writer:
-        for table in tables:
-            writer.write_table(table, row_group_size=len(table))
-    storage.write_bytes(_file_uri(output, last_shard // SHARDS_PER_FILE), sink.getvalue().to_pybytes())
+def _file_uri(output: str, plan_id: str, file: int) -> str:
+    return storage.join(output, "manifest", f"plan-{plan_id}-{file:06d}.parquet")
 
 
 def _hash(image_id: str) -> int:
@@ -111,8 +170,8 @@ def _check_unique(output: str, plan: Plan, id_hashes: "array[int]") -> None:
     if not suspects:
         return
     seen: set[str] = set()
-    for shard in range(plan.num_shards):
-        for image_id in read_shard(output, shard)["image_id"].to_pylist():
+    for shard in read_plan(output, plan):
+        for image_id in shard["image_id"].to_pylist():
             if image_id in seen:
                 raise ManifestError(
                     f"image_id {image_id!r} stands twice in the manifest; each image is one row, "

@@ -20,6 +20,7 @@ from vlsm.errors import ConfigError
 
 RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
+_ACTIONS = {"start_over", "retry_failed", "update"}  # what is to be done now, no part of what a run is
 _PACKAGES = ("ray", "torch", "torchvision", "transformers", "pillow", "pyarrow", "fsspec", "s3fs")
 
 
@@ -32,13 +33,18 @@ def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any])
         plan: how much is to be done.
     """
     return {
-        "config": settings.model_dump(mode="json", exclude={"start_over"}),
+        "config": settings.model_dump(mode="json", exclude=_ACTIONS),
         **facts,
         "plan": plan,
         "versions": {"vlsm": vlsm.__version__} | {package: version(package) for package in _PACKAGES},
         "git_revision": _git_revision(),
         "planned_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def create_record(output: str, record: dict[str, Any]) -> bool:
+    """Put config.yaml where there is none; whether this call has put it, of all that try at once."""
+    return storage.create_bytes(storage.join(output, RECORD_NAME), dump_yaml(record).encode())
 
 
 def write_record(output: str, record: dict[str, Any]) -> None:
@@ -71,7 +77,7 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
     """
     before, now = (
         flatten({key: value for key, value in tree.items() if key not in ("run", "output", "checkpoint")})
-        for tree in (record["config"], settings.model_dump(mode="json", exclude={"start_over"}))
+        for tree in (record["config"], settings.model_dump(mode="json", exclude=_ACTIONS))
     )
     before |= {key: record.get(key) for key in facts}
     now |= facts

@@ -1,8 +1,6 @@
-"""The rows of a finished or unfinished run: reading them with their masks, and counting them against the plan."""
+"""The rows of a finished or unfinished run: part files, and reading them with their masks."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -10,15 +8,51 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.errors import ConfigError, ResultError
-from vlsm.manifest import planned_rows, read_shard
+from vlsm.errors import ConfigError
 from vlsm.masks import decode_mask
 from vlsm.schema import RESULT_SCHEMA
+
+_RUN_KEY = "vlsm.run"
 
 
 def part_name(shard: int) -> str:
     """The name of a shard's part file: its presence means that the shard is done."""
     return f"part-{shard:08d}.parquet"
+
+
+def write_part(output: str, shard: int, rows: list[dict[str, Any]], run_id: str, patience_s: float) -> None:
+    """Put a shard's part file in one atomic step, signed by its run.
+
+    Args:
+        output: the run's output folder.
+        shard: its number.
+        rows: dicts with the columns of RESULT_SCHEMA.
+        run_id: what an earlier run that was forgotten does not have.
+        patience_s: how long the store may be away.
+    """
+    schema = RESULT_SCHEMA.with_metadata({_RUN_KEY: run_id})
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+    storage.write_bytes(storage.join(output, "masks", part_name(shard)), sink.getvalue().to_pybytes(), patience_s)
+
+
+def read_part(
+    output: str,
+    shard: int,
+    run_id: str,
+    columns: list[str] | None = None,
+    patience_s: float = storage.PATIENT_S,
+) -> pa.Table | None:
+    """The rows of a shard's part file; None where it is missing, cannot be read, or belongs to another run."""
+    try:
+        data = storage.read_bytes(storage.join(output, "masks", part_name(shard)), patience_s)
+        parquet = pq.ParquetFile(pa.BufferReader(data))
+        metadata = parquet.schema_arrow.metadata or {}
+        if metadata.get(_RUN_KEY.encode()) != run_id.encode() or parquet.schema_arrow != RESULT_SCHEMA:
+            return None
+        return parquet.read(columns)
+    except (pa.ArrowException, OSError):  # pyarrow has both for a file that is none
+        return None
 
 
 def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -60,45 +94,3 @@ def open_results(uri: str) -> ds.Dataset:
     if not names:
         raise ConfigError(f"there are no masks in {uri!r}; it must be the OUTPUT of a segment run")
     return ds.dataset([f"{path}/{name}" for name in names], schema=RESULT_SCHEMA, filesystem=fs, format="parquet")
-
-
-def count_rows(output: str, shards: Iterable[int]) -> Counter[str]:
-    """The images of some shards, counted anew from storage and compared row by row with the plan.
-
-    Args:
-        output: the run's output folder.
-        shards: those whose part files are there.
-
-    Returns:
-        Counts of "rows", "ok" and "failed" images, and "failed: REASON" for every reason.
-
-    Raises:
-        ResultError: a part's rows are not exactly the planned (image_id, prompt) pairs.
-    """
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return sum(pool.map(lambda shard: _count_part(output, shard), shards), Counter())
-
-
-def _count_part(output: str, shard: int) -> Counter[str]:
-    fs, path = storage.open_uri(storage.join(output, "masks", part_name(shard)))
-    with fs.open(path, "rb") as file:
-        rows = pq.read_table(file, columns=["image_id", "prompt", "status", "error"])
-    check_rows(output, shard, rows, planned_rows(read_shard(output, shard)))
-    errors = dict(zip(rows["image_id"].to_pylist(), rows["error"].to_pylist(), strict=True))
-    counts = Counter(rows=len(rows))
-    for error in errors.values():
-        counts["ok" if error is None else "failed"] += 1
-        if error is not None:
-            counts["failed: " + error.partition(":")[0]] += 1
-    return counts
-
-
-def check_rows(output: str, shard: int, rows: pa.Table, planned: list[tuple[str, str]]) -> None:
-    """Nothing, where a part's rows are the planned (image_id, prompt) pairs in their order; else a ResultError."""
-    found = list(zip(rows["image_id"].to_pylist(), rows["prompt"].to_pylist(), strict=True))
-    if found != planned:
-        missing, extra = Counter(planned) - Counter(found), Counter(found) - Counter(planned)
-        raise ResultError(
-            f"{part_name(shard)} in {output!r} is not what was planned: {missing.total()} rows missing "
-            f"{list(missing)[:3]}, {extra.total()} too many {list(extra)[:3]}; remove it and run again"
-        )

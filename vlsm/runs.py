@@ -9,6 +9,7 @@ OUTPUT/summary.json      written last: its presence means complete
 import itertools
 import json
 import logging
+import uuid
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,21 +18,34 @@ from vlsm.archive import Archive, open_archive
 from vlsm.checkpoints import digest_files, parse_settings, read_checkpoint
 from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
-from vlsm.manifest import Plan, write_manifest
-from vlsm.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
-from vlsm.results import count_rows
+from vlsm.manifest import Plan, list_plans, remove_plan, write_manifest
+from vlsm.proof import RunState
+from vlsm.record import (
+    SUMMARY_NAME,
+    create_record,
+    describe_differences,
+    forget_run,
+    make_record,
+    read_record,
+    write_record,
+)
+from vlsm.updates import update_manifest
 
 logger = logging.getLogger("vlsm")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A planned run: resolved settings, the checkpoint's files and image size in pixels, how much there is to do."""
+    """A planned run: resolved settings, the checkpoint's files and image size in pixels, how much there is to do.
+
+    `run_id` is the same as long as OUTPUT is this run's: it signs the parts.
+    """
 
     settings: SegmentSettings
     checkpoint_files: dict[str, bytes]
     image_size: int
     plan: Plan
+    run_id: str
 
 
 def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, dict[str, bytes], int]:
@@ -75,26 +89,58 @@ def prepare_run(settings: SegmentSettings) -> Run:
         CheckpointError, ManifestError: the checkpoint or the manifest is of no use.
     """
     settings, files, image_size = resolve_settings(settings)
-    digest, output = digest_files(files), settings.output
+    facts, output = {"checkpoint_digest": digest_files(files)}, settings.output
     with storage.name_errors("OUTPUT", output):
         record = None if settings.start_over else read_record(output)
-        if record is not None:
-            if differences := describe_differences(record, settings, {"checkpoint_digest": digest}):
-                raise ConfigError(
-                    f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
-                    "choose another OUTPUT, or --set start_over=true to forget that run"
-                )
-            return Run(settings, files, image_size, Plan(**record["plan"]))
-        archive = open_input(settings)
-        if settings.start_over:
-            forget_run(output, folders=(("masks", "part-"), ("manifest", "manifest-")))
-        elif any(name.startswith("part-") for name in storage.list_names(storage.join(output, "masks"))):
-            raise ConfigError(f"OUTPUT {output!r} holds masks of a run without config.yaml; choose another OUTPUT")
-        plan = write_manifest(output, archive.rows, settings.shard_rows)
-        write_record(output, make_record(settings, {"checkpoint_digest": digest}, asdict(plan)))
-    others = f"; passed over {_describe_skipped(archive)}" if archive.skipped else ""
-    logger.info("planned %d images, %d rows%s", plan.num_images, plan.num_rows, others)
-    return Run(settings, files, image_size, plan)
+        is_new = record is None
+        if record is None:
+            record = _plan_run(settings, facts)
+        if differences := describe_differences(record, settings, facts):
+            raise ConfigError(
+                f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
+                "choose another OUTPUT, or --set start_over=true to forget that run"
+            )
+        if settings.update and not is_new:
+            record = _update_plan(settings, record)
+    return Run(settings, files, image_size, Plan(**record["plan"]), record["run_id"])
+
+
+def _plan_run(settings: SegmentSettings, facts: dict[str, Any]) -> dict[str, Any]:
+    """The record of a new plan, or of the one that another job has made at the same time."""
+    output = settings.output
+    archive = open_input(settings)
+    if settings.start_over:
+        forget_run(output, folders=(("masks", "part-"), ("manifest", "plan-")))
+    elif any(name.startswith("part-") for name in storage.list_names(storage.join(output, "masks"))):
+        raise ConfigError(f"OUTPUT {output!r} holds masks of a run without config.yaml; choose another OUTPUT")
+    plan = write_manifest(output, archive.rows, settings.shard_rows)
+    record = make_record(settings, {"run_id": uuid.uuid4().hex, **facts}, asdict(plan))
+    others = list_plans(output) - {plan.id}
+    if not create_record(output, record):
+        remove_plan(output, plan.id)
+        logger.info("another job has planned this run at the same time: its plan counts")
+        return read_record(output) or record
+    for plan_id in others:  # of jobs that died, or that are a moment late and will find this one
+        remove_plan(output, plan_id)
+    skipped = f"; passed over {_describe_skipped(archive)}" if archive.skipped else ""
+    logger.info("planned %d images, %d rows%s", plan.num_images, plan.num_rows, skipped)
+    return record
+
+
+def _update_plan(settings: SegmentSettings, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a plan of the archive as it is now; the same record where the archive is as it was."""
+    output, before = settings.output, Plan(**record["plan"])
+    archive = open_input(settings)
+    plan, update = update_manifest(output, before, archive.rows, settings.shard_rows)
+    logger.info("since the last plan %d images are new, %d changed, %d vanished", *asdict(update).values())
+    if not any(asdict(update).values()):
+        remove_plan(output, plan.id)
+        return record
+    storage.remove(storage.join(output, SUMMARY_NAME))
+    record = record | {"plan": asdict(plan)}
+    write_record(output, record)
+    remove_plan(output, before.id)
+    return record
 
 
 def check_failed_share(settings: SegmentSettings, num_images: int, num_failed: int, first_errors: list[str]) -> None:
@@ -102,7 +148,8 @@ def check_failed_share(settings: SegmentSettings, num_images: int, num_failed: i
     if num_failed > settings.run.max_failed_fraction * num_images:
         raise VlsmError(
             f"{num_failed:,} of {num_images:,} images failed, more than run.max_failed_fraction "
-            f"{settings.run.max_failed_fraction}: {'; '.join(first_errors) or 'see the rows with status failed'}"
+            f"{settings.run.max_failed_fraction}: {'; '.join(first_errors) or 'see the rows with status failed'}; "
+            "mend the cause and --set retry_failed=true, or allow more"
         )
 
 
@@ -112,37 +159,41 @@ def read_summary(output: str) -> dict[str, Any] | None:
     return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
 
 
-def finish_run(run: Run, num_before: int, seconds: float) -> dict[str, Any]:
-    """Prove by counting that every planned row is there once, then write summary.json and return it.
+def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> dict[str, Any]:
+    """Write summary.json and return it, if every planned row is there once.
 
     Args:
-        run: the run, all of whose parts are written.
+        run: the run.
+        state: its parts as they are now, compared with the plan.
         num_before: images that were done when this run of the job began.
         seconds: how long it took.
 
     Raises:
-        ResultError: the rows are not those planned.
+        ResultError: the rows are not those planned, or another job has planned anew.
         VlsmError: too large a share of the images failed; all rows are there.
     """
-    counts = count_rows(run.settings.output, range(run.plan.num_shards))
-    num_images = counts["ok"] + counts["failed"]
-    if (num_images, counts["rows"]) != (run.plan.num_images, run.plan.num_rows):
-        raise ResultError(f"{counts['rows']} rows of {num_images} images are there; planned were {run.plan}")
-    check_failed_share(run.settings, num_images, counts["failed"], [])
+    output, plan, counts = run.settings.output, run.plan, state.counts
+    if state.pending or (state.num_done, counts["rows"]) != (plan.num_images, plan.num_rows):
+        raise ResultError(
+            f"{counts['rows']} rows of {state.num_done} images are there; planned were {plan.num_rows} of "
+            f"{plan.num_images}; run it again"
+        )
+    if (record := read_record(output)) is None or record["plan"] != asdict(plan):
+        raise ResultError(f"another job has planned {output!r} anew meanwhile; run it again")
+    check_failed_share(run.settings, state.num_done, counts["failed"], [])
     summary = {
-        "planned": run.plan.num_images,
-        "ok": counts["ok"],
-        "failed": counts["failed"],
+        "planned": plan.num_images,
+        **{status: counts[status] for status in ("ok", "failed", "vanished")},
         "failed_by_reason": {
             key.partition(": ")[2]: counts[key] for key in sorted(counts) if key.startswith("failed: ")
         },
         "rows": counts["rows"],
-        "parts": run.plan.num_shards,
+        "parts": plan.num_shards,
         "done_before": num_before,
         "seconds": round(seconds, 1),
-        "images_per_s": round((num_images - num_before) / seconds, 2),
+        "images_per_s": round((state.num_done - num_before) / seconds, 2),
     }
-    storage.write_bytes(storage.join(run.settings.output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
+    storage.write_bytes(storage.join(output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
     return summary
 
 

@@ -7,10 +7,12 @@ MANIFEST_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("image_version", pa.string()),
         pa.field("size_bytes", pa.int64()),
         pa.field("etag", pa.string()),
         pa.field("mtime", pa.timestamp("us", tz="UTC")),
         pa.field("prompts", pa.list_(pa.string()), nullable=False),
+        pa.field("vanished", pa.bool_(), nullable=False),
     ]
 )
 
@@ -19,6 +21,8 @@ RESULT_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("image_version", pa.string()),
+        pa.field("content_sha256", pa.string()),
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),

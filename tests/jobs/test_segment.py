@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from jobs import segment
+from jobs import segment, verify
 from tests.conftest import read_mask_rows, save_square
+from vlsm.record import read_record
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,10 @@ def without_ray(*words):
         f"import sys; sys.modules['ray'] = None; from jobs.segment import main; sys.exit(main({[*map(str, words)]!r}))"
     )
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def plan_id(output):
+    return read_record(str(output))["plan"]["id"]
 
 
 @pytest.fixture(scope="module")
@@ -284,11 +289,11 @@ def test_a_run_from_s3_to_s3_and_again_after_a_part_is_lost(
     names = [name.rsplit("/", 1)[-1] for name in fs.find(f"{s3_folder}/out")]
     assert names == [
         "config.yaml",
-        "manifest-000000.parquet",
+        f"plan-{plan_id(s3_folder + '/out')}-000000.parquet",
         *(f"part-{n:08d}.parquet" for n in range(6)),
         "summary.json",
     ]
-    manifest = pd.read_parquet(f"{s3_folder}/out/manifest/manifest-000000.parquet")
+    manifest = pd.read_parquet(f"{s3_folder}/out/manifest/{names[1]}")
     assert manifest["etag"].str.fullmatch(r"[0-9a-f]{32}").all()
     assert b"secret" not in b"".join(fs.cat_file(name) for name in fs.find(f"{s3_folder}/out"))
     fs.rm([f"{s3_folder}/out/masks/part-00000002.parquet", f"{s3_folder}/out/summary.json"])
@@ -312,15 +317,31 @@ def test_too_many_failures_end_the_run_and_a_higher_limit_finishes_it(
     assert (code, summary["ok"], summary["failed"], summary["done_before"]) == (0, 6, 8, 14)
 
 
-def test_a_part_with_other_rows_than_planned_is_noticed(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):
-    words = [archive, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "shard_rows=3"]
+def test_a_part_with_other_rows_than_planned_is_found_and_mended(
+    ray_cluster, archive, tiny_checkpoint, tmp_path, capfd
+):
+    words = [archive, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "shard_rows=2"]
     assert run(capfd, *words)[0] == 0
+    expected = pd.read_parquet(tmp_path / "out" / "masks")
+    assert verify.main([str(tmp_path / "out")]) == 0
     masks = tmp_path / "out" / "masks"
     (masks / "part-00000001.parquet").write_bytes((masks / "part-00000000.parquet").read_bytes())
+    (masks / "part-00000002.parquet").write_bytes(b"PAR1")
+    (masks / "copy.parquet").write_bytes((masks / "part-00000000.parquet").read_bytes())
+    capfd.readouterr()
+    assert verify.main([str(tmp_path / "out")]) == 1
+    found = capfd.readouterr()
+    assert "part-00000001.parquet: 2 images have not exactly the rows that were planned: 'test_" in found.out
+    assert "part-00000001.parquet: 2 rows were not planned" in found.out
+    assert "part-00000002.parquet is missing, damaged or of another run" in found.out
+    assert "masks/copy.parquet is no part of this run" in found.out
+    assert "error: " in found.err and "differences" in found.err
+    (masks / "copy.parquet").unlink()
     (tmp_path / "out" / "summary.json").unlink()
-    code, _, err = run(capfd, *words)
-    assert code == 1
-    assert "part-00000001.parquet" in err and "3 rows missing" in err and "3 too many" in err
+    code, summary, _ = run(capfd, *words)
+    assert (code, summary["done_before"]) == (0, 2)
+    assert verify.main([str(tmp_path / "out")]) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "masks"), expected)
 
 
 def test_starting_over_forgets_the_run_and_nothing_else(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):

@@ -1,0 +1,104 @@
+"""What tasks and actors tell each other while a run lasts: how far they are, and what they were doing when one died.
+
+Ray does a shard again whose process has died, for ever. If an image has killed it, the second try goes carefully, one
+image at a time, each noted before it is begun; an image that was under way at two such deaths is left out and recorded
+as failed. A death that has another cause, such as a lost node, hardly strikes the same image twice.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+_DEATHS_TO_BLAME = 2
+
+
+@dataclass
+class _Tries:
+    """Of one stage's work on one shard."""
+
+    count: int = 0
+    under_way: int | None = None
+    deaths: Counter[int] = field(default_factory=Counter)
+
+
+def start_board() -> Any:
+    """A Board as an actor; it lives where this process does, so that no other node's loss ends it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(Board).options(**options).remote()
+
+
+class Board:
+    """The one place that outlives tasks and actors."""
+
+    def __init__(self) -> None:
+        self._images: dict[int, int] = {}
+        self._tries: dict[tuple[str, int], _Tries] = {}
+
+    def note(self, shard: int, num_images: int) -> None:
+        """So many images of an unfinished shard are done; a retry overwrites its first try's note."""
+        self._images[shard] = num_images
+
+    def finish(self, shard: int) -> None:
+        """A shard is written and counts as a whole."""
+        self._images.pop(shard, None)
+
+    def total(self) -> int:
+        """Images done in shards that are not written yet."""
+        return sum(self._images.values())
+
+    def begin(self, stage: str, shard: int) -> tuple[int, list[int]]:
+        """A try begins: how many there were before that nobody ended, and the images that killed them."""
+        tries = self._tries.setdefault((stage, shard), _Tries())
+        if tries.under_way is not None:
+            tries.deaths[tries.under_way] += 1
+            tries.under_way = None
+        tries.count += 1
+        return tries.count - 1, [image for image, deaths in tries.deaths.items() if deaths >= _DEATHS_TO_BLAME]
+
+    def enter(self, stage: str, shard: int, image: int | None) -> None:
+        """An image is under way, or none is."""
+        self._tries.setdefault((stage, shard), _Tries()).under_way = image
+
+    def end(self, stage: str, shard: int) -> None:
+        """A try has ended otherwise than by death."""
+        self._tries.pop((stage, shard), None)
+
+
+class Watch:
+    """One try of one stage at one shard, noted on the board.
+
+    Attributes:
+        is_careful: whether an earlier try has died, so that images are to be done one at a time, each within `image`.
+        blamed: images that are to be left out, since they have killed the process at each try.
+    """
+
+    def __init__(self, board: Any, stage: str, shard: int) -> None:
+        self._board, self._place = board, (stage, shard)
+        deaths, blamed = self._ask("begin")
+        self.is_careful, self.blamed = deaths > 0, frozenset(blamed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._board.end.remote(*self._place)
+
+    @contextlib.contextmanager
+    def image(self, position: int) -> Iterator[None]:
+        """Around the work on one image."""
+        if self.is_careful:  # the note must have arrived before the work can kill
+            self._ask("enter", position)
+        yield
+        if self.is_careful:
+            self._ask("enter", None)
+
+    def _ask(self, what: str, *words: Any) -> Any:
+        import ray
+
+        return ray.get(getattr(self._board, what).remote(*self._place, *words))

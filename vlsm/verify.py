@@ -1,0 +1,130 @@
+"""The proof of a run, from storage alone: every planned row is there once, and says what its mask says."""
+
+import itertools
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vlsm import storage
+from vlsm.errors import ConfigError, ImageError
+from vlsm.manifest import Plan, read_plan
+from vlsm.masks import decode_mask
+from vlsm.proof import compare_shard
+from vlsm.record import read_record
+from vlsm.results import part_name, read_part
+from vlsm.runs import read_summary
+
+_SHARDS_AT_ONCE = 16
+
+
+@dataclass
+class Proof:
+    """What was found.
+
+    Attributes:
+        plan: what was planned.
+        counts: of images: "ok", "failed", "vanished", "failed: REASON"; and "rows", "parts", "masks".
+        differences: all that is not as it should be, a sentence each; none in a finished run.
+    """
+
+    plan: Plan
+    counts: Counter[str] = field(default_factory=Counter)
+    differences: list[str] = field(default_factory=list)
+
+
+def verify_run(output: str) -> Iterator[Proof]:
+    """Read the plan, every row and every mask of a run, and compare them.
+
+    Args:
+        output: OUTPUT of a segment run, finished or not.
+
+    Yields:
+        The same Proof after every few shards, so that a caller may show how far it is; it is whole after the last.
+
+    Raises:
+        ConfigError: there is no run at OUTPUT.
+    """
+    record = read_record(output)
+    if record is None or "run_id" not in record:
+        raise ConfigError(f"there is no segment run in {output!r}; it must be the OUTPUT of one")
+    plan = Plan(**record["plan"])
+    proof = Proof(plan)
+    names = storage.list_names(storage.join(output, "masks"))
+    planned = {part_name(shard) for shard in range(plan.num_shards)}
+    proof.differences += [f"masks/{name} is no part of this run" for name in names if name not in planned]
+    ids = array("q")  # 8 bytes an image
+    numbered = enumerate(read_plan(output, plan))
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
+        while chunk := list(itertools.islice(numbered, _SHARDS_AT_ONCE)):
+            for counts, differences in pool.map(lambda item: _verify_shard(output, record["run_id"], *item), chunk):
+                proof.counts += counts
+                proof.differences += differences
+            for _, images in chunk:
+                ids.extend(map(hash, images["image_id"].to_pylist()))
+            yield proof
+    proof.differences += _verify_counts(output, proof, len(np.unique(ids)))
+    yield proof
+
+
+def _verify_shard(output: str, run_id: str, shard: int, images: pa.Table) -> tuple[Counter[str], list[str]]:
+    rows = read_part(output, shard, run_id)
+    name = f"masks/{part_name(shard)}"
+    if rows is None:
+        return Counter(), [f"{name} is missing, damaged or of another run: {len(images)} images have no rows"]
+    state = compare_shard(images, rows)
+    differences = []
+    if state.undone:
+        ids = images["image_id"].take(pa.array(state.undone, pa.int64())).to_pylist()
+        shown = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
+        differences.append(f"{name}: {len(ids)} images have not exactly the rows that were planned: {shown}")
+    if state.num_extra:
+        differences.append(f"{name}: {state.num_extra} rows were not planned")
+    counts = state.counts + Counter(parts=1)
+    for row in rows.to_pylist():
+        counts["masks"] += row["mask_rle"] is not None
+        if problem := _describe_problem(row):
+            differences.append(f"{name}: {row['image_id']!r}, {row['prompt']!r}: {problem}")
+    return counts, differences
+
+
+def _describe_problem(row: dict[str, Any]) -> str | None:
+    """What in a row contradicts itself, or None."""
+    if row["status"] == "failed" and (row["error"] or "").partition(": ")[0] not in ImageError.REASONS:
+        return f"it failed for no known reason: {row['error']!r}"
+    if row["mask_rle"] is None:
+        return "it is ok but has no mask" if row["status"] == "ok" else None
+    mask = decode_mask(row["mask_rle"], (row["height"], row["width"]))
+    if int(mask.sum()) != row["area_px"]:
+        return f"its mask has {int(mask.sum())} pixels, area_px is {row['area_px']}"
+    box = _bounding_box(mask)
+    return None if box == row["bbox"] else f"its mask lies in {box}, bbox is {row['bbox']}"
+
+
+def _bounding_box(mask: np.ndarray) -> list[int] | None:
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(ys):
+        return None
+    return [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)]
+
+
+def _verify_counts(output: str, proof: Proof, num_ids: int) -> list[str]:
+    plan, counts = proof.plan, proof.counts
+    summary = read_summary(output)
+    differences = []
+    if num_ids != plan.num_images:
+        differences.append(f"the plan has {num_ids} different image_ids; planned were {plan.num_images} images")
+    if counts["rows"] != plan.num_rows:
+        differences.append(f"{counts['rows']} rows are as planned; planned were {plan.num_rows}")
+    if summary is None:
+        differences.append("summary.json is missing: the run is not finished")
+        return differences
+    for key, value in (("planned", plan.num_images), *((key, counts[key]) for key in ("ok", "failed", "rows"))):
+        if summary[key] != value:
+            differences.append(f"summary.json says {key} {summary[key]}; it is {value}")
+    return differences
