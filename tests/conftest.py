@@ -34,30 +34,15 @@ def tiny_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bright_checkpoint(tmp_path_factory):
-    """A UNet-D whose weights are set so that it marks what is bright: its masks can be predicted by eye.
-
-    Every channel but the first is silenced, and the first passes brightness from the input to the logits.
-    """
+    """A model that marks what is bright: its masks can be predicted by eye."""
     import torch
 
     import vlsm
 
-    model = vlsm.build_model("unet_d", image_size=32, width=4)
+    model = vlsm.build_model("pixel", image_size=32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.fill_(1)
-        network = model.network
-        first = network.down[0]
-        first.conv1.weight[0, :, 1, 1] = 1
-        first.conv2.weight[0, 0, 1, 1] = 1
-        top = network.up[3]  # the last four of its channels are the skip of the first level
-        top.upconv.weight[-4, 0] = 1
-        top.conv.weight[0, 0, 1, 1] = 1
-        network.head.weight[0, 0] = 1
-        network.head.bias.fill_(-3)
+        model.network.weight.fill_(1)
+        model.network.bias.zero_()
     folder = tmp_path_factory.mktemp("bright")
     vlsm.save_checkpoint(model, folder, prompt="bright")
     return folder

@@ -70,6 +70,7 @@ def tiny_options(folder):
         "unet": cnn,
         "unetplusplus": cnn,
         "deeplabv3plus": cnn,
+        "pixel": {"image_size": 64},
         "vlsm_a": biomedclip | {"width": 4},
         "vlsm_b": clipseg | {"width": 4},
         "vlsm_c": both | {"image_size": 64, "taps": [1, 2, 4], "width": 4},

@@ -17,7 +17,7 @@ from vlsm.models.towers import Towers
 
 PROMPTS = ["polyp", "a round lesion of the left", "!", "polyp", "small, flat: bright!"]
 CASES = [*MODELS, "openclip_seg+unet"]
-TOWERS = [name for name in CASES if name not in ("unet_d", "unet", "unetplusplus", "deeplabv3plus")]
+TOWERS = [name for name in CASES if name not in ("unet_d", "unet", "unetplusplus", "deeplabv3plus", "pixel")]
 
 
 @pytest.fixture(scope="module")

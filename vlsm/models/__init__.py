@@ -24,6 +24,7 @@ MODELS = {
     "unet": "vlsm.models.cnn:UNet",
     "unetplusplus": "vlsm.models.cnn:UNetPlusPlus",
     "deeplabv3plus": "vlsm.models.cnn:DeepLabV3Plus",
+    "pixel": "vlsm.models.pixel:Pixel",
     "vlsm_a": "vlsm.models.ensembles:EnsembleA",
     "vlsm_b": "vlsm.models.ensembles:EnsembleB",
     "vlsm_c": "vlsm.models.ensembles:EnsembleC",
