@@ -39,6 +39,7 @@ class Board:
     def __init__(self) -> None:
         self._images: dict[int, int] = {}
         self._tries: dict[tuple[str, int], _Tries] = {}
+        self._error: str | None = None
 
     def note(self, shard: int, num_images: int) -> None:
         """So many images of an unfinished shard are done; a retry overwrites its first try's note."""
@@ -65,9 +66,14 @@ class Board:
         """An image is under way, or none is."""
         self._tries.setdefault((stage, shard), _Tries()).under_way = image
 
-    def end(self, stage: str, shard: int) -> None:
-        """A try has ended otherwise than by death."""
+    def end(self, stage: str, shard: int, error: str | None) -> None:
+        """A try has ended otherwise than by death, and why where it has failed."""
         self._tries.pop((stage, shard), None)
+        self._error = error or self._error
+
+    def last_error(self) -> str | None:
+        """Why the last try that failed has failed: what Ray says of it is long, and the reason lost in it."""
+        return self._error
 
 
 class Watch:
@@ -86,8 +92,9 @@ class Watch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._board.end.remote(*self._place)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        message = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        self._ask("end", message)
 
     @contextlib.contextmanager
     def image(self, position: int) -> Iterator[None]:

@@ -131,8 +131,9 @@ def execute(run: Run, state: RunState, retry_failed: bool) -> None:
         except ray.exceptions.RayError as error:
             # an actor that could not load its checkpoint dies without a word of why
             build_checkpoint(run.checkpoint_files, run.settings.checkpoint)
+            reason = ray.get(board.last_error.remote()) or _root_cause(error)
             raise VlsmError(
-                f"a stage failed through its retries: {_root_cause(error)}; the same command goes on from here"
+                f"a stage failed through its retries: {reason}; the same command goes on from here"
             ) from error
 
 

@@ -117,10 +117,10 @@ def fetch_shard(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
 
     Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit; Pillow's own would forbid to raise it
     shard, exists = int(batch["shard"][0]), bool(batch["exists"][0])
-    images = task.read_images(shard)
-    undone = compare_shard(images, task.read_rows(shard, exists), task.retry_failed).undone
-    positions = [position for position in undone if not images["vanished"][position].as_py()]
     with Watch(task.board, "fetch", shard) as watch:
+        images = task.read_images(shard)
+        undone = compare_shard(images, task.read_rows(shard, exists), task.retry_failed).undone
+        positions = [position for position in undone if not images["vanished"][position].as_py()]
         fetched = _fetch_images(images, positions, task, watch)
     notes = {"positions": positions, "errors": fetched.errors, "hashes": fetched.hashes, "twins": fetched.twins}
     return {
@@ -195,8 +195,9 @@ class SegmentActor:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Logits (rows, S, S) float16: half the bytes to move, and exact to 0.001 where a threshold decides."""
         shard, pixels, notes = int(batch["shard"][0]), batch["pixels"][0], json.loads(batch["notes"][0])
-        prompts = self.task.read_images(shard)["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
         with Watch(self.task.board, "segment", shard) as watch:
+            images = self.task.read_images(shard)
+            prompts = images["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
             for index, position in enumerate(notes["positions"]):
                 if position in watch.blamed:
                     notes["errors"][index] = "crashed: the process that ran the model on this image died each time"
@@ -231,45 +232,61 @@ class SegmentActor:
 
 def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
     """A CPU task: masks at the images' own sizes, and the shard's part file in one atomic put."""
-    shard, logits, sizes = int(batch["shard"][0]), batch["logits"][0], batch["sizes"][0]
-    notes, model, settings = json.loads(batch["notes"][0]), str(batch["model"][0]), task.settings
-    images = task.read_images(shard)
-    old = task.read_rows(shard, bool(batch["exists"][0]))
-    undone = set(compare_shard(images, old, task.retry_failed).undone)
-    kept: dict[str, list[dict[str, Any]]] = {}
-    for row in [] if old is None else old.to_pylist():
-        kept.setdefault(row["image_id"], []).append(row)
-    places = {position: index for index, position in enumerate(notes["positions"])}
-    rows: list[dict[str, Any]] = []
-    place = 0
-    for position, image in enumerate(images.to_pylist()):
-        if position not in undone:
-            rows += kept[image["image_id"]]
-            continue
-        if image["vanished"]:
-            rows += _vanished_rows(image, kept.get(image["image_id"], ()), model)
-            continue
-        index = places[position]
-        common = {"model": model, "content_sha256": notes["hashes"][index]}
-        common |= {name: image[name] for name in ("image_id", "image_uri", "image_version")}
-        for prompt in image["prompts"]:
-            row = common | {"prompt": prompt}
-            if (error := notes["errors"][index]) is None:
-                height, width = sizes[index].tolist()
-                mask = describe_logits(logits[place], (height, width), settings.threshold or 0.5)
-                row |= {"status": "ok", "height": height, "width": width, **asdict(mask)}
-            else:
-                row |= {"status": "failed", "error": error}
-            rows.append(row)
-            place += 1
-    write_part(settings.output, shard, rows, task.run_id, settings.run.outage_patience_s)
-    failed = [error for error in notes["errors"] if error is not None]
+    shard, settings = int(batch["shard"][0]), task.settings
+    with Watch(task.board, "write", shard) as watch:
+        images = task.read_images(shard)
+        old = task.read_rows(shard, bool(batch["exists"][0]))
+        undone = set(compare_shard(images, old, task.retry_failed).undone)
+        kept: dict[str, list[dict[str, Any]]] = {}
+        for row in [] if old is None else old.to_pylist():
+            kept.setdefault(row["image_id"], []).append(row)
+        new, model = _Segmented(batch, images, settings.threshold or 0.5, watch), str(batch["model"][0])
+        rows: list[dict[str, Any]] = []
+        for position, image in enumerate(images.to_pylist()):
+            own = kept.get(image["image_id"], [])
+            if position in undone:
+                own = _vanished_rows(image, own, model) if image["vanished"] else new.rows(position, image)
+            rows += own
+        write_part(settings.output, shard, rows, task.run_id, settings.run.outage_patience_s)
+    failed = [error for error in new.errors if error is not None]
     return {
         "shard": [shard],
         "num_images": [len(undone)],
         "num_failed": [len(failed)],
         "first_errors": [json.dumps(failed[:3])],
     }
+
+
+class _Segmented:
+    """What the stages before have made of the images of a shard, as rows."""
+
+    def __init__(self, batch: dict[str, np.ndarray], images: pa.Table, threshold: float, watch: Watch) -> None:
+        notes = json.loads(batch["notes"][0])
+        self.errors: list[str | None] = notes["errors"]
+        self._hashes: list[str | None] = notes["hashes"]
+        self._model, self._sizes, self._logits = str(batch["model"][0]), batch["sizes"][0], batch["logits"][0]
+        self._threshold, self._watch = threshold, watch
+        self._indices = {position: index for index, position in enumerate(notes["positions"])}
+        prompts = images["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
+        self._starts = np.cumsum([0, *map(len, prompts)])
+
+    def rows(self, position: int, image: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows of one image, one per prompt."""
+        index = self._indices[position]
+        common = {"model": self._model, "content_sha256": self._hashes[index]}
+        common |= {name: image[name] for name in ("image_id", "image_uri", "image_version")}
+        if position in self._watch.blamed:
+            self.errors[index] = f"crashed: the process that wrote the mask of {image['image_uri']} died each time"
+        if (error := self.errors[index]) is not None:
+            return [common | {"prompt": prompt, "status": "failed", "error": error} for prompt in image["prompts"]]
+        height, width = self._sizes[index].tolist()
+        own = self._logits[self._starts[index] : self._starts[index + 1]]
+        with self._watch.image(position):
+            masks = [describe_logits(logits, (height, width), self._threshold) for logits in own]
+        found = common | {"status": "ok", "height": height, "width": width}
+        return [
+            found | {"prompt": prompt, **asdict(mask)} for prompt, mask in zip(image["prompts"], masks, strict=True)
+        ]
 
 
 def _vanished_rows(image: dict[str, Any], old: Sequence[dict[str, Any]], model: str) -> list[dict[str, Any]]:

@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import numpy as np
 import pytest
 from PIL import Image
+
+from jobs.stores import BUCKET, S3Server
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -82,26 +81,15 @@ def ray_cluster(s3_server):
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """A SeaweedFS server with S3's own protocol; the standard AWS environment leads to it."""
-    ports = [_free_port() for _ in range(6)]
-    folder = tmp_path_factory.mktemp("weed")
-    environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
-    environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{ports[0]}"
-    names = ("s3.port", "master.port", "volume.port", "filer.port", "admin.port", "admin.port.grpc")
-    command = [Path(sys.executable).with_name("weed"), "mini", "-master.telemetry=false", f"-dir={folder}"]
-    command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false", "-webdav=false", "-bucket=images"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    command += [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
-    with (folder / "weed.log").open("wb") as log:
-        limits = {"GOMEMLIMIT": "256MiB", "GOGC": "50"}
-        server = subprocess.Popen(command, env=os.environ | environment | limits, stdout=log, stderr=log)
+    server = S3Server(tmp_path_factory.mktemp("weed"))
+    server.start()
+    environment = server.environment()
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
-        _wait_for_put(server, folder / "weed.log")
-        yield "s3://images"
+        yield server
     finally:
-        server.terminate()
-        server.wait(timeout=20)
+        server.kill()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
@@ -109,37 +97,7 @@ def s3_server(tmp_path_factory):
 @pytest.fixture
 def s3_folder(s3_server, request):
     """A prefix of the test's own: emptied ones linger on some servers."""
-    return f"{s3_server}/{request.node.name}-{time.time_ns()}"
-
-
-def _free_port():
-    # gRPC takes the port + 10000, so stay below 55535
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        port = 20000 + port % 30000
-        with socket.socket() as first, socket.socket() as second:
-            try:
-                first.bind(("127.0.0.1", port))
-                second.bind(("127.0.0.1", port + 10000))
-                return port
-            except OSError:
-                continue
-
-
-def _wait_for_put(server, log):
-    import s3fs
-
-    for _ in range(120):
-        if server.poll() is not None:
-            break
-        try:
-            s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True).pipe_file("images/ready", b"1")
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise RuntimeError(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
+    return f"s3://{BUCKET}/{request.node.name}-{time.time_ns()}"
 
 
 def read_mask_rows(output):

@@ -211,8 +211,9 @@ def _transient_errors() -> tuple[type[BaseException], ...]:
     errors: list[Any] = [OSError, TimeoutError]
     try:
         from aiohttp import ClientError
+        from botocore.exceptions import ConnectionError as BotoConnectionError
         from botocore.exceptions import HTTPClientError, ResponseStreamingError
         from botocore.parsers import ResponseParserError
     except ImportError:  # a machine without s3fs reads its own disk
         return tuple(errors)
-    return (*errors, ClientError, HTTPClientError, ResponseStreamingError, ResponseParserError)
+    return (*errors, ClientError, BotoConnectionError, HTTPClientError, ResponseStreamingError, ResponseParserError)

@@ -1,0 +1,216 @@
+"""Object stores on this machine that can be killed, and that fail on purpose: for tests and torture.
+
+The server is SeaweedFS, whose binary the package's `dev` extra installs.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientSession, ClientTimeout, web
+from yarl import URL
+
+from vlsm.errors import ConfigError, StorageError
+
+BUCKET = "images"
+_PORTS = ("s3.port", "master.port", "volume.port", "filer.port", "admin.port", "admin.port.grpc")
+_READY_S = 60.0
+
+
+class S3Server:
+    """A SeaweedFS server with S3's own protocol, on free ports of the loopback interface, and its bucket.
+
+    Args:
+        folder: for its data, which outlives the process.
+
+    Raises:
+        ConfigError: the binary is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ports = [free_port() for _ in _PORTS]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._binary = Path(sys.executable).with_name("weed")
+        if not self._binary.exists():
+            raise ConfigError("there is no SeaweedFS beside this Python; install the package with its dev extra")
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"127.0.0.1:{self._ports[0]}"
+
+    def environment(self, address: str | None = None) -> dict[str, str]:
+        """The standard AWS environment that leads to it, or to another address that leads to it."""
+        return {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://{address or self.address}",
+        }
+
+    def start(self) -> None:
+        """Start it, and wait until it takes a file.
+
+        Raises:
+            StorageError: it does not.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [str(self._binary), "mini", "-master.telemetry=false", f"-dir={self.folder}", f"-bucket={BUCKET}"]
+        command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false", "-webdav=false"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += [f"-{name}={port}" for name, port in zip(_PORTS, self._ports, strict=True)]
+        limits = {"GOMEMLIMIT": "256MiB", "GOGC": "50"}
+        log = self.folder / "weed.log"
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                command, env=os.environ | self.environment() | limits, stdout=file, stderr=file
+            )
+        deadline_s = time.monotonic() + _READY_S
+        while not self._takes_a_file():
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                raise StorageError(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        """End it as a lost machine does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _takes_a_file(self) -> bool:
+        import s3fs
+
+        settings = self.environment()
+        fs = s3fs.S3FileSystem(
+            key=settings["AWS_ACCESS_KEY_ID"],
+            secret=settings["AWS_SECRET_ACCESS_KEY"],
+            endpoint_url=settings["AWS_ENDPOINT_URL"],
+            skip_instance_cache=True,
+        )
+        try:
+            fs.pipe_file(f"{BUCKET}/ready", b"1")
+        except OSError:
+            return False
+        return True
+
+
+class FaultyProxy:
+    """A proxy before an S3 server that fails at some requests.
+
+    Args:
+        address: host:port of the server.
+        rates: probability of each fault: "error" (500), "slow_down" (503), "reset" (the connection, before the server
+            has heard of it), "lost" (the connection, after the server has done it), "stall" (for `stall_s`),
+            "truncate" (the answer's body ends early).
+        stall_s: seconds.
+        seed: of the choice.
+
+    Attributes:
+        faults: how many there were of each.
+    """
+
+    def __init__(self, address: str, rates: Mapping[str, float], stall_s: float = 30.0, seed: int = 0) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self.faults: Counter[str] = Counter()
+        self._server, self._rates, self._stall_s = address, dict(rates), stall_s
+        self._random = random.Random(seed)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[None]:
+        """Serve for a while, in a thread."""
+        self._thread.start()
+        runner = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        try:
+            yield
+        finally:
+            asyncio.run_coroutine_threadsafe(runner.cleanup(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    async def _start(self) -> web.AppRunner:
+        application = web.Application(client_max_size=1 << 30)
+        application.router.add_route("*", "/{path:.*}", self._handle)
+        application.cleanup_ctx.append(self._open_session)
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        host, _, port = self.address.partition(":")
+        await web.TCPSite(runner, host, int(port)).start()
+        return runner
+
+    async def _open_session(self, application: web.Application) -> Any:
+        async with ClientSession(auto_decompress=False, timeout=ClientTimeout(total=120)) as self._session:
+            yield
+
+    def _choose_fault(self) -> str | None:
+        draw = self._random.random()
+        for fault, rate in self._rates.items():
+            if draw < rate:
+                self.faults[fault] += 1
+                return fault
+            draw -= rate
+        return None
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        fault = self._choose_fault()
+        data = await request.read()
+        if fault in ("error", "slow_down"):
+            status, code = (500, "InternalError") if fault == "error" else (503, "SlowDown")
+            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>on purpose</Message></Error>"
+            return web.Response(status=status, text=text, content_type="application/xml")
+        if fault == "reset":
+            return self._hang_up(request)
+        if fault == "stall":
+            await asyncio.sleep(self._stall_s)
+        url = URL(f"http://{self._server}{request.raw_path}", encoded=True)
+        async with self._session.request(
+            request.method, url, headers=request.headers, data=data, allow_redirects=False
+        ) as answer:
+            body = await answer.read()
+            if fault == "lost":
+                return self._hang_up(request)
+            response = web.StreamResponse(status=answer.status, headers=_without_hops(answer.headers))
+            if request.method != "HEAD":
+                response.content_length = len(body)
+            await response.prepare(request)
+            if fault == "truncate" and len(body) > 1:
+                await response.write(body[: len(body) // 2])
+                self._hang_up(request)
+            elif request.method != "HEAD":
+                await response.write(body)
+        return response
+
+    @staticmethod
+    def _hang_up(request: web.Request) -> web.StreamResponse:
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response()
+
+
+def _without_hops(headers: Mapping[str, str]) -> dict[str, str]:
+    """What a proxy passes on."""
+    return {key: value for key, value in headers.items() if key.lower() not in ("transfer-encoding", "connection")}
+
+
+def free_port() -> int:
+    """A port below 30,000 + 20,000: SeaweedFS takes the port + 10,000 for gRPC as well."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = 20_000 + probe.getsockname()[1] % 25_000
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 10_000))
+            return port

@@ -1,0 +1,342 @@
+"""The segment job with everything that can break broken on purpose, and each time the proof by counting.
+
+Every scenario runs the job as a user does, disturbs it, runs it again until it is done, and then compares: planned rows
+are there once each, every mask says what its row says, and all equal those of a run that nobody disturbed.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+import vlsm
+from jobs.stores import BUCKET, FaultyProxy, S3Server
+from vlsm.errors import ResultError, VlsmError
+from vlsm.verify import verify_run
+
+_ROOT = Path(__file__).parents[1]
+_LONGEST_S = 900.0  # one run of the job
+_PROMPTS = ["polyp", "flat lesion"]
+
+
+class CannotTortureError(VlsmError):
+    """This machine has not what a scenario needs."""
+
+
+@dataclass
+class Arena:
+    """An archive, a checkpoint, and the rows of a run that nobody disturbed.
+
+    Attributes:
+        folder: for all files.
+        num_images: of the archive; some are broken, some are there twice.
+        shard_rows: of every run.
+        seed: of images and moments.
+        environment: of every job, beside this process's own.
+    """
+
+    folder: Path
+    num_images: int
+    shard_rows: int = 16
+    seed: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.archive, self.checkpoint = self.folder / "archive", self.folder / "checkpoint"
+        self.expected: dict[tuple[str, str], tuple[Any, ...]] = {}
+
+    def prepare(self) -> None:
+        """Make images and checkpoint, and run the job undisturbed."""
+        import torch
+
+        _draw_archive(self.archive, self.num_images, self.seed)
+        torch.manual_seed(3)
+        vlsm.save_checkpoint(vlsm.build_model("unet_d", image_size=32, width=4), self.checkpoint, prompt=_PROMPTS[0])
+        output = str(self.folder / "undisturbed")
+        self.finish(output)
+        self.expected = _read_rows(output)
+
+    def start(
+        self, output: str, *settings: str, source: str | None = None, environment: dict[str, str] | None = None
+    ) -> "subprocess.Popen[str]":
+        """The job as a user starts it."""
+        words = [source or str(self.archive), output, "--checkpoint", str(self.checkpoint)]
+        for setting in (f"shard_rows={self.shard_rows}", f"prompts={json.dumps(_PROMPTS)}", *settings):
+            words += ["--set", setting]
+        log = (self.folder / "jobs.log").open("a")
+        with log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "jobs.segment", *words],
+                cwd=_ROOT,
+                env=os.environ | self.environment | (environment or {}),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                text=True,
+            )
+
+    def finish(self, output: str, *settings: str, **options: Any) -> None:
+        """Run the job to its end.
+
+        Raises:
+            ResultError: it failed.
+        """
+        job = self.start(output, *settings, **options)
+        if code := job.wait(_LONGEST_S):
+            log = (self.folder / "jobs.log").read_text()[-1500:]
+            raise ResultError(f"the job ended with exit code {code}: {log}")
+
+    def wait_for_parts(self, output: str, count: int, job: "subprocess.Popen[str]") -> None:
+        """Until there are so many more parts than now, or the job has ended."""
+        wanted = _num_parts(output) + count
+        deadline_s = time.monotonic() + _LONGEST_S
+        while job.poll() is None and _num_parts(output) < wanted and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+
+    def prove(self, output: str) -> None:
+        """Nothing, where the output is as planned and as that of the undisturbed run; else a ResultError."""
+        *_, proof = verify_run(output)
+        if proof.differences:
+            raise ResultError("; ".join(proof.differences[:5]))
+        found = _read_rows(output)
+        if found != self.expected:
+            wrong = [key for key in self.expected.keys() | found.keys() if self.expected.get(key) != found.get(key)]
+            raise ResultError(f"{len(wrong)} rows differ from the undisturbed run's, such as {wrong[0]}")
+
+
+def _draw_archive(folder: Path, num_images: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for number in range(num_images):
+        path = folder / f"study {number % 3}" / f"scan_{number:06d}.{('png', 'jpg')[number % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number % 25 == 24:
+            path.write_bytes(b"Dear radiologist,")
+        elif number % 20 == 19:
+            shutil.copy(path.with_name(f"scan_{number - 3:06d}{('.png', '.jpg')[(number - 3) % 2]}"), path)
+        else:
+            small = rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+            Image.fromarray(small).resize(tuple(rng.integers(40, 160, 2).tolist())).save(path)
+
+
+def _read_rows(output: str) -> dict[tuple[str, str], tuple[Any, ...]]:
+    columns = ["image_id", "prompt", "status", "mask_rle", "confidence", "content_sha256", "error"]
+    rows = {}
+    for row in vlsm.read_masks(output, columns=columns):
+        reason = (row["error"] or "").partition(":")[0]  # what follows names the place
+        rows[row["image_id"], row["prompt"]] = (row["status"], row["mask_rle"], row["content_sha256"], reason)
+    return rows
+
+
+def _num_parts(output: str) -> int:
+    return len(list(Path(output, "masks").glob("part-*")))
+
+
+def kill_driver(arena: Arena) -> dict[str, int]:
+    """The job is killed at random moments, again and again until it is done."""
+    output, kills = str(arena.folder / "kill_driver"), 0
+    shards = _num_parts(str(arena.folder / "undisturbed"))
+    while True:
+        job = arena.start(output, "run.batch_size=1")
+        arena.wait_for_parts(output, arena.random.randint(1, max(1, shards // 3)), job)
+        time.sleep(arena.random.uniform(0, 0.3))
+        if job.poll() == 0:
+            break
+        job.kill()
+        kills += 1
+        job.wait()
+    arena.prove(output)
+    return {"kills": kills}
+
+
+def kill_actor(arena: Arena) -> dict[str, int]:
+    """The processes of model actors and of tasks are killed in the middle of their work."""
+    output, kills = str(arena.folder / "kill_actor"), 0
+    job = arena.start(output, "run.batch_size=1")
+    for what in ("SegmentActor", "fetch_shard", "SegmentActor", "write_masks"):
+        arena.wait_for_parts(output, 1, job)
+        for process in _ray_processes(what):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                kills += 1
+    if job.wait(_LONGEST_S):
+        raise ResultError("the job did not survive its workers")
+    arena.prove(output)
+    return {"kills": kills}
+
+
+def _ray_processes(what: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::") and any(what in word for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def kill_node(arena: Arena) -> dict[str, int]:
+    """A node of a cluster of three is lost with all that runs on it, and replaced."""
+    from ray.cluster_utils import Cluster
+
+    output, kills = str(arena.folder / "kill_node"), 0
+    store = {"object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
+    try:
+        nodes = [cluster.add_node(num_cpus=1, **store) for _ in range(2)]
+        job = arena.start(output, "run.batch_size=1", environment={"RAY_ADDRESS": cluster.address})
+        for node in nodes:
+            arena.wait_for_parts(output, 2, job)
+            if job.poll() is None:
+                cluster.remove_node(node, allow_graceful=False)
+                kills += 1
+                cluster.add_node(num_cpus=1, **store)
+        if job.wait(_LONGEST_S):
+            raise ResultError("the job did not survive its nodes")
+    finally:
+        cluster.shutdown()
+    arena.prove(output)
+    return {"nodes lost": kills}
+
+
+@contextlib.contextmanager
+def _environment(names: dict[str, str]) -> Iterator[None]:
+    """Of this process, for a while."""
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def _store(arena: Arena, name: str) -> Iterator[tuple[S3Server, str, str]]:
+    """A store with the archive in it: the server, INPUT and OUTPUT."""
+    import s3fs
+
+    server = S3Server(arena.folder / f"store of {name}")
+    server.start()
+    try:
+        with _environment(server.environment()):
+            s3fs.S3FileSystem.clear_instance_cache()  # which lead to another server
+            fs = s3fs.S3FileSystem()
+            fs.put(f"{arena.archive}/", f"{BUCKET}/archive/", recursive=True)
+            yield server, f"s3://{BUCKET}/archive", f"s3://{BUCKET}/{name}"
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.kill()
+
+
+def restart_store(arena: Arena) -> dict[str, int]:
+    """The object store's server is killed in the middle of a run, twice, and comes back after some seconds."""
+    kills = 0
+    with _store(arena, "restart_store") as (server, source, output):
+        # a cluster of the job's own: its workers take the store's address from its environment
+        job = arena.start(output, "run.batch_size=1", source=source, environment={"RAY_ADDRESS": "local"})
+        for _ in range(2):
+            time.sleep(arena.random.uniform(12, 18))
+            if job.poll() is None:
+                server.kill()
+                kills += 1
+                time.sleep(arena.random.uniform(2, 6))
+                server.start()
+        if job.wait(_LONGEST_S):
+            raise ResultError("the job did not survive its store")
+        arena.prove(output)
+    return {"kills": kills}
+
+
+def faulty_store(arena: Arena) -> dict[str, int]:
+    """A store that answers 500, 503, resets, stalls for 30 s or ends bodies early, at some percent of requests."""
+    rates = {"error": 0.02, "slow_down": 0.02, "reset": 0.02, "lost": 0.01, "truncate": 0.02, "stall": 0.003}
+    with _store(arena, "faulty_store") as (server, source, output):
+        proxy = FaultyProxy(server.address, rates, seed=arena.seed)
+        with proxy.serve():
+            environment = server.environment(proxy.address) | {"RAY_ADDRESS": "local"}
+            arena.finish(output, source=source, environment=environment)
+        arena.prove(output)
+    return dict(proxy.faults)
+
+
+def fill_disk(arena: Arena) -> dict[str, int]:
+    """The disk of the output is full in the middle of a run; with room again the same command goes on."""
+    disk = arena.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        raise CannotTortureError(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    output = str(disk / "out")
+    try:
+        job = arena.start(output, "run.batch_size=1")
+        arena.wait_for_parts(output, 2, job)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        if not job.wait(_LONGEST_S):
+            raise ResultError("the job did not notice that the disk was full")
+        if "No space left on device" not in (arena.folder / "jobs.log").read_text():
+            raise ResultError("the job did not say that the disk was full")
+        done = _num_parts(output)
+        (disk / "filler").unlink()
+        arena.finish(output)
+        arena.prove(output)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+    return {"parts before": done}
+
+
+def run_twice(arena: Arena) -> dict[str, int]:
+    """The same job is started twice at the same time on one output: both end, and each row is there once."""
+    output = str(arena.folder / "run_twice")
+    jobs = [arena.start(output) for _ in range(2)]
+    codes = [job.wait(_LONGEST_S) for job in jobs]
+    if any(codes):
+        raise ResultError(f"the jobs ended with exit codes {codes}")
+    arena.prove(output)
+    return {"jobs": len(jobs)}
+
+
+def suspend_driver(arena: Arena) -> dict[str, int]:
+    """The job's process is stopped for a while, as on a machine that swaps; then interrupted, and run again."""
+    output = str(arena.folder / "suspend_driver")
+    job = arena.start(output, "run.batch_size=1")
+    arena.wait_for_parts(output, 2, job)
+    if job.poll() is None:
+        job.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        job.send_signal(signal.SIGCONT)
+        job.send_signal(signal.SIGINT)
+    job.wait(_LONGEST_S)
+    arena.finish(output)
+    arena.prove(output)
+    return {"stops": 1}
+
+
+SCENARIOS: dict[str, Callable[[Arena], dict[str, int]]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        kill_driver,
+        kill_actor,
+        kill_node,
+        restart_store,
+        faulty_store,
+        fill_disk,
+        run_twice,
+        suspend_driver,
+    )
+}

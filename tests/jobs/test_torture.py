@@ -1,0 +1,23 @@
+"""Every scenario of the torture at a small size."""
+
+import pytest
+
+from jobs.torture import SCENARIOS, Arena, CannotTortureError
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def arena(ray_cluster, tmp_path_factory):
+    arena = Arena(tmp_path_factory.mktemp("torture"), num_images=80)
+    arena.prepare()
+    return arena
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_nothing_is_lost_and_nothing_done_twice(arena, name):
+    try:
+        disturbances = SCENARIOS[name](arena)
+    except CannotTortureError as error:
+        pytest.skip(str(error))
+    assert sum(disturbances.values()) > 0
