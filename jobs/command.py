@@ -78,7 +78,7 @@ def ray_session(log_to_driver: bool = True) -> Iterator[None]:
         signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put a handler of its own there
     # warnings stay; what Ray Data says of its own progress would stand beside ours
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, logging.StreamHandler) and handler not in logging.root.handlers:
             handler.setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()

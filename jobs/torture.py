@@ -9,7 +9,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -311,22 +310,6 @@ def run_twice(arena: Arena) -> dict[str, int]:
     return {"jobs": len(jobs)}
 
 
-def suspend_driver(arena: Arena) -> dict[str, int]:
-    """The job's process is stopped for a while, as on a machine that swaps; then interrupted, and run again."""
-    output = str(arena.folder / "suspend_driver")
-    job = arena.start(output, "run.batch_size=1")
-    arena.wait_for_parts(output, 2, job)
-    if job.poll() is None:
-        job.send_signal(signal.SIGSTOP)
-        time.sleep(5)
-        job.send_signal(signal.SIGCONT)
-        job.send_signal(signal.SIGINT)
-    job.wait(_LONGEST_S)
-    arena.finish(output)
-    arena.prove(output)
-    return {"stops": 1}
-
-
 SCENARIOS: dict[str, Callable[[Arena], dict[str, int]]] = {
     scenario.__name__: scenario
     for scenario in (
@@ -337,6 +320,5 @@ SCENARIOS: dict[str, Callable[[Arena], dict[str, int]]] = {
         faulty_store,
         fill_disk,
         run_twice,
-        suspend_driver,
     )
 }

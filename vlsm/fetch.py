@@ -32,19 +32,20 @@ def read_image_bytes(
             for this file ("unavailable", "timeout").
         StorageError: the store was away for longer than patience_s.
     """
+    quick_s = min(QUICK_S, patience_s)
     try:
-        return _Fetch(uri, timeout_s).read(size_bytes, max_bytes)
+        return _Fetch(uri, timeout_s, quick_s).read(size_bytes, max_bytes)
     except ImageError as error:
         if error.reason not in ("unavailable", "timeout") or not _wait_for_store(uri, patience_s):
             raise
-    return _Fetch(uri, timeout_s).read(size_bytes, max_bytes)
+    return _Fetch(uri, timeout_s, quick_s).read(size_bytes, max_bytes)
 
 
 class _Fetch:
     """One image being read, with its time running."""
 
-    def __init__(self, uri: str, timeout_s: float | None) -> None:
-        self.uri, self.timeout_s = uri, timeout_s
+    def __init__(self, uri: str, timeout_s: float | None, patience_s: float) -> None:
+        self.uri, self.timeout_s, self.patience_s = uri, timeout_s, patience_s
         self._fs, self._path = open_uri(uri)
         self._started_s = time.monotonic()
 
@@ -52,10 +53,10 @@ class _Fetch:
         """The content; see `read_image_bytes`."""
         with _image_errors(self.uri):
             if size_bytes is None:
-                size_bytes = with_retries(self._ask_size, self.uri, QUICK_S)
+                size_bytes = with_retries(self._ask_size, self.uri, self.patience_s)
             if size_bytes > max_bytes:
                 raise ImageError("too_large", f"{self.uri} has {size_bytes:,} bytes; max_image_bytes is {max_bytes:,}")
-            data = with_retries(lambda: self._get(size_bytes), self.uri, QUICK_S)
+            data = with_retries(lambda: self._get(size_bytes), self.uri, self.patience_s)
         if not data:
             raise ImageError("empty", f"{self.uri} has 0 bytes")
         return data

@@ -1,6 +1,5 @@
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -135,35 +134,6 @@ def test_other_settings_on_the_same_output_are_refused_by_name(undisturbed, hard
     assert done.stderr.count("\n") == 1
     for key in ("checkpoint_digest", "prompts", "shard_rows", "threshold (there 0.5, now 0.3)", "start_over=true"):
         assert key in done.stderr
-
-
-def test_a_killed_job_run_again_has_the_rows_of_an_undisturbed_one(
-    undisturbed, hard_archive, tiny_checkpoint, tmp_path
-):
-    output = tmp_path / "out"
-    words = [hard_archive, output, "--checkpoint", tiny_checkpoint, "--set", "shard_rows=16"]
-    words += ["--set", "prompts=[polyp, lesion]", "--set", "run.batch_size=1"]
-    kills = 0
-    for _ in range(3):
-        job = start(*words)
-        want = len(list(output.glob("masks/part-*"))) + random.randint(1, 12)
-        deadline = time.monotonic() + 240
-        while job.poll() is None and len(list(output.glob("masks/part-*"))) < want and time.monotonic() < deadline:
-            time.sleep(0.02)
-        kills += job.poll() is None
-        job.kill()
-        job.communicate()
-    assert kills >= 2
-    assert not (output / "summary.json").exists()
-    job = start(*words)
-    out, err = job.communicate(timeout=240)
-    assert job.returncode == 0, err
-    summary = json.loads(out)
-    assert summary["done_before"] > 0
-    assert {path.name for path in output.glob("masks/*.parquet")} == {
-        path.name for path in undisturbed.glob("masks/*.parquet")
-    }
-    pd.testing.assert_frame_equal(pd.read_parquet(undisturbed / "masks"), pd.read_parquet(output / "masks"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
