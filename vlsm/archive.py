@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,6 +18,7 @@ from vlsm.errors import ConfigError, ManifestError
 from vlsm.images import EXTENSIONS
 
 MANIFEST_EXTENSIONS = (".parquet", ".csv", ".jsonl")
+_MAX_TEXT_BYTES = 8192  # of an image_id, a location, a prompt
 
 
 @dataclass
@@ -30,7 +32,9 @@ class Archive:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def open_archive(uri: str, prompts: tuple[str, ...], exclude: str | None = None) -> Archive:
+def open_archive(
+    uri: str, prompts: tuple[str, ...], exclude: str | None = None, allow: tuple[str, ...] = ()
+) -> Archive:
     """The images of an archive, one row each, in a stable order.
 
     Args:
@@ -38,15 +42,17 @@ def open_archive(uri: str, prompts: tuple[str, ...], exclude: str | None = None)
             and optionally `image_id`, `prompt` or `prompts`; relative image_uris start from the manifest's folder).
         prompts: those of every image for which a manifest gives none.
         exclude: a folder whose files are no input, such as an output folder inside the archive.
+        allow: what the image_uris of a manifest in an object store may begin with besides the store's own bucket:
+            whoever can put a manifest there is not to read this machine's files, or other buckets, through the job.
 
     Raises:
         ConfigError: there is nothing at the location.
-        ManifestError: the manifest cannot be read or lacks what it needs.
+        ManifestError: the manifest cannot be read, lacks what it needs, or leads to where it may not.
     """
     fs, path = storage.open_uri(uri)
     archive = Archive(rows=())
     if uri.lower().endswith(MANIFEST_EXTENSIONS) and fs.isfile(path):
-        archive.rows = _read_manifest(uri, prompts)
+        archive.rows = _read_manifest(uri, prompts, allow)
         return archive
     root, infos = _list_files(fs, path, uri)
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
@@ -97,18 +103,55 @@ def _image_rows(  # noqa: PLR0913 - one place that knows how a listed file becom
         )
 
 
-def _read_manifest(uri: str, prompts: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
+def _read_manifest(uri: str, prompts: tuple[str, ...], allow: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    folder = storage.absolute(uri.rsplit("/", 1)[0] if "/" in uri else ".")
     for number, row in enumerate(read_manifest_rows(uri), start=1):
+        where = f"{uri}, row {number}"
         image_uri = row.get("image_uri")
         if not isinstance(image_uri, str) or not image_uri:
-            raise ManifestError(f"{uri}, row {number}: image_uri is {image_uri!r}; it must name an image")
+            raise ManifestError(f"{where}: image_uri is {_shorten(image_uri)}; it must name an image")
         is_relative = "://" not in image_uri and not image_uri.startswith("/")
-        yield {
-            "image_id": _text(row.get("image_id")) or image_uri,
-            "image_uri": storage.join(storage.absolute(folder), image_uri) if is_relative else image_uri,
-            "prompts": _row_prompts(row, prompts, f"{uri}, row {number}"),
-        } | _describe_file(_size(row.get("size_bytes")), _text(row.get("etag")), row.get("mtime"))
+        location = storage.join(folder, image_uri) if is_relative else image_uri
+        image_id = _text(row.get("image_id")) or image_uri
+        texts = _row_prompts(row, prompts, where)
+        etag = _text(row.get("etag"))
+        for text in (image_id, location, etag or "", *texts):
+            _check_text(text, where)
+        _check_place(location, uri, allow, where)
+        yield {"image_id": image_id, "image_uri": location, "prompts": texts} | _describe_file(
+            _size(row.get("size_bytes")), etag, row.get("mtime")
+        )
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ManifestError(f"{where}: {_shorten(text)} is no Unicode text") from error
+    if num_bytes > _MAX_TEXT_BYTES:
+        raise ManifestError(
+            f"{where}: a text of {num_bytes:,} bytes; {_MAX_TEXT_BYTES:,} are the most: {_shorten(text)}"
+        )
+
+
+def _check_place(location: str, uri: str, allow: tuple[str, ...], where: str) -> None:
+    scheme, rest = storage.split_scheme(uri)
+    if scheme in ("file", "local"):  # a list on this machine may name what its user may read
+        known = storage.split_scheme(location)[0] in fsspec.available_protocols()
+        if not known:
+            raise ManifestError(f"{where}: image_uri {_shorten(location)} is no location that is known here")
+        return
+    own = f"{scheme}://{rest.partition('/')[0]}/"
+    if not any(location.startswith(place.rstrip("/") + "/") for place in (own, *allow)):
+        raise ManifestError(
+            f"{where}: image_uri {_shorten(location)} lies outside of {own}; "
+            f"--set 'run.allow=[{location[:60]}]' if it may be read"
+        )
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 120 else f"{text[:100]}... ({len(text):,} characters)"
 
 
 def _describe_file(size_bytes: int | None, etag: str | None, mtime: Any) -> dict[str, Any]:
@@ -130,9 +173,9 @@ def _row_prompts(row: dict[str, Any], prompts: tuple[str, ...], where: str) -> l
         own = row.get("prompt")
     if own is None:
         return list(prompts)
-    own = [own] if isinstance(own, str) else list(own)
-    if not own or not all(isinstance(prompt, str) for prompt in own):
-        raise ManifestError(f"{where}: prompts are {own!r}; they must be one text or a list of texts")
+    own = [own] if isinstance(own, str) else own
+    if not isinstance(own, list) or not own or not all(isinstance(prompt, str) for prompt in own):
+        raise ManifestError(f"{where}: prompts are {_shorten(own)}; they must be one text or a list of texts")
     return list(dict.fromkeys(own))
 
 
@@ -159,7 +202,7 @@ def read_manifest_rows(uri: str) -> Iterator[dict[str, Any]]:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         yield _json_record(line, f"{uri}, line {number}")
-    except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error) as error:
+    except (pa.ArrowException, UnicodeDecodeError, csv.Error, OSError, OverflowError) as error:
         raise ManifestError(f"{uri} cannot be read as a manifest: {error}") from error
 
 
@@ -171,10 +214,10 @@ def _check_columns(names: Sequence[str], uri: str) -> None:
 def _json_record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where} is not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ManifestError(f"{where} is {record!r}; a manifest's line is an object with image_uri")
+        raise ManifestError(f"{where} is {_shorten(record)}; a manifest's line is an object with image_uri")
     return record
 
 
@@ -185,7 +228,7 @@ def _text(value: Any, strip: str = "") -> str | None:
 def _size(value: Any) -> int | None:
     """A manifest's size_bytes: a whole number, written in a CSV or not; anything else is not known."""
     text = str(value)
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def _utf8(path: str) -> str:
@@ -194,6 +237,12 @@ def _utf8(path: str) -> str:
 
 
 def _timestamp(value: Any) -> datetime.datetime | None:
-    if isinstance(value, (int, float)):
-        return datetime.datetime.fromtimestamp(value, datetime.UTC)
+    """A time as stores and manifests tell it: seconds since 1970, ISO 8601, or a datetime; None for anything else."""
+    try:
+        if isinstance(value, (int, float)):
+            return datetime.datetime.fromtimestamp(value, datetime.UTC)
+        if isinstance(value, str):
+            value = datetime.datetime.fromisoformat(value)
+    except (ValueError, OverflowError, OSError):
+        return None
     return value if isinstance(value, datetime.datetime) else None

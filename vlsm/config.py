@@ -32,6 +32,9 @@ class RunSettings(Settings):
     cpus_per_actor: float | None = Field(None, gt=0, description="1 beside a GPU, else a node's but one, unless told")
     batch_size: int = Field(8, ge=1, description="images that go through the model at once")
     fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads at the same time")
+    allow: tuple[str, ...] = Field(
+        (), description="what image_uris may begin with beside the bucket of a manifest in an object store"
+    )
     image_timeout_s: float = Field(120, gt=0, description="to read one image, its tries together, or to decode it")
     outage_patience_s: float = Field(300, ge=0, description="a store that is away for longer ends the run")
     max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger share of failed images ends the run")

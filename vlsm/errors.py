@@ -48,5 +48,10 @@ class ImageError(VlsmError):
     def __init__(self, reason: str, message: str) -> None:
         if reason not in self.REASONS:
             raise ValueError(f"unknown reason {reason!r}; known reasons: {', '.join(self.REASONS)}")
-        super().__init__(f"{reason}: {message}")
+        # names of files come from anywhere: none may write lines of its own into a log
+        printable = "".join(
+            character if character.isprintable() else character.encode("unicode_escape").decode()
+            for character in message
+        )
+        super().__init__(f"{reason}: {printable}")
         self.reason = reason

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vlsm.errors import ImageError, StorageError
-from vlsm.storage import PATIENT_S, QUICK_S, open_uri, with_retries
+from vlsm.storage import PATIENT_S, QUICK_S, open_uri, store_errors, with_retries
 
 
 def read_image_bytes(
@@ -93,6 +93,10 @@ def _image_errors(uri: str) -> Iterator[None]:
         raise ImageError("unavailable", str(error)) from error
     except OSError as error:  # of the local disk
         raise ImageError("unreadable", f"{uri}: {error.strerror or error}") from error
+    except ValueError as error:  # a name that no disk can have
+        raise ImageError("unreadable", f"{uri}: {error}") from error
+    except store_errors() as error:  # a name that no store can have, or no credentials: the store will tell
+        raise ImageError("unavailable", f"{uri}: {error}") from error
 
 
 def _wait_for_store(uri: str, patience_s: float) -> bool:
@@ -103,8 +107,14 @@ def _wait_for_store(uri: str, patience_s: float) -> bool:
     def ask() -> None:
         nonlocal num_tries
         num_tries += 1
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # which are answers
+        try:
             fs.info(fs._parent(path))
+        except (FileNotFoundError, PermissionError):
+            return  # which are answers
+        except OSError as error:
+            response = getattr(error.__cause__, "response", {})
+            if not 400 <= response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) < 500:
+                raise
 
     with_retries(ask, uri, patience_s)
     return num_tries > 1

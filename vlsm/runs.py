@@ -71,7 +71,7 @@ def open_input(settings: SegmentSettings) -> Archive:
         ConfigError: INPUT does not exist, or holds no images.
     """
     with storage.name_errors("INPUT", settings.input):
-        archive = open_archive(settings.input, settings.prompts or (), exclude=settings.output)
+        archive = open_archive(settings.input, settings.prompts or (), settings.output, settings.run.allow)
         rows = iter(archive.rows)
         first = next(rows, None)
     if first is None:

@@ -197,14 +197,20 @@ def _delays(patience_s: float) -> Iterator[float]:
 @contextlib.contextmanager
 def name_errors(what: str, uri: str) -> Iterator[None]:
     """Storage that refuses is one sentence that names what was asked of it."""
+    errors: tuple[type[Exception], ...] = (OSError, *store_errors())
+    try:
+        yield
+    except errors as error:
+        raise ConfigError(f"{what} {uri!r} cannot be used: {error}") from error
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store's client raises beside an OSError."""
     try:
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError:  # without s3fs there are only this machine's own errors
-        BotoCoreError = ClientError = OSError
-    try:
-        yield
-    except (OSError, BotoCoreError, ClientError) as error:
-        raise ConfigError(f"{what} {uri!r} cannot be used: {error}") from error
+        return ()
+    return (BotoCoreError, ClientError)
 
 
 def _transient_errors() -> tuple[type[BaseException], ...]:

@@ -1,0 +1,165 @@
+"""Images, names and manifests that nobody should have made: errors of our own, and nothing outside its folder."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlsm import storage
+from vlsm.archive import open_archive
+from vlsm.errors import ImageError, ManifestError
+from vlsm.export import export_masks
+from vlsm.fetch import read_image_bytes
+from vlsm.images import decode_image
+from vlsm.manifest import shard_table
+from vlsm.masks import encode_mask
+from vlsm.results import write_part
+
+many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=6)
+
+
+def encode(kind):
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (24, 31, 3), dtype=np.uint8))
+    sink = io.BytesIO()
+    options = {
+        "TIFF": {"compression": "tiff_lzw"},
+        "JPEG": {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6"},
+    }
+    picture.save(sink, kind, **options.get(kind, {}))
+    return sink.getvalue()
+
+
+def mutate(data, changes, end):
+    """Some bytes overwritten, and the rest cut off."""
+    mutated = bytearray(data)
+    for place, content in changes:
+        start = int(place * len(mutated))
+        mutated[start : start + len(content)] = content
+    return bytes(mutated[: max(1, int(end * len(mutated)))])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "WEBP"])
+@many
+@given(changes=edits, end=st.one_of(st.just(1.0), st.floats(0, 1)))
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about what it makes of them
+def test_mutated_images_are_pictures_or_errors_of_ours(kind, changes, end):
+    try:
+        image = decode_image(mutate(encode(kind), changes, end), "x", max_pixels=1_000_000)
+    except ImageError as error:
+        assert error.reason in ("corrupt", "too_large")
+    else:
+        assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
+
+
+def write_manifest(path, kind):
+    frame = pd.DataFrame({"image_uri": [f"a/{n}.png" for n in range(20)], "image_id": [f"case {n}" for n in range(20)]})
+    frame["prompts"] = [["polyp", "flat"]] * 20
+    if kind == "csv":
+        frame.drop(columns="prompts").assign(prompt="polyp").to_csv(path, index=False)
+    elif kind == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@many
+@given(changes=edits, end=st.one_of(st.just(1.0), st.floats(0, 1)))
+def test_mutated_manifests_are_rows_or_errors_of_ours(kind, changes, end, tmp_path):
+    path = tmp_path / f"list.{kind}"
+    original = tmp_path / f"original.{kind}"
+    data = original.read_bytes() if original.exists() else write_manifest(original, kind)
+    path.write_bytes(mutate(data, changes, end))
+    try:
+        rows = list(open_archive(str(path), ("polyp",)).rows)
+    except ManifestError as error:
+        assert str(path) in str(error)
+    else:
+        assert shard_table(rows).num_rows == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image_uri": 5}, "image_uri is 5"),
+        ({"image_uri": ["a.png"]}, "it must name an image"),
+        ({"image_uri": "a.png", "prompts": 3}, "prompts are 3"),
+        ({"image_uri": "a.png", "prompts": []}, "prompts are []"),
+        ({"image_uri": "a.png", "prompts": {"a": 1}}, "prompts are"),
+        ({"image_uri": "a.png", "prompts": "x" * 10_000_000}, "a text of 10,000,000 bytes; 8,192 are the most: 'xxxx"),
+        ({"image_uri": "y" * 10_000_000}, "a text of 10,000,000 bytes"),
+        ({"image_uri": "a.png", "image_id": "\ud800"}, "is no Unicode text"),
+        ({"image_uri": "what://a.png"}, "'what://a.png' is no location that is known here"),
+    ],
+)
+def test_a_row_that_is_none_is_named_and_the_message_stays_short(tmp_path, row, message):
+    (tmp_path / "list.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ManifestError) as caught:
+        list(open_archive(str(tmp_path / "list.jsonl"), ("polyp",)).rows)
+    assert "list.jsonl, row 1" in str(caught.value) and message in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_times_and_sizes_that_are_none_are_not_known(tmp_path):
+    rows = [{"image_uri": "a.png", "mtime": value, "size_bytes": value} for value in (10**30, "noon", True, -1, [1])]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = list(open_archive(str(tmp_path / "list.jsonl"), ("polyp",)).rows)
+    assert [(row["size_bytes"], row["image_version"]) for row in found[:2]] == [(None, None)] * 2
+    assert shard_table(found).num_rows == 5
+
+
+@pytest.mark.parametrize(
+    "place", ["file:///etc/passwd", "/etc/passwd", "s3://images-of-others/a.png", "http://x/a.png"]
+)
+def test_a_manifest_in_a_store_leads_nowhere_else_unless_that_is_allowed(s3_folder, place):
+    uri = f"{s3_folder}/list.csv"
+    storage.write_bytes(uri, f"image_uri\na.png\n{s3_folder}/b.png\n{place}\n".encode())
+    with pytest.raises(ManifestError, match=r"row 3: image_uri .* lies outside of s3://images/; --set 'run.allow="):
+        list(open_archive(uri, ("polyp",)).rows)
+    allowed = place.rpartition("/")[0]
+    rows = list(open_archive(uri, ("polyp",), allow=(allowed,)).rows)
+    assert [row["image_uri"] for row in rows] == [f"{s3_folder}/a.png", f"{s3_folder}/b.png", place]
+
+
+@pytest.mark.parametrize("uri", ["/nowhere/a\0b.png", "s3://images/a\0b.png", "s3://images/../../etc/passwd"])
+def test_names_that_no_disk_or_store_can_have_are_errors_of_ours(s3_server, uri):
+    with pytest.raises(ImageError) as caught:
+        read_image_bytes(uri, 10, 1000, patience_s=0.1)
+    assert "\n" not in str(caught.value) and "\0" not in str(caught.value)
+
+
+def test_a_name_cannot_write_a_line_into_the_log():
+    error = ImageError("missing", "there is no file /x/a\n12:00:00 all is well\x1b[2J")
+    assert str(error) == r"missing: there is no file /x/a\n12:00:00 all is well\x1b[2J"
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), unique=True, max_size=8)
+)
+def test_exports_never_leave_their_folder_and_never_collide(names, tmp_path):
+    names += ["../../outside", "/etc/passwd", "a/../../b", "..", "a\nb", "a\0b", "CON", ".", "a//b", "a/b"]
+    names = list(dict.fromkeys(names))
+    place = tmp_path / "place"
+    shutil.rmtree(place, ignore_errors=True)
+    rows = [
+        {"image_id": name, "image_uri": "x", "prompt": prompt, "model": "m", "status": "ok", "height": 2, "width": 2}
+        | {"mask_rle": encode_mask(np.ones((2, 2), np.uint8))}
+        for name in names
+        for prompt in ("polyp", "../p")
+    ]
+    write_part(str(place / "run"), 0, rows, "run", 0)
+    assert export_masks(str(place / "run"), place / "pngs") == len(rows)
+    files = [path for path in place.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.is_relative_to(place / "pngs")]) == len(rows)
+    assert len(files) == len(rows) + 1
+    assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["place"]
