@@ -1,6 +1,8 @@
 """What the README claims about speed, each figure a ratio of two things measured in one run.
 
 python -m jobs.benchmark models --json models.json
+python -m jobs.benchmark scale --rows 10000 --rows 1000000
+python -m jobs.benchmark torture
 """
 
 import copy
@@ -20,7 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.scale import measure_growth
+from jobs.torture import SCENARIOS, Arena, CannotTortureError
 from vlsm.checkpoints import Checkpoint, CheckpointSettings
+from vlsm.errors import VlsmError
 from vlsm.images import normalize
 from vlsm.models import MODELS
 from vlsm.models.costs import build_architecture
@@ -62,8 +67,68 @@ def main(argv: list[str] | None = None) -> int:
     models.add_argument("--threads", type=int, default=2, help="of torch (2)")
     models.add_argument("--json", metavar="FILE", help="where to write the figures too")
     models.set_defaults(run=lambda args: benchmark_models(args))
+    scale = commands.add_parser("scale", help="a run as its archive grows", description=benchmark_scale.__doc__)
+    scale.add_argument("--rows", action="append", type=int, metavar="N", help="of the manifest (1000, 10000, 100000)")
+    scale.add_argument("--shard-rows", type=int, default=1024, metavar="N", help="of a part file (1024)")
+    scale.add_argument("--folder", metavar="DIR", help="where the runs are to be (a temporary folder)")
+    scale.set_defaults(run=benchmark_scale)
+    torture = commands.add_parser("torture", help="a run that is disturbed", description=benchmark_torture.__doc__)
+    torture.add_argument("--scenario", action="append", choices=SCENARIOS, help="all of them by default")
+    torture.add_argument("--images", type=int, default=1000, metavar="N", help="of the archive (1000)")
+    torture.add_argument("--seed", type=int, default=0, metavar="N", help="of images and moments (0)")
+    torture.set_defaults(run=benchmark_torture)
+    for command in (scale, torture):
+        command.add_argument("--json", metavar="FILE", help="where to write the figures too")
     args = parser.parse_args(argv)
     return int(args.run(args) or 0)
+
+
+def benchmark_scale(args: Namespace) -> int:
+    """Rows per second and the driver's peak memory of the segment job, with a model of four weights.
+
+    The rows name small images on the local disk in turns; all of a shard are different.
+    """
+    print(f"{'rows':>11} {'rows/s':>9} {'planning, s':>12} {'all, s':>9} {'driver, MB':>11}")
+    growths = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for num_rows in args.rows or (1000, 10_000, 100_000):
+            growth = measure_growth(Path(args.folder or temporary), num_rows, args.shard_rows)
+            growths.append(asdict(growth))
+            print(
+                f"{growth.num_rows:11,} {growth.rows_per_s:9,.0f} {growth.planning_s:12.1f} {growth.seconds:9.1f} "
+                f"{growth.peak_mb:11.0f}",
+                flush=True,
+            )
+    _write_json(args.json, {"scale": growths})
+    return 0
+
+
+def benchmark_torture(args: Namespace) -> int:
+    """The segment job, disturbed in every way; each scenario ends with the proof that no row is lost or done twice."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        arena = Arena(Path(folder), args.images, seed=args.seed)
+        arena.prepare()
+        print(f"{len(arena.expected):,} rows, undisturbed: proved")
+        for name in args.scenario or SCENARIOS:
+            started_s = time.monotonic()
+            try:
+                disturbances, outcome = SCENARIOS[name](arena), "proved"
+            except CannotTortureError as error:
+                disturbances, outcome = {}, f"left out: {error}"
+            except VlsmError as error:
+                disturbances, outcome = {}, f"FAILED: {error}"
+            seconds = time.monotonic() - started_s
+            told = ", ".join(f"{count} {what}" for what, count in disturbances.items())
+            print(f"{name:14} {seconds:7.0f} s  {told}: {outcome}", flush=True)
+            results.append({"scenario": name, "seconds": round(seconds, 1), **disturbances, "outcome": outcome})
+    _write_json(args.json, {"torture": results})
+    return int(any(str(result["outcome"]).startswith("FAILED") for result in results))
+
+
+def _write_json(path: str | None, figures: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(describe_machine() | figures, indent=2), encoding="utf-8")
 
 
 def benchmark_models(args: Namespace) -> int:
@@ -86,10 +151,8 @@ def benchmark_models(args: Namespace) -> int:
             f"{speed.ours_10_s / speed.ours_1_s:7.2f}x",
             flush=True,
         )
-    if args.json:
-        report = {"threads": args.threads, "repeats": args.repeats, **describe_machine()}
-        report["models"] = [asdict(speed) for speed in speeds]
-        Path(args.json).write_text(json.dumps(report, indent=2), encoding="utf-8")
+    figures = {"threads": args.threads, "repeats": args.repeats, "models": [asdict(speed) for speed in speeds]}
+    _write_json(args.json, figures)
     wrong = [speed.name for speed in speeds if not speed.largest_difference < 1e-3]
     if wrong:
         print(f"error: the two ways disagree for {', '.join(wrong)}", file=sys.stderr)

@@ -89,7 +89,7 @@ def tell(output: Path) -> None:
         f"mean Dice on images never seen: {', '.join(f'{kind} {value:.3f}' for kind, value in dice.items())}\n"
         f"curves    {training.output}/curves.png\n"
         f"masks     {settings.output}/masks/*.parquet\n"
-        f"overlays  {output / 'overlays.png'}\n"
+        f"overlays  {output / 'overlays.png'}: masks green, what was drawn magenta, the worst first\n"
         f"summary   {settings.output}/summary.json\n"
         f"done in {time.monotonic() - started_s:.0f} s"
     )

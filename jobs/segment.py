@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = make_parser("jobs.segment", str(__doc__).partition("\n")[0], SegmentSettings)
     parser.add_argument(
-        "input", metavar="INPUT", help="folder or prefix (recursive), glob, or manifest; local or s3://"
+        "input", metavar="INPUT", help="folder or prefix (recursive), glob, image, or manifest; local or s3://"
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder for the masks; a rerun continues there")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint directory; local or s3://")
@@ -63,6 +63,8 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
             return summary
         storage.remove(storage.join(output, SUMMARY_NAME))
     started_s = time.monotonic()
+    if settings.prompts is None:
+        logger.info("the prompt is the checkpoint's own: %s", ", ".join(map(repr, run.settings.prompts or ())))
     state = compare_run(output, run.plan, run.run_id, settings.retry_failed)
     num_before = state.num_done
     logger.info(

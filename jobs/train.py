@@ -9,6 +9,7 @@ dies, workers, nodes or the driver, goes on from there: the plan of steps follow
 import contextlib
 import hashlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from vlsm.inspection import Facts
 from vlsm.recipe import TrainSettings
 from vlsm.record import read_record
 from vlsm.runs import read_summary
+
+_STARTING_S = 5.0  # without a word from the workers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,18 +99,21 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
 def dry_run(settings: TrainSettings) -> None:
     """Print the resolved settings and what is to be said of the data; nothing is written, nothing is trained."""
-    from jobs.feeding import inspect_records
-    from vlsm.training_run import check_examples, check_model
+    from vlsm.training_run import build_learning_model, check_examples, check_model
+
+    def inspect(records: Sequence[Record]) -> list[Facts]:
+        from jobs.feeding import inspect_records
+
+        with ray_session(log_to_driver=False):
+            return inspect_records(records, settings.data)
 
     check_model(settings)
-    with ray_session(log_to_driver=False):
-        _, lines, num_broken = check_examples(
-            settings, lambda records: inspect_records(records, settings.data), num_shown=None
-        )
+    build_learning_model(settings)
+    _, lines, num_broken = check_examples(settings, inspect, num_shown=None)
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print("\n".join(f"# {line}" for line in lines))
     if num_broken and not settings.data.skip_broken:
-        raise VlsmError(f"{num_broken:,} records are broken")
+        raise VlsmError(f"{num_broken:,} records are broken: mend them, or --set data.skip_broken=true to do without")
 
 
 def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
@@ -131,9 +137,15 @@ def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
     decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
     ended = fit_in_background(work, size)
+    started_s, num_lines = time.monotonic(), 0
     while not ended.wait(1.0):
         for line in ray.get(board.take.remote()):
             logger.info("%s", line)
+            num_lines += 1
+        waited_s = time.monotonic() - started_s
+        if not num_lines and waited_s >= _STARTING_S:
+            logger.info("the workers are starting and loading the model")
+            num_lines += 1
     for line in ray.get(board.take.remote()):
         logger.info("%s", line)
     if message := ray.get(board.failure.remote()):

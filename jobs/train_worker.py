@@ -168,8 +168,8 @@ class _Worker:
         self._save([], is_best)
         if self.rank == 0:
             write_metrics(self.output, state.history)
-            for track in self.trackers:
-                track(rows)
+            for tracker in self.trackers:
+                tracker.track(rows)
         self.say(_describe_epoch(rows, optim.epochs, is_best))
 
     def _save(self, scores: list[tuple[int, float, float]], is_best: bool = False) -> None:
@@ -201,7 +201,8 @@ class _Worker:
         named = [(self.records[example].dataset, loss, dice) for example, loss, dice in scores]
         datasets = [*self.settings.datasets, *self.settings.external]
         own = dict.fromkeys(record.dataset for record in self.records)  # a manifest may name others
-        return summarize(named, list(dict.fromkeys([*datasets, *own])), {"split": split, **common})
+        names = list(dict.fromkeys([*datasets, *own]))
+        return summarize(named, names, {"split": split, **common}, self.settings.external)
 
     def _test(self) -> list[Row]:
         """Of the best checkpoint, as it will be used."""
@@ -229,12 +230,14 @@ class _Worker:
             return
         state.history.rows += rows
         write_metrics(self.output, state.history)
-        for track in self.trackers:
+        for tracker in self.trackers:
             if rows:
-                track(rows)
+                tracker.track(rows)
+            tracker.finish()
         shown = [row for row in state.history.rows if row.epoch == best and row.split != "train"]
         summary = {
             "checkpoint": storage.join(self.output, CHECKPOINT_NAME),
+            "prompt": default_prompt(self.records, self.settings),
             "epochs": state.epoch,
             "best_epoch": best,
             "steps": state.steps,

@@ -74,7 +74,7 @@ def test_empty_masks_are_told(dataset):
     height_width = Image.open(dataset.folder / "images" / "val0.png").size
     Image.new("L", height_width, 100).save(dataset.folder / "masks" / "val0.png")
     assert found(*dataset()) == [("empty mask", "val", "record 1")]
-    assert found(*dataset(mask_threshold=99)) == []
+    assert found(*dataset(mask_threshold=99)) == [("full mask", "val", "record 1")]
 
 
 def test_noise_of_jpeg_masks_is_no_foreground(dataset):

@@ -4,7 +4,7 @@ import difflib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -173,7 +173,9 @@ def describe_settings(settings: type[Settings]) -> list[str]:
                 if info.is_required()
                 else yaml.safe_dump(_plain(info.default), default_flow_style=True).partition("\n")[0]
             )
-            lines.append(f"  {f'{key}={default}':28} {info.description}")
+            choices = [str(choice) for choice in get_args(info.annotation) if isinstance(choice, str)]
+            among = f" ({', '.join(choices)})" if get_origin(info.annotation) is Literal else ""
+            lines.append(f"  {f'{key}={default}':28} {info.description}{among}")
     return lines
 
 

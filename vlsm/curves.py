@@ -10,6 +10,7 @@ def draw_curves(history: History) -> bytes:
     """Loss and Dice over the epochs, train and val, a colour per dataset and black for their mean, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     datasets = list(dict.fromkeys(row.dataset for row in history.rows if row.dataset != MEAN))
@@ -27,6 +28,7 @@ def draw_curves(history: History) -> bytes:
         if name == "dice":
             axes.set_ylim(0, 1)
             axes.axvline(history.best_epoch("dice"), color="grey", linewidth=0.8, label="best")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     buffer = io.BytesIO()

@@ -11,6 +11,7 @@ from vlsm.archive import MANIFEST_EXTENSIONS, read_manifest_rows
 from vlsm.errors import ConfigError, ManifestError
 
 SPLITS = ("train", "val", "test")
+_SHOWN = 10  # problems of a message
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,24 @@ def read_dataset(name: str, uri: str) -> list[Record]:
     if uri.lower().endswith(MANIFEST_EXTENSIONS):
         if not storage.exists(uri):
             raise ConfigError(f"dataset {name}: there is no manifest at {uri!r}")
-        return list(_manifest_records(name, uri))
+        return _all_or_problems(name, list(_manifest_records(name, uri)))
     lists = [split for split in SPLITS if storage.exists(storage.join(uri, "anns", f"{split}.json"))]
     if not lists:
-        raise ConfigError(f"dataset {name}: {uri!r} has no anns/train.json, anns/val.json or anns/test.json")
-    return [record for split in lists for record in _layout_records(name, uri, split)]
+        what = "has no anns/train.json, anns/val.json or anns/test.json" if storage.exists(uri) else "does not exist"
+        raise ConfigError(f"dataset {name}: {uri!r} {what}")
+    return _all_or_problems(name, [item for split in lists for item in _layout_records(name, uri, split)])
 
 
-def _layout_records(name: str, uri: str, split: str) -> Iterator[Record]:
+def _all_or_problems(name: str, items: list[Record | ManifestError]) -> list[Record]:
+    problems = [str(item) for item in items if isinstance(item, ManifestError)]
+    if problems:
+        more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+        raise ManifestError(f"dataset {name}: {'; '.join(problems[:_SHOWN])}{more}")
+    return [item for item in items if isinstance(item, Record)]
+
+
+def _layout_records(name: str, uri: str, split: str) -> Iterator[Record | ManifestError]:
+    """Records, and what is wrong with others."""
     location = storage.join(uri, "anns", f"{split}.json")
     try:
         rows = json.loads(storage.read_bytes(location))
@@ -70,39 +81,52 @@ def _layout_records(name: str, uri: str, split: str) -> Iterator[Record]:
         raise ManifestError(f"dataset {name}: {location} holds a {type(rows).__name__}; it must be a list of records")
     for number, row in enumerate(rows, start=1):
         where = f"{location}, record {number}"
-        if not isinstance(row, dict):
-            raise ManifestError(f"{where} is {row!r}; it must be an object")
-        image, mask = (_file_name(row, key, where) for key in ("img_name", "mask_name"))
-        prompts = row.get("prompts")
-        if not isinstance(prompts, dict):
-            raise ManifestError(f"{where}: prompts are {prompts!r}; they must be named, such as p1")
-        yield Record(
-            name,
-            split,
-            where,
-            storage.join(uri, "images", image),
-            storage.join(uri, "masks", mask),
-            {kind: _texts(texts, f"{where}, prompt {kind}") for kind, texts in prompts.items()},
-        )
+        try:
+            yield _layout_record(name, uri, split, row, where)
+        except ManifestError as error:
+            yield error
 
 
-def _manifest_records(name: str, uri: str) -> Iterator[Record]:
-    folder = uri.rsplit("/", 1)[0]
+def _layout_record(name: str, uri: str, split: str, row: Any, where: str) -> Record:
+    if not isinstance(row, dict):
+        raise ManifestError(f"{where} is {row!r}; it must be an object")
+    image, mask = (_file_name(row, key, where) for key in ("img_name", "mask_name"))
+    prompts = row.get("prompts")
+    if not isinstance(prompts, dict):
+        raise ManifestError(f"{where}: prompts are {prompts!r}; they must be named, such as p1")
+    return Record(
+        name,
+        split,
+        where,
+        storage.join(uri, "images", image),
+        storage.join(uri, "masks", mask),
+        {kind: _texts(texts, f"{where}, prompt {kind}") for kind, texts in prompts.items()},
+    )
+
+
+def _manifest_records(name: str, uri: str) -> Iterator[Record | ManifestError]:
+    """Records, and what is wrong with others."""
     for number, row in enumerate(read_manifest_rows(uri), start=1):
-        where = f"{uri}, row {number}"
-        locations = [row.get(key) for key in ("image_uri", "mask_uri")]
-        if not all(isinstance(location, str) and location for location in locations):
-            raise ManifestError(f"{where}: image_uri and mask_uri are {locations}; both must name a file")
-        split = row.get("split")
-        if split not in SPLITS:
-            raise ManifestError(f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
-        image_uri, mask_uri = (
-            location if "://" in location or location.startswith("/") else storage.join(folder, location)
-            for location in map(str, locations)
-        )
-        texts = row.get("prompts") if row.get("prompts") is not None else row.get("prompt")
-        prompts = {} if texts is None else {"p1": _texts(texts, f"{where}, prompts")}
-        yield Record(str(row.get("dataset") or name), str(split), where, image_uri, mask_uri, prompts)
+        try:
+            yield _manifest_record(name, uri.rsplit("/", 1)[0], row, f"{uri}, row {number}")
+        except ManifestError as error:
+            yield error
+
+
+def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) -> Record:
+    locations = [row.get(key) for key in ("image_uri", "mask_uri")]
+    if not all(isinstance(location, str) and location for location in locations):
+        raise ManifestError(f"{where}: image_uri and mask_uri are {locations}; both must name a file")
+    split = row.get("split")
+    if split not in SPLITS:
+        raise ManifestError(f"{where}: split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    image_uri, mask_uri = (
+        location if "://" in location or location.startswith("/") else storage.join(folder, location)
+        for location in map(str, locations)
+    )
+    texts = row.get("prompts") if row.get("prompts") is not None else row.get("prompt")
+    prompts = {} if texts is None else {"p1": _texts(texts, f"{where}, prompts")}
+    return Record(str(row.get("dataset") or name), str(split), where, image_uri, mask_uri, prompts)
 
 
 def _file_name(row: dict[str, Any], key: str, where: str) -> str:

@@ -1,6 +1,6 @@
 """What a training run has shown so far, a row per epoch, split and dataset: judgements and pictures come from it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ class Row:
         epoch: from 1.
         step: optimiser steps of the run until then.
         split: "train", "val" or "test".
-        dataset: its name, or "mean" over the datasets.
+        dataset: its name, or "mean" over the datasets that are learned from.
         loss, dice: means over the examples; Dice of the masks at the model's size.
         num_examples: how many uses of examples they are means of.
         lr: the highest learning rate of the epoch's last step.
@@ -63,13 +63,19 @@ class History:
         return pa.Table.from_pylist([asdict(row) for row in self.rows], schema=schema)
 
 
-def summarize(scores: Sequence[tuple[str, float, float]], datasets: Sequence[str], common: dict[str, Any]) -> list[Row]:
-    """A row per dataset, and one for their mean.
+def summarize(
+    scores: Sequence[tuple[str, float, float]],
+    datasets: Sequence[str],
+    common: dict[str, Any],
+    external: Collection[str] = (),
+) -> list[Row]:
+    """A row per dataset, and one for the mean of those that were learned from.
 
     Args:
         scores: dataset, loss and Dice of each example.
         datasets: their names, in order; one without a score is passed over.
         common: the other fields of the rows.
+        external: names of datasets that nothing was learned from.
     """
     rows = []
     for dataset in datasets:
@@ -77,7 +83,8 @@ def summarize(scores: Sequence[tuple[str, float, float]], datasets: Sequence[str
         if len(own):
             loss, dice = own.mean(axis=0)
             rows.append(Row(dataset=dataset, loss=float(loss), dice=float(dice), num_examples=len(own), **common))
-    if rows:
-        loss, dice = (float(np.mean([getattr(row, name) for row in rows])) for name in ("loss", "dice"))
-        rows.append(Row(dataset=MEAN, loss=loss, dice=dice, num_examples=len(scores), **common))
+    if own_rows := [row for row in rows if row.dataset not in external]:
+        loss, dice = (float(np.mean([getattr(row, name) for row in own_rows])) for name in ("loss", "dice"))
+        num_examples = sum(row.num_examples for row in own_rows)
+        rows.append(Row(dataset=MEAN, loss=loss, dice=dice, num_examples=num_examples, **common))
     return rows

@@ -85,28 +85,45 @@ def inspect_record(record: Record, settings: DataSettings) -> Facts:
 
 
 def judge(records: Sequence[Record], facts: Sequence[Facts]) -> list[Finding]:
-    """All that is wrong with records: broken files, empty masks, images in two splits, images alike in two splits."""
-    findings = []
+    """All that is wrong with records, or may be: each of the kinds below."""
+    good = [index for index, fact in enumerate(facts) if not fact.error]
+    found = [*_odd_files(records, facts), *_twice(records, facts, good), *_in_two_splits(records, facts, good)]
+    return [
+        Finding(kind, record.dataset, record.split, record.where, message)
+        for kind, record, message in ((kind, records[index], message) for kind, index, message in found)
+    ]
 
-    def find(kind: str, index: int, message: str) -> None:
-        record = records[index]
-        findings.append(Finding(kind, record.dataset, record.split, record.where, message))
 
+def _odd_files(records: Sequence[Record], facts: Sequence[Facts]) -> Iterable[tuple[str, int, str]]:
     for index, fact in enumerate(facts):
         if fact.error:
-            find("broken", index, fact.error)
+            yield "broken", index, fact.error
         elif not fact.area_fraction:
-            find("empty mask", index, f"no pixel of {records[index].mask_uri} is above the threshold")
-    good = [index for index, fact in enumerate(facts) if not fact.error]
-    seen: dict[str, int] = {}
+            yield "empty mask", index, f"no pixel of {records[index].mask_uri} is above the threshold"
+        elif fact.area_fraction == 1:
+            yield "full mask", index, f"every pixel of {records[index].mask_uri} is above the threshold"
+
+
+def _twice(records: Sequence[Record], facts: Sequence[Facts], good: list[int]) -> Iterable[tuple[str, int, str]]:
+    firsts: dict[tuple[str, ...], int] = {}
     for index in good:
-        first = seen.setdefault(facts[index].image_sha256, index)
+        fact, record = facts[index], records[index]
+        key = (record.dataset, record.split, fact.image_sha256, fact.mask_sha256, repr(record.prompts))
+        if (first := firsts.setdefault(key, index)) != index:
+            yield "twice", index, f"{record.image_uri} and its mask are those of {records[first].where}"
+
+
+def _in_two_splits(
+    records: Sequence[Record], facts: Sequence[Facts], good: list[int]
+) -> Iterable[tuple[str, int, str]]:
+    firsts: dict[str, int] = {}
+    for index in good:
+        first = firsts.setdefault(facts[index].image_sha256, index)
         if records[first].split != records[index].split:
-            find("in two splits", index, f"{records[index].image_uri} is {_place(records[first])} as well")
+            yield "in two splits", index, f"{records[index].image_uri} is {_place(records[first])} as well"
     for index, twin, bits in _near_pairs(records, facts, good):
         message = f"{records[index].image_uri} looks like {_place(records[twin])} ({bits} of 64 bits differ)"
-        find("alike in two splits", index, message)
-    return findings
+        yield "alike in two splits", index, message
 
 
 def _place(record: Record) -> str:

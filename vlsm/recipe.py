@@ -1,10 +1,12 @@
 """Settings of a training run: all that decides the weights it ends with, and under `run` how it is carried out."""
 
 import difflib
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from vlsm import storage
 from vlsm.config import Settings
 from vlsm.models import MODELS
 
@@ -29,7 +31,7 @@ class DataSettings(Settings):
     """Which examples are seen, how often, and with which prompt."""
 
     prompt: str | dict[str, str] = Field(
-        "p1", description="a kind such as p1; random; text:WORDS; or one of these per dataset"
+        "p1", description="one of the kinds that records have; random; text:WORDS; or one of these per dataset"
     )
     sampling: Literal["proportional", "uniform"] | dict[str, float] = Field(
         "proportional", description="uniform: each dataset as often as any other; or a weight per dataset"
@@ -78,7 +80,7 @@ class TrainRunSettings(Settings):
     )
     gpus_per_worker: float | None = Field(None, ge=0, description="1 where the cluster has GPUs, else 0, unless told")
     cpus_per_worker: float | None = Field(None, gt=0, description="1 beside a GPU, else most CPUs, unless told")
-    micro_batch_size: int = Field(8, ge=1, description="examples at once per worker; more of a batch are accumulated")
+    micro_batch_size: int = Field(8, ge=1, description="examples at once per worker; gradients are accumulated")
     compile: bool = Field(False, description="torch.compile the model")
     fsdp: bool = Field(False, description="shard a model that learns as a whole over the workers")
     cache_images: bool | None = Field(
@@ -105,9 +107,11 @@ class TrainSettings(Settings):
     """A training run."""
 
     output: str
-    datasets: dict[str, str] = Field(min_length=1)
+    datasets: dict[str, str] = Field({}, description="by name, as --dataset gives them")
     model: str | None = Field(None, description="one of `python -m vlsm.models`; needed without start_from")
-    options: dict[str, Any] = Field({}, description="of the model: --set options.image_size=224")
+    options: dict[str, Any] = Field(
+        {}, description="of the model: --set options.image_size=224; `python -m vlsm.models NAME` lists them"
+    )
     trainable: Trainable = Field("decoder", description="decoder, lora or all: what learns of pretrained towers")
     lora_rank: int = Field(8, ge=1, description="of the adapters of trainable=lora")
     start_from: str | None = Field(None, description="a checkpoint directory to go on from, instead of a model")
@@ -119,6 +123,24 @@ class TrainSettings(Settings):
     data: DataSettings = DataSettings()
     optim: OptimSettings = OptimSettings()
     run: TrainRunSettings = TrainRunSettings()
+
+    @field_validator("datasets", "external", "start_from")
+    @classmethod
+    def _make_absolute(cls, value: Any) -> Any:
+        """Workers have another working directory, and a rerun may have one too."""
+        if isinstance(value, dict):
+            return {name: storage.absolute(uri) for name, uri in value.items()}
+        return value and storage.absolute(value)
+
+    @field_validator("options")
+    @classmethod
+    def _make_local_sources_absolute(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: storage.absolute(source)
+            if key.endswith(("source", "weights")) and isinstance(source, str) and Path(source).exists()
+            else source
+            for key, source in value.items()
+        }
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
@@ -134,6 +156,8 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _check_datasets(self) -> Self:
+        if not self.datasets:
+            raise ValueError("there is nothing to train on: give --dataset NAME=URI once at least")
         if twice := self.datasets.keys() & self.external.keys():
             raise ValueError(f"{', '.join(sorted(twice))} is named both as a dataset and as an external one")
         if "mean" in self.datasets.keys() | self.external.keys():

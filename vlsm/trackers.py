@@ -1,8 +1,10 @@
 """Metrics of a training run for the tools in which people compare runs."""
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,20 @@ from vlsm.errors import ConfigError
 from vlsm.history import History, Row
 from vlsm.recipe import TrainSettings
 
-Track = Callable[[Sequence[Row]], None]
+
+@dataclass(frozen=True)
+class Tracker:
+    """One of them: what takes an epoch's rows, and what ends the run there when it is finished."""
+
+    track: Callable[[Sequence[Row]], None]
+    finish: Callable[[], object]
+
+
+def check_trackers(settings: TrainSettings) -> None:
+    """Nothing, or a ConfigError where the package of a tracker that the settings name is not installed."""
+    for package in ("mlflow", "wandb"):
+        if getattr(settings.run, package) and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"run.{package} needs the package {package}: pip install it, here and where workers run")
 
 
 def tensorboard_events(history: History) -> bytes:
@@ -30,28 +45,26 @@ def tensorboard_events(history: History) -> bytes:
         return path.read_bytes()
 
 
-def open_trackers(settings: TrainSettings, run_id: str) -> list[Track]:
-    """Those that the settings name; each is to be given an epoch's rows.
+def open_trackers(settings: TrainSettings, run_id: str) -> list[Tracker]:
+    """Those that the settings name.
 
     Args:
         settings: run.mlflow and run.wandb.
         run_id: the same when the run is taken up again.
 
     Raises:
-        ConfigError: the tracker's package is not installed.
+        ConfigError: a tracker's package is not installed.
     """
+    check_trackers(settings)
     trackers = []
-    try:
-        if settings.run.mlflow:
-            trackers.append(_open_mlflow(settings.run.mlflow, settings, run_id))
-        if settings.run.wandb:
-            trackers.append(_open_wandb(settings, run_id))
-    except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed; pip install it where the workers run") from error
+    if settings.run.mlflow:
+        trackers.append(_open_mlflow(settings.run.mlflow, settings, run_id))
+    if settings.run.wandb:
+        trackers.append(_open_wandb(settings, run_id))
     return trackers
 
 
-def _open_mlflow(uri: str, settings: TrainSettings, run_id: str) -> Track:
+def _open_mlflow(uri: str, settings: TrainSettings, run_id: str) -> Tracker:
     from mlflow import MlflowClient
 
     if "://" not in uri or uri.startswith("file:"):  # MLflow 3 wants to be told that plain files are wanted
@@ -63,7 +76,8 @@ def _open_mlflow(uri: str, settings: TrainSettings, run_id: str) -> Track:
     if found:
         mlflow_id = found[0].info.run_id
     else:
-        mlflow_id = client.create_run(experiment_id, tags={"vlsm_run": run_id, "output": settings.output}).info.run_id
+        tags, name = {"vlsm_run": run_id, "output": settings.output}, settings.output.rsplit("/", 1)[-1]
+        mlflow_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
         for key, value in _parameters(settings).items():
             client.log_param(mlflow_id, key, value)
 
@@ -72,10 +86,10 @@ def _open_mlflow(uri: str, settings: TrainSettings, run_id: str) -> Track:
             for key, value in _scalars(row).items():
                 client.log_metric(mlflow_id, key, value, int(row.finished_at * 1000), row.epoch)
 
-    return track
+    return Tracker(track, lambda: client.set_terminated(mlflow_id))
 
 
-def _open_wandb(settings: TrainSettings, run_id: str) -> Track:
+def _open_wandb(settings: TrainSettings, run_id: str) -> Tracker:
     import wandb
 
     run = wandb.init(
@@ -86,7 +100,7 @@ def _open_wandb(settings: TrainSettings, run_id: str) -> Track:
         values = {key: value for row in rows for key, value in _scalars(row).items()}
         run.log(values, step=rows[-1].epoch)
 
-    return track
+    return Tracker(track, run.finish)
 
 
 def _scalars(row: Row) -> dict[str, float]:

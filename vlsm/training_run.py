@@ -32,6 +32,7 @@ from vlsm.inspection import Facts, describe_findings, digest_examples, examples_
 from vlsm.models import build_model, parse_options
 from vlsm.recipe import TrainSettings
 from vlsm.record import describe_differences, forget_run, make_record, read_record, write_record
+from vlsm.trackers import check_trackers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,6 +129,7 @@ def prepare_training(settings: TrainSettings, inspect: Inspect) -> list[Record]:
                     "choose another OUTPUT, or --set start_over=true to forget that run"
                 )
             return read_examples(output)
+        build_learning_model(settings)  # before all files are read: its weights may be nowhere
         table, lines, num_broken = check_examples(settings, inspect)
         for line in lines:
             logger.info("%s", line)
@@ -150,7 +152,8 @@ def prepare_training(settings: TrainSettings, inspect: Inspect) -> list[Record]:
 
 
 def check_model(settings: TrainSettings) -> None:
-    """Nothing, or a CheckpointError where the model cannot be what is asked for."""
+    """Nothing, or an error where the model or the trackers cannot be what is asked for, as far as is known at once."""
+    check_trackers(settings)
     if settings.start_from is not None:
         with storage.name_errors("start_from", settings.start_from):
             parse_settings(read_checkpoint(settings.start_from), settings.start_from)
