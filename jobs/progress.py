@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 import ray
@@ -18,20 +19,20 @@ class Progress:
     """Counts of images and what is printed of them on stderr, by a thread of its own.
 
     Args:
-        total: images of the whole run.
+        total: images of the whole run, as far as they are known.
         done: images that an earlier run has done.
         failed: failed ones among them.
         board: the `jobs.board.Board` of the run.
     """
 
-    def __init__(self, total: int, done: int, failed: int, board: Any) -> None:
+    def __init__(self, total: Callable[[], int], done: int, failed: int, board: Any) -> None:
         self.total, self.done, self.failed = total, done, failed
         self._before = done
         self._board = board
         self._started_s = time.monotonic()
         self._stop = threading.Event()
         self._bar = (
-            tqdm(total=total, initial=done, unit="image", unit_scale=False, smoothing=0.05, dynamic_ncols=True)
+            tqdm(total=total(), initial=done, unit="image", unit_scale=False, smoothing=0.05, dynamic_ncols=True)
             if _has_columns()
             else None
         )
@@ -60,19 +61,20 @@ class Progress:
                 partial = ray.get(self._board.total.remote(), timeout=5)
             except ray.exceptions.RayError:
                 partial = 0  # a slow or ended cluster only costs this line its fraction of a shard
-            self._show(min(self.total, self.done + partial))
+            self._show(min(self.total(), self.done + partial))
 
     def _show(self, done: int) -> None:
         if self._bar is not None:
-            self._bar.n = done
+            self._bar.n, self._bar.total = done, self.total()
             self._bar.set_postfix(failed=self.failed)
             return
         elapsed_s = time.monotonic() - self._started_s
         rate = (done - self._before) / elapsed_s
-        left = str(datetime.timedelta(seconds=round((self.total - done) / rate))) if rate else "unknown"
-        share = 100 * done / self.total
+        total = self.total()
+        left = str(datetime.timedelta(seconds=round((total - done) / rate))) if rate else "unknown"
+        share = 100 * done / max(1, total)
         print(
-            f"{datetime.datetime.now():%H:%M:%S} {done:,} of {self.total:,} images ({share:.1f} %), "
+            f"{datetime.datetime.now():%H:%M:%S} {done:,} of {total:,} images ({share:.1f} %), "
             f"{rate:.1f} images/s, {self.failed:,} failed, {left} left",
             file=sys.stderr,
             flush=True,

@@ -7,25 +7,27 @@ number and it is put in one atomic step, so that its presence means done: a reru
 task that Ray retries, or that outlives its run, can only put the same rows again.
 """
 
-import json
+import contextlib
+import itertools
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from jobs.command import logger, make_parser, ray_session, run_command
-from jobs.stages import SegmentActor, Task, fetch_shard, pool_size, write_masks
+from jobs.command import logger, make_parser, run_command
+from jobs.stream import Wave, execute
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
-from vlsm.errors import VlsmError
-from vlsm.proof import RunState, compare_run
+from vlsm.planner import Planner
+from vlsm.proof import compare_run
 from vlsm.record import SUMMARY_NAME
-from vlsm.runs import Run, check_failed_share, finish_run, open_input, prepare_run, read_summary, resolve_settings
+from vlsm.results import part_name
+from vlsm.runs import finish_run, make_planner, open_input, prepare_run, read_summary, resolve_settings
 
 _WAVE = 2048  # shards that Ray Data plans at once: some hundreds a second
-_ROUNDS = 3  # a task that outlived a killed run may still undo what an update has planned anew
+_MORE_ROUNDS = 3  # a task that outlived a killed run may still undo what an update has planned anew
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,19 +67,25 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
     started_s = time.monotonic()
     if settings.prompts is None:
         logger.info("the prompt is the checkpoint's own: %s", ", ".join(map(repr, run.settings.prompts or ())))
-    state = compare_run(output, run.plan, run.run_id, settings.retry_failed)
-    num_before = state.num_done
-    logger.info(
-        "%d of %d images are to be done, in %d shards",
-        run.plan.num_images - num_before,
-        run.plan.num_images,
-        len(state.pending),
-    )
-    for round_number in range(_ROUNDS):
+    with contextlib.ExitStack() as stack:
+        planner = None if run.plan.is_complete else stack.enter_context(make_planner(run))
+        known = run.plan if planner is None else replace(run.plan, num_shards=planner.wait(0))
+        state = compare_run(output, known, run.run_id, settings.retry_failed)
+        num_before = state.num_done
+        waves = _waves(state.pending.items())
+        if planner is None:
+            logger.info("%d of %d images are to be done", run.plan.num_images - num_before, run.plan.num_images)
+            execute(run, waves, state, lambda: run.plan.num_images, settings.retry_failed)
+        else:
+            names = set(storage.list_names(storage.join(output, "masks")))
+            waves = itertools.chain(waves, _planned_waves(planner, known.num_shards, names))
+            execute(run, waves, state, lambda: planner.num_images, settings.retry_failed)
+            run = replace(run, plan=planner.result())
+    for _ in range(_MORE_ROUNDS):
+        state = compare_run(output, run.plan, run.run_id)
         if not state.pending:
             break
-        execute(run, state, settings.retry_failed and round_number == 0)
-        state = compare_run(output, run.plan, run.run_id)
+        execute(run, _waves(state.pending.items()), state, lambda: run.plan.num_images)
     return finish_run(run, state, num_before, time.monotonic() - started_s)
 
 
@@ -94,82 +102,18 @@ def dry_run(settings: SegmentSettings) -> None:
     )
 
 
-def execute(run: Run, state: RunState, retry_failed: bool) -> None:
-    """Stream the pending shards through Ray until each has its part file.
-
-    Args:
-        run: the planned run.
-        state: what is done and what is to be done.
-        retry_failed: whether images that have failed are to be done again.
-
-    Raises:
-        VlsmError: too large a share of the images failed, or a stage failed through its retries.
-        CheckpointError: the actors could not build the checkpoint's model.
-    """
-    import ray.data  # here, so that --help and wrong arguments do not wait for it
-
-    from jobs.board import start_board
-    from jobs.progress import Progress
-    from vlsm.checkpoints import build_checkpoint
-
-    with ray_session():
-        context = ray.data.DataContext.get_current()
-        context.target_max_block_size = None  # a shard stays one block, however large
-        context.max_errored_blocks = 0
-        context.retried_map_errors, context.max_map_retries = True, 2
-        context.max_consecutive_actor_init_deaths = 3
-        board = start_board()
-        task = Task(run.settings, run.run_id, run.plan.id, run.image_size, retry_failed, board)
-        pending = list(state.pending.items())
-        try:
-            with Progress(run.plan.num_images, state.num_done, state.counts["failed"], board) as progress:
-                for begin in range(0, len(pending), _WAVE):
-                    for part in stream_parts(run, pending[begin : begin + _WAVE], task).iter_rows():
-                        progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
-                        if progress.done >= min(run.settings.run.judge_after, run.plan.num_images):
-                            check_failed_share(
-                                run.settings, progress.done, progress.failed, json.loads(part["first_errors"])
-                            )
-        except ray.exceptions.RayError as error:
-            # an actor that could not load its checkpoint dies without a word of why
-            build_checkpoint(run.checkpoint_files, run.settings.checkpoint)
-            reason = ray.get(board.last_error.remote()) or _root_cause(error)
-            raise VlsmError(
-                f"a stage failed through its retries: {reason}; the same command goes on from here"
-            ) from error
+def _waves(pending: Iterable[tuple[int, bool]]) -> Iterator[Wave]:
+    """Pending shards, as many at a time as Ray Data plans in some seconds."""
+    iterator = iter(pending)
+    while wave := list(itertools.islice(iterator, _WAVE)):
+        yield wave
 
 
-def stream_parts(run: Run, pending: list[tuple[int, bool]], task: Task) -> Any:
-    """The pipeline as a lazy Ray dataset: a row per written part.
-
-    One row is one shard and batch_size is 1 in every stage, so that no stage can merge or split shards.
-    """
-    import ray
-
-    size = pool_size(run.settings, ray.nodes())
-    logger.info("up to %d model actors with %s CPUs and %s GPUs each", size.max_actors, size.num_cpus, size.num_gpus)
-    # each node fetches the weights once from the object store, whether or not it could reach the directory itself
-    weights = ray.put({name: np.frombuffer(data, np.uint8) for name, data in run.checkpoint_files.items()})
-    shards = [{"shard": shard, "exists": exists} for shard, exists in pending]
-    return (
-        ray.data.from_items(shards, override_num_blocks=len(shards))
-        .map_batches(fetch_shard, fn_args=(task,), batch_size=1, num_cpus=size.task_cpus)
-        .map_batches(
-            SegmentActor,
-            fn_constructor_args=(task, weights, size.num_threads),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size.max_actors),
-            num_cpus=size.num_cpus,
-            num_gpus=size.num_gpus,
-        )
-        .map_batches(write_masks, fn_args=(task,), batch_size=1, num_cpus=size.task_cpus)
-    )
-
-
-def _root_cause(error: BaseException) -> str:
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+def _planned_waves(planner: Planner, num_shards: int, names: set[str]) -> Iterator[Wave]:
+    """The shards behind so many, while they are being planned: each wave is what there is when the last one is done."""
+    while (end := planner.wait(num_shards)) > num_shards:
+        yield from _waves((shard, part_name(shard) in names) for shard in range(num_shards, end))
+        num_shards = end
 
 
 if __name__ == "__main__":

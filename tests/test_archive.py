@@ -127,3 +127,31 @@ def test_a_wrong_manifest_is_named_with_the_place(tmp_path, name, content, messa
         list(open_archive(str(tmp_path / name), ("p",)).rows)
     assert message in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_links_to_files_are_files_and_links_to_folders_are_told(tree):
+    (tree / "link.jpg").symlink_to(tree / "sub" / "b.jpg")
+    (tree / "lost.jpg").symlink_to(tree / "nowhere.jpg")
+    (tree / "loop").symlink_to(tree)
+    archive = open_archive(str(tree), ("p",))
+    rows = {row["image_id"]: row for row in archive.rows}
+    assert rows["link.jpg"]["size_bytes"] == 1
+    assert rows["lost.jpg"]["size_bytes"] is None
+    assert archive.skipped["of type link"] == 1
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_a_listing_that_was_broken_off_goes_on_behind_any_file(tree, s3_folder, place):
+    for name in ("sub-b/x.jpg", "sub b/x.jpg", "sub/deep/b.jpg", "sub.jpg"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_bytes(b"x")
+    if place == "s3":
+        import s3fs
+
+        s3fs.S3FileSystem().put(f"{tree}/", f"{s3_folder}/in/", recursive=True)
+    uri = str(tree) if place == "disk" else f"{s3_folder}/in"
+    rows = list(open_archive(uri, ("p",)).rows)
+    assert len({row["image_id"] for row in rows}) == len(rows) == 9
+    for number, row in enumerate(rows):
+        rest = [row["image_id"] for row in open_archive(uri, ("p",), after=row["image_uri"]).rows]
+        assert rest == [row["image_id"] for row in rows[number + 1 :]]

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from vlsm import storage
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.images import EXTENSIONS
+from vlsm.listing import Info, list_files
 
 MANIFEST_EXTENSIONS = (".parquet", ".csv", ".jsonl")
 _MAX_TEXT_BYTES = 8192  # of an image_id, a location, a prompt
@@ -26,14 +28,20 @@ class Archive:
     """A stream of manifest rows (dicts with the columns of MANIFEST_SCHEMA) and what was passed over on the way.
 
     `skipped` counts the files that are no images by their extension; it is complete once `rows` is exhausted.
+    `is_listed` tells a folder, prefix or glob from a manifest.
     """
 
     rows: Iterable[dict[str, Any]]
+    is_listed: bool = True
     skipped: Counter[str] = field(default_factory=Counter)
 
 
 def open_archive(
-    uri: str, prompts: tuple[str, ...], exclude: str | None = None, allow: tuple[str, ...] = ()
+    uri: str,
+    prompts: tuple[str, ...],
+    exclude: str | None = None,
+    allow: tuple[str, ...] = (),
+    after: str | None = None,
 ) -> Archive:
     """The images of an archive, one row each, in a stable order.
 
@@ -44,32 +52,34 @@ def open_archive(
         exclude: a folder whose files are no input, such as an output folder inside the archive.
         allow: what the image_uris of a manifest in an object store may begin with besides the store's own bucket:
             whoever can put a manifest there is not to read this machine's files, or other buckets, through the job.
+        after: the image_uri that a listing which was broken off had come to: only what follows it.
 
     Raises:
         ConfigError: there is nothing at the location.
         ManifestError: the manifest cannot be read, lacks what it needs, or leads to where it may not.
     """
     fs, path = storage.open_uri(uri)
-    archive = Archive(rows=())
-    if uri.lower().endswith(MANIFEST_EXTENSIONS) and fs.isfile(path):
+    archive = Archive(rows=(), is_listed=not uri.lower().endswith(MANIFEST_EXTENSIONS) or not fs.isfile(path))
+    if not archive.is_listed:
         archive.rows = _read_manifest(uri, prompts, allow)
         return archive
-    root, infos = _list_files(fs, path, uri)
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
+    root, infos = _find_files(fs, path, uri, after and storage.open_uri(after)[1])
     archive.rows = _image_rows(fs, root, infos, prompts, excluded, archive.skipped)
     return archive
 
 
-def _list_files(fs: Any, path: str, uri: str) -> tuple[str, list[dict[str, Any]]]:
+def _find_files(fs: Any, path: str, uri: str, after: str | None) -> tuple[str, Iterable[Info]]:
     """The folder that image_ids are relative to, and what the store says of each file in it."""
     if fs.isfile(path):
         return path.rsplit("/", 1)[0], [fs.info(path)]
-    found = fs.find(path, detail=True)
-    if found:
-        return path, list(found.values())
+    infos = iter(()) if storage.is_local(fs) and not fs.isdir(path) else list_files(uri)
+    if (first := next(infos, None)) is not None:
+        return path, itertools.chain([first], infos) if after is None else list_files(uri, after)
     if any(character in path for character in "*?["):
         plain = path[: min(path.index(character) for character in "*?[" if character in path)]
-        return plain.rsplit("/", 1)[0], [info for info in fs.glob(path, detail=True).values() if info["type"] == "file"]
+        found = sorted(fs.glob(path, detail=True).values(), key=lambda info: info["name"])
+        return plain.rsplit("/", 1)[0], [info for info in found if not after or info["name"] > after]
     if storage.is_local(fs) and fs.isdir(path):
         return path, []
     raise ConfigError(f"INPUT {uri!r} does not exist; it must be a folder, a prefix, a glob, an image or a manifest")
@@ -78,20 +88,20 @@ def _list_files(fs: Any, path: str, uri: str) -> tuple[str, list[dict[str, Any]]
 def _image_rows(  # noqa: PLR0913 - one place that knows how a listed file becomes a row
     fs: Any,
     root: str,
-    infos: list[dict[str, Any]],
+    infos: Iterable[Info],
     prompts: tuple[str, ...],
     excluded: str | None,
     skipped: Counter[str],
 ) -> Iterator[dict[str, Any]]:
     prefix = root.rstrip("/") + "/"
-    for info in sorted(infos, key=lambda info: info["name"]):
+    for info in infos:
         path = info["name"]
         name = path.rsplit("/", 1)[-1]
-        if info["type"] != "file" or (excluded and path.startswith(excluded)):
+        if excluded and path.startswith(excluded):
             continue
         # "._x.jpg" is what macOS leaves beside x.jpg on foreign disks: never an image
-        if not name.lower().endswith(EXTENSIONS) or name.startswith("._"):
-            skipped["." + name.rsplit(".", 1)[-1].lower() if "." in name else "no extension"] += 1
+        if info["type"] != "file" or not name.lower().endswith(EXTENSIONS) or name.startswith("._"):
+            skipped[_describe_other(info, name)] += 1
             continue
         readable = _utf8(path)
         yield {
@@ -101,6 +111,12 @@ def _image_rows(  # noqa: PLR0913 - one place that knows how a listed file becom
         } | _describe_file(
             info.get("size"), _text(info.get("ETag"), strip='"'), info.get("mtime", info.get("LastModified"))
         )
+
+
+def _describe_other(info: Info, name: str) -> str:
+    if info["type"] != "file":
+        return f"of type {info['type']}"
+    return "." + name.rsplit(".", 1)[-1].lower() if "." in name else "no extension"
 
 
 def _read_manifest(uri: str, prompts: tuple[str, ...], allow: tuple[str, ...]) -> Iterator[dict[str, Any]]:

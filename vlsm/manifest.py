@@ -25,12 +25,16 @@ SHARDS_PER_FILE = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is planned: images, output rows (one per image and prompt), and the shards that they are cut into."""
+    """How much is planned: images, output rows (one per image and prompt), and the shards that they are cut into.
+
+    While the archive is still being listed it is not complete, and counts nothing.
+    """
 
     id: str
-    num_images: int
-    num_rows: int
-    num_shards: int
+    num_images: int = 0
+    num_rows: int = 0
+    num_shards: int = 0
+    is_complete: bool = True
 
 
 def cut_shards(rows: Iterable[dict[str, Any]], shard_rows: int) -> Iterator[list[dict[str, Any]]]:
@@ -69,23 +73,55 @@ def shard_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist([{"vanished": False} | row for row in rows], schema=MANIFEST_SCHEMA)
 
 
-class ManifestWriter:
-    """Writes a plan shard by shard; no more of it is in memory than one file."""
+def new_plan_id() -> str:
+    """An id that no other plan has."""
+    return uuid.uuid4().hex[:12]
 
-    def __init__(self, output: str) -> None:
-        self.output, self.plan_id = output, uuid.uuid4().hex[:12]
+
+class ManifestWriter:
+    """Writes a plan shard by shard; no more of it is in memory than one file.
+
+    Attributes:
+        num_written: shards whose file is written.
+    """
+
+    def __init__(self, output: str, plan_id: str | None = None) -> None:
+        self.output, self.plan_id = output, plan_id or new_plan_id()
+        self.num_written = 0
         self._tables: list[pa.Table] = []
         self._id_hashes = array("Q")
         self._num_rows = self._num_shards = 0
 
+    @property
+    def num_images(self) -> int:
+        """Planned so far."""
+        return len(self._id_hashes)
+
+    def resume(self) -> str | None:
+        """Go on behind the files of a planning that was broken off; the last image_uri in them, if there are any."""
+        last = None
+        while storage.exists(uri := _file_uri(self.output, self.plan_id, self._num_shards // SHARDS_PER_FILE)):
+            parquet = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri, storage.PATIENT_S)))
+            if parquet.num_row_groups < SHARDS_PER_FILE:  # the last one: more may have come since
+                break
+            for row_group in range(SHARDS_PER_FILE):
+                shard = parquet.read_row_group(row_group)
+                self._count(shard)
+                last = shard["image_uri"][-1].as_py()
+            self.num_written = self._num_shards
+        return last
+
     def add(self, shard: pa.Table) -> None:
         """Add a shard, with the columns of MANIFEST_SCHEMA."""
         self._tables.append(shard)
+        self._count(shard)
+        if len(self._tables) == SHARDS_PER_FILE:
+            self._flush()
+
+    def _count(self, shard: pa.Table) -> None:
         self._id_hashes.extend(map(_hash, shard["image_id"].to_pylist()))
         self._num_rows += len(shard["prompts"].combine_chunks().flatten())
         self._num_shards += 1
-        if len(self._tables) == SHARDS_PER_FILE:
-            self._flush()
 
     def finish(self) -> Plan:
         """Write what is left.
@@ -110,7 +146,7 @@ class ManifestWriter:
                 writer.write_table(table, row_group_size=len(table))
         file = (self._num_shards - 1) // SHARDS_PER_FILE
         storage.write_bytes(_file_uri(self.output, self.plan_id, file), sink.getvalue().to_pybytes())
-        self._tables = []
+        self._tables, self.num_written = [], self._num_shards
 
 
 def read_shard(output: str, plan_id: str, shard: int, patience_s: float = storage.PATIENT_S) -> pa.Table:

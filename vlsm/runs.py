@@ -18,7 +18,8 @@ from vlsm.archive import Archive, open_archive
 from vlsm.checkpoints import digest_files, parse_settings, read_checkpoint
 from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
-from vlsm.manifest import Plan, list_plans, remove_plan, write_manifest
+from vlsm.manifest import Plan, list_plans, new_plan_id, remove_plan, write_manifest
+from vlsm.planner import Planner
 from vlsm.proof import RunState
 from vlsm.record import (
     SUMMARY_NAME,
@@ -38,7 +39,8 @@ logger = logging.getLogger("vlsm")
 class Run:
     """A planned run: resolved settings, the checkpoint's files and image size in pixels, how much there is to do.
 
-    `run_id` is the same as long as OUTPUT is this run's: it signs the parts.
+    `run_id` is the same as long as OUTPUT is this run's: it signs the parts. While its plan is not complete, a planner
+    is to go on with it.
     """
 
     settings: SegmentSettings
@@ -64,14 +66,16 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, dict[s
     return settings.model_copy(update=resolved), files, checkpoint.image.size
 
 
-def open_input(settings: SegmentSettings) -> Archive:
-    """The archive of a run, found to hold one image at least.
+def open_input(settings: SegmentSettings, after: str | None = None) -> Archive:
+    """The archive of a run, found to hold one image at least, or what of it follows an image_uri.
 
     Raises:
         ConfigError: INPUT does not exist, or holds no images.
     """
     with storage.name_errors("INPUT", settings.input):
-        archive = open_archive(settings.input, settings.prompts or (), settings.output, settings.run.allow)
+        archive = open_archive(settings.input, settings.prompts or (), settings.output, settings.run.allow, after)
+        if after is not None:
+            return archive
         rows = iter(archive.rows)
         first = next(rows, None)
     if first is None:
@@ -100,7 +104,7 @@ def prepare_run(settings: SegmentSettings) -> Run:
                 f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
                 "choose another OUTPUT, or --set start_over=true to forget that run"
             )
-        if settings.update and not is_new:
+        if settings.update and not is_new and record["plan"]["is_complete"]:
             record = _update_plan(settings, record)
     return Run(settings, files, image_size, Plan(**record["plan"]), record["run_id"])
 
@@ -113,7 +117,10 @@ def _plan_run(settings: SegmentSettings, facts: dict[str, Any]) -> dict[str, Any
         forget_run(output, folders=(("masks", "part-"), ("manifest", "plan-")))
     elif any(name.startswith("part-") for name in storage.list_names(storage.join(output, "masks"))):
         raise ConfigError(f"OUTPUT {output!r} holds masks of a run without config.yaml; choose another OUTPUT")
-    plan = write_manifest(output, archive.rows, settings.shard_rows)
+    if archive.is_listed:
+        plan = Plan(new_plan_id(), is_complete=False)
+    else:  # it is quickly read, and what is wrong with it is to be said before anything is begun
+        plan = write_manifest(output, archive.rows, settings.shard_rows)
     record = make_record(settings, {"run_id": uuid.uuid4().hex, **facts}, asdict(plan))
     others = list_plans(output) - {plan.id}
     if not create_record(output, record):
@@ -122,9 +129,28 @@ def _plan_run(settings: SegmentSettings, facts: dict[str, Any]) -> dict[str, Any
         return read_record(output) or record
     for plan_id in others:  # of jobs that died, or that are a moment late and will find this one
         remove_plan(output, plan_id)
+    if plan.is_complete:
+        _describe_plan(plan, archive)
+    return record
+
+
+def make_planner(run: Run) -> Planner:
+    """What goes on with the incomplete plan of a run, and puts it into its record in the end."""
+    settings = run.settings
+
+    def save(plan: Plan, archive: Archive) -> None:
+        record = read_record(settings.output)
+        if record is None or record["plan"]["id"] != plan.id:
+            raise ResultError(f"another job has planned {settings.output!r} anew meanwhile; run it again")
+        write_record(settings.output, record | {"plan": asdict(plan)})
+        _describe_plan(plan, archive)
+
+    return Planner(settings.output, run.plan, settings.shard_rows, lambda after: open_input(settings, after), save)
+
+
+def _describe_plan(plan: Plan, archive: Archive) -> None:
     skipped = f"; passed over {_describe_skipped(archive)}" if archive.skipped else ""
     logger.info("planned %d images, %d rows%s", plan.num_images, plan.num_rows, skipped)
-    return record
 
 
 def _update_plan(settings: SegmentSettings, record: dict[str, Any]) -> dict[str, Any]:

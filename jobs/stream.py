@@ -1,0 +1,105 @@
+"""The segment job's pipeline on Ray: shards flow through its stages until each has its part file."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jobs.command import logger, ray_session
+from jobs.stages import SegmentActor, Task, fetch_shard, pool_size, write_masks
+from vlsm.errors import VlsmError
+from vlsm.proof import RunState
+from vlsm.runs import Run, check_failed_share
+
+Wave = list[tuple[int, bool]]  # shards that are planned at once, and whether each has a part already
+
+
+def execute(
+    run: Run, waves: Iterator[Wave], state: RunState, count_images: Callable[[], int], retry_failed: bool = False
+) -> None:
+    """Stream shards through Ray, wave by wave; where there is none, Ray is not started.
+
+    Args:
+        run: the run.
+        waves: what is to be done, asked for one at a time.
+        state: what is done already.
+        count_images: of the whole run, as far as they are known.
+        retry_failed: whether images that have failed are to be done again.
+
+    Raises:
+        VlsmError: too large a share of the images failed, or a stage failed through its retries.
+        CheckpointError: the actors could not build the checkpoint's model.
+    """
+    first = next(waves, None)
+    if first is None:
+        return
+    import ray.data  # here, so that --help and wrong arguments do not wait for it
+
+    from jobs.board import start_board
+    from jobs.progress import Progress
+    from vlsm.checkpoints import build_checkpoint
+
+    with ray_session():
+        context = ray.data.DataContext.get_current()
+        context.target_max_block_size = None  # a shard stays one block, however large
+        context.max_errored_blocks = 0
+        context.retried_map_errors, context.max_map_retries = True, 2
+        context.max_consecutive_actor_init_deaths = 3
+        board = start_board()
+        task = Task(run.settings, run.run_id, run.plan.id, run.image_size, retry_failed, board)
+        # each node fetches the weights once from the object store, whether or not it could reach the directory itself
+        weights = ray.put({name: np.frombuffer(data, np.uint8) for name, data in run.checkpoint_files.items()})
+        try:
+            with Progress(count_images, state.num_done, state.counts["failed"], board) as progress:
+                for wave in itertools.chain([first], waves):
+                    for part in _stream_parts(wave, task, weights).iter_rows():
+                        progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
+                        if progress.done >= min(run.settings.run.judge_after, count_images()):
+                            errors = json.loads(part["first_errors"])
+                            check_failed_share(run.settings, progress.done, progress.failed, errors)
+        except ray.exceptions.RayError as error:
+            # an actor that could not load its checkpoint dies without a word of why
+            build_checkpoint(run.checkpoint_files, run.settings.checkpoint)
+            reason = ray.get(board.last_error.remote()) or _root_cause(error)
+            raise VlsmError(
+                f"a stage failed through its retries: {reason}; the same command goes on from here"
+            ) from error
+
+
+def _stream_parts(wave: Wave, task: Task, weights: Any) -> Any:
+    """The pipeline as a lazy Ray dataset: a row per written part.
+
+    One row is one shard and batch_size is 1 in every stage, so that no stage can merge or split shards.
+    """
+    import ray
+
+    size = pool_size(task.settings, ray.nodes())
+    logger.info(
+        "%d shards; up to %d model actors with %s CPUs and %s GPUs each",
+        len(wave),
+        size.max_actors,
+        size.num_cpus,
+        size.num_gpus,
+    )
+    shards = [{"shard": shard, "exists": exists} for shard, exists in wave]
+    return (
+        ray.data.from_items(shards, override_num_blocks=len(shards))
+        .map_batches(fetch_shard, fn_args=(task,), batch_size=1, num_cpus=size.task_cpus)
+        .map_batches(
+            SegmentActor,
+            fn_constructor_args=(task, weights, size.num_threads),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size.max_actors),
+            num_cpus=size.num_cpus,
+            num_gpus=size.num_gpus,
+        )
+        .map_batches(write_masks, fn_args=(task,), batch_size=1, num_cpus=size.task_cpus)
+    )
+
+
+def _root_cause(error: BaseException) -> str:
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
