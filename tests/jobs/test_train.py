@@ -233,7 +233,7 @@ def test_broken_records_are_listed_before_anything_is_trained(ray_cluster, label
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["out", "--set", "model=unet"], "datasets is missing"),
+        (["out", "--set", "model=unet"], "give --dataset NAME=URI once at least"),
         (["out", "--dataset", "a"], "--dataset 'a' is not of the form NAME=URI"),
         (["out", "--dataset", "a=nowhere", "--set", "model=unet"], "dataset a: .*nowhere' has no anns/train.json"),
         (["out", "--dataset", "a=x", "--set", "model=unte"], "unknown model 'unte'; did you mean 'unet'"),
