@@ -99,7 +99,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
 def dry_run(settings: TrainSettings) -> None:
     """Print the resolved settings and what is to be said of the data; nothing is written, nothing is trained."""
-    from vlsm.training_run import build_learning_model, check_examples, check_model
+    from vlsm.training_run import check_examples, check_model
 
     def inspect(records: Sequence[Record]) -> list[Facts]:
         from jobs.feeding import inspect_records
@@ -108,7 +108,6 @@ def dry_run(settings: TrainSettings) -> None:
             return inspect_records(records, settings.data)
 
     check_model(settings)
-    build_learning_model(settings)
     _, lines, num_broken = check_examples(settings, inspect, num_shown=None)
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print("\n".join(f"# {line}" for line in lines))

@@ -97,6 +97,7 @@ def check_examples(
 ) -> tuple[pa.Table, list[str], int]:
     """All examples, looked through; lines that say what was found, so many of a kind; how many are broken."""
     records = read_all_records(settings)
+    build_learning_model(settings)  # before all files are read: its weights may be nowhere
     facts = inspect(records)
     findings = judge(records, facts)
     table = examples_table(records, facts)
@@ -129,7 +130,6 @@ def prepare_training(settings: TrainSettings, inspect: Inspect) -> list[Record]:
                     "choose another OUTPUT, or --set start_over=true to forget that run"
                 )
             return read_examples(output)
-        build_learning_model(settings)  # before all files are read: its weights may be nowhere
         table, lines, num_broken = check_examples(settings, inspect)
         for line in lines:
             logger.info("%s", line)

@@ -235,7 +235,7 @@ def test_broken_records_are_listed_before_anything_is_trained(ray_cluster, label
     [
         (["out", "--set", "model=unet"], "give --dataset NAME=URI once at least"),
         (["out", "--dataset", "a"], "--dataset 'a' is not of the form NAME=URI"),
-        (["out", "--dataset", "a=nowhere", "--set", "model=unet"], "dataset a: .*nowhere' has no anns/train.json"),
+        (["out", "--dataset", "a=nowhere", "--set", "model=unet"], "dataset a: .*nowhere' does not exist"),
         (["out", "--dataset", "a=x", "--set", "model=unte"], "unknown model 'unte'; did you mean 'unet'"),
         (["out", "--dataset", "a=x", "--set", "optim.lrr=1"], "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
     ],
