@@ -72,8 +72,9 @@ class PoolSize:
 def pool_size(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> PoolSize:
     """As many actors as the cluster has GPUs, or nodes; CPU tasks keep room beside them.
 
-    Without GPUs the model has as many threads as the node has CPUs but asks Ray for one CPU less, so that fetching and
-    writing can always run beside it: with half a CPU left, Ray Data held all writing back until the last fetch.
+    Without GPUs the model has as many threads as a node has CPUs, but asks Ray for less, so that fetching and writing
+    can always run beside it: with room for two tasks, Ray Data held all writing back until the last fetch. It asks for
+    more than half a node, so that the actors of two jobs can never take all of it and both wait for their tasks.
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = sum(node.get("GPU", 0) for node in resources)
@@ -81,11 +82,11 @@ def pool_size(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> PoolSiz
     num_gpus = settings.run.gpus_per_actor
     if num_gpus is None:
         num_gpus = 1.0 if gpus else 0.0
-    num_cpus = settings.run.cpus_per_actor or (1.0 if num_gpus else max(0.5, cpus - 1))
+    num_cpus = settings.run.cpus_per_actor or (1.0 if num_gpus else max(0.625 * cpus, cpus - 1))
     num_threads = math.ceil(num_cpus) if num_gpus or settings.run.cpus_per_actor else int(cpus)
     max_actors = settings.run.actors or (max(1, int(gpus / num_gpus)) if num_gpus else len(resources))
     # unequal CPUs keep Ray from fusing the fetching tasks into the actors, which would decode on the model's time
-    task_cpus = 0.75 if num_gpus else 0.25
+    task_cpus = 0.75 if num_gpus else min(0.25, 0.09 * cpus)
     task_cpus = task_cpus / 2 if task_cpus == num_cpus else task_cpus
     return PoolSize(max_actors, num_cpus, num_gpus, task_cpus, num_threads)
 

@@ -57,6 +57,7 @@ class Arena:
         self.random = random.Random(self.seed)
         self.archive, self.checkpoint = self.folder / "archive", self.folder / "checkpoint"
         self.expected: dict[tuple[str, str], tuple[Any, ...]] = {}
+        self._jobs: list[subprocess.Popen[str]] = []
 
     def prepare(self) -> None:
         """Make images and checkpoint, and run the job undisturbed."""
@@ -78,7 +79,7 @@ class Arena:
             words += ["--set", setting]
         log = (self.folder / "jobs.log").open("a")
         with log:
-            return subprocess.Popen(
+            job = subprocess.Popen(
                 [sys.executable, "-m", "jobs.segment", *words],
                 cwd=_ROOT,
                 env=os.environ | self.environment | (environment or {}),
@@ -86,6 +87,15 @@ class Arena:
                 stderr=log,
                 text=True,
             )
+        self._jobs.append(job)
+        return job
+
+    def stop(self) -> None:
+        """End what a scenario that failed has left running."""
+        for job in self._jobs:
+            if job.poll() is None:
+                job.kill()
+                job.wait()
 
     def finish(self, output: str, *settings: str, **options: Any) -> None:
         """Run the job to its end.

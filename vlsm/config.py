@@ -29,7 +29,7 @@ class RunSettings(Settings):
         None, ge=1, description="model actors; one per GPU of the cluster, or per node, unless told"
     )
     gpus_per_actor: float | None = Field(None, ge=0, description="1 where the cluster has GPUs, else 0, unless told")
-    cpus_per_actor: float | None = Field(None, gt=0, description="1 beside a GPU, else a node's but one, unless told")
+    cpus_per_actor: float | None = Field(None, gt=0, description="1 beside a GPU, else most of a node's, unless told")
     batch_size: int = Field(8, ge=1, description="images that go through the model at once")
     fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads at the same time")
     allow: tuple[str, ...] = Field(

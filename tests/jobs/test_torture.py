@@ -20,4 +20,6 @@ def test_nothing_is_lost_and_nothing_done_twice(arena, name):
         disturbances = SCENARIOS[name](arena)
     except CannotTortureError as error:
         pytest.skip(str(error))
+    finally:
+        arena.stop()
     assert sum(disturbances.values()) > 0
