@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -74,6 +75,9 @@ def ray_session(log_to_driver: bool = True) -> Iterator[None]:
 
     opened = not ray.is_initialized()
     if opened:
+        # of a cluster that starts here: ours are fractions of a CPU, and beyond the limit Ray ends processes that are
+        # idle for a second, to start others in the next; a third of a small machine went that way
+        os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * (os.cpu_count() or 1)))
         ray.init(logging_level=logging.WARNING, include_dashboard=False, log_to_driver=log_to_driver)
         signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put a handler of its own there
     # warnings stay; what Ray Data says of its own progress would stand beside ours

@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster on loopback for a few minutes
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_num_workers_soft_limit"] = "16"  # several jobs at once: their idle processes need not be started anew
 
 import numpy as np
 import pytest
