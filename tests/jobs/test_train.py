@@ -167,42 +167,41 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(undisturbed
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
 
 
-def test_a_killed_worker_costs_nothing_but_time_from_s3_to_s3(ray_cluster, labelled, undisturbed, s3_folder, capfd):
+def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(ray_cluster, labelled, undisturbed, s3_folder):
+    """A worker that dies, an interrupt, a driver that dies; each costs nothing but time."""
     import s3fs
 
     fs = s3fs.S3FileSystem(use_listings_cache=False)
     fs.put(f"{labelled}/", f"{s3_folder}/drawn/", recursive=True)
-    job = start(*words(f"{s3_folder}/out", f"{s3_folder}/drawn"))
-    wait_for(job, lambda: fs.exists(f"{s3_folder}/out/metrics.parquet"))
-    training_workers()[-1].kill()
-    out, err = job.communicate(timeout=400)
-    assert job.returncode == 0, err
-    assert re.search(r"goes on at epoch \d, step \d", err)
-    assert json.loads(out.splitlines()[-1])["steps"] == 20  # before it stands what Ray says of the death
-    assert_same_run(f"{s3_folder}/out", undisturbed)
-    assert b"secret" not in b"".join(fs.cat_file(name) for name in fs.find(f"{s3_folder}/out"))
+    output = f"{s3_folder}/out"
+    arguments = words(output, f"{s3_folder}/drawn")
 
+    def written(name):
+        return fs.info(f"{output}/{name}")["LastModified"] if fs.exists(f"{output}/{name}") else None
 
-def test_an_interrupted_run_and_a_killed_driver_go_on_where_they_were(ray_cluster, labelled, undisturbed, tmp_path):
-    output = tmp_path / "out"
-    arguments = words(output, labelled)
     job = start(*arguments)
-    wait_for(job, (output / "last.safetensors").exists)
+    wait_for(job, lambda: written("metrics.parquet"))
+    training_workers()[-1].kill()
+    before = written("metrics.parquet")
+    wait_for(job, lambda: written("metrics.parquet") != before)
     job.send_signal(signal.SIGINT)
     out, err = job.communicate(timeout=120)
-    assert (job.returncode, out) == (130, "")
-    assert "interrupted; the same command goes on from here" in err and "Traceback" not in err
-    job = start(*arguments)
-    written = (output / "last.safetensors").stat().st_mtime_ns
-    wait_for(job, lambda: (output / "last.safetensors").stat().st_mtime_ns > written)
+    assert job.returncode == 130 and "{" not in out
+    assert re.search(r"goes on at epoch \d, step \d", err)
+    assert "interrupted; the same command goes on from here" in err
+
+    job, before = start(*arguments), written("last.safetensors")
+    wait_for(job, lambda: written("last.safetensors") != before)
     job.kill()
     job.communicate()
-    assert not (output / "summary.json").exists()
+    assert not fs.exists(f"{output}/summary.json")
+
     job = start(*arguments)
     out, err = job.communicate(timeout=400)
     assert job.returncode == 0, err
     assert json.loads(out)["steps"] == 20
     assert_same_run(output, undisturbed)
+    assert b"secret" not in b"".join(fs.cat_file(name) for name in fs.find(output))
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_dataset(ray_cluster, labelled, tmp_path, capfd):
