@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.arena import Arena
 from jobs.scale import measure_growth
-from jobs.torture import SCENARIOS, Arena, CannotTortureError
+from jobs.torture import SCENARIOS, CannotTortureError
 from vlsm.checkpoints import Checkpoint, CheckpointSettings
 from vlsm.errors import VlsmError
 from vlsm.images import normalize
@@ -118,6 +119,7 @@ def benchmark_torture(args: Namespace) -> int:
                 disturbances, outcome = {}, f"left out: {error}"
             except VlsmError as error:
                 disturbances, outcome = {}, f"FAILED: {error}"
+                arena.stop()
             seconds = time.monotonic() - started_s
             told = ", ".join(f"{count} {what}" for what, count in disturbances.items())
             print(f"{name:14} {seconds:7.0f} s  {told}: {outcome}", flush=True)

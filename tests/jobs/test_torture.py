@@ -2,7 +2,8 @@
 
 import pytest
 
-from jobs.torture import SCENARIOS, Arena, CannotTortureError
+from jobs.arena import Arena
+from jobs.torture import SCENARIOS, CannotTortureError
 
 pytestmark = pytest.mark.ray
 
