@@ -21,7 +21,7 @@ from vlsm.phantoms import write_labelled
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 # momentum and dropout carry over from step to step: whatever is lost of a run's state shows in its metrics
-SETTINGS = ["model=unet_d", "options.image_size=32", "options.width=4", "optim.epochs=4", "optim.batch_size=8"]
+SETTINGS = ["model=unet_d", "options.image_size=32", "options.width=4", "optim.epochs=6", "optim.batch_size=8"]
 SETTINGS += ["run.workers=2", "run.micro_batch_size=3", "run.checkpoint_steps=2", "data.prompt=random", "optim.lr=1e-2"]
 SETTINGS += ["data.augment.flip=true", "data.augment.rotate_degrees=10"]
 
@@ -104,11 +104,11 @@ def test_a_run_leaves_what_the_readme_says(undisturbed, labelled):
         "tensorboard", "summary.json",
     }  # fmt: skip
     summary = json.loads((undisturbed / "summary.json").read_text())
-    assert (summary["epochs"], summary["steps"]) == (4, 4 * 5)
+    assert (summary["epochs"], summary["steps"]) == (6, 6 * 5)
     frame = read_metrics(undisturbed)
     counts = frame[frame.dataset == "drawn"].groupby("split")["num_examples"].agg(["count", "max"])
     assert counts.to_dict("index") == {
-        "train": {"count": 4, "max": 40}, "val": {"count": 4, "max": 8}, "test": {"count": 1, "max": 6},
+        "train": {"count": 6, "max": 40}, "val": {"count": 6, "max": 8}, "test": {"count": 1, "max": 6},
     }  # fmt: skip
     best = frame[(frame.split == "val") & (frame.dataset == "mean")].set_index("epoch")["dice"].idxmax()
     assert summary["best_epoch"] == best
@@ -182,8 +182,8 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(ray_cluste
     job = start(*arguments)
     wait_for(job, lambda: written("metrics.parquet"))
     training_workers()[-1].kill()
-    before = written("metrics.parquet")
-    wait_for(job, lambda: written("metrics.parquet") != before)
+    before = written("last.safetensors")
+    wait_for(job, lambda: written("last.safetensors") != before)
     job.send_signal(signal.SIGINT)
     out, err = job.communicate(timeout=120)
     assert job.returncode == 130 and "{" not in out
@@ -199,7 +199,7 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(ray_cluste
     job = start(*arguments)
     out, err = job.communicate(timeout=400)
     assert job.returncode == 0, err
-    assert json.loads(out)["steps"] == 20
+    assert json.loads(out)["steps"] == 30
     assert_same_run(output, undisturbed)
     assert b"secret" not in b"".join(fs.cat_file(name) for name in fs.find(output))
 
