@@ -88,14 +88,16 @@ def ray_session(log_to_driver: bool = True) -> Iterator[None]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    try:
-        yield
-    except BaseException as error:
-        _release_frames(error)
-        raise
-    finally:
-        if opened:
-            ray.shutdown()
+    # stdout is the result's: what Ray and its processes print goes beside the log
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield
+        except BaseException as error:
+            _release_frames(error)
+            raise
+        finally:
+            if opened:
+                ray.shutdown()
 
 
 def _release_frames(error: BaseException | None) -> None:

@@ -186,7 +186,7 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(ray_cluste
     wait_for(job, lambda: written("last.safetensors") != before)
     job.send_signal(signal.SIGINT)
     out, err = job.communicate(timeout=120)
-    assert job.returncode == 130 and "{" not in out
+    assert (job.returncode, out) == (130, "")  # whatever Ray had to say of the death
     assert re.search(r"goes on at epoch \d, step \d", err)
     assert "interrupted; the same command goes on from here" in err
 
