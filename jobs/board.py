@@ -93,8 +93,9 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        message = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"
-        self._ask("end", message)
+        # only an Exception is a reason; Ray cancels the other tasks of a failed run by interrupts
+        failed = isinstance(error, Exception)
+        self._ask("end", f"{type(error).__name__}: {' '.join(str(error).split())}" if failed else None)
 
     @contextlib.contextmanager
     def image(self, position: int) -> Iterator[None]:
