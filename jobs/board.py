@@ -39,7 +39,7 @@ class Board:
     def __init__(self) -> None:
         self._images: dict[int, int] = {}
         self._tries: dict[tuple[str, int], _Tries] = {}
-        self._error: str | None = None
+        self._errors: dict[tuple[str, int], str] = {}
 
     def note(self, shard: int, num_images: int) -> None:
         """So many images of an unfinished shard are done; a retry overwrites its first try's note."""
@@ -69,11 +69,13 @@ class Board:
     def end(self, stage: str, shard: int, error: str | None) -> None:
         """A try has ended otherwise than by death, and why where it has failed."""
         self._tries.pop((stage, shard), None)
-        self._error = error or self._error
+        self._errors.pop((stage, shard), None)  # what was got over explains nothing
+        if error:
+            self._errors[stage, shard] = error
 
     def last_error(self) -> str | None:
         """Why the last try that failed has failed: what Ray says of it is long, and the reason lost in it."""
-        return self._error
+        return next(reversed(self._errors.values()), None)
 
 
 class Watch:

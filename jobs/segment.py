@@ -81,6 +81,8 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
             waves = itertools.chain(waves, _planned_waves(planner, known.num_shards, names))
             execute(run, waves, state, lambda: planner.num_images, settings.retry_failed)
             run = replace(run, plan=planner.result())
+            if settings.update and planner.is_resumed:  # what has changed of that which was listed before
+                run = prepare_run(settings.model_copy(update={"start_over": False}))
     for _ in range(_MORE_ROUNDS):
         state = compare_run(output, run.plan, run.run_id)
         if not state.pending:

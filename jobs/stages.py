@@ -246,7 +246,7 @@ def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
         for position, image in enumerate(images.to_pylist()):
             own = kept.get(image["image_id"], [])
             if position in undone:
-                own = _vanished_rows(image, own, model) if image["vanished"] else new.rows(position, image)
+                own = _vanished_rows(image, own, model) if image["vanished"] else new.rows(position, image, own)
             rows += own
         write_part(settings.output, shard, rows, task.run_id, settings.run.outage_patience_s)
     failed = [error for error in new.errors if error is not None]
@@ -271,9 +271,13 @@ class _Segmented:
         prompts = images["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
         self._starts = np.cumsum([0, *map(len, prompts)])
 
-    def rows(self, position: int, image: dict[str, Any]) -> list[dict[str, Any]]:
-        """The rows of one image, one per prompt."""
-        index = self._indices[position]
+    def rows(self, position: int, image: dict[str, Any], old: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of one image, one per prompt; the old ones where a part has changed since the images were fetched.
+
+        What is still missing then is found when the run is counted, and done.
+        """
+        if (index := self._indices.get(position)) is None:
+            return old
         common = {"model": self._model, "content_sha256": self._hashes[index]}
         common |= {name: image[name] for name in ("image_id", "image_uri", "image_version")}
         if position in self._watch.blamed:

@@ -29,7 +29,9 @@ def kill_driver(arena: Arena) -> dict[str, int]:
         job = arena.start(output, "run.batch_size=1")
         arena.wait_for_parts(output, arena.random.randint(1, max(1, shards // 3)), job)
         time.sleep(arena.random.uniform(0, 0.3))
-        if job.poll() == 0:
+        if (code := job.poll()) is not None:
+            if code:
+                raise ResultError(f"the job ended by itself with exit code {code}")
             break
         job.kill()
         kills += 1
@@ -56,7 +58,7 @@ def kill_actor(arena: Arena) -> dict[str, int]:
 
 def _ray_processes(what: str) -> list[psutil.Process]:
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):  # of the cluster of this process or of its job
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.name().startswith("ray::") and any(what in word for word in process.cmdline()):
                 found.append(process)

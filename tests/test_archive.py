@@ -138,6 +138,8 @@ def test_links_to_files_are_files_and_links_to_folders_are_told(tree):
     assert rows["link.jpg"]["size_bytes"] == 1
     assert rows["lost.jpg"]["size_bytes"] is None
     assert archive.skipped["of type link"] == 1
+    found = {row["image_id"]: row for row in open_archive(f"{tree}/l*.jpg", ("p",)).rows}
+    assert found == {name: rows[name] for name in ("link.jpg", "lost.jpg")}
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])

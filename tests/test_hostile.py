@@ -109,11 +109,12 @@ def test_a_row_that_is_none_is_named_and_the_message_stays_short(tmp_path, row, 
     assert len(str(caught.value)) < 1000
 
 
-def test_times_and_sizes_that_are_none_are_not_known(tmp_path):
+def test_times_and_sizes_that_are_none_tell_versions_at_most(tmp_path):
     rows = [{"image_uri": "a.png", "mtime": value, "size_bytes": value} for value in (10**30, "noon", True, -1, [1])]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = list(open_archive(str(tmp_path / "list.jsonl"), ("polyp",)).rows)
-    assert [(row["size_bytes"], row["image_version"]) for row in found[:2]] == [(None, None)] * 2
+    assert [(row["size_bytes"], row["mtime"]) for row in found[:2]] == [(None, None)] * 2
+    assert found[1]["image_version"] == "'noon'"  # when it is another text, the file is another
     assert shard_table(found).num_rows == 5
 
 
@@ -130,7 +131,23 @@ def test_a_manifest_in_a_store_leads_nowhere_else_unless_that_is_allowed(s3_fold
     assert [row["image_uri"] for row in rows] == [f"{s3_folder}/a.png", f"{s3_folder}/b.png", place]
 
 
-@pytest.mark.parametrize("uri", ["/nowhere/a\0b.png", "s3://images/a\0b.png", "s3://images/../../etc/passwd"])
+@pytest.mark.parametrize(
+    "upwards",
+    ["public/../private.png", "file://public/../private.png", "s3://images/../x.png"],
+    ids=["path", "file", "s3"],  # prefixes of the store have these names
+)
+def test_what_is_allowed_is_not_left_upwards(s3_folder, tmp_path, upwards):
+    uri, place = f"{s3_folder}/list.csv", upwards.replace("public", f"{tmp_path}/public")
+    storage.write_bytes(uri, f"image_uri\n{place}\n".encode())
+    with pytest.raises(ManifestError, match=r"row 1: image_uri .* leads upwards"):
+        list(open_archive(uri, ("polyp",), allow=(f"{tmp_path}/public", f"file://{tmp_path}/public")).rows)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["/nowhere/a\0b.png", "s3://images/a\0b.png", "s3://images/../../etc/passwd", "s3://A B/x.png", "github://a/b.png"]
+    + ["reference://x/a.png", "data:image/png,x", "zip://a.png", "gs://bucket/a.png"],
+)
 def test_names_that_no_disk_or_store_can_have_are_errors_of_ours(s3_server, uri):
     with pytest.raises(ImageError) as caught:
         read_image_bytes(uri, 10, 1000, patience_s=0.1)
@@ -163,3 +180,20 @@ def test_exports_never_leave_their_folder_and_never_collide(names, tmp_path):
     assert len([path for path in files if path.is_relative_to(place / "pngs")]) == len(rows)
     assert len(files) == len(rows) + 1
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["place"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_hides_neither_the_picture_nor_which_way_is_up():
+    """Every byte of it overwritten, one at a time."""
+    picture = Image.fromarray(np.zeros((24, 31, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x9003] = 6, "maker", "2026:01:01 00:00:00"
+    sink = io.BytesIO()
+    picture.save(sink, "JPEG", exif=exif)
+    data = sink.getvalue()
+    start, shapes = data.index(b"Exif"), []
+    for place in range(start, start + len(exif.tobytes())):
+        for value in (0, 1, 255):
+            shapes.append(decode_image(data[:place] + bytes([value]) + data[place + 1 :], "x").shape[:2])
+    assert set(shapes) == {(24, 31), (31, 24)}
+    assert shapes.count((31, 24)) > len(shapes) / 2

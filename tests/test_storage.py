@@ -108,3 +108,32 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_debris(tmp_path, monke
 def test_a_scheme_that_nobody_knows_is_said():
     with pytest.raises(ConfigError, match="use a local path or s3://"):
         storage.open_uri("what://x/y")
+
+
+def test_a_file_that_is_larger_than_its_manifest_says_is_read_only_within_the_limit(tmp_path, s3_folder):
+    for uri in (str(tmp_path / "x.png"), f"{s3_folder}/x.png"):
+        storage.write_bytes(uri, bytes(5000))
+        assert len(read_image_bytes(uri, 10, 5000)) == 5000
+        assert len(read_image_bytes(uri, 9000, 9000)) == 5000
+        with pytest.raises(ImageError, match="too_large: .* has 5,000 bytes; max_image_bytes is 4,999"):
+            read_image_bytes(uri, 10, 4999)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "x.png").symlink_to(tmp_path / "pipe")
+    with pytest.raises(ImageError, match="unreadable: .* is no file"):
+        read_image_bytes(str(tmp_path / "x.png"), 10, 1000)
+
+
+def test_credentials_that_are_no_longer_taken_are_no_bad_image(s3_folder, monkeypatch):
+    import s3fs
+
+    storage.write_bytes(f"{s3_folder}/x.png", b"x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(StorageError, match="no longer takes the credentials: SignatureDoesNotMatch"):
+            read_image_bytes(f"{s3_folder}/x.png", 1, 1000, patience_s=0.1)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()

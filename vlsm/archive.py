@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import functools
 import io
 import itertools
 import json
@@ -17,10 +18,12 @@ import pyarrow.parquet as pq
 from vlsm import storage
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.images import EXTENSIONS
-from vlsm.listing import Info, list_files
+from vlsm.listing import Info, follow_link, list_files
 
 MANIFEST_EXTENSIONS = (".parquet", ".csv", ".jsonl")
 _MAX_TEXT_BYTES = 8192  # of an image_id, a location, a prompt
+_ETAG_KEYS = ("ETag", "etag")  # as the file systems of several stores call it
+_MTIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 
 @dataclass
@@ -79,7 +82,7 @@ def _find_files(fs: Any, path: str, uri: str, after: str | None) -> tuple[str, I
     if any(character in path for character in "*?["):
         plain = path[: min(path.index(character) for character in "*?[" if character in path)]
         found = sorted(fs.glob(path, detail=True).values(), key=lambda info: info["name"])
-        return plain.rsplit("/", 1)[0], [info for info in found if not after or info["name"] > after]
+        return plain.rsplit("/", 1)[0], [follow_link(info) for info in found if not after or info["name"] > after]
     if storage.is_local(fs) and fs.isdir(path):
         return path, []
     raise ConfigError(f"INPUT {uri!r} does not exist; it must be a folder, a prefix, a glob, an image or a manifest")
@@ -108,9 +111,11 @@ def _image_rows(  # noqa: PLR0913 - one place that knows how a listed file becom
             "image_id": readable.removeprefix(_utf8(prefix)),
             "image_uri": readable if storage.is_local(fs) else fs.unstrip_protocol(readable),
             "prompts": list(prompts),
-        } | _describe_file(
-            info.get("size"), _text(info.get("ETag"), strip='"'), info.get("mtime", info.get("LastModified"))
-        )
+        } | _describe_file(info.get("size"), _text(_known(info, _ETAG_KEYS), strip='"'), _known(info, _MTIME_KEYS))
+
+
+def _known(info: Info, keys: tuple[str, ...]) -> Any:
+    return next((info[key] for key in keys if info.get(key) is not None), None)
 
 
 def _describe_other(info: Info, name: str) -> str:
@@ -153,16 +158,27 @@ def _check_text(text: str, where: str) -> None:
 def _check_place(location: str, uri: str, allow: tuple[str, ...], where: str) -> None:
     scheme, rest = storage.split_scheme(uri)
     if scheme in ("file", "local"):  # a list on this machine may name what its user may read
-        known = storage.split_scheme(location)[0] in fsspec.available_protocols()
-        if not known:
+        if not _is_known(storage.split_scheme(location)[0]):
             raise ManifestError(f"{where}: image_uri {_shorten(location)} is no location that is known here")
         return
+    if ".." in location.split("/"):
+        raise ManifestError(f"{where}: image_uri {_shorten(location)} leads upwards")
     own = f"{scheme}://{rest.partition('/')[0]}/"
     if not any(location.startswith(place.rstrip("/") + "/") for place in (own, *allow)):
         raise ManifestError(
             f"{where}: image_uri {_shorten(location)} lies outside of {own}; "
             f"--set 'run.allow=[{location[:60]}]' if it may be read"
         )
+
+
+@functools.cache
+def _is_known(scheme: str) -> bool:
+    """Whether there is a file system for it, and the package that it needs."""
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ValueError, ImportError):
+        return False
+    return True
 
 
 def _shorten(value: Any) -> str:
@@ -174,7 +190,7 @@ def _describe_file(size_bytes: int | None, etag: str | None, mtime: Any) -> dict
     """What is known of an image's file, and the version that follows: its etag, or its size and mtime."""
     modified = _timestamp(mtime)
     known = [str(size_bytes)] if size_bytes is not None else []
-    known += [modified.isoformat()] if modified is not None else []
+    known += [_shorten(mtime) if modified is None else modified.isoformat()] if mtime is not None else []
     return {
         "size_bytes": size_bytes,
         "etag": etag,

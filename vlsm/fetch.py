@@ -1,12 +1,21 @@
 """The bytes of one image, whatever its store does meanwhile."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from vlsm.errors import ImageError, StorageError
-from vlsm.storage import PATIENT_S, QUICK_S, open_uri, store_errors, with_retries
+from vlsm.storage import PATIENT_S, QUICK_S, error_code, is_bad_name, is_local, open_uri, store_errors, with_retries
+
+_NO_CREDENTIALS = (
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+)
 
 
 def read_image_bytes(
@@ -23,14 +32,14 @@ def read_image_bytes(
     Args:
         uri: where the image is.
         size_bytes: its size as listed, or None to ask the store first.
-        max_bytes: larger files are refused before they are read.
+        max_bytes: larger files are refused before they are read, whatever size_bytes says.
         timeout_s: for all tries together, on a remote store.
         patience_s: how long a store may be away.
 
     Raises:
         ImageError: the file is missing, forbidden, empty, too large or cannot be read, or its store answers, but not
             for this file ("unavailable", "timeout").
-        StorageError: the store was away for longer than patience_s.
+        StorageError: the store was away for longer than patience_s, or no longer takes the credentials.
     """
     quick_s = min(QUICK_S, patience_s)
     try:
@@ -46,38 +55,50 @@ class _Fetch:
 
     def __init__(self, uri: str, timeout_s: float | None, patience_s: float) -> None:
         self.uri, self.timeout_s, self.patience_s = uri, timeout_s, patience_s
-        self._fs, self._path = open_uri(uri)
+        with _image_errors(uri):
+            self._fs, self._path = open_uri(uri)
         self._started_s = time.monotonic()
 
     def read(self, size_bytes: int | None, max_bytes: int) -> bytes:
         """The content; see `read_image_bytes`."""
         with _image_errors(self.uri):
-            if size_bytes is None:
-                size_bytes = with_retries(self._ask_size, self.uri, self.patience_s)
-            if size_bytes > max_bytes:
-                raise ImageError("too_large", f"{self.uri} has {size_bytes:,} bytes; max_image_bytes is {max_bytes:,}")
-            data = with_retries(lambda: self._get(size_bytes), self.uri, self.patience_s)
-        if not data:
-            raise ImageError("empty", f"{self.uri} has 0 bytes")
-        return data
+            if is_local(self._fs) and os.path.exists(self._path) and not os.path.isfile(self._path):
+                raise ImageError("unreadable", f"{self.uri} is no file")  # a pipe would be waited for without end
+            if size_bytes and len(data := self._read(size_bytes, max_bytes)) <= size_bytes:
+                return data
+            size_bytes = with_retries(self._ask_size, self.uri, self.patience_s)
+            if not size_bytes:
+                raise ImageError("empty", f"{self.uri} has 0 bytes")
+            if len(data := self._read(size_bytes, max_bytes)) > size_bytes:
+                raise ImageError("unreadable", f"{self.uri} grows while it is read")
+            return data
 
-    def _get(self, size_bytes: int) -> bytes:
-        data = bytes(self._ask(self._fs.cat_file))
-        # a body may end early without an error; or the file is another than the one that was listed
-        if len(data) != size_bytes and len(data) != self._ask_size():
-            raise OSError(f"only {len(data):,} bytes came")
-        return data
+    def _read(self, size_bytes: int, max_bytes: int) -> bytes:
+        """The content if it has so many bytes or less, otherwise one byte more."""
+        if size_bytes > max_bytes:
+            raise ImageError("too_large", f"{self.uri} has {size_bytes:,} bytes; max_image_bytes is {max_bytes:,}")
+
+        def get() -> bytes:
+            data = bytes(self._ask(self._fs.cat_file, start=0, end=size_bytes + 1))
+            # a body may end early without an error; or the file is another than the one that was listed
+            if len(data) < size_bytes and len(data) != self._ask_size():
+                raise OSError(f"only {len(data):,} bytes came")
+            return data
+
+        if data := with_retries(get, self.uri, self.patience_s):
+            return data
+        raise ImageError("empty", f"{self.uri} has 0 bytes")
 
     def _ask_size(self) -> int:
         return int(self._ask(self._fs.info)["size"])
 
-    def _ask(self, method: Callable[..., Any]) -> Any:
+    def _ask(self, method: Callable[..., Any], **limits: int) -> Any:
         if self.timeout_s is None or not getattr(self._fs, "async_impl", False):
-            return method(self._path)
+            return method(self._path, **limits)
         left_s = self._started_s + self.timeout_s - time.monotonic()
         if left_s <= 0:
             raise ImageError("timeout", f"{self.uri} could not be read in {self.timeout_s:g} s")
-        return method(self._path, timeout=left_s)
+        return method(self._path, timeout=left_s, **limits)
 
 
 @contextlib.contextmanager
@@ -85,18 +106,22 @@ def _image_errors(uri: str) -> Iterator[None]:
     """What storage raises for a file, as the reason why its image cannot be read."""
     try:
         yield
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError("missing", f"there is no file {uri}") from error
     except PermissionError as error:
+        if (code := error_code(error)) in _NO_CREDENTIALS:  # which is no image's fault
+            raise StorageError(f"{uri}: its store no longer takes the credentials: {code}") from error
         raise ImageError("forbidden", f"no permission to read {uri}") from error
     except StorageError as error:
         raise ImageError("unavailable", str(error)) from error
-    except OSError as error:  # of the local disk
-        raise ImageError("unreadable", f"{uri}: {error.strerror or error}") from error
-    except ValueError as error:  # a name that no disk can have
-        raise ImageError("unreadable", f"{uri}: {error}") from error
-    except store_errors() as error:  # a name that no store can have, or no credentials: the store will tell
-        raise ImageError("unavailable", f"{uri}: {error}") from error
+    except store_errors() as error:  # no credentials, for example: asking the store itself will tell
+        reason = "unreadable" if is_bad_name(error) else "unavailable"
+        raise ImageError(reason, f"{uri}: {error}") from error
+    except Exception as error:  # of the local disk, of a name that none can have, of a store that is no file system
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError("unreadable", f"{uri}: {reason}") from error
 
 
 def _wait_for_store(uri: str, patience_s: float) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlsm.errors import ImageError
 
@@ -15,8 +15,15 @@ if TYPE_CHECKING:
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 
-# Pillow's own limits would warn at 89 and refuse at 179 million pixels; decode_image has a limit of its own.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, Image.DecompressionBombError)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF 2.3, tag Orientation
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,24 @@ def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.nd
                     f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}",
                 )
             image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(_to_rgb(_turn_upright(image)))
     except UnidentifiedImageError as error:
         raise ImageError("corrupt", f"{name} is not a {', '.join(_FORMATS)} image") from error
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", f"{name}: {error}") from error
-    except _DECODE_ERRORS as error:
+    except ImageError:
+        raise
+    except Exception as error:  # decoders meet damage with every error that there is
         raise ImageError("corrupt", f"{name}: {error or type(error).__name__}") from error
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """As EXIF says. Pillow's own exif_transpose also writes the rest of EXIF anew, and fails where that is damaged."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever damage can cause; like any viewer, show such an image as it is stored
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -81,47 +81,68 @@ def new_plan_id() -> str:
 class ManifestWriter:
     """Writes a plan shard by shard; no more of it is in memory than one file.
 
+    A file is put where there is none and never again: of several jobs that write one plan, the first decides what is in
+    a file, and the others go on behind it. A file of less than SHARDS_PER_FILE shards, if need be of none, is the last.
+
     Attributes:
         num_written: shards whose file is written.
+        last_uri: the last image_uri in them.
+        is_ended: whether the last file is written.
     """
 
     def __init__(self, output: str, plan_id: str | None = None) -> None:
         self.output, self.plan_id = output, plan_id or new_plan_id()
         self.num_written = 0
+        self.last_uri: str | None = None
+        self.is_ended = False
         self._tables: list[pa.Table] = []
         self._id_hashes = array("Q")
-        self._num_rows = self._num_shards = 0
+        self._num_rows = 0
 
     @property
     def num_images(self) -> int:
-        """Planned so far."""
+        """In the files that are written."""
         return len(self._id_hashes)
 
-    def resume(self) -> str | None:
-        """Go on behind the files of a planning that was broken off; the last image_uri in them, if there are any."""
-        last = None
-        while storage.exists(uri := _file_uri(self.output, self.plan_id, self._num_shards // SHARDS_PER_FILE)):
+    def resume(self) -> None:
+        """Go on behind the files that are there: of a planning that was broken off, or of another job."""
+        while not self.is_ended and storage.exists(uri := self._next_uri()):
             parquet = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri, storage.PATIENT_S)))
-            if parquet.num_row_groups < SHARDS_PER_FILE:  # the last one: more may have come since
-                break
-            for row_group in range(SHARDS_PER_FILE):
-                shard = parquet.read_row_group(row_group)
-                self._count(shard)
-                last = shard["image_uri"][-1].as_py()
-            self.num_written = self._num_shards
-        return last
+            self._count([parquet.read_row_group(number) for number in range(parquet.num_row_groups)])
 
-    def add(self, shard: pa.Table) -> None:
-        """Add a shard, with the columns of MANIFEST_SCHEMA."""
+    def add(self, shard: pa.Table) -> bool:
+        """Add a shard, with the columns of MANIFEST_SCHEMA.
+
+        Returns:
+            False where another job has written the file in which it would be: what is next is what follows `last_uri`.
+        """
         self._tables.append(shard)
-        self._count(shard)
-        if len(self._tables) == SHARDS_PER_FILE:
-            self._flush()
+        return len(self._tables) < SHARDS_PER_FILE or self.flush()
 
-    def _count(self, shard: pa.Table) -> None:
-        self._id_hashes.extend(map(_hash, shard["image_id"].to_pylist()))
-        self._num_rows += len(shard["prompts"].combine_chunks().flatten())
-        self._num_shards += 1
+    def flush(self) -> bool:
+        """Write what was added since the last file, which ends the plan unless a file is full; returns as for `add`."""
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, MANIFEST_SCHEMA, compression="zstd") as writer:
+            for table in self._tables:
+                writer.write_table(table, row_group_size=len(table))
+        tables, self._tables = self._tables, []
+        if storage.create_bytes(self._next_uri(), sink.getvalue().to_pybytes()):
+            self._count(tables)
+            return True
+        self.resume()
+        return False
+
+    def _next_uri(self) -> str:
+        return _file_uri(self.output, self.plan_id, self.num_written // SHARDS_PER_FILE)
+
+    def _count(self, shards: list[pa.Table]) -> None:
+        """Take in what the next file holds."""
+        for shard in shards:
+            self._id_hashes.extend(map(_hash, shard["image_id"].to_pylist()))
+            self._num_rows += len(shard["prompts"].combine_chunks().flatten())
+            self.last_uri = shard["image_uri"][-1].as_py()
+        self.num_written += len(shards)
+        self.is_ended = len(shards) < SHARDS_PER_FILE
 
     def finish(self) -> Plan:
         """Write what is left.
@@ -129,24 +150,15 @@ class ManifestWriter:
         Raises:
             ManifestError: two rows have the same image_id; what was written is removed.
         """
-        if self._tables:
-            self._flush()
-        plan = Plan(self.plan_id, len(self._id_hashes), self._num_rows, self._num_shards)
+        if not self.is_ended:
+            self.flush()
+        plan = Plan(self.plan_id, len(self._id_hashes), self._num_rows, self.num_written)
         try:
             _check_unique(self.output, plan, self._id_hashes)
         except ManifestError:
             remove_plan(self.output, plan.id)
             raise
         return plan
-
-    def _flush(self) -> None:
-        sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, MANIFEST_SCHEMA, compression="zstd") as writer:
-            for table in self._tables:
-                writer.write_table(table, row_group_size=len(table))
-        file = (self._num_shards - 1) // SHARDS_PER_FILE
-        storage.write_bytes(_file_uri(self.output, self.plan_id, file), sink.getvalue().to_pybytes())
-        self._tables, self.num_written = [], self._num_shards
 
 
 def read_shard(output: str, plan_id: str, shard: int, patience_s: float = storage.PATIENT_S) -> pa.Table:

@@ -5,18 +5,22 @@ from collections.abc import Callable
 from typing import Self
 
 from vlsm.archive import Archive
+from vlsm.errors import StorageError
 from vlsm.manifest import ManifestWriter, Plan, cut_shards, shard_table
 
 
 class Planner:
-    """Writes the plan of a listed archive; one that was broken off goes on behind the last file of its manifest.
+    """Writes the plan of a listed archive, going on behind what is written of it, by an earlier job or one beside it.
 
     Args:
         output: the run's output folder.
         plan: the incomplete one.
         shard_rows: output rows a shard holds at most.
         open_archive: the archive from its beginning, or from behind an image_uri.
-        save: takes the complete plan before the thread ends.
+        save: takes the complete plan before the thread ends, and what was listed for it here, if anything.
+
+    Attributes:
+        is_resumed: whether some of it was written before.
     """
 
     def __init__(
@@ -25,12 +29,12 @@ class Planner:
         plan: Plan,
         shard_rows: int,
         open_archive: Callable[[str | None], Archive],
-        save: Callable[[Plan, Archive], None],
+        save: Callable[[Plan, Archive | None], None],
     ) -> None:
         self._writer = ManifestWriter(output, plan.id)
         self._shard_rows, self._open, self._save = shard_rows, open_archive, save
         self._changed = threading.Condition()
-        self._stopped = self._done = False
+        self._stopped = self._done = self.is_resumed = False
         self._plan = plan
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -71,21 +75,35 @@ class Planner:
 
     def _run(self) -> None:
         try:
-            archive = self._open(self._writer.resume())
-            for shard in cut_shards(archive.rows, self._shard_rows):
+            archive = None
+            self._writer.resume()
+            self.is_resumed = self._writer.num_written > 0
+            while not self._writer.is_ended:
+                self._tell()
+                archive = self._open(self._writer.last_uri)
+                if self._list(archive):
+                    self._writer.flush()
                 if self._stopped:
                     return
-                before = self._writer.num_written
-                self._writer.add(shard_table(shard))
-                if self._writer.num_written > before:
-                    self._tell()
             self._plan = self._writer.finish()
             self._save(self._plan, archive)
+        except OSError as error:
+            self._error = StorageError(f"the archive could not be planned to its end: {error}")
         except BaseException as error:  # whatever it is, the main thread is to know
             self._error = error
         finally:
             self._done = True
             self._tell()
+
+    def _list(self, archive: Archive) -> bool:
+        """Plan an archive to its end; False where it is to be listed again from behind the last file."""
+        for shard in cut_shards(archive.rows, self._shard_rows):
+            before = self._writer.num_written
+            if self._stopped or not self._writer.add(shard_table(shard)):
+                return False
+            if self._writer.num_written > before:
+                self._tell()
+        return True
 
     def _tell(self) -> None:
         with self._changed:

@@ -100,7 +100,7 @@ def forget_run(output: str, names: Iterable[str] = (), folders: Iterable[tuple[s
         storage.remove(storage.join(output, name))
     for folder, prefix in folders:
         for name in storage.list_names(storage.join(output, folder)):
-            if name.startswith(prefix):
+            if name.startswith((prefix, f".{prefix}")):  # the second: what a killed process has not put in place
                 storage.remove(storage.join(output, folder, name))
 
 

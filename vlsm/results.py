@@ -46,6 +46,9 @@ def read_part(
     """The rows of a shard's part file; None where it is missing, cannot be read, or belongs to another run."""
     try:
         data = storage.read_bytes(storage.join(output, "masks", part_name(shard)), patience_s)
+    except FileNotFoundError:
+        return None
+    try:
         parquet = pq.ParquetFile(pa.BufferReader(data))
         metadata = parquet.schema_arrow.metadata or {}
         if metadata.get(_RUN_KEY.encode()) != run_id.encode() or parquet.schema_arrow != RESULT_SCHEMA:

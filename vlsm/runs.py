@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -138,12 +139,12 @@ def make_planner(run: Run) -> Planner:
     """What goes on with the incomplete plan of a run, and puts it into its record in the end."""
     settings = run.settings
 
-    def save(plan: Plan, archive: Archive) -> None:
+    def save(plan: Plan, archive: Archive | None) -> None:
         record = read_record(settings.output)
         if record is None or record["plan"]["id"] != plan.id:
             raise ResultError(f"another job has planned {settings.output!r} anew meanwhile; run it again")
         write_record(settings.output, record | {"plan": asdict(plan)})
-        _describe_plan(plan, archive)
+        _describe_plan(plan, archive or Archive(rows=()))
 
     return Planner(settings.output, run.plan, settings.shard_rows, lambda after: open_input(settings, after), save)
 
@@ -180,9 +181,23 @@ def check_failed_share(settings: SegmentSettings, num_images: int, num_failed: i
 
 
 def read_summary(output: str) -> dict[str, Any] | None:
-    """The summary of a finished run, or None where it is not finished."""
+    """The summary of a finished run, or None where it is not finished.
+
+    Raises:
+        ResultError: there is one that somebody has damaged.
+    """
     uri = storage.join(output, SUMMARY_NAME)
-    return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
+    if not storage.exists(uri):
+        return None
+    try:
+        return dict(json.loads(storage.read_bytes(uri)))
+    except (ValueError, TypeError) as error:
+        raise ResultError(f"{uri} is damaged; without it the same command counts all rows again: {error}") from error
+
+
+def failed_by_reason(counts: Mapping[str, int]) -> dict[str, int]:
+    """Of the counts of a run (`RunState.counts`): how many images failed for which reason."""
+    return {key.partition(": ")[2]: counts[key] for key in sorted(counts) if key.startswith("failed: ")}
 
 
 def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> dict[str, Any]:
@@ -210,9 +225,7 @@ def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> di
     summary = {
         "planned": plan.num_images,
         **{status: counts[status] for status in ("ok", "failed", "vanished")},
-        "failed_by_reason": {
-            key.partition(": ")[2]: counts[key] for key in sorted(counts) if key.startswith("failed: ")
-        },
+        "failed_by_reason": failed_by_reason(counts),
         "rows": counts["rows"],
         "parts": plan.num_shards,
         "done_before": num_before,

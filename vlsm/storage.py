@@ -213,6 +213,19 @@ def store_errors() -> tuple[type[Exception], ...]:
     return (BotoCoreError, ClientError)
 
 
+def is_bad_name(error: BaseException) -> bool:
+    """Whether one of `store_errors` says that no store could have a file of such a name."""
+    from botocore.exceptions import ParamValidationError
+
+    return isinstance(error, ParamValidationError)
+
+
+def error_code(error: BaseException) -> str | None:
+    """S3's own word for what has gone wrong, where the error comes from there."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return dict(response).get("Error", {}).get("Code")
+
+
 def _transient_errors() -> tuple[type[BaseException], ...]:
     errors: list[Any] = [OSError, TimeoutError]
     try:

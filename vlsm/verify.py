@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from vlsm import storage
-from vlsm.errors import ConfigError, ImageError
+from vlsm.errors import ConfigError, ImageError, ResultError
 from vlsm.manifest import Plan, read_plan
 from vlsm.masks import decode_mask
 from vlsm.proof import compare_shard
 from vlsm.record import read_record
 from vlsm.results import part_name, read_part
-from vlsm.runs import read_summary
+from vlsm.runs import failed_by_reason, read_summary
 
 _SHARDS_AT_ONCE = 16
 
@@ -55,7 +55,7 @@ def verify_run(output: str) -> Iterator[Proof]:
         raise ConfigError(f"there is no segment run in {output!r}; it must be the OUTPUT of one")
     plan = Plan(**record["plan"])
     proof = Proof(plan)
-    names = storage.list_names(storage.join(output, "masks"))
+    names = [name for name in storage.list_names(storage.join(output, "masks")) if not name.startswith(".")]
     planned = {part_name(shard) for shard in range(plan.num_shards)}
     proof.differences += [f"masks/{name} is no part of this run" for name in names if name not in planned]
     ids = array("q")  # 8 bytes an image
@@ -88,7 +88,11 @@ def _verify_shard(output: str, run_id: str, shard: int, images: pa.Table) -> tup
     counts = state.counts + Counter(parts=1)
     for row in rows.to_pylist():
         counts["masks"] += row["mask_rle"] is not None
-        if problem := _describe_problem(row):
+        try:
+            problem = _describe_problem(row)
+        except Exception as error:  # a row that somebody has damaged can raise anything
+            problem = f"it cannot be read: {type(error).__name__}: {error}"
+        if problem:
             differences.append(f"{name}: {row['image_id']!r}, {row['prompt']!r}: {problem}")
     return counts, differences
 
@@ -115,16 +119,19 @@ def _bounding_box(mask: np.ndarray) -> list[int] | None:
 
 def _verify_counts(output: str, proof: Proof, num_ids: int) -> list[str]:
     plan, counts = proof.plan, proof.counts
-    summary = read_summary(output)
     differences = []
     if num_ids != plan.num_images:
         differences.append(f"the plan has {num_ids} different image_ids; planned were {plan.num_images} images")
     if counts["rows"] != plan.num_rows:
         differences.append(f"{counts['rows']} rows are as planned; planned were {plan.num_rows}")
+    try:
+        summary = read_summary(output)
+    except ResultError as error:
+        return [*differences, str(error)]
     if summary is None:
-        differences.append("summary.json is missing: the run is not finished")
-        return differences
-    for key, value in (("planned", plan.num_images), *((key, counts[key]) for key in ("ok", "failed", "rows"))):
-        if summary[key] != value:
-            differences.append(f"summary.json says {key} {summary[key]}; it is {value}")
+        return [*differences, "summary.json is missing: the run is not finished"]
+    found = {"planned": plan.num_images} | {key: counts[key] for key in ("ok", "failed", "vanished", "rows")}
+    for key, value in (found | {"failed_by_reason": failed_by_reason(counts)}).items():
+        if summary.get(key) != value:
+            differences.append(f"summary.json says {key} {summary.get(key)}; it is {value}")
     return differences

@@ -1,8 +1,10 @@
 """What goes wrong with single images, and with archives that change: rows that can be queried, and done again."""
 
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,9 @@ from PIL import Image
 
 from jobs import segment, verify
 from tests.conftest import save_square
+from vlsm.config import SegmentSettings
+from vlsm.manifest import ManifestWriter, cut_shards, shard_table
+from vlsm.runs import open_input, prepare_run
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -131,6 +136,28 @@ def test_too_many_failures_stop_the_run_and_it_goes_on_when_the_cause_is_mended(
         (archive / name).write_bytes(data)
     assert start(*words, "--set", "retry_failed=true") == 0
     assert (read_summary(tmp_path / "out")["ok"], reasons_of(tmp_path / "out")) == (6, {})
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_changed_behind_a_listing_that_broke_off_is_followed_too(archive, bright_checkpoint, tmp_path, caplog):
+    caplog.set_level("INFO", "vlsm")
+    for number in range(70):
+        shutil.copy(archive / "test_0000.png", archive / f"a{number:02d}.png")
+    arguments = {"input": str(archive), "output": str(tmp_path / "out"), "checkpoint": str(bright_checkpoint)}
+    run = prepare_run(SegmentSettings(**arguments, shard_rows=1))
+    writer = ManifestWriter(run.settings.output, run.plan.id)
+    for shard in itertools.islice(cut_shards(open_input(run.settings).rows, 1), 65):
+        writer.add(shard_table(shard))  # the job dies, with a file of 64 shards written
+    save_square(archive / "a00.png")
+    (archive / "a01.png").unlink()
+    save_square(archive / "a00b.png")
+    words = [archive, tmp_path / "out", "--checkpoint", bright_checkpoint, "--set", "shard_rows=1"]
+    assert start(*words, "--set", "update=true") == 0
+    assert "1 images are new, 1 changed, 1 vanished" in caplog.text
+    summary = read_summary(tmp_path / "out")
+    assert (summary["planned"], summary["ok"], summary["vanished"]) == (77, 76, 1)
+    (tmp_path / "out" / "masks" / ".part-00000003.parquet.0.tmp").write_bytes(b"")  # what a killed process leaves
+    assert verify.main([str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.usefixtures("ray_cluster")
