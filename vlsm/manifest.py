@@ -213,8 +213,9 @@ def _hash(image_id: str) -> int:
 
 def _check_unique(output: str, plan: Plan, id_hashes: "array[int]") -> None:
     """Equal hashes are rare enough to look the names up: 8 bytes an image instead of every id in memory."""
-    values, counts = np.unique(np.frombuffer(id_hashes, dtype=np.uint64), return_counts=True)
-    suspects = set(values[counts > 1].tolist())
+    values = np.frombuffer(id_hashes, dtype=np.uint64)
+    values.sort()  # in place: nothing is copied
+    suspects = set(values[1:][values[1:] == values[:-1]].tolist())
     if not suspects:
         return
     seen: set[str] = set()
