@@ -2,7 +2,8 @@
 
 Ray does a shard again whose process has died, for ever. If an image has killed it, the second try goes carefully, one
 image at a time, each noted before it is begun; an image that was under way at two such deaths is left out and recorded
-as failed. A death that has another cause, such as a lost node, hardly strikes the same image twice.
+as failed. A death that has another cause, such as a lost node, hardly strikes the same image twice; a shard that goes
+on killing without one ends the run.
 """
 
 import contextlib
@@ -11,7 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from vlsm.errors import VlsmError
+
 _DEATHS_TO_BLAME = 2
+_MOST_UNEXPLAINED = 10  # deaths at one shard in one stage: more are no accidents
 
 
 @dataclass
@@ -53,14 +57,15 @@ class Board:
         """Images done in shards that are not written yet."""
         return sum(self._images.values())
 
-    def begin(self, stage: str, shard: int) -> tuple[int, list[int]]:
-        """A try begins: how many there were before that nobody ended, and the images that killed them."""
+    def begin(self, stage: str, shard: int) -> tuple[int, int, list[int]]:
+        """A try begins: how many there were before that nobody ended, of how many no image is the cause, and which are."""
         tries = self._tries.setdefault((stage, shard), _Tries())
         if tries.under_way is not None:
             tries.deaths[tries.under_way] += 1
             tries.under_way = None
         tries.count += 1
-        return tries.count - 1, [image for image, deaths in tries.deaths.items() if deaths >= _DEATHS_TO_BLAME]
+        blamed = [image for image, deaths in tries.deaths.items() if deaths >= _DEATHS_TO_BLAME]
+        return tries.count - 1, tries.count - 1 - tries.deaths.total(), blamed
 
     def enter(self, stage: str, shard: int, image: int | None) -> None:
         """An image is under way, or none is."""
@@ -88,7 +93,11 @@ class Watch:
 
     def __init__(self, board: Any, stage: str, shard: int) -> None:
         self._board, self._place = board, (stage, shard)
-        deaths, blamed = self._ask("begin")
+        deaths, unexplained, blamed = self._ask("begin")
+        if unexplained > _MOST_UNEXPLAINED:
+            message = f"the process of {stage} died {unexplained} times at shard {shard}, and at no image of it"
+            self._ask("end", message)
+            raise VlsmError(message)
         self.is_careful, self.blamed = deaths > 0, frozenset(blamed)
 
     def __enter__(self) -> Self:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,6 +113,16 @@ def read_mask_rows(output):
         assert key not in rows, f"{key} stands there twice"
         rows[key] = row
     return rows
+
+
+def without_ray(*words):
+    """The segment job where importing ray fails: what it does before Ray starts."""
+    code = (
+        f"import sys; sys.modules['ray'] = None; from jobs.segment import main; sys.exit(main({[*map(str, words)]!r}))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60
+    )
 
 
 def save_square(path, size=(60, 90), corner="top left", **options):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jobs import segment, verify
-from tests.conftest import read_mask_rows, save_square
+from tests.conftest import read_mask_rows, save_square, without_ray
 from vlsm.record import read_record
 
 pytestmark = pytest.mark.ray
@@ -34,14 +34,6 @@ def start(*words, **environment):
     return subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def without_ray(*words):
-    """The job where importing ray fails: what it does before Ray starts."""
-    code = (
-        f"import sys; sys.modules['ray'] = None; from jobs.segment import main; sys.exit(main({[*map(str, words)]!r}))"
-    )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 def plan_id(output):
@@ -320,59 +312,6 @@ def test_the_log_has_a_progress_line(ray_cluster, archive, tiny_checkpoint, tmp_
     _, _, err = run(capfd, archive, tmp_path / "out", "--checkpoint", tiny_checkpoint)
     assert "7 of 7 images (100.0 %)" in err
     assert "images/s, 1 failed, 0:00:00 left" in err
-
-
-def test_a_dry_run_says_what_would_be_done_and_does_nothing(archive, tiny_checkpoint, tmp_path):
-    done = without_ray(archive, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--dry-run")
-    assert done.returncode == 0
-    assert "threshold: 0.5" in done.stdout and "- polyp" in done.stdout
-    assert "# 6 images, 6 output rows" in done.stdout
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"input": "nowhere"}, "nowhere' does not exist"),
-        ({"input": "texts"}, "holds no images, but 1 .txt"),
-        ({"input": "void"}, "holds no images"),
-        ({"input": "gs://bucket/x"}, "gs://bucket/x"),
-        ({"input": "what://x"}, "what://x"),
-        ({"output": "a file"}, "a file"),
-        ({"checkpoint": "void"}, "there is no checkpoint at"),
-        ({"set": "treshold=0.4"}, "did you mean 'threshold'?"),
-        ({"config": "absent.yaml"}, "absent.yaml"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_sentence_before_ray_starts(archive, tiny_checkpoint, tmp_path, change, message):
-    (tmp_path / "void").mkdir()
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("a")
-    (tmp_path / "a file").write_text("a")
-    names = {"input": "archive", "output": "out", "checkpoint": tiny_checkpoint, "set": "threshold=0.4"} | change
-    paths = {key: name if "://" in str(name) else tmp_path / name for key, name in names.items() if key != "set"}
-    words = [paths["input"], paths["output"], "--checkpoint", paths["checkpoint"], "--set", names["set"]]
-    started_s = time.monotonic()
-    done = without_ray(*words, *(["--config", paths["config"]] if "config" in paths else []))
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr
-    assert time.monotonic() - started_s < 20
-    assert not (tmp_path / "out" / "config.yaml").exists()
-
-
-def test_a_bucket_that_does_not_exist_is_said_before_ray_starts(s3_server, archive, tiny_checkpoint, tmp_path):
-    done = without_ray("s3://nobucket/x", tmp_path / "out", "--checkpoint", tiny_checkpoint)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "s3://nobucket/x" in done.stderr
-
-
-def test_a_store_that_refuses_the_output_is_said_before_ray_starts(s3_folder, archive, tiny_checkpoint, monkeypatch):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrongsecret")
-    done = without_ray(archive, f"{s3_folder}/out", "--checkpoint", tiny_checkpoint)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert f"{s3_folder}/out" in done.stderr
-    assert "wrongsecret" not in done.stderr
 
 
 def test_clipseg_gives_each_prompt_a_mask_of_its_own(ray_cluster, archive, tmp_path, capfd):

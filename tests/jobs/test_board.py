@@ -1,0 +1,30 @@
+"""What is concluded from the deaths of processes."""
+
+from jobs.board import Board
+
+
+def test_an_image_under_way_at_two_deaths_is_blamed_and_other_deaths_are_counted():
+    board = Board()
+    assert board.begin("fetch", 7) == (0, 0, [])
+    assert board.begin("fetch", 7) == (1, 1, [])  # the first try names no images
+    board.enter("fetch", 7, 3)
+    assert board.begin("fetch", 7) == (2, 1, [])
+    board.enter("fetch", 7, 2)
+    board.enter("fetch", 7, None)
+    board.enter("fetch", 7, 3)
+    assert board.begin("fetch", 7) == (3, 1, [3])
+    for number in range(4, 8):
+        assert board.begin("fetch", 7) == (number, number - 2, [3])
+    board.end("fetch", 7, None)
+    assert board.begin("fetch", 7) == (0, 0, [])
+
+
+def test_the_last_error_is_one_that_was_not_got_over():
+    board = Board()
+    board.end("fetch", 1, "OSError: away")
+    board.end("write", 2, "OSError: full")
+    assert board.last_error() == "OSError: full"
+    board.end("write", 2, None)
+    assert board.last_error() == "OSError: away"
+    board.end("fetch", 1, None)
+    assert board.last_error() is None
