@@ -58,7 +58,7 @@ class Board:
         return sum(self._images.values())
 
     def begin(self, stage: str, shard: int) -> tuple[int, int, list[int]]:
-        """A try begins: how many there were before that nobody ended, how many of them at no image, and whom to blame."""
+        """A try begins: how many there were before that nobody ended, of them at no image, and whom to blame."""
         tries = self._tries.setdefault((stage, shard), _Tries())
         if tries.under_way is not None:
             tries.deaths[tries.under_way] += 1
