@@ -20,7 +20,7 @@ from PIL import Image
 from jobs.command import logger, ray_session, run_command
 from jobs.segment import segment
 from jobs.train import train
-from vlsm.config import SegmentSettings
+from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.errors import VlsmError
 from vlsm.images import decode_image, decode_mask
 from vlsm.metrics import dice_score
@@ -71,7 +71,7 @@ def tell(output: Path) -> None:
     settings = SegmentSettings(
         input=str(images),
         output=str(output / "segmented"),
-        checkpoint=str(output / "training" / "checkpoint"),
+        members=(MemberSettings(checkpoint=str(output / "training" / "checkpoint")),),
         prompts=KINDS,
         shard_rows=32,
         start_over=True,
@@ -80,7 +80,10 @@ def tell(output: Path) -> None:
         logger.info("python -m jobs.train %s --dataset drawn=%s", training.output, training.datasets["drawn"])
         train(training)
         logger.info(
-            "python -m jobs.segment %s %s --checkpoint %s", settings.input, settings.output, settings.checkpoint
+            "python -m jobs.segment %s %s --checkpoint %s",
+            settings.input,
+            settings.output,
+            settings.members[0].checkpoint,
         )
         summary = segment(settings)
     dice = score(output / "archive", settings.output, output / "overlays.png")

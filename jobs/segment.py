@@ -37,11 +37,19 @@ def main(argv: list[str] | None = None) -> int:
         "input", metavar="INPUT", help="folder or prefix (recursive), glob, image, or manifest; local or s3://"
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder for the masks; a rerun continues there")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint directory; local or s3://")
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="checkpoint directory; local or s3://; several make an ensemble",
+    )
     args = parser.parse_args(argv)
 
     def work() -> dict[str, Any] | None:
-        arguments = {name: storage.absolute(getattr(args, name)) for name in ("input", "output", "checkpoint")}
+        arguments: dict[str, Any] = {name: storage.absolute(getattr(args, name)) for name in ("input", "output")}
+        if args.checkpoint:
+            arguments["members"] = [{"checkpoint": storage.absolute(uri)} for uri in args.checkpoint]
         settings = load_settings(SegmentSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return segment(settings)

@@ -1,12 +1,11 @@
-"""The stages of the segment job: what Ray runs in its CPU tasks and in its model actors.
+"""The CPU tasks of the segment job, before and after its model actors.
 
-The CPU tasks import no torch: there are many of them, and each stays a quarter of the size.
+They import no torch: there are many of them, and each stays a quarter of the size.
 """
 
 import faulthandler
 import hashlib
 import json
-import math
 import sys
 import threading
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from vlsm.errors import ImageError
 from vlsm.fetch import read_image_bytes
 from vlsm.images import decode_image, resize_image
 from vlsm.manifest import read_shard
-from vlsm.masks import describe_logits
+from vlsm.masks import describe_members
 from vlsm.proof import compare_shard
 from vlsm.results import read_part, write_part
 
@@ -35,7 +34,7 @@ class Task:
     Attributes:
         settings: of the run.
         run_id, plan_id: of the run, as its record has them.
-        image_size: side S of the model's input in pixels.
+        image_sizes: side S of each member's input in pixels.
         retry_failed: whether images that have failed are to be done again.
         board: a `jobs.board.Board`.
     """
@@ -43,7 +42,7 @@ class Task:
     settings: SegmentSettings
     run_id: str
     plan_id: str
-    image_size: int
+    image_sizes: tuple[int, ...]
     retry_failed: bool
     board: Any
 
@@ -58,46 +57,13 @@ class Task:
         return read_part(self.settings.output, shard, self.run_id, patience_s=self.settings.run.outage_patience_s)
 
 
-@dataclass(frozen=True)
-class PoolSize:
-    """What Ray is asked for: the model actors, and the CPU tasks before and after them."""
-
-    max_actors: int
-    num_cpus: float
-    num_gpus: float
-    task_cpus: float
-    num_threads: int
-
-
-def pool_size(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> PoolSize:
-    """As many actors as the cluster has GPUs, or nodes; CPU tasks keep room beside them.
-
-    Without GPUs the model has as many threads as a node has CPUs, but asks Ray for less, so that fetching and writing
-    can always run beside it: with room for two tasks, Ray Data held all writing back until the last fetch. It asks for
-    more than half a node, so that the actors of two jobs can never take all of it and both wait for their tasks.
-    """
-    resources = [node["Resources"] for node in nodes if node["Alive"]]
-    gpus = sum(node.get("GPU", 0) for node in resources)
-    cpus = min(node["CPU"] for node in resources if node.get("CPU"))
-    num_gpus = settings.run.gpus_per_actor
-    if num_gpus is None:
-        num_gpus = 1.0 if gpus else 0.0
-    num_cpus = settings.run.cpus_per_actor or (1.0 if num_gpus else max(0.625 * cpus, cpus - 1))
-    num_threads = math.ceil(num_cpus) if num_gpus or settings.run.cpus_per_actor else int(cpus)
-    max_actors = settings.run.actors or (max(1, int(gpus / num_gpus)) if num_gpus else len(resources))
-    # unequal CPUs keep Ray from fusing the fetching tasks into the actors, which would decode on the model's time
-    task_cpus = 0.75 if num_gpus else min(0.25, 0.09 * cpus)
-    task_cpus = task_cpus / 2 if task_cpus == num_cpus else task_cpus
-    return PoolSize(max_actors, num_cpus, num_gpus, task_cpus, num_threads)
-
-
 @dataclass
 class _Fetched:
     """The images of a shard that are to be done, one place for each of its images.
 
     Attributes:
         positions: in the shard, of the images that were to be read.
-        pixels: (n, S, S, 3) uint8.
+        pixels: (n, S, S, 3) uint8 for each S that a member takes.
         sizes: (n, 2) int32, height and width of the originals.
         errors: why an image cannot be done.
         hashes: SHA-256 of the files' bytes.
@@ -105,7 +71,7 @@ class _Fetched:
     """
 
     positions: list[int]
-    pixels: np.ndarray
+    pixels: dict[int, np.ndarray]
     sizes: np.ndarray
     errors: list[str | None]
     hashes: list[str | None]
@@ -127,16 +93,17 @@ def fetch_shard(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
     return {
         "shard": [shard],
         "exists": [exists],
-        "pixels": fetched.pixels[None],
+        **{f"pixels_{size}": pixels[None] for size, pixels in fetched.pixels.items()},
         "sizes": fetched.sizes[None],
         "notes": [json.dumps(notes)],
     }
 
 
 def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Watch) -> _Fetched:
-    settings, size, count = task.settings, task.image_size, len(positions)
+    settings, count = task.settings, len(positions)
     room = max(1, count)  # Ray Data has no arrays of nothing
-    pixels, sizes = np.zeros((room, size, size, 3), np.uint8), np.zeros((room, 2), np.int32)
+    pixels = {size: np.zeros((room, size, size, 3), np.uint8) for size in task.image_sizes}
+    sizes = np.zeros((room, 2), np.int32)
     fetched = _Fetched(positions, pixels, sizes, [None] * count, [None] * count, list(range(count)))
     firsts: dict[str, int] = {}
     decoding = threading.Lock()  # reads overlap; decoding keeps to one core and to one decoded image in memory
@@ -166,7 +133,9 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
         faulthandler.dump_traceback_later(settings.run.image_timeout_s, exit=True, file=sys.__stderr__)
         try:
             image = decode_image(data, uri, settings.max_pixels)
-            sizes[index], pixels[index] = image.shape[:2], resize_image(image, size)
+            sizes[index] = image.shape[:2]
+            for size, own in pixels.items():
+                own[index] = resize_image(image, size)
         finally:
             faulthandler.cancel_dump_traceback_later()
         firsts[digest] = index
@@ -174,61 +143,6 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
     with ThreadPoolExecutor(1 if watch.is_careful else settings.run.fetch_threads) as pool:
         list(pool.map(fetch, range(count)))
     return fetched
-
-
-class SegmentActor:
-    """A model on its device; turns the images of a shard into logits, one per image and prompt."""
-
-    def __init__(self, task: Task, weights: Any, num_threads: int) -> None:
-        import ray
-        import torch
-
-        from vlsm.checkpoints import build_checkpoint
-        from vlsm.segmenter import Segmenter
-
-        torch.set_num_threads(num_threads)
-        files = {name: data.tobytes() for name, data in ray.get(weights).items()}
-        checkpoint = build_checkpoint(files, task.settings.checkpoint)
-        self.task = task
-        self.name = checkpoint.name
-        self.segmenter = Segmenter(checkpoint, batch_size=task.settings.run.batch_size)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Logits (rows, S, S) float16: half the bytes to move, and exact to 0.001 where a threshold decides."""
-        shard, pixels, notes = int(batch["shard"][0]), batch["pixels"][0], json.loads(batch["notes"][0])
-        with Watch(self.task.board, "segment", shard) as watch:
-            images = self.task.read_images(shard)
-            prompts = images["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
-            for index, position in enumerate(notes["positions"]):
-                if position in watch.blamed:
-                    notes["errors"][index] = "crashed: the process that ran the model on this image died each time"
-            logits = self._segment(shard, pixels, prompts, notes, watch)
-        carried = {key: batch[key] for key in ("shard", "exists", "sizes")}
-        return carried | {"notes": [json.dumps(notes)], "logits": logits[None], "model": [self.name]}
-
-    def _segment(
-        self, shard: int, pixels: np.ndarray, prompts: list[list[str]], notes: dict[str, Any], watch: Watch
-    ) -> np.ndarray:
-        starts = np.cumsum([0, *map(len, prompts)])
-        logits = np.zeros((max(1, starts[-1]), *pixels.shape[1:3]), np.float16)
-        good = [index for index, error in enumerate(notes["errors"]) if error is None]
-        # images of equal bytes and equal prompts have equal logits
-        same: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        for index in good:
-            same.setdefault((notes["twins"][index], tuple(prompts[index])), []).append(index)
-        groups = list(same.values())
-        step = 1 if watch.is_careful else self.segmenter.batch_size
-        for begin in range(0, len(groups), step):
-            chosen = groups[begin : begin + step]
-            firsts = [group[0] for group in chosen]
-            sources = [notes["twins"][index] for index in firsts]
-            with watch.image(notes["positions"][firsts[0]]):
-                predicted = self.segmenter.predict_logits(pixels[sources], [prompts[index] for index in firsts])
-            for group, own in zip(chosen, predicted, strict=True):
-                for index in group:
-                    logits[starts[index] : starts[index + 1]] = np.clip(own, -60_000, 60_000)
-            self.task.board.note.remote(shard, begin + len(chosen))
-        return logits
 
 
 def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
@@ -241,12 +155,12 @@ def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
         kept: dict[str, list[dict[str, Any]]] = {}
         for row in [] if old is None else old.to_pylist():
             kept.setdefault(row["image_id"], []).append(row)
-        new, model = _Segmented(batch, images, settings.threshold or 0.5, watch), str(batch["model"][0])
+        new = _Segmented(batch, images, settings, watch)
         rows: list[dict[str, Any]] = []
         for position, image in enumerate(images.to_pylist()):
             own = kept.get(image["image_id"], [])
             if position in undone:
-                own = _vanished_rows(image, own, model) if image["vanished"] else new.rows(position, image, own)
+                own = _vanished_rows(image, own, new.model) if image["vanished"] else new.rows(position, image, own)
             rows += own
         write_part(settings.output, shard, rows, task.run_id, settings.run.outage_patience_s)
     failed = [error for error in new.errors if error is not None]
@@ -261,12 +175,14 @@ def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
 class _Segmented:
     """What the stages before have made of the images of a shard, as rows."""
 
-    def __init__(self, batch: dict[str, np.ndarray], images: pa.Table, threshold: float, watch: Watch) -> None:
+    def __init__(self, batch: dict[str, np.ndarray], images: pa.Table, settings: SegmentSettings, watch: Watch) -> None:
         notes = json.loads(batch["notes"][0])
         self.errors: list[str | None] = notes["errors"]
         self._hashes: list[str | None] = notes["hashes"]
-        self._model, self._sizes, self._logits = str(batch["model"][0]), batch["sizes"][0], batch["logits"][0]
-        self._threshold, self._watch = threshold, watch
+        numbers = range(len(settings.members))
+        self.model = " + ".join(str(batch[f"model_{number}"][0]) for number in numbers)
+        self._sizes, self._logits = batch["sizes"][0], [batch[f"logits_{number}"][0] for number in numbers]
+        self._settings, self._watch = settings, watch
         self._indices = {position: index for index, position in enumerate(notes["positions"])}
         prompts = images["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
         self._starts = np.cumsum([0, *map(len, prompts)])
@@ -278,16 +194,25 @@ class _Segmented:
         """
         if (index := self._indices.get(position)) is None:
             return old
-        common = {"model": self._model, "content_sha256": self._hashes[index]}
+        common = {"model": self.model, "content_sha256": self._hashes[index]}
         common |= {name: image[name] for name in ("image_id", "image_uri", "image_version")}
         if position in self._watch.blamed:
             self.errors[index] = f"crashed: the process that wrote the mask of {image['image_uri']} died each time"
         if (error := self.errors[index]) is not None:
             return [common | {"prompt": prompt, "status": "failed", "error": error} for prompt in image["prompts"]]
         height, width = self._sizes[index].tolist()
-        own = self._logits[self._starts[index] : self._starts[index + 1]]
+        weights, vote = [member.weight for member in self._settings.members], self._settings.combine == "vote"
         with self._watch.image(position):
-            masks = [describe_logits(logits, (height, width), self._threshold) for logits in own]
+            masks = [
+                describe_members(
+                    [logits[row] for logits in self._logits],
+                    weights,
+                    (height, width),
+                    self._settings.threshold or 0.5,
+                    vote,
+                )
+                for row in range(self._starts[index], self._starts[index + 1])
+            ]
         found = common | {"status": "ok", "height": height, "width": width}
         return [
             found | {"prompt": prompt, **asdict(mask)} for prompt, mask in zip(image["prompts"], masks, strict=True)

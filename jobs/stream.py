@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from jobs.actor import SegmentActor
 from jobs.command import logger, ray_session
-from jobs.stages import SegmentActor, Task, fetch_shard, pool_size, write_masks
+from jobs.pools import plan_pools
+from jobs.stages import Task, fetch_shard, write_masks
 from vlsm.errors import VlsmError
 from vlsm.proof import RunState
 from vlsm.runs import Run, check_failed_share
@@ -48,9 +50,13 @@ def execute(
         context.retried_map_errors, context.max_map_retries = True, 2
         context.max_consecutive_actor_init_deaths = 3
         board = start_board()
-        task = Task(run.settings, run.run_id, run.plan.id, run.image_size, retry_failed, board)
+        sizes = tuple(member.image_size for member in run.members)
+        task = Task(run.settings, run.run_id, run.plan.id, sizes, retry_failed, board)
         # each node fetches the weights once from the object store, whether or not it could reach the directory itself
-        weights = ray.put({name: np.frombuffer(data, np.uint8) for name, data in run.checkpoint_files.items()})
+        weights = [
+            ray.put({name: np.frombuffer(data, np.uint8) for name, data in member.files.items()})
+            for member in run.members
+        ]
         try:
             with Progress(count_images, state.num_done, state.counts["failed"], board) as progress:
                 for wave in itertools.chain([first], waves):
@@ -61,42 +67,40 @@ def execute(
                             check_failed_share(run.settings, progress.done, progress.failed, errors)
         except ray.exceptions.RayError as error:
             # an actor that could not load its checkpoint dies without a word of why
-            build_checkpoint(run.checkpoint_files, run.settings.checkpoint)
+            for member, own in zip(run.members, run.settings.members, strict=True):
+                build_checkpoint(member.files, own.checkpoint)
             reason = ray.get(board.last_error.remote()) or _root_cause(error)
             raise VlsmError(
                 f"a stage failed through its retries: {reason}; the same command goes on from here"
             ) from error
 
 
-def _stream_parts(wave: Wave, task: Task, weights: Any) -> Any:
+def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:
     """The pipeline as a lazy Ray dataset: a row per written part.
 
     One row is one shard and batch_size is 1 in every stage, so that no stage can merge or split shards.
     """
     import ray
 
-    size = pool_size(task.settings, ray.nodes())
-    logger.info(
-        "%d shards; up to %d model actors with %s CPUs and %s GPUs each",
-        len(wave),
-        size.max_actors,
-        size.num_cpus,
-        size.num_gpus,
-    )
+    pools = plan_pools(task.settings, ray.nodes())
+    task_cpus = pools[0].task_cpus
     shards = [{"shard": shard, "exists": exists} for shard, exists in wave]
-    return (
-        ray.data.from_items(shards, override_num_blocks=len(shards))
-        .map_batches(fetch_shard, fn_args=(task,), batch_size=1, num_cpus=size.task_cpus)
-        .map_batches(
-            SegmentActor,
-            fn_constructor_args=(task, weights, size.num_threads),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=size.max_actors),
-            num_cpus=size.num_cpus,
-            num_gpus=size.num_gpus,
+    rows: Any = ray.data.from_items(shards, override_num_blocks=len(shards))
+    rows = rows.map_batches(fetch_shard, fn_args=(task,), batch_size=1, num_cpus=task_cpus)
+    for pool in pools:
+        logger.info(
+            "%d shards; up to %d actors of %d models with %s CPUs and %s GPUs each",
+            *(len(wave), pool.max_actors, len(pool.members), pool.num_cpus, pool.num_gpus),
         )
-        .map_batches(write_masks, fn_args=(task,), batch_size=1, num_cpus=size.task_cpus)
-    )
+        rows = rows.map_batches(
+            SegmentActor,
+            fn_constructor_args=(task, weights, pool.members, pool.num_threads),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.max_actors),
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+        )
+    return rows.map_batches(write_masks, fn_args=(task,), batch_size=1, num_cpus=task_cpus)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -3,7 +3,7 @@ import pytest
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError
 
-PATHS = {"input": "in", "output": "out", "checkpoint": "ck"}
+PATHS = {"input": "in", "output": "out", "members": [{"checkpoint": "ck"}]}
 
 
 def load(*assignments, config=None):

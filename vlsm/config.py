@@ -25,6 +25,9 @@ class Settings(BaseModel):
 class RunSettings(Settings):
     """How a run is carried out: nothing here can change a row, so it may differ when a run is resumed."""
 
+    placement: Literal["together", "apart"] = Field(
+        "together", description="all members in each actor, or a pool of actors for each"
+    )
     actors: int | None = Field(
         None, ge=1, description="model actors; one per GPU of the cluster, or per node, unless told"
     )
@@ -41,12 +44,30 @@ class RunSettings(Settings):
     judge_after: int = Field(200, ge=1, description="images, before which no share of failed ones ends the run")
 
 
+class MemberSettings(Settings):
+    """One checkpoint of an ensemble; how many actors it has and what they ask for matters where pools are apart."""
+
+    checkpoint: str
+    weight: float = Field(1, gt=0, description="among the members")
+    flip: bool = Field(False, description="segment the mirrored image as well, and take the mean of both")
+    prompts: dict[str, str] = Field({}, description="what this member is told in place of a prompt")
+    actors: int | None = Field(None, ge=1, description="as under run")
+    gpus_per_actor: float | None = Field(None, ge=0, description="as under run")
+    cpus_per_actor: float | None = Field(None, gt=0, description="as under run")
+
+
 class SegmentSettings(Settings):
     """Everything that decides a segment run's rows, and under `run` how it is carried out."""
 
     input: str
     output: str
-    checkpoint: str
+    members: tuple[MemberSettings, ...] = Field(
+        (),
+        description="checkpoints with weight, flip, prompts and pools of their own, where --checkpoint says too little",
+    )
+    combine: Literal["mean", "vote"] = Field(
+        "mean", description="of several members: the weighted mean of probabilities, or the weighted majority of masks"
+    )
     prompts: tuple[str, ...] | None = Field(
         None, min_length=1, description="of every image; the checkpoint's own unless told"
     )
@@ -67,7 +88,9 @@ class SegmentSettings(Settings):
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _check_prompts(self) -> Self:
+    def _check(self) -> Self:
+        if not self.members:
+            raise ValueError("give --checkpoint DIR once at least")
         if self.prompts and len(set(self.prompts)) < len(self.prompts):
             raise ValueError("prompts: the same prompt stands there twice; each gives one row per image")
         return self

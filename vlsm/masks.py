@@ -1,6 +1,8 @@
 """Logits to masks at the image's own size, and masks to COCO run lengths and statistics."""
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -16,6 +18,7 @@ class MaskRecord:
     area_fraction: float
     bbox: list[int] | None
     confidence: float | None
+    agreement: float | None = None
 
 
 def enlarge_logits(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -60,16 +63,75 @@ def describe_logits(logits: np.ndarray, size: tuple[int, int], threshold: float)
     """
     enlarged = enlarge_logits(logits, size)
     is_foreground = enlarged >= _logit(threshold)
+    return _describe(is_foreground, _probabilities(enlarged[is_foreground]))
+
+
+def describe_members(
+    members: Sequence[np.ndarray], weights: Sequence[float], size: tuple[int, int], threshold: float, vote: bool = False
+) -> MaskRecord:
+    """The mask on which several models agree, at the image's own size.
+
+    Args:
+        members: each member's logits, (S, S) float, S its own.
+        weights: of the members, as many, each above 0.
+        size: (height, width) in pixels.
+        threshold: probability in (0, 1), of the mean or of each member's vote.
+        vote: foreground is what more than half of the weights have in their masks, instead of where the weighted mean
+            of the probabilities reaches the threshold.
+
+    Returns:
+        As for `describe_logits`, confidence the mean of the weighted mean probability inside the mask; agreement is the
+        mean Dice of the members' masks, pair by pair (1 for two empty ones), None for a single member.
+    """
+    if len(members) == 1:
+        return describe_logits(members[0], size, threshold)
+    shares = np.asarray(weights, np.float64) / np.sum(weights)
+    mean, votes, masks = np.zeros(size, np.float64, order="F"), np.zeros(size, np.float64, order="F"), []
+    for logits, share in zip(members, shares, strict=True):
+        enlarged = enlarge_logits(logits, size)
+        masks.append(enlarged >= _logit(threshold))
+        mean += share * _probabilities(enlarged)
+        votes += share * masks[-1]
+    # shares of equal weights do not add up to a half exactly
+    is_foreground = votes > 0.5 + 1e-9 if vote else mean >= threshold
+    agreement = float(np.mean([_dice(one, other) for one, other in itertools.combinations(masks, 2)]))
+    return replace(_describe(is_foreground, mean[is_foreground]), agreement=agreement)
+
+
+def mirrored_mean(logits: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """Logits of the mean probability of an image and of its mirror image.
+
+    Args:
+        logits: (..., S, S) float, of the image.
+        mirrored: the same of the image with left and right exchanged.
+
+    Returns:
+        (..., S, S) float64.
+    """
+    mean = (_probabilities(logits) + _probabilities(mirrored[..., ::-1])) / 2
+    return np.log(mean) - np.log1p(-np.minimum(mean, 1 - 1e-12))
+
+
+def _describe(is_foreground: np.ndarray, inside: np.ndarray) -> MaskRecord:
+    """A mask (H, W) bool, column-major, with the probabilities inside of it."""
     encoded = coco.encode(is_foreground.view(np.uint8))
     area_px = int(coco.area(encoded))
-    inside = enlarged[is_foreground]
     return MaskRecord(
         mask_rle=encoded["counts"].decode("ascii"),
         area_px=area_px,
         area_fraction=area_px / is_foreground.size,
         bbox=[int(edge) for edge in coco.toBbox(encoded)] if area_px else None,
-        confidence=float(np.mean(1 / (1 + np.exp(-inside, dtype=np.float64)))) if area_px else None,
+        confidence=float(np.mean(inside)) if area_px else None,
     )
+
+
+def _probabilities(logits: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-np.clip(logits, -700, None), dtype=np.float64)))
+
+
+def _dice(one: np.ndarray, other: np.ndarray) -> float:
+    total = np.count_nonzero(one) + np.count_nonzero(other)
+    return 2 * np.count_nonzero(one & other) / total if total else 1.0
 
 
 def encode_mask(mask: np.ndarray) -> str:

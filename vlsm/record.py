@@ -21,6 +21,7 @@ from vlsm.errors import ConfigError
 RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
 _ACTIONS = {"start_over", "retry_failed", "update"}  # what is to be done now, no part of what a run is
+_POOL_KEYS = ("actors", "_per_actor")
 _PACKAGES = ("ray", "torch", "torchvision", "transformers", "pillow", "pyarrow", "fsspec", "s3fs")
 
 
@@ -76,8 +77,7 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
     How a run is carried out (`run`) may change, and a checkpoint may move: its content counts.
     """
     before, now = (
-        flatten({key: value for key, value in tree.items() if key not in ("run", "output", "checkpoint")})
-        for tree in (record["config"], settings.model_dump(mode="json", exclude=_ACTIONS))
+        flatten(_deciding(tree)) for tree in (record["config"], settings.model_dump(mode="json", exclude=_ACTIONS))
     )
     before |= {key: record.get(key) for key in facts}
     now |= facts
@@ -86,6 +86,16 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
+
+
+def _deciding(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record that decide what comes out, and not where and how."""
+    members = [
+        {key: value for key, value in member.items() if key != "checkpoint" and not key.endswith(_POOL_KEYS)}
+        for member in tree.get("members", ())
+    ]
+    deciding = {key: value for key, value in tree.items() if key not in ("run", "output", "members")}
+    return deciding | ({"members": members} if members else {})
 
 
 def forget_run(output: str, names: Iterable[str] = (), folders: Iterable[tuple[str, str]] = ()) -> None:

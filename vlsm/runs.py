@@ -37,34 +37,54 @@ logger = logging.getLogger("vlsm")
 
 
 @dataclass(frozen=True)
+class Member:
+    """A checkpoint of a run as it was read: its files by name, and the side of its square in pixels."""
+
+    files: dict[str, bytes]
+    image_size: int
+
+
+@dataclass(frozen=True)
 class Run:
-    """A planned run: resolved settings, the checkpoint's files and image size in pixels, how much there is to do.
+    """A planned run: resolved settings, each member's files and image size in pixels, how much there is to do.
 
     `run_id` is the same as long as OUTPUT is this run's: it signs the parts. While its plan is not complete, a planner
     is to go on with it.
     """
 
     settings: SegmentSettings
-    checkpoint_files: dict[str, bytes]
-    image_size: int
+    members: tuple["Member", ...]
     plan: Plan
     run_id: str
 
 
-def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, dict[str, bytes], int]:
-    """The settings with the checkpoint's prompt and threshold where none were given, its files, and its image size.
+def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[Member, ...]]:
+    """The settings with the checkpoints' prompt and threshold where none were given, and the checkpoints.
 
     Raises:
         CheckpointError: there is no usable checkpoint.
+        ConfigError: the members' prompts or thresholds differ, and none were given.
     """
-    with storage.name_errors("checkpoint", settings.checkpoint):
-        files = read_checkpoint(settings.checkpoint)
-    checkpoint = parse_settings(files, settings.checkpoint)
-    resolved = {
-        "prompts": settings.prompts or (checkpoint.prompt,),
-        "threshold": settings.threshold or checkpoint.threshold,
+    members, own = [], []
+    for uri in (member.checkpoint for member in settings.members):
+        with storage.name_errors("checkpoint", uri):
+            files = read_checkpoint(uri)
+        own.append(parse_settings(files, uri))
+        members.append(Member(files, own[-1].image.size))
+    resolved: dict[str, Any] = {}
+    for key, given in (("prompt", settings.prompts), ("threshold", settings.threshold)):
+        found = list(dict.fromkeys(getattr(checkpoint, key) for checkpoint in own))
+        if given is None and len(found) > 1:
+            raise ConfigError(
+                f"the members have the {key}s {', '.join(map(repr, found))}: say which counts, --set "
+                + (f"'prompts=[{found[0]}]'" if key == "prompt" else f"threshold={found[0]}")
+            )
+        resolved[key] = found[0]
+    update = {
+        "prompts": settings.prompts or (resolved["prompt"],),
+        "threshold": settings.threshold or resolved["threshold"],
     }
-    return settings.model_copy(update=resolved), files, checkpoint.image.size
+    return settings.model_copy(update=update), tuple(members)
 
 
 def open_input(settings: SegmentSettings, after: str | None = None) -> Archive:
@@ -93,8 +113,8 @@ def prepare_run(settings: SegmentSettings) -> Run:
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
         CheckpointError, ManifestError: the checkpoint or the manifest is of no use.
     """
-    settings, files, image_size = resolve_settings(settings)
-    facts, output = {"checkpoint_digest": digest_files(files)}, settings.output
+    settings, members = resolve_settings(settings)
+    facts, output = {"checkpoint_digests": [digest_files(member.files) for member in members]}, settings.output
     with storage.name_errors("OUTPUT", output):
         record = None if settings.start_over else read_record(output)
         is_new = record is None
@@ -107,7 +127,7 @@ def prepare_run(settings: SegmentSettings) -> Run:
             )
         if settings.update and not is_new and record["plan"]["is_complete"]:
             record = _update_plan(settings, record)
-    return Run(settings, files, image_size, Plan(**record["plan"]), record["run_id"])
+    return Run(settings, members, Plan(**record["plan"]), record["run_id"])
 
 
 def _plan_run(settings: SegmentSettings, facts: dict[str, Any]) -> dict[str, Any]:

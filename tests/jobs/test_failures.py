@@ -143,7 +143,11 @@ def test_what_changed_behind_a_listing_that_broke_off_is_followed_too(archive, b
     caplog.set_level("INFO", "vlsm")
     for number in range(70):
         shutil.copy(archive / "test_0000.png", archive / f"a{number:02d}.png")
-    arguments = {"input": str(archive), "output": str(tmp_path / "out"), "checkpoint": str(bright_checkpoint)}
+    arguments = {
+        "input": str(archive),
+        "output": str(tmp_path / "out"),
+        "members": [{"checkpoint": str(bright_checkpoint)}],
+    }
     run = prepare_run(SegmentSettings(**arguments, shard_rows=1))
     writer = ManifestWriter(run.settings.output, run.plan.id)
     for shard in itertools.islice(cut_shards(open_input(run.settings).rows, 1), 65):

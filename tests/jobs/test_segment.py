@@ -124,7 +124,7 @@ def test_other_settings_on_the_same_output_are_refused_by_name(undisturbed, hard
     done = without_ray(hard_archive, undisturbed, "--checkpoint", bright_checkpoint, "--set", "threshold=0.3")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    for key in ("checkpoint_digest", "prompts", "shard_rows", "threshold (there 0.5, now 0.3)", "start_over=true"):
+    for key in ("checkpoint_digests", "prompts", "shard_rows", "threshold (there 0.5, now 0.3)", "start_over=true"):
         assert key in done.stderr
 
 

@@ -1,0 +1,90 @@
+"""The model actors of the segment job, between its CPU tasks."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.board import Watch
+from jobs.stages import Task
+from vlsm.masks import mirrored_mean
+
+
+class SegmentActor:
+    """Models on their device; they turn the images of a shard into logits, one per image, prompt and model.
+
+    Args:
+        task: what every stage is told.
+        weights: of all members of the run, each a reference to its files.
+        members: numbers of those that this actor holds.
+        num_threads: that torch may use.
+    """
+
+    def __init__(self, task: Task, weights: list[Any], members: tuple[int, ...], num_threads: int) -> None:
+        import ray
+        import torch
+
+        from vlsm.checkpoints import build_checkpoint
+        from vlsm.models.sharing import share_towers
+        from vlsm.segmenter import Segmenter
+
+        torch.set_num_threads(num_threads)
+        self.task, self.names, self.segmenters = task, {}, {}
+        for number in members:
+            files = {name: data.tobytes() for name, data in ray.get(weights[number]).items()}
+            checkpoint = build_checkpoint(files, task.settings.members[number].checkpoint)
+            self.names[f"model_{number}"] = [checkpoint.name]
+            self.segmenters[number] = Segmenter(checkpoint, batch_size=task.settings.run.batch_size)
+        share_towers([segmenter.model for segmenter in self.segmenters.values()])
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Logits (rows, S, S) float16: half the bytes to move, and exact to 0.001 where a threshold decides."""
+        shard, notes = int(batch["shard"][0]), json.loads(batch["notes"][0])
+        with Watch(self.task.board, f"segment {min(self.segmenters)}", shard) as watch:
+            images = self.task.read_images(shard)
+            prompts = images["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
+            for index, position in enumerate(notes["positions"]):
+                if position in watch.blamed:
+                    notes["errors"][index] = "crashed: the process that ran the model on this image died each time"
+            logits = self._segment(batch, prompts, notes, watch)
+        done = len(self.task.settings.members) - 1 in self.segmenters  # nobody needs the pixels any more
+        carried = {key: value for key, value in batch.items() if not (done and key.startswith("pixels_"))}
+        return carried | self.names | logits | {"notes": [json.dumps(notes)]}
+
+    def _segment(
+        self, batch: dict[str, Any], prompts: list[list[str]], notes: dict[str, Any], watch: Watch
+    ) -> dict[str, np.ndarray]:
+        sizes = self.task.image_sizes
+        pixels = {number: batch[f"pixels_{sizes[number]}"][0] for number in self.segmenters}
+        starts = np.cumsum([0, *map(len, prompts)])
+        logits = {number: np.zeros((max(1, starts[-1]), sizes[number], sizes[number]), np.float16) for number in pixels}
+        good = [index for index, error in enumerate(notes["errors"]) if error is None]
+        # images of equal bytes and equal prompts have equal logits
+        same: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index in good:
+            same.setdefault((notes["twins"][index], tuple(prompts[index])), []).append(index)
+        groups = list(same.values())
+        step = 1 if watch.is_careful else self.task.settings.run.batch_size
+        for begin in range(0, len(groups), step):
+            chosen = groups[begin : begin + step]
+            firsts = [group[0] for group in chosen]
+            sources = [notes["twins"][index] for index in firsts]
+            wanted = [prompts[index] for index in firsts]
+            for number in self.segmenters:  # all see a batch before the next: they may share what was made of it
+                with watch.image(notes["positions"][firsts[0]]):
+                    predicted = self._predict(number, pixels[number][sources], wanted)
+                for group, own in zip(chosen, predicted, strict=True):
+                    for index in group:
+                        logits[number][starts[index] : starts[index + 1]] = np.clip(own, -60_000, 60_000)
+            if len(self.task.settings.members) - 1 in self.segmenters:
+                self.task.board.note.remote(int(batch["shard"][0]), begin + len(chosen))
+        return {f"logits_{number}": own[None] for number, own in logits.items()}
+
+    def _predict(self, number: int, pixels: np.ndarray, prompts: list[list[str]]) -> list[np.ndarray]:
+        segmenter, member = self.segmenters[number], self.task.settings.members[number]
+        prompts = [[member.prompts.get(prompt, prompt) for prompt in own] for own in prompts]
+        logits = segmenter.predict_logits(pixels, prompts)
+        if not member.flip:
+            return logits
+        return list(map(mirrored_mean, logits, segmenter.predict_logits(pixels[:, :, ::-1], prompts)))

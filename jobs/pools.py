@@ -1,0 +1,66 @@
+"""Where a run's models stand: the pools of actors that it has, and what Ray is asked for each."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from vlsm.config import MemberSettings, RunSettings, SegmentSettings
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors with the same members of the ensemble, and the CPU tasks before and after them.
+
+    Attributes:
+        members: numbers of the members that each actor holds.
+        max_actors: as many as the pool grows to.
+        num_cpus, num_gpus: that Ray is asked for an actor.
+        task_cpus: that Ray is asked for a task.
+        num_threads: that torch uses in an actor.
+    """
+
+    members: tuple[int, ...]
+    max_actors: int
+    num_cpus: float
+    num_gpus: float
+    task_cpus: float
+    num_threads: int
+
+
+def plan_pools(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> list[Pool]:
+    """One pool of all members, or one for each (placement "apart"), which share what the cluster has.
+
+    As many actors as the cluster has GPUs, or nodes; CPU tasks keep room beside them.
+
+    Without GPUs the models have as many threads as a node has CPUs, but ask Ray for less, so that fetching and writing
+    can always run beside them: with room for two tasks, Ray Data held all writing back until the last fetch. They ask
+    for more than half a node, so that the actors of two jobs can never take all of it and both wait for their tasks.
+    """
+    everybody = tuple(range(len(settings.members)))
+    if settings.run.placement == "together":
+        return [_pool(everybody, settings.run, nodes, 1)]
+    count = len(everybody)
+    return [_pool((number,), _merge(settings.run, settings.members[number]), nodes, count) for number in everybody]
+
+
+def _merge(run: RunSettings, member: MemberSettings) -> RunSettings:
+    """What a run asks for an actor, where its member does not say otherwise."""
+    own = {name: getattr(member, name) for name in ("actors", "gpus_per_actor", "cpus_per_actor")}
+    return run.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+
+def _pool(members: tuple[int, ...], run: RunSettings, nodes: list[dict[str, Any]], num_pools: int) -> Pool:
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = sum(node.get("GPU", 0) for node in resources)
+    cpus = min(node["CPU"] for node in resources if node.get("CPU"))
+    num_gpus = run.gpus_per_actor
+    if num_gpus is None:
+        num_gpus = min(1.0, int(100 * gpus / num_pools) / 100) if gpus else 0.0
+    share = max(0.625 * cpus, cpus - 1) / num_pools
+    num_cpus = run.cpus_per_actor or (1.0 if num_gpus else share)
+    num_threads = math.ceil(num_cpus) if num_gpus or run.cpus_per_actor else max(1, int(cpus / num_pools))
+    max_actors = run.actors or (max(1, int(gpus / num_gpus / num_pools)) if num_gpus else len(resources))
+    # unequal CPUs keep Ray from fusing the fetching tasks into the actors, which would decode on the model's time
+    task_cpus = 0.75 if num_gpus else min(0.25, 0.09 * cpus)
+    task_cpus = task_cpus / 2 if task_cpus == num_cpus else task_cpus
+    return Pool(members, max_actors, num_cpus, num_gpus, task_cpus, num_threads)

@@ -1,0 +1,83 @@
+"""Several checkpoints over one archive: the same masks wherever they stand, and those that the members' own give."""
+
+import json
+
+import numpy as np
+import pytest
+
+import vlsm
+from jobs import segment
+from tests.conftest import read_mask_rows
+from vlsm.images import decode_image, resize_image
+from vlsm.masks import enlarge_logits
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    """Two models with other weights, other squares and another weight in the ensemble."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("members")
+    for name, size, seed in (("small", 32, 3), ("large", 48, 8)):
+        torch.manual_seed(seed)
+        vlsm.save_checkpoint(vlsm.build_model("unet_d", image_size=size, width=4), folder / name, prompt="polyp")
+    return [
+        {"checkpoint": str(folder / "small"), "weight": 2, "flip": True},
+        {"checkpoint": str(folder / "large"), "prompts": {"polyp": "flat lesion"}},
+    ]
+
+
+@pytest.fixture
+def probabilities(members, archive):
+    """Of each image, at its own size: both members', from the library alone."""
+    found = {}
+    segmenters = [vlsm.Segmenter(vlsm.load_checkpoint(member["checkpoint"]), device="cpu") for member in members]
+
+    def predict(segmenter, image):
+        pixels = resize_image(image, segmenter.model.image_spec.size)[None]
+        (logits,) = segmenter.predict_logits(pixels, [["polyp"]])
+        return 1 / (1 + np.exp(-logits[0]))
+
+    for path in archive.iterdir():
+        image = decode_image(path.read_bytes(), "")
+        first = (predict(segmenters[0], image) + predict(segmenters[0], image[:, ::-1])[:, ::-1]) / 2
+        both = first, predict(segmenters[1], image)
+        found[path.name] = [1 / (1 + np.exp(-enlarge_logits(np.log(p / (1 - p)), image.shape[:2]))) for p in both]
+    return found
+
+
+def run(archive, output, members, *settings):
+    words = [str(archive), str(output), "--set", f"members={json.dumps(members)}"]
+    assert segment.main([*words, *(word for setting in settings for word in ("--set", setting))]) == 0
+    rows = read_mask_rows(output)
+    assert len(rows) == 6 and {row["status"] for row in rows.values()} == {"ok"}
+    return {key[0]: row for key, row in rows.items()}
+
+
+def dice(one, other):
+    return 2 * (one & other).sum() / (one.sum() + other.sum())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_members_agree_together_and_apart(archive, members, probabilities, tmp_path):
+    together = run(archive, tmp_path / "together", members, "threshold=0.5")
+    apart = run(archive, tmp_path / "apart", members, "threshold=0.5", "run.placement=apart")
+    for name, (first, second) in probabilities.items():
+        row, mean = together[name], (2 * first + second) / 3
+        assert (row["mask"] != (mean >= 0.5)).mean() < 0.005  # float16, and where a probability lies on the threshold
+        assert row["agreement"] == pytest.approx(dice(first >= 0.5, second >= 0.5), abs=0.01)
+        assert row["confidence"] == pytest.approx(mean[mean >= 0.5].mean(), abs=0.01)
+        assert row["model"].count("unet_d@") == 2 and " + " in row["model"]
+        np.testing.assert_array_equal(apart[name]["mask"], row["mask"])
+        assert apart[name]["agreement"] == row["agreement"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_heavier_member_wins_a_vote_and_a_tie_is_background(archive, members, probabilities, tmp_path):
+    heavier = run(archive, tmp_path / "heavier", members, "combine=vote")
+    even = run(archive, tmp_path / "even", [members[0] | {"weight": 1}, members[1]], "combine=vote")
+    for name, (first, second) in probabilities.items():
+        assert (heavier[name]["mask"] != (first >= 0.5)).mean() < 0.005
+        assert (even[name]["mask"] != ((first >= 0.5) & (second >= 0.5))).mean() < 0.005
