@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.feeding import Decoded
-from vlsm.recipe import TrainSettings, parse_workers
+from vlsm.config import parse_range
+from vlsm.recipe import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def group_size(settings: TrainSettings, nodes: list[dict[str, Any]]) -> GroupSiz
     run = settings.run
     gpus_per_worker = run.gpus_per_worker if run.gpus_per_worker is not None else float(gpus > 0)
     default = max(1, int(gpus / gpus_per_worker)) if gpus_per_worker else 1
-    low, high = parse_workers(run.workers, default)
+    low, high = parse_range(run.workers, default)
     most = max(node.get("CPU", 0) for node in resources)
     share = min(sum(node.get("CPU", 0) for node in resources) / high, most)
     cpus = run.cpus_per_worker or (1.0 if gpus_per_worker else max(0.01, int(75 * share) / 100))

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from vlsm.config import MemberSettings, RunSettings, SegmentSettings
+from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 
 
 @dataclass(frozen=True)
@@ -13,14 +13,14 @@ class Pool:
 
     Attributes:
         members: numbers of the members that each actor holds.
-        max_actors: as many as the pool grows to.
+        num_actors: the fewest and the most, between which the pool follows the work.
         num_cpus, num_gpus: that Ray is asked for an actor.
         task_cpus: that Ray is asked for a task.
         num_threads: that torch uses in an actor.
     """
 
     members: tuple[int, ...]
-    max_actors: int
+    num_actors: tuple[int, int]
     num_cpus: float
     num_gpus: float
     task_cpus: float
@@ -59,8 +59,10 @@ def _pool(members: tuple[int, ...], run: RunSettings, nodes: list[dict[str, Any]
     share = max(0.625 * cpus, cpus - 1) / num_pools
     num_cpus = run.cpus_per_actor or (1.0 if num_gpus else share)
     num_threads = math.ceil(num_cpus) if num_gpus or run.cpus_per_actor else max(1, int(cpus / num_pools))
-    max_actors = run.actors or (max(1, int(gpus / num_gpus / num_pools)) if num_gpus else len(resources))
+    num_actors = parse_range(run.actors, max(1, int(gpus / num_gpus / num_pools)) if num_gpus else len(resources))
+    if ".." not in str(run.actors):
+        num_actors = 1, num_actors[1]
     # unequal CPUs keep Ray from fusing the fetching tasks into the actors, which would decode on the model's time
     task_cpus = 0.75 if num_gpus else min(0.25, 0.09 * cpus)
     task_cpus = task_cpus / 2 if task_cpus == num_cpus else task_cpus
-    return Pool(members, max_actors, num_cpus, num_gpus, task_cpus, num_threads)
+    return Pool(members, num_actors, num_cpus, num_gpus, task_cpus, num_threads)

@@ -90,13 +90,13 @@ def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:
     for pool in pools:
         logger.info(
             "%d shards; up to %d actors of %d models with %s CPUs and %s GPUs each",
-            *(len(wave), pool.max_actors, len(pool.members), pool.num_cpus, pool.num_gpus),
+            *(len(wave), pool.num_actors[1], len(pool.members), pool.num_cpus, pool.num_gpus),
         )
         rows = rows.map_batches(
             SegmentActor,
             fn_constructor_args=(task, weights, pool.members, pool.num_threads),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.max_actors),
+            compute=ray.data.ActorPoolStrategy(min_size=pool.num_actors[0], max_size=pool.num_actors[1]),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
         )

@@ -22,14 +22,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _check_range(value: int | str | None) -> int | str | None:
+    if parse_range(value, 1)[0] < 1:
+        raise ValueError("one is the least")
+    return value
+
+
 class RunSettings(Settings):
     """How a run is carried out: nothing here can change a row, so it may differ when a run is resumed."""
 
     placement: Literal["together", "apart"] = Field(
         "together", description="all members in each actor, or a pool of actors for each"
     )
-    actors: int | None = Field(
-        None, ge=1, description="model actors; one per GPU of the cluster, or per node, unless told"
+    actors: int | str | None = Field(
+        None, description="model actors, N or MIN..MAX; up to one per GPU of the cluster, or per node, unless told"
     )
     gpus_per_actor: float | None = Field(None, ge=0, description="1 where the cluster has GPUs, else 0, unless told")
     cpus_per_actor: float | None = Field(None, gt=0, description="1 beside a GPU, else most of a node's, unless told")
@@ -43,6 +49,8 @@ class RunSettings(Settings):
     max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger share of failed images ends the run")
     judge_after: int = Field(200, ge=1, description="images, before which no share of failed ones ends the run")
 
+    _check_actors = field_validator("actors")(_check_range)
+
 
 class MemberSettings(Settings):
     """One checkpoint of an ensemble; how many actors it has and what they ask for matters where pools are apart."""
@@ -51,9 +59,11 @@ class MemberSettings(Settings):
     weight: float = Field(1, gt=0, description="among the members")
     flip: bool = Field(False, description="segment the mirrored image as well, and take the mean of both")
     prompts: dict[str, str] = Field({}, description="what this member is told in place of a prompt")
-    actors: int | None = Field(None, ge=1, description="as under run")
+    actors: int | str | None = Field(None, description="as under run")
     gpus_per_actor: float | None = Field(None, ge=0, description="as under run")
     cpus_per_actor: float | None = Field(None, gt=0, description="as under run")
+
+    _check_actors = field_validator("actors")(_check_range)
 
 
 class SegmentSettings(Settings):
@@ -133,6 +143,20 @@ def parse_assignments(assignments: list[str], tree: dict[str, Any] | None = None
                 raise ConfigError(f"--set {assignment!r}: {group} is a value, not a group of settings")
         branch[leaf] = _parse_yaml(value, f"--set {assignment}")
     return tree
+
+
+def parse_range(value: int | str | None, default: int) -> tuple[int, int]:
+    """The fewest and the most of a setting such as 2 or "2..8".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value is None:
+        return default, default
+    low, dots, high = str(value).partition("..")
+    if not low.isdecimal() or (dots and not high.isdecimal()):
+        raise ValueError(f"{value!r} is neither a number nor MIN..MAX such as 2..8")
+    return int(low), int(high or low)
 
 
 def dump_yaml(tree: dict[str, Any]) -> str:

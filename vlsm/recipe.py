@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
-from vlsm.config import Settings
+from vlsm.config import Settings, parse_range
 from vlsm.models import MODELS
 
 Trainable = Literal["decoder", "lora", "all"]
@@ -97,7 +97,7 @@ class TrainRunSettings(Settings):
     @field_validator("workers")
     @classmethod
     def _check_workers(cls, value: int | str | None) -> int | str | None:
-        low, high = parse_workers(value, 1)
+        low, high = parse_range(value, 1)
         if not 1 <= low <= high:
             raise ValueError("it must be 1 or more, or MIN..MAX such as 2..8")
         return value
@@ -171,17 +171,3 @@ class TrainSettings(Settings):
         ):
             raise ValueError("data.sampling must hold weights of 0 or more, one above 0 at least")
         return self
-
-
-def parse_workers(value: int | str | None, default: int) -> tuple[int, int]:
-    """The fewest and the most workers of a setting such as 2 or "2..8".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if value is None:
-        return default, default
-    low, dots, high = str(value).partition("..")
-    if not low.isdecimal() or (dots and not high.isdecimal()):
-        raise ValueError(f"{value!r} is neither a number nor MIN..MAX such as 2..8")
-    return int(low), int(high or low)

@@ -1,0 +1,43 @@
+"""What Ray is asked for, by what a cluster has."""
+
+import pytest
+
+from jobs.pools import plan_pools
+from vlsm.config import SegmentSettings, load_settings
+from vlsm.errors import ConfigError
+
+SMALL = [{"Alive": True, "Resources": {"CPU": 2.0}}]
+GPUS = [
+    {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 4.0}},
+    {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 4.0}},
+]
+
+
+def plan(nodes, *words, members=2):
+    arguments = {"input": "in", "output": "out", "members": [{"checkpoint": "c"}] * members}
+    return plan_pools(load_settings(SegmentSettings, None, list(words), arguments), nodes)
+
+
+def test_together_they_are_one_pool_of_all():
+    (pool,) = plan(SMALL)
+    assert (pool.members, pool.num_actors, pool.num_threads) == ((0, 1), (1, 1), 2)
+    (pool,) = plan(GPUS)
+    assert (pool.num_actors, pool.num_gpus, pool.num_cpus) == ((1, 8), 1.0, 1.0)
+
+
+@pytest.mark.parametrize("nodes", [SMALL, GPUS])
+@pytest.mark.parametrize("members", [2, 3])
+def test_apart_all_pools_have_room_and_leave_some_for_tasks(nodes, members):
+    pools = plan(nodes, "run.placement=apart", members=members)
+    assert [pool.members for pool in pools] == [(number,) for number in range(members)]
+    cpus, gpus = (sum(node["Resources"].get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    assert sum(pool.num_cpus * pool.num_actors[1] for pool in pools) + pools[0].task_cpus <= cpus
+    assert sum(pool.num_gpus * pool.num_actors[1] for pool in pools) <= gpus
+
+
+def test_actors_are_a_number_or_a_range():
+    assert plan(GPUS, "run.actors=3")[0].num_actors == (1, 3)
+    assert plan(GPUS, "run.actors=2..8")[0].num_actors == (2, 8)
+    for wrong in ("0", "many", "3..x", "0..2"):
+        with pytest.raises(ConfigError, match="run.actors is "):
+            plan(GPUS, f"run.actors={wrong}")
