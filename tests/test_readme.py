@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlsm.models import MODELS
+from vlsm.results import write_part
 from vlsm.schema import RESULT_SCHEMA
 
 ROOT = Path(__file__).parents[1]
@@ -72,3 +73,21 @@ def test_ci_runs_the_test_command():
     ci = (ROOT / ".ci" / "run").read_text()
     assert f"uv pip install -q {install}" in ci
     assert test in ci
+
+
+def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
+    import duckdb
+
+    rows = [
+        {"image_id": f"{number:03d}.png", "image_uri": "x", "prompt": "lesion", "model": "m", "status": "ok"}
+        | {"area_fraction": number / 200, "confidence": 0.5 + (number * 37 % 100) / 200}
+        for number in range(100)
+    ]
+    failed = {"image_id": "bad.png", "image_uri": "x", "prompt": "lesion", "model": "m", "status": "failed"}
+    write_part(str(tmp_path / "OUTPUT"), 0, [*rows, failed | {"error": "corrupt: bad.png is no image"}], "run", 0)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```sql\n(.*?)```", README, re.S)
+    uncertain, reasons = (duckdb.sql(query).fetchall() for query in block.split(";") if query.strip())
+    wanted = sorted((row for row in rows if row["area_fraction"] > 0.05), key=lambda row: row["confidence"])[:50]
+    assert [row[0] for row in uncertain] == [row["image_id"] for row in wanted]
+    assert reasons == [("corrupt", 1)]
