@@ -1,10 +1,10 @@
 """The model actors of the segment job, between its CPU tasks."""
 
+import itertools
 import json
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from jobs.board import Watch
 from jobs.stages import Task
@@ -12,7 +12,7 @@ from vlsm.masks import mirrored_mean
 
 
 class SegmentActor:
-    """Models on their device; they turn the images of a shard into logits, one per image, prompt and model.
+    """Models on their device; they turn the images of a shard into logits, one per image, text and model.
 
     Args:
         task: what every stage is told.
@@ -39,11 +39,12 @@ class SegmentActor:
         share_towers([segmenter.model for segmenter in self.segmenters.values()])
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Logits (rows, S, S) float16: half the bytes to move, and exact to 0.001 where a threshold decides."""
+        """Logits (texts, S, S) float16: half the bytes to move, and exact to 0.001 where a threshold decides."""
         shard, notes = int(batch["shard"][0]), json.loads(batch["notes"][0])
         with Watch(self.task.board, f"segment {min(self.segmenters)}", shard) as watch:
             images = self.task.read_images(shard)
-            prompts = images["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
+            texts = self.task.texts_of(images, notes["positions"])
+            prompts = [list(itertools.chain(*own)) for own in texts]
             for index, position in enumerate(notes["positions"]):
                 if position in watch.blamed:
                     notes["errors"][index] = "crashed: the process that ran the model on this image died each time"

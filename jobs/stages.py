@@ -5,6 +5,7 @@ They import no torch: there are many of them, and each stays a quarter of the si
 
 import faulthandler
 import hashlib
+import itertools
 import json
 import sys
 import threading
@@ -49,6 +50,11 @@ class Task:
     def read_images(self, shard: int) -> pa.Table:
         """The planned images of a shard."""
         return read_shard(self.settings.output, self.plan_id, shard, self.settings.run.outage_patience_s)
+
+    def texts_of(self, images: pa.Table, positions: list[int]) -> list[list[tuple[str, ...]]]:
+        """Of some images of a shard, for each of their prompts the texts that the models are told."""
+        prompts = images["prompts"].take(pa.array(positions, pa.int64())).to_pylist()
+        return [[self.settings.classes.get(prompt, (prompt,)) for prompt in own] for own in prompts]
 
     def read_rows(self, shard: int, exists: bool) -> pa.Table | None:
         """The rows of a shard that an earlier run has written."""
@@ -155,7 +161,7 @@ def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
         kept: dict[str, list[dict[str, Any]]] = {}
         for row in [] if old is None else old.to_pylist():
             kept.setdefault(row["image_id"], []).append(row)
-        new = _Segmented(batch, images, settings, watch)
+        new = _Segmented(batch, images, task, watch)
         rows: list[dict[str, Any]] = []
         for position, image in enumerate(images.to_pylist()):
             own = kept.get(image["image_id"], [])
@@ -175,8 +181,8 @@ def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
 class _Segmented:
     """What the stages before have made of the images of a shard, as rows."""
 
-    def __init__(self, batch: dict[str, np.ndarray], images: pa.Table, settings: SegmentSettings, watch: Watch) -> None:
-        notes = json.loads(batch["notes"][0])
+    def __init__(self, batch: dict[str, np.ndarray], images: pa.Table, task: Task, watch: Watch) -> None:
+        notes, settings = json.loads(batch["notes"][0]), task.settings
         self.errors: list[str | None] = notes["errors"]
         self._hashes: list[str | None] = notes["hashes"]
         numbers = range(len(settings.members))
@@ -184,8 +190,8 @@ class _Segmented:
         self._sizes, self._logits = batch["sizes"][0], [batch[f"logits_{number}"][0] for number in numbers]
         self._settings, self._watch = settings, watch
         self._indices = {position: index for index, position in enumerate(notes["positions"])}
-        prompts = images["prompts"].take(pa.array(notes["positions"], pa.int64())).to_pylist()
-        self._starts = np.cumsum([0, *map(len, prompts)])
+        self._texts = task.texts_of(images, notes["positions"])
+        self._starts = np.cumsum([0, *(sum(map(len, own)) for own in self._texts)])
 
     def rows(self, position: int, image: dict[str, Any], old: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rows of one image, one per prompt; the old ones where a part has changed since the images were fetched.
@@ -202,16 +208,17 @@ class _Segmented:
             return [common | {"prompt": prompt, "status": "failed", "error": error} for prompt in image["prompts"]]
         height, width = self._sizes[index].tolist()
         weights, vote = [member.weight for member in self._settings.members], self._settings.combine == "vote"
+        ends = np.cumsum([self._starts[index], *map(len, self._texts[index])])
         with self._watch.image(position):
             masks = [
                 describe_members(
-                    [logits[row] for logits in self._logits],
+                    [logits[start:end] for logits in self._logits],
                     weights,
                     (height, width),
                     self._settings.threshold or 0.5,
                     vote,
                 )
-                for row in range(self._starts[index], self._starts[index + 1])
+                for start, end in itertools.pairwise(ends)
             ]
         found = common | {"status": "ok", "height": height, "width": width}
         return [

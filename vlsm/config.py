@@ -81,6 +81,9 @@ class SegmentSettings(Settings):
     prompts: tuple[str, ...] | None = Field(
         None, min_length=1, description="of every image; the checkpoint's own unless told"
     )
+    classes: dict[str, tuple[str, ...]] = Field(
+        {}, description="what stands for a prompt: one text or several, whose probabilities are averaged"
+    )
     threshold: float | None = Field(None, gt=0, lt=1, description="a probability; the checkpoint's own unless told")
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
     max_image_bytes: int = Field(1 << 30, ge=1, description="larger files are refused before they are read")
@@ -97,8 +100,17 @@ class SegmentSettings(Settings):
     def _one_prompt_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _one_text_is_a_list(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: [texts] if isinstance(texts, str) else texts for name, texts in value.items()}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if empty := [name for name, texts in self.classes.items() if not texts]:
+            raise ValueError(f"classes: {empty[0]} has no text")
         if not self.members:
             raise ValueError("give --checkpoint DIR once at least")
         if self.prompts and len(set(self.prompts)) < len(self.prompts):

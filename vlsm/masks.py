@@ -72,7 +72,7 @@ def describe_members(
     """The mask on which several models agree, at the image's own size.
 
     Args:
-        members: each member's logits, (S, S) float, S its own.
+        members: each member's logits, (K, S, S) float, S its own; of K texts the mean probability counts.
         weights: of the members, as many, each above 0.
         size: (height, width) in pixels.
         threshold: probability in (0, 1), of the mean or of each member's vote.
@@ -83,18 +83,19 @@ def describe_members(
         As for `describe_logits`, confidence the mean of the weighted mean probability inside the mask; agreement is the
         mean Dice of the members' masks, pair by pair (1 for two empty ones), None for a single member.
     """
-    if len(members) == 1:
-        return describe_logits(members[0], size, threshold)
+    if len(members) == len(members[0]) == 1:
+        return describe_logits(members[0][0], size, threshold)
     shares = np.asarray(weights, np.float64) / np.sum(weights)
     mean, votes, masks = np.zeros(size, np.float64, order="F"), np.zeros(size, np.float64, order="F"), []
     for logits, share in zip(members, shares, strict=True):
-        enlarged = enlarge_logits(logits, size)
-        masks.append(enlarged >= _logit(threshold))
-        mean += share * _probabilities(enlarged)
+        own = np.mean([_probabilities(enlarge_logits(one, size)).T for one in logits], axis=0).T  # column-major still
+        masks.append(own >= threshold)
+        mean += share * own
         votes += share * masks[-1]
     # shares of equal weights do not add up to a half exactly
     is_foreground = votes > 0.5 + 1e-9 if vote else mean >= threshold
-    agreement = float(np.mean([_dice(one, other) for one, other in itertools.combinations(masks, 2)]))
+    dices = [_dice(one, other) for one, other in itertools.combinations(masks, 2)]
+    agreement = float(np.mean(dices)) if dices else None
     return replace(_describe(is_foreground, mean[is_foreground]), agreement=agreement)
 
 

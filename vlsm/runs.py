@@ -72,7 +72,8 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
         own.append(parse_settings(files, uri))
         members.append(Member(files, own[-1].image.size))
     resolved: dict[str, Any] = {}
-    for key, given in (("prompt", settings.prompts), ("threshold", settings.threshold)):
+    prompts = settings.prompts or tuple(settings.classes) or None
+    for key, given in (("prompt", prompts), ("threshold", settings.threshold)):
         found = list(dict.fromkeys(getattr(checkpoint, key) for checkpoint in own))
         if given is None and len(found) > 1:
             raise ConfigError(
@@ -81,7 +82,7 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
             )
         resolved[key] = found[0]
     update = {
-        "prompts": settings.prompts or (resolved["prompt"],),
+        "prompts": prompts or (resolved["prompt"],),
         "threshold": settings.threshold or resolved["threshold"],
     }
     return settings.model_copy(update=update), tuple(members)
