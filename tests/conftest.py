@@ -21,14 +21,6 @@ from jobs.stores import BUCKET, S3Server
 SHARED = Path(__file__).parents[2] / "shared"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """What uses Ray runs one by one in one process, with one cluster; the other process has the rest meanwhile."""
-    for item in items:
-        if item.get_closest_marker("ray") or "ray_cluster" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A UNet-D small enough to run anywhere, with weights that give masks which are neither empty nor full."""
