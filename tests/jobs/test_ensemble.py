@@ -81,12 +81,3 @@ def test_members_agree_together_and_apart(archive, members, probabilities, tmp_p
         assert row["model"].startswith("unet_d@") and " + clipseg@" in row["model"]
         np.testing.assert_array_equal(apart[name]["mask"], row["mask"])
         assert apart[name]["agreement"] == row["agreement"]
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_heavier_member_wins_a_vote_and_a_tie_is_background(archive, members, probabilities, tmp_path):
-    heavier = run(archive, tmp_path / "heavier", members, "combine=vote")
-    even = run(archive, tmp_path / "even", [members[0] | {"weight": 1}, members[1]], "combine=vote")
-    for name, (first, second) in probabilities.items():
-        assert (heavier[name]["mask"] != (first >= 0.5)).mean() < 0.005
-        assert (even[name]["mask"] != ((first >= 0.5) & (second >= 0.5))).mean() < 0.005

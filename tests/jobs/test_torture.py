@@ -10,7 +10,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def arena(ray_cluster, tmp_path_factory):
-    arena = Arena(tmp_path_factory.mktemp("torture"), num_images=80)
+    arena = Arena(tmp_path_factory.mktemp("torture"), num_images=48)
     arena.prepare()
     return arena
 
