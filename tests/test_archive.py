@@ -72,27 +72,26 @@ def test_nothing_there_is_said_with_its_name(tmp_path):
         open_archive(str(tmp_path / "nowhere"), ("p",))
 
 
-RECORDS = [
-    {"image_uri": "images/x.png", "image_id": "007", "prompts": ["a", "b", "a"]},
-    {"image_uri": "/abs/y.png", "image_id": None, "prompts": None},
-    {"image_uri": "s3://bucket/k%20 z.png", "image_id": "z", "prompts": ["c"]},
-]
+def write_parquet(path, records):
+    pq.write_table(pa.Table.from_pylist(records), path)
 
 
-def write_parquet(path):
-    pq.write_table(pa.Table.from_pylist(RECORDS), path)
-
-
-def write_jsonl(path):
-    path.write_text("\n".join(json.dumps(record) for record in RECORDS) + "\n\n")
+def write_jsonl(path, records):
+    path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
 
 
 @pytest.mark.parametrize(("name", "write"), [("m.parquet", write_parquet), ("m.jsonl", write_jsonl)])
 def test_manifests_give_ids_places_and_prompts(tmp_path, name, write):
-    write(tmp_path / name)
+    elsewhere = f"{tmp_path.parent}/y.png"
+    records = [
+        {"image_uri": "images/x.png", "image_id": "007", "prompts": ["a", "b", "a"]},
+        {"image_uri": elsewhere, "image_id": None, "prompts": None},
+        {"image_uri": "s3://bucket/k%20 z.png", "image_id": "z", "prompts": ["c"]},
+    ]
+    write(tmp_path / name, records)
     rows = list(open_archive(str(tmp_path / name), ("default",)).rows)
-    assert [row["image_id"] for row in rows] == ["007", "/abs/y.png", "z"]
-    assert [row["image_uri"] for row in rows] == [f"{tmp_path}/images/x.png", "/abs/y.png", "s3://bucket/k%20 z.png"]
+    assert [row["image_id"] for row in rows] == ["007", elsewhere, "z"]
+    assert [row["image_uri"] for row in rows] == [f"{tmp_path}/images/x.png", elsewhere, "s3://bucket/k%20 z.png"]
     assert [row["prompts"] for row in rows] == [["a", "b"], ["default"], ["c"]]
 
 

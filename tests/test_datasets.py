@@ -44,12 +44,16 @@ def test_the_drawn_dataset_is_one(drawn):
 def test_a_manifest_with_masks_is_read(tmp_path):
     (tmp_path / "list.jsonl").write_text(
         '{"image_uri": "a.png", "mask_uri": "s3://bucket/a.png", "split": "train", "prompts": ["polyp", "lesion"]}\n'
-        '{"image_uri": "/far/b.png", "mask_uri": "b.png", "split": "val", "dataset": "other"}\n'
+        f'{{"image_uri": "{tmp_path.parent}/b.png", "mask_uri": "b.png", "split": "val", "dataset": "other"}}\n'
     )
     first, second = read_dataset("mine", str(tmp_path / "list.jsonl"))
     assert (first.dataset, first.split, first.image_uri) == ("mine", "train", f"{tmp_path}/a.png")
     assert (first.mask_uri, first.prompts) == ("s3://bucket/a.png", {"p1": ("polyp", "lesion")})
-    assert (second.dataset, second.image_uri, second.mask_uri) == ("other", "/far/b.png", f"{tmp_path}/b.png")
+    assert (second.dataset, second.image_uri, second.mask_uri) == (
+        "other",
+        f"{tmp_path.parent}/b.png",
+        f"{tmp_path}/b.png",
+    )
     assert second.prompts == {}
 
 

@@ -145,7 +145,7 @@ def test_what_is_allowed_is_not_left_upwards(s3_folder, tmp_path, upwards):
 
 @pytest.mark.parametrize(
     "uri",
-    ["/nowhere/a\0b.png", "s3://images/a\0b.png", "s3://images/../../etc/passwd", "s3://A B/x.png", "github://a/b.png"]
+    ["a\0b.png", "s3://images/a\0b.png", "s3://images/../../etc/passwd", "s3://A B/x.png", "github://a/b.png"]
     + ["reference://x/a.png", "data:image/png,x", "zip://a.png", "gs://bucket/a.png"],
 )
 def test_names_that_no_disk_or_store_can_have_are_errors_of_ours(s3_server, uri):
@@ -155,8 +155,8 @@ def test_names_that_no_disk_or_store_can_have_are_errors_of_ours(s3_server, uri)
 
 
 def test_a_name_cannot_write_a_line_into_the_log():
-    error = ImageError("missing", "there is no file /x/a\n12:00:00 all is well\x1b[2J")
-    assert str(error) == r"missing: there is no file /x/a\n12:00:00 all is well\x1b[2J"
+    error = ImageError("missing", "there is no file x/a\n12:00:00 all is well\x1b[2J")
+    assert str(error) == r"missing: there is no file x/a\n12:00:00 all is well\x1b[2J"
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

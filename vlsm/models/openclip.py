@@ -1,23 +1,27 @@
 """Towers from open_clip: any of its text towers, and any image tower that is a vision transformer."""
 
-import copy
-import difflib
 import json
 from pathlib import Path
 from typing import Any, Self
 
 import open_clip
 import torch
-from huggingface_hub import hf_hub_download
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 from vlsm.errors import CheckpointError
 from vlsm.images import ImageSpec
+from vlsm.models.openclip_source import (
+    CONFIG_NAME,
+    build_architecture,
+    explain_text_tower,
+    local_text_tower,
+    read_config,
+    resolve_source,
+)
 from vlsm.models.towers import LOAD_ERRORS, Towers, cut_tokens, encode_by_length, explain_source
 
 _FOLDER = "openclip"
-CONFIG_NAME = "open_clip_config.json"
 
 
 class OpenCLIPTowers(Towers):
@@ -60,10 +64,10 @@ class OpenCLIPTowers(Towers):
         Raises:
             CheckpointError: nothing can be loaded from the source, or its image tower is no vision transformer.
         """
-        name, tag = _resolve(source)
+        name, tag = resolve_source(source)
         try:
-            config = _read_config(name)
-            overrides = _local_text_tower(name, config)
+            config = read_config(name)
+            overrides = local_text_tower(name, config)
             if tag and not Path(tag).is_file():  # create_model would log what it also raises
                 open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
             model = open_clip.create_model(
@@ -72,7 +76,7 @@ class OpenCLIPTowers(Towers):
             tokenizer = open_clip.get_tokenizer(name)
         except LOAD_ERRORS as error:
             raise CheckpointError(
-                f"open_clip weights {source!r} cannot be loaded: {explain_source(error)}{_explain_text_tower(name)}"
+                f"open_clip weights {source!r} cannot be loaded: {explain_source(error)}{explain_text_tower(name)}"
             ) from error
         config["preprocess_cfg"] = {key: model.visual.preprocess_cfg[key] for key in ("mean", "std")}
         return cls(model, config, tokenizer, taps)
@@ -81,10 +85,10 @@ class OpenCLIPTowers(Towers):
     def restore(cls, folder: Path, image_size: int | None, taps: tuple[int, ...] | None = None) -> Self:
         """The architecture and tokenizer of a checkpoint directory, weights still to be loaded."""
         name = f"local-dir:{folder / _FOLDER}"
-        config = _read_config(name)
+        config = read_config(name)
         if "hf_model_name" in config["model_cfg"]["text_cfg"] and not (folder / _FOLDER / "config.json").is_file():
             raise FileNotFoundError(f"{_FOLDER}/config.json, which describes the text tower, is missing")
-        model = build_architecture(config["model_cfg"] | _local_text_tower(name, config), image_size)
+        model = build_architecture(config["model_cfg"] | local_text_tower(name, config), image_size)
         model.visual.preprocess_cfg = config["preprocess_cfg"]
         return cls(model, config, open_clip.get_tokenizer(name), taps)
 
@@ -214,88 +218,6 @@ class OpenCLIPTowers(Towers):
             end = self.tokenizer.eot_token_id if inner is None else inner.eos_token_id
             return int((row == end).int().argmax()) + 1
         return int((row != inner.pad_token_id).sum())
-
-
-def build_architecture(model_config: dict[str, Any], image_size: int | None = None) -> open_clip.CustomTextCLIP:
-    """An open_clip model of random weights, with a text tower of its own, and nothing fetched from anywhere.
-
-    Args:
-        model_config: `model_cfg` of open_clip_config.json.
-        image_size: side of the input in pixels where it is not the configuration's.
-    """
-    config = copy.deepcopy({key: value for key, value in model_config.items() if key != "custom_text"})
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if "timm_model_name" in vision:
-        vision["timm_model_pretrained"] = False
-    if "hf_model_name" in text:
-        text["hf_model_pretrained"] = False
-    if image_size:
-        vision["image_size"] = image_size
-    model = open_clip.CustomTextCLIP(**config)
-    if image_size and "timm_model_name" in vision:
-        model.visual.set_input_size(image_size)
-    return model
-
-
-def _resolve(source: str) -> tuple[str, str | None]:
-    """open_clip's model name, with its schema, and the tag of the weights."""
-    if source.startswith(("hf-hub:", "local-dir:")):
-        return source, None
-    if Path(source).is_dir():
-        return f"local-dir:{source}", None
-    name, _, tag = source.partition("/")
-    near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.7)
-    if near and name != near[0]:
-        raise CheckpointError(
-            f"unknown open_clip model {name!r}; did you mean {near[0]}? a hub id is hf-hub:OWNER/NAME"
-        )
-    if near:
-        if not tag:
-            tags = open_clip.list_pretrained_tags_by_model(name) or ["TAG"]
-            raise CheckpointError(f"open_clip weights {source!r} need a tag, such as {name}/{tags[0]}")
-        return name, tag
-    return f"hf-hub:{source}", None
-
-
-def _read_config(name: str) -> dict[str, Any]:
-    """What open_clip_config.json of a source holds, or would hold."""
-    schema, separator, identifier = name.partition(":")
-    if not separator:
-        config = {"model_cfg": open_clip.get_model_config(name)}
-    else:
-        path = Path(identifier, CONFIG_NAME)
-        if schema == "hf-hub":
-            path = Path(hf_hub_download(identifier, CONFIG_NAME))
-        elif not path.is_file():
-            raise FileNotFoundError(f"there is no {CONFIG_NAME} in it")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    if "trust_remote_code" in config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}):
-        raise ValueError(f"{CONFIG_NAME} asks to run code that comes with a tokenizer")
-    if "multimodal_cfg" in config["model_cfg"]:
-        raise ValueError("it is a captioner (CoCa), whose text tower gives more than an embedding")
-    return config
-
-
-def _local_text_tower(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Keywords that make open_clip read a transformers text tower's configuration from the folder, not from the hub."""
-    folder = name.removeprefix("local-dir:")
-    text = config["model_cfg"]["text_cfg"]
-    if folder == name or "hf_model_name" not in text or not Path(folder, "config.json").is_file():
-        return {}
-    return {"text_cfg": text | {"hf_model_name": folder, "hf_model_pretrained": False}}
-
-
-def _explain_text_tower(name: str) -> str:
-    """What a local folder may lack: the published ones leave a transformers text tower's configuration to the hub."""
-    folder = Path(name.removeprefix("local-dir:"))
-    if not (folder / CONFIG_NAME).is_file() or (folder / "config.json").is_file():
-        return ""
-    text = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
-    return (
-        f"; its text tower needs the config.json of {text['hf_model_name']}: put that file into the folder"
-        if "hf_model_name" in text
-        else ""
-    )
 
 
 def _side(size: int | tuple[int, int]) -> int:

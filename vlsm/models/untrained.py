@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertTokenizerFast, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
 from vlsm.models.decoder import initialize_decoder
-from vlsm.models.openclip import CONFIG_NAME, build_architecture
+from vlsm.models.openclip_source import CONFIG_NAME, build_architecture
 
 _WORDS = (
     "a an the of and with in on one two left right top bottom polyp lesion tumor mass round flat small large bright"

@@ -1,0 +1,96 @@
+"""Where open_clip's models come from: its own names, the hub, a local folder, and what their configurations say."""
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from huggingface_hub import hf_hub_download
+
+from vlsm.errors import CheckpointError
+
+CONFIG_NAME = "open_clip_config.json"
+
+
+def build_architecture(model_config: dict[str, Any], image_size: int | None = None) -> open_clip.CustomTextCLIP:
+    """An open_clip model of random weights, with a text tower of its own, and nothing fetched from anywhere.
+
+    Args:
+        model_config: `model_cfg` of open_clip_config.json.
+        image_size: side of the input in pixels where it is not the configuration's.
+    """
+    config = copy.deepcopy({key: value for key, value in model_config.items() if key != "custom_text"})
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+    if image_size:
+        vision["image_size"] = image_size
+    model = open_clip.CustomTextCLIP(**config)
+    if image_size and "timm_model_name" in vision:
+        model.visual.set_input_size(image_size)
+    return model
+
+
+def resolve_source(source: str) -> tuple[str, str | None]:
+    """open_clip's model name, with its schema, and the tag of the weights."""
+    if source.startswith(("hf-hub:", "local-dir:")):
+        return source, None
+    if Path(source).is_dir():
+        return f"local-dir:{source}", None
+    name, _, tag = source.partition("/")
+    near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.7)
+    if near and name != near[0]:
+        raise CheckpointError(
+            f"unknown open_clip model {name!r}; did you mean {near[0]}? a hub id is hf-hub:OWNER/NAME"
+        )
+    if near:
+        if not tag:
+            tags = open_clip.list_pretrained_tags_by_model(name) or ["TAG"]
+            raise CheckpointError(f"open_clip weights {source!r} need a tag, such as {name}/{tags[0]}")
+        return name, tag
+    return f"hf-hub:{source}", None
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """What open_clip_config.json of a source holds, or would hold."""
+    schema, separator, identifier = name.partition(":")
+    if not separator:
+        config = {"model_cfg": open_clip.get_model_config(name)}
+    else:
+        path = Path(identifier, CONFIG_NAME)
+        if schema == "hf-hub":
+            path = Path(hf_hub_download(identifier, CONFIG_NAME))
+        elif not path.is_file():
+            raise FileNotFoundError(f"there is no {CONFIG_NAME} in it")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    if "trust_remote_code" in config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}):
+        raise ValueError(f"{CONFIG_NAME} asks to run code that comes with a tokenizer")
+    if "multimodal_cfg" in config["model_cfg"]:
+        raise ValueError("it is a captioner (CoCa), whose text tower gives more than an embedding")
+    return config
+
+
+def local_text_tower(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Keywords that make open_clip read a transformers text tower's configuration from the folder, not from the hub."""
+    folder = name.removeprefix("local-dir:")
+    text = config["model_cfg"]["text_cfg"]
+    if folder == name or "hf_model_name" not in text or not Path(folder, "config.json").is_file():
+        return {}
+    return {"text_cfg": text | {"hf_model_name": folder, "hf_model_pretrained": False}}
+
+
+def explain_text_tower(name: str) -> str:
+    """What a local folder may lack: the published ones leave a transformers text tower's configuration to the hub."""
+    folder = Path(name.removeprefix("local-dir:"))
+    if not (folder / CONFIG_NAME).is_file() or (folder / "config.json").is_file():
+        return ""
+    text = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    return (
+        f"; its text tower needs the config.json of {text['hf_model_name']}: put that file into the folder"
+        if "hf_model_name" in text
+        else ""
+    )
