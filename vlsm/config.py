@@ -22,9 +22,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _check_range(value: int | str | None) -> int | str | None:
-    if parse_range(value, 1)[0] < 1:
-        raise ValueError("one is the least")
+def check_range(value: int | str | None) -> int | str | None:
+    """A setting of `parse_range`, for validators: nothing, 1 or more, or from 1 or more to as many or more."""
+    low, high = parse_range(value, 1)
+    if not 1 <= low <= high:
+        raise ValueError("it must be 1 or more, or MIN..MAX such as 2..8")
     return value
 
 
@@ -49,7 +51,7 @@ class RunSettings(Settings):
     max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger share of failed images ends the run")
     judge_after: int = Field(200, ge=1, description="images, before which no share of failed ones ends the run")
 
-    _check_actors = field_validator("actors")(_check_range)
+    _check_actors = field_validator("actors")(check_range)
 
 
 class MemberSettings(Settings):
@@ -63,7 +65,7 @@ class MemberSettings(Settings):
     gpus_per_actor: float | None = Field(None, ge=0, description="as under run")
     cpus_per_actor: float | None = Field(None, gt=0, description="as under run")
 
-    _check_actors = field_validator("actors")(_check_range)
+    _check_actors = field_validator("actors")(check_range)
 
 
 class SegmentSettings(Settings):

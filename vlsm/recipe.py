@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
-from vlsm.config import Settings, parse_range
+from vlsm.config import Settings, check_range
 from vlsm.models import MODELS
 
 Trainable = Literal["decoder", "lora", "all"]
@@ -94,13 +94,7 @@ class TrainRunSettings(Settings):
     mlflow: str | None = Field(None, description="tracking URI of an MLflow that metrics go to as well")
     wandb: str | None = Field(None, description="project of Weights & Biases that metrics go to as well")
 
-    @field_validator("workers")
-    @classmethod
-    def _check_workers(cls, value: int | str | None) -> int | str | None:
-        low, high = parse_range(value, 1)
-        if not 1 <= low <= high:
-            raise ValueError("it must be 1 or more, or MIN..MAX such as 2..8")
-        return value
+    _check_workers = field_validator("workers")(check_range)
 
 
 class TrainSettings(Settings):

@@ -38,6 +38,6 @@ def test_apart_all_pools_have_room_and_leave_some_for_tasks(nodes, members):
 def test_actors_are_a_number_or_a_range():
     assert plan(GPUS, "run.actors=3")[0].num_actors == (1, 3)
     assert plan(GPUS, "run.actors=2..8")[0].num_actors == (2, 8)
-    for wrong in ("0", "many", "3..x", "0..2"):
+    for wrong in ("0", "many", "3..x", "0..2", "5..2"):
         with pytest.raises(ConfigError, match="run.actors is "):
             plan(GPUS, f"run.actors={wrong}")

@@ -1,9 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,71 +6,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from jobs import segment, verify
-from tests.conftest import read_mask_rows, save_square, without_ray
+from tests.conftest import read_mask_rows, save_square
+from tests.jobs.conftest import run
 from vlsm.record import read_record
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 
 
-def run(capfd, *words):
-    """The job in this process, on the tests' cluster: exit code, the JSON line, what it logged."""
-    capfd.readouterr()
-    code = segment.main([str(word) for word in words])
-    captured = capfd.readouterr()
-    assert captured.out.count("\n") == (1 if code == 0 else 0)
-    return code, json.loads(captured.out) if code == 0 else None, captured.err
-
-
-def start(*words, **environment):
-    """The job as a user starts it."""
-    command = [sys.executable, "-m", "jobs.segment", *map(str, words)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def plan_id(output):
     return read_record(str(output))["plan"]["id"]
-
-
-@pytest.fixture(scope="module")
-def hard_archive(tmp_path_factory):
-    """300 images in three folders, 12 of which no one can read."""
-    folder = tmp_path_factory.mktemp("hard") / "archive"
-    rng = np.random.default_rng(0)
-    for number in range(288):
-        path = folder / f"study {number % 3}" / f"scan_{number // 3:03d}.{('png', 'jpg')[number % 2]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (*rng.integers(20, 90, 2), 3), dtype=np.uint8)).save(path)
-    good = (folder / "study 0" / "scan_000.png").read_bytes()
-    jpeg = (folder / "study 1" / "scan_000.jpg").read_bytes()
-    bad = {
-        "empty.png": b"",
-        "empty.jpg": b"",
-        "text.png": b"Dear radiologist,",
-        "half.jpg": jpeg[: len(jpeg) // 2],
-        "half.png": good[: len(good) // 2],
-        "header.png": good[:30],
-        "zeros.tif": bytes(500),
-        "page.jpg": b"<html>404 Not Found</html>",
-        "pdf.bmp": b"%PDF-1.4 " + bytes(200),
-        "nothing.webp": b"RIFF" + bytes(8) + b"WEBP",
-        "é [1] %20.png": good[: len(good) // 3],
-    }
-    for number, (name, data) in enumerate(bad.items()):
-        (folder / f"study {number % 3}" / name).write_bytes(data)
-    Image.new("1", (20_000, 20_000)).save(folder / "study 0" / "bomb.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(ray_cluster, hard_archive, tiny_checkpoint, tmp_path_factory):
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    words = [str(hard_archive), str(output), "--checkpoint", str(tiny_checkpoint), "--set", "shard_rows=16"]
-    assert segment.main([*words, "--set", "prompts=[polyp, lesion]"]) == 0
-    return output
 
 
 def test_every_image_and_prompt_has_one_row_and_failures_say_why(undisturbed, hard_archive):
@@ -108,42 +48,6 @@ def test_the_output_folder_is_what_the_readme_says(undisturbed):
     frame = pd.read_parquet(undisturbed / "masks")
     assert len(frame) == 600
     assert sorted(pd.read_parquet(undisturbed / "manifest")["image_id"]) == sorted(set(frame["image_id"]))
-
-
-def test_a_finished_run_is_left_alone_and_says_so(undisturbed, hard_archive, tiny_checkpoint):
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
-    words = [hard_archive, undisturbed, "--checkpoint", tiny_checkpoint, "--set", "shard_rows=16"]
-    done = without_ray(*words, "--set", "prompts=[polyp, lesion]", "--set", "run.batch_size=3")
-    assert done.returncode == 0
-    assert "is finished: there is nothing to do" in done.stderr
-    assert done.stdout == (undisturbed / "summary.json").read_text()
-    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
-
-
-def test_other_settings_on_the_same_output_are_refused_by_name(undisturbed, hard_archive, bright_checkpoint):
-    done = without_ray(hard_archive, undisturbed, "--checkpoint", bright_checkpoint, "--set", "threshold=0.3")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    for key in ("checkpoint_digests", "prompts", "shard_rows", "threshold (there 0.5, now 0.3)", "start_over=true"):
-        assert key in done.stderr
-
-
-def test_an_interrupted_job_ends_cleanly_and_goes_on_later(ray_cluster, hard_archive, tiny_checkpoint, tmp_path, capfd):
-    output = tmp_path / "out"
-    words = [hard_archive, output, "--checkpoint", tiny_checkpoint]
-    words += ["--set", "shard_rows=8", "--set", "run.batch_size=1"]
-    for how in (signal.SIGINT, signal.SIGTERM):
-        before, deadline = len(list(output.glob("masks/part-*"))), time.monotonic() + 240
-        job = start(*words)
-        while len(list(output.glob("masks/part-*"))) == before and time.monotonic() < deadline:
-            time.sleep(0.05)
-        job.send_signal(how)
-        out, err = job.communicate(timeout=240)
-        assert (job.returncode, out) == (130, "")
-        assert "interrupted; the same command goes on from here" in err
-        assert "Traceback" not in err
-    code, summary, _ = run(capfd, *words)
-    assert (code, summary["ok"], summary["failed"]) == (0, 288, 12)
 
 
 def save_readable_oddities(folder):
@@ -267,44 +171,6 @@ def test_too_many_failures_end_the_run_and_a_higher_limit_finishes_it(
     assert not (tmp_path / "out" / "summary.json").exists()
     code, summary, _ = run(capfd, *words, "--set", "run.max_failed_fraction=0.9")
     assert (code, summary["ok"], summary["failed"], summary["done_before"]) == (0, 6, 8, 14)
-
-
-def test_a_part_with_other_rows_than_planned_is_found_and_mended(
-    ray_cluster, archive, tiny_checkpoint, tmp_path, capfd
-):
-    words = [archive, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "shard_rows=2"]
-    assert run(capfd, *words)[0] == 0
-    expected = pd.read_parquet(tmp_path / "out" / "masks")
-    assert verify.main([str(tmp_path / "out")]) == 0
-    masks = tmp_path / "out" / "masks"
-    (masks / "part-00000001.parquet").write_bytes((masks / "part-00000000.parquet").read_bytes())
-    (masks / "part-00000002.parquet").write_bytes(b"PAR1")
-    (masks / "copy.parquet").write_bytes((masks / "part-00000000.parquet").read_bytes())
-    capfd.readouterr()
-    assert verify.main([str(tmp_path / "out")]) == 1
-    found = capfd.readouterr()
-    assert "part-00000001.parquet: 2 images have not exactly the rows that were planned: 'test_" in found.out
-    assert "part-00000001.parquet: 2 rows were not planned" in found.out
-    assert "part-00000002.parquet is missing, damaged or of another run" in found.out
-    assert "masks/copy.parquet is no part of this run" in found.out
-    assert "error: " in found.err and "differences" in found.err
-    (masks / "copy.parquet").unlink()
-    (tmp_path / "out" / "summary.json").unlink()
-    code, summary, _ = run(capfd, *words)
-    assert (code, summary["done_before"]) == (0, 2)
-    assert verify.main([str(tmp_path / "out")]) == 0
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out" / "masks"), expected)
-
-
-def test_starting_over_forgets_the_run_and_nothing_else(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):
-    words = [archive, tmp_path / "out", "--checkpoint", tiny_checkpoint]
-    assert run(capfd, *words, "--set", "shard_rows=1")[0] == 0
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    (tmp_path / "out" / "masks" / "mine.csv").write_text("mine")
-    code, summary, _ = run(capfd, *words, "--set", "shard_rows=100", "--set", "start_over=true")
-    assert (code, summary["parts"], summary["done_before"]) == (0, 1, 0)
-    assert sorted(path.name for path in (tmp_path / "out" / "masks").iterdir()) == ["mine.csv", "part-00000000.parquet"]
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 def test_the_log_has_a_progress_line(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):
