@@ -37,6 +37,17 @@ class SegmentActor:
             self.names[f"model_{number}"] = [checkpoint.name]
             self.segmenters[number] = Segmenter(checkpoint, batch_size=task.settings.run.batch_size)
         share_towers([segmenter.model for segmenter in self.segmenters.values()])
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Let a GPU choose its kernels, before a batch waits for it."""
+        settings = self.task.settings
+        texts = [text for prompt in settings.prompts or () for text in settings.classes.get(prompt, (prompt,))]
+        for number, segmenter in self.segmenters.items():
+            if segmenter.device.type == "cuda":
+                size = self.task.image_sizes[number]
+                images = np.zeros((settings.run.batch_size, size, size, 3), np.uint8)
+                self._predict(number, images, [texts] * len(images))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Logits (texts, S, S) float16: half the bytes to move, and exact to 0.001 where a threshold decides."""
@@ -56,30 +67,34 @@ class SegmentActor:
     def _segment(
         self, batch: dict[str, Any], prompts: list[list[str]], notes: dict[str, Any], watch: Watch
     ) -> dict[str, np.ndarray]:
-        sizes = self.task.image_sizes
+        """Logits of each member: image by image, text by text, window by window."""
+        sizes, twins, positions = self.task.image_sizes, notes["twins"], notes["positions"]
         pixels = {number: batch[f"pixels_{sizes[number]}"][0] for number in self.segmenters}
-        starts = np.cumsum([0, *map(len, prompts)])
+        first_pixels = np.cumsum([0, *notes["windows"]])
+        windows = [notes["windows"][twin] for twin in twins]
+        starts = np.cumsum([0, *(len(own) * count for own, count in zip(prompts, windows, strict=True))])
         logits = {number: np.zeros((max(1, starts[-1]), sizes[number], sizes[number]), np.float16) for number in pixels}
-        good = [index for index, error in enumerate(notes["errors"]) if error is None]
         # images of equal bytes and equal prompts have equal logits
         same: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        for index in good:
-            same.setdefault((notes["twins"][index], tuple(prompts[index])), []).append(index)
-        groups = list(same.values())
+        for index, error in enumerate(notes["errors"]):
+            if error is None:
+                same.setdefault((twins[index], tuple(prompts[index])), []).append(index)
+        parts = [(group, window) for group in same.values() for window in range(windows[group[0]])]
         step = 1 if watch.is_careful else self.task.settings.run.batch_size
-        for begin in range(0, len(groups), step):
-            chosen = groups[begin : begin + step]
-            firsts = [group[0] for group in chosen]
-            sources = [notes["twins"][index] for index in firsts]
-            wanted = [prompts[index] for index in firsts]
+        for begin in range(0, len(parts), step):
+            chosen = parts[begin : begin + step]
+            sources = [first_pixels[twins[group[0]]] + window for group, window in chosen]
+            wanted = [prompts[group[0]] for group, _ in chosen]
             for number in self.segmenters:  # all see a batch before the next: they may share what was made of it
-                with watch.image(notes["positions"][firsts[0]]):
+                with watch.image(positions[chosen[0][0][0]]):
                     predicted = self._predict(number, pixels[number][sources], wanted)
-                for group, own in zip(chosen, predicted, strict=True):
+                for (group, window), own in zip(chosen, predicted, strict=True):
                     for index in group:
-                        logits[number][starts[index] : starts[index + 1]] = np.clip(own, -60_000, 60_000)
+                        places = slice(starts[index] + window, starts[index + 1], windows[index])
+                        logits[number][places] = np.clip(own, -60_000, 60_000)
             if len(self.task.settings.members) - 1 in self.segmenters:
-                self.task.board.note.remote(int(batch["shard"][0]), begin + len(chosen))
+                num_images = len(same) * (begin + len(chosen)) // len(parts)
+                self.task.board.note.remote(int(batch["shard"][0]), num_images)
         return {f"logits_{number}": own[None] for number, own in logits.items()}
 
     def _predict(self, number: int, pixels: np.ndarray, prompts: list[list[str]]) -> list[np.ndarray]:

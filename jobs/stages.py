@@ -4,7 +4,6 @@ They import no torch: there are many of them, and each stays a quarter of the si
 """
 
 import faulthandler
-import hashlib
 import itertools
 import json
 import sys
@@ -18,14 +17,17 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.board import Watch
+from vlsm.answers import describe_image
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.fetch import read_image_bytes
-from vlsm.images import decode_image, resize_image
-from vlsm.manifest import read_shard
-from vlsm.masks import describe_members
+from vlsm.images import resize_image
+from vlsm.manifest import planned_keys, read_shard
 from vlsm.proof import compare_shard
 from vlsm.results import read_part, write_part
+from vlsm.sources import Content, Reader, is_read_in_order
+from vlsm.tiles import plan_windows
+
+_PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that a row has from the plan
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class _Fetched:
 
     Attributes:
         positions: in the shard, of the images that were to be read.
-        pixels: (n, S, S, 3) uint8 for each S that a member takes.
+        pixels: of each image its windows, (w, S, S, 3) uint8 for each S that a member takes; none of one that cannot be
+            done, or of a twin.
         sizes: (n, 2) int32, height and width of the originals.
         errors: why an image cannot be done.
         hashes: SHA-256 of the files' bytes.
@@ -77,7 +80,7 @@ class _Fetched:
     """
 
     positions: list[int]
-    pixels: dict[int, np.ndarray]
+    pixels: list[dict[int, np.ndarray]]
     sizes: np.ndarray
     errors: list[str | None]
     hashes: list[str | None]
@@ -92,45 +95,54 @@ def fetch_shard(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
     shard, exists = int(batch["shard"][0]), bool(batch["exists"][0])
     with Watch(task.board, "fetch", shard) as watch:
         images = task.read_images(shard)
-        undone = compare_shard(images, task.read_rows(shard, exists), task.retry_failed).undone
+        undone = compare_shard(images, task.read_rows(shard, exists), task.settings.kinds, task.retry_failed).undone
         positions = [position for position in undone if not images["vanished"][position].as_py()]
         fetched = _fetch_images(images, positions, task, watch)
+    windows = [len(next(iter(own.values()), ())) for own in fetched.pixels]
     notes = {"positions": positions, "errors": fetched.errors, "hashes": fetched.hashes, "twins": fetched.twins}
+    notes["windows"] = windows
     return {
         "shard": [shard],
         "exists": [exists],
-        **{f"pixels_{size}": pixels[None] for size, pixels in fetched.pixels.items()},
+        **{f"pixels_{size}": _join(fetched.pixels, windows, size)[None] for size in set(task.image_sizes)},
         "sizes": fetched.sizes[None],
         "notes": [json.dumps(notes)],
     }
 
 
+def _join(parts: list[dict[int, np.ndarray]], windows: list[int], size: int) -> np.ndarray:
+    """The windows of all images, one behind the other; each is let go as soon as it is there."""
+    joined = np.zeros((max(1, sum(windows)), size, size, 3), np.uint8)  # Ray Data has no arrays of nothing
+    start = 0
+    for part, count in zip(parts, windows, strict=True):
+        if count:
+            joined[start : start + count] = part.pop(size)
+        start += count
+    return joined
+
+
 def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Watch) -> _Fetched:
     settings, count = task.settings, len(positions)
-    room = max(1, count)  # Ray Data has no arrays of nothing
-    pixels = {size: np.zeros((room, size, size, 3), np.uint8) for size in task.image_sizes}
-    sizes = np.zeros((room, 2), np.int32)
-    fetched = _Fetched(positions, pixels, sizes, [None] * count, [None] * count, list(range(count)))
+    sizes = np.zeros((max(1, count), 2), np.int32)
+    fetched = _Fetched(positions, [{} for _ in positions], sizes, [None] * count, [None] * count, list(range(count)))
     firsts: dict[str, int] = {}
     decoding = threading.Lock()  # reads overlap; decoding keeps to one core and to one decoded image in memory
+    rows, reader = images.take(pa.array(positions, pa.int64())).to_pylist(), Reader(settings)
 
     def fetch(index: int) -> None:
-        uri, size_bytes = (images[name][positions[index]].as_py() for name in ("image_uri", "size_bytes"))
         try:
             if positions[index] in watch.blamed:
+                uri = rows[index]["image_uri"]
                 raise ImageError("crashed", f"{uri}: the process that read and decoded it died or hung each time")
             with watch.image(positions[index]):
-                run = settings.run
-                data = read_image_bytes(
-                    uri, size_bytes, settings.max_image_bytes, run.image_timeout_s, run.outage_patience_s
-                )
+                content, frame = reader.open(rows[index])
                 with decoding:
-                    _decode(data, uri, index)
+                    _decode(content, frame, index)
         except ImageError as error:
             fetched.errors[index] = str(error)
 
-    def _decode(data: bytes, uri: str, index: int) -> None:
-        digest = fetched.hashes[index] = hashlib.sha256(data).hexdigest()
+    def _decode(content: Content, frame: str | None, index: int) -> None:
+        digest = fetched.hashes[index] = content.digest(frame)
         if (first := firsts.get(digest)) is not None:
             fetched.twins[index] = first
             sizes[index] = sizes[first]
@@ -138,15 +150,18 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
         # a decoder that hangs cannot be stopped otherwise; the next try of this shard goes carefully
         faulthandler.dump_traceback_later(settings.run.image_timeout_s, exit=True, file=sys.__stderr__)
         try:
-            image = decode_image(data, uri, settings.max_pixels)
+            image = content.decode(frame)
             sizes[index] = image.shape[:2]
-            for size, own in pixels.items():
-                own[index] = resize_image(image, size)
+            windows = plan_windows(image.shape[:2], settings.tile.size, settings.tile.overlap)
+            for size in set(task.image_sizes):
+                resized = [resize_image(window.cut(image), size) for window in windows]
+                fetched.pixels[index][size] = np.stack(resized)
         finally:
             faulthandler.cancel_dump_traceback_later()
         firsts[digest] = index
 
-    with ThreadPoolExecutor(1 if watch.is_careful else settings.run.fetch_threads) as pool:
+    is_one_by_one = watch.is_careful or is_read_in_order(rows)
+    with ThreadPoolExecutor(1 if is_one_by_one else settings.run.fetch_threads) as pool:
         list(pool.map(fetch, range(count)))
     return fetched
 
@@ -157,7 +172,7 @@ def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
     with Watch(task.board, "write", shard) as watch:
         images = task.read_images(shard)
         old = task.read_rows(shard, bool(batch["exists"][0]))
-        undone = set(compare_shard(images, old, task.retry_failed).undone)
+        undone = set(compare_shard(images, old, settings.kinds, task.retry_failed).undone)
         kept: dict[str, list[dict[str, Any]]] = {}
         for row in [] if old is None else old.to_pylist():
             kept.setdefault(row["image_id"], []).append(row)
@@ -166,7 +181,11 @@ def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
         for position, image in enumerate(images.to_pylist()):
             own = kept.get(image["image_id"], [])
             if position in undone:
-                own = _vanished_rows(image, own, new.model) if image["vanished"] else new.rows(position, image, own)
+                own = (
+                    _vanished_rows(image, own, new.model, settings.kinds)
+                    if image["vanished"]
+                    else new.rows(position, image, own)
+                )
             rows += own
         write_part(settings.output, shard, rows, task.run_id, settings.run.outage_patience_s)
     failed = [error for error in new.errors if error is not None]
@@ -191,43 +210,50 @@ class _Segmented:
         self._settings, self._watch = settings, watch
         self._indices = {position: index for index, position in enumerate(notes["positions"])}
         self._texts = task.texts_of(images, notes["positions"])
-        self._starts = np.cumsum([0, *(sum(map(len, own)) for own in self._texts)])
+        self._windows = [notes["windows"][twin] for twin in notes["twins"]]
+        counts = [sum(map(len, own)) * windows for own, windows in zip(self._texts, self._windows, strict=True)]
+        self._starts = np.cumsum([0, *counts])
 
     def rows(self, position: int, image: dict[str, Any], old: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows of one image, one per prompt; the old ones where a part has changed since the images were fetched.
+        """The rows of one image; the old ones where a part has changed since the images were fetched.
 
         What is still missing then is found when the run is counted, and done.
         """
         if (index := self._indices.get(position)) is None:
             return old
-        common = {"model": self.model, "content_sha256": self._hashes[index]}
-        common |= {name: image[name] for name in ("image_id", "image_uri", "image_version")}
+        common = {"model": self.model, "content_sha256": self._hashes[index]} | {name: image[name] for name in _PLANNED}
         if position in self._watch.blamed:
             self.errors[index] = f"crashed: the process that wrote the mask of {image['image_uri']} died each time"
+        keys = planned_keys(image["prompts"], self._settings.kinds)
         if (error := self.errors[index]) is not None:
-            return [common | {"prompt": prompt, "status": "failed", "error": error} for prompt in image["prompts"]]
+            failed = common | {"status": "failed", "error": error}
+            return [failed | {"prompt": prompt, "kind": kind} for prompt, kind in keys]
         height, width = self._sizes[index].tolist()
-        weights, vote = [member.weight for member in self._settings.members], self._settings.combine == "vote"
-        ends = np.cumsum([self._starts[index], *map(len, self._texts[index])])
         with self._watch.image(position):
-            masks = [
-                describe_members(
-                    [logits[start:end] for logits in self._logits],
-                    weights,
-                    (height, width),
-                    self._settings.threshold or 0.5,
-                    vote,
-                )
-                for start, end in itertools.pairwise(ends)
-            ]
+            records = list(describe_image(self._logits_of(index), (height, width), self._settings))
         found = common | {"status": "ok", "height": height, "width": width}
         return [
-            found | {"prompt": prompt, **asdict(mask)} for prompt, mask in zip(image["prompts"], masks, strict=True)
+            found | {"prompt": prompt, "kind": kind, **asdict(record)}
+            for (prompt, kind), record in zip(keys, records, strict=True)
+        ]
+
+    def _logits_of(self, index: int) -> list[list[np.ndarray]]:
+        """Of each prompt of an image, each member's logits, (texts, windows, S, S)."""
+        windows = self._windows[index]
+        ends = np.cumsum([self._starts[index], *(len(texts) * windows for texts in self._texts[index])])
+        return [
+            [logits[start:end].reshape(-1, windows, *logits.shape[1:]) for logits in self._logits]
+            for start, end in itertools.pairwise(ends)
         ]
 
 
-def _vanished_rows(image: dict[str, Any], old: Sequence[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+def _vanished_rows(
+    image: dict[str, Any], old: Sequence[dict[str, Any]], model: str, kinds: list[str]
+) -> list[dict[str, Any]]:
     """The rows of an image that is no longer there: its masks as they were, marked."""
-    known = {row["prompt"]: row for row in old}
-    bare = {name: image[name] for name in ("image_id", "image_uri", "image_version")} | {"model": model}
-    return [known.get(prompt, bare | {"prompt": prompt}) | {"status": "vanished"} for prompt in image["prompts"]]
+    known = {(row["prompt"], row["kind"]): row for row in old}
+    bare = {name: image[name] for name in _PLANNED} | {"model": model}
+    return [
+        known.get((prompt, kind), bare | {"prompt": prompt, "kind": kind}) | {"status": "vanished"}
+        for prompt, kind in planned_keys(image["prompts"], kinds)
+    ]

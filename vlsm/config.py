@@ -68,6 +68,23 @@ class MemberSettings(Settings):
     _check_actors = field_validator("actors")(check_range)
 
 
+class TileSettings(Settings):
+    """How images that are much larger than a model's square are cut into windows."""
+
+    size: int | None = Field(
+        None, ge=8, description="side in pixels of the windows into which larger images are cut; null for none"
+    )
+    overlap: float = Field(0.25, ge=0, le=0.9, description="share of a side that neighbours have in common")
+
+
+class CleanSettings(Settings):
+    """What is taken from masks before they are written."""
+
+    fill_holes: bool = Field(False, description="masks have none")
+    min_area_px: int = Field(0, ge=0, description="smaller regions of a mask are dropped")
+    keep_largest: int | None = Field(None, ge=1, description="regions of a mask that are kept")
+
+
 class SegmentSettings(Settings):
     """Everything that decides a segment run's rows, and under `run` how it is carried out."""
 
@@ -86,7 +103,17 @@ class SegmentSettings(Settings):
     classes: dict[str, tuple[str, ...]] = Field(
         {}, description="what stands for a prompt: one text or several, whose probabilities are averaged"
     )
+    member_rows: bool = Field(False, description="a row for each member's own mask, beside the one that they agree on")
+    label_maps: bool = Field(False, description="a row more per image: which prompt wins in each pixel, as a PNG")
     threshold: float | None = Field(None, gt=0, lt=1, description="a probability; the checkpoint's own unless told")
+    tile: TileSettings = TileSettings()
+    clean: CleanSettings = CleanSettings()
+    slices: Literal["axial", "coronal", "sagittal"] = Field(
+        "axial", description="of volumes, each of which is an image"
+    )
+    window: tuple[float, float] | None = Field(
+        None, description="centre and width of what is shown of DICOM and NIfTI; the file's own unless told"
+    )
     max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
     max_image_bytes: int = Field(1 << 30, ge=1, description="larger files are refused before they are read")
     shard_rows: int = Field(
@@ -108,6 +135,17 @@ class SegmentSettings(Settings):
         if not isinstance(value, dict):
             return value
         return {name: [texts] if isinstance(texts, str) else texts for name, texts in value.items()}
+
+    @property
+    def has_member_rows(self) -> bool:
+        """Whether each member of an ensemble has rows of its own."""
+        return self.member_rows and len(self.members) > 1
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of rows: of each prompt, and at last of all of them together."""
+        members = [f"member {number}" for number, _ in enumerate(self.members, start=1)]
+        return ["mask", *(members if self.has_member_rows else []), *(["labels"] if self.label_maps else [])]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

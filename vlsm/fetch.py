@@ -24,8 +24,9 @@ def read_image_bytes(
     max_bytes: int,
     timeout_s: float | None = None,
     patience_s: float = PATIENT_S,
+    span: tuple[int, int] | None = None,
 ) -> bytes:
-    """The content of one image of an archive.
+    """The content of one image of an archive: of a file, or of a part of it.
 
     What may pass is tried again: of one image for some seconds, of a store that does not answer at all for longer.
 
@@ -35,19 +36,35 @@ def read_image_bytes(
         max_bytes: larger files are refused before they are read, whatever size_bytes says.
         timeout_s: for all tries together, on a remote store.
         patience_s: how long a store may be away.
+        span: offset and length of the part in bytes.
 
     Raises:
-        ImageError: the file is missing, forbidden, empty, too large or cannot be read, or its store answers, but not
-            for this file ("unavailable", "timeout").
+        ImageError: the file is missing, forbidden, empty, too large, ends within the part or cannot be read, or its
+            store answers, but not for this file ("unavailable", "timeout").
         StorageError: the store was away for longer than patience_s, or no longer takes the credentials.
     """
     quick_s = min(QUICK_S, patience_s)
+
+    def read() -> bytes:
+        fetch = _Fetch(uri, timeout_s, quick_s)
+        return fetch.read(size_bytes, max_bytes) if span is None else fetch.read_span(span, size_bytes, max_bytes)
+
+    return read_patiently(read, uri, patience_s)
+
+
+def read_patiently(read: Callable[[], bytes], uri: str, patience_s: float) -> bytes:
+    """What is read of a file, a second time where its store did not answer anything meanwhile.
+
+    Raises:
+        ImageError: of the reading.
+        StorageError: the store was away for longer than patience_s.
+    """
     try:
-        return _Fetch(uri, timeout_s, quick_s).read(size_bytes, max_bytes)
+        return read()
     except ImageError as error:
         if error.reason not in ("unavailable", "timeout") or not _wait_for_store(uri, patience_s):
             raise
-    return _Fetch(uri, timeout_s, quick_s).read(size_bytes, max_bytes)
+    return read()
 
 
 class _Fetch:
@@ -55,28 +72,44 @@ class _Fetch:
 
     def __init__(self, uri: str, timeout_s: float | None, patience_s: float) -> None:
         self.uri, self.timeout_s, self.patience_s = uri, timeout_s, patience_s
-        with _image_errors(uri):
+        with image_errors(uri):
             self._fs, self._path = open_uri(uri)
         self._started_s = time.monotonic()
 
     def read(self, size_bytes: int | None, max_bytes: int) -> bytes:
         """The content; see `read_image_bytes`."""
-        with _image_errors(self.uri):
+        with image_errors(self.uri):
             if is_local(self._fs) and os.path.exists(self._path) and not os.path.isfile(self._path):
                 raise ImageError("unreadable", f"{self.uri} is no file")  # a pipe would be waited for without end
             if size_bytes and len(data := self._read(size_bytes, max_bytes)) <= size_bytes:
                 return data
             size_bytes = with_retries(self._ask_size, self.uri, self.patience_s)
-            if not size_bytes:
-                raise ImageError("empty", f"{self.uri} has 0 bytes")
             if len(data := self._read(size_bytes, max_bytes)) > size_bytes:
                 raise ImageError("unreadable", f"{self.uri} grows while it is read")
             return data
 
+    def read_span(self, span: tuple[int, int], size_bytes: int | None, max_bytes: int) -> bytes:
+        """A part of the content."""
+        offset, length = span
+        broken = ImageError("corrupt", f"{self.uri} ends before byte {offset + length:,}, where this image would")
+
+        def get() -> bytes:
+            data = bytes(self._ask(self._fs.cat_file, start=offset, end=offset + length))
+            if len(data) < length and self._ask_size() >= offset + length:
+                raise OSError(f"only {len(data):,} bytes came")
+            return data
+
+        with image_errors(self.uri):
+            check_size(self.uri, length, max_bytes)
+            if (size_bytes or offset + length) < offset + length:
+                raise broken
+            if len(data := with_retries(get, self.uri, self.patience_s)) == length:
+                return data
+            raise broken
+
     def _read(self, size_bytes: int, max_bytes: int) -> bytes:
         """The content if it has so many bytes or less, otherwise one byte more."""
-        if size_bytes > max_bytes:
-            raise ImageError("too_large", f"{self.uri} has {size_bytes:,} bytes; max_image_bytes is {max_bytes:,}")
+        check_size(self.uri, size_bytes, max_bytes)
 
         def get() -> bytes:
             data = bytes(self._ask(self._fs.cat_file, start=0, end=size_bytes + 1))
@@ -101,8 +134,16 @@ class _Fetch:
         return method(self._path, timeout=left_s, **limits)
 
 
+def check_size(name: str, size_bytes: int, max_bytes: int) -> None:
+    """Nothing, or an ImageError for what is empty or too large to be read."""
+    if size_bytes > max_bytes:
+        raise ImageError("too_large", f"{name} has {size_bytes:,} bytes; max_image_bytes is {max_bytes:,}")
+    if not size_bytes:
+        raise ImageError("empty", f"{name} has 0 bytes")
+
+
 @contextlib.contextmanager
-def _image_errors(uri: str) -> Iterator[None]:
+def image_errors(uri: str) -> Iterator[None]:
     """What storage raises for a file, as the reason why its image cannot be read."""
     try:
         yield

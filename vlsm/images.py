@@ -35,17 +35,18 @@ class ImageSpec:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
-def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.ndarray:
+def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000, page: int = 0) -> np.ndarray:
     """An image as a person sees it: RGB, upright, 8 bits a channel.
 
     EXIF orientation is applied and alpha dropped; palette, grey and CMYK are converted. 16-bit grey is scaled by its
     full range (65,535 is white); 32-bit integer and float images, whose range no header tells, from their minimum to
-    their maximum. Of several frames the first counts.
+    their maximum. Of an animation the first frame counts.
 
     Args:
         data: the file's content: JPEG, PNG, TIFF, BMP or WebP.
         name: what error messages call it.
         max_pixels: images of more pixels are refused before they are decoded.
+        page: of a TIFF with several, counted from 0.
 
     Returns:
         (H, W, 3) uint8.
@@ -55,6 +56,8 @@ def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.nd
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if page:
+                image.seek(page)
             width, height = image.size
             if height * width > max_pixels:
                 raise ImageError(

@@ -75,3 +75,8 @@ def follow_link(info: Info) -> Info:
     if not stat.S_ISREG(found.st_mode):
         return info | {"type": "link"}
     return info | {"type": "file", "size": found.st_size, "mtime": found.st_mtime}
+
+
+def spell_out(path: str) -> str:
+    """File names that are not UTF-8, spelled out: no table could hold them; fetching such a file says it is missing."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -6,10 +6,11 @@ A plan is never changed: an update writes another one beside it, and config.yaml
 
 import hashlib
 import io
+import json
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ SHARDS_PER_FILE = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is planned: images, output rows (one per image and prompt), and the shards that they are cut into.
+    """How much is planned: images, output rows, the shards that they are cut into, and the kinds of rows.
 
     While the archive is still being listed it is not complete, and counts nothing.
     """
@@ -35,34 +36,45 @@ class Plan:
     num_rows: int = 0
     num_shards: int = 0
     is_complete: bool = True
+    kinds: list[str] = field(default_factory=lambda: ["mask"])
+
+
+def planned_keys(prompts: list[str], kinds: list[str]) -> list[tuple[str, str]]:
+    """Prompt and kind of each row of an image, in order; a label map has all prompts, as a JSON list."""
+    keys = [(prompt, kind) for prompt in prompts for kind in kinds if kind != "labels"]
+    return [*keys, (json.dumps(prompts, ensure_ascii=False), "labels")] if "labels" in kinds else keys
 
 
 def cut_shards(rows: Iterable[dict[str, Any]], shard_rows: int) -> Iterator[list[dict[str, Any]]]:
-    """Runs of images of shard_rows output rows at most; an image with more prompts than that is a shard alone."""
+    """Runs of images of so many prompts at most, each as often as an image has windows; one with more is alone."""
     shard: list[dict[str, Any]] = []
     num_rows = 0
     for row in rows:
-        if shard and num_rows + len(row["prompts"]) > shard_rows:
+        own = len(row["prompts"]) * row.get("num_windows", 1)
+        if shard and num_rows + own > shard_rows:
             yield shard
             shard, num_rows = [], 0
         shard.append(row)
-        num_rows += len(row["prompts"])
+        num_rows += own
     if shard:
         yield shard
 
 
-def write_manifest(output: str, rows: Iterable[dict[str, Any]], shard_rows: int) -> Plan:
+def write_manifest(
+    output: str, rows: Iterable[dict[str, Any]], shard_rows: int, kinds: list[str] | None = None
+) -> Plan:
     """Write the plan of a run and count it.
 
     Args:
         output: the run's output folder.
         rows: dicts with the columns of MANIFEST_SCHEMA but `vanished`.
         shard_rows: output rows a shard holds at most.
+        kinds: of rows; masks alone unless told.
 
     Raises:
         ManifestError: two rows have the same image_id.
     """
-    writer = ManifestWriter(output)
+    writer = ManifestWriter(output, kinds=kinds)
     for shard in cut_shards(rows, shard_rows):
         writer.add(shard_table(shard))
     return writer.finish()
@@ -86,14 +98,14 @@ class ManifestWriter:
 
     Attributes:
         num_written: shards whose file is written.
-        last_uri: the last image_uri in them.
+        last: the last image_uri and selector in them.
         is_ended: whether the last file is written.
     """
 
-    def __init__(self, output: str, plan_id: str | None = None) -> None:
-        self.output, self.plan_id = output, plan_id or new_plan_id()
+    def __init__(self, output: str, plan_id: str | None = None, kinds: list[str] | None = None) -> None:
+        self.output, self.plan_id, self._kinds = output, plan_id or new_plan_id(), kinds or ["mask"]
         self.num_written = 0
-        self.last_uri: str | None = None
+        self.last: tuple[str, str | None] | None = None
         self.is_ended = False
         self._tables: list[pa.Table] = []
         self._id_hashes = array("Q")
@@ -114,7 +126,7 @@ class ManifestWriter:
         """Add a shard, with the columns of MANIFEST_SCHEMA.
 
         Returns:
-            False where another job has written the file in which it would be: what is next is what follows `last_uri`.
+            False where another job has written the file in which it would be: what is next is what follows `last`.
         """
         self._tables.append(shard)
         return len(self._tables) < SHARDS_PER_FILE or self.flush()
@@ -139,8 +151,10 @@ class ManifestWriter:
         """Take in what the next file holds."""
         for shard in shards:
             self._id_hashes.extend(map(_hash, shard["image_id"].to_pylist()))
-            self._num_rows += len(shard["prompts"].combine_chunks().flatten())
-            self.last_uri = shard["image_uri"][-1].as_py()
+            num_labels = self._kinds.count("labels")
+            self._num_rows += len(shard["prompts"].combine_chunks().flatten()) * (len(self._kinds) - num_labels)
+            self._num_rows += len(shard) * num_labels
+            self.last = shard["image_uri"][-1].as_py(), shard["selector"][-1].as_py()
         self.num_written += len(shards)
         self.is_ended = len(shards) < SHARDS_PER_FILE
 
@@ -152,7 +166,7 @@ class ManifestWriter:
         """
         if not self.is_ended:
             self.flush()
-        plan = Plan(self.plan_id, len(self._id_hashes), self._num_rows, self.num_written)
+        plan = Plan(self.plan_id, len(self._id_hashes), self._num_rows, self.num_written, kinds=self._kinds)
         try:
             _check_unique(self.output, plan, self._id_hashes)
         except ManifestError:
@@ -195,12 +209,6 @@ def remove_plan(output: str, plan_id: str) -> None:
     for name in storage.list_names(folder):
         if name.startswith(f"plan-{plan_id}-"):
             storage.remove(storage.join(folder, name))
-
-
-def planned_rows(manifest_rows: pa.Table) -> list[tuple[str, str]]:
-    """Every (image_id, prompt) of some manifest rows, in order: the output rows that they must become."""
-    ids, prompts = manifest_rows["image_id"].to_pylist(), manifest_rows["prompts"].to_pylist()
-    return [(image_id, prompt) for image_id, own in zip(ids, prompts, strict=True) for prompt in own]
 
 
 def _file_uri(output: str, plan_id: str, file: int) -> str:

@@ -16,7 +16,7 @@ class Planner:
         output: the run's output folder.
         plan: the incomplete one.
         shard_rows: output rows a shard holds at most.
-        open_archive: the archive from its beginning, or from behind an image_uri.
+        open_archive: the archive from its beginning, or from behind an image_uri and selector.
         save: takes the complete plan before the thread ends, and what was listed for it here, if anything.
 
     Attributes:
@@ -28,10 +28,10 @@ class Planner:
         output: str,
         plan: Plan,
         shard_rows: int,
-        open_archive: Callable[[str | None], Archive],
+        open_archive: Callable[[tuple[str, str | None] | None], Archive],
         save: Callable[[Plan, Archive | None], None],
     ) -> None:
-        self._writer = ManifestWriter(output, plan.id)
+        self._writer = ManifestWriter(output, plan.id, plan.kinds)
         self._shard_rows, self._open, self._save = shard_rows, open_archive, save
         self._changed = threading.Condition()
         self._stopped = self._done = self.is_resumed = False
@@ -80,7 +80,7 @@ class Planner:
             self.is_resumed = self._writer.num_written > 0
             while not self._writer.is_ended:
                 self._tell()
-                archive = self._open(self._writer.last_uri)
+                archive = self._open(self._writer.last)
                 if self._list(archive):
                     self._writer.flush()
                 if self._stopped:

@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 
 from vlsm import storage
-from vlsm.manifest import SHARDS_PER_FILE, Plan, read_plan
+from vlsm.manifest import SHARDS_PER_FILE, Plan, planned_keys, read_plan
 from vlsm.results import part_name, read_part
 
 logger = logging.getLogger("vlsm")
 
-_COLUMNS = ["image_id", "image_uri", "image_version", "prompt", "status", "error"]
+_COLUMNS = ["image_id", "image_uri", "image_version", "prompt", "kind", "status", "error"]
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,16 @@ class RunState:
         return self.counts["ok"] + self.counts["failed"] + self.counts["vanished"]
 
 
-def compare_shard(images: pa.Table, rows: pa.Table | None, retry_failed: bool = False) -> ShardState:
+def compare_shard(images: pa.Table, rows: pa.Table | None, kinds: list[str], retry_failed: bool = False) -> ShardState:
     """Compare the rows of a part with the images planned for it.
 
-    An image is done where its rows are those of its prompts, once each and in their order, made from the file that was
-    planned; of one that has vanished they say so.
+    An image is done where its rows are those of its prompts and kinds, once each and in their order, made from the file
+    that was planned; of one that has vanished they say so.
 
     Args:
         images: of the shard, with the columns of MANIFEST_SCHEMA.
         rows: of its part, or None where there is none.
+        kinds: of rows, as the plan has them.
         retry_failed: whether failed images count as undone.
     """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -69,7 +70,7 @@ def compare_shard(images: pa.Table, rows: pa.Table | None, retry_failed: bool = 
     undone, counts = [], Counter[str]()
     for position, image in enumerate(images.to_pylist()):
         own = found.pop(image["image_id"], [])
-        if not _is_done(image, own, retry_failed):
+        if not _is_done(image, own, kinds, retry_failed):
             undone.append(position)
             continue
         status, error = own[0]["status"], own[0]["error"]
@@ -79,8 +80,8 @@ def compare_shard(images: pa.Table, rows: pa.Table | None, retry_failed: bool = 
     return ShardState(undone, sum(map(len, found.values())), counts)
 
 
-def _is_done(image: dict[str, Any], rows: list[dict[str, Any]], retry_failed: bool) -> bool:
-    if [row["prompt"] for row in rows] != image["prompts"]:
+def _is_done(image: dict[str, Any], rows: list[dict[str, Any]], kinds: list[str], retry_failed: bool) -> bool:
+    if [(row["prompt"], row["kind"]) for row in rows] != planned_keys(image["prompts"], kinds):
         return False
     statuses = {row["status"] for row in rows}
     if image["vanished"]:
@@ -99,7 +100,7 @@ def compare_run(output: str, plan: Plan, run_id: str, retry_failed: bool = False
     def compare(numbered: tuple[int, pa.Table]) -> tuple[int, ShardState]:
         shard, images = numbered
         rows = read_part(output, shard, run_id, _COLUMNS) if part_name(shard) in names else None
-        return shard, compare_shard(images, rows, retry_failed)
+        return shard, compare_shard(images, rows, plan.kinds, retry_failed)
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         for chunk in _chunks(enumerate(read_plan(output, plan)), SHARDS_PER_FILE):

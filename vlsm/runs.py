@@ -88,14 +88,16 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
     return settings.model_copy(update=update), tuple(members)
 
 
-def open_input(settings: SegmentSettings, after: str | None = None) -> Archive:
-    """The archive of a run, found to hold one image at least, or what of it follows an image_uri.
+def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None = None) -> Archive:
+    """The archive of a run, found to hold one image at least, or what of it follows an image_uri and selector.
 
     Raises:
         ConfigError: INPUT does not exist, or holds no images.
     """
     with storage.name_errors("INPUT", settings.input):
-        archive = open_archive(settings.input, settings.prompts or (), settings.output, settings.run.allow, after)
+        archive = open_archive(
+            settings.input, settings.prompts or (), settings.output, settings.run.allow, after, settings.slices
+        )
         if after is not None:
             return archive
         rows = iter(archive.rows)
@@ -140,9 +142,9 @@ def _plan_run(settings: SegmentSettings, facts: dict[str, Any]) -> dict[str, Any
     elif any(name.startswith("part-") for name in storage.list_names(storage.join(output, "masks"))):
         raise ConfigError(f"OUTPUT {output!r} holds masks of a run without config.yaml; choose another OUTPUT")
     if archive.is_listed:
-        plan = Plan(new_plan_id(), is_complete=False)
+        plan = Plan(new_plan_id(), is_complete=False, kinds=settings.kinds)
     else:  # it is quickly read, and what is wrong with it is to be said before anything is begun
-        plan = write_manifest(output, archive.rows, settings.shard_rows)
+        plan = write_manifest(output, archive.rows, settings.shard_rows, settings.kinds)
     record = make_record(settings, {"run_id": uuid.uuid4().hex, **facts}, asdict(plan))
     others = list_plans(output) - {plan.id}
     if not create_record(output, record):

@@ -7,6 +7,10 @@ MANIFEST_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("selector", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("problem", pa.string()),
         pa.field("image_version", pa.string()),
         pa.field("size_bytes", pa.int64()),
         pa.field("etag", pa.string()),
@@ -16,17 +20,20 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )
 
-# One row per (image, prompt).
+# One row per (image, prompt), and on demand more: kind tells.
 RESULT_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("selector", pa.string()),
         pa.field("image_version", pa.string()),
         pa.field("content_sha256", pa.string()),
         pa.field("prompt", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
         pa.field("mask_rle", pa.string()),
+        pa.field("label_map", pa.binary()),
         pa.field("area_px", pa.int64()),
         pa.field("area_fraction", pa.float64()),
         pa.field("bbox", pa.list_(pa.int32())),

@@ -53,7 +53,7 @@ def update_manifest(output: str, plan: Plan, rows: Iterable[dict[str, Any]], sha
     known, update = _index(output, plan), Update()
     new = [shard_table(shard) for shard in cut_shards(_compare(rows, known), shard_rows)]
     update.num_new = sum(map(len, new))
-    writer = ManifestWriter(output)
+    writer = ManifestWriter(output, kinds=plan.kinds)
     position = 0
     for shard in read_plan(output, plan):
         revised = [_revise(row, position + index, known, update) for index, row in enumerate(shard.to_pylist())]
@@ -112,5 +112,5 @@ def _digest_id(row: dict[str, Any]) -> bytes:
 
 
 def _digest_content(row: dict[str, Any]) -> int:
-    content = repr((row["image_uri"], row["image_version"], row["prompts"]))
+    content = repr((row["image_uri"], row["image_version"], row["prompts"], row.get("offset"), row.get("problem")))
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")

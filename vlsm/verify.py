@@ -1,5 +1,6 @@
 """The proof of a run, from storage alone: every planned row is there once, and says what its mask says."""
 
+import io
 import itertools
 from array import array
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from vlsm import storage
 from vlsm.errors import ConfigError, ImageError, ResultError
@@ -60,9 +62,15 @@ def verify_run(output: str) -> Iterator[Proof]:
     proof.differences += [f"masks/{name} is no part of this run" for name in names if name not in planned]
     ids = array("q")  # 8 bytes an image
     numbered = enumerate(read_plan(output, plan))
+
+    def verify(item: tuple[int, pa.Table]) -> tuple[Counter[str], list[str]]:
+        return _verify_shard(output, record["run_id"], plan.kinds, *item)
+
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         while chunk := list(itertools.islice(numbered, _SHARDS_AT_ONCE)):
-            for counts, differences in pool.map(lambda item: _verify_shard(output, record["run_id"], *item), chunk):
+            for counts, differences in pool.map(
+                lambda item: _verify_shard(output, record["run_id"], plan.kinds, *item), chunk
+            ):
                 proof.counts += counts
                 proof.differences += differences
             for _, images in chunk:
@@ -72,12 +80,14 @@ def verify_run(output: str) -> Iterator[Proof]:
     yield proof
 
 
-def _verify_shard(output: str, run_id: str, shard: int, images: pa.Table) -> tuple[Counter[str], list[str]]:
+def _verify_shard(
+    output: str, run_id: str, kinds: list[str], shard: int, images: pa.Table
+) -> tuple[Counter[str], list[str]]:
     rows = read_part(output, shard, run_id)
     name = f"masks/{part_name(shard)}"
     if rows is None:
         return Counter(), [f"{name} is missing, damaged or of another run: {len(images)} images have no rows"]
-    state = compare_shard(images, rows)
+    state = compare_shard(images, rows, kinds)
     differences = []
     if state.undone:
         ids = images["image_id"].take(pa.array(state.undone, pa.int64())).to_pylist()
@@ -106,6 +116,8 @@ def _describe_problem(row: dict[str, Any]) -> str | None:
     mask = decode_mask(row["mask_rle"], (row["height"], row["width"]))
     if int(mask.sum()) != row["area_px"]:
         return f"its mask has {int(mask.sum())} pixels, area_px is {row['area_px']}"
+    if row["label_map"] is not None and ((np.asarray(Image.open(io.BytesIO(row["label_map"]))) > 0) != mask).any():
+        return "its label map is not its mask"
     box = _bounding_box(mask)
     return None if box == row["bbox"] else f"its mask lies in {box}, bbox is {row['bbox']}"
 

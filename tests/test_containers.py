@@ -1,0 +1,210 @@
+"""Files that hold several images: what is found in them, and what is read of it."""
+
+import gzip
+import io
+import tarfile
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlsm.archive import open_archive
+from vlsm.config import SegmentSettings
+from vlsm.containers import kind_of, split_selector
+from vlsm.errors import ImageError
+from vlsm.sources import Reader
+
+
+def png(value, size=(8, 12)):
+    file = io.BytesIO()
+    Image.fromarray(np.full((*size, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def pages(*values, **options):
+    file = io.BytesIO()
+    first, *rest = [Image.fromarray(np.full((8, 12), value, np.uint8)) for value in values]
+    first.save(file, "TIFF", save_all=True, append_images=rest, **options)
+    return file.getvalue()
+
+
+def write_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_zip(path, members, **options):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return path
+
+
+def rows(path, **options):
+    archive = open_archive(str(path), ("polyp",), **options)
+    return list(archive.rows), archive.skipped
+
+
+def read(row, **options):
+    """The value of the pixel in the middle of a row's image, or why there is none."""
+    settings = SegmentSettings(input="", output="", members=[{"checkpoint": ""}], **options)
+    try:
+        content, frame = Reader(settings).open(row)
+        return int(content.decode(frame)[4, 6, 0])
+    except ImageError as error:
+        return str(error).partition(":")[0]
+
+
+def values(path, **options):
+    return {row["image_id"]: read(row, **options) for row in rows(path)[0]}
+
+
+@pytest.fixture(params=["a.tar", "a.tar.gz", "a.tgz", "a.zip"])
+def write(request, tmp_path):
+    """A function that packs members into an archive of each kind."""
+    path = tmp_path / request.param
+    if path.suffix == ".zip":
+        return lambda members: write_zip(path, members)
+    return lambda members: write_tar(path, members, "w" if path.suffix == ".tar" else "w:gz")
+
+
+def test_the_images_of_an_archive_are_its_members(write):
+    members = [("sub/b.png", png(7)), ("a.jpg.txt", b"no"), ("c.tif", pages(1, 2)), ("ü #1.PNG", png(9))]
+    path = write([*members, ("._b.png", b"mac"), ("inner.tar", b""), ("d.png", png(5)[:40])])
+    found, skipped = rows(path)
+    name = path.name
+    assert [row["image_id"] for row in found] == [
+        f"{name}#{inner}" for inner in ("sub/b.png", "c.tif#page=0", "c.tif#page=1", "ü #1.PNG", "d.png")
+    ]
+    assert {row["image_uri"] for row in found} == {str(path)}
+    assert len({row["image_version"] for row in found}) == 1
+    assert skipped == Counter({".txt": 1, ".png": 1, ".tar": 1})
+    assert [read(row) for row in found] == [7, 1, 2, 9, "corrupt"]
+
+
+def test_what_was_written_last_counts_where_a_name_stands_twice(write):
+    assert list(values(write([("a.png", png(1)), ("b.png", png(2)), ("a.png", png(3))])).values()) == [3, 2]
+
+
+def test_members_that_are_too_large_or_empty_are_told(write):
+    assert list(values(write([("a.png", b""), ("b.png", bytes(5000))]), max_image_bytes=4000).values()) == [
+        "empty",
+        "too_large",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_of_a_tar_that_breaks_off_the_rest_is_done(tmp_path, name):
+    noise = np.random.default_rng(0).bytes(4000)
+    path = tmp_path / name
+    write_tar(path, [("a.png", png(1)), ("b.bmp", noise), ("c.png", png(3))], "w:gz" if "gz" in name else "w")
+    path.write_bytes(path.read_bytes()[: 512 + 512 + 512 + 2000 if name == "a.tar" else -2500])
+    found, _ = rows(path)
+    assert [row["image_id"] for row in found] == [f"{name}#a.png", f"{name}#b.bmp", name]
+    assert [read(row) for row in found] == [1, "corrupt", "corrupt"]
+    assert name in found[-1]["problem"]
+
+
+def test_damage_in_the_middle_of_a_tar_costs_one_member(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", png(1)), ("b.png", png(2)), ("c.png", png(3))])
+    data = bytearray(path.read_bytes())
+    data[1024:1100] = b"\xff" * 76  # the name of the second
+    path.write_bytes(data)
+    assert values(path) == {"a.tar#a.png": 1, "a.tar#c.png": 3, "a.tar": "corrupt"}
+    assert "byte 1,024" in rows(path)[0][-1]["problem"]
+
+
+def test_tars_behind_each_other_are_one(tmp_path):
+    first, second = (write_tar(tmp_path / f"{n}.tar", [(f"{n}.png", png(n))]).read_bytes() for n in (1, 2))
+    path = tmp_path / "both.tar"
+    path.write_bytes(first + second)
+    assert values(path) == {"both.tar#1.png": 1, "both.tar#2.png": 2}
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.zip", "a.tif"])
+@pytest.mark.parametrize("data", [b"", b"Dear radiologist,", bytes(3000), gzip.compress(b"no tar")])
+def test_what_is_no_archive_at_all_is_a_failed_row(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    found, skipped = rows(tmp_path / name)
+    if skipped:  # zeros are what an empty tar consists of
+        assert (found, name, data) == ([], "a.tar", bytes(3000))
+    else:
+        assert [row["image_id"] for row in found] == [name]
+        assert read(found[0]) in ("corrupt", "empty")
+
+
+def test_a_picture_beside_the_image_of_a_webdataset_sample_is_no_image(tmp_path):
+    members = [("1.seg.png", png(1)), ("0.jpg", png(2)), ("1.jpg", png(3)), ("x.y/a.b.png", png(4)), ("1.cls", b"3")]
+    found, skipped = rows(write_tar(tmp_path / "a.tar", members))
+    assert [row["selector"] for row in found] == ["0.jpg", "1.jpg", "x.y/a.b.png"]
+    assert skipped == Counter({".seg.png of a sample": 1, ".cls": 1})
+
+
+def test_an_encrypted_member_and_one_compressed_in_a_strange_way(tmp_path):
+    path = write_zip(tmp_path / "a.zip", [("a.png", png(1)), ("b.png", png(2)), ("c.png", png(3))])
+    data = bytearray(path.read_bytes())
+    central = data.index(b"PK\x01\x02")
+    local = 0
+    data[local + 6] |= 1  # encrypted
+    data[central + 8] |= 1
+    second = data.index(b"PK\x01\x02", central + 4)
+    data[second + 10] = 97  # WavPack
+    path.write_bytes(data)
+    assert list(values(path).values()) == ["unreadable", "unreadable", 3]
+
+
+def test_smaller_copies_and_masks_in_a_tiff_are_no_images(tmp_path):
+    file = io.BytesIO()
+    first = Image.fromarray(np.full((8, 12), 1, np.uint8))
+    second, third = (Image.fromarray(np.full((8, 12), value, np.uint8)) for value in (2, 3))
+    second.encoderinfo = {"tiffinfo": {254: 1}}
+    first.save(file, "TIFF", save_all=True, append_images=[second, third])
+    (tmp_path / "a.tif").write_bytes(file.getvalue())
+    assert values(tmp_path / "a.tif") == {"a.tif#page=0": 1, "a.tif#page=2": 3}
+
+
+def test_a_listing_goes_on_in_the_middle_of_an_archive(tmp_path):
+    write_tar(tmp_path / "b.tar", [(f"{n}.png", png(n)) for n in range(4)])
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "c.png").write_bytes(png(1))
+    everything = [row["image_id"] for row in rows(tmp_path)[0]]
+    for count, row in enumerate(rows(tmp_path)[0], start=1):
+        after = row["image_uri"], row["selector"]
+        assert [row["image_id"] for row in rows(tmp_path, after=after)[0]] == everything[count:]
+    alone = tmp_path / "b.tar"
+    assert [row["selector"] for row in rows(alone, after=(str(alone), "2.png"))[0]] == ["3.png"]
+
+
+def test_an_archive_in_a_list_is_its_images(tmp_path):
+    write_zip(tmp_path / "a.zip", [("x.png", png(1)), ("y.png", png(2))])
+    write_zip(tmp_path / "none.zip", [("x.txt", b"no")])
+    (tmp_path / "list.csv").write_text("image_uri,image_id\na.zip,study 1\nnone.zip,\nlost.tif,\n")
+    assert values(tmp_path / "list.csv") == {
+        "study 1#x.png": 1,
+        "study 1#y.png": 2,
+        "none.zip": "empty",
+        "lost.tif": "missing",
+    }
+
+
+def test_names():
+    assert [
+        kind_of(f"x/{name}") for name in ("a.JPG", "a.tif", "a.nii.gz", "a.tar.gz", "a.gz", "IM0001", "1.2.840")
+    ] == [
+        "image",
+        "tiff",
+        "nifti",
+        "tar",
+        None,
+        "dicom?",
+        "dicom?",
+    ]
+    assert split_selector("a#b.png") == ("a#b.png", None)
+    assert split_selector("a.dcm#frame=3") == ("a.dcm", "frame=3")
+    assert split_selector("volume=1,slice=3") == (None, "volume=1,slice=3")

@@ -1,0 +1,88 @@
+"""What a run says of one image: a row per prompt, and on demand per member of an ensemble, and a label map."""
+
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from vlsm.cleaning import clean_mask
+from vlsm.config import SegmentSettings
+from vlsm.masks import MaskRecord, describe_mask, enlarge_logits, logit, probabilities
+from vlsm.tiles import plan_windows, probability_map
+
+Logits = np.ndarray  # (texts, windows, S, S) of one prompt and one member
+
+
+def describe_image(
+    prompts: Sequence[Sequence[Logits]], size: tuple[int, int], settings: SegmentSettings
+) -> Iterator[MaskRecord]:
+    """The rows of an image, in the order in which they are planned.
+
+    Args:
+        prompts: of each prompt, each member's logits, (K, T, S, S) float: K texts, whose mean probability counts, T
+            windows, S the member's own.
+        size: (height, width) of the image in pixels.
+        settings: of the run: threshold, weights, how members are combined and masks cleaned, which rows.
+
+    Yields:
+        Of each prompt the mask on which the members agree, then, where asked for, each member's own; at last the label
+        map. `confidence` is the mean probability inside of a mask, `agreement` the mean Dice of the members' masks,
+        pair by pair (1 for two empty ones), None for a single member.
+    """
+    best = labels = None
+    if settings.label_maps:
+        best, labels = np.zeros(size, np.float32, order="F"), np.zeros(size, np.uint8, order="F")
+    for number, members in enumerate(prompts, start=1):
+        if labels is None and len(members) == members[0].shape[0] == members[0].shape[1] == 1:
+            yield _describe_alone(members[0][0, 0], size, settings)
+            continue
+        mean, mask, records = _describe_members(members, size, settings)
+        yield from records
+        if best is not None and labels is not None:
+            wins = mask & (mean > best)
+            best[wins], labels[wins] = mean[wins], number
+    if best is not None and labels is not None:
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(labels)).save(file, "PNG")
+        yield replace(describe_mask(labels > 0, best), label_map=file.getvalue())
+
+
+def _describe_alone(logits: np.ndarray, size: tuple[int, int], settings: SegmentSettings) -> MaskRecord:
+    """One model, one text, one window: probabilities are needed only inside of the mask."""
+    enlarged = enlarge_logits(logits, size)
+    mask = clean_mask(enlarged >= logit(settings.threshold or 0.5), settings.clean)
+    return describe_mask(mask, probabilities(enlarged[mask]))
+
+
+def _describe_members(
+    members: Sequence[Logits], size: tuple[int, int], settings: SegmentSettings
+) -> tuple[np.ndarray, np.ndarray, list[MaskRecord]]:
+    """Mean probability and mask, (H, W) each, of one prompt, and its rows."""
+    threshold, windows = settings.threshold or 0.5, plan_windows(size, settings.tile.size, settings.tile.overlap)
+    weights = [member.weight for member in settings.members]
+    mean, votes = np.zeros(size, np.float32, order="F"), np.zeros(size, np.float32, order="F")
+    masks, records = [], []
+    for logits, weight in zip(members, weights, strict=True):
+        share = weight / sum(weights)
+        own = probability_map(logits[0], windows, size)
+        for more in logits[1:]:
+            own += probability_map(more, windows, size)
+        own /= len(logits)
+        votes += share * (own >= threshold)
+        mean += share * own
+        masks.append(clean_mask(own >= threshold, settings.clean))
+        if settings.has_member_rows:
+            records.append(describe_mask(masks[-1], own))
+    # shares of equal weights do not add up to a half exactly
+    mask = clean_mask(votes > 0.5 + 1e-6 if settings.combine == "vote" else mean >= threshold, settings.clean)
+    dices = [_dice(one, other) for one, other in itertools.combinations(masks, 2)]
+    combined = replace(describe_mask(mask, mean), agreement=float(np.mean(dices)) if dices else None)
+    return mean, mask, [combined, *records]
+
+
+def _dice(one: np.ndarray, other: np.ndarray) -> float:
+    total = np.count_nonzero(one) + np.count_nonzero(other)
+    return 2 * np.count_nonzero(one & other) / total if total else 1.0

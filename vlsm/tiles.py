@@ -1,0 +1,76 @@
+"""Large images in overlapping windows, each as the model's square, and their masks put together again."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlsm.masks import enlarge_logits, probabilities
+
+_SIGMA = 0.125  # of a window's side, as nnU-Net and MONAI weigh windows (Isensee et al. 2021)
+_LEAST = 1e-3  # weight at the very corner: somewhere it is all that there is
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def cut(self, image: np.ndarray) -> np.ndarray:
+        """This part of an array (H, W, ...)."""
+        return image[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def plan_windows(size: tuple[int, int], side: int | None, overlap: float) -> list[Window]:
+    """Windows that cover an image, row by row; just one where it is no larger, or where no side is given.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        side: of a window, in pixels.
+        overlap: share of a side that neighbours have in common at least, in [0, 1).
+    """
+    if side is None:
+        return [Window(0, 0, *size)]
+    tops, lefts = (_starts(length, side, overlap) for length in size)
+    height, width = (min(length, side) for length in size)
+    return [Window(top, left, height, width) for top, left in itertools.product(tops, lefts)]
+
+
+def _starts(length: int, side: int, overlap: float) -> list[int]:
+    """As few as cover the length, evenly spread."""
+    if length <= side:
+        return [0]
+    count = int(np.ceil((length - side) / max(1, int(side * (1 - overlap))))) + 1
+    return [round(start) for start in np.linspace(0, length - side, count)]
+
+
+def probability_map(logits: np.ndarray, windows: Sequence[Window], size: tuple[int, int]) -> np.ndarray:
+    """Probabilities at the image's own size; where windows overlap, their mean, by how near their middle it is.
+
+    Args:
+        logits: (T, S, S) float, of as many windows.
+        windows: of the image.
+        size: (height, width) of it in pixels.
+
+    Returns:
+        (height, width) float32, column-major in memory.
+    """
+    if len(windows) == 1:
+        return probabilities(enlarge_logits(logits[0], size))
+    total, weight = np.zeros(size, np.float32, order="F"), np.zeros(size, np.float32, order="F")
+    share = np.outer(_bell(windows[0].height), _bell(windows[0].width)).astype(np.float32, order="F")
+    for one, window in zip(logits, windows, strict=True):
+        window.cut(total)[:] += share * probabilities(enlarge_logits(one, share.shape))
+        window.cut(weight)[:] += share
+    total /= weight
+    return total
+
+
+def _bell(length: int) -> np.ndarray:
+    distance = (np.arange(length) - (length - 1) / 2) / (_SIGMA * length)
+    return np.asarray(np.maximum(np.exp(-0.5 * distance**2), _LEAST))
