@@ -1,0 +1,248 @@
+"""DICOM objects to images: the frames that a viewer would show, at 8 bits.
+
+Nothing of a header but what pixels need is parsed, and no value of it is ever part of a message.
+"""
+
+import io
+from typing import Any, BinaryIO
+
+import numpy as np
+from pydicom import uid
+from pydicom.dataset import Dataset
+
+from vlsm.dicom_header import quiet, read_header
+from vlsm.dicom_pixels import paint_palette, read_frame
+from vlsm.errors import ImageError
+from vlsm.windowing import Window, as_rgb, scale_to_bytes, value_range, window_edges
+
+_PIXEL_DATA = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+_HEADER_TAGS = [0x00080016, 0x00280002, 0x00280008, 0x00280010, 0x00280011, 0x00280100]
+_IMAGE_TAGS = [
+    *range(0x00280002, 0x00280012),  # the size and kind of pixels
+    *range(0x00280100, 0x00280104),  # their bits
+    *(0x00280120, 0x00280121),  # padding
+    *(0x00281050, 0x00281051, 0x00281052, 0x00281053, 0x00281056),  # window, rescale
+    *range(0x00281101, 0x00281104),  # palettes
+    *range(0x00281201, 0x00281204),
+    *range(0x00281221, 0x00281224),
+    *(0x00283000, 0x00283010),  # lookup tables
+    *(0x52009229, 0x52009230),  # shared and per-frame functional groups
+    *(0x7FE00001, 0x7FE00002, *_PIXEL_DATA),
+]
+_MAX_HEADER_BYTES = 4 << 20  # of a deflated object, to see how many frames it has
+
+
+def is_dicom(head: bytes) -> bool:
+    """Whether a file that begins with these 132 bytes is a DICOM file, or a bare dataset as older software wrote it."""
+    if head[128:132] == b"DICM":
+        return True
+    # without a preamble: an element of group 2 or 8, explicit or implicit, little endian
+    is_short = head[4:6].isalpha() and head[4:6].isupper() or head[5:8] == b"\0\0\0"
+    return len(head) >= 132 and head[0] in (2, 8) and head[1] == head[3] == 0 and head[2] <= 0x18 and is_short
+
+
+def count_frames(file: BinaryIO, name: str = "the file") -> int:
+    """How many images a DICOM file holds, from its header alone.
+
+    Args:
+        file: at its start; only what stands before the pixels' description is read, and what is long is skipped.
+        name: what error messages call it.
+
+    Returns:
+        0 where the object has no pixels, as a report, a presentation state or a DICOMDIR, or is itself a segmentation.
+
+    Raises:
+        ImageError: "corrupt".
+    """
+    seen: list[int] = []
+
+    def is_past(tag: int, vr: str | None, length: int) -> bool:
+        if tag > 0x00280103:
+            seen.append(tag)
+        return bool(seen)
+
+    try:
+        with quiet():
+            header = read_header(file, is_past, _HEADER_TAGS, _MAX_HEADER_BYTES, name)
+            num_bytes = file.seek(0, io.SEEK_END)
+            return _count(header, bool(seen), num_bytes, name)
+    except ImageError:
+        raise
+    except Exception as error:  # as many kinds as there is damage; their texts quote values
+        raise ImageError("corrupt", f"{name}: its DICOM header is damaged ({type(error).__name__})") from None
+
+
+def _count(header: Dataset, is_whole: bool, num_bytes: int, name: str) -> int:
+    kinds = (header.get("SOPClassUID"), header.file_meta.get("MediaStorageSOPClassUID"))
+    if uid.MediaStorageDirectoryStorage in kinds or uid.SegmentationStorage in kinds:
+        return 0
+    if not {"Rows", "Columns", "BitsAllocated"} <= set(header.dir()):
+        if not is_whole:
+            raise ImageError("corrupt", f"{name} ends inside of its DICOM header")
+        return 0
+    num_frames = int(header.get("NumberOfFrames") or 1)
+    frame_bits = header.Rows * header.Columns * header.BitsAllocated * int(header.get("SamplesPerPixel") or 1)
+    syntax = header.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
+    if syntax.is_private or not (syntax.is_encapsulated or syntax.is_deflated):
+        least = num_frames * frame_bits // 8
+    else:  # the item around a frame; 1,032 is the most that deflate can do
+        least = num_frames * (8 if syntax.is_encapsulated else frame_bits // 8 // 1032)
+    if num_frames < 1 or (num_frames > 1 and least > num_bytes):
+        raise ImageError("corrupt", f"{name} has fewer bytes than its {num_frames:,} frames need")
+    return num_frames
+
+
+class DicomImages:
+    """The frames of one DICOM object, each as a viewer would show it: RGB, 8 bits a channel.
+
+    Grey values go through the modality's table or slope, and then through the window: the given one, or the object's
+    lookup table or first window, a frame's own before one for all. Without any, 8-bit values stay as they are and
+    others go from the frame's minimum to its maximum, padding left out. MONOCHROME1 is inverted.
+
+    Args:
+        data: the file's content.
+        name: what error messages call it.
+        max_pixels: frames of more pixels are refused before they are decoded.
+        window: (center, width) in the modality's units, such as Hounsfield's; None for the object's own.
+        max_bytes: deflated objects that hold more are refused.
+
+    Raises:
+        ImageError: "too_large", or "corrupt".
+    """
+
+    def __init__(
+        self, data: bytes, name: str, max_pixels: int, window: Window | None, max_bytes: int = 1 << 31
+    ) -> None:
+        self._name, self._window = name, window
+        try:
+            with quiet():
+                self._dataset = read_header(io.BytesIO(data), None, _IMAGE_TAGS, max_bytes, name)
+                height, width = int(self._dataset.get("Rows") or 0), int(self._dataset.get("Columns") or 0)
+                self.num_frames = int(self._dataset.get("NumberOfFrames") or 1)
+        except ImageError:
+            raise
+        except Exception as error:
+            raise ImageError("corrupt", f"{name}: its DICOM header is damaged ({type(error).__name__})") from None
+        if not any(tag in self._dataset for tag in _PIXEL_DATA):
+            raise ImageError("corrupt", f"{name} is a DICOM object without pixels, or ends before them")
+        if height * width > max_pixels:
+            raise ImageError(
+                "too_large",
+                f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}",
+            )
+        self._size = height, width
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every frame, in pixels."""
+        return self._size
+
+    def decode(self, frame: int) -> np.ndarray:
+        """One frame, (H, W, 3) uint8.
+
+        Args:
+            frame: from 0.
+
+        Raises:
+            ImageError: "corrupt": there is no such frame, or it cannot be decoded.
+        """
+        if not 0 <= frame < self.num_frames:
+            raise ImageError("corrupt", f"{self._name} has {self.num_frames:,} frames and no frame {frame}")
+        try:
+            with quiet():
+                image = self._show(read_frame(self._dataset, frame, self._name), frame)
+        except ImageError:
+            raise
+        except Exception as error:  # decoders meet damage with every error that there is; their texts quote values
+            kind = type(error).__name__
+            raise ImageError("corrupt", f"{self._name}: frame {frame} cannot be decoded ({kind})") from None
+        if image.shape != (*self._size, 3):
+            raise ImageError("corrupt", f"{self._name}: frame {frame} has not the size that its header tells")
+        return image
+
+    def _show(self, stored: np.ndarray, frame: int) -> np.ndarray:
+        kind = self._dataset.PhotometricInterpretation
+        if kind == "PALETTE COLOR":
+            return paint_palette(stored, self._dataset)
+        if stored.ndim == 3:
+            return (stored >> max(self._dataset.BitsStored - 8, 0)).astype(np.uint8)[..., :3]
+        grey = self._show_grey(stored, frame)
+        return as_rgb(255 - grey if kind == "MONOCHROME1" else grey)
+
+    def _show_grey(self, stored: np.ndarray, frame: int) -> np.ndarray:
+        voi = self._macro("FrameVOILUTSequence", frame)
+        has_voi = bool(voi.get("VOILUTSequence")) or (_number(voi, "WindowWidth") or 0) > 0
+        values, is_rescaled = self._rescale(stored, frame)
+        if self._window is not None:
+            return scale_to_bytes(values, *window_edges(self._window))
+        if has_voi:
+            return _apply_voi(values, voi)
+        if stored.dtype == np.uint8 and self._dataset.BitsStored == 8 and not is_rescaled:
+            return stored
+        return scale_to_bytes(values, *value_range(values[~self._is_padding(stored)]))
+
+    def _rescale(self, stored: np.ndarray, frame: int) -> tuple[np.ndarray, bool]:
+        """The values in the modality's units, float, and whether they are others than those stored."""
+        exact = np.float32 if stored.dtype.itemsize <= 2 else np.float64
+        if tables := self._dataset.get("ModalityLUTSequence"):
+            return _look_up(stored, tables[0])[0].astype(exact), True
+        macro = self._macro("PixelValueTransformationSequence", frame)
+        slope, intercept = _number(macro, "RescaleSlope"), _number(macro, "RescaleIntercept")
+        slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
+        values: np.ndarray = stored.astype(exact)
+        values *= slope
+        values += intercept
+        return values, (slope, intercept) != (1.0, 0.0)
+
+    def _is_padding(self, stored: np.ndarray) -> np.ndarray:
+        first = _number(self._dataset, "PixelPaddingValue")
+        if first is None:
+            return np.zeros(stored.shape, bool)
+        last = _number(self._dataset, "PixelPaddingRangeLimit")
+        low, high = sorted((first, first if last is None else last))
+        is_padding = (stored >= low) & (stored <= high)
+        return is_padding if not is_padding.all() else ~is_padding
+
+    def _macro(self, keyword: str, frame: int) -> Dataset:
+        """What an enhanced object tells of this frame, or of all; otherwise the object itself."""
+        for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
+            sequence = self._dataset.get(groups) or ()
+            if index < len(sequence) and (macro := sequence[index].get(keyword)):
+                return macro[0]
+        return self._dataset
+
+
+def _apply_voi(values: np.ndarray, voi: Dataset) -> np.ndarray:
+    """Values in the modality's units, (H, W) float, overwritten, as 8 bits (DICOM PS3.3, C.11.2)."""
+    if tables := voi.get("VOILUTSequence"):
+        shown, depth = _look_up(np.rint(values), tables[0])
+        return scale_to_bytes(shown.astype(np.float32), 0, 2**depth - 1)
+    center, width = _number(voi, "WindowCenter") or 0.0, _number(voi, "WindowWidth") or 0.0
+    function = voi.get("VOILUTFunction") or "LINEAR"
+    if function == "SIGMOID":
+        with np.errstate(over="ignore"):
+            return scale_to_bytes(1 / (1 + np.exp(-4 * (values - center) / width)), 0, 1)
+    if function == "LINEAR" and width >= 1:
+        return scale_to_bytes(values, *window_edges((center - 0.5, width - 1)))
+    return scale_to_bytes(values, *window_edges((center, width)))
+
+
+def _look_up(values: np.ndarray, item: Dataset) -> tuple[np.ndarray, int]:
+    """The values' entries in a lookup table, and its depth in bits."""
+    num_entries, first, depth = (int(number) for number in item.LUTDescriptor)
+    num_entries = num_entries or 1 << 16
+    content: Any = item.LUTData
+    if isinstance(content, bytes):
+        content = np.frombuffer(content, np.uint8 if len(content) < 2 * num_entries else np.dtype("<u2"))
+    table = np.asarray(content)[:num_entries]
+    if len(table) < num_entries or not 1 <= depth <= 16:
+        raise ValueError("the table is not what its descriptor tells")
+    return table[np.clip(values.astype(np.float64) - first, 0, num_entries - 1).astype(np.intp)], depth
+
+
+def _number(item: Dataset, keyword: str) -> float | None:
+    """A finite number, the first of several; None where there is none."""
+    value = item.get(keyword)
+    if value is not None and not isinstance(value, (str, bytes, int, float)):
+        value = value[0] if len(value) else None
+    number = None if value in (None, "") else float(value)
+    return number if number is not None and np.isfinite(number) else None

@@ -1,0 +1,96 @@
+"""Elements of DICOM files, read from hostile ones without a word of what they say."""
+
+import contextlib
+import io
+import logging
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pydicom.config
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.filereader import _read_file_meta_info, read_dataset, read_partial, read_preamble
+
+from vlsm.errors import ImageError
+
+_quiet_lock = threading.Lock()
+_num_quiet = 0
+_before_quiet: contextlib.ExitStack
+
+
+def read_header(file: BinaryIO, stop_when: Any, tags: list[int], max_bytes: int, name: str) -> Dataset:
+    """The chosen elements of a DICOM file and its `file_meta`, which always tells a transfer syntax.
+
+    Args:
+        file: at its start.
+        stop_when: of (tag, VR, length) of a top-level element, whether reading ends before it; None reads all.
+        tags: the elements wanted; others are skipped.
+        max_bytes: of a deflated object so much is unpacked, which pydicom's own reader does not limit.
+        name: what error messages call the file.
+
+    Raises:
+        ImageError: "too_large": all of a deflated object is wanted, and it holds more.
+        Exception: whatever pydicom makes of damage.
+    """
+    read_preamble(file, force=True)
+    meta = _read_file_meta_info(file)
+    if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
+        content, is_all = _inflate(file, max_bytes)
+        if not is_all and stop_when is None:
+            raise ImageError("too_large", f"{name} holds more than {max_bytes:,} bytes")
+        dataset = read_dataset(io.BytesIO(content), False, True, stop_when=stop_when, specific_tags=list(tags))
+        if stop_when is None:
+            meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+        dataset.file_meta = meta
+        return dataset
+    file.seek(0)
+    dataset = read_partial(file, stop_when, force=True, specific_tags=list(tags))
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        is_implicit, is_little = dataset.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if is_little else uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if is_implicit else explicit
+    return dataset
+
+
+def _inflate(file: BinaryIO, max_bytes: int) -> tuple[bytes, bool]:
+    """What a raw deflate stream holds: its first max_bytes at most, and whether that is all.
+
+    Raises:
+        zlib.error: the stream is damaged.
+    """
+    inflater, content = zlib.decompressobj(-zlib.MAX_WBITS), bytearray()
+    while not inflater.eof and len(content) < max_bytes:
+        chunk = inflater.unconsumed_tail or file.read(1 << 16)
+        if not chunk:
+            raise zlib.error("the stream ends early")
+        content += inflater.decompress(chunk, max_bytes - len(content))
+    return bytes(content), inflater.eof
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is warned of or logged by pydicom meanwhile, since it would quote values; the last thread ends it.
+
+    Numbers that are written against the standard are read all the same.
+    """
+    global _num_quiet, _before_quiet
+    with _quiet_lock:
+        _num_quiet += 1
+        if _num_quiet == 1:
+            _before_quiet = contextlib.ExitStack()
+            _before_quiet.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            _before_quiet.enter_context(pydicom.config.disable_value_validation())
+            log = logging.getLogger("pydicom")
+            _before_quiet.callback(log.setLevel, log.level)
+            log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _num_quiet -= 1
+            if not _num_quiet:
+                _before_quiet.close()
