@@ -154,5 +154,5 @@ def test_a_listing_that_was_broken_off_goes_on_behind_any_file(tree, s3_folder, 
     rows = list(open_archive(uri, ("p",)).rows)
     assert len({row["image_id"] for row in rows}) == len(rows) == 9
     for number, row in enumerate(rows):
-        rest = [row["image_id"] for row in open_archive(uri, ("p",), after=row["image_uri"]).rows]
+        rest = [row["image_id"] for row in open_archive(uri, ("p",), after=(row["image_uri"], row["selector"])).rows]
         assert rest == [row["image_id"] for row in rows[number + 1 :]]

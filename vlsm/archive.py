@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlsm import storage
-from vlsm.containers import describe_other, kind_of
+from vlsm.containers import Look, describe_other, kind_of
 from vlsm.errors import ConfigError
 from vlsm.expansion import expand_rows
 from vlsm.image_list import MANIFEST_EXTENSIONS, describe_file, read_image_list
@@ -36,7 +36,7 @@ def open_archive(  # noqa: PLR0913 - all that can be said of an INPUT
     exclude: str | None = None,
     allow: tuple[str, ...] = (),
     after: tuple[str, str | None] | None = None,
-    axis: str = "axial",
+    look: Look | None = None,
 ) -> Archive:
     """The images of an archive, one row each, in a stable order; files that hold several are looked into.
 
@@ -48,23 +48,24 @@ def open_archive(  # noqa: PLR0913 - all that can be said of an INPUT
         allow: what the image_uris of a list in an object store may begin with besides the store's own bucket:
             whoever can put a list there is not to read this machine's files, or other buckets, through the job.
         after: image_uri and selector that a listing which was broken off had come to: only what follows them.
-        axis: along which volumes are sliced: "axial", "coronal" or "sagittal".
+        look: how files are looked into.
 
     Raises:
         ConfigError: there is nothing at the location.
         ManifestError: the list cannot be read, lacks what it needs, or leads to where it may not.
     """
     fs, path = storage.open_uri(uri)
+    look = look or Look()
     archive = Archive(rows=(), is_listed=not uri.lower().endswith(MANIFEST_EXTENSIONS) or not fs.isfile(path))
     if not archive.is_listed:
-        archive.rows = expand_rows(read_image_list(uri, prompts, allow), axis, None)
+        archive.rows = expand_rows(read_image_list(uri, prompts, allow), look, None)
         return archive
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
     last = None if after is None else storage.open_uri(after[0])[1]
     root, infos = _find_files(fs, path, uri, last)
     if after is not None and after[1] is not None and fs.isfile(last):  # of which more may follow
         infos = itertools.chain([fs.info(last)], infos)
-    rows = expand_rows(_file_rows(fs, root, infos, prompts, (excluded, archive.skipped)), axis, archive.skipped)
+    rows = expand_rows(_file_rows(fs, root, infos, prompts, (excluded, archive.skipped)), look, archive.skipped)
     archive.rows = rows if after is None else _behind(rows, after)
     return archive
 

@@ -13,13 +13,15 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 from PIL import Image
 
+from vlsm.config import TileSettings
 from vlsm.errors import ImageError
 from vlsm.images import EXTENSIONS
+from vlsm.tiles import plan_windows
 
 _ENDINGS = {
     "tiff": (".tif", ".tiff"),
@@ -38,6 +40,19 @@ Open = Callable[[], BinaryIO]
 
 
 @dataclass(frozen=True)
+class Look:
+    """How a file is looked into.
+
+    Attributes:
+        axis: along which volumes are sliced: "axial", "coronal" or "sagittal".
+        tile: how images are cut into windows; without, their sizes do not matter.
+    """
+
+    axis: str = "axial"
+    tile: TileSettings = field(default_factory=TileSettings)
+
+
+@dataclass(frozen=True)
 class Inside:
     """One image of a file.
 
@@ -45,12 +60,14 @@ class Inside:
         selector: which one; None where it is alone.
         offset, length: where a tar has the member's bytes (after unpacking, where it is compressed).
         problem: why this, or what else the file may hold, cannot be read: "REASON: message".
+        num_windows: into which it is cut, as far as its header tells.
     """
 
     selector: str | None = None
     offset: int | None = None
     length: int | None = None
     problem: str | None = None
+    num_windows: int = 1
 
 
 def kind_of(name: str) -> str | None:
@@ -90,13 +107,13 @@ def describe_other(name: str) -> str:
     return "." + base.rsplit(".", 1)[-1].lower() if "." in base else "no extension"
 
 
-def list_images(open_file: Open, name: str, axis: str, skipped: Counter[str]) -> list[Inside]:
+def list_images(open_file: Open, name: str, look: Look, skipped: Counter[str]) -> list[Inside]:
     """The images of a file, from its headers.
 
     Args:
         open_file: opens it; the file may read lazily, and is not read whole where its format allows it.
         name: its name, which tells its kind, for messages too.
-        axis: along which volumes are sliced: "axial", "coronal" or "sagittal".
+        look: how it is looked into.
         skipped: takes the count of what is passed over.
 
     Raises:
@@ -106,18 +123,39 @@ def list_images(open_file: Open, name: str, axis: str, skipped: Counter[str]) ->
     kind = kind_of(name)
     if is_archive(name):
         with open_file() as file:
-            found = (_list_tar if kind == "tar" else _list_zip)(file, name, axis, skipped)
+            found = (_list_tar if kind == "tar" else _list_zip)(file, name, look, skipped)
         if not found:
             skipped[f"{describe_other(name)} without images"] += 1
         return found
-    frames = _list_frames(open_file, name, kind, axis)
-    if not frames:
+    found = _list_frames(open_file, name, kind, look)
+    if not found:
         skipped[describe_other(name) if kind == "dicom?" else f"{describe_other(name)} without pixels"] += 1
-    return [Inside(frame) for frame in frames]
+    return found
 
 
-def _list_frames(open_file: Open, name: str, kind: str | None, axis: str) -> Sequence[str | None]:
-    """The frames of a file that is no archive; none where it holds no pixels, [None] where there is just one."""
+def _list_frames(open_file: Open, name: str, kind: str | None, look: Look) -> list[Inside]:
+    """The images of a file that is no archive; none where it holds no pixels."""
+    selectors = _select_frames(open_file, name, kind, look.axis)
+    num_windows = 1
+    if look.tile.size is not None and selectors:
+        with contextlib.suppress(Exception), open_file() as file:  # damage of any kind: reading it will say what
+            num_windows = len(plan_windows(_read_size(file, kind), look.tile.size, look.tile.overlap))
+    return [Inside(selector, num_windows=num_windows) for selector in selectors]
+
+
+def _read_size(file: BinaryIO, kind: str | None) -> tuple[int, int]:
+    """Height and width of what a file shows, from its header; slices of volumes are small."""
+    if kind in ("dicom", "dicom?"):
+        from vlsm.dicom import read_size
+
+        return read_size(file)
+    if kind == "nifti":
+        return 1, 1
+    with Image.open(file) as image:
+        return image.height, image.width
+
+
+def _select_frames(open_file: Open, name: str, kind: str | None, axis: str) -> Sequence[str | None]:
     if kind == "image":
         return [None]
     with open_file() as file:
@@ -151,21 +189,24 @@ def _list_pages(file: BinaryIO, name: str) -> list[int]:
     return pages or [0]
 
 
-def _list_member(open_file: Open, member: str, axis: str, skipped: Counter[str]) -> list[Inside]:
+def _list_member(open_file: Open, member: str, look: Look, skipped: Counter[str]) -> list[Inside]:
     """The images of one member of a tar or zip; one that cannot be looked into fails later, when it is read."""
     kind = kind_of(member)
     if kind is None or is_archive(member):
         skipped[describe_other(member)] += 1
         return []
-    frames: Sequence[str | None] = [None]
+    found = [Inside()]
     with contextlib.suppress(Exception):  # damage of any kind: reading it will say what
-        frames = _list_frames(open_file, member, kind, axis)
-    if not frames:
+        found = _list_frames(open_file, member, kind, look)
+    if not found:
         skipped[describe_other(member)] += 1
-    return [Inside(member if frame is None else f"{member}#{frame}") for frame in frames]
+    return [
+        replace(inside, selector=member if inside.selector is None else f"{member}#{inside.selector}")
+        for inside in found
+    ]
 
 
-def _list_zip(file: BinaryIO, name: str, axis: str, skipped: Counter[str]) -> list[Inside]:
+def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> list[Inside]:
     found: dict[str, list[Inside]] = {}
     try:
         with zipfile.ZipFile(file) as archive:
@@ -173,13 +214,13 @@ def _list_zip(file: BinaryIO, name: str, axis: str, skipped: Counter[str]) -> li
                 if not info.is_dir():
                     # of several members of one name the last counts, as for whoever unpacks it
                     open_member: Any = functools.partial(archive.open, info)
-                    found[info.filename] = _list_member(open_member, info.filename, axis, skipped)
+                    found[info.filename] = _list_member(open_member, info.filename, look, skipped)
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError) as error:
         raise ImageError("corrupt", f"{name} is no zip that can be read: {error}") from error
     return [inside for own in found.values() for inside in own]
 
 
-def _list_tar(file: BinaryIO, name: str, axis: str, skipped: Counter[str]) -> list[Inside]:
+def _list_tar(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> list[Inside]:
     """The images of a tar; where it is damaged, what stands before and behind, and a problem for the rest."""
     found: dict[str, list[Inside]] = {}
     problem = None
@@ -195,7 +236,7 @@ def _list_tar(file: BinaryIO, name: str, axis: str, skipped: Counter[str]) -> li
                 end = archive.offset
                 if member.isreg():
                     open_member: Any = functools.partial(archive.extractfile, member)
-                    own = _list_member(open_member, member.name, axis, skipped)
+                    own = _list_member(open_member, member.name, look, skipped)
                     found[member.name] = [
                         replace(inside, offset=member.offset_data, length=member.size) for inside in own
                     ]

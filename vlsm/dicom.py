@@ -54,6 +54,18 @@ def count_frames(file: BinaryIO, name: str = "the file") -> int:
     Raises:
         ImageError: "corrupt".
     """
+    header, is_whole = _read_pixel_header(file, name)
+    return _count(header, is_whole, file.seek(0, io.SEEK_END), name)
+
+
+def read_size(file: BinaryIO, name: str = "the file") -> tuple[int, int]:
+    """Height and width of a DICOM file's frames in pixels; arguments and errors as for `count_frames`."""
+    header, _ = _read_pixel_header(file, name)
+    return int(header.get("Rows") or 0), int(header.get("Columns") or 0)
+
+
+def _read_pixel_header(file: BinaryIO, name: str) -> tuple[Dataset, bool]:
+    """The description of the pixels, and whether something follows it: else the file ends inside of it."""
     seen: list[int] = []
 
     def is_past(tag: int, vr: str | None, length: int) -> bool:
@@ -63,9 +75,7 @@ def count_frames(file: BinaryIO, name: str = "the file") -> int:
 
     try:
         with quiet():
-            header = read_header(file, is_past, _HEADER_TAGS, _MAX_HEADER_BYTES, name)
-            num_bytes = file.seek(0, io.SEEK_END)
-            return _count(header, bool(seen), num_bytes, name)
+            return read_header(file, is_past, _HEADER_TAGS, _MAX_HEADER_BYTES, name), bool(seen)
     except ImageError:
         raise
     except Exception as error:  # as many kinds as there is damage; their texts quote values

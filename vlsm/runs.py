@@ -18,6 +18,7 @@ from vlsm import storage
 from vlsm.archive import Archive, open_archive
 from vlsm.checkpoints import digest_files, parse_settings, read_checkpoint
 from vlsm.config import SegmentSettings
+from vlsm.containers import Look
 from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.manifest import Plan, list_plans, new_plan_id, remove_plan, write_manifest
 from vlsm.planner import Planner
@@ -96,7 +97,12 @@ def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None =
     """
     with storage.name_errors("INPUT", settings.input):
         archive = open_archive(
-            settings.input, settings.prompts or (), settings.output, settings.run.allow, after, settings.slices
+            settings.input,
+            settings.prompts or (),
+            settings.output,
+            settings.run.allow,
+            after,
+            Look(settings.slices, settings.tile),
         )
         if after is not None:
             return archive

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlsm import storage
 from vlsm.config import SegmentSettings
-from vlsm.containers import is_archive, is_compressed_tar, kind_of, list_images, split_selector
+from vlsm.containers import Look, is_archive, is_compressed_tar, kind_of, list_images, split_selector
 from vlsm.errors import ImageError
 from vlsm.fetch import check_size, image_errors, read_image_bytes, read_patiently
 from vlsm.images import decode_image
@@ -58,8 +58,9 @@ class Content:
     def _volume(self) -> Any:
         from vlsm.nifti import NiftiImages
 
-        limits = self._settings.max_pixels, self._settings.max_image_bytes
-        return NiftiImages(self._data, self._name, *limits, self._settings.window, self._settings.slices)
+        settings = self._settings
+        how = settings.window, settings.slices, settings.max_image_bytes
+        return NiftiImages(self._data, self._name, settings.max_pixels, *how)
 
     @functools.cached_property
     def _dicom(self) -> Any:
@@ -160,8 +161,7 @@ class Reader:
 
     def _open_archive(self, uri: str) -> Any:
         if self._archive is None or self._archive[0] != uri:
-            fs, path = storage.open_uri(uri)
-            file = fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
+            file = _open(uri)
             opened = zipfile.ZipFile(file) if kind_of(uri) == "zip" else gzip.GzipFile(fileobj=file)
             self._archive = uri, opened
         return self._archive[1]
@@ -172,6 +172,11 @@ def is_read_in_order(rows: Iterable[Mapping[str, Any]]) -> bool:
     return any(
         is_archive(uri := row["image_uri"]) and (kind_of(uri) == "zip" or is_compressed_tar(uri)) for row in rows
     )
+
+
+def _open(uri: str) -> Any:
+    fs, path = storage.open_uri(uri)
+    return fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
 
 
 def _span(row: Mapping[str, Any], axis: str) -> tuple[int, int]:
@@ -187,5 +192,7 @@ def _span(row: Mapping[str, Any], axis: str) -> tuple[int, int]:
 @functools.lru_cache(maxsize=2)
 def _members(uri: str, axis: str) -> dict[str | None, tuple[int, int]]:
     fs, path = storage.open_uri(uri)
-    images = list_images(lambda: fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead"), uri, axis, Counter())
+    images = list_images(
+        lambda: fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead"), uri, Look(axis), Counter()
+    )
     return {inside.selector: (inside.offset or 0, inside.length or 0) for inside in images}
