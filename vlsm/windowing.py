@@ -27,7 +27,8 @@ def scale_to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
         return np.where(values > low, np.uint8(255), np.uint8(0))
     with np.errstate(over="ignore", invalid="ignore"):  # of edges as far apart as floats go
         values -= low
-        values *= 255 / (high - low)
+        values /= high - low
+        values *= 255
         np.clip(values, 0, 255, out=values)
         values += 0.5
     return np.nan_to_num(values, copy=False).astype(np.uint8)

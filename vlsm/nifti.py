@@ -1,0 +1,291 @@
+"""NIfTI volumes to images, slice by slice, as a radiologist would look at them; and masks of slices back into volumes.
+
+A volume is turned to the closest canonical orientation (nibabel's: axes towards the patient's right, front and head)
+without resampling. Slices are shown with the patient's right on the left: axial ones from front to back, coronal ones
+from head to foot, sagittal ones from head to foot with the front on the left. They are counted in canonical order:
+axial ones from the feet, coronal ones from the back, sagittal ones from the patient's left.
+"""
+
+import gzip
+import io
+import math
+import re
+import zlib
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import nibabel as nib
+import numpy as np
+
+from vlsm.errors import ImageError
+from vlsm.windowing import Window, as_rgb, scale_to_bytes, value_range, window_edges
+
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+
+_GZIP = b"\x1f\x8b"
+_MAX_RATIO = 1032  # the most that deflate can do
+_MAX_SLICES = 1_000_000  # of one file
+_NUM_SAMPLES = 1 << 20  # of a volume's values, for its percentiles
+_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+
+
+@dataclass(frozen=True, eq=False)
+class NiftiGrid:
+    """Where a NIfTI file's voxels are, and which slices it has.
+
+    Args:
+        shape: (X, Y, Z) as stored, and the number of such volumes in it.
+        affine: (4, 4), voxel indices to millimetres.
+        axis: "axial", "coronal" or "sagittal".
+    """
+
+    shape: tuple[int, int, int]
+    num_volumes: int
+    affine: np.ndarray
+    axis: str
+
+    def selectors(self) -> list[str]:
+        """The name of every slice, in order: "slice=17", or "volume=2,slice=17" where there are several volumes."""
+        num_slices = self._turn(np.broadcast_to(np.uint8(0), self.shape)).shape[AXES[self.axis]]
+        slices = [f"slice={number}" for number in range(num_slices)]
+        if self.num_volumes == 1:
+            return slices
+        return [f"volume={volume},{one}" for volume in range(self.num_volumes) for one in slices]
+
+    def slice_of(self, volumes: np.ndarray, selector: str) -> np.ndarray:
+        """One slice as it is shown, a view into the volumes: what is written there is written to them.
+
+        Args:
+            volumes: (X, Y, Z, V) of any type, as stored.
+            selector: as `selectors` names them.
+
+        Returns:
+            (H, W) of the same type.
+
+        Raises:
+            LookupError: there is no such slice.
+        """
+        volume, number = parse_selector(selector)
+        plane = np.moveaxis(self._turn(volumes[..., volume]), AXES[self.axis], 0)[number]
+        return plane.T[::-1, ::-1]
+
+    def _turn(self, volume: np.ndarray) -> np.ndarray:
+        """A view of a volume (X, Y, Z) with its axes towards right, front and head."""
+        return np.asarray(nib.apply_orientation(volume, _orientation(self.affine)))
+
+
+def _orientation(affine: np.ndarray) -> np.ndarray:
+    """For each stored axis the body's axis and direction; not finite where an affine gives it none."""
+    with np.errstate(all="ignore"):
+        return np.asarray(nib.io_orientation(affine))
+
+
+def parse_selector(selector: str) -> tuple[int, int]:
+    """The (volume, slice) that a selector means, each from 0.
+
+    Raises:
+        LookupError: it is none of a NIfTI file.
+    """
+    found = re.fullmatch(r"(?:volume=(\d{1,9}),)?slice=(\d{1,9})", selector)
+    if found is None:
+        raise LookupError(f"{selector!r} is no slice; it would be 'slice=17' or 'volume=2,slice=17'")
+    return int(found[1] or 0), int(found[2])
+
+
+def read_grid(file: BinaryIO, name: str, axis: str) -> NiftiGrid:
+    """The grid of a .nii or .nii.gz file, from its header alone.
+
+    Args:
+        file: at its start.
+        name: what error messages call it.
+        axis: along which it is sliced.
+
+    Raises:
+        ImageError: "corrupt", or "too_large" for more slices than any file has.
+    """
+    return _read_header(file, name, axis).grid
+
+
+def list_slices(file: BinaryIO, name: str, axis: str) -> list[str]:
+    """The selectors of a file's slices, from its header alone; arguments and errors as for `read_grid`."""
+    return read_grid(file, name, axis).selectors()
+
+
+@dataclass(frozen=True, eq=False)
+class _Header:
+    grid: NiftiGrid
+    dtype: np.dtype[Any]
+    offset: int
+    slope: float
+    intercept: float
+    display_range: tuple[float, float]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole file, uncompressed."""
+        return self.offset + math.prod(self.grid.shape) * self.grid.num_volumes * self.dtype.itemsize
+
+
+class NiftiImages:
+    """The slices of one NIfTI file, each as a viewer would show it: RGB, 8 bits a channel.
+
+    Values are scaled as the header tells; then black and white are the window's, or the header's (cal_min, cal_max), or
+    else the 0.5th and 99.5th percentile of the volume. What is not a finite number is black. Colours stay as they are.
+
+    Args:
+        data: the file's content, .nii or .nii.gz.
+        name: what error messages call it.
+        max_pixels: slices of more pixels are refused.
+        window: (center, width), or None.
+        axis: along which it is sliced.
+        max_bytes: files that hold more, uncompressed, are refused.
+
+    Raises:
+        ImageError: "corrupt" or "too_large".
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        name: str,
+        max_pixels: int,
+        window: Window | None,
+        axis: str,
+        max_bytes: int = 1 << 31,
+    ) -> None:
+        self._name, self._window = name, window
+        header = self._header = _read_header(io.BytesIO(data), name, axis)
+        self._ranges: dict[int, tuple[float, float]] = {}
+        if header.num_bytes > max_bytes:
+            raise ImageError("too_large", f"{name} holds {header.num_bytes:,} bytes; the limit is {max_bytes:,}")
+        if data[:2] == _GZIP:
+            data = _unpack(data, header.num_bytes, name)
+        if len(data) < header.num_bytes:
+            raise ImageError("corrupt", f"{name} ends early")
+        shape = (*header.grid.shape, header.grid.num_volumes)
+        self._volumes: np.ndarray = np.ndarray(shape, header.dtype, data, header.offset, order="F")
+        height, width = self.size()
+        if height * width > max_pixels:
+            raise ImageError(
+                "too_large",
+                f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}",
+            )
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every slice, in pixels."""
+        height, width = self._header.grid.slice_of(self._volumes, "slice=0").shape
+        return height, width
+
+    def decode(self, selector: str) -> np.ndarray:
+        """One slice, (H, W, 3) uint8.
+
+        Args:
+            selector: "slice=17", or "volume=2,slice=17".
+
+        Raises:
+            ImageError: "corrupt": there is no such slice.
+        """
+        try:
+            stored = self._header.grid.slice_of(self._volumes, selector)
+            volume = parse_selector(selector)[0]
+        except LookupError:
+            raise ImageError("corrupt", f"{self._name} has no {selector!r}") from None
+        if stored.dtype.names:
+            return np.stack([stored[channel] for channel in "RGB"], axis=-1)
+        return as_rgb(scale_to_bytes(self._scale(stored), *self._edges(volume)))
+
+    def _scale(self, stored: np.ndarray) -> np.ndarray:
+        exact = np.float32 if stored.dtype.itemsize <= 2 else np.float64
+        with np.errstate(over="ignore", invalid="ignore"):
+            values: np.ndarray = stored.astype(exact)
+            values *= self._header.slope
+            values += self._header.intercept
+        return values
+
+    def _edges(self, volume: int) -> tuple[float, float]:
+        if self._window is not None:
+            return window_edges(self._window)
+        low, high = self._header.display_range
+        if np.isfinite(high - low) and high > low:
+            return low, high
+        if volume not in self._ranges:
+            self._ranges[volume] = self._percentiles(self._volumes[..., volume])
+        return self._ranges[volume]
+
+    def _percentiles(self, volume: np.ndarray) -> tuple[float, float]:
+        """Of about a million values, evenly spaced; the range where nearly all are the same."""
+        flat = volume.ravel(order="F")  # a view, as the volume is stored this way
+        step = -(-flat.size // _NUM_SAMPLES)
+        while step > 1 and math.gcd(step, flat.size) > 1:  # or the same few columns would be met again and again
+            step += 1
+        values = self._scale(flat[::step])
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            return 0.0, 0.0
+        low, high = (float(edge) for edge in np.percentile(finite, (0.5, 99.5)))
+        return (low, high) if high > low else value_range(finite)
+
+
+def _read_header(file: BinaryIO, name: str, axis: str) -> _Header:
+    if axis not in AXES:
+        raise ValueError(f"unknown axis {axis!r}; known axes: {', '.join(AXES)}")
+    try:
+        num_bytes = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        is_gzip = file.read(2) == _GZIP
+        file.seek(0)
+        block = (gzip.GzipFile(fileobj=file) if is_gzip else file).read(max(_HEADERS))
+        header = _parse_header(block, axis)
+    except Exception as error:  # as many kinds as there is damage; their texts may quote values
+        raise ImageError("corrupt", f"{name}: its NIfTI header is damaged ({type(error).__name__})") from None
+    if header.num_bytes > num_bytes * (_MAX_RATIO if is_gzip else 1):
+        raise ImageError("corrupt", f"{name} has fewer bytes than its header tells")
+    if header.grid.num_volumes * max(header.grid.shape) > _MAX_SLICES:
+        raise ImageError("too_large", f"{name} has more than {_MAX_SLICES:,} slices")
+    return header
+
+
+def _parse_header(block: bytes, axis: str) -> _Header:
+    """What the first 540 bytes tell.
+
+    Raises:
+        Exception: of any kind, for damage.
+    """
+    sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")} & _HEADERS.keys()
+    (size,) = sizes
+    header = _HEADERS[size](block[:size], check=False)
+    if not bytes(header["magic"]).startswith(b"n+"):
+        raise ValueError("not a single file")
+    shape = [int(side) for side in header.get_data_shape()]
+    if not 2 <= len(shape) <= 7 or min(shape) < 1:
+        raise ValueError("no volume")
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf" and dtype.names not in (("R", "G", "B"), ("R", "G", "B", "A")):
+        raise ValueError("neither numbers nor colours")
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    if not np.isfinite(_orientation(affine)).all():
+        raise ValueError("an axis without direction")
+    slope, intercept = header.get_slope_inter()
+    offset = int(header.get_data_offset())
+    if offset < size:
+        raise ValueError("data inside of the header")
+    x, y, z = (*shape, 1)[:3]
+    return _Header(
+        NiftiGrid((x, y, z), math.prod(shape[3:]), affine, axis),
+        dtype,
+        offset,
+        1.0 if slope is None else float(slope),
+        0.0 if intercept is None else float(intercept),
+        (float(header["cal_min"]), float(header["cal_max"])),
+    )
+
+
+def _unpack(data: bytes, num_bytes: int, name: str) -> bytes:
+    """The beginning of a gzip file: never more of it than its header tells is there."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            content = file.read(num_bytes)
+            file.read(1)  # at its end the checksum is looked at
+    except (OSError, EOFError, zlib.error) as error:
+        raise ImageError("corrupt", f"{name}: its compressed data are damaged ({type(error).__name__})") from None
+    return content
