@@ -3,7 +3,9 @@
 Nothing of a header but what pixels need is parsed, and no value of it is ever part of a message.
 """
 
+import contextlib
 import io
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -54,14 +56,16 @@ def count_frames(file: BinaryIO, name: str = "the file") -> int:
     Raises:
         ImageError: "corrupt".
     """
-    header, is_whole = _read_pixel_header(file, name)
-    return _count(header, is_whole, file.seek(0, io.SEEK_END), name)
+    with _damage(name):
+        header, is_whole = _read_pixel_header(file, name)
+        return _count(header, is_whole, file.seek(0, io.SEEK_END), name)
 
 
 def read_size(file: BinaryIO, name: str = "the file") -> tuple[int, int]:
     """Height and width of a DICOM file's frames in pixels; arguments and errors as for `count_frames`."""
-    header, _ = _read_pixel_header(file, name)
-    return int(header.get("Rows") or 0), int(header.get("Columns") or 0)
+    with _damage(name):
+        header, _ = _read_pixel_header(file, name)
+        return int(header.get("Rows") or 0), int(header.get("Columns") or 0)
 
 
 def _read_pixel_header(file: BinaryIO, name: str) -> tuple[Dataset, bool]:
@@ -73,9 +77,15 @@ def _read_pixel_header(file: BinaryIO, name: str) -> tuple[Dataset, bool]:
             seen.append(tag)
         return bool(seen)
 
+    return read_header(file, is_past, _HEADER_TAGS, _MAX_HEADER_BYTES, name), bool(seen)
+
+
+@contextlib.contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """Whatever a header can cause, in words that quote nothing of it."""
     try:
         with quiet():
-            return read_header(file, is_past, _HEADER_TAGS, _MAX_HEADER_BYTES, name), bool(seen)
+            yield
     except ImageError:
         raise
     except Exception as error:  # as many kinds as there is damage; their texts quote values
@@ -124,15 +134,10 @@ class DicomImages:
         self, data: bytes, name: str, max_pixels: int, window: Window | None, max_bytes: int = 1 << 31
     ) -> None:
         self._name, self._window = name, window
-        try:
-            with quiet():
-                self._dataset = read_header(io.BytesIO(data), None, _IMAGE_TAGS, max_bytes, name)
-                height, width = int(self._dataset.get("Rows") or 0), int(self._dataset.get("Columns") or 0)
-                self.num_frames = int(self._dataset.get("NumberOfFrames") or 1)
-        except ImageError:
-            raise
-        except Exception as error:
-            raise ImageError("corrupt", f"{name}: its DICOM header is damaged ({type(error).__name__})") from None
+        with _damage(name):
+            self._dataset = read_header(io.BytesIO(data), None, _IMAGE_TAGS, max_bytes, name)
+            height, width = int(self._dataset.get("Rows") or 0), int(self._dataset.get("Columns") or 0)
+            self.num_frames = int(self._dataset.get("NumberOfFrames") or 1)
         if not any(tag in self._dataset for tag in _PIXEL_DATA):
             raise ImageError("corrupt", f"{name} is a DICOM object without pixels, or ends before them")
         if height * width > max_pixels:
