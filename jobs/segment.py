@@ -20,6 +20,7 @@ from jobs.command import logger, make_parser, run_command
 from jobs.stream import Wave, execute
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
+from vlsm.manifest import planned_keys
 from vlsm.planner import Planner
 from vlsm.proof import compare_run
 from vlsm.record import SUMMARY_NAME
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = make_parser("jobs.segment", str(__doc__).partition("\n")[0], SegmentSettings)
     parser.add_argument(
-        "input", metavar="INPUT", help="folder or prefix (recursive), glob, image, or manifest; local or s3://"
+        "input", metavar="INPUT", help="folder or prefix (recursive), glob, image, archive or manifest; local or s3://"
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder for the masks; a rerun continues there")
     parser.add_argument(
@@ -105,7 +106,7 @@ def dry_run(settings: SegmentSettings) -> None:
     archive = open_input(settings)
     rows = Counter(images=0, rows=0)
     for row in archive.rows:
-        rows.update(images=1, rows=len(row["prompts"]))
+        rows.update(images=1, rows=len(planned_keys(row["prompts"], settings.kinds)))
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print(
         f"# {rows['images']:,} images, {rows['rows']:,} output rows; passed over: {dict(archive.skipped) or 'nothing'}"

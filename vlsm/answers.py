@@ -34,7 +34,8 @@ def describe_image(
     """
     best = labels = None
     if settings.label_maps:
-        best, labels = np.zeros(size, np.float32, order="F"), np.zeros(size, np.uint8, order="F")
+        dtype = np.uint8 if len(prompts) < 256 else np.uint16
+        best, labels = np.zeros(size, np.float32, order="F"), np.zeros(size, dtype, order="F")
     for number, members in enumerate(prompts, start=1):
         if labels is None and len(members) == members[0].shape[0] == members[0].shape[1] == 1:
             yield _describe_alone(members[0][0, 0], size, settings)

@@ -151,6 +151,8 @@ class SegmentSettings(Settings):
     def _check(self) -> Self:
         if empty := [name for name, texts in self.classes.items() if not texts]:
             raise ValueError(f"classes: {empty[0]} has no text")
+        if self.window is not None and not self.window[1] > 0:
+            raise ValueError(f"window is {list(self.window)}; its width must be above 0")
         if not self.members:
             raise ValueError("give --checkpoint DIR once at least")
         if self.prompts and len(set(self.prompts)) < len(self.prompts):
