@@ -56,6 +56,29 @@ def kill_actor(arena: Arena) -> dict[str, int]:
     return {"kills": kills}
 
 
+def stop_actor(arena: Arena) -> dict[str, int]:
+    """One of two model actors stands still for as long as the other finds something to do."""
+    output, in_hand = str(arena.folder / "stop_actor"), 6  # shards that Ray gives to an actor in advance, and some
+    job = arena.start(output, "run.actors=2..2", "run.cpus_per_actor=0.5", "shard_rows=2", "run.batch_size=1")
+    arena.wait_for_parts(output, 1, job)
+    actors = _ray_processes("SegmentActor")
+    if len(actors) < 2:
+        raise ResultError(f"there are {len(actors)} model actors and not two")
+    before = num_parts(output)
+    actors[0].suspend()
+    try:
+        arena.wait_for_parts(output, arena.num_images - in_hand - before, job)
+        meanwhile = num_parts(output) - before
+    finally:
+        actors[0].resume()
+    if job.wait(LONGEST_S):
+        raise ResultError("the job did not survive an actor that stood still")
+    if before + meanwhile < arena.num_images - in_hand:
+        raise ResultError(f"only {meanwhile} of {arena.num_images - before} shards were done beside it")
+    arena.prove(output)
+    return {"shards done beside it": meanwhile}
+
+
 def _ray_processes(what: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):  # of the cluster of this process or of its job
@@ -195,6 +218,7 @@ SCENARIOS: dict[str, Callable[[Arena], dict[str, int]]] = {
     for scenario in (
         kill_driver,
         kill_actor,
+        stop_actor,
         kill_node,
         restart_store,
         faulty_store,
