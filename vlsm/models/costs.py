@@ -43,8 +43,13 @@ class Cost:
 
 def measure_costs() -> list[Cost]:
     """The costs of every model, counted on networks without memory; needs no network and no weights."""
+    return [measure_cost(name) for name in MODELS]
+
+
+def measure_cost(name: str) -> Cost:
+    """Those of one model."""
     with tempfile.TemporaryDirectory() as folder:
-        return [_measure(name, build_architecture(name, Path(folder))) for name in MODELS]
+        return _measure(name, build_architecture(name, Path(folder)))
 
 
 def build_architecture(name: str, folder: Path, device: str = "meta") -> SegmentationModel:
