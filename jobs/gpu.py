@@ -28,7 +28,7 @@ from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
 from vlsm.phantoms import draw_phantom
 
-_NUM_FILES = 16
+_NUM_FILES = 8
 _ROUND_S = 0.2  # of calls between two looks at the clock
 _SIDES_PX = (480, 640)  # of the drawn JPEGs: what endoscopes and ultrasound archives hold
 
