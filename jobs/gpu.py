@@ -278,10 +278,10 @@ _HEAD = (
 
 
 def _row(speed: GpuSpeed) -> str:
-    compiled = f"{speed.compiled_per_s:9,.0f}" if speed.compiled_per_s else f"{'-':>9}"
+    compiled = f"{speed.compiled_per_s:9,.1f}" if speed.compiled_per_s else f"{'-':>9}"
     ratio = f"{speed.compiled_per_s / speed.fp32_per_s:7.2f}x" if speed.compiled_per_s else f"{'-':>8}"
     row = (
-        f"{speed.name:15} {speed.fp32_per_s:9,.0f}{speed.bf16_per_s:9,.0f}{compiled} {ratio} {speed.peak_share:6.1%} "
+        f"{speed.name:15} {speed.fp32_per_s:9,.1f}{speed.bf16_per_s:9,.1f}{compiled} {ratio} {speed.peak_share:6.1%} "
         f"{speed.compile_s:9.1f} {speed.graph_breaks:6} {speed.largest_difference:10.4f} {speed.mask_dice:6.4f} "
         f"{speed.decoded_per_s:9.0f} {speed.decode_cores:6.1f}"
     )
