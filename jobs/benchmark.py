@@ -1,19 +1,16 @@
 """What the README claims about speed, each figure a ratio of two things measured in one run.
 
 python -m jobs.benchmark models --json models.json
+python -m jobs.benchmark gpu --json gpu.json
 python -m jobs.benchmark scale --rows 10000 --rows 1000000
 python -m jobs.benchmark torture
 """
 
 import copy
-import json
-import platform
-import statistics
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,8 @@ import torch
 from torch import Tensor
 
 from jobs.arena import Arena
+from jobs.figures import alternate, write_json
+from jobs.gpu import add_arguments, measure_gpu
 from jobs.scale import measure_growth
 from jobs.torture import SCENARIOS, CannotTortureError
 from vlsm.checkpoints import Checkpoint, CheckpointSettings
@@ -68,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     models.add_argument("--threads", type=int, default=2, help="of torch (2)")
     models.add_argument("--json", metavar="FILE", help="where to write the figures too")
     models.set_defaults(run=lambda args: benchmark_models(args))
+    gpu = commands.add_parser("gpu", help="each model on one GPU", description=measure_gpu.__doc__)
+    add_arguments(gpu)
+    gpu.set_defaults(run=lambda args: measure_gpu(args))
     scale = commands.add_parser("scale", help="a run as its archive grows", description=benchmark_scale.__doc__)
     scale.add_argument("--rows", action="append", type=int, metavar="N", help="of the manifest (1000, 10000, 100000)")
     scale.add_argument("--shard-rows", type=int, default=1024, metavar="N", help="of a part file (1024)")
@@ -100,7 +102,7 @@ def benchmark_scale(args: Namespace) -> int:
                 f"{growth.peak_mb:11.0f}",
                 flush=True,
             )
-    _write_json(args.json, {"scale": growths})
+    write_json(args.json, {"scale": growths})
     return 0
 
 
@@ -124,13 +126,8 @@ def benchmark_torture(args: Namespace) -> int:
             told = ", ".join(f"{count} {what}" for what, count in disturbances.items())
             print(f"{name:14} {seconds:7.0f} s  {told}: {outcome}", flush=True)
             results.append({"scenario": name, "seconds": round(seconds, 1), **disturbances, "outcome": outcome})
-    _write_json(args.json, {"torture": results})
+    write_json(args.json, {"torture": results})
     return int(any(str(result["outcome"]).startswith("FAILED") for result in results))
-
-
-def _write_json(path: str | None, figures: dict[str, Any]) -> None:
-    if path:
-        Path(path).write_text(json.dumps(describe_machine() | figures, indent=2), encoding="utf-8")
 
 
 def benchmark_models(args: Namespace) -> int:
@@ -154,32 +151,11 @@ def benchmark_models(args: Namespace) -> int:
             flush=True,
         )
     figures = {"threads": args.threads, "repeats": args.repeats, "models": [asdict(speed) for speed in speeds]}
-    _write_json(args.json, figures)
+    write_json(args.json, figures)
     wrong = [speed.name for speed in speeds if not speed.largest_difference < 1e-3]
     if wrong:
         print(f"error: the two ways disagree for {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def describe_machine() -> dict[str, Any]:
-    """What figures depend on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
-    return {"cpu": cpu, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def alternate(repeats: int, *calls: Callable[[], object]) -> list[float]:
-    """The median seconds of each call, measured in turns, after one round that does not count."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for repeat in range(repeats + 1):
-        for call, own in zip(calls, seconds, strict=True):
-            start_s = time.perf_counter()
-            call()
-            if repeat:
-                own.append(time.perf_counter() - start_s)
-    return [statistics.median(own) for own in seconds]
 
 
 def _measure_model(name: str, repeats: int) -> ModelSpeed:

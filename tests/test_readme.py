@@ -48,6 +48,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
     monkeypatch.setattr(benchmark, "benchmark_models", lambda args: seen.append(args))
+    monkeypatch.setattr(benchmark, "measure_gpu", lambda args: seen.append(args))
     monkeypatch.setattr(models, "measure_costs", lambda: seen.append(words) or [])
     monkeypatch.setattr(models, "describe_settings", lambda options: seen.append(options) or [])
     mains = {

@@ -9,16 +9,22 @@ from PIL import Image, ImageDraw, ImageFilter
 KINDS = ("lesion", "stone")
 
 
-def draw_phantom(rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def draw_phantom(
+    rng: np.random.Generator, sides_px: tuple[int, int] = (96, 420)
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """An image of mottled tissue with one lesion and one stone, and a mask of each: only a prompt tells which is meant.
 
-    Sizes vary between 96 and 420 pixels a side. The lesion is an uneven blob of another colour and texture with a soft
-    rim, the stone a pale lump with corners; bright reflections, which are neither, lie anywhere.
+    The lesion is an uneven blob of another colour and texture with a soft rim, the stone a pale lump with corners;
+    bright reflections, which are neither, lie anywhere.
+
+    Args:
+        rng: to draw with.
+        sides_px: between these height and width vary.
 
     Returns:
         image (H, W, 3) uint8, and by kind a mask (H, W) uint8 of 0 and 1.
     """
-    height, width = (int(side) for side in rng.integers(96, 420, size=2))
+    height, width = (int(side) for side in rng.integers(*sides_px, size=2))
     tissue = rng.uniform((150, 70, 60), (220, 140, 120))
     lesion = np.clip(tissue + rng.choice((-1, 1)) * rng.uniform(35, 70, 3) * (1, 0.8, 0.6), 10, 250)
     centers = _apart(rng)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlsm.models import MODELS, find_model, parse_options
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.cris import CRIS
+from vlsm.models.decoder import PromptDecoder, initialize_decoder
 from vlsm.models.towers import Towers
 from vlsm.models.untrained import write_biomedclip, write_clip_resnet, write_clipseg, write_open_clip
 
@@ -43,8 +44,13 @@ class Cost:
 
 def measure_costs() -> list[Cost]:
     """The costs of every model, counted on networks without memory; needs no network and no weights."""
+    return [measure_cost(name) for name in MODELS]
+
+
+def measure_cost(name: str) -> Cost:
+    """Those of one model."""
     with tempfile.TemporaryDirectory() as folder:
-        return [_measure(name, build_architecture(name, Path(folder))) for name in MODELS]
+        return _measure(name, build_architecture(name, Path(folder)))
 
 
 def build_architecture(name: str, folder: Path, device: str = "meta") -> SegmentationModel:
@@ -65,7 +71,11 @@ def build_architecture(name: str, folder: Path, device: str = "meta") -> Segment
         write_biomedclip(towers / "openclip", weights=False)
     options = parse_options(name, {"source": _EXAMPLE} if name == "openclip_seg" else {})
     with torch.device(device):
-        return find_model(name).restore(options, towers).set_trainable("decoder").eval()
+        model = find_model(name).restore(options, towers).set_trainable("decoder").eval()
+        for part in model.modules():
+            if isinstance(part, PromptDecoder):
+                initialize_decoder(part)
+    return model
 
 
 def _measure(name: str, model: SegmentationModel) -> Cost:

@@ -238,8 +238,8 @@ class CRIS(SegmentationModel):
         fused = self.neck(image_features, sentences)
         pixels = fused.flatten(2).transpose(1, 2)  # (B, N, width)
         height, width = fused.shape[2:]
-        places = _plane_encoding(pixels.shape[2], height, width).to(pixels)
-        order = _sine_encoding(words.shape[2], words.shape[1]).to(pixels)
+        places = _plane_encoding(pixels.shape[2], height, width, pixels.device).to(pixels)
+        order = _sine_encoding(words.shape[2], words.shape[1], pixels.device).to(pixels)
         for layer in self.layers:
             pixels = layer(pixels, places, words, order, padding)
         logits = self.projector(self.norm(pixels).transpose(1, 2).unflatten(2, (height, width)), sentences)
@@ -247,18 +247,18 @@ class CRIS(SegmentationModel):
         return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def _sine_encoding(width: int, length: int) -> Tensor:
+def _sine_encoding(width: int, length: int, device: torch.device) -> Tensor:
     """(length, width): sines and cosines of positions, alternating.
 
     Source: Attention Is All You Need, arXiv 1706.03762.
     """
-    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000) / width))
-    angles = torch.arange(length)[:, None] * frequencies
+    frequencies = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
+    angles = torch.arange(length, device=device)[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
-def _plane_encoding(width: int, height: int, columns: int) -> Tensor:
+def _plane_encoding(width: int, height: int, columns: int, device: torch.device) -> Tensor:
     """(height * columns, width): the first half of the channels tells the column, the second the row."""
-    across = _sine_encoding(width // 2, columns)[None].expand(height, -1, -1)
-    down = _sine_encoding(width // 2, height)[:, None].expand(-1, columns, -1)
+    across = _sine_encoding(width // 2, columns, device)[None].expand(height, -1, -1)
+    down = _sine_encoding(width // 2, height, device)[:, None].expand(-1, columns, -1)
     return torch.cat([across, down], dim=2).flatten(0, 1)

@@ -1,0 +1,288 @@
+"""What one GPU does: images per second of each model, and the CPU cores that it takes to decode for it."""
+
+import copy
+import io
+import math
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from jobs.figures import alternate, write_json
+from vlsm.images import decode_image, normalize, resize_image
+from vlsm.metrics import dice_scores
+from vlsm.models import MODELS
+from vlsm.models.contract import Features, SegmentationModel
+from vlsm.models.costs import build_architecture, measure_cost
+from vlsm.models.folding import fold_batch_norms
+from vlsm.models.prompts import PromptCache
+from vlsm.phantoms import draw_phantom
+
+_NUM_FILES = 8
+_ROUND_S = 0.2  # of calls between two looks at the clock
+_SIDES_PX = (480, 640)  # of the drawn JPEGs: what endoscopes and ultrasound archives hold
+
+
+@dataclass(frozen=True)
+class GpuSpeed:
+    """Of one model at its published size, with one prompt whose text features are at hand.
+
+    Attributes:
+        name: as in MODELS.
+        image_size: side of the input in pixels.
+        gflop: an image, counted as in `python -m vlsm.models`.
+        fp32_per_s: images per second as the networks stand: eager, float32, channels first.
+        bf16_per_s: as the Segmenter runs them: batch norms folded, channels last, bfloat16.
+        compiled_per_s: the same compiled; None where that fails.
+        peak_share: of the card's bfloat16 rate, as measured, that the compiled one reaches.
+        compile_s: the first compiled call.
+        graph_breaks: places where the compiler hands back to Python.
+        largest_difference: of probabilities, compiled or else bfloat16 against float32.
+        mask_dice: of the same two where half of all pixels are foreground: random weights give no better threshold.
+        decoded_per_s: files of about 560 x 560 pixels that one CPU core decodes and resizes.
+        decode_cores: that keep the card busy.
+        error: why the model could not be compiled.
+    """
+
+    name: str
+    image_size: int
+    gflop: float
+    fp32_per_s: float
+    bf16_per_s: float
+    compiled_per_s: float | None
+    peak_share: float
+    compile_s: float
+    graph_breaks: int
+    largest_difference: float
+    mask_dice: float
+    decoded_per_s: float
+    decode_cores: float
+    error: str | None
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark gpu`."""
+    parser.add_argument("--model", action="append", choices=MODELS, help="one of the table; all of them by default")
+    parser.add_argument(
+        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="in turns; the median counts (5)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, choices=range(1, 4097), metavar="N", help="images at once (32)"
+    )
+    parser.add_argument("--device", default="cuda", help="of torch (cuda); cpu to try the benchmark itself")
+    parser.add_argument("--seconds-limit", type=float, default=math.inf, metavar="S", help="begin no model after that")
+    parser.add_argument("--json", metavar="FILE", help="where to write the figures too, after each model")
+
+
+def measure_gpu(args: Namespace) -> int:
+    """Images per second of each model at its published size on one GPU, and the CPU cores it takes to feed it.
+
+    Eager float32 against bfloat16 as the Segmenter runs it, and that compiled, in turns. Images are on the card as
+    bytes; compiling is not in the rates. The peak is a large bfloat16 matrix product in the same run. The JPEGs that
+    CPU cores decode are drawn, between 480 and 640 pixels a side. Weights are random.
+    """
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        print("error: torch sees no CUDA device here; --device cpu tries the benchmark without one", file=sys.stderr)
+        return 2
+    started_s = time.monotonic()
+    # torch's shortcut for nn.MultiheadAttention makes attention maps; without it the attention is fused
+    torch.backends.mha.set_fastpath_enabled(False)
+    bench = _Bench(torch.device(args.device), args.batch_size, args.repeats)
+    figures: dict[str, Any] = bench.describe() | {"models": [], "failed": {}, "left_out": []}
+    print(f"{figures['device']}: {bench.peak_flop_s / 1e12:.1f} TFLOP/s in bfloat16, {bench.batch_size} images at once")
+    print(_HEAD)
+    for name in args.model or MODELS:
+        if time.monotonic() - started_s > args.seconds_limit:
+            figures["left_out"].append(name)
+            continue
+        try:
+            speed = bench.measure(name)
+        except Exception as error:  # whatever a driver, a kernel or too little memory can cause: others may run
+            figures["failed"][name] = _explain(error)
+            print(f"{name:15} failed: {figures['failed'][name]}", flush=True)
+        else:
+            figures["models"].append(asdict(speed))
+            print(_row(speed), flush=True)
+        write_json(args.json, figures)
+    if figures["left_out"]:
+        print(f"left out after {args.seconds_limit:.0f} s: {', '.join(figures['left_out'])}")
+    write_json(args.json, figures)
+    return 0 if figures["models"] else 1
+
+
+class _Bench:
+    """A device, what it can do at best, and files to decode for it."""
+
+    def __init__(self, device: torch.device, batch_size: int, repeats: int) -> None:
+        self.device, self.batch_size, self.repeats = device, batch_size, repeats
+        self.peak_flop_s = self._measure_peak()
+        self.files = [_draw_file(seed) for seed in range(_NUM_FILES)]
+        self._decoded_per_s: dict[int, float] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """What figures depend on."""
+        is_cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device) if is_cuda else "CPU",
+            "cuda": torch.version.cuda if is_cuda else None,
+            "peak_tflop_s": self.peak_flop_s / 1e12,
+            "batch_size": self.batch_size,
+            "repeats": self.repeats,
+            "file_bytes": round(float(np.mean([len(data) for data in self.files]))),
+        }
+
+    @torch.no_grad()
+    def measure(self, name: str) -> GpuSpeed:
+        """One model."""
+        torch.compiler.reset()  # else the ninth model finds the compiler's patience at an end
+        gflop = measure_cost(name).image_gflop
+        with tempfile.TemporaryDirectory() as folder:
+            model = build_architecture(name, Path(folder), "cpu").to(self.device)
+        size = model.image_spec.size
+        images = self._load(size)
+        text_features = PromptCache(model).encode(["a small polyp"] * self.batch_size)
+        folded = copy.deepcopy(model)
+        fold_batch_norms(folded)
+        folded.to(memory_format=torch.channels_last)
+        plain, ours = _forward(model, text_features), _forward(folded, text_features, torch.bfloat16)
+        calls = [self._timed(plain, images), self._timed(ours, images)]
+        compiled = torch.compile(ours, dynamic=False)
+        counters.clear()
+        start_s, problem = time.perf_counter(), None
+        try:
+            compiled(images)
+            self._synchronize()
+            compile_s = time.perf_counter() - start_s
+            calls.append(self._timed(compiled, images))
+        except Exception as error:  # compilers meet networks with every error that there is
+            compile_s, problem, compiled = time.perf_counter() - start_s, _explain(error), ours
+        rates = [self.batch_size / seconds for seconds in self._alternate(calls)]
+        difference, dice = _compare(compiled(images), plain(images))
+        best, decoded_per_s = max(rates[1:]), self._decode_rate(size)
+        return GpuSpeed(
+            name,
+            size,
+            gflop,
+            rates[0],
+            rates[1],
+            compiled_per_s=None if problem else rates[2],
+            peak_share=rates[-1] * gflop * 1e9 / self.peak_flop_s,
+            compile_s=compile_s,
+            graph_breaks=sum(counters["graph_break"].values()),
+            largest_difference=difference,
+            mask_dice=dice,
+            decoded_per_s=decoded_per_s,
+            decode_cores=best / decoded_per_s,
+            error=problem,
+        )
+
+    def _measure_peak(self) -> float:
+        """Operations per second of a large matrix product in bfloat16."""
+        side = 8192 if self.device.type == "cuda" else 512
+        factors = torch.randn(2, side, side, device=self.device).to(torch.bfloat16)  # zeros would be faster
+        (seconds,) = self._alternate([self._timed(lambda pair: pair[0] @ pair[1], factors)])
+        return 2 * side**3 / seconds
+
+    def _load(self, size: int) -> Tensor:
+        """A batch of the drawn images on the device, (B, S, S, 3) uint8."""
+        images = [resize_image(decode_image(data, "drawn"), size) for data in self.files]
+        return torch.from_numpy(np.stack([images[index % len(images)] for index in range(self.batch_size)])).to(
+            self.device
+        )
+
+    def _decode_rate(self, size: int) -> float:
+        """Files per second of one core."""
+        if size not in self._decoded_per_s:
+            (seconds,) = alternate(
+                self.repeats, lambda: [resize_image(decode_image(data, "drawn"), size) for data in self.files]
+            )
+            self._decoded_per_s[size] = len(self.files) / seconds
+        return self._decoded_per_s[size]
+
+    def _timed(self, run: Callable[[Tensor], Tensor], argument: Tensor) -> tuple[Callable[[], None], int]:
+        """What runs for so long that a clock can tell, and how many calls that are."""
+        run(argument)
+        self._synchronize()
+        start_s = time.perf_counter()
+        run(argument)
+        self._synchronize()
+        count = max(1, math.ceil(_ROUND_S / (time.perf_counter() - start_s)))
+
+        def repeat() -> None:
+            for _ in range(count):
+                run(argument)
+            self._synchronize()
+
+        return repeat, count
+
+    def _alternate(self, calls: list[tuple[Callable[[], None], int]]) -> list[float]:
+        """The median seconds of one call of each."""
+        medians = alternate(self.repeats, *(repeat for repeat, _ in calls))
+        return [seconds / count for seconds, (_, count) in zip(medians, calls, strict=True)]
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _forward(
+    model: SegmentationModel, text_features: Features, dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Images as bytes to logits, in float32 or under autocast."""
+
+    def run(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            pixel_values = normalize(images, model.image_spec)
+            if dtype is None:
+                pixel_values = pixel_values.contiguous()
+            return model.decode(model.encode_images(pixel_values), text_features)
+
+    return run
+
+
+def _compare(logits: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The largest difference of probabilities, and the mean Dice of masks cut at the expected median."""
+    found, wanted = (torch.sigmoid(values.float()) for values in (logits, expected))
+    median = wanted.median()
+    return float((found - wanted).abs().max()), float(dice_scores(found >= median, wanted >= median).mean())
+
+
+def _draw_file(seed: int) -> bytes:
+    """A drawn image as a JPEG."""
+    image, _ = draw_phantom(np.random.default_rng(seed), _SIDES_PX)
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def _explain(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+_HEAD = (
+    f"{'':15} {'images/s':>27} {'compiled':>8} {'of':>6} {'compiling':>9} {'graph':>6} {'largest':>10} {'':>6} "
+    f"{'decoded/s':>9} {'cores':>6}\n"
+    f"{'model':15} {'fp32':>9}{'bf16':>9}{'compiled':>9} {'to fp32':>8} {'peak':>6} {'s':>9} {'breaks':>6} "
+    f"{'difference':>10} {'Dice':>6} {'per core':>9} {'':>6}"
+)
+
+
+def _row(speed: GpuSpeed) -> str:
+    compiled = f"{speed.compiled_per_s:9,.1f}" if speed.compiled_per_s else f"{'-':>9}"
+    ratio = f"{speed.compiled_per_s / speed.fp32_per_s:7.2f}x" if speed.compiled_per_s else f"{'-':>8}"
+    row = (
+        f"{speed.name:15} {speed.fp32_per_s:9,.1f}{speed.bf16_per_s:9,.1f}{compiled} {ratio} {speed.peak_share:6.1%} "
+        f"{speed.compile_s:9.1f} {speed.graph_breaks:6} {speed.largest_difference:10.4f} {speed.mask_dice:6.4f} "
+        f"{speed.decoded_per_s:9.0f} {speed.decode_cores:6.1f}"
+    )
+    return row if speed.error is None else f"{row}\n{'':15} not compiled: {speed.error}"

@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.benchmark import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One model, on the CPU, where ray cannot be imported."""
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    words = ["gpu", "--device", "cpu", "--model", "pixel", "--repeats", "1", "--batch-size", "2", "--json", str(path)]
+    code = f"""
+import functools, sys, torch
+sys.modules["ray"] = None
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # a C++ compiler would take a minute
+from jobs.benchmark import main
+sys.exit(main({words!r}))
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_a_model_is_measured_without_ray_and_agrees_with_itself_in_float32(run):
+    shown, report = run
+    assert report["device"] == "CPU" and report["torch"] == torch.__version__
+    (speed,) = report["models"]
+    assert speed["name"] == "pixel" and speed["error"] is None and speed["graph_breaks"] == 0
+    assert speed["largest_difference"] < 0.02
+    assert speed["mask_dice"] > 0.95
+    assert "pixel" in shown
+
+
+def test_the_figures_follow_from_each_other(run):
+    _, report = run
+    (speed,) = report["models"]
+    assert min(speed["fp32_per_s"], speed["bf16_per_s"], speed["compiled_per_s"], speed["compile_s"]) > 0
+    best = max(speed["bf16_per_s"], speed["compiled_per_s"])
+    assert speed["decode_cores"] == pytest.approx(best / speed["decoded_per_s"])
+    flop_per_s = speed["compiled_per_s"] * speed["gflop"] * 1e9
+    assert speed["peak_share"] == pytest.approx(flop_per_s / report["peak_tflop_s"] / 1e12)
+
+
+def test_a_model_that_cannot_be_compiled_is_a_row_with_the_reason(monkeypatch, tmp_path, capsys):
+    def refuse(run, **options):
+        def call(images):
+            raise RuntimeError("no kernel for this")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    path = tmp_path / "gpu.json"
+    words = ["--device", "cpu", "--model", "pixel", "--repeats", "1", "--batch-size", "1", "--json", str(path)]
+    assert main(["gpu", *words]) == 0
+    (speed,) = json.loads(path.read_text())["models"]
+    assert speed["compiled_per_s"] is None and speed["bf16_per_s"] > 0
+    assert "not compiled: RuntimeError: no kernel for this" in capsys.readouterr().out
+
+
+def test_models_beyond_the_time_limit_are_named(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    words = ["--device", "cpu", "--model", "pixel", "--seconds-limit", "-1", "--json", str(path)]
+    assert main(["gpu", *words]) == 1
+    assert json.loads(path.read_text())["left_out"] == ["pixel"]
+    assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_it_says_so(capsys):
+    assert main(["gpu"]) == 2
+    assert capsys.readouterr().err == (
+        "error: torch sees no CUDA device here; --device cpu tries the benchmark without one\n"
+    )
