@@ -15,7 +15,7 @@ from vlsm.dicom_pixels import paint_palette, read_frame
 from vlsm.errors import ImageError
 from vlsm.windowing import Window, as_rgb, scale_to_bytes, value_range, window_edges
 
-_PIXEL_DATA = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+PIXEL_DATA_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _HEADER_TAGS = [0x00080016, 0x00280002, 0x00280008, 0x00280010, 0x00280011, 0x00280100]
 _IMAGE_TAGS = [
     *range(0x00280002, 0x00280012),  # the size and kind of pixels
@@ -27,7 +27,7 @@ _IMAGE_TAGS = [
     *range(0x00281221, 0x00281224),
     *(0x00283000, 0x00283010),  # lookup tables
     *(0x52009229, 0x52009230),  # shared and per-frame functional groups
-    *(0x7FE00001, 0x7FE00002, *_PIXEL_DATA),
+    *(0x7FE00001, 0x7FE00002, *PIXEL_DATA_TAGS),
 ]
 _MAX_HEADER_BYTES = 4 << 20  # of a deflated object, to see how many frames it has
 
@@ -123,7 +123,7 @@ class DicomImages:
             raise
         except Exception as error:
             raise ImageError("corrupt", f"{name}: its DICOM header is damaged ({type(error).__name__})") from None
-        if not any(tag in self._dataset for tag in _PIXEL_DATA):
+        if not any(tag in self._dataset for tag in PIXEL_DATA_TAGS):
             raise ImageError("corrupt", f"{name} is a DICOM object without pixels, or ends before them")
         if height * width > max_pixels:
             raise ImageError(

@@ -1,11 +1,14 @@
 """The rows of a finished or unfinished run: part files, and reading them with their masks."""
 
-from collections.abc import Iterator
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.errors import ConfigError
@@ -82,6 +85,27 @@ def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) 
         for row in batch.to_pylist():
             mask = None if row["mask_rle"] is None else decode_mask(row["mask_rle"], (row["height"], row["width"]))
             yield (row if columns is None else {name: row[name] for name in columns}) | {"mask": mask}
+
+
+def read_ok_masks(
+    output: str, filters: list[tuple[str, str, Any]] | None, limit: int | None, columns: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """The rows that have a mask, as `read_masks` yields them, with a bar on a terminal.
+
+    Args:
+        output: the run's OUTPUT folder.
+        filters: which rows, as a list of (column, operator, value).
+        limit: rows at most.
+        columns: those wanted beside what names a row's file: image_id, image_uri, selector, prompt and kind.
+
+    Raises:
+        ConfigError: as `read_masks` raises it.
+    """
+    chosen = [("status", "==", "ok"), *(filters or [])]
+    rows = read_masks(output, chosen, columns=["image_id", "image_uri", "selector", "prompt", "kind", *columns])
+    total = open_results(output).count_rows(filter=pq.filters_to_expression(chosen))
+    total = total if limit is None else min(total, limit)
+    yield from tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty())
 
 
 def open_results(uri: str) -> ds.Dataset:
