@@ -27,10 +27,24 @@ def output(tmp_path):
         mask = (save_square(path, size=(30, 40 + number))[..., 0] > 128).astype(np.uint8)
         for prompt in ("round polyp", "round_polyp"):
             shown = mask if prompt == "round polyp" else 0 * mask
-            row = {"image_id": image_id, "image_uri": str(path), "prompt": prompt, "kind": "mask", "model": "m", "status": "ok"}
+            row = {
+                "image_id": image_id,
+                "image_uri": str(path),
+                "prompt": prompt,
+                "kind": "mask",
+                "model": "m",
+                "status": "ok",
+            }
             row |= {"height": 30, "width": 40 + number, "mask_rle": encode_mask(shown), "area_px": int(shown.sum())}
             rows.append(row | ({"bbox": [0, 0, 13, 10], "confidence": 0.5 + number / 20} if shown.any() else {}))
-    failed = {"image_id": "bad.png", "image_uri": "/nowhere", "prompt": "polyp", "kind": "mask", "model": "m", "status": "failed"}
+    failed = {
+        "image_id": "bad.png",
+        "image_uri": "/nowhere",
+        "prompt": "polyp",
+        "kind": "mask",
+        "model": "m",
+        "status": "failed",
+    }
     rows.append(failed | {"error": "missing: there is no file /nowhere"})
     (tmp_path / "out" / "masks").mkdir(parents=True)
     pq.write_table(

@@ -169,7 +169,16 @@ def test_exports_never_leave_their_folder_and_never_collide(names, tmp_path):
     place = tmp_path / "place"
     shutil.rmtree(place, ignore_errors=True)
     rows = [
-        {"image_id": name, "image_uri": "x", "prompt": prompt, "kind": "mask", "model": "m", "status": "ok", "height": 2, "width": 2}
+        {
+            "image_id": name,
+            "image_uri": "x",
+            "prompt": prompt,
+            "kind": "mask",
+            "model": "m",
+            "status": "ok",
+            "height": 2,
+            "width": 2,
+        }
         | {"mask_rle": encode_mask(np.ones((2, 2), np.uint8))}
         for name in names
         for prompt in ("polyp", "../p")

@@ -79,11 +79,25 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
     import duckdb
 
     rows = [
-        {"image_id": f"{number:03d}.png", "image_uri": "x", "prompt": "lesion", "kind": "mask", "model": "m", "status": "ok"}
+        {
+            "image_id": f"{number:03d}.png",
+            "image_uri": "x",
+            "prompt": "lesion",
+            "kind": "mask",
+            "model": "m",
+            "status": "ok",
+        }
         | {"area_fraction": number / 200, "confidence": 0.5 + (number * 37 % 100) / 200}
         for number in range(100)
     ]
-    failed = {"image_id": "bad.png", "image_uri": "x", "prompt": "lesion", "kind": "mask", "model": "m", "status": "failed"}
+    failed = {
+        "image_id": "bad.png",
+        "image_uri": "x",
+        "prompt": "lesion",
+        "kind": "mask",
+        "model": "m",
+        "status": "failed",
+    }
     write_part(str(tmp_path / "OUTPUT"), 0, [*rows, failed | {"error": "corrupt: bad.png is no image"}], "run", 0)
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```sql\n(.*?)```", README, re.S)

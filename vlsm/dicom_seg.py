@@ -1,5 +1,6 @@
 """Masks of DICOM images as DICOM segmentations (SEG), which a PACS takes and a viewer lays over their source."""
 
+import copy
 import datetime
 import io
 import logging
@@ -11,6 +12,7 @@ import highdicom as hd
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
+from pydicom.uid import SecondaryCaptureImageStorage
 
 import vlsm
 from vlsm import storage
@@ -133,10 +135,22 @@ def _masks(row: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
 def _segment(
     header: Dataset, masks: dict[str, np.ndarray], model: str, made_at: datetime.datetime, source: Source
 ) -> hd.seg.Segmentation:
+    pixels = np.stack(list(masks.values()), axis=-1)  # (frames, H, W, segments)
     try:
         with quiet():
             _mend(header)
-            return _build_segmentation(header, masks, model, made_at)
+            if hd.spatial.get_image_coordinate_system(header) is not None:
+                return _build_segmentation(header, pixels, list(masks), model, made_at)
+            kind, header.SOPClassUID = (
+                header.SOPClassUID,
+                SecondaryCaptureImageStorage,
+            )  # or functional groups are missed
+            seg = _build_segmentation(header, np.ones_like(pixels[:1]), list(masks), model, made_at)
+            _spread(seg, pixels)
+            for element in seg.iterall():
+                if element.keyword == "ReferencedSOPClassUID" and element.value == SecondaryCaptureImageStorage:
+                    element.value = kind
+            return seg
     except Exception as error:  # highdicom has many, and their texts quote values; the names of attributes are none
         what = getattr(error, "name", None) or type(error).__name__
         raise ImageError("corrupt", f"{source.name} lacks what a DICOM segmentation needs ({what})") from None
@@ -146,12 +160,44 @@ def _mend(header: Dataset) -> None:
     for keyword in _EMPTY:
         if keyword not in header:
             setattr(header, keyword, "")
-    if header.NumberOfFrames == 1 and "SharedFunctionalGroupsSequence" not in header:
-        del header.NumberOfFrames  # a plain image has none, and highdicom takes one with it for an enhanced one
+    if hd.spatial.get_image_coordinate_system(header) is None and "SliceThickness" not in header:
+        header.pop("PixelSpacing", None)  # highdicom writes one without the other, and does not read that again
+
+
+def _spread(seg: hd.seg.Segmentation, pixels: np.ndarray) -> None:
+    """Put the masks of all frames into a segmentation of one, for what highdicom does not know: frames without places.
+
+    Frames of an ultrasound loop, say, are told apart by their number in the source.
+
+    Args:
+        seg: with one frame per segment.
+        pixels: (frames, H, W, segments) of 0 and 1.
+    """
+    chosen = [(s, f) for s in range(pixels.shape[3]) for f in range(pixels.shape[0]) if pixels[f, :, :, s].any()]
+    chosen = chosen or [(s, f) for s in range(pixels.shape[3]) for f in range(pixels.shape[0])]
+    templates, items = list(seg.PerFrameFunctionalGroupsSequence), []
+    for segment, frame in chosen:
+        item = copy.deepcopy(templates[segment])
+        item.FrameContentSequence[0].DimensionIndexValues = [segment + 1, frame + 1]
+        item.FrameContentSequence[0].FrameLabel = f"source frame {frame + 1}"
+        if len(pixels) > 1:
+            item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber = frame + 1
+        items.append(item)
+    by_frame = copy.deepcopy(seg.DimensionIndexSequence[0])
+    by_frame.DimensionIndexPointer, by_frame.FunctionalGroupPointer = 0x00209453, 0x00209111
+    by_frame.DimensionDescriptionLabel = "Frame Label"
+    seg.DimensionIndexSequence.append(by_frame)
+    seg.PerFrameFunctionalGroupsSequence = items
+    seg.NumberOfFrames = len(items)
+    bits = np.packbits(
+        np.stack([pixels[frame, :, :, segment] for segment, frame in chosen]), bitorder="little"
+    ).tobytes()
+    seg.PixelData = bits + b"\0" * (len(bits) % 2)
+    seg.SegmentsOverlap = "YES" if (pixels.sum(axis=3, dtype=np.uint16) > 1).any() else "NO"
 
 
 def _build_segmentation(
-    header: Dataset, masks: dict[str, np.ndarray], model: str, made_at: datetime.datetime
+    header: Dataset, pixels: np.ndarray, prompts: list[str], model: str, made_at: datetime.datetime
 ) -> hd.seg.Segmentation:
     name, _, version = model.partition("@")
     algorithm = hd.AlgorithmIdentificationSequence(
@@ -168,16 +214,16 @@ def _build_segmentation(
             algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )
-        for number, label in enumerate(_labels(list(masks)), start=1)
+        for number, label in enumerate(_labels(prompts), start=1)
     ]
     seg = hd.seg.Segmentation(
         source_images=[header],
-        pixel_array=np.stack(list(masks.values()), axis=-1),
+        pixel_array=pixels,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=descriptions,
-        series_instance_uid=_uid("series", header.SeriesInstanceUID, model, *masks),
+        series_instance_uid=_uid("series", header.SeriesInstanceUID, model, *prompts),
         series_number=_SERIES_NUMBER,
-        sop_instance_uid=_uid("instance", header.SOPInstanceUID, model, *masks),
+        sop_instance_uid=_uid("instance", header.SOPInstanceUID, model, *prompts),
         instance_number=max(1, int(header.get("InstanceNumber") or 1)),
         manufacturer="vlsm",
         manufacturer_model_name="vlsm",
@@ -186,8 +232,11 @@ def _build_segmentation(
         content_date=made_at.date(),
         content_time=made_at.time(),
     )
+    # the same export twice is the same object, byte for byte
     seg.InstanceCreationDate, seg.InstanceCreationTime = seg.ContentDate, seg.ContentTime
-    dimensions = _uid("dimensions", header.SOPInstanceUID, model, *masks)  # highdicom draws one
+    for equipment in seg.get("ContributingEquipmentSequence", ()):
+        equipment.ContributionDateTime = made_at.strftime("%Y%m%d%H%M%S")
+    dimensions = _uid("dimensions", header.SOPInstanceUID, model, *prompts)  # highdicom draws one
     for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
         item.DimensionOrganizationUID = dimensions
     return seg
