@@ -10,9 +10,10 @@ import pydicom
 import pytest
 import yaml
 from PIL import Image
+from pydicom import uid
 from pydicom.data import get_testdata_file
 
-from tests.test_dicom import FRAMES, SECRET, make
+from tests.test_dicom import FRAMES, SECRET, items, make
 from tests.test_dicom import save as save_dicom
 from tests.test_nifti import BODY, STORED, store
 from tests.test_nifti import save as save_nifti
@@ -281,6 +282,33 @@ def test_frames_become_one_segmentation_and_the_same_again(tmp_path, write):
     other = [one | {"model": "clipseg @ 123456"} for one in rows]
     run(write(other, "other"), "dicom-seg", tmp_path / "z")
     assert read_seg(tmp_path / "z" / "cine.dcm.seg.dcm").SOPInstanceUID != seg.SOPInstanceUID
+
+
+def test_frames_with_places_in_the_patient_keep_them(tmp_path, write):
+    places = [[0, 0, 10], [0, 0, 0], [0, 0, 5]]  # not in order
+    enhanced = many(
+        tmp_path,
+        "ct.dcm",
+        FrameOfReferenceUID="1.2.9",
+        SOPClassUID=uid.EnhancedCTImageStorage,
+        SharedFunctionalGroupsSequence=items(
+            PixelMeasuresSequence=items(PixelSpacing=[1, 1], SliceThickness=5),
+            PlaneOrientationSequence=items(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
+        ),
+        PerFrameFunctionalGroupsSequence=[
+            items(PlanePositionSequence=items(ImagePositionPatient=place))[0] for place in places
+        ],
+    )
+    masks = checkers((3, 4, 5))
+    rows = [row(enhanced, mask, "polyp", f"frame={frame}") for frame, mask in enumerate(masks)]
+    run(write(rows), "dicom-seg", tmp_path / "x")
+    seg = read_seg(tmp_path / "x" / "ct.dcm.seg.dcm")
+    np.testing.assert_array_equal(frames_of(seg, pydicom.dcmread(enhanced))[..., 0], masks)
+    shown = {
+        tuple(group.PlanePositionSequence[0].ImagePositionPatient): seg.pixel_array[number].tolist()
+        for number, group in enumerate(seg.PerFrameFunctionalGroupsSequence)
+    }
+    assert shown == {tuple(place): mask.tolist() for place, mask in zip(places, masks, strict=True)}
 
 
 def test_label_maps_are_segments(tmp_path, write):
