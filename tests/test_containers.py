@@ -12,8 +12,8 @@ from PIL import Image
 
 from vlsm.archive import open_archive
 from vlsm.config import SegmentSettings
-from vlsm.containers import kind_of, split_selector
 from vlsm.errors import ImageError
+from vlsm.formats.containers import kind_of, split_selector
 from vlsm.sources import Reader
 
 

@@ -19,9 +19,9 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import pixel_array
 
 from tests.test_hostile import edits, mutate
-from vlsm.dicom import DicomImages, count_frames, is_dicom
-from vlsm.dicom_pixels import codestream_size
 from vlsm.errors import ImageError
+from vlsm.formats.codestreams import codestream_size
+from vlsm.formats.dicom import DicomImages, count_frames, is_dicom
 
 SECRET = "SECRET^PATIENT"
 
@@ -277,25 +277,44 @@ def test_lossless_compression_changes_nothing(syntax, dtype):
     np.testing.assert_array_equal(expected, decode(plain))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_jpeg_lossless_changes_nothing(dtype, tmp_path):
-    plain = make(noise(dtype, (32, 48)))
-    (tmp_path / "plain.dcm").write_bytes(save(plain))
+def save_lossless(dataset, folder):
+    """The same as JPEG Lossless, which nothing but GDCM writes."""
+    (folder / "plain.dcm").write_bytes(save(dataset))
     reader = gdcm.ImageReader()
-    reader.SetFileName(str(tmp_path / "plain.dcm"))
+    reader.SetFileName(str(folder / "plain.dcm"))
     assert reader.Read()
     change = gdcm.ImageChangeTransferSyntax()
     change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
     change.SetInput(reader.GetImage())
     assert change.Change()
     writer = gdcm.ImageWriter()
-    writer.SetFileName(str(tmp_path / "lossless.dcm"))
+    writer.SetFileName(str(folder / "lossless.dcm"))
     writer.SetFile(reader.GetFile())
     writer.SetImage(change.GetOutput())
     assert writer.Write()
-    data = (tmp_path / "lossless.dcm").read_bytes()
+    return (folder / "lossless.dcm").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, "colour"])
+def test_jpeg_lossless_changes_nothing(dtype, tmp_path):
+    plain = make(noise(np.uint8, (32, 48, 3)) if dtype == "colour" else noise(dtype, (32, 48)))
+    data = save_lossless(plain, tmp_path)
     assert pydicom.dcmread(io.BytesIO(data)).file_meta.TransferSyntaxUID == uid.JPEGLosslessSV1
     np.testing.assert_array_equal(decode(plain), decode(data))
+
+
+@pytest.mark.parametrize("pixels", [noise(np.uint16, (32, 48)), noise(np.uint8, (32, 48, 3))], ids=["grey", "colour"])
+def test_damaged_jpeg_lossless_never_reaches_its_decoder(pixels, tmp_path):
+    data = save_lossless(make(pixels), tmp_path)
+    start = data.index(b"\xff\xd8")
+    for place in range(start, data.index(b"\xff\xda", start) + 14):
+        for change in (0x01, 0x10, 0xFF):  # some of these once killed the process
+            damaged = bytearray(data)
+            damaged[place] ^= change
+            try:
+                decode(bytes(damaged))
+            except ImageError as error:
+                assert error.reason == "corrupt"
 
 
 def jpeg(image):
@@ -420,6 +439,17 @@ def test_damaged_headers_are_errors_of_ours(change, reason, words):
 def raise_or_show(data):
     image = decode(data)
     raise AssertionError(image)
+
+
+@pytest.mark.parametrize("name", ["JPGExtended.dcm", None])
+def test_what_nothing_decodes_is_named(name):
+    if name:
+        with open(get_testdata_file(name, download=False), "rb") as file:
+            data = file.read()
+    else:
+        data = save(compressed([b"x"], 2, 2, uid.MPEG4HP41))
+    with pytest.raises(ImageError, match=r"is encoded in a way that is not supported: (JPEG Ext|MPEG-4)"):
+        decode(data)
 
 
 def test_more_frames_than_bytes_are_not_believed():

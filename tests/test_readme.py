@@ -27,7 +27,7 @@ def test_the_table_of_models_is_the_codes():
 
 def test_the_map_names_every_module():
     stated = set(re.findall(r"^ +(\w+\.py) ", README, re.M))
-    modules = [*ROOT.glob("jobs/*.py"), *ROOT.glob("vlsm/*.py"), *ROOT.glob("vlsm/models/*.py")]
+    modules = [*ROOT.glob("jobs/*.py"), *ROOT.glob("vlsm/**/*.py")]
     assert stated == {path.name for path in modules if path.name not in ("__init__.py", "__main__.py", "errors.py")}
 
 

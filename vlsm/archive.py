@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlsm import storage
-from vlsm.containers import Look, describe_other, kind_of
 from vlsm.errors import ConfigError
 from vlsm.expansion import expand_rows
+from vlsm.formats.containers import Look, describe_other, kind_of
 from vlsm.image_list import MANIFEST_EXTENSIONS, describe_file, read_image_list
 from vlsm.listing import Info, follow_link, list_files, spell_out
 

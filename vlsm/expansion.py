@@ -6,9 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from vlsm import storage
-from vlsm.containers import Inside, Look, is_archive, kind_of, list_images
 from vlsm.errors import ImageError, StorageError
 from vlsm.fetch import image_errors
+from vlsm.formats.containers import Inside, Look, is_archive, kind_of, list_images
 from vlsm.listing import spell_out
 
 _AHEAD = 32  # files that are looked into at once: their stores answer slowly

@@ -1,17 +1,17 @@
-"""Masks of a finished run as files that other tools read: mask PNGs, overlay PNGs, COCO JSON.
+"""Masks of a finished run as files that other tools read: PNGs of masks, overlays and labels, COCO, NIfTI, DICOM SEG.
 
 `python -m vlsm.export OUTPUT DIR --format overlays`
 """
 
 import argparse
-import hashlib
+import importlib
 import io
 import itertools
 import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image
-from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.errors import ConfigError, ImageError, VlsmError
-from vlsm.fetch import read_image_bytes
-from vlsm.images import decode_image
+from vlsm.exports.naming import file_path
+from vlsm.exports.origins import read_settings
 from vlsm.overlays import draw_overlay
-from vlsm.results import open_results, read_masks
+from vlsm.results import choose_rows, open_results, read_ok_masks
+from vlsm.sources import Reader
 
 logger = logging.getLogger("vlsm")
 
-_MAX_NAME_BYTES = 180
-
 Filters = list[tuple[str, str, Any]] | None
+Exporter = Callable[..., int]
 
 
 def export_masks(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
@@ -50,7 +49,9 @@ def export_masks(output: str, directory: str | Path, filters: Filters = None, li
     Raises:
         ConfigError: there are no masks at OUTPUT.
     """
-    return sum(_write_png(_file_path(directory, row), row["mask"] * 255) for row in _ok_rows(output, filters, limit))
+    return sum(
+        _write_png(file_path(directory, row), row["mask"] * 255) for row in read_ok_masks(output, filters, limit)
+    )
 
 
 def export_overlays(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
@@ -58,18 +59,18 @@ def export_overlays(output: str, directory: str | Path, filters: Filters = None,
 
     Images are read again from where they were. One that is no longer there is passed over with a warning.
     """
-    num_written = 0
-    for row in _ok_rows(output, filters, limit):
+    num_written, reader = 0, Reader(read_settings(output))
+    for row in read_ok_masks(output, filters, limit):
         try:
-            data = read_image_bytes(row["image_uri"], None, max_bytes=1 << 30)
-            image = decode_image(data, row["image_uri"], max_pixels=max(100_000_000, row["mask"].size))
+            content, frame = reader.open(row)
+            image = content.decode(frame)
         except ImageError as error:
             logger.warning("no overlay: %s", error)
             continue
         if image.shape[:2] != row["mask"].shape:
-            logger.warning("no overlay: %s changed its size since it was segmented", row["image_uri"])
+            logger.warning("no overlay: %s changed its size since it was segmented", row["image_id"])
             continue
-        num_written += _write_png(_file_path(directory, row), draw_overlay(image, row["mask"]))
+        num_written += _write_png(file_path(directory, row), draw_overlay(image, row["mask"]))
     return num_written
 
 
@@ -117,26 +118,33 @@ def export_coco(output: str, directory: str | Path, filters: Filters = None, lim
     return num_written
 
 
-FORMATS = {"masks": export_masks, "overlays": export_overlays, "coco": export_coco}
+def _lazily(module: str, function: str) -> Exporter:
+    """A format whose libraries are loaded when it is wanted."""
+
+    def export(*args: Any) -> int:
+        return int(getattr(importlib.import_module(module), function)(*args))
+
+    return export
+
+
+FORMATS: dict[str, Exporter] = {
+    "masks": export_masks,
+    "overlays": export_overlays,
+    "coco": export_coco,
+    "labels": _lazily("vlsm.exports.labels", "export_labels"),
+    "nifti": _lazily("vlsm.exports.volumes", "export_nifti"),
+    "dicom-seg": _lazily("vlsm.exports.dicom_seg", "export_dicom_seg"),
+}
 
 
 def _rows(output: str, filters: Filters, columns: list[str]) -> Iterator[dict[str, Any]]:
-    expression = pq.filters_to_expression([("status", "==", "ok"), *(filters or [])])
+    expression = pq.filters_to_expression(choose_rows(filters, ("mask",)))
     for batch in open_results(output).to_batches(columns=columns, filter=expression, batch_size=1024):
         yield from batch.to_pylist()
 
 
 def _limited(rows: Iterable[dict[str, Any]], limit: int | None) -> Iterator[dict[str, Any]]:
     return itertools.islice(rows, limit)
-
-
-def _ok_rows(output: str, filters: Filters, limit: int | None) -> Iterator[dict[str, Any]]:
-    chosen = [("status", "==", "ok"), *(filters or [])]
-    rows = read_masks(output, chosen, columns=["image_id", "image_uri", "prompt"])
-    total = open_results(output).count_rows(filter=pq.filters_to_expression(chosen))
-    yield from tqdm(
-        _limited(rows, limit), total=min(total, limit or total), unit="mask", disable=not sys.stderr.isatty()
-    )
 
 
 def _write_items(file: io.TextIOBase, items: Iterable[dict[str, Any]]) -> int:
@@ -151,32 +159,6 @@ def _write_png(path: Path, picture: np.ndarray) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
     return 1
-
-
-def _file_path(directory: str | Path, row: dict[str, Any]) -> Path:
-    """Where a row's file goes: below the directory, whatever the image_id says, and nowhere that another row's goes."""
-    parts = [part for part in row["image_id"].split("/") if part not in ("", ".", "..")]
-    return Path(directory, *(_safe_name(part) for part in parts[:-1]), _leaf(row, "/".join(parts)))
-
-
-def _leaf(row: dict[str, Any], safe_id: str) -> str:
-    name = _safe_name(safe_id.rsplit("/", 1)[-1])
-    if safe_id != row["image_id"]:  # "a" and "../a" are two images
-        name += "~" + _digest(row["image_id"])
-    prompt = re.sub(r"[^\w-]+", "_", row["prompt"])[:40]
-    if prompt != row["prompt"]:  # "a b" and "a_b" are two prompts
-        prompt += "~" + _digest(row["prompt"])
-    return f"{name}.{prompt}.png" if prompt else f"{name}.png"
-
-
-def _safe_name(name: str) -> str:
-    safe = re.sub(r"[\x00-\x1f\x7f\\:]", "_", name)
-    short = safe.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
-    return short if short == name else f"{short}~{_digest(name)}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def parse_filter(words: str) -> tuple[str, str, Any]:

@@ -1,11 +1,14 @@
 """The rows of a finished or unfinished run: part files, and reading them with their masks."""
 
-from collections.abc import Iterator
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.errors import ConfigError
@@ -13,6 +16,9 @@ from vlsm.masks import decode_mask
 from vlsm.schema import RESULT_SCHEMA
 
 _RUN_KEY = "vlsm.run"
+
+
+ALL_KINDS = None  # of rows: masks, members' own masks and label maps
 
 
 def part_name(shard: int) -> str:
@@ -82,6 +88,38 @@ def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) 
         for row in batch.to_pylist():
             mask = None if row["mask_rle"] is None else decode_mask(row["mask_rle"], (row["height"], row["width"]))
             yield (row if columns is None else {name: row[name] for name in columns}) | {"mask": mask}
+
+
+def read_ok_masks(
+    output: str,
+    filters: list[tuple[str, str, Any]] | None,
+    limit: int | None,
+    columns: Sequence[str] = (),
+    kinds: Sequence[str] | None = ("mask",),
+) -> Iterator[dict[str, Any]]:
+    """The rows that have a mask, as `read_masks` yields them, with a bar on a terminal.
+
+    Args:
+        output: the run's OUTPUT folder.
+        filters: which rows, as a list of (column, operator, value).
+        limit: rows at most.
+        columns: those wanted beside what names a row's file: image_id, image_uri, selector, prompt and kind.
+        kinds: of rows, where the filters name none.
+
+    Raises:
+        ConfigError: as `read_masks` raises it.
+    """
+    chosen = choose_rows(filters, kinds)
+    rows = read_masks(output, chosen, columns=["image_id", "image_uri", "selector", "prompt", "kind", *columns])
+    total = open_results(output).count_rows(filter=pq.filters_to_expression(chosen))
+    total = total if limit is None else min(total, limit)
+    yield from tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty())
+
+
+def choose_rows(filters: list[tuple[str, str, Any]] | None, kinds: Sequence[str] | None) -> list[tuple[str, str, Any]]:
+    """Filters for rows that have a mask, of these kinds where the filters given name none."""
+    names_kinds = kinds is None or any(column == "kind" for column, *_ in filters or ())
+    return [("status", "==", "ok"), *(filters or ()), *([] if names_kinds else [("kind", "in", list(kinds or ()))])]
 
 
 def open_results(uri: str) -> ds.Dataset:

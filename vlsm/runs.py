@@ -18,8 +18,8 @@ from vlsm import storage
 from vlsm.archive import Archive, open_archive
 from vlsm.checkpoints import digest_files, parse_settings, read_checkpoint
 from vlsm.config import SegmentSettings
-from vlsm.containers import Look
 from vlsm.errors import ConfigError, ResultError, VlsmError
+from vlsm.formats.containers import Look
 from vlsm.manifest import Plan, list_plans, new_plan_id, remove_plan, write_manifest
 from vlsm.planner import Planner
 from vlsm.proof import RunState

@@ -14,9 +14,9 @@ import numpy as np
 
 from vlsm import storage
 from vlsm.config import SegmentSettings
-from vlsm.containers import Look, is_archive, is_compressed_tar, kind_of, list_images, split_selector
 from vlsm.errors import ImageError
 from vlsm.fetch import check_size, image_errors, read_image_bytes, read_patiently
+from vlsm.formats.containers import Look, is_archive, is_compressed_tar, kind_of, list_images, split_selector
 from vlsm.images import decode_image
 
 _BLOCK = 1 << 20  # bytes that are asked of a store at once, of an archive that is read in order
@@ -27,11 +27,12 @@ class Content:
     """The bytes of a file or of an archive's member, of which one image is wanted or several.
 
     Attributes:
-        sha256: of the bytes.
+        data: the bytes.
+        sha256: of them.
     """
 
     def __init__(self, data: bytes, name: str, kind: str | None, settings: SegmentSettings) -> None:
-        self._data, self._name, self._kind, self._settings = data, name, kind, settings
+        self.data, self._name, self._kind, self._settings = data, name, kind, settings
         self.sha256 = hashlib.sha256(data).hexdigest()
 
     def digest(self, frame: str | None) -> str:
@@ -52,21 +53,21 @@ class Content:
         number = int(frame.partition("=")[2]) if frame else 0
         if self._kind == "dicom":
             return self._dicom.decode(number)
-        return decode_image(self._data, self._name, self._settings.max_pixels, number)
+        return decode_image(self.data, self._name, self._settings.max_pixels, number)
 
     @functools.cached_property
     def _volume(self) -> Any:
-        from vlsm.nifti import NiftiImages
+        from vlsm.formats.nifti import NiftiImages
 
         settings = self._settings
         how = settings.window, settings.slices, settings.max_image_bytes
-        return NiftiImages(self._data, self._name, settings.max_pixels, *how)
+        return NiftiImages(self.data, self._name, settings.max_pixels, *how)
 
     @functools.cached_property
     def _dicom(self) -> Any:
-        from vlsm.dicom import DicomImages
+        from vlsm.formats.dicom import DicomImages
 
-        return DicomImages(self._data, self._name, self._settings.max_pixels, self._settings.window)
+        return DicomImages(self.data, self._name, self._settings.max_pixels, self._settings.window)
 
 
 class Reader:
@@ -122,7 +123,7 @@ class Reader:
         name = uri if member is None else f"{uri}#{member}"
         kind = kind_of(member or uri)
         if kind == "dicom?":
-            from vlsm.dicom import is_dicom
+            from vlsm.formats.dicom import is_dicom
 
             kind = "dicom" if is_dicom(data[:132]) else None
         return Content(data, name, kind, settings)

@@ -12,12 +12,12 @@ import numpy as np
 from pydicom import uid
 from pydicom.dataset import Dataset
 
-from vlsm.dicom_header import quiet, read_header
-from vlsm.dicom_pixels import paint_palette, read_frame
 from vlsm.errors import ImageError
-from vlsm.windowing import Window, as_rgb, scale_to_bytes, value_range, window_edges
+from vlsm.formats.dicom_header import quiet, read_header
+from vlsm.formats.dicom_pixels import paint_palette, read_frame
+from vlsm.formats.windowing import Window, as_rgb, scale_to_bytes, value_range, window_edges
 
-_PIXEL_DATA = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+PIXEL_DATA_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _HEADER_TAGS = [0x00080016, 0x00280002, 0x00280008, 0x00280010, 0x00280011, 0x00280100]
 _IMAGE_TAGS = [
     *range(0x00280002, 0x00280012),  # the size and kind of pixels
@@ -29,7 +29,7 @@ _IMAGE_TAGS = [
     *range(0x00281221, 0x00281224),
     *(0x00283000, 0x00283010),  # lookup tables
     *(0x52009229, 0x52009230),  # shared and per-frame functional groups
-    *(0x7FE00001, 0x7FE00002, *_PIXEL_DATA),
+    *(0x7FE00001, 0x7FE00002, *PIXEL_DATA_TAGS),
 ]
 _MAX_HEADER_BYTES = 4 << 20  # of a deflated object, to see how many frames it has
 
@@ -138,7 +138,7 @@ class DicomImages:
             self._dataset = read_header(io.BytesIO(data), None, _IMAGE_TAGS, max_bytes, name)
             height, width = int(self._dataset.get("Rows") or 0), int(self._dataset.get("Columns") or 0)
             self.num_frames = int(self._dataset.get("NumberOfFrames") or 1)
-        if not any(tag in self._dataset for tag in _PIXEL_DATA):
+        if not any(tag in self._dataset for tag in PIXEL_DATA_TAGS):
             raise ImageError("corrupt", f"{name} is a DICOM object without pixels, or ends before them")
         if height * width > max_pixels:
             raise ImageError(

@@ -146,7 +146,7 @@ def _list_frames(open_file: Open, name: str, kind: str | None, look: Look) -> li
 def _read_size(file: BinaryIO, kind: str | None) -> tuple[int, int]:
     """Height and width of what a file shows, from its header; slices of volumes are small."""
     if kind in ("dicom", "dicom?"):
-        from vlsm.dicom import read_size
+        from vlsm.formats.dicom import read_size
 
         return read_size(file)
     if kind == "nifti":
@@ -163,10 +163,10 @@ def _select_frames(open_file: Open, name: str, kind: str | None, axis: str) -> S
             pages = _list_pages(file, name)
             return [f"page={page}" for page in pages] if len(pages) > 1 else [None]
         if kind == "nifti":
-            from vlsm.nifti import list_slices
+            from vlsm.formats.nifti import list_slices
 
             return list_slices(file, name, axis)
-        from vlsm.dicom import count_frames, is_dicom
+        from vlsm.formats.dicom import count_frames, is_dicom
 
         if kind == "dicom?" and not is_dicom(file.read(132)):
             return []

@@ -1,7 +1,6 @@
 """One frame of a DICOM object as its stored values, and what must be known before a decoder may see it."""
 
 import struct
-from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -13,8 +12,9 @@ from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import as_pixel_options, pixel_array
 
 from vlsm.errors import ImageError
+from vlsm.formats.codestreams import check_lossless, codestream_size
 
-# One decoder each, and the one that minds damage the most; GDCM, which guesses, where there is no other.
+# One decoder each, and the one that minds damage the most; GDCM, which does not, where there is no other.
 _PLUGINS = {
     uid.JPEGBaseline8Bit: "pillow",
     uid.JPEGExtended12Bit: "pillow",
@@ -50,7 +50,10 @@ def read_frame(dataset: Dataset, frame: int, name: str) -> np.ndarray:
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax in _NATIVE:
         return pixel_array(dataset, index=frame)
-    if syntax != uid.RLELossless and syntax not in _PLUGINS:
+    is_12_bit = (
+        syntax == uid.JPEGExtended12Bit and dataset.BitsStored > 8
+    )  # no decoder under a free licence has it right
+    if is_12_bit or (syntax != uid.RLELossless and syntax not in _PLUGINS):
         known = syntax.name if syntax.name != syntax else "unknown"
         raise ImageError("corrupt", f"{name} is encoded in a way that is not supported: {known}")
     options = as_pixel_options(dataset)
@@ -66,46 +69,9 @@ def read_frame(dataset: Dataset, frame: int, name: str) -> np.ndarray:
     if found != (options["rows"], options["columns"], options["samples_per_pixel"]):
         # a decoder allocates what the codestream asks for
         raise ImageError("corrupt", f"{name}: the size of frame {frame} in its codestream is not that of its header")
+    if _PLUGINS[syntax] == "gdcm":
+        check_lossless(encoded, options["bits_allocated"])
     return pixel_array(dataset, index=frame, decoding_plugin=_PLUGINS[syntax])
-
-
-def codestream_size(encoded: bytes) -> tuple[int, int, int] | None:
-    """The (height, width, components) that a JPEG, JPEG-LS or JPEG 2000 codestream tells; None where it tells none."""
-    try:
-        if encoded[:2] == b"\xff\xd8":
-            return _jpeg_size(encoded)
-        start = _jp2_codestream(encoded) if encoded[4:8] == b"jP  " else 0
-        if encoded[start : start + 4] != b"\xff\x4f\xff\x51":
-            return None
-        width, height, left, top = struct.unpack_from(">4I", encoded, start + 8)
-        return height - top, width - left, struct.unpack_from(">H", encoded, start + 40)[0]
-    except (struct.error, IndexError):
-        return None
-
-
-def _jpeg_size(encoded: bytes) -> tuple[int, int, int] | None:
-    """Of the frame header (ITU-T T.81, B.2.2): SOF0 to SOF15 without DHT, JPG and DAC, and JPEG-LS's SOF55."""
-    place = 2
-    while encoded[place] == 0xFF:
-        marker = encoded[place + 1]
-        if marker == 0xFF:  # fill bytes may stand before a marker
-            place += 1
-        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return cast(tuple[int, int, int], struct.unpack_from(">HHB", encoded, place + 5))
-        else:
-            place += 2 + struct.unpack_from(">H", encoded, place + 2)[0]
-    return None
-
-
-def _jp2_codestream(encoded: bytes) -> int:
-    """Where the codestream of a JP2 file begins (ISO/IEC 15444-1, I.4): inside the first box of type jp2c."""
-    place = 0
-    while encoded[place + 4 : place + 8] != b"jp2c":
-        length = struct.unpack_from(">I", encoded, place)[0]
-        if length < 8:
-            raise IndexError
-        place += length
-    return place + 8
 
 
 def _decode_rle(encoded: bytes, options: dict) -> np.ndarray:  # type: ignore[type-arg]

@@ -72,7 +72,7 @@ def _inflate(file: BinaryIO, max_bytes: int) -> tuple[bytes, bool]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is warned of or logged by pydicom meanwhile, since it would quote values; the last thread ends it.
+    """Nothing is warned of or logged by pydicom and highdicom meanwhile: they quote values. The last thread ends it.
 
     Numbers that are written against the standard are read all the same.
     """
@@ -84,9 +84,9 @@ def quiet() -> Iterator[None]:
             _before_quiet.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             _before_quiet.enter_context(pydicom.config.disable_value_validation())
-            log = logging.getLogger("pydicom")
-            _before_quiet.callback(log.setLevel, log.level)
-            log.setLevel(logging.CRITICAL + 1)
+            for log in (logging.getLogger("pydicom"), logging.getLogger("highdicom")):
+                _before_quiet.callback(log.setLevel, log.level)
+                log.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:

@@ -1,0 +1,392 @@
+import io
+import json
+import tarfile
+import zipfile
+
+import highdicom as hd
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import yaml
+from PIL import Image
+from pydicom import uid
+from pydicom.data import get_testdata_file
+
+from tests.test_dicom import FRAMES, SECRET, items, make
+from tests.test_dicom import save as save_dicom
+from tests.test_nifti import BODY, STORED, store
+from tests.test_nifti import save as save_nifti
+from vlsm import export
+from vlsm.exports.origins import Source, file_id, source_of
+from vlsm.formats.nifti import read_grid
+from vlsm.masks import encode_mask
+from vlsm.results import write_part
+
+UIDS = {"StudyInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2.3.4", "SOPInstanceUID": "1.2.3.4.5", "Modality": "OT"}
+
+
+def row(uri, mask, prompt="polyp", selector=None, **more):
+    image_id = more.pop("image_id", str(uri).rsplit("/", 1)[-1] + (f"#{selector}" if selector else ""))
+    told = {"image_id": image_id, "image_uri": str(uri), "selector": selector, "prompt": prompt, "kind": "mask"}
+    told |= {"height": mask.shape[0], "width": mask.shape[1], "mask_rle": encode_mask(mask), "area_px": int(mask.sum())}
+    return told | {"confidence": 0.5, "model": "clipseg @ abcdef", "status": "ok"} | more
+
+
+def png(array):
+    sink = io.BytesIO()
+    Image.fromarray(array).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def label_row(uri, labels, names, **more):
+    return row(uri, (labels > 0).astype(np.uint8), json.dumps(names), kind="labels", label_map=png(labels), **more)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, name="out", parts=1, **settings):
+        output = tmp_path / name
+        for number in range(parts):
+            part = rows[number * len(rows) // parts : (number + 1) * len(rows) // parts]
+            write_part(str(output), number, part, "run", 0)
+        record = {"config": {"prompts": ["polyp", "fold"]} | settings, "plan": {}, "planned_at": "2026-01-02T03:04:05"}
+        (output / "config.yaml").write_text(yaml.safe_dump(record))
+        return str(output)
+
+    return write
+
+
+def run(output, kind, folder, *words):
+    assert export.main([output, str(folder), "--format", kind, *words]) == 0
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def checkers(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 2, shape, dtype=np.uint8)
+
+
+# --- NIfTI
+
+
+def slice_rows(path, axis, prompts=("polyp",), skip=()):
+    """A row per slice and prompt of a NIfTI file; and for each prompt the volume that they are slices of."""
+    with path.open("rb") as file:
+        grid = read_grid(file, str(path), axis)
+    volumes = {prompt: checkers((*grid.shape, grid.num_volumes), n) for n, prompt in enumerate(prompts)}
+    rows = []
+    for selector in grid.selectors():
+        for prompt, volume in volumes.items():
+            if selector in skip:
+                grid.slice_of(volume, selector)[...] = 0
+            else:
+                rows.append(row(path, np.array(grid.slice_of(volume, selector)), prompt, selector))
+    return rows, volumes
+
+
+@pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("stored", STORED)
+def test_masks_of_slices_are_a_volume_again(tmp_path, write, axis, stored):
+    array, affine = store(*STORED[stored])
+    path = tmp_path / "body.nii.gz"
+    nib.save(nib.Nifti1Image(array, affine), path)
+    rows, volumes = slice_rows(path, axis, ("polyp", "fold"))
+    output = write(rows, parts=2, slices=axis)
+    assert run(output, "nifti", tmp_path / "x") == ["body.nii.gz.fold.nii.gz", "body.nii.gz.polyp.nii.gz"]
+    for prompt, volume in volumes.items():
+        image = nib.load(tmp_path / "x" / f"body.nii.gz.{prompt}.nii.gz")
+        np.testing.assert_array_equal(np.asarray(image.dataobj), volume[..., 0])
+        np.testing.assert_allclose(image.affine, affine, atol=1e-6)
+        assert image.get_data_dtype() == np.uint8
+
+
+def test_slices_without_a_mask_are_zero_and_told(tmp_path, write, caplog):
+    path = tmp_path / "four.nii"
+    path.write_bytes(save_nifti(np.zeros((3, 4, 2, 2), np.int16)))
+    rows, volumes = slice_rows(path, "axial", skip=["volume=1,slice=0"])
+    failed = {**rows[0], "selector": "volume=1,slice=0", "status": "failed", "error": "corrupt: x", "mask_rle": None}
+    run(write([*rows, failed]), "nifti", tmp_path / "x")
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "x/four.nii.polyp.nii.gz").dataobj), volumes["polyp"])
+    assert "1 of 4 slices have no mask of 'polyp'" in caplog.text
+
+
+def test_label_maps_of_slices_are_a_volume_of_labels(tmp_path, write):
+    path = tmp_path / "body.nii"
+    path.write_bytes(save_nifti(BODY))
+    rows = [label_row(path, np.full((3, 2), n, np.uint8), ["a", "b", "c"], selector=f"slice={n}") for n in range(4)]
+    (name,) = run(write(rows), "nifti", tmp_path / "x")
+    assert name.endswith(".labels.nii.gz")
+    labels = np.asarray(nib.load(tmp_path / "x" / name).dataobj)
+    assert [np.unique(labels[..., n]).tolist() for n in range(4)] == [[0], [1], [2], [3]]
+
+
+def test_other_images_are_volumes_of_one_slice(tmp_path, write):
+    mask = checkers((3, 5))
+    run(write([row(tmp_path / "a.png", mask)]), "nifti", tmp_path / "x")
+    image = nib.load(tmp_path / "x" / "a.png.polyp.nii.gz")
+    assert image.shape == (5, 3, 1)
+    assert image.affine.tolist() == np.eye(4).tolist()
+    np.testing.assert_array_equal(np.asarray(image.dataobj)[:, :, 0].T, mask)
+
+
+def test_a_volume_that_is_gone_or_another_costs_only_its_own(tmp_path, write, caplog):
+    path = tmp_path / "body.nii"
+    path.write_bytes(save_nifti(BODY))
+    rows, _ = slice_rows(path, "axial")
+    gone = [one | {"image_uri": str(tmp_path / "gone.nii")} for one in rows]
+    small = tmp_path / "small.nii"
+    small.write_bytes(save_nifti(BODY[:, :2]))
+    other = [one | {"image_uri": str(small)} for one in rows]
+    assert run(write([*gone, *other, *rows]), "nifti", tmp_path / "x") == ["body.nii.polyp.nii.gz"]
+    assert "there is no file" in caplog.text
+    assert "small.nii changed its shape" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_members_of_packed_files_are_found(tmp_path, write, kind):
+    content, path = save_nifti(BODY), tmp_path / f"all.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as packed:
+            packed.writestr("a/body.nii", content)
+    else:
+        with tarfile.open(path, "w") as packed:
+            info = tarfile.TarInfo("a/body.nii")
+            info.size = len(content)
+            packed.addfile(info, io.BytesIO(content))
+    plain = tmp_path / "body.nii"
+    plain.write_bytes(content)
+    rows, volumes = slice_rows(plain, "axial")
+    rows = [
+        one
+        | {
+            "image_uri": str(path),
+            "selector": f"a/body.nii#{one['selector']}",
+            "image_id": f"{path.name}#a/body.nii#{one['selector']}",
+        }
+        for one in rows
+    ]
+    rows.append(row(path, checkers((2, 2)), selector="b.nii#slice=0"))
+    assert run(write(rows), "nifti", tmp_path / "x") == [f"all.{kind}#a/body.nii.polyp.nii.gz"]
+    image = nib.load(tmp_path / "x" / f"all.{kind}#a" / "body.nii.polyp.nii.gz")
+    np.testing.assert_array_equal(np.asarray(image.dataobj), volumes["polyp"][..., 0])
+
+
+def test_selectors_name_a_file_and_an_image_of_it():
+    def told(selector):
+        return source_of({"image_uri": "u", "selector": selector})
+
+    assert told(None) == (Source("u", None), None)
+    assert told("frame=3") == (Source("u", None), "frame=3")
+    assert told("a/b.png") == (Source("u", "a/b.png"), None)
+    assert told("a/b#1.dcm#volume=2,slice=17") == (Source("u", "a/b#1.dcm"), "volume=2,slice=17")
+    assert file_id({"image_id": "p#a.dcm#frame=3", "image_uri": "u", "selector": "a.dcm#frame=3"}) == "p#a.dcm"
+    assert file_id({"image_id": "case 7", "image_uri": "u", "selector": "frame=3"}) == "case 7"
+
+
+# --- label maps
+
+
+def test_masks_become_label_maps_in_the_order_of_the_prompts(tmp_path, write):
+    left = np.array([[1, 1, 0]], np.uint8)
+    right = np.array([[0, 1, 1]], np.uint8)
+    rows = [
+        row("x/a.png", left, "fold", confidence=0.9),
+        row("x/a.png", right, "polyp", confidence=0.6),
+        row("x/b.png", left, "fold", confidence=0.6),
+        row("x/b.png", right, "polyp", confidence=0.9),
+        row("x/b.png", right, "polyp", kind="member 1"),
+        row("x/c.png", left, "other"),
+    ]
+    output = write(rows)
+    assert run(output, "labels", tmp_path / "x") == [*(f"{name}.png.labels.png" for name in "abc"), "labels.json"]
+    shown = {name: np.asarray(Image.open(tmp_path / "x" / f"{name}.png.labels.png")).tolist() for name in "abc"}
+    assert shown == {"a": [[2, 2, 1]], "b": [[2, 1, 1]], "c": [[3, 3, 0]]}
+    names = json.loads((tmp_path / "x" / "labels.json").read_text())
+    assert names == {"0": "background", "1": "polyp", "2": "fold", "3": "other"}
+    assert run(output, "labels", tmp_path / "y", "--filter", "image_id = b.png") == ["b.png.labels.png", "labels.json"]
+
+
+def test_label_maps_of_the_run_are_written_as_they_are(tmp_path, write):
+    labels = np.array([[0, 1], [2, 2]], np.uint8)
+    stored = label_row("x/a.png", labels, ["cyst", "stone"])
+    output = write([row("x/a.png", (labels == 1).astype(np.uint8), "cyst"), stored])
+    run(output, "labels", tmp_path / "x")
+    assert (tmp_path / "x" / "a.png.labels.png").read_bytes() == stored["label_map"]
+    assert json.loads((tmp_path / "x" / "labels.json").read_text()) == {"0": "background", "1": "cyst", "2": "stone"}
+
+
+def test_masks_labels_and_members_do_not_share_a_file(tmp_path, write):
+    mask = checkers((2, 2))
+    rows = [row("x/a.png", mask), row("x/a.png", mask, kind="member 1"), row("x/a.png", mask, kind="member 2")]
+    output = write(rows)
+    assert run(output, "masks", tmp_path / "x") == ["a.png.polyp.png"]
+    assert run(output, "masks", tmp_path / "x", "--filter", "kind != mask") == [
+        "a.png.polyp.member_1.png",
+        "a.png.polyp.member_2.png",
+        "a.png.polyp.png",
+    ]
+
+
+# --- DICOM
+
+
+def read_seg(path):
+    return hd.seg.segread(path)
+
+
+def frames_of(seg, source):
+    """(frames, H, W, segments) as highdicom reads them, of all frames of the source."""
+    numbers = range(1, int(source.get("NumberOfFrames", 1)) + 1)
+    return seg.get_pixels_by_source_frame(
+        source.SOPInstanceUID,
+        numbers,
+        combine_segments=False,
+        assert_missing_frames_are_empty=True,
+        ignore_spatial_locations=True,
+    )
+
+
+def test_a_plain_image_becomes_a_segmentation_with_a_segment_per_prompt(tmp_path, write):
+    source = get_testdata_file("CT_small.dcm", download=False)
+    masks = {"fold": checkers((128, 128), 1), "polyp": checkers((128, 128), 2)}
+    rows = [row(source, mask, prompt) for prompt, mask in masks.items()]
+    rows.append(row(source, masks["fold"], "polyp", kind="member 1"))
+    assert run(write(rows), "dicom-seg", tmp_path / "x") == ["CT_small.dcm.seg.dcm"]
+    seg, ct = read_seg(tmp_path / "x" / "CT_small.dcm.seg.dcm"), pydicom.dcmread(source)
+    assert [item.SegmentLabel for item in seg.SegmentSequence] == ["polyp", "fold"]
+    pixels = seg.get_pixels_by_source_instance(
+        [ct.SOPInstanceUID], combine_segments=False, ignore_spatial_locations=True
+    )
+    np.testing.assert_array_equal(pixels[0], np.stack([masks["polyp"], masks["fold"]], axis=-1))
+    assert seg.SegmentationType == "BINARY"
+    assert (seg.PatientID, seg.StudyInstanceUID, seg.FrameOfReferenceUID) == (
+        ct.PatientID,
+        ct.StudyInstanceUID,
+        ct.FrameOfReferenceUID,
+    )
+    algorithm = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0]
+    assert (algorithm.AlgorithmName, algorithm.AlgorithmVersion) == ("clipseg", "abcdef")
+
+
+def many(tmp_path, name="cine.dcm", **elements):
+    path = tmp_path / name
+    path.write_bytes(save_dicom(make(FRAMES, frames=3, **UIDS | elements)))
+    return path
+
+
+def test_frames_become_one_segmentation_and_the_same_again(tmp_path, write):
+    path = many(tmp_path)
+    masks = checkers((3, 4, 5))
+    masks[1] = 0
+    rows = [row(path, mask, "polyp", f"frame={frame}") for frame, mask in enumerate(masks)]
+    output = write(rows, parts=3)
+    assert run(output, "dicom-seg", tmp_path / "x") == ["cine.dcm.seg.dcm"]
+    seg = read_seg(tmp_path / "x" / "cine.dcm.seg.dcm")
+    np.testing.assert_array_equal(frames_of(seg, pydicom.dcmread(path))[..., 0], masks)
+    run(output, "dicom-seg", tmp_path / "y")
+    assert (tmp_path / "x/cine.dcm.seg.dcm").read_bytes() == (tmp_path / "y/cine.dcm.seg.dcm").read_bytes()
+    other = [one | {"model": "clipseg @ 123456"} for one in rows]
+    run(write(other, "other"), "dicom-seg", tmp_path / "z")
+    assert read_seg(tmp_path / "z" / "cine.dcm.seg.dcm").SOPInstanceUID != seg.SOPInstanceUID
+
+
+def test_frames_with_places_in_the_patient_keep_them(tmp_path, write):
+    places = [[0, 0, 10], [0, 0, 0], [0, 0, 5]]  # not in order
+    enhanced = many(
+        tmp_path,
+        "ct.dcm",
+        FrameOfReferenceUID="1.2.9",
+        SOPClassUID=uid.EnhancedCTImageStorage,
+        SharedFunctionalGroupsSequence=items(
+            PixelMeasuresSequence=items(PixelSpacing=[1, 1], SliceThickness=5),
+            PlaneOrientationSequence=items(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
+        ),
+        PerFrameFunctionalGroupsSequence=[
+            items(PlanePositionSequence=items(ImagePositionPatient=place))[0] for place in places
+        ],
+    )
+    masks = checkers((3, 4, 5))
+    rows = [row(enhanced, mask, "polyp", f"frame={frame}") for frame, mask in enumerate(masks)]
+    run(write(rows), "dicom-seg", tmp_path / "x")
+    seg = read_seg(tmp_path / "x" / "ct.dcm.seg.dcm")
+    np.testing.assert_array_equal(frames_of(seg, pydicom.dcmread(enhanced))[..., 0], masks)
+    shown = {
+        tuple(group.PlanePositionSequence[0].ImagePositionPatient): seg.pixel_array[number].tolist()
+        for number, group in enumerate(seg.PerFrameFunctionalGroupsSequence)
+    }
+    assert shown == {tuple(place): mask.tolist() for place, mask in zip(places, masks, strict=True)}
+
+
+def test_label_maps_are_segments(tmp_path, write):
+    path = many(tmp_path)
+    labels = np.random.default_rng(1).integers(0, 3, (3, 4, 5), dtype=np.uint8)
+    names = ["a" * 80, "a" * 90]
+    rows = [label_row(path, one, names, selector=f"frame={frame}") for frame, one in enumerate(labels)]
+    run(write(rows), "dicom-seg", tmp_path / "x")
+    seg = read_seg(tmp_path / "x" / "cine.dcm.seg.dcm")
+    assert [item.SegmentLabel for item in seg.SegmentSequence] == ["a" * 64, "a" * 61 + " ~2"]
+    pixels = frames_of(seg, pydicom.dcmread(path))
+    for number in (1, 2):
+        np.testing.assert_array_equal(pixels[..., number - 1], labels == number)
+
+
+def test_empty_masks_are_a_segmentation_too(tmp_path, write):
+    path = many(tmp_path)
+    rows = [row(path, np.zeros((4, 5), np.uint8), selector=f"frame={frame}") for frame in range(3)]
+    run(write(rows), "dicom-seg", tmp_path / "x")
+    assert not read_seg(tmp_path / "x" / "cine.dcm.seg.dcm").pixel_array.any()
+
+
+def test_what_cannot_be_a_segmentation_is_told_and_passed_over(tmp_path, write, caplog):
+    good, bare = many(tmp_path), many(tmp_path, "bare.dcm")
+    lacking = pydicom.dcmread(bare)
+    del lacking.StudyInstanceUID
+    lacking.save_as(bare)
+    picture = tmp_path / "a"
+    picture.write_bytes(png(np.zeros((4, 5), np.uint8)))
+    mask = checkers((4, 5))
+    rows = [row(path, mask, selector="frame=0") for path in (good, bare, tmp_path / "gone.dcm")]
+    rows += [row(picture, mask), row("x/b.png", mask), row(good, checkers((9, 9)), selector="frame=0", image_id="c")]
+    assert run(write(rows), "dicom-seg", tmp_path / "x") == ["cine.dcm.seg.dcm"]
+    assert "2 masks are of images that are not DICOM" in caplog.text
+    assert "bare.dcm lacks what a DICOM segmentation needs (StudyInstanceUID)" in caplog.text
+    assert "there is no file" in caplog.text
+    assert "cine.dcm changed its shape" in caplog.text
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MR_small.dcm", "examples_ybr_color.dcm", "examples_palette.dcm", "SC_rgb_rle_2frame.dcm"],
+)
+def test_sources_of_other_makers_are_accepted(tmp_path, write, name, capfd):
+    path = get_testdata_file(name, download=False)
+    source = pydicom.dcmread(path)
+    num_frames = int(source.get("NumberOfFrames", 1))
+    masks = checkers((num_frames, source.Rows, source.Columns))
+    rows = [row(path, mask, selector=f"frame={frame}" if num_frames > 1 else None) for frame, mask in enumerate(masks)]
+    run(write(rows), "dicom-seg", tmp_path / "x")
+    seg = read_seg(tmp_path / "x" / f"{name}.seg.dcm")
+    assert seg.pixel_array.sum() == masks.sum()
+    kinds = {one.value for one in seg.iterall() if one.keyword == "ReferencedSOPClassUID"}
+    assert kinds == {source.SOPClassUID}
+    assert str(source.get("PatientName", "?")) not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("kind", ["labels", "nifti", "dicom-seg"])
+def test_no_file_leaves_its_folder(tmp_path, write, kind):
+    path = many(tmp_path)
+    mask = checkers((4, 5))
+    ids = ["../../out", "/etc/x", "a/../../b", "n" * 300, "line\nbreak"]
+    rows = [row(path, mask, selector=f"frame={n % 3}", image_id=f"{one}#frame={n % 3}") for n, one in enumerate(ids)]
+    output = write(rows)
+    before = {file for file in tmp_path.rglob("*") if file.is_file()}
+    run(output, kind, tmp_path / "x")
+    new = {file for file in tmp_path.rglob("*") if file.is_file()} - before
+    assert new
+    assert all(file.is_relative_to(tmp_path / "x") for file in new)
+
+
+def test_limits_count_rows(tmp_path, write):
+    rows = [row(f"x/{name}.png", checkers((2, 3))) for name in "abc"]
+    assert len(run(write(rows), "nifti", tmp_path / "x", "--limit", "2")) == 2

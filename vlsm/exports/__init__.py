@@ -1,0 +1,1 @@
+"""The files that masks of a run are written as for other tools."""

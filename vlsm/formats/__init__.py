@@ -1,0 +1,1 @@
+"""File formats that hold one image or many: what is in them, and their pixels."""
