@@ -171,7 +171,7 @@ def _select_frames(open_file: Open, name: str, kind: str | None, axis: str) -> S
         if kind == "dicom?" and not is_dicom(file.read(132)):
             return []
         file.seek(0)
-        count = count_frames(file)
+        count = count_frames(file, name)
         return [f"frame={frame}" for frame in range(count)] if count > 1 else [None] * count
 
 
