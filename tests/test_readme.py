@@ -4,12 +4,25 @@ from pathlib import Path
 
 import pytest
 
+from vlsm.checkpoints import Calibration
 from vlsm.models import MODELS
 from vlsm.results import write_part
 from vlsm.schema import RESULT_SCHEMA
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOUND = Calibration(
+    temperature=1,
+    threshold=0.5,
+    num_images=1,
+    error_before=0,
+    error_after=0,
+    dice_at_half=1,
+    dice=1,
+    min_confidence=None,
+    area_fraction=(0, 1),
+    reliability=[],
+)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
 
 
@@ -34,7 +47,7 @@ def test_the_map_names_every_module():
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
 def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     from jobs import benchmark, segment, train
-    from vlsm import checkpoints, export
+    from vlsm import calibration, checkpoints, export
     from vlsm.models import __main__ as models
 
     module, *words = shlex.split(command, comments=True)[2:]
@@ -45,6 +58,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(train, "dry_run", lambda settings: seen.append(settings))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
+    monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *args: seen.append(args) or FOUND)
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
     monkeypatch.setattr(benchmark, "benchmark_models", lambda args: seen.append(args))
@@ -56,6 +70,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
         "jobs.train": train.main,
         "jobs.benchmark": benchmark.main,
         "vlsm.export": export.main,
+        "vlsm.calibration": calibration.main,
         "vlsm.checkpoints": checkpoints.main,
         "vlsm.models": models.main,
     }

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlsm.cleaning import clean_mask
-from vlsm.config import SegmentSettings
+from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.masks import MaskRecord, describe_mask, enlarge_logits, logit, probabilities
 from vlsm.tiles import plan_windows, probability_map
 
@@ -38,7 +38,8 @@ def describe_image(
         best, labels = np.zeros(size, np.float32, order="F"), np.zeros(size, dtype, order="F")
     for number, members in enumerate(prompts, start=1):
         if labels is None and len(members) == members[0].shape[0] == members[0].shape[1] == 1:
-            yield _describe_alone(members[0][0, 0], size, settings)
+            record = _describe_alone(members[0][0, 0], size, settings)
+            yield replace(record, review=judge(record, settings.review))
             continue
         mean, mask, records = _describe_members(members, size, settings)
         yield from records
@@ -81,7 +82,19 @@ def _describe_members(
     mask = clean_mask(votes > 0.5 + 1e-6 if settings.combine == "vote" else mean >= threshold, settings.clean)
     dices = [_dice(one, other) for one, other in itertools.combinations(masks, 2)]
     combined = replace(describe_mask(mask, mean), agreement=float(np.mean(dices)) if dices else None)
-    return mean, mask, [combined, *records]
+    return mean, mask, [replace(combined, review=judge(combined, settings.review)), *records]
+
+
+def judge(record: MaskRecord, settings: ReviewSettings) -> str | None:
+    """Why somebody should look at a mask, if so: "low confidence", "low agreement", "odd area", or several of them."""
+    low, high = settings.area_fraction or (0, 1)
+    least = {"confidence": settings.min_confidence, "agreement": settings.min_agreement}
+    reasons = [
+        f"low {name}"
+        for name, limit in least.items()
+        if limit is not None and (value := getattr(record, name)) is not None and value < limit
+    ]
+    return ", ".join([*reasons, *([] if low <= record.area_fraction <= high else ["odd area"])]) or None
 
 
 def _dice(one: np.ndarray, other: np.ndarray) -> float:

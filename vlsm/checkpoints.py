@@ -45,6 +45,32 @@ class _ImageSettings(Settings):
     std: tuple[float, float, float]
 
 
+class Calibration(Settings):
+    """What was found on validation images (`vlsm.calibration`).
+
+    Attributes:
+        temperature: by which logits are divided.
+        threshold: a probability, after that.
+        num_images: that were used.
+        error_before, error_after: expected calibration error, without and with the temperature.
+        dice_at_half, dice: mean over the images, at a threshold of 0.5 and at the one found.
+        min_confidence: below it masks are mostly bad; None where there were no bad ones.
+        area_fraction: between which nearly all masks lie.
+        reliability: mean probability, share of foreground and share of all pixels, bin by bin.
+    """
+
+    temperature: float = Field(gt=0)
+    threshold: float = Field(gt=0, lt=1)
+    num_images: int
+    error_before: float
+    error_after: float
+    dice_at_half: float
+    dice: float
+    min_confidence: float | None
+    area_fraction: tuple[float, float]
+    reliability: list[tuple[float, float, float]]
+
+
 class CheckpointSettings(Settings):
     """The content of checkpoint.yaml."""
 
@@ -54,6 +80,7 @@ class CheckpointSettings(Settings):
     threshold: float = Field(0.5, gt=0, lt=1)
     prompt: str = ""
     versions: dict[str, str] = {}
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)

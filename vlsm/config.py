@@ -85,6 +85,16 @@ class CleanSettings(Settings):
     keep_largest: int | None = Field(None, ge=1, description="regions of a mask that are kept")
 
 
+class ReviewSettings(Settings):
+    """Which masks somebody should look at; a calibrated checkpoint tells what is not told here."""
+
+    min_confidence: float | None = Field(None, ge=0, le=1, description="masks of less are to be reviewed")
+    min_agreement: float | None = Field(0.7, ge=0, le=1, description="masks on which members agree less, too")
+    area_fraction: tuple[float, float] | None = Field(
+        None, description="masks that are smaller or larger than these shares of the image, too"
+    )
+
+
 class SegmentSettings(Settings):
     """Everything that decides a segment run's rows, and under `run` how it is carried out."""
 
@@ -108,6 +118,7 @@ class SegmentSettings(Settings):
     threshold: float | None = Field(None, gt=0, lt=1, description="a probability; the checkpoint's own unless told")
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
+    review: ReviewSettings = ReviewSettings()
     slices: Literal["axial", "coronal", "sagittal"] = Field(
         "axial", description="of volumes, each of which is an image"
     )

@@ -17,6 +17,7 @@ class MaskRecord:
     bbox: list[int] | None
     confidence: float | None
     agreement: float | None = None
+    review: str | None = None
     label_map: bytes | None = None
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from vlsm import storage
 from vlsm.archive import Archive, open_archive
-from vlsm.checkpoints import digest_files, parse_settings, read_checkpoint
-from vlsm.config import SegmentSettings
+from vlsm.checkpoints import CheckpointSettings, digest_files, parse_settings, read_checkpoint
+from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.formats.containers import Look
 from vlsm.manifest import Plan, list_plans, new_plan_id, remove_plan, write_manifest
@@ -66,7 +66,8 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
         CheckpointError: there is no usable checkpoint.
         ConfigError: the members' prompts or thresholds differ, and none were given.
     """
-    members, own = [], []
+    members: list[Member] = []
+    own: list[CheckpointSettings] = []
     for uri in (member.checkpoint for member in settings.members):
         with storage.name_errors("checkpoint", uri):
             files = read_checkpoint(uri)
@@ -76,6 +77,9 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
     prompts = settings.prompts or tuple(settings.classes) or None
     for key, given in (("prompt", prompts), ("threshold", settings.threshold)):
         found = list(dict.fromkeys(getattr(checkpoint, key) for checkpoint in own))
+        if key == "threshold" and all(checkpoint.calibration for checkpoint in own):  # each has one of its own
+            weights = [member.weight for member in settings.members]
+            found = [round(sum(w * c.threshold for w, c in zip(weights, own, strict=True)) / sum(weights), 4)]
         if given is None and len(found) > 1:
             raise ConfigError(
                 f"the members have the {key}s {', '.join(map(repr, found))}: say which counts, --set "
@@ -85,8 +89,18 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
     update = {
         "prompts": prompts or (resolved["prompt"],),
         "threshold": settings.threshold or resolved["threshold"],
+        "review": _resolve_review(settings.review, own),
     }
     return settings.model_copy(update=update), tuple(members)
+
+
+def _resolve_review(review: ReviewSettings, checkpoints: list[CheckpointSettings]) -> ReviewSettings:
+    """With what a single checkpoint's calibration tells; what holds for its confidence does not for an ensemble's."""
+    calibration = checkpoints[0].calibration
+    if len(checkpoints) > 1 or calibration is None:
+        return review
+    known = {"min_confidence": calibration.min_confidence, "area_fraction": calibration.area_fraction}
+    return review.model_copy(update={key: value for key, value in known.items() if getattr(review, key) is None})
 
 
 def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None = None) -> Archive:

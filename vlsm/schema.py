@@ -39,6 +39,7 @@ RESULT_SCHEMA = pa.schema(
         pa.field("bbox", pa.list_(pa.int32())),
         pa.field("confidence", pa.float64()),
         pa.field("agreement", pa.float64()),
+        pa.field("review", pa.string()),
         pa.field("model", pa.string(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),

@@ -36,6 +36,7 @@ class Segmenter:
         self.model = checkpoint.model.to(self.device).to(memory_format=torch.channels_last)
         self.settings = checkpoint.settings
         self.batch_size = batch_size
+        self._temperature = self.settings.calibration.temperature if self.settings.calibration else 1.0
         self._prompts = PromptCache(self.model)
 
     def segment(
@@ -77,7 +78,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def predict_logits(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Logits at the model's own size.
+        """Logits at the model's own size, divided by the checkpoint's temperature where it is calibrated.
 
         Args:
             images: (N, S, S, 3) uint8, resized by `vlsm.images.resize_image`.
@@ -112,7 +113,7 @@ class Segmenter:
                 batch = slice(start, start + self.batch_size)
                 wanted = _take(text_features, [distinct[text] for text in texts[batch]])
                 pieces.append(self.model.decode(_take(features, owners[batch]), wanted)[:, 0].float().cpu())
-        logits = torch.cat(pieces).numpy()  # (sum of T, S, S)
+        logits = (torch.cat(pieces) / self._temperature).numpy()  # (sum of T, S, S)
         return np.split(logits, np.cumsum([len(own) for own in prompts])[:-1])
 
 

@@ -1,0 +1,108 @@
+"""Temperature and threshold: what is fitted on made-up images, and what a calibrated checkpoint does."""
+
+import json
+
+import numpy as np
+import pytest
+
+import vlsm
+from vlsm import calibration
+from vlsm.answers import judge
+from vlsm.calibration import calibrate, expected_error
+from vlsm.config import ReviewSettings, SegmentSettings
+from vlsm.masks import MaskRecord
+from vlsm.runs import resolve_settings
+
+
+def draw(rng, count, temperature, shift=0.0):
+    """Images whose masks are drawn from the logits' own probabilities, and logits that are too sure by a factor."""
+    for _ in range(count):
+        true = rng.normal(-1, 2, (60, 80))
+        mask = (rng.random(true.shape) < 1 / (1 + np.exp(-true - shift))).astype(np.uint8)
+        yield true * temperature, mask
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_that_was_hidden_in_the_logits_is_found(temperature):
+    found = calibrate(draw(np.random.default_rng(0), 12, temperature))
+    assert found.temperature == pytest.approx(temperature, rel=0.03)
+    assert found.error_after < 0.01
+    assert found.error_after <= found.error_before + 1e-3
+    assert found.num_images == 12
+    assert sum(weight for *_, weight in found.reliability) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_threshold_makes_the_mean_dice_largest():
+    examples = list(draw(np.random.default_rng(1), 6, 2.0))
+    found = calibrate(iter(examples))
+
+    def mean_dice(threshold):
+        limit = found.temperature * np.log(threshold / (1 - threshold))
+        masks = [(logits >= limit, mask) for logits, mask in examples]
+        return np.mean([2 * (a & (b > 0)).sum() / (a.sum() + b.sum()) for a, b in masks])
+
+    assert found.dice == pytest.approx(mean_dice(found.threshold), abs=0.002)
+    assert found.dice >= max(mean_dice(limit) for limit in np.linspace(0.05, 0.95, 19)) - 0.002
+    assert found.dice_at_half == pytest.approx(mean_dice(0.5), abs=0.002)
+
+
+def test_the_error_is_that_of_hand_made_bins():
+    assert expected_error([(0.1, 0.2, 0.5), (0.9, 0.6, 0.5)]) == pytest.approx(0.5 * 0.1 + 0.5 * 0.3)
+
+
+def test_empty_masks_and_no_images():
+    found = calibrate([(np.full((8, 8), -5.0), np.zeros((8, 8), np.uint8))])
+    assert (found.dice, found.min_confidence, found.area_fraction) == (1, None, (0, 0))
+    with pytest.raises(vlsm.errors.ConfigError, match="no labelled images"):
+        calibrate([])
+
+
+def test_masks_of_little_confidence_are_found_where_they_are_bad():
+    rng = np.random.default_rng(2)
+    target = np.zeros((40, 40), np.uint8)
+    target[10:30, 10:30] = 1
+    good = [(np.where(target, 4.0, -4.0) + rng.normal(0, 0.1, target.shape), target) for _ in range(6)]
+    bad = [(np.where(target, -1.0, 0.6) + rng.normal(0, 0.1, target.shape), target) for _ in range(3)]
+    found = calibrate([*good, *bad])
+    assert 0.5 < found.min_confidence < 1
+    record = MaskRecord(mask_rle="", area_px=1, area_fraction=0.3, bbox=None, confidence=found.min_confidence - 0.01)
+    rule = ReviewSettings(min_confidence=found.min_confidence, area_fraction=(0.1, 0.2))
+    assert judge(record, rule) == "low confidence, odd area"
+    assert judge(record, ReviewSettings()) is None
+
+
+def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(drawn, bright_checkpoint, tmp_path, capsys):
+    words = [str(bright_checkpoint), str(tmp_path / "calibrated"), "--dataset", f"drawn={move_split(drawn, tmp_path)}"]
+    assert calibration.main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_images"] == 6 and told["error_after"] < told["error_before"]
+    plain, calibrated = (vlsm.load_checkpoint(uri) for uri in (bright_checkpoint, tmp_path / "calibrated"))
+    assert calibrated.settings.threshold == told["threshold"] and calibrated.name != plain.name
+    images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    before, after = (
+        vlsm.Segmenter(each, device="cpu").predict_logits(images, [["x"]] * 3) for each in (plain, calibrated)
+    )
+    np.testing.assert_allclose(np.array(after) * told["temperature"], before, rtol=1e-5)
+    settings, _ = resolve_settings(
+        SegmentSettings(input="", output="", members=[{"checkpoint": str(tmp_path / "calibrated")}])
+    )
+    assert settings.threshold == told["threshold"]
+    assert settings.review.min_confidence == told["min_confidence"]
+    assert settings.review.area_fraction == tuple(told["area_fraction"])
+    assert calibration.main(words) == 2
+    assert "does not exist yet" in capsys.readouterr().err
+
+
+def move_split(drawn, folder):
+    """The drawn test images as a validation split."""
+    rows = [
+        {
+            "image_uri": str(path),
+            "mask_uri": str(drawn / "masks" / "lesion" / f"{path.stem}.png"),
+            "split": "val",
+            "prompt": "bright",
+        }
+        for path in sorted((drawn / "images").iterdir())
+    ]
+    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "list.jsonl"
