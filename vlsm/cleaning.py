@@ -1,7 +1,6 @@
 """Masks without what no lesion looks like: crumbs, holes, more regions than asked for."""
 
 import numpy as np
-from scipy import ndimage
 
 from vlsm.config import CleanSettings
 
@@ -11,6 +10,10 @@ def clean_mask(mask: np.ndarray, settings: CleanSettings) -> np.ndarray:
 
     Regions hang together by pixels that share a side; of equally large ones those further left are kept.
     """
+    if settings == CleanSettings():
+        return mask
+    from scipy import ndimage  # which takes as long to load as all the rest of a task
+
     if settings.fill_holes:
         mask = ndimage.binary_fill_holes(mask.T).T
     if settings.min_area_px > 1 or settings.keep_largest is not None:
