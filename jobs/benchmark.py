@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jobs.arena import Arena
-from jobs.figures import alternate, write_json
+from jobs.figures import alternate, performance_section, write_json
 from jobs.gpu import add_arguments, measure_gpu
 from jobs.scale import measure_growth
 from jobs.torture import SCENARIOS, CannotTortureError
@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     torture.add_argument("--images", type=int, default=1000, metavar="N", help="of the archive (1000)")
     torture.add_argument("--seed", type=int, default=0, metavar="N", help="of images and moments (0)")
     torture.set_defaults(run=benchmark_torture)
+    section = commands.add_parser("section", help="the README's section of measured figures, from jobs/measured")
+    section.set_defaults(run=lambda args: print(performance_section(), end=""))
     for command in (scale, torture):
         command.add_argument("--json", metavar="FILE", help="where to write the figures too")
     args = parser.parse_args(argv)

@@ -121,3 +121,9 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
     wanted = sorted((row for row in rows if row["area_fraction"] > 0.05), key=lambda row: row["confidence"])[:50]
     assert [row[0] for row in uncertain] == [row["image_id"] for row in wanted]
     assert reasons == [("corrupt", 1)]
+
+
+def test_the_measured_figures_are_those_of_the_files():
+    from jobs.figures import performance_section
+
+    assert README.partition("<!-- measured -->\n")[2].partition("<!-- end -->")[0] == performance_section()
