@@ -113,9 +113,11 @@ class Watch:
         """Around the work on one image."""
         if self.is_careful:  # the note must have arrived before the work can kill
             self._ask("enter", position)
-        yield
-        if self.is_careful:
-            self._ask("enter", None)
+        try:
+            yield
+        finally:  # an error is no death
+            if self.is_careful:
+                self._ask("enter", None)
 
     def _ask(self, what: str, *words: Any) -> Any:
         import ray

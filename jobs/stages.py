@@ -25,7 +25,7 @@ from vlsm.manifest import planned_keys, read_shard
 from vlsm.proof import compare_shard
 from vlsm.results import read_part, write_part
 from vlsm.sources import Content, Reader, is_read_in_order
-from vlsm.tiles import plan_windows
+from vlsm.tiles import check_windows, plan_windows
 
 _PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that a row has from the plan
 
@@ -125,7 +125,7 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
     settings, count = task.settings, len(positions)
     sizes = np.zeros((max(1, count), 2), np.int32)
     fetched = _Fetched(positions, [{} for _ in positions], sizes, [None] * count, [None] * count, list(range(count)))
-    firsts: dict[str, int] = {}
+    firsts: dict[tuple[str, str | None], int] = {}
     decoding = threading.Lock()  # reads overlap; decoding keeps to one core and to one decoded image in memory
     rows, reader = images.take(pa.array(positions, pa.int64())).to_pylist(), Reader(settings)
 
@@ -143,7 +143,8 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
 
     def _decode(content: Content, frame: str | None, index: int) -> None:
         digest = fetched.hashes[index] = content.digest(frame)
-        if (first := firsts.get(digest)) is not None:
+        key = digest, content.kind  # equal bytes may be an image by one name and none by another
+        if (first := firsts.get(key)) is not None:
             fetched.twins[index] = first
             sizes[index] = sizes[first]
             return
@@ -152,13 +153,14 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
         try:
             image = content.decode(frame)
             sizes[index] = image.shape[:2]
-            windows = plan_windows(image.shape[:2], settings.tile.size, settings.tile.overlap)
+            check_windows(image.shape[:2], settings.tile, content.name)
+            windows = plan_windows(image.shape[:2], settings.tile)
             for size in set(task.image_sizes):
                 resized = [resize_image(window.cut(image), size) for window in windows]
                 fetched.pixels[index][size] = np.stack(resized)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        firsts[digest] = index
+        firsts[key] = index
 
     is_one_by_one = watch.is_careful or is_read_in_order(rows)
     with ThreadPoolExecutor(1 if is_one_by_one else settings.run.fetch_threads) as pool:

@@ -10,9 +10,9 @@ from pycocotools import mask as coco
 
 from vlsm.answers import describe_image
 from vlsm.cleaning import clean_mask
-from vlsm.config import CleanSettings, SegmentSettings
+from vlsm.config import CleanSettings, SegmentSettings, TileSettings
 from vlsm.masks import decode_mask, enlarge_logits, mask_from_logits
-from vlsm.tiles import plan_windows, probability_map
+from vlsm.tiles import count_windows, plan_windows, probability_map
 
 
 def make_settings(weights=(1,), **options):
@@ -108,7 +108,8 @@ def test_a_label_map_gives_each_pixel_to_the_most_probable_of_the_masks(weights)
 
 @pytest.mark.parametrize("size", [(100, 100), (64, 200), (333, 64), (10, 12), (65, 129)])
 def test_windows_cover_an_image_with_the_overlap_that_was_asked_for(size):
-    windows = plan_windows(size, 64, 0.25)
+    windows = plan_windows(size, TileSettings(size=64))
+    assert len(windows) == count_windows(size, 64, 0.25)
     count = np.zeros(size)
     for window in windows:
         assert (window.height, window.width) == (min(size[0], 64), min(size[1], 64))
@@ -117,18 +118,18 @@ def test_windows_cover_an_image_with_the_overlap_that_was_asked_for(size):
     for starts, length in ((sorted({w.top for w in windows}), size[0]), (sorted({w.left for w in windows}), size[1])):
         assert starts[0] == 0 and starts[-1] == max(0, length - 64)
         assert all(one - other <= 48 for other, one in itertools.pairwise(starts))
-    assert plan_windows(size, None, 0.25) == plan_windows(size, 1000, 0.25)
+    assert plan_windows(size, TileSettings()) == plan_windows(size, TileSettings(size=1000))
 
 
 def test_windows_are_joined_without_a_seam():
-    size, side = (150, 200), 64
+    size = 150, 200
     ys, xs = np.mgrid[: size[0], : size[1]]
     truth = np.sin(ys / 30) * 3 + np.cos(xs / 25) * 2
-    windows = plan_windows(size, side, 0.5)
+    windows = plan_windows(size, TileSettings(size=64, overlap=0.5))
     joined = probability_map(np.stack([window.cut(truth) for window in windows]), windows, size)
     np.testing.assert_allclose(joined, 1 / (1 + np.exp(-truth)), atol=1e-5)
     # where two windows tell different things, the probability changes from one to the other and does not jump
-    halves = plan_windows((64, 112), 64, 0.25)
+    halves = plan_windows((64, 112), TileSettings(size=64))
     joined = probability_map(np.stack([np.full((8, 8), -4.0), np.full((8, 8), 4.0)]), halves, (64, 112))
     assert joined[32, 0] < 0.02 and joined[32, -1] > 0.98
     assert 0 < np.diff(joined[32]).max() < 0.3

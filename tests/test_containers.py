@@ -1,5 +1,6 @@
 """Files that hold several images: what is found in them, and what is read of it."""
 
+import functools
 import gzip
 import io
 import tarfile
@@ -13,7 +14,7 @@ from PIL import Image
 from vlsm.archive import open_archive
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.formats.containers import kind_of, split_selector
+from vlsm.formats.frames import kind_of, split_selector
 from vlsm.sources import Reader
 
 
@@ -89,7 +90,7 @@ def test_the_images_of_an_archive_are_its_members(write):
 
 
 def test_what_was_written_last_counts_where_a_name_stands_twice(write):
-    assert list(values(write([("a.png", png(1)), ("b.png", png(2)), ("a.png", png(3))])).values()) == [3, 2]
+    assert list(values(write([("a.png", png(1)), ("b.png", png(2)), ("a.png", png(3))])).values()) == [2, 3]
 
 
 def test_members_that_are_too_large_or_empty_are_told(write):
@@ -193,6 +194,162 @@ def test_an_archive_in_a_list_is_its_images(tmp_path):
     }
 
 
+def dicom(*values):
+    """Frames of 8 x 12 pixels."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+
+    found = Dataset()
+    found.file_meta = FileMetaDataset()
+    found.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
+    found.file_meta.MediaStorageSOPClassUID = found.SOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"
+    found.file_meta.MediaStorageSOPInstanceUID = found.SOPInstanceUID = "1.2.3"
+    found.Rows, found.Columns, found.NumberOfFrames = 8, 12, len(values)
+    found.SamplesPerPixel, found.PhotometricInterpretation = 1, "MONOCHROME2"
+    found.BitsAllocated = found.BitsStored = 8
+    found.HighBit, found.PixelRepresentation = 7, 0
+    found.PixelData = np.repeat(np.array(values, np.uint8), 96).tobytes()
+    file = io.BytesIO()
+    found.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def nifti(*values):
+    import nibabel
+
+    image = nibabel.Nifti1Image(np.repeat(np.array(values, np.uint8), 96).reshape(12, 8, -1, order="F"), np.eye(4))
+    image.header["cal_max"] = 255
+    return image.to_bytes()
+
+
+def test_every_frame_of_a_member_is_an_image(write):
+    found = rows(
+        write([("l.dcm", dicom(1, 2, 3)), ("IM1", dicom(4, 5)), ("v.nii", nifti(6, 7)), ("p.tif", pages(8, 9))])
+    )
+    assert [row["selector"].rpartition("#")[2] for row in found[0]] == [
+        *(f"frame={frame}" for frame in (0, 1, 2, 0, 1)),
+        *("slice=0", "slice=1", "page=0", "page=1"),
+    ]
+    assert [read(row) for row in found[0]] == list(range(1, 10))
+    bare = [{"image_uri": row["image_uri"], "selector": row["selector"]} for row in found[0]]  # as a result has them
+    assert [read(row) for row in bare] == list(range(1, 10))
+
+
+class _Faulty:
+    """A file of which one read fails, as a store does."""
+
+    def __init__(self, file, number):
+        self.file, self.left = file, number
+
+    def read(self, *size):
+        self.left -= 1
+        if self.left == 0:
+            raise OSError("the store hiccuped")
+        return self.file.read(*size)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def _as_stored(store, uri):
+    return store, uri
+
+
+def test_a_store_that_hiccups_while_a_member_is_looked_into_costs_no_frame(write, monkeypatch):
+    from vlsm import storage
+
+    path = write([("v.nii", nifti(6, 7)), ("p.tif", pages(8, 9))])
+    wanted = [row["image_id"] for row in rows(path)[0]]
+    fs = storage.open_uri(str(path))[0]
+    for number in range(1, 12):
+        faults = iter([number])
+
+        class Store:
+            protocol, isfile, info, unstrip_protocol = "memory", fs.isfile, fs.info, staticmethod(lambda path: path)
+
+            def open(self, path, mode, faults=faults, **options):
+                return _Faulty(open(path, mode), next(faults, 0))  # noqa: SIM115 - whoever opens it closes it
+
+        monkeypatch.setattr(storage, "open_uri", functools.partial(_as_stored, Store()))
+        monkeypatch.setattr(storage, "split_scheme", lambda uri: ("memory", uri))
+        monkeypatch.setattr(storage, "_delays", lambda patience_s: iter([0.0, 0.0]))
+        assert [row["image_id"] for row in rows(path)[0]] == wanted, number
+
+
+def test_links_and_holes_in_a_tar(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")
+    (tmp_path / "c.png").symlink_to("a.png")
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("a.png", "b.png", "c.png"):
+            archive.add(tmp_path / name, arcname=name)
+    found, skipped = rows(path)
+    assert [(row["selector"], read(row)) for row in found] == [("a.png", 1), ("b.png", 1)]
+    assert skipped == Counter({"link or device": 1})
+    sparse = tarfile.TarInfo("s.bmp")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
+    path.write_bytes(sparse.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    assert list(values(path).values()) == ["unreadable"]
+
+
+def test_a_size_below_nothing_ends_a_tar(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", png(1)), ("b.png", png(2)), ("c.png", png(3))])
+    data = bytearray(path.read_bytes())
+    info = tarfile.TarInfo.frombuf(bytes(data[1024:1536]), "utf-8", "strict")
+    header = bytearray(info.tobuf())
+    header[124:136] = b"\xff" * 10 + (-1024).to_bytes(2, "big", signed=True)
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    data[1024:1536] = header
+    path.write_bytes(data)
+    assert values(path) == {"a.tar#a.png": 1, "a.tar": "corrupt"}
+
+
+def test_a_global_header_is_no_damage_and_junk_behind_a_gzip_neither(tmp_path):
+    path = tmp_path / "a.tar.gz"
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "abc"}) as archive:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(png(1))
+        archive.addfile(info, io.BytesIO(png(1)))
+    path.write_bytes(gzip.compress(file.getvalue()) + b"garbage")
+    assert values(path) == {"a.tar.gz#a.png": 1}
+
+
+def test_a_zip_cannot_unpack_more_than_it_tells(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.dcm", bytes(1 << 20), zipfile.ZIP_BZIP2)
+        archive.writestr("b.png", bytes(1 << 20), zipfile.ZIP_DEFLATED)
+    data = bytearray(path.read_bytes())
+    second = data.rindex(b"PK\x01\x02")
+    data[second + 24 : second + 28] = (1000).to_bytes(4, "little")
+    path.write_bytes(data)
+    assert list(values(path).values()) == ["unreadable", "corrupt"]
+
+
+def test_a_thumbnail_before_the_image_is_not_taken_for_it(tmp_path):
+    file = io.BytesIO()
+    first, second = (Image.fromarray(np.full((8, 12), value, np.uint8)) for value in (1, 2))
+    first.save(file, "TIFF", save_all=True, append_images=[second], tiffinfo={254: 1})
+    (tmp_path / "a.tif").write_bytes(file.getvalue())
+    found = values(tmp_path / "a.tif")
+    assert found in ({"a.tif#page=1": 2}, {"a.tif": 1})  # Pillow may write the tag into both pages
+
+
+def test_names_that_are_not_utf8_are_told_apart(tmp_path):
+    members = [(b"\xff.png".decode("utf-8", "surrogateescape"), png(1)), ("\\xff.png", png(2))]
+    found = values(write_tar(tmp_path / "a.tar", members))
+    assert len(found) == 2 and set(found.values()) == {1, 2}
+
+
+def test_an_archive_that_changed_while_it_was_listed_is_told(tmp_path):
+    path = write_tar(tmp_path / "b.tar", [("2.png", png(2)), ("3.png", png(3))])
+    (tmp_path / "c.png").write_bytes(png(1))
+    found, skipped = rows(tmp_path, after=(str(path), "1.png"))
+    assert [row["image_id"] for row in found] == ["c.png"]
+    assert any("changed while it was listed" in reason for reason in skipped)
+
+
 def test_names():
     assert [
         kind_of(f"x/{name}") for name in ("a.JPG", "a.tif", "a.nii.gz", "a.tar.gz", "a.gz", "IM0001", "1.2.840")
@@ -205,6 +362,7 @@ def test_names():
         "dicom?",
         "dicom?",
     ]
-    assert split_selector("a#b.png") == ("a#b.png", None)
-    assert split_selector("a.dcm#frame=3") == ("a.dcm", "frame=3")
-    assert split_selector("volume=1,slice=3") == (None, "volume=1,slice=3")
+    assert split_selector("x.tar", "a#b.png") == ("a#b.png", None)
+    assert split_selector("x.zip", "a.dcm#frame=3") == ("a.dcm", "frame=3")
+    assert split_selector("x.tgz", "frame=3") == ("frame=3", None)
+    assert split_selector("x.nii", "volume=1,slice=3") == (None, "volume=1,slice=3")

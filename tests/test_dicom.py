@@ -452,11 +452,17 @@ def test_what_nothing_decodes_is_named(name):
         decode(data)
 
 
+@pytest.mark.parametrize("wrong", [{"NumberOfFrames": 2_000_000_000}, {"Rows": 0}, {"Columns": 0}])
+def test_frames_that_no_file_has_are_not_believed(wrong):
+    with pytest.raises(ImageError, match=r"corrupt: many\.dcm has frames of no size, or more of them"):
+        count_frames(io.BytesIO(save(make(ROW, **wrong))), "many.dcm")
+
+
 def test_more_frames_than_bytes_are_not_believed():
-    with pytest.raises(ImageError, match=r"corrupt: many\.dcm has fewer bytes than its 2,000,000,000 frames need"):
-        count_frames(io.BytesIO(save(make(ROW, NumberOfFrames=2_000_000_000))), "many.dcm")
+    with pytest.raises(ImageError, match=r"corrupt: many\.dcm has fewer bytes than its 900,000 frames need"):
+        count_frames(io.BytesIO(save(make(ROW, NumberOfFrames=900_000))), "many.dcm")
     with pytest.raises(ImageError, match="corrupt: the file has fewer bytes"):
-        count_frames(io.BytesIO(save(compressed([jpeg(COLOURS)], 2, 2, NumberOfFrames=2_000_000))))
+        count_frames(io.BytesIO(save(compressed([jpeg(COLOURS)], 2, 2, NumberOfFrames=900_000))))
 
 
 def test_a_file_that_ends_early_is_corrupt():

@@ -18,7 +18,7 @@ from tests.test_dicom import save as save_dicom
 from tests.test_nifti import BODY, STORED, store
 from tests.test_nifti import save as save_nifti
 from vlsm import export
-from vlsm.exports.origins import Source, file_id, source_of
+from vlsm.exports.origins import file_id, source_of
 from vlsm.formats.nifti import read_grid
 from vlsm.masks import encode_mask
 from vlsm.results import write_part
@@ -172,15 +172,28 @@ def test_members_of_packed_files_are_found(tmp_path, write, kind):
 
 
 def test_selectors_name_a_file_and_an_image_of_it():
-    def told(selector):
-        return source_of({"image_uri": "u", "selector": selector})
+    def told(uri, selector):
+        source, inner = source_of({"image_uri": uri, "selector": selector})
+        assert source.uri == uri
+        return source.member, inner
 
-    assert told(None) == (Source("u", None), None)
-    assert told("frame=3") == (Source("u", None), "frame=3")
-    assert told("a/b.png") == (Source("u", "a/b.png"), None)
-    assert told("a/b#1.dcm#volume=2,slice=17") == (Source("u", "a/b#1.dcm"), "volume=2,slice=17")
-    assert file_id({"image_id": "p#a.dcm#frame=3", "image_uri": "u", "selector": "a.dcm#frame=3"}) == "p#a.dcm"
+    assert told("u.png", None) == (None, None)
+    assert told("u.dcm", "frame=3") == (None, "frame=3")
+    assert told("u.zip", "a/b.png") == ("a/b.png", None)
+    assert told("u.tar", "a/b#1.dcm#volume=2,slice=17") == ("a/b#1.dcm", "volume=2,slice=17")
+    packed = {"image_id": "p#a.dcm#frame=3", "image_uri": "u.tgz", "selector": "a.dcm#frame=3"}
+    assert file_id(packed) == "p#a.dcm"
     assert file_id({"image_id": "case 7", "image_uri": "u", "selector": "frame=3"}) == "case 7"
+
+
+def test_slices_that_come_again_after_others_are_still_one_volume(tmp_path, write):
+    volume = np.zeros((4, 3, 4), np.uint8)
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "n.nii")
+    mask = np.ones((3, 4), np.uint8)
+    own = [row("n.nii", mask, image_uri=str(tmp_path / "n.nii"), selector=f"slice={number}") for number in range(4)]
+    output = write([*own[:2], row("b.png", mask), *own[2:]])
+    run(output, "nifti", tmp_path / "x")
+    assert np.asarray(nib.load(tmp_path / "x" / "n.nii.polyp.nii.gz").dataobj).all()
 
 
 # --- label maps

@@ -63,7 +63,7 @@ def _describe_members(
     members: Sequence[Logits], size: tuple[int, int], settings: SegmentSettings
 ) -> tuple[np.ndarray, np.ndarray, list[MaskRecord]]:
     """Mean probability and mask, (H, W) each, of one prompt, and its rows."""
-    threshold, windows = settings.threshold or 0.5, plan_windows(size, settings.tile.size, settings.tile.overlap)
+    threshold, windows = settings.threshold or 0.5, plan_windows(size, settings.tile)
     weights = [member.weight for member in settings.members]
     mean, votes = np.zeros(size, np.float32, order="F"), np.zeros(size, np.float32, order="F")
     masks, records = [], []

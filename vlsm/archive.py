@@ -9,7 +9,7 @@ from typing import Any
 from vlsm import storage
 from vlsm.errors import ConfigError
 from vlsm.expansion import expand_rows
-from vlsm.formats.containers import Look, describe_other, kind_of
+from vlsm.formats.frames import Look, describe_other, kind_of
 from vlsm.image_list import MANIFEST_EXTENSIONS, describe_file, read_image_list
 from vlsm.listing import Info, follow_link, list_files, spell_out
 
@@ -58,7 +58,7 @@ def open_archive(  # noqa: PLR0913 - all that can be said of an INPUT
     look = look or Look()
     archive = Archive(rows=(), is_listed=not uri.lower().endswith(MANIFEST_EXTENSIONS) or not fs.isfile(path))
     if not archive.is_listed:
-        archive.rows = expand_rows(read_image_list(uri, prompts, allow), look, None)
+        archive.rows = expand_rows(read_image_list(uri, prompts, allow), look, archive.skipped, is_list=True)
         return archive
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
     last = None if after is None else storage.open_uri(after[0])[1]
@@ -66,7 +66,7 @@ def open_archive(  # noqa: PLR0913 - all that can be said of an INPUT
     if after is not None and after[1] is not None and fs.isfile(last):  # of which more may follow
         infos = itertools.chain([fs.info(last)], infos)
     rows = expand_rows(_file_rows(fs, root, infos, prompts, (excluded, archive.skipped)), look, archive.skipped)
-    archive.rows = rows if after is None else _behind(rows, after)
+    archive.rows = rows if after is None else _behind(rows, after, archive.skipped)
     return archive
 
 
@@ -108,10 +108,15 @@ def _file_rows(
         } | describe_file(info.get("size"), etag, next((info[key] for key in _MTIME_KEYS if info.get(key)), None))
 
 
-def _behind(rows: Iterable[dict[str, Any]], after: tuple[str, str | None]) -> Iterator[dict[str, Any]]:
+def _behind(
+    rows: Iterable[dict[str, Any]], after: tuple[str, str | None], skipped: Counter[str]
+) -> Iterator[dict[str, Any]]:
     """The rows without those of the file that a listing had come to, up to the one that it had come to."""
     is_behind = after[1] is None
     for row in rows:
         if is_behind or row["image_uri"] != after[0]:
+            if not is_behind:  # its rest cannot be told from what is planned; an update can tell
+                skipped["archive that changed while it was listed: --set update=true"] += 1
+            is_behind = True
             yield row
         is_behind = is_behind or row["selector"] == after[1]

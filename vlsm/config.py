@@ -75,6 +75,7 @@ class TileSettings(Settings):
         None, ge=8, description="side in pixels of the windows into which larger images are cut; null for none"
     )
     overlap: float = Field(0.25, ge=0, le=0.9, description="share of a side that neighbours have in common")
+    max_windows: int = Field(4096, ge=1, description="images of more are refused: each takes half a megabyte or more")
 
 
 class CleanSettings(Settings):

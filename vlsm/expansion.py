@@ -5,54 +5,80 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from PIL import Image
+
 from vlsm import storage
 from vlsm.errors import ImageError, StorageError
 from vlsm.fetch import image_errors
-from vlsm.formats.containers import Inside, Look, is_archive, kind_of, list_images
+from vlsm.formats.containers import list_images
+from vlsm.formats.frames import Inside, Look, is_archive, kind_of
 from vlsm.listing import spell_out
 
 _AHEAD = 32  # files that are looked into at once: their stores answer slowly
+_ARCHIVES_AHEAD = 4  # each may hold a hundred thousand images
 _ARCHIVE_BLOCK, _HEADER_BLOCK = 1 << 20, 1 << 16  # bytes that are asked of a store at once
 
+Row = dict[str, Any]
 Found = tuple[list[Inside], Counter[str]]
 
 
-def expand_rows(rows: Iterable[dict[str, Any]], look: Look, skipped: Counter[str] | None) -> Iterator[dict[str, Any]]:
+def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list: bool = False) -> Iterator[Row]:
     """Rows of images, each with `selector`, `offset`, `length` and `problem`, from rows of files, in their order.
 
     Args:
         rows: with the other columns of MANIFEST_SCHEMA.
         look: how files are looked into.
-        skipped: takes the count of what turns out to hold no image; None where every row was asked for by name, so that
-            it stays and fails.
+        skipped: takes the count of what turns out to hold no image.
+        is_list: whether every file was asked for by name: one without images then has a row, which fails.
 
     Raises:
         StorageError: a store stays away.
     """
-    waiting: deque[tuple[dict[str, Any], Future[Found] | None]] = deque()
+    Image.MAX_IMAGE_PIXELS = None  # headers alone are read; decode_image has the limit, which may be raised
+    waiting: deque[tuple[Row, Future[Found] | None]] = deque()
     pool = ThreadPoolExecutor(_AHEAD)
+    weight = 0
     try:
         for row in rows:
             kind = kind_of(row["image_uri"])
             is_plain = kind is None or (kind == "image" and look.tile.size is None)
-            waiting.append((row, None if is_plain else pool.submit(_look_into, row["image_uri"], look)))
+            waiting.append((row, None if is_plain else pool.submit(_look_into, row, look)))
+            weight += _weight(row)
             # a row that need not wait does not, but behind those that must
-            while waiting and (waiting[0][1] is None or len(waiting) > _AHEAD):
-                yield from _images_of(*waiting.popleft(), skipped)
+            while waiting and (waiting[0][1] is None or weight > _AHEAD):
+                weight -= _weight(waiting[0][0])
+                yield from _images_of(*waiting.popleft(), skipped, is_list)
         while waiting:
-            yield from _images_of(*waiting.popleft(), skipped)
+            yield from _images_of(*waiting.popleft(), skipped, is_list)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _look_into(uri: str, look: Look) -> Found:
+def _weight(row: Row) -> int:
+    return _AHEAD // _ARCHIVES_AHEAD if is_archive(row["image_uri"]) else 1
+
+
+def _look_into(row: Row, look: Look) -> Found:
+    uri, size_bytes = row["image_uri"], row.get("size_bytes")
     fs, path = storage.open_uri(uri)
-    block = _ARCHIVE_BLOCK if is_archive(uri) else _HEADER_BLOCK
+    options: dict[str, Any] = {"block_size": _ARCHIVE_BLOCK if is_archive(uri) else _HEADER_BLOCK}
+    if not storage.is_local(fs):
+        options |= {"cache_type": "readahead"} | ({"size": size_bytes} if size_bytes else {})
     skipped = Counter[str]()
 
     def list_them() -> list[Inside]:
         skipped.clear()
-        return list_images(lambda: fs.open(path, "rb", block_size=block, cache_type="readahead"), uri, look, skipped)
+        opened: list[_Watched] = []
+
+        def open_file() -> Any:
+            opened.append(_Watched(fs.open(path, "rb", **options)))
+            return opened[-1]
+
+        try:
+            return list_images(open_file, uri, look, skipped, size_bytes)
+        finally:  # what a decoder makes of it must not pass for damage
+            if error := next((file.error for file in opened if file.error), None):
+                raise error
 
     try:
         with image_errors(uri):
@@ -63,15 +89,40 @@ def _look_into(uri: str, look: Look) -> Found:
         return [Inside(problem=str(error))], skipped
 
 
-def _images_of(
-    row: dict[str, Any], found: Future[Found] | None, skipped: Counter[str] | None
-) -> Iterator[dict[str, Any]]:
+class _Watched:
+    """A file that remembers how its store has failed, whatever its reader makes of that.
+
+    Attributes:
+        error: the first one.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def read(self, *size: int) -> bytes:
+        try:
+            return bytes(self._file.read(*size))
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "_Watched":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def _images_of(row: Row, found: Future[Found] | None, skipped: Counter[str], is_list: bool) -> Iterator[Row]:
     images, others = ([Inside()], Counter[str]()) if found is None else found.result()
-    if skipped is not None:
-        skipped.update(others)
-    elif not images:
+    if is_list and not images:
         is_empty = is_archive(row["image_uri"])
-        images = [Inside(problem=f"empty: {row['image_uri']} holds no images" if is_empty else None)]
+        images, others = [Inside(problem=f"empty: {row['image_uri']} holds no images" if is_empty else None)], Counter()
+    skipped.update(others)
     for inside in images:
         selector = inside.selector and spell_out(inside.selector)
         image_id = row["image_id"] if selector is None else f"{row['image_id']}#{selector}"

@@ -91,7 +91,8 @@ class _Fetch:
     def read_span(self, span: tuple[int, int], size_bytes: int | None, max_bytes: int) -> bytes:
         """A part of the content."""
         offset, length = span
-        broken = ImageError("corrupt", f"{self.uri} ends before byte {offset + length:,}, where this image would")
+        name = f"what stands at byte {offset:,} of {self.uri}"
+        broken = ImageError("corrupt", f"{name} should end at byte {offset + length:,}, behind the end of the file")
 
         def get() -> bytes:
             data = bytes(self._ask(self._fs.cat_file, start=offset, end=offset + length))
@@ -100,7 +101,7 @@ class _Fetch:
             return data
 
         with image_errors(self.uri):
-            check_size(self.uri, length, max_bytes)
+            check_size(name, length, max_bytes)
             if (size_bytes or offset + length) < offset + length:
                 raise broken
             if len(data := with_retries(get, self.uri, self.patience_s)) == length:

@@ -1,6 +1,8 @@
 """Bytes to image to pixel_values: the one preprocessing that training, segmentation and evaluation share."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,7 @@ class ImageSpec:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
-def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000, page: int = 0) -> np.ndarray:
+def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.ndarray:
     """An image as a person sees it: RGB, upright, 8 bits a channel.
 
     EXIF orientation is applied and alpha dropped; palette, grey and CMYK are converted. 16-bit grey is scaled by its
@@ -46,7 +48,6 @@ def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000, page: in
         data: the file's content: JPEG, PNG, TIFF, BMP or WebP.
         name: what error messages call it.
         max_pixels: images of more pixels are refused before they are decoded.
-        page: of a TIFF with several, counted from 0.
 
     Returns:
         (H, W, 3) uint8.
@@ -54,18 +55,40 @@ def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000, page: in
     Raises:
         ImageError: "too_large", or "corrupt" with the decoder's reason.
     """
+    with _damage(name), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        return _decode(image, name, max_pixels)
+
+
+class Pages:
+    """The pages of a TIFF; arguments and errors as for `decode_image`."""
+
+    def __init__(self, data: bytes, name: str, max_pixels: int) -> None:
+        self._name, self._max_pixels = name, max_pixels
+        with _damage(name):
+            self._image = Image.open(io.BytesIO(data), formats=("TIFF",))
+
+    def decode(self, page: int) -> np.ndarray:
+        """One page, counted from 0, as `decode_image` gives an image: (H, W, 3) uint8."""
+        with _damage(self._name):
+            self._image.seek(page)
+            return _decode(self._image, self._name, self._max_pixels)
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
+    width, height = image.size
+    if height * width > max_pixels:
+        raise ImageError(
+            "too_large", f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}"
+        )
+    image.load()
+    return np.asarray(_to_rgb(_turn_upright(image)))
+
+
+@contextlib.contextmanager
+def _damage(name: str) -> Iterator[None]:
+    """Whatever a decoder raises, as an ImageError."""
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if page:
-                image.seek(page)
-            width, height = image.size
-            if height * width > max_pixels:
-                raise ImageError(
-                    "too_large",
-                    f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}",
-                )
-            image.load()
-            return np.asarray(_to_rgb(_turn_upright(image)))
+        yield
     except UnidentifiedImageError as error:
         raise ImageError("corrupt", f"{name} is not a {', '.join(_FORMATS)} image") from error
     except Image.DecompressionBombError as error:

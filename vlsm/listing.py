@@ -1,5 +1,6 @@
 """Everything below a folder or prefix, file by file in a stable order, while it is being listed."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -78,5 +79,11 @@ def follow_link(info: Info) -> Info:
 
 
 def spell_out(path: str) -> str:
-    """File names that are not UTF-8, spelled out: no table could hold them; fetching such a file says it is missing."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """File names that are not UTF-8, spelled out, and told apart: no table could hold them as they are.
+
+    Fetching such a file says that it is missing.
+    """
+    readable = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if readable == path:
+        return path
+    return f"{readable}~{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"

@@ -19,7 +19,7 @@ from vlsm.archive import Archive, open_archive
 from vlsm.checkpoints import CheckpointSettings, digest_files, parse_settings, read_checkpoint
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
-from vlsm.formats.containers import Look
+from vlsm.formats.frames import Look
 from vlsm.manifest import Plan, list_plans, new_plan_id, remove_plan, write_manifest
 from vlsm.planner import Planner
 from vlsm.proof import RunState
@@ -219,7 +219,7 @@ def check_failed_share(settings: SegmentSettings, num_images: int, num_failed: i
         raise VlsmError(
             f"{num_failed:,} of {num_images:,} images failed, more than run.max_failed_fraction "
             f"{settings.run.max_failed_fraction}: {'; '.join(first_errors) or 'see the rows with status failed'}; "
-            "mend the cause and --set retry_failed=true, or allow more"
+            "mend the cause and --set retry_failed=true (of archives, --set update=true as well), or allow more"
         )
 
 

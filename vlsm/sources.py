@@ -6,8 +6,9 @@ import hashlib
 import threading
 import zipfile
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.fetch import check_size, image_errors, read_image_bytes, read_patiently
-from vlsm.formats.containers import Look, is_archive, is_compressed_tar, kind_of, list_images, split_selector
-from vlsm.images import decode_image
+from vlsm.formats.containers import check_zip_member, is_compressed_tar, list_images
+from vlsm.formats.frames import Look, is_archive, kind_of, split_selector
+from vlsm.images import Pages, decode_image
+from vlsm.listing import spell_out
 
 _BLOCK = 1 << 20  # bytes that are asked of a store at once, of an archive that is read in order
-_KEPT = 2  # files of which several images are wanted: they follow each other
+_FEWEST_KEPT, _MOST_BYTES_KEPT = 2, 1 << 28  # of files of which several images are wanted: they follow each other
 
 
 class Content:
@@ -28,11 +31,13 @@ class Content:
 
     Attributes:
         data: the bytes.
-        sha256: of them.
+        name: what messages call it.
+        kind: of file, as `kind_of` tells it.
+        sha256: of the bytes.
     """
 
     def __init__(self, data: bytes, name: str, kind: str | None, settings: SegmentSettings) -> None:
-        self.data, self._name, self._kind, self._settings = data, name, kind, settings
+        self.data, self.name, self.kind, self._settings = data, name, kind, settings
         self.sha256 = hashlib.sha256(data).hexdigest()
 
     def digest(self, frame: str | None) -> str:
@@ -48,12 +53,14 @@ class Content:
         Raises:
             ImageError: it cannot be decoded.
         """
-        if self._kind == "nifti":
+        if self.kind == "nifti":
             return self._volume.decode(frame or "slice=0")
         number = int(frame.partition("=")[2]) if frame else 0
-        if self._kind == "dicom":
+        if self.kind == "dicom":
             return self._dicom.decode(number)
-        return decode_image(self.data, self._name, self._settings.max_pixels, number)
+        if frame is None:
+            return decode_image(self.data, self.name, self._settings.max_pixels)
+        return self._pages.decode(number)
 
     @functools.cached_property
     def _volume(self) -> Any:
@@ -61,13 +68,18 @@ class Content:
 
         settings = self._settings
         how = settings.window, settings.slices, settings.max_image_bytes
-        return NiftiImages(self.data, self._name, settings.max_pixels, *how)
+        return NiftiImages(self.data, self.name, settings.max_pixels, *how)
+
+    @functools.cached_property
+    def _pages(self) -> Pages:
+        return Pages(self.data, self.name, self._settings.max_pixels)
 
     @functools.cached_property
     def _dicom(self) -> Any:
         from vlsm.formats.dicom import DicomImages
 
-        return DicomImages(self.data, self._name, self._settings.max_pixels, self._settings.window)
+        settings = self._settings
+        return DicomImages(self.data, self.name, settings.max_pixels, settings.window, settings.max_image_bytes)
 
 
 class Reader:
@@ -78,7 +90,7 @@ class Reader:
 
     def __init__(self, settings: SegmentSettings) -> None:
         self._settings = settings
-        self._contents: OrderedDict[tuple[str, str | None], Content | ImageError] = OrderedDict()
+        self._contents: dict[tuple[str, str | None], Future[Content]] = {}  # of files with several images
         self._contents_lock, self._archive_lock = threading.Lock(), threading.Lock()
         self._archive: tuple[str, Any] | None = None
 
@@ -92,23 +104,32 @@ class Reader:
         if row.get("problem"):
             reason, _, message = row["problem"].partition(": ")
             raise ImageError(reason, message)
-        member, frame = split_selector(row["selector"])
+        member, frame = split_selector(row["image_uri"], row["selector"])
         if frame is None:
             return self._read(row, member), None
-        with self._contents_lock:
-            return self._keep((row["image_uri"], member), lambda: self._read(row, member)), frame
+        return self._share((row["image_uri"], member), lambda: self._read(row, member)), frame
 
-    def _keep(self, key: tuple[str, str | None], read: Callable[[], Content]) -> Content:
-        if key not in self._contents:
+    def _share(self, key: tuple[str, str | None], read: Callable[[], Content]) -> Content:
+        """What the first thread that asks for it reads, for all of them."""
+        with self._contents_lock:
+            if is_first := key not in self._contents:
+                self._contents[key] = Future()
+            future = self._contents[key]
+        if is_first:
             try:
-                self._contents[key] = read()
-            except ImageError as error:
-                self._contents[key] = error
-            while len(self._contents) > _KEPT:
-                self._contents.popitem(last=False)
-        if isinstance(content := self._contents[key], ImageError):
-            raise content
-        return content
+                future.set_result(read())
+            except BaseException as error:  # whatever it is, the others wait for it
+                future.set_exception(error)
+            self._forget()
+        return future.result()
+
+    def _forget(self) -> None:
+        """Let go of the oldest, but for the last few."""
+        with self._contents_lock:
+            done = [key for key, future in self._contents.items() if future.done()]
+            sizes = {key: _size(self._contents[key]) for key in done}
+            while len(done) > _FEWEST_KEPT and sum(sizes[key] for key in done) > _MOST_BYTES_KEPT:
+                del self._contents[done.pop(0)]
 
     def _read(self, row: Mapping[str, Any], member: str | None) -> Content:
         uri, settings = row["image_uri"], self._settings
@@ -139,9 +160,7 @@ class Reader:
         try:
             archive = self._open_archive(uri)
             if isinstance(archive, zipfile.ZipFile):
-                info = archive.getinfo(member)
-                check_size(name, info.file_size, self._settings.max_image_bytes)
-                data = archive.read(info)
+                data = _unzip(archive, member, name, self._settings.max_image_bytes)
             else:
                 offset, length = _span(row, self._settings.slices)
                 check_size(name, length, self._settings.max_image_bytes)
@@ -175,6 +194,21 @@ def is_read_in_order(rows: Iterable[Mapping[str, Any]]) -> bool:
     )
 
 
+def _unzip(archive: zipfile.ZipFile, member: str, name: str, max_bytes: int) -> bytes:
+    info = archive.getinfo(member)
+    check_zip_member(name, info)
+    check_size(name, info.file_size, max_bytes)
+    with archive.open(info) as file:
+        data = file.read(info.file_size)
+    if len(data) < info.file_size:
+        raise EOFError("it breaks off")
+    return data
+
+
+def _size(future: Future[Content]) -> int:
+    return 0 if future.exception() else len(future.result().data)
+
+
 def _open(uri: str) -> Any:
     fs, path = storage.open_uri(uri)
     return fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
@@ -184,7 +218,7 @@ def _span(row: Mapping[str, Any], axis: str) -> tuple[int, int]:
     """Where a tar has a member's bytes: the plan tells; rows of a result have to look."""
     if row.get("offset") is not None:
         return row["offset"], row["length"]
-    found = _members(row["image_uri"], axis).get(row["selector"])
+    found = _members(row["image_uri"], axis).get(split_selector(row["image_uri"], row["selector"])[0])
     if found is None:
         raise ImageError("missing", f"there is no {row['selector']} in {row['image_uri']}")
     return found
@@ -196,4 +230,7 @@ def _members(uri: str, axis: str) -> dict[str | None, tuple[int, int]]:
     images = list_images(
         lambda: fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead"), uri, Look(axis), Counter()
     )
-    return {inside.selector: (inside.offset or 0, inside.length or 0) for inside in images}
+    return {
+        split_selector(uri, inside.selector and spell_out(inside.selector))[0]: (inside.offset or 0, inside.length or 0)
+        for inside in images
+    }

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlsm.config import TileSettings
+from vlsm.errors import ImageError
 from vlsm.masks import enlarge_logits, probabilities
 
 _SIGMA = 0.125  # of a window's side, as nnU-Net and MONAI weigh windows (Isensee et al. 2021)
@@ -26,27 +28,42 @@ class Window:
         return image[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
-def plan_windows(size: tuple[int, int], side: int | None, overlap: float) -> list[Window]:
-    """Windows that cover an image, row by row; just one where it is no larger, or where no side is given.
+def plan_windows(size: tuple[int, int], tile: TileSettings) -> list[Window]:
+    """Windows that cover an image, row by row; just one where it is no larger, or where it is not to be cut.
 
     Args:
         size: (height, width) of the image in pixels.
-        side: of a window, in pixels.
-        overlap: share of a side that neighbours have in common at least, in [0, 1).
+        tile: the side of a window, and the share of it that neighbours have in common at least.
     """
-    if side is None:
+    if tile.size is None:
         return [Window(0, 0, *size)]
-    tops, lefts = (_starts(length, side, overlap) for length in size)
-    height, width = (min(length, side) for length in size)
+    tops, lefts = (_starts(length, tile.size, tile.overlap) for length in size)
+    height, width = (min(length, tile.size) for length in size)
     return [Window(top, left, height, width) for top, left in itertools.product(tops, lefts)]
+
+
+def check_windows(size: tuple[int, int], tile: TileSettings, name: str) -> None:
+    """Nothing, or an ImageError ("too_large") for an image that would be cut into more windows than it may."""
+    if (count := count_windows(size, tile.size, tile.overlap)) > tile.max_windows:
+        raise ImageError(
+            "too_large", f"{name} would be cut into {count:,} windows; tile.max_windows is {tile.max_windows:,}"
+        )
+
+
+def count_windows(size: tuple[int, int], side: int | None, overlap: float) -> int:
+    """How many windows `plan_windows` gives; arguments as for it."""
+    return 1 if side is None else _count(size[0], side, overlap) * _count(size[1], side, overlap)
+
+
+def _count(length: int, side: int, overlap: float) -> int:
+    step = max(1, int(side * (1 - overlap)))
+    return 1 if length <= side else -(-(length - side) // step) + 1
 
 
 def _starts(length: int, side: int, overlap: float) -> list[int]:
     """As few as cover the length, evenly spread."""
-    if length <= side:
-        return [0]
-    count = int(np.ceil((length - side) / max(1, int(side * (1 - overlap))))) + 1
-    return [round(start) for start in np.linspace(0, length - side, count)]
+    starts = np.linspace(0, max(0, length - side), _count(length, side, overlap))
+    return [round(start) for start in starts]
 
 
 def probability_map(logits: np.ndarray, windows: Sequence[Window], size: tuple[int, int]) -> np.ndarray:

@@ -5,6 +5,7 @@ import datetime
 import io
 import logging
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,19 @@ from pydicom.uid import SecondaryCaptureImageStorage
 import vlsm
 from vlsm import storage
 from vlsm.errors import ImageError
-from vlsm.exports.labels import Filters, class_names, decode_labels
+from vlsm.exports.labels import class_names, decode_labels
 from vlsm.exports.naming import file_path
-from vlsm.exports.origins import MAX_EXPORT_BYTES, Numbering, Source, file_id, group_by_source, read_settings, source_of
+from vlsm.exports.origins import (
+    MAX_EXPORT_BYTES,
+    Filters,
+    Numbering,
+    Row,
+    Source,
+    file_id,
+    group_by_source,
+    read_settings,
+    source_of,
+)
 from vlsm.formats.dicom import PIXEL_DATA_TAGS, count_frames, is_dicom
 from vlsm.formats.dicom_header import quiet, read_header
 from vlsm.images import EXTENSIONS
@@ -62,9 +73,11 @@ def export_dicom_seg(output: str, directory: str | Path, filters: Filters = None
     settings = read_settings(output)
     made_at = _planned_at(output)
     num_written, num_others, reader = 0, 0, Reader(settings)
-    for source, rows in group_by_source(
-        read_ok_masks(output, filters, limit, ["label_map", "model"], ("mask", "labels"))
-    ):
+
+    def read(chosen: Filters) -> Iterator[Row]:
+        return read_ok_masks(output, chosen, limit, ["label_map", "model"], ("mask", "labels"))
+
+    for source, rows in group_by_source(read, filters):
         try:
             header = _read_source(source, reader)
             if header is None:

@@ -14,12 +14,10 @@ from PIL import Image
 
 from vlsm.errors import ConfigError
 from vlsm.exports.naming import file_path
-from vlsm.exports.origins import Numbering, read_settings
+from vlsm.exports.origins import Filters, Numbering, read_settings
 from vlsm.results import open_results, read_ok_masks
 
 logger = logging.getLogger("vlsm")
-
-Filters = list[tuple[str, str, Any]] | None
 
 
 def export_labels(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
@@ -57,8 +55,9 @@ def export_labels(output: str, directory: str | Path, filters: Filters = None, l
 
 
 def decode_labels(png: bytes) -> np.ndarray:
-    """A stored label map as (H, W) uint8."""
-    return np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)).convert("L"))
+    """A stored label map as (H, W) uint8, or uint16 where it tells more than 255 prompts apart."""
+    labels = np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)))
+    return labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
 
 
 def class_names(row: dict[str, Any]) -> list[str]:

@@ -1,15 +1,18 @@
 """Which file a row's image came from, for exports that put masks back beside their source."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from vlsm import storage
 from vlsm.config import SegmentSettings
-from vlsm.formats.containers import split_selector
+from vlsm.formats.frames import split_selector
 from vlsm.record import read_record
 from vlsm.sources import Reader
+
+Filters = list[tuple[str, str, Any]] | None
+Row = dict[str, Any]
 
 MAX_EXPORT_BYTES = 1 << 31  # of the voxels that are written for one file
 
@@ -37,7 +40,7 @@ class Source:
 
 def source_of(row: dict[str, Any]) -> tuple[Source, str | None]:
     """The file that a row's image is in, and which image of it ("frame=3"); None where it has one."""
-    member, inner = split_selector(row["selector"])
+    member, inner = split_selector(row["image_uri"], row["selector"])
     return Source(row["image_uri"], member), inner
 
 
@@ -47,10 +50,25 @@ def file_id(row: dict[str, Any]) -> str:
     return str(row["image_id"]).removesuffix(f"#{inner}") if inner else str(row["image_id"])
 
 
-def group_by_source(rows: Iterator[dict[str, Any]]) -> Iterator[tuple[Source, list[dict[str, Any]]]]:
-    """Rows that follow each other and are of the same file, together: no more than one file's are held."""
-    for source, same in itertools.groupby(rows, key=lambda row: source_of(row)[0]):
-        yield source, list(same)
+def group_by_source(rows: Callable[[Filters], Iterable[Row]], filters: Filters) -> Iterator[tuple[Source, list[Row]]]:
+    """All rows of a file together, file by file; no more than one file's are held.
+
+    Args:
+        rows: those that filters choose, mostly file by file. Where a file comes again, as after an update of an archive
+            that has grown, all of its rows are read anew.
+        filters: which rows, as a list of (column, operator, value).
+    """
+    seen: set[Source] = set()
+    again: set[Source] = set()
+    for source, same in itertools.groupby(rows(filters), key=lambda row: source_of(row)[0]):
+        if source in seen:
+            again.add(source)
+        else:
+            seen.add(source)
+            yield source, list(same)
+    for source in sorted(again, key=lambda source: source.name):
+        of_its_file = rows([*(filters or ()), ("image_uri", "==", source.uri)])
+        yield source, [row for row in of_its_file if source_of(row)[0] == source]
 
 
 def read_settings(output: str) -> SegmentSettings:

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,18 @@ import nibabel as nib
 import numpy as np
 
 from vlsm.errors import ImageError
-from vlsm.exports.labels import Filters, decode_labels
+from vlsm.exports.labels import decode_labels
 from vlsm.exports.naming import file_path
-from vlsm.exports.origins import MAX_EXPORT_BYTES, Source, file_id, group_by_source, read_settings, source_of
+from vlsm.exports.origins import (
+    MAX_EXPORT_BYTES,
+    Filters,
+    Row,
+    Source,
+    file_id,
+    group_by_source,
+    read_settings,
+    source_of,
+)
 from vlsm.formats.nifti import NiftiGrid, read_grid
 from vlsm.results import ALL_KINDS, read_ok_masks
 from vlsm.sources import Reader
@@ -23,7 +33,7 @@ _MAX_NIFTI1_SIDE = 32_767
 
 
 def export_nifti(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write masks as `DIR/FILE.PROMPT.nii.gz`, uint8.
+    """Write masks as `DIR/FILE.PROMPT.nii.gz`, uint8 (uint16 for label maps of more than 255 prompts).
 
     Masks of the slices of a NIfTI file become one volume per prompt (and per label map), with that file's shape and
     affine; slices without a mask are 0 there, and told of. Any other mask is a volume of one slice: its voxel (x, y, 0)
@@ -44,7 +54,11 @@ def export_nifti(output: str, directory: str | Path, filters: Filters = None, li
     """
     settings = read_settings(output)
     num_written, reader = 0, Reader(settings)
-    for source, rows in group_by_source(read_ok_masks(output, filters, limit, ["label_map"], ALL_KINDS)):
+
+    def read(chosen: Filters) -> Iterator[Row]:
+        return read_ok_masks(output, chosen, limit, ["label_map"], ALL_KINDS)
+
+    for source, rows in group_by_source(read, filters):
         if "slice=" in (source_of(rows[0])[1] or ""):
             try:
                 grid = _read_grid(source, reader, settings.slices)
@@ -74,7 +88,8 @@ def _write_volumes(grid: NiftiGrid, rows: list[dict[str, Any]], source: Source, 
 
 
 def _write_volume(grid: NiftiGrid, rows: list[dict[str, Any]], source: Source, directory: str | Path) -> int:
-    volumes = np.zeros((*grid.shape, grid.num_volumes), np.uint8, order="F")
+    dtype = np.uint16 if any(_values(row).dtype == np.uint16 for row in rows) else np.uint8
+    volumes = np.zeros((*grid.shape, grid.num_volumes), dtype, order="F")
     num_slices = len(grid.selectors())
     try:
         for row in rows:
@@ -99,7 +114,7 @@ def _values(row: dict[str, Any]) -> np.ndarray:
 
 def _write(volume: np.ndarray, affine: np.ndarray, directory: str | Path, row: dict[str, Any]) -> int:
     kind = nib.Nifti1Image if max(volume.shape) <= _MAX_NIFTI1_SIDE else nib.Nifti2Image
-    image = kind(volume, affine, dtype=np.uint8)
+    image = kind(volume, affine, dtype=volume.dtype)
     image.header.set_xyzt_units("mm")
     path = file_path(directory, row, ".nii.gz")
     path.parent.mkdir(parents=True, exist_ok=True)

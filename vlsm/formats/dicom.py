@@ -31,6 +31,7 @@ _IMAGE_TAGS = [
     *(0x52009229, 0x52009230),  # shared and per-frame functional groups
     *(0x7FE00001, 0x7FE00002, *PIXEL_DATA_TAGS),
 ]
+_MAX_FRAMES = 1_000_000
 _MAX_HEADER_BYTES = 4 << 20  # of a deflated object, to see how many frames it has
 
 
@@ -43,29 +44,30 @@ def is_dicom(head: bytes) -> bool:
     return len(head) >= 132 and head[0] in (2, 8) and head[1] == head[3] == 0 and head[2] <= 0x18 and is_short
 
 
-def count_frames(file: BinaryIO, name: str = "the file") -> int:
-    """How many images a DICOM file holds, from its header alone.
+def read_shape(file: BinaryIO, name: str = "the file", size_bytes: int | None = None) -> tuple[int, int, int]:
+    """How many images a DICOM file holds, and their height and width in pixels, from its header alone.
 
     Args:
         file: at its start; only what stands before the pixels' description is read, and what is long is skipped.
         name: what error messages call it.
+        size_bytes: of the file; its end is sought where None.
 
     Returns:
-        0 where the object has no pixels, as a report, a presentation state or a DICOMDIR, or is itself a segmentation.
+        No images where the object has no pixels, as a report, a presentation state or a DICOMDIR, or is itself a
+        segmentation.
 
     Raises:
         ImageError: "corrupt".
     """
     with _damage(name):
         header, is_whole = _read_pixel_header(file, name)
-        return _count(header, is_whole, file.seek(0, io.SEEK_END), name)
+        num_bytes = file.seek(0, io.SEEK_END) if size_bytes is None else size_bytes
+        return _count(header, is_whole, num_bytes, name), int(header.get("Rows") or 0), int(header.get("Columns") or 0)
 
 
-def read_size(file: BinaryIO, name: str = "the file") -> tuple[int, int]:
-    """Height and width of a DICOM file's frames in pixels; arguments and errors as for `count_frames`."""
-    with _damage(name):
-        header, _ = _read_pixel_header(file, name)
-        return int(header.get("Rows") or 0), int(header.get("Columns") or 0)
+def count_frames(file: BinaryIO, name: str = "the file") -> int:
+    """How many images a DICOM file holds; arguments and errors as for `read_shape`."""
+    return read_shape(file, name)[0]
 
 
 def _read_pixel_header(file: BinaryIO, name: str) -> tuple[Dataset, bool]:
@@ -101,12 +103,14 @@ def _count(header: Dataset, is_whole: bool, num_bytes: int, name: str) -> int:
             raise ImageError("corrupt", f"{name} ends inside of its DICOM header")
         return 0
     num_frames = int(header.get("NumberOfFrames") or 1)
+    if not (0 < int(header.Rows) < 1 << 16 and 0 < int(header.Columns) < 1 << 16 and num_frames <= _MAX_FRAMES):
+        raise ImageError("corrupt", f"{name} has frames of no size, or more of them than any file has")
     frame_bits = header.Rows * header.Columns * header.BitsAllocated * int(header.get("SamplesPerPixel") or 1)
     syntax = header.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
     if syntax.is_private or not (syntax.is_encapsulated or syntax.is_deflated):
         least = num_frames * frame_bits // 8
     else:  # the item around a frame; 1,032 is the most that deflate can do
-        least = num_frames * (8 if syntax.is_encapsulated else frame_bits // 8 // 1032)
+        least = num_frames * 8 if syntax.is_encapsulated else num_frames * frame_bits // 8 // 1032
     if num_frames < 1 or (num_frames > 1 and least > num_bytes):
         raise ImageError("corrupt", f"{name} has fewer bytes than its {num_frames:,} frames need")
     return num_frames

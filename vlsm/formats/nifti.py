@@ -52,6 +52,13 @@ class NiftiGrid:
             return slices
         return [f"volume={volume},{one}" for volume in range(self.num_volumes) for one in slices]
 
+    @property
+    def slice_shape(self) -> tuple[int, int]:
+        """(height, width) of a slice, as it is shown."""
+        empty = np.broadcast_to(np.uint8(0), self.shape)
+        height, width = np.moveaxis(self._turn(empty), AXES[self.axis], 0).shape[:0:-1]
+        return height, width
+
     def slice_of(self, volumes: np.ndarray, selector: str) -> np.ndarray:
         """One slice as it is shown, a view into the volumes: what is written there is written to them.
 
