@@ -158,6 +158,7 @@ def _score_target(target: Target, own: dict[str, dict[str, Any]], source: Source
     if not isinstance(label, str):
         known = {"target_fraction": float(label.mean()), "target_rle": encode_mask(label)}
     reference = _find(own, target.texts[settings.prompts[0]])
+    seen: dict[str | None, dict[str, Any]] = {}  # many prompts give the same mask
     for name, text in target.texts.items():
         row = _find(own, text)
         scored = _describe(source.system, target, name, settings) | known
@@ -165,7 +166,9 @@ def _score_target(target: Target, own: dict[str, dict[str, Any]], source: Source
             yield scored | _failed(row)
             continue
         scored |= {"checkpoint": row["model"], "prompt": row["prompt"]} | {key: row[key] for key in _FROM_RUN}
-        scored |= _score_row(row, label, target.record.mask_uri)
+        if row["mask_rle"] not in seen:
+            seen[row["mask_rle"]] = _score_row(row, label, target.record.mask_uri)
+        scored |= seen[row["mask_rle"]]
         if scored["prompt_class"] == ROBUSTNESS and scored["status"] == "ok" and not isinstance(reference, str):
             size = (row["height"], row["width"])
             scored["reference_dice"] = encoded_dice(row["mask_rle"], reference["mask_rle"], size)

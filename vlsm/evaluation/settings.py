@@ -103,7 +103,11 @@ class EvaluateSettings(Settings):
             output: its OUTPUT.
             members: the system's.
         """
-        shared = (self.model_fields.keys() & SegmentSettings.model_fields.keys()) - {"prompts", "start_over", "output"}
+        shared = (EvaluateSettings.model_fields.keys() & SegmentSettings.model_fields.keys()) - {
+            "prompts",
+            "start_over",
+            "output",
+        }
         own: dict[str, Any] = {name: getattr(self, name) for name in shared}
         # every row of the list has prompts of its own; without any here, several checkpoints' own would have to agree
         return SegmentSettings(input=source, output=output, members=members, prompts=("",), **own)
