@@ -1,6 +1,6 @@
 """Score checkpoints, ensembles and existing masks on labelled images, at the images' own sizes, and compare them.
 
-    plan -> a segment run per system -> one task per part file: masks against labels -> scores, tables
+    plan -> a segment run per system -> tasks, each of some part files: masks against labels -> scores, tables
 
 Each system's masks come from `jobs.segment`, with its plan, its resuming and its proof; they lie in OUTPUT/runs.
 """
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vlsm.evaluation.planning import Evaluation
 
 _LOG_INTERVAL_S = 10.0
+_TASK_SCORES = 500  # of one task at least: some 15 s, as long as a process takes to import what it scores with
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,7 +116,7 @@ def dry_run(settings: EvaluateSettings) -> None:
 
 
 def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":
-    """The scores of all systems, a table for each part file of their segment runs, which are finished.
+    """The scores of all systems, from the part files of their segment runs, which are finished.
 
     Raises:
         VlsmError: a part is missing or damaged, or a task failed through its retries.
@@ -127,13 +128,10 @@ def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":
     for system in evaluation.systems:
         yield missing_rows(system, evaluation.settings)
     sources = [open_source(system, evaluation.settings) for system in evaluation.systems]
-    task = ray.remote(num_cpus=1, max_retries=3)(_score_part)
-    shared = [ray.put(source) for source in sources]
-    pending = [
-        task.remote(reference, shard)
-        for reference, source in zip(shared, sources, strict=True)
-        for shard in range(source.num_parts)
-    ]
+    parts = [(number, shard) for number, source in enumerate(sources) for shard in range(source.num_parts)]
+    size = -(-len(parts) * _TASK_SCORES // max(1, evaluation.num_rows))
+    task, shared = ray.remote(num_cpus=1, max_retries=3)(_score_parts), ray.put(sources)
+    pending = [task.remote(shared, parts[start : start + size]) for start in range(0, len(parts), size)]
     try:
         yield from _collect(pending)
     except ray.exceptions.RayError as error:
@@ -142,19 +140,20 @@ def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":
         raise VlsmError(f"scoring failed through its retries: {message}; the same command goes on") from error
 
 
-def _score_part(source: "Source", shard: int) -> "pa.Table":
-    """A CPU task."""
+def _score_parts(sources: "list[Source]", parts: list[tuple[int, int]]) -> "pa.Table":
+    """A CPU task: the scores of some part files, told by the number of their source and their own."""
+    import pyarrow as pa
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit
-    return source.score_part(shard)
+    return pa.concat_tables([sources[number].score_part(shard) for number, shard in parts])
 
 
 def _collect(pending: "Sequence[Any]") -> "Iterator[pa.Table]":
     """What tasks return, as they end, with a bar on a terminal and else a line every ten seconds."""
     import ray
 
-    with tqdm(total=len(pending), unit="part", desc="scored", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(pending), unit="task", desc="scored", disable=not sys.stderr.isatty()) as bar:
         said_s, num_all, num_done = time.monotonic(), len(pending), 0
         while pending:
             ready, pending = ray.wait(pending, timeout=1.0)
@@ -164,7 +163,7 @@ def _collect(pending: "Sequence[Any]") -> "Iterator[pa.Table]":
                 bar.update()
             if bar.disable and time.monotonic() - said_s >= _LOG_INTERVAL_S:
                 said_s = time.monotonic()
-                logger.info("scored %d of %d parts", num_done, num_all)
+                logger.info("scored: %d of %d tasks", num_done, num_all)
 
 
 if __name__ == "__main__":

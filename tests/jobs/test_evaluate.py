@@ -16,6 +16,7 @@ from PIL import Image
 
 import vlsm
 from jobs import evaluate, segment
+from vlsm import storage
 from vlsm.datasets import read_dataset
 from vlsm.images import decode_image, decode_mask
 from vlsm.masks import decode_mask as decode_rle
@@ -174,20 +175,30 @@ def test_masks_of_another_run_give_the_same_scores_and_are_joined_by_name(
 
 
 def test_it_goes_on_where_it_was_interrupted_and_starts_over_when_told(
-    labelled, bright_checkpoint, ray_cluster, tmp_path, run
+    labelled, bright_checkpoint, ray_cluster, s3_folder, run
 ):
-    words = [tmp_path / "out", "--checkpoint", bright_checkpoint, "--dataset", f"drawn={labelled}"]
+    """In an object store, with images on a local disk."""
+    words = [f"{s3_folder}/out", "--checkpoint", bright_checkpoint, "--dataset", f"drawn={labelled}"]
+    fs, path = storage.open_uri(f"{s3_folder}/out")
+
+    def parts():
+        return {
+            name: info["ETag"] + str(info["LastModified"])
+            for name, info in fs.find(path, detail=True).items()
+            if "part-" in name
+        }
+
     assert run(*words)[0] == 0
-    parts = sorted((tmp_path / "out" / "runs").rglob("part-*"))
-    before = [part.stat().st_mtime_ns for part in parts]
-    first = (tmp_path / "out" / "scores.parquet").read_bytes()
+    before, scores = parts(), storage.read_bytes(f"{s3_folder}/out/scores.parquet")
+    assert before
     for name in ("summary.json", "scores.parquet"):
-        (tmp_path / "out" / name).unlink()
+        storage.remove(f"{s3_folder}/out/{name}")
     assert run(*words)[0] == 0
-    assert [part.stat().st_mtime_ns for part in parts] == before
-    assert (tmp_path / "out" / "scores.parquet").read_bytes() == first
+    assert parts() == before
+    assert storage.read_bytes(f"{s3_folder}/out/scores.parquet") == scores
     code, summary, _ = run(*words, "--set", "limit=2", "--set", "start_over=true")
     assert (code, summary["rows"]) == (0, 2)
+    assert parts() != before
 
 
 @pytest.mark.parametrize(
