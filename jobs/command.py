@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from vlsm import storage
 from vlsm.config import Settings, describe_settings
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
 
@@ -33,6 +34,23 @@ def make_parser(module: str, description: str, settings: type[Settings]) -> argp
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="one setting; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what would be done")
     return parser
+
+
+def parse_pairs(flag: str, words: list[str]) -> dict[str, str]:
+    """NAME=URI words as names and locations.
+
+    Raises:
+        ConfigError: a word is not of this form, or a name stands there twice.
+    """
+    pairs: dict[str, str] = {}
+    for word in words:
+        name, separator, uri = word.partition("=")
+        if not (name and separator and uri):
+            raise ConfigError(f"{flag} {word!r} is not of the form NAME=URI, such as kvasir=s3://bucket/kvasir")
+        if name in pairs:
+            raise ConfigError(f"{flag} {name} is given twice; each has a name of its own")
+        pairs[name] = storage.absolute(uri)
+    return pairs
 
 
 def run_command(work: Callable[[], dict[str, Any] | None]) -> int:

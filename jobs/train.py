@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.command import logger, make_parser, ray_session, run_command
+from jobs.command import logger, make_parser, parse_pairs, ray_session, run_command
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets import Record
-from vlsm.errors import ConfigError, VlsmError
+from vlsm.errors import VlsmError
 from vlsm.inspection import Facts
 from vlsm.recipe import TrainSettings
 from vlsm.record import read_record
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> dict[str, Any] | None:
         arguments: dict[str, Any] = {"output": storage.absolute(args.output)}
         if args.dataset:
-            arguments["datasets"] = parse_datasets(args.dataset)
+            arguments["datasets"] = parse_pairs("--dataset", args.dataset)
         settings = load_settings(TrainSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return train(settings)
@@ -50,23 +50,6 @@ def main(argv: list[str] | None = None) -> int:
         return None
 
     return run_command(work)
-
-
-def parse_datasets(words: list[str]) -> dict[str, str]:
-    """NAME=URI words as names and locations.
-
-    Raises:
-        ConfigError: a word is not of this form, or a name stands there twice.
-    """
-    datasets: dict[str, str] = {}
-    for word in words:
-        name, separator, uri = word.partition("=")
-        if not (name and separator and uri):
-            raise ConfigError(f"--dataset {word!r} is not of the form NAME=URI, such as kvasir=s3://bucket/kvasir")
-        if name in datasets:
-            raise ConfigError(f"--dataset {name} is given twice; each dataset has a name of its own")
-        datasets[name] = storage.absolute(uri)
-    return datasets
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:

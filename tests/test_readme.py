@@ -46,7 +46,7 @@ def test_the_map_names_every_module():
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
 def test_every_command_is_understood_by_its_parser(command, monkeypatch):
-    from jobs import benchmark, segment, train
+    from jobs import benchmark, evaluate, segment, train
     from vlsm import calibration, checkpoints, export
     from vlsm.models import __main__ as models
 
@@ -56,6 +56,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(segment, "dry_run", lambda settings: seen.append(settings))
     monkeypatch.setattr(train, "train", lambda settings: seen.append(settings))
     monkeypatch.setattr(train, "dry_run", lambda settings: seen.append(settings))
+    monkeypatch.setattr(evaluate, "evaluate", lambda settings: seen.append(settings))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
     monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *args: seen.append(args) or FOUND)
@@ -68,6 +69,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     mains = {
         "jobs.segment": segment.main,
         "jobs.train": train.main,
+        "jobs.evaluate": evaluate.main,
         "jobs.benchmark": benchmark.main,
         "vlsm.export": export.main,
         "vlsm.calibration": calibration.main,

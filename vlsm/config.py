@@ -284,7 +284,7 @@ def describe_settings(settings: type[Settings]) -> list[str]:
             default = (
                 "..."
                 if info.is_required()
-                else yaml.safe_dump(_plain(info.default), default_flow_style=True).partition("\n")[0]
+                else yaml.safe_dump(_plain(info.default), default_flow_style=True, width=1000).partition("\n")[0]
             )
             choices = [str(choice) for choice in get_args(info.annotation) if isinstance(choice, str)]
             among = f" ({', '.join(choices)})" if get_origin(info.annotation) is Literal else ""

@@ -140,15 +140,30 @@ def choose_prompt(record: Record, settings: DataSettings, rng: np.random.Generat
         ManifestError: the record has no such prompt.
     """
     choice = settings.prompt if isinstance(settings.prompt, str) else settings.prompt.get(record.dataset, "p1")
+    texts = find_texts(record, choice, "data.prompt")
+    return texts[0 if rng is None else int(rng.integers(len(texts)))]
+
+
+def find_texts(record: Record, choice: str, setting: str) -> list[str]:
+    """The texts that a choice as of data.prompt leaves for a record, one at least.
+
+    Args:
+        record: of the example.
+        choice: a kind of prompt, "random" or "text:WORDS".
+        setting: what messages call it.
+
+    Raises:
+        ManifestError: there are none.
+    """
     if choice.startswith("text:"):
-        return choice.removeprefix("text:").strip()
+        return [choice.removeprefix("text:").strip()]
     if choice == "random":
         texts = [text for kind, own in record.prompts.items() if kind != "p0" for text in own if text]
     else:
         texts = list(record.prompts.get(choice, ()))
     if not texts:
         raise ManifestError(
-            f"dataset {record.dataset}, {record.where}: there is no prompt for data.prompt={choice}; it has "
+            f"dataset {record.dataset}, {record.where}: there is no prompt for {setting}={choice}; it has "
             f"{', '.join(record.prompts) or 'none'}, and text:WORDS needs none"
         )
-    return texts[0 if rng is None else int(rng.integers(len(texts)))]
+    return texts

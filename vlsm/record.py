@@ -22,7 +22,7 @@ RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
 _ACTIONS = {"start_over", "retry_failed", "update"}  # what is to be done now, no part of what a run is
 _POOL_KEYS = ("actors", "_per_actor")
-_PACKAGES = ("ray", "torch", "torchvision", "transformers", "pillow", "pyarrow", "fsspec", "s3fs")
+_PACKAGES = ("ray", "torch", "torchvision", "transformers", "pillow", "pyarrow", "fsspec", "s3fs", "monai")
 
 
 def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
@@ -90,12 +90,14 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
 
 def _deciding(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings of a record that decide what comes out, and not where and how."""
-    members = [
-        {key: value for key, value in member.items() if key != "checkpoint" and not key.endswith(_POOL_KEYS)}
-        for member in tree.get("members", ())
-    ]
-    deciding = {key: value for key, value in tree.items() if key not in ("run", "output", "members")}
-    return deciding | ({"members": members} if members else {})
+    deciding = {key: value for key, value in tree.items() if key not in ("run", "output", "members", "systems")}
+    groups = {name: list(map(_deciding_member, members)) for name, members in tree.get("systems", {}).items()}
+    members = list(map(_deciding_member, tree.get("members", ())))
+    return deciding | ({"members": members} if members else {}) | ({"systems": groups} if groups else {})
+
+
+def _deciding_member(member: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in member.items() if key != "checkpoint" and not key.endswith(_POOL_KEYS)}
 
 
 def forget_run(output: str, names: Iterable[str] = (), folders: Iterable[tuple[str, str]] = ()) -> None:

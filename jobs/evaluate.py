@@ -1,0 +1,170 @@
+"""Score checkpoints, ensembles and existing masks on labelled images, at the images' own sizes, and compare them.
+
+    plan -> a segment run per system -> tasks, each of some part files: masks against labels -> scores, tables
+
+Each system's masks come from `jobs.segment`, with its plan, its resuming and its proof; they lie in OUTPUT/runs.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from jobs.command import logger, make_parser, parse_pairs, ray_session, run_command
+from jobs.segment import segment
+from vlsm import storage
+from vlsm.config import dump_yaml, load_settings
+from vlsm.errors import VlsmError
+from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.record import SUMMARY_NAME
+from vlsm.runs import read_summary
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from vlsm.evaluation.parts import Source
+    from vlsm.evaluation.planning import Evaluation
+
+_LOG_INTERVAL_S = 10.0
+_TASK_SCORES = 500  # of one task at least: some 15 s, as long as a process takes to import what it scores with
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = make_parser("jobs.evaluate", str(__doc__).partition("\n")[0], EvaluateSettings)
+    parser.add_argument("output", metavar="OUTPUT", help="folder for scores and tables; a rerun continues there")
+    repeated: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="checkpoint directory; local or s3://; several are compared (for ensembles see `systems`)",
+        **repeated,
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME=URI",
+        help="a folder with anns/ images/ masks/, or a manifest with image_uri, mask_uri, split; may be repeated",
+        **repeated,
+    )
+    parser.add_argument(
+        "--masks",
+        metavar="NAME=OUTPUT",
+        help="the OUTPUT of a finished segment run, whose masks are scored as they are; may be repeated",
+        **repeated,
+    )
+    args = parser.parse_args(argv)
+
+    def work() -> dict[str, Any] | None:
+        arguments: dict[str, Any] = {"output": storage.absolute(args.output)}
+        given = {
+            "checkpoints": args.checkpoint,
+            "datasets": parse_pairs("--dataset", args.dataset),
+            "masks": parse_pairs("--masks", args.masks),
+        }
+        arguments |= {name: value for name, value in given.items() if value}
+        settings = load_settings(EvaluateSettings, args.config, args.set, arguments)
+        if not args.dry_run:
+            return evaluate(settings)
+        dry_run(settings)
+        return None
+
+    return run_command(work)
+
+
+def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
+    """Run the job to its end and return its summary.
+
+    Raises:
+        VlsmError: the settings or the data are wrong, or the run could not be finished; a rerun goes on.
+    """
+    from vlsm.evaluation.planning import MARKDOWN_NAME, finish_evaluation, prepare_evaluation  # so that --help is quick
+
+    evaluation = prepare_evaluation(settings)
+    settings = evaluation.settings
+    summary_uri = storage.join(settings.output, SUMMARY_NAME)
+    if summary := read_summary(settings.output):
+        if not settings.retry_failed:
+            logger.info("%s is finished: there is nothing to do", settings.output)
+            return summary
+        storage.remove(summary_uri)
+    started_s = time.monotonic()
+    logger.info("%d systems, %d scores are planned", len(evaluation.systems), evaluation.num_rows)
+    with ray_session():
+        for system in evaluation.systems:
+            if system.segment is not None:
+                logger.info("masks of %s", system.name)
+                segment(system.segment)
+        tables = list(score(evaluation))
+    summary = finish_evaluation(evaluation, tables, time.monotonic() - started_s)
+    table = storage.join(settings.output, MARKDOWN_NAME)
+    logger.info("%s:\n%s", table, storage.read_bytes(table).decode())
+    return summary
+
+
+def dry_run(settings: EvaluateSettings) -> None:
+    """Print the resolved settings and how much would be done; nothing is written, Ray is not started."""
+    from vlsm.evaluation.planning import plan_evaluation
+    from vlsm.evaluation.systems import list_images
+
+    evaluation, _ = plan_evaluation(settings)
+    print(dump_yaml(evaluation.settings.model_dump(mode="json")), end="")
+    for system in evaluation.systems:
+        num_images = len(list_images(system.targets)) if system.segment else 0
+        print(f"# {system.name}: {num_images:,} images to segment, {system.num_rows:,} scores")
+
+
+def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":
+    """The scores of all systems, from the part files of their segment runs, which are finished.
+
+    Raises:
+        VlsmError: a part is missing or damaged, or a task failed through its retries.
+    """
+    import ray
+
+    from vlsm.evaluation.parts import missing_rows, open_source
+
+    for system in evaluation.systems:
+        yield missing_rows(system, evaluation.settings)
+    sources = [open_source(system, evaluation.settings) for system in evaluation.systems]
+    parts = [(number, shard) for number, source in enumerate(sources) for shard in range(source.num_parts)]
+    size = -(-len(parts) * _TASK_SCORES // max(1, evaluation.num_rows))
+    task, shared = ray.remote(num_cpus=1, max_retries=3)(_score_parts), ray.put(sources)
+    pending = [task.remote(shared, parts[start : start + size]) for start in range(0, len(parts), size)]
+    try:
+        yield from _collect(pending)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None) or error
+        message = str(cause).strip().splitlines()[-1]
+        raise VlsmError(f"scoring failed through its retries: {message}; the same command goes on") from error
+
+
+def _score_parts(sources: "list[Source]", parts: list[tuple[int, int]]) -> "pa.Table":
+    """A CPU task: the scores of some part files, told by the number of their source and their own."""
+    import pyarrow as pa
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit
+    return pa.concat_tables([sources[number].score_part(shard) for number, shard in parts])
+
+
+def _collect(pending: "Sequence[Any]") -> "Iterator[pa.Table]":
+    """What tasks return, as they end, with a bar on a terminal and else a line every ten seconds."""
+    import ray
+
+    with tqdm(total=len(pending), unit="task", desc="scored", disable=not sys.stderr.isatty()) as bar:
+        said_s, num_all, num_done = time.monotonic(), len(pending), 0
+        while pending:
+            ready, pending = ray.wait(pending, timeout=1.0)
+            for reference in ready:
+                yield ray.get(reference)
+                num_done += 1
+                bar.update()
+            if bar.disable and time.monotonic() - said_s >= _LOG_INTERVAL_S:
+                said_s = time.monotonic()
+                logger.info("scored: %d of %d tasks", num_done, num_all)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

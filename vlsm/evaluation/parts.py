@@ -1,0 +1,207 @@
+"""The rows of one part file of a segment run against the labels of their images."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vlsm.datasets import Record
+from vlsm.errors import ImageError, ResultError
+from vlsm.evaluation.prompts import ROBUSTNESS, classify
+from vlsm.evaluation.scoring import encoded_dice, score_mask
+from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.evaluation.systems import System, Target
+from vlsm.fetch import read_image_bytes
+from vlsm.images import decode_mask as decode_label
+from vlsm.manifest import Plan
+from vlsm.masks import decode_mask, encode_mask
+from vlsm.record import read_record
+from vlsm.results import part_name, read_part
+
+_SCORES = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px")
+
+# One row per record, prompt and system.
+SCORES_SCHEMA = pa.schema(
+    [
+        pa.field("system", pa.string(), nullable=False),
+        pa.field("checkpoint", pa.string()),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("record", pa.string(), nullable=False),
+        pa.field("image_id", pa.string()),
+        pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("mask_uri", pa.string(), nullable=False),
+        pa.field("prompt_name", pa.string(), nullable=False),
+        pa.field("prompt", pa.string()),
+        pa.field("prompt_class", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("height", pa.int32()),
+        pa.field("width", pa.int32()),
+        *(pa.field(name, pa.float64()) for name in _SCORES),
+        pa.field("reference_dice", pa.float64()),
+        pa.field("area_fraction", pa.float64()),
+        pa.field("target_fraction", pa.float64()),
+        pa.field("confidence", pa.float64()),
+        pa.field("agreement", pa.float64()),
+        pa.field("mask_rle", pa.string()),
+        pa.field("target_rle", pa.string()),
+    ]
+)
+_FROM_RUN = ("height", "width", "area_fraction", "confidence", "agreement", "mask_rle")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished segment run and the records whose images it has segmented.
+
+    Attributes:
+        system: whose masks they are.
+        output, run_id: of the run.
+        num_parts: of the run.
+        targets: by image_id.
+        settings: of the evaluation.
+    """
+
+    system: str
+    output: str
+    run_id: str
+    num_parts: int
+    targets: dict[str, list[Target]]
+    settings: EvaluateSettings
+
+    def score_part(self, shard: int) -> pa.Table:
+        """The scores of one part file, with the columns of SCORES_SCHEMA.
+
+        Raises:
+            ResultError: the part is missing, damaged or of another run.
+        """
+        part = read_part(self.output, shard, self.run_id, patience_s=self.settings.run.outage_patience_s)
+        if part is None:
+            raise ResultError(f"{part_name(shard)} in {self.output!r} is missing, damaged or of another run")
+        images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        for row in part.to_pylist():
+            if row["kind"] == "mask" and row["image_id"] in self.targets:
+                images[row["image_id"]][row["prompt"]] = row
+        rows = (
+            row
+            for image_id, own in images.items()
+            for target in self.targets[image_id]
+            for row in _score_target(target, own, self)
+        )
+        return pa.Table.from_pylist(list(rows), schema=SCORES_SCHEMA)
+
+
+def open_source(system: System, settings: EvaluateSettings) -> Source:
+    """A system's segment run, which is finished.
+
+    Raises:
+        ResultError: it is gone.
+    """
+    record = read_record(system.output)
+    if record is None:
+        raise ResultError(f"the segment run in {system.output!r} is gone; run it again")
+    targets: dict[str, list[Target]] = defaultdict(list)
+    for target in system.targets:
+        if target.image_id is not None:
+            targets[target.image_id].append(target)
+    num_parts = Plan(**record["plan"]).num_shards
+    return Source(system.name, system.output, record["run_id"], num_parts, dict(targets), settings)
+
+
+def missing_rows(system: System, settings: EvaluateSettings) -> pa.Table:
+    """Failed rows for the records whose image a run that knows nothing of them does not have."""
+    rows = [
+        _describe(system.name, target, name, settings) | _failed(f"missing: {system.output} has no such image")
+        for target in system.targets
+        if target.image_id is None
+        for name in target.texts
+    ]
+    return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
+
+
+def _describe(system: str, target: Target, name: str, settings: EvaluateSettings) -> dict[str, Any]:
+    """The columns that are known before anything is scored."""
+    record = target.record
+    return {
+        "system": system,
+        "dataset": record.dataset,
+        "split": record.split,
+        "record": record.where,
+        "image_id": target.image_id,
+        "image_uri": record.image_uri,
+        "mask_uri": record.mask_uri,
+        "prompt_name": name,
+        "prompt": target.texts[name],
+        "prompt_class": classify(name, settings),
+    }
+
+
+def _failed(error: str) -> dict[str, Any]:
+    return {"status": "failed", "error": error}
+
+
+def _score_target(target: Target, own: dict[str, dict[str, Any]], source: Source) -> Iterator[dict[str, Any]]:
+    """The scores of one record, a row per prompt.
+
+    Args:
+        target: the record.
+        own: the rows of its image in the segment run, by prompt.
+        source: the run.
+    """
+    settings = source.settings
+    label = _read_label(target.record, settings)
+    known: dict[str, Any] = {}
+    if not isinstance(label, str):
+        known = {"target_fraction": float(label.mean()), "target_rle": encode_mask(label)}
+    reference = _find(own, target.texts[settings.prompts[0]])
+    seen: dict[str | None, dict[str, Any]] = {}  # many prompts give the same mask
+    for name, text in target.texts.items():
+        row = _find(own, text)
+        scored = _describe(source.system, target, name, settings) | known
+        if isinstance(row, str):
+            yield scored | _failed(row)
+            continue
+        scored |= {"checkpoint": row["model"], "prompt": row["prompt"]} | {key: row[key] for key in _FROM_RUN}
+        if row["mask_rle"] not in seen:
+            seen[row["mask_rle"]] = _score_row(row, label, target.record.mask_uri)
+        scored |= seen[row["mask_rle"]]
+        if scored["prompt_class"] == ROBUSTNESS and scored["status"] == "ok" and not isinstance(reference, str):
+            size = (row["height"], row["width"])
+            scored["reference_dice"] = encoded_dice(row["mask_rle"], reference["mask_rle"], size)
+        yield scored
+
+
+def _read_label(record: Record, settings: EvaluateSettings) -> np.ndarray | str:
+    """The target mask, (H, W) uint8 of 0 and 1; or why there is none."""
+    run = settings.run
+    try:
+        data = read_image_bytes(
+            record.mask_uri, None, settings.max_image_bytes, run.image_timeout_s, run.outage_patience_s
+        )
+        return decode_label(data, record.mask_uri, settings.mask_threshold, settings.max_pixels)
+    except ImageError as error:
+        return str(error)
+
+
+def _score_row(row: dict[str, Any], label: np.ndarray | str, mask_uri: str) -> dict[str, Any]:
+    """How the mask of a row of the segment run agrees with the label; or why that cannot be said."""
+    if row["status"] != "ok":
+        return _failed(row["error"] or row["status"])
+    if isinstance(label, str):
+        return _failed(label)
+    size = (row["height"], row["width"])
+    if label.shape != size:
+        (height, width), (label_height, label_width) = size, label.shape
+        return _failed(f"size: {mask_uri} is {label_width} x {label_height}, its image {width} x {height}")
+    return {"status": "ok", "error": None} | asdict(score_mask(decode_mask(row["mask_rle"], size), label))
+
+
+def _find(own: dict[str, dict[str, Any]], text: str | None) -> dict[str, Any] | str:
+    """The row of a prompt; or why there is none."""
+    if text is not None:
+        return own.get(text, f"missing: the run was not told {text!r}")
+    return next(iter(own.values())) if len(own) == 1 else f"missing: the image has {len(own)} prompts, none is its own"
