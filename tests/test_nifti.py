@@ -222,6 +222,7 @@ def header(**fields):
         (gzip.compress(save(np.zeros((1, 1, 1_500_000), np.uint8), kind=nib.Nifti2Image)), "too_large"),
         (gzip.compress(save(np.zeros((300, 300, 300), np.uint8))), "too_large"),
     ],
+    ids=lambda value: f"{len(value)}_bytes" if isinstance(value, bytes) else value,  # gzip writes the time
 )
 def test_what_is_damaged_or_too_large_is_an_error_of_ours(data, reason):
     with pytest.raises(ImageError, match=rf"^{reason}: x\.nii") as caught:
