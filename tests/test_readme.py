@@ -34,7 +34,7 @@ def test_the_map_names_every_module():
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
 def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     from jobs import benchmark, segment, train
-    from vlsm import checkpoints, export
+    from vlsm import checkpoints, export, report
     from vlsm.models import __main__ as models
 
     module, *words = shlex.split(command, comments=True)[2:]
@@ -47,6 +47,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
+    monkeypatch.setattr(report, "write_report", lambda *args: seen.append(args) or ROOT / "README.md")
     monkeypatch.setattr(benchmark, "benchmark_models", lambda args: seen.append(args))
     monkeypatch.setattr(benchmark, "measure_gpu", lambda args: seen.append(args))
     monkeypatch.setattr(models, "measure_costs", lambda: seen.append(words) or [])
@@ -56,6 +57,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
         "jobs.train": train.main,
         "jobs.benchmark": benchmark.main,
         "vlsm.export": export.main,
+        "vlsm.report": report.main,
         "vlsm.checkpoints": checkpoints.main,
         "vlsm.models": models.main,
     }
