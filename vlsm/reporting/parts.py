@@ -118,4 +118,4 @@ def gallery_note(num_cards: int, num_rows: int, spread: str) -> str:
     """What the cards are."""
     if num_cards >= num_rows:
         return f"All {num_rows:,} rows."
-    return f"{num_cards:,} of {num_rows:,} rows: those shown above, and a sample spread over {spread}."
+    return f"{num_cards:,} of {num_rows:,} rows, spread over {spread}."

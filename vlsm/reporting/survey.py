@@ -168,11 +168,11 @@ class Sample:
         self._kept = merged.filter(pa.array(rank < _PER_STRATUM)).combine_chunks()
 
     def rows(self, number: int) -> list[dict[str, Any]]:
-        """So many rows, as evenly from all strata as they allow."""
+        """So many rows, as evenly from all strata as they allow: one of each, then another of each."""
         numbers = self._kept["stratum"].to_numpy()
         rank = np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
         order = np.lexsort((self._kept["priority"].to_numpy(), rank))[:number]
-        return self._kept.take(pa.array(np.sort(order))).to_pylist()
+        return self._kept.take(pa.array(order)).to_pylist()
 
 
 @dataclass
