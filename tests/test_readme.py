@@ -47,7 +47,7 @@ def test_the_map_names_every_module():
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
 def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     from jobs import benchmark, evaluate, segment, train
-    from vlsm import calibration, checkpoints, export
+    from vlsm import calibration, checkpoints, export, report
     from vlsm.models import __main__ as models
 
     module, *words = shlex.split(command, comments=True)[2:]
@@ -62,6 +62,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *args: seen.append(args) or FOUND)
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
+    monkeypatch.setattr(report, "write_report", lambda *args: seen.append(args) or ROOT / "README.md")
     monkeypatch.setattr(benchmark, "benchmark_models", lambda args: seen.append(args))
     monkeypatch.setattr(benchmark, "measure_gpu", lambda args: seen.append(args))
     monkeypatch.setattr(models, "measure_costs", lambda: seen.append(words) or [])
@@ -73,6 +74,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
         "jobs.benchmark": benchmark.main,
         "vlsm.export": export.main,
         "vlsm.calibration": calibration.main,
+        "vlsm.report": report.main,
         "vlsm.checkpoints": checkpoints.main,
         "vlsm.models": models.main,
     }

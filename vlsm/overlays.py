@@ -25,9 +25,9 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.nda
     if mask is not None:
         inside = mask.astype(bool)
         picture[inside] = 0.7 * picture[inside] + 0.3 * np.array(_GREEN, np.float32)
-        picture[_outline(inside, thickness)] = _GREEN
+        picture[outline(inside, thickness)] = _GREEN
     if target_mask is not None:
-        picture[_outline(target_mask.astype(bool), thickness)] = _MAGENTA
+        picture[outline(target_mask.astype(bool), thickness)] = _MAGENTA
     return picture.astype(np.uint8)
 
 
@@ -59,7 +59,7 @@ def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, til
     return np.asarray(sheet)
 
 
-def _outline(mask: np.ndarray, thickness: int) -> np.ndarray:
+def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
     """The pixels of a mask next to its rim: those that an erosion by `thickness` takes away."""
     core = mask
     for _ in range(thickness):

@@ -1,0 +1,107 @@
+"use strict";
+// The gallery's filters and order, and the viewer. All text is set as text: names come from anywhere.
+(() => {
+  const viewer = document.getElementById("viewer");
+  const shown = document.getElementById("shown");
+  let current = null;
+
+  const show = (button) => {
+    const item = button.closest("li");
+    const pictures = document.createElement("div");
+    pictures.className = "pictures";
+    for (const part of button.querySelectorAll("img, .problem")) pictures.append(part.cloneNode(true));
+    const title = document.createElement("h2");
+    title.textContent = button.querySelector(".title").textContent;
+    shown.replaceChildren(pictures, title, item.querySelector(".facts").cloneNode(true));
+    current = button;
+    if (!viewer.open) viewer.showModal();
+    viewer.scrollTop = 0;
+  };
+  const step = (by) => {
+    const list = [...current.closest("ul").querySelectorAll("li:not([hidden]) .open")];
+    const next = list[list.indexOf(current) + by];
+    if (next) show(next);
+  };
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button.open");
+    if (button) show(button);
+    else if (event.target === viewer) viewer.close();
+  });
+  viewer.addEventListener("close", () => current && current.focus());
+  viewer.addEventListener("keydown", (event) => {
+    if (event.key === "ArrowLeft") step(-1);
+    if (event.key === "ArrowRight") step(1);
+  });
+  document.getElementById("close").addEventListener("click", () => viewer.close());
+  document.getElementById("previous").addEventListener("click", () => step(-1));
+  document.getElementById("next").addEventListener("click", () => step(1));
+
+  const controls = document.getElementById("controls");
+  if (!controls) return;
+  const list = document.getElementById("cards");
+  const cards = [...list.children].map((item) => ({
+    item,
+    title: item.querySelector(".title").textContent,
+    words: JSON.parse(item.dataset.words),
+    numbers: JSON.parse(item.dataset.numbers),
+  }));
+  const selects = [...controls.querySelectorAll("select[data-word]")];
+  for (const select of selects) {
+    const values = new Set(cards.map((card) => card.words[select.dataset.word]).filter((value) => value !== undefined));
+    for (const value of [...values].sort()) select.add(new Option(value, value));
+  }
+  const ranges = [...controls.querySelectorAll("[data-number]")].map((field) => ({
+    name: field.dataset.number,
+    inputs: field.querySelectorAll("input"),
+  }));
+  const search = document.getElementById("search");
+  const sort = document.getElementById("sort");
+  const bound = (input) => (input.value === "" ? null : Number(input.value));
+
+  const inRange = (card, { name, inputs: [from, to] }) => {
+    const [low, high] = [bound(from), bound(to)];
+    if (low === null && high === null) return true;
+    const value = card.numbers[name];
+    return value !== undefined && (low === null || value >= low) && (high === null || value <= high);
+  };
+  const matches = (card) =>
+    selects.every((select) => !select.value || card.words[select.dataset.word] === select.value) &&
+    ranges.every((range) => inRange(card, range)) &&
+    `${card.title}\n${card.words.prompt ?? ""}`.toLowerCase().includes(search.value.trim().toLowerCase());
+
+  const ordered = () => {
+    const descending = sort.value.startsWith("-");
+    const name = sort.value.replace("-", "");
+    if (!name) return cards;
+    if (name === "title") return [...cards].sort((one, other) => (one.title < other.title ? -1 : 1));
+    const missing = cards.filter((card) => card.numbers[name] === undefined);
+    const present = cards.filter((card) => card.numbers[name] !== undefined);
+    present.sort((one, other) => (one.numbers[name] - other.numbers[name]) * (descending ? -1 : 1));
+    return [...present, ...missing];
+  };
+  const STEP = 60; // cards at once: a phone shows two beside each other
+  const more = document.getElementById("more");
+  let limit = STEP;
+  const draw = () => {
+    const order = ordered();
+    const found = order.filter(matches);
+    const visible = new Set(found.slice(0, limit));
+    for (const card of cards) card.item.hidden = !visible.has(card);
+    list.append(...order.map((card) => card.item));
+    more.hidden = found.length <= limit;
+    document.getElementById("count").textContent = `${found.length} of ${cards.length}`;
+  };
+  const update = () => {
+    limit = STEP;
+    draw();
+  };
+  more.addEventListener("click", () => {
+    limit += STEP;
+    draw();
+  });
+  controls.addEventListener("input", update);
+  controls.addEventListener("submit", (event) => event.preventDefault());
+  controls.addEventListener("reset", () => setTimeout(update));
+  controls.hidden = false;
+  update();
+})();

@@ -1,0 +1,204 @@
+"""A report as one HTML file that asks the network for nothing: its parts, and how they are put into page.html."""
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+import vlsm
+from vlsm.reporting.charts import Lines, Ridge
+from vlsm.reporting.pictures import Key, Picture, shorten
+from vlsm.reporting.survey import METRICS, row_key
+
+_CARD_WORDS = ("dataset", "split", "system", "prompt_name", "prompt", "status")
+_MAX_CONFIG = 100_000  # characters; a page stays small whatever its run was told
+_MAX_TABLE_ROWS = 300
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A headline figure."""
+
+    label: str
+    value: str
+    note: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Of a table: its text, and of a mean its interval as shares of the width (low, mean, high)."""
+
+    text: str
+    is_number: bool = False
+    interval: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows."""
+
+    head: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row that is shown: large in a section, small in the gallery.
+
+    Attributes:
+        title: the image_id.
+        uris: of its pictures.
+        problem: why there are none.
+        facts: label and text of its numbers.
+        words: what else is told of it, and of the gallery's filters.
+        numbers: of the gallery's ranges.
+    """
+
+    title: str
+    uris: Sequence[str]
+    problem: str | None
+    facts: list[tuple[str, str]]
+    words: dict[str, str]
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: whatever of this it has."""
+
+    anchor: str
+    title: str
+    intro: str = ""
+    tables: Sequence[Table] = ()
+    ridges: Sequence[Ridge] = ()
+    lines: Sequence[Lines] = ()
+    groups: Sequence[tuple[str, str, list[Case]]] = ()
+    has_legend: bool = False
+
+
+@dataclass(frozen=True)
+class Page:
+    """All of a report.
+
+    Attributes:
+        kind: what is reported on.
+        title: of the page.
+        banner: what a reader must know first, such as that a run is not complete.
+        stats: headline figures.
+        sections: in their order.
+        cards: of the gallery.
+        gallery_note: what the cards are chosen by.
+        outlines: names of those that are drawn: "prediction", "target".
+        record: config.yaml.
+        facts: label and text of where all this comes from.
+    """
+
+    kind: str
+    title: str
+    banner: str
+    stats: Sequence[Stat]
+    sections: Sequence[Section]
+    cards: Sequence[Case] = ()
+    gallery_note: str = ""
+    outlines: Sequence[str] = ()
+    record: dict[str, Any] = field(default_factory=dict)
+    facts: Sequence[tuple[str, str]] = ()
+
+
+def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = False) -> Case:
+    """A row with its picture as a card, or as a large case."""
+    words = {name: shorten(str(row[name])) for name in _CARD_WORDS if row.get(name) is not None}
+    numbers = {name: float(row[name]) for name in METRICS if row.get(name) is not None}
+    facts = [(METRICS[name], format_number(value)) for name, value in numbers.items()]
+    picture = pictures.get(row_key(row)) or Picture(problem="its mask is no longer in the run")
+    uris = picture.case if is_large else (picture.card,) if picture.card else ()
+    return Case(shorten(str(row["image_id"]), 200), uris, picture.problem, facts, words, numbers)
+
+
+def as_table(rows: Iterable[dict[str, Any]], note: str = "") -> Table:
+    """Rows as a table with their own columns; `dice_mean` has the interval from `dice_low` to `dice_high` drawn."""
+    rows = list(rows)
+    head = list(rows[0]) if rows else []
+    if len(rows) > _MAX_TABLE_ROWS:
+        note = f"The first {_MAX_TABLE_ROWS} of {len(rows):,} rows. {note}"
+    cells = [[_as_cell(name, row) for name in head] for row in rows[:_MAX_TABLE_ROWS]]
+    return Table([name.replace("_", " ") for name in head], cells, note)
+
+
+def _as_cell(name: str, row: dict[str, Any]) -> Cell:
+    value = row[name]
+    if value is None or value != value:
+        return Cell("–", True)
+    if not isinstance(value, float):
+        return Cell(f"{value:,}" if isinstance(value, int) else shorten(str(value)), isinstance(value, int))
+    text = format_number(value)
+    bounds = [row.get(key) for key in ("dice_low", "dice_mean", "dice_high")]
+    if name != "dice_mean" or not all(isinstance(bound, float) and 0 <= bound <= 1 for bound in bounds):
+        return Cell(text, True)
+    low, mean, high = (round(100 * float(bound or 0), 1) for bound in bounds)
+    return Cell(text, True, (low, mean, high))
+
+
+def format_number(value: float) -> str:
+    """A number with three decimals, or two digits where those would not show it."""
+    return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+
+
+def hide_places(tree: Any) -> Any:
+    """Settings without the folders of their paths: a page tells no more of places than ids do."""
+    if isinstance(tree, dict):
+        return {key: hide_places(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [hide_places(value) for value in tree]
+    if isinstance(tree, str) and ("://" in tree or tree.startswith(("/", "~")) or tree[1:3] in (":\\", ":/")):
+        return "…/" + tree.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return tree
+
+
+def provenance(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What of config.yaml says where results come from."""
+    facts = [("Planned at", record.get("planned_at")), ("Git revision", record.get("git_revision"))]
+    for name, value in record.items():
+        if "digest" in name:
+            texts = value if isinstance(value, list) else [value]
+            facts += [(name.replace("_", " ").capitalize().removesuffix("s"), text) for text in texts[:20]]
+    versions = record.get("versions") or {}
+    facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return [(label, shorten(str(text), 400)) for label, text in facts if text]
+
+
+def render(page: Page) -> str:
+    """The page as HTML; everything that comes from data is escaped, and a policy forbids what it does not hold."""
+    parts = {name: _read(f"page.{name}") for name in ("css", "js")}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    record = yaml.safe_dump(hide_places(page.record), sort_keys=False, allow_unicode=True)
+    if len(record) > _MAX_CONFIG:
+        record = record[:_MAX_CONFIG] + "\n… the rest is in the run's config.yaml"
+    metrics = {name: label for name, label in METRICS.items() if any(name in card.numbers for card in page.cards)}
+    return environment.from_string(_read("page.html")).render(
+        page=page,
+        record=record,
+        metrics=metrics,
+        filters=[name for name in _CARD_WORDS if len({card.words.get(name) for card in page.cards}) > 1],
+        version=vlsm.__version__,
+        **{name: Markup(text) for name, text in parts.items()},
+        **{f"{name}_hash": _digest(text) for name, text in parts.items()},
+    )
+
+
+def _read(name: str) -> str:
+    return resources.files("vlsm.reporting").joinpath(name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -1,0 +1,214 @@
+"""Pictures of chosen rows, small enough for one page: outlines on the image, as data URIs."""
+
+import base64
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from PIL import Image
+
+from vlsm import images, masks
+from vlsm.errors import StorageError, VlsmError
+from vlsm.fetch import read_image_bytes
+from vlsm.overlays import outline
+from vlsm.reporting.survey import FILE, KEY, row_key
+from vlsm.sources import Reader
+
+# Okabe and Ito's sky blue and orange: told apart with every kind of colour vision; dashes tell them apart without any.
+PREDICTION, TARGET = (86, 180, 233), (230, 159, 0)
+# A page is 30 cases of two pictures and 240 cards at most: 60 * 45 kB + 240 * 14 kB are 8.1 MB in base64.
+MAX_CASES, MAX_CARDS = 30, 240
+_CASE_PX, _CASE_BYTES = 600, 45_000
+_CARD_PX, _CARD_BYTES = 240, 14_000
+
+_FOLDERS = re.compile(r"(?<![\w.])(?:\w+:/)?/(?:[^\s/#]+/)+")
+
+Key = tuple[Any, ...]
+OpenFiles = Callable[[list[str]], ds.Dataset]
+Masks = tuple[np.ndarray | None, np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is seen of a row.
+
+    Attributes:
+        card: a data URI of the image with outlines.
+        case: the same larger, and the image alone, for those that are shown large.
+        problem: why there are none.
+    """
+
+    card: str = ""
+    case: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+class Painter:
+    """Draws rows, each image read again from where it was.
+
+    Args:
+        reader: of the images.
+        read_masks: the row's prediction and target, (H, W) of 0 and 1 each, or None.
+    """
+
+    def __init__(self, reader: Reader, read_masks: Callable[[dict[str, Any]], Masks]) -> None:
+        self._reader, self._read_masks = reader, read_masks
+        self._away: set[str] = set()
+
+    def draw(self, row: dict[str, Any], is_case: bool) -> Picture:
+        """A row as a card or as a case; where its image cannot be read, the reason."""
+        if row["status"] != "ok":
+            return Picture(problem=describe_error(row) or str(row["status"]))
+        store = str(row["image_uri"]).partition("://")[0] if "://" in str(row["image_uri"]) else ""
+        if store in self._away:
+            return Picture(problem="unavailable: its store does not answer")
+        try:
+            content, frame = self._reader.open(row)
+            image = content.decode(frame)
+            prediction, target = self._read_masks(row)
+        except VlsmError as error:
+            if isinstance(error, StorageError):
+                self._away.add(store)
+            return Picture(problem=describe_error(row | {"error": str(error)}))
+        if any(mask is not None and mask.shape != image.shape[:2] for mask in (prediction, target)):
+            return Picture(problem="its image has changed its size since")
+        return _as_picture(image, (prediction, target), is_case)
+
+
+def paint(
+    rows: Iterable[dict[str, Any]],
+    cases: set[Key],
+    painter: Painter,
+    columns: Sequence[str],
+    open_files: OpenFiles | None,
+) -> dict[Key, Picture]:
+    """The pictures of rows by their keys; masks are read for one row at a time.
+
+    Args:
+        rows: as a survey chose them.
+        cases: keys of those that are shown large.
+        painter: draws one.
+        columns: what it needs beside a row's own.
+        open_files: makes a dataset of paths, those that rows were read from.
+    """
+    chosen = {row_key(row): row for row in rows}
+    painted = {key: painter.draw(row, is_case=False) for key, row in chosen.items() if row["status"] != "ok"}
+    chosen = {key: row for key, row in chosen.items() if key not in painted}
+    for row in _complete(chosen, columns, open_files):
+        key = row_key(row)
+        painted[key] = painter.draw(row, is_case=key in cases)
+    return painted
+
+
+def _complete(
+    chosen: dict[Key, dict[str, Any]], columns: Sequence[str], open_files: OpenFiles | None
+) -> Iterator[dict[str, Any]]:
+    """The chosen rows with more of their columns, in the order of their files."""
+    if open_files is None:
+        yield from sorted(chosen.values(), key=lambda row: (row["image_uri"], row["selector"] or ""))
+        return
+    by_file: dict[str, list[dict[str, Any]]] = {}
+    for row in chosen.values():
+        by_file.setdefault(row[FILE], []).append(row)
+    for path, rows in sorted(by_file.items()):
+        dataset = open_files([path])
+        wanted = [name for name in (*KEY, "kind", *columns) if name in dataset.schema.names]
+        condition = pc.field("image_id").isin([row["image_id"] for row in rows])
+        # masks may be of many megabytes: few rows at a time, and no files ahead of them
+        batches = dataset.to_batches(columns=wanted, filter=condition, batch_size=32, batch_readahead=1)
+        for batch in batches:
+            for more in batch.to_pylist():
+                if more.pop("kind", "mask") == "mask" and (found := chosen.get(row_key(more))) is not None:
+                    yield found | more
+
+
+def describe_error(row: dict[str, Any]) -> str:
+    """A row's error without the folders of its file: a page tells no more of places than ids do."""
+    error = str(row.get("error") or "")
+    for name in ("image_uri", "mask_uri"):  # folders with spaces in their names, too
+        if folder := os.path.dirname(str(row.get(name) or "").partition("#")[0]):
+            error = error.replace(f"{folder}/", "")
+    return shorten(_FOLDERS.sub("", error), 300)
+
+
+def shorten(text: str, length: int = 160) -> str:
+    """A text of at most so many characters: what is left out of it is in the middle."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2 - 1) :]}"
+
+
+def read_rle_masks(row: dict[str, Any]) -> Masks:
+    """Prediction and target of a row that has them as run lengths."""
+    size = (row["height"], row["width"])
+    prediction, target = (
+        None if row.get(name) is None else masks.decode_mask(row[name], size) for name in ("mask_rle", "target_rle")
+    )
+    return prediction, target
+
+
+def read_target_file(row: dict[str, Any], threshold: int, max_pixels: int, max_bytes: int) -> Masks:
+    """The target of an example, whose mask is a file."""
+    data = read_image_bytes(row["mask_uri"], None, max_bytes)
+    return None, images.decode_mask(data, row["mask_uri"], threshold, max_pixels)
+
+
+def _as_picture(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:
+    outlined, _ = _fit(image, outlines, _CARD_PX)
+    card = _data_uri(outlined, _CARD_BYTES)
+    return Picture(
+        card, tuple(_data_uri(each, _CASE_BYTES) for each in _fit(image, outlines, _CASE_PX)) if is_case else ()
+    )
+
+
+def _fit(image: np.ndarray, outlines: Masks, side: int) -> tuple[Image.Image, Image.Image]:
+    """The image with outlines and without, of at most so many pixels a side."""
+    scale = side / max(image.shape[:2])
+    # small images are enlarged by whole numbers, so that their pixels can be seen
+    factor = scale if scale < 1 else int(scale)
+    size = tuple(max(1, round(edge * factor)) for edge in image.shape[1::-1])
+    resampling = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
+    plain = Image.fromarray(image).resize((size[0], size[1]), resampling, reducing_gap=2.0)
+    picture = np.array(plain)
+    prediction, target = (None if mask is None else _shrink(mask, plain.size) for mask in outlines)
+    thickness = 3 if side <= _CARD_PX else 4
+    # the one inside of its mask and the other around it: where they agree, both lines are seen
+    if target is not None:
+        around = outline(np.pad(~target, thickness, constant_values=True), thickness)
+        _draw_rim(picture, around[thickness:-thickness, thickness:-thickness], TARGET, is_dashed=True)
+    if prediction is not None:
+        _draw_rim(picture, outline(prediction, thickness), PREDICTION, is_dashed=False)
+    return Image.fromarray(picture), plain
+
+
+def _shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The mask at a picture's size (width, height), as bool; one of less than a pixel is shown as one."""
+    share = np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BOX))
+    return np.asarray(share >= min(128, max(1, int(share.max()))))
+
+
+def _draw_rim(picture: np.ndarray, rim: np.ndarray, color: tuple[int, int, int], is_dashed: bool) -> None:
+    """Colour the pixels of a rim, all or every other stretch of it as seen from its middle."""
+    rows, columns = np.nonzero(rim)
+    if is_dashed and len(rows):
+        turn = np.arctan2(rows - rows.mean(), columns - columns.mean()) / (2 * np.pi)
+        num_dashes = max(6, len(rows) // 50)
+        is_drawn = turn * num_dashes % 1 < 0.65
+        rows, columns = rows[is_drawn], columns[is_drawn]
+    picture[rows, columns] = color
+
+
+def _data_uri(picture: Image.Image, limit: int) -> str:
+    """The picture as WebP in at most so many bytes: of less quality first, then smaller."""
+    while True:
+        for quality in (82, 60):
+            buffer = io.BytesIO()
+            picture.save(buffer, "WEBP", quality=quality, method=2)  # half the time of the default, for 5 % more bytes
+            if (num_bytes := buffer.tell()) <= limit:
+                return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        shrink = min(0.9, 0.95 * (limit / num_bytes) ** 0.5)
+        picture = picture.resize((max(1, int(picture.width * shrink)), max(1, int(picture.height * shrink))))

@@ -1,0 +1,90 @@
+"""The report of a segment run, finished or not."""
+
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from vlsm.reporting import parts
+from vlsm.reporting.page import Page, Section, Stat, as_table, provenance
+from vlsm.reporting.pictures import Painter, read_rle_masks
+from vlsm.reporting.survey import Extremes, Survey, scan
+from vlsm.results import open_results
+from vlsm.schema import RESULT_SCHEMA
+
+
+def segmentation_page(output: str, title: str) -> Page:
+    """All that is told of a segment run.
+
+    Raises:
+        ConfigError: there is no run, or it has no masks yet.
+    """
+    record, summary = parts.read_config(output), parts.read_summary(output)
+    dataset = open_results(output)
+    survey = Survey(metric="confidence", group="prompt")
+    ends = [
+        ("Least confident", "by the mean probability inside the mask", Extremes("confidence")),
+        ("Least agreement", "of the ensemble's members", Extremes("agreement")),
+        ("Largest areas", "as a share of the image", Extremes("area_fraction", is_highest=True)),
+        ("At random", "from all masks", Extremes("priority")),
+    ]
+    for table in scan(dataset, pc.field("kind") == "mask"):
+        survey.add(table)
+        for *_, each in ends:
+            each.add(table)
+
+    def open_files(paths: list[str]) -> ds.Dataset:
+        return ds.dataset(paths, schema=RESULT_SCHEMA, filesystem=dataset.filesystem, format="parquet")
+
+    painter = Painter(parts.open_reader(record["config"]), read_rle_masks)
+    columns = ["mask_rle", "height", "width"]
+    groups, cards = parts.show(ends, survey.sample, painter, columns, open_files)
+    return Page(
+        kind="Segment run",
+        title=title,
+        banner="" if summary else _banner(record, survey),
+        stats=_stats(record, summary, survey),
+        sections=[
+            *_prompts(survey),
+            *parts.distributions(survey, "masks"),
+            Section("look", "Look at these first", groups=groups, has_legend=True),
+            *parts.failures(survey),
+        ],
+        cards=cards,
+        gallery_note=parts.gallery_note(len(cards), survey.num_rows, "prompts, statuses and ranges of confidence"),
+        outlines=["prediction"],
+        record=record,
+        facts=[*provenance(record), ("Model", ", ".join(survey.values["model"]))],
+    )
+
+
+def _banner(record: dict[str, Any], survey: Survey) -> str:
+    plan = record["plan"]
+    of = f" of {plan['num_images']:,} planned" if plan.get("is_complete", True) and "num_images" in plan else ""
+    return f"This run is not complete: {survey.images.total():,}{of} images are done so far."
+
+
+def _stats(record: dict[str, Any], summary: dict[str, Any] | None, survey: Survey) -> list[Stat]:
+    images = survey.images
+    stats = [
+        Stat("Images", f"{images.total():,}", f"{survey.num_rows:,} rows, one for each prompt"),
+        Stat("Ok", f"{images['ok']:,}"),
+        Stat("Failed", f"{images['failed']:,}", tone="warn" if images["failed"] else ""),
+    ]
+    if images["vanished"]:
+        stats.append(Stat("Vanished", f"{images['vanished']:,}", "no longer in the archive"))
+    if summary and summary.get("images_per_s"):
+        stats.append(Stat("Images a second", f"{summary['images_per_s']:,}", f"{summary['seconds']:,} s in all"))
+    return [*stats, *parts.metric_stats(survey, ("confidence", "agreement", "area_fraction"))]
+
+
+def _prompts(survey: Survey) -> list[Section]:
+    """A table of the prompts, where there are several."""
+    rows = []
+    for prompt, count in survey.values["prompt"].most_common(50):
+        found = {
+            name: survey.distributions.get((name, prompt)) for name in ("confidence", "agreement", "area_fraction")
+        }
+        medians = {f"median {name}": each.median if each else None for name, each in found.items()}
+        rows.append({"prompt": prompt, "rows": count} | medians)
+    return [Section("prompts", "Prompts", tables=[as_table(rows)])] if len(rows) > 1 else []

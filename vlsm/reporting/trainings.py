@@ -1,0 +1,135 @@
+"""The report of a training run, finished or not."""
+
+import functools
+import io
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import yaml
+
+from vlsm import storage
+from vlsm.checkpoints import SETTINGS_NAME
+from vlsm.history import MEAN, History, Row
+from vlsm.reporting import parts
+from vlsm.reporting.charts import draw_lines
+from vlsm.reporting.page import Page, Section, Stat, Table, as_table, provenance
+from vlsm.reporting.pictures import Painter, read_target_file
+from vlsm.reporting.survey import Survey, scan
+from vlsm.training_run import CHECKPOINT_NAME
+
+_EXAMPLES_NAME, _METRICS_NAME = "examples.parquet", "metrics.parquet"
+# what a row of a survey has and an example does not
+_COMPUTED = {
+    "image_id": pc.replace_substring_regex(pc.field("image_uri"), pattern=".*/", replacement=""),
+    "status": pc.scalar("ok"),
+}
+
+
+def training_page(output: str, title: str) -> Page:
+    """All that is told of a training run.
+
+    Raises:
+        ConfigError: OUTPUT has no config.yaml of a run.
+    """
+    record, summary = parts.read_config(output), parts.read_summary(output)
+    config, metrics = record["config"], _read_metrics(output)
+    fs, path = storage.open_uri(storage.join(output, _EXAMPLES_NAME))
+    survey = Survey(metric="area_fraction", group="dataset")
+    for table in scan(ds.dataset([path], filesystem=fs, format="parquet"), computed=_COMPUTED):
+        survey.add(table)
+    data = config["data"]
+    limits = {
+        "threshold": data["mask_threshold"],
+        "max_pixels": data["max_pixels"],
+        "max_bytes": data["max_image_bytes"],
+    }
+    painter = Painter(parts.open_reader(data), functools.partial(read_target_file, **limits))
+    _, cards = parts.show([], survey.sample, painter, (), None)
+    history = History([Row(**row) for row in metrics.to_pylist()])
+    best = history.best_epoch(config["optim"]["monitor"])
+    banner = f"This run is not complete: {len(history.monitored('dice')):,} of {config['optim']['epochs']:,} epochs."
+    return Page(
+        kind="Training run",
+        title=title,
+        banner="" if summary else banner,
+        stats=_stats(config, history, best, survey),
+        sections=[
+            *([_curves(metrics, best)] if len(metrics) else []),
+            *_scores(history, best),
+            Section("data", "Data", tables=[_counts(record)]),
+            *parts.distributions(survey, "examples"),
+        ],
+        cards=cards,
+        gallery_note=parts.gallery_note(len(cards), survey.num_rows, "datasets, splits and areas"),
+        outlines=["target"],
+        record=record,
+        facts=[*provenance(record), *_checkpoint_facts(output)],
+    )
+
+
+def _read_metrics(output: str) -> pa.Table:
+    """metrics.parquet; no rows before the first epoch's end."""
+    uri = storage.join(output, _METRICS_NAME)
+    if not storage.exists(uri):
+        return History().table()
+    return pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+
+
+def _stats(config: dict[str, Any], history: History, best: int, survey: Survey) -> list[Stat]:
+    stats = []
+    for split, label in (("val", "Validation Dice"), ("test", "Test Dice")):
+        rows = [row for row in history.rows if (row.split, row.dataset) == (split, MEAN)]
+        rows = [row for row in rows if row.epoch == best] or (rows if split == "test" else [])
+        if rows:
+            stats.append(Stat(label, f"{rows[-1].dice:.3f}", "mean over datasets, of the best epoch", "lead"))
+    epochs = max((row.epoch for row in history.rows), default=0)
+    model = str(config.get("model") or "a checkpoint's")
+    stats += [
+        Stat("Model", model, f"what learns: {config.get('trainable', 'all')}"),
+        Stat("Best epoch", f"{best}" if best else "–", f"of {epochs} done, {config['optim']['epochs']} planned"),
+        Stat("Examples", f"{survey.num_rows:,}", "in all splits"),
+    ]
+    return stats
+
+
+def _curves(metrics: pa.Table, best: int) -> Section:
+    lines = [
+        draw_lines(metrics, "loss", "Loss", best),
+        draw_lines(metrics, "dice", "Dice at the model's size", best),
+    ]
+    return Section("curves", "Curves", lines=lines)
+
+
+def _scores(history: History, best: int) -> list[Section]:
+    """Loss and Dice of the best epoch, and of the test that follows the last one."""
+    rows = [row for row in history.rows if row.split == "test" or row.epoch == best]
+    named = [
+        {"split": row.split, "dataset": row.dataset, "examples": row.num_examples, "Dice": row.dice, "loss": row.loss}
+        for row in rows
+    ]
+    note = "Training's own figures are of the images as they were changed at random, while the weights moved."
+    return [Section("scores", "The best epoch", tables=[as_table(named, note)])] if named else []
+
+
+def _counts(record: dict[str, Any]) -> Table:
+    counts = {tuple(name.split(" ", 1)): count for name, count in record["plan"]["records"].items()}
+    splits = [split for split in ("train", "val", "test") if any(key[0] == split for key in counts)]
+    external = record["config"].get("external") or {}
+    rows = [
+        {"dataset": name, "learned from": "no" if name in external else "yes"}
+        | {split: counts.get((split, name), 0) for split in splits}
+        for name in dict.fromkeys(name for _, name in counts)
+    ]
+    return as_table(rows)
+
+
+def _checkpoint_facts(output: str) -> list[tuple[str, str]]:
+    """What checkpoint.yaml says of the checkpoint that the run has made."""
+    uri = storage.join(output, CHECKPOINT_NAME, SETTINGS_NAME)
+    if not storage.exists(uri):
+        return []
+    settings = yaml.safe_load(storage.read_bytes(uri))
+    return [(f"Checkpoint's {name}", str(settings[name])) for name in ("prompt", "threshold") if name in settings]
