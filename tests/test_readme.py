@@ -46,7 +46,7 @@ def test_the_map_names_every_module():
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
 def test_every_command_is_understood_by_its_parser(command, monkeypatch):
-    from jobs import benchmark, evaluate, segment, train
+    from jobs import benchmark, evaluate, segment, sweep, train
     from vlsm import calibration, checkpoints, export, report
     from vlsm.models import __main__ as models
 
@@ -56,6 +56,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(segment, "dry_run", lambda settings: seen.append(settings))
     monkeypatch.setattr(train, "train", lambda settings: seen.append(settings))
     monkeypatch.setattr(train, "dry_run", lambda settings: seen.append(settings))
+    monkeypatch.setattr(sweep, "sweep", lambda settings: seen.append(settings))
     monkeypatch.setattr(evaluate, "evaluate", lambda settings: seen.append(settings))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
@@ -71,6 +72,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
         "jobs.segment": segment.main,
         "jobs.train": train.main,
         "jobs.evaluate": evaluate.main,
+        "jobs.sweep": sweep.main,
         "jobs.benchmark": benchmark.main,
         "vlsm.export": export.main,
         "vlsm.calibration": calibration.main,
