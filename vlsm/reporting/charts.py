@@ -42,7 +42,7 @@ class RidgeRow:
 
 @dataclass(frozen=True)
 class Lines:
-    """Values over epochs."""
+    """Values over epochs, or over what `x_label` says."""
 
     title: str
     height: int
@@ -50,7 +50,8 @@ class Lines:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     bottom: float
-    best_x: float | None
+    best_x: float | None = None
+    x_label: str = "epoch"
 
 
 @dataclass(frozen=True)
@@ -129,3 +130,26 @@ def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> Lin
         bottom,
         place(best_epoch, 0)[0] if best_epoch else None,
     )
+
+
+def draw_reliability(title: str, rows: Sequence[tuple[float, float, float]]) -> Lines:
+    """A reliability diagram: the share of foreground over the probability, beside the line where both are equal.
+
+    Args:
+        title: of the chart.
+        rows: as `vlsm.calibration.reliability` gives them.
+    """
+    bottom, top = 200.0, 12.0
+
+    def path(points: Sequence[tuple[float, float]]) -> str:
+        places = [(_LEFT + x * (WIDTH - _LEFT - _RIGHT), bottom - y * (bottom - top)) for x, y in points]
+        return "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+
+    lines = [
+        Line("validation pixels", "0", False, path([(mean, share) for mean, share, _ in rows])),
+        Line("as often as it says", "mean", True, path([(0, 0), (1, 1)])),
+    ]
+    ticks = (0, 0.25, 0.5, 0.75, 1)
+    x_ticks = [(_LEFT + tick * (WIDTH - _LEFT - _RIGHT), f"{tick:g}") for tick in ticks]
+    y_ticks = [(bottom - tick * (bottom - top), f"{tick:g}") for tick in ticks]
+    return Lines(title, int(bottom) + 36, lines, x_ticks, y_ticks, bottom, x_label="probability of foreground")

@@ -46,9 +46,9 @@ def evaluation_page(output: str, title: str) -> Page:
         banner="" if summary else "This evaluation is not complete.",
         stats=_stats(table, leader, survey, own),
         sections=[
-            # what a calibration has to show, such as a reliability diagram, is a section between these
             *_scores(table),
             *parts.distributions(survey, "scored rows, whatever the prompt"),
+            *parts.calibrations(_checkpoints(record["config"])),
             Section("cases", "Cases to look at", shorten(of, 300), groups=groups, has_legend=True),
             *parts.failures(survey),
         ],
@@ -60,6 +60,13 @@ def evaluation_page(output: str, title: str) -> Page:
         record=record,
         facts=provenance(record),
     )
+
+
+def _checkpoints(config: dict[str, Any]) -> dict[str, str]:
+    """Where those of the systems are, by name."""
+    members = [member for own in config.get("systems", {}).values() for member in own]
+    uris = [*config.get("checkpoints", ()), *(member["checkpoint"] for member in members)]
+    return {"/".join(uri.rstrip("/").split("/")[-2:]): uri for uri in uris}
 
 
 def _read_table(output: str) -> list[dict[str, Any]]:

@@ -5,11 +5,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+from pydantic import ValidationError
+
 from vlsm import storage
+from vlsm.checkpoints import SETTINGS_NAME, Calibration
 from vlsm.config import SegmentSettings
-from vlsm.errors import ConfigError
+from vlsm.errors import ConfigError, VlsmError
 from vlsm.record import SUMMARY_NAME, read_record
-from vlsm.reporting.charts import Ridge, draw_ridge
+from vlsm.reporting.charts import Ridge, draw_reliability, draw_ridge
 from vlsm.reporting.page import Case, Cell, Section, Stat, Table, as_case
 from vlsm.reporting.pictures import MAX_CARDS, MAX_CASES, OpenFiles, Painter, describe_error, paint, shorten
 from vlsm.reporting.survey import METRICS, Extremes, Sample, Survey, row_key
@@ -119,3 +123,28 @@ def gallery_note(num_cards: int, num_rows: int, spread: str) -> str:
     if num_cards >= num_rows:
         return f"All {num_rows:,} rows."
     return f"{num_cards:,} of {num_rows:,} rows, spread over {spread}."
+
+
+def calibrations(checkpoints: dict[str, str]) -> list[Section]:
+    """What is known of the probabilities of checkpoints, by name and location; no section where nothing is.
+
+    Checkpoints that are no longer there, or were never calibrated, are left out.
+    """
+    lines, rows = [], []
+    for name, uri in checkpoints.items():
+        try:
+            tree = yaml.safe_load(storage.read_bytes(storage.join(uri, SETTINGS_NAME)))
+            found = Calibration.model_validate(tree["calibration"])
+        except (OSError, VlsmError, yaml.YAMLError, ValidationError, KeyError, TypeError):
+            continue
+        short = shorten(name, 60)
+        lines.append(draw_reliability(short, found.reliability))
+        errors = [Cell(f"{error:.4f}", True) for error in (found.error_before, found.error_after)]
+        numbers = [Cell(f"{value:.3g}", True) for value in (found.temperature, found.threshold)]
+        rows.append([Cell(short), *numbers, *errors, Cell(f"{found.num_images:,}", True)])
+    if not rows:
+        return []
+    intro = "How often pixels are foreground, by the probability that the checkpoint gives them, on validation images."
+    head = ["checkpoint", "temperature", "threshold", "error before", "error after", "images"]
+    note = "The error is the expected calibration error, without and with the temperature."
+    return [Section("calibration", "Calibration", intro, tables=[Table(head, rows, note)], lines=lines)]

@@ -20,7 +20,7 @@ def segmentation_page(output: str, title: str) -> Page:
         ConfigError: there is no run, or it has no masks yet.
     """
     record, summary = parts.read_config(output), parts.read_summary(output)
-    dataset = open_results(output)
+    dataset, members = open_results(output), record["config"]["members"]
     survey = Survey(metric="confidence", group="prompt")
     ends = [
         ("Least confident", "by the mean probability inside the mask", Extremes("confidence")),
@@ -47,6 +47,9 @@ def segmentation_page(output: str, title: str) -> Page:
         sections=[
             *_prompts(survey),
             *parts.distributions(survey, "masks"),
+            *parts.calibrations(
+                {member["checkpoint"].rstrip("/").rsplit("/", 1)[-1]: member["checkpoint"] for member in members}
+            ),
             Section("look", "Look at these first", groups=groups, has_legend=True),
             *parts.failures(survey),
         ],
