@@ -138,12 +138,12 @@ def test_prompts_are_classed_by_their_names(name, expected):
 def test_of_several_sentences_the_first_is_used_and_templates_are_filled():
     records = [record("d", p1="polyp", p2=("one", "two")), record("e", p1="tumor")]
     chosen = settings(prompts=("p2", "own"), prompt_robustness=True)
-    texts = texts_of(records[:1] + [record("e", p1="tumor", p2="three")], "lesion", chosen)
+    texts = texts_of(records[:1] + [record("e", p1="tumor", p2="three")], "lesion", chosen, with_robustness=True)
     assert texts[0]["p2"] == "one" and texts[0]["own"] == "lesion"
     assert texts[0]["empty"] == "" and texts[0]["wrong class"] == "tumor" and texts[1]["wrong class"] == "polyp"
     assert texts[0]["paraphrase 1"] == "a picture of one"
-    assert texts_of(records[:1], "lesion", chosen)[0]["wrong class"] == "a car"
-    assert "empty" not in texts_of(records[:1], None, chosen)[0]
+    assert texts_of(records[:1], "lesion", chosen, with_robustness=True)[0]["wrong class"] == "a car"
+    assert "empty" not in texts_of(records[:1], "lesion", chosen, with_robustness=False)[0]
 
 
 def told(prompt, fraction, prompt_name="p1"):
