@@ -33,11 +33,13 @@ def test_everything_but_the_jobs_works_where_ray_cannot_be_imported():
 import sys
 sys.modules["ray"] = None
 import vlsm, vlsm.segmenter, vlsm.training, vlsm.runs, vlsm.export, vlsm.models.clipseg, vlsm.models.unet_d
+import vlsm.evaluation.planning
 assert not [name for name in sys.modules if name.startswith("ray.")]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_what_only_decodes_or_drives_a_run_does_not_load_torch():
-    code = "import sys, jobs.segment, jobs.stages; assert not {'torch', 'transformers'} & {*sys.modules}"
+    modules = "jobs.segment, jobs.stages, jobs.evaluate, vlsm.evaluation.planning"
+    code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & {{*sys.modules}}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)

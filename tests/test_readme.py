@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from vlsm.checkpoints import Calibration
+from vlsm.evaluation.parts import SCORES_SCHEMA
 from vlsm.models import MODELS
 from vlsm.results import write_part
 from vlsm.schema import RESULT_SCHEMA
@@ -30,6 +31,11 @@ def test_the_table_of_columns_is_the_schema():
     section = README.partition("### What comes out")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.+?) \| ", section, re.M)
     assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == RESULT_SCHEMA.names
+
+
+def test_the_columns_of_scores_are_the_schemas():
+    sentence = README.partition("The columns of `scores.parquet`:")[2].partition("\n\n")[0]
+    assert re.findall(r"`(\w+)`", re.sub(r" \([^)]*\)", "", sentence)) == SCORES_SCHEMA.names
 
 
 def test_the_table_of_models_is_the_codes():

@@ -18,6 +18,7 @@ def score(system, number, prompt_name="p1", prompt_class="honest", **more):
     """A row of scores."""
     dice = float(DICE[system][number])
     values = {"dice": dice, "iou": dice / (2 - dice), "precision": 0.25, "recall": 0.75, "reference_dice": None}
+    values["review"] = "low confidence" if number % 3 == 0 else None
     row = {"dataset": "d", "system": system, "record": f"record {number}", "prompt_name": prompt_name}
     row |= {"prompt_class": prompt_class, "status": "ok", "hd95_px": 10.0 + number, "asd_px": 1.0}
     return row | values | more
@@ -53,6 +54,15 @@ def test_figures_are_those_of_numpy_and_scipy(lines):
     assert (line.hd95_median, line.asd_median) == (16, 1)
     assert line.difference == pytest.approx((b - a[kept]).mean())
     assert line.p == pytest.approx(stats.wilcoxon(b, a[kept]).pvalue)
+
+
+def test_what_should_be_looked_at_is_counted_against_what_is_bad(lines):
+    is_bad, is_told = DICE["a"] < 0.7, np.arange(15) % 3 == 0
+    line = lines["a"]
+    assert 0 < is_bad.sum() < 15
+    assert (line.review_n, line.bad_n, line.bad_found) == (5, is_bad.sum(), (is_bad & is_told).sum())
+    told = f"5 ({line.bad_found / 5:.2f}, {line.bad_found / line.bad_n:.2f})"
+    assert f"| {told} |" in format_markdown([line], "a", {})
 
 
 def test_the_baseline_is_not_compared_with_itself(lines):
@@ -138,12 +148,12 @@ def test_prompts_are_classed_by_their_names(name, expected):
 def test_of_several_sentences_the_first_is_used_and_templates_are_filled():
     records = [record("d", p1="polyp", p2=("one", "two")), record("e", p1="tumor")]
     chosen = settings(prompts=("p2", "own"), prompt_robustness=True)
-    texts = texts_of(records[:1] + [record("e", p1="tumor", p2="three")], "lesion", chosen)
+    texts = texts_of(records[:1] + [record("e", p1="tumor", p2="three")], "lesion", chosen, with_robustness=True)
     assert texts[0]["p2"] == "one" and texts[0]["own"] == "lesion"
     assert texts[0]["empty"] == "" and texts[0]["wrong class"] == "tumor" and texts[1]["wrong class"] == "polyp"
     assert texts[0]["paraphrase 1"] == "a picture of one"
-    assert texts_of(records[:1], "lesion", chosen)[0]["wrong class"] == "a car"
-    assert "empty" not in texts_of(records[:1], None, chosen)[0]
+    assert texts_of(records[:1], "lesion", chosen, with_robustness=True)[0]["wrong class"] == "a car"
+    assert "empty" not in texts_of(records[:1], "lesion", chosen, with_robustness=False)[0]
 
 
 def told(prompt, fraction, prompt_name="p1"):

@@ -23,13 +23,13 @@ from vlsm.examples import choose_prompt
 from vlsm.fetch import read_image_bytes
 from vlsm.images import decode_image, decode_mask, resize_image
 from vlsm.masks import enlarge_logits
+from vlsm.metrics import BAD_DICE
 from vlsm.recipe import DataSettings
 from vlsm.segmenter import Segmenter
 
 _EDGES = np.linspace(-20, 20, 1601)  # of logits: 0.025 wide
 _MIDDLES = (_EDGES[1:] + _EDGES[:-1]) / 2
 _BINS = 15  # of a reliability diagram
-_BAD_DICE = 0.7  # below it a mask is one that somebody should look at
 _USUAL_AREAS = (1, 99)  # percentiles of the validation masks
 
 Labelled = tuple[np.ndarray, np.ndarray]  # logits (H, W) float and mask (H, W) of 0 and 1
@@ -123,7 +123,7 @@ def _min_confidence(counts: np.ndarray, edge: int, temperature: float, dice: np.
     inside = counts[:, :, edge + 1 :].sum(axis=1)
     areas = inside.sum(axis=1)
     sums = (inside * _sigmoid(_MIDDLES[edge + 1 :] / temperature)).sum(axis=1)
-    confidence, is_bad = sums[areas > 0] / areas[areas > 0], (dice < _BAD_DICE)[areas > 0]
+    confidence, is_bad = sums[areas > 0] / areas[areas > 0], (dice < BAD_DICE)[areas > 0]
     if not is_bad.any() or is_bad.all():
         return None
     candidates = np.unique(confidence)

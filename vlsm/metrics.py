@@ -7,6 +7,8 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+BAD_DICE = 0.7  # below it a mask is one that somebody should look at
+
 ArrayT = TypeVar("ArrayT", np.ndarray, "Tensor")
 
 

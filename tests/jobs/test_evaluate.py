@@ -171,7 +171,19 @@ def test_masks_of_another_run_give_the_same_scores_and_are_joined_by_name(
         if "test_0000" in row["image_uri"]:
             assert row["status"] == "failed" and row["error"].startswith("missing: ")
         else:
-            assert row["dice"] == expected[(row["record"],)]["dice"] and row["prompt"] in ("lesion", None)
+            assert row["dice"] == expected[(row["record"],)]["dice"] and row["prompt"] == "lesion"
+
+
+def test_masks_of_an_evaluation_are_scored_by_another(evaluated, rows, labelled, bright_checkpoint, tmp_path, run):
+    name = bright_checkpoint.name
+    words = [tmp_path / "out", "--masks", f"{name}={evaluated}/runs/{name}", "--dataset", f"drawn={labelled}"]
+    code, _, log = run(*words, "--set", "prompts=[p1, text:elsewhere]")
+    assert code == 0 and "6 of 6 labelled images are there, 0 of them by their file's name" in log
+    found = by_key(pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist(), "record", "prompt_name")
+    for row in rows:
+        if (row["system"], row["prompt_name"]) == (name, "p1"):
+            assert found[row["record"], "p1"] == row
+    assert {found[key]["error"] for key in found if key[1] != "p1"} == {"missing: the run was not told 'elsewhere'"}
 
 
 def test_it_goes_on_where_it_was_interrupted_and_starts_over_when_told(

@@ -12,7 +12,7 @@ from vlsm.datasets import Record
 from vlsm.errors import ImageError, ResultError
 from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
-from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.evaluation.settings import OWN, EvaluateSettings
 from vlsm.evaluation.systems import System, Target
 from vlsm.fetch import read_image_bytes
 from vlsm.images import decode_mask as decode_label
@@ -35,7 +35,7 @@ SCORES_SCHEMA = pa.schema(
         pa.field("image_uri", pa.string(), nullable=False),
         pa.field("mask_uri", pa.string(), nullable=False),
         pa.field("prompt_name", pa.string(), nullable=False),
-        pa.field("prompt", pa.string()),
+        pa.field("prompt", pa.string(), nullable=False),
         pa.field("prompt_class", pa.string(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
@@ -47,11 +47,12 @@ SCORES_SCHEMA = pa.schema(
         pa.field("target_fraction", pa.float64()),
         pa.field("confidence", pa.float64()),
         pa.field("agreement", pa.float64()),
+        pa.field("review", pa.string()),
         pa.field("mask_rle", pa.string()),
         pa.field("target_rle", pa.string()),
     ]
 )
-_FROM_RUN = ("height", "width", "area_fraction", "confidence", "agreement", "mask_rle")
+_FROM_RUN = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle")
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,10 @@ def _score_target(target: Target, own: dict[str, dict[str, Any]], source: Source
     known: dict[str, Any] = {}
     if not isinstance(label, str):
         known = {"target_fraction": float(label.mean()), "target_rle": encode_mask(label)}
-    reference = _find(own, target.texts[settings.prompts[0]])
+    reference = _find(own, target, settings.prompts[0])
     seen: dict[str | None, dict[str, Any]] = {}  # many prompts give the same mask
-    for name, text in target.texts.items():
-        row = _find(own, text)
+    for name in target.texts:
+        row = _find(own, target, name)
         scored = _describe(source.system, target, name, settings) | known
         if isinstance(row, str):
             yield scored | _failed(row)
@@ -200,8 +201,9 @@ def _score_row(row: dict[str, Any], label: np.ndarray | str, mask_uri: str) -> d
     return {"status": "ok", "error": None} | asdict(score_mask(decode_mask(row["mask_rle"], size), label))
 
 
-def _find(own: dict[str, dict[str, Any]], text: str | None) -> dict[str, Any] | str:
-    """The row of a prompt; or why there is none."""
-    if text is not None:
-        return own.get(text, f"missing: the run was not told {text!r}")
-    return next(iter(own.values())) if len(own) == 1 else f"missing: the image has {len(own)} prompts, none is its own"
+def _find(own: dict[str, dict[str, Any]], target: Target, name: str) -> dict[str, Any] | str:
+    """The row of a prompt among those of an image; or why there is none."""
+    text = target.texts[name]
+    if name == OWN and len(own) == 1:  # the list of a run may have given its images other prompts than the run's
+        return next(iter(own.values()))
+    return own.get(text, f"missing: the run was not told {text!r}")

@@ -15,11 +15,6 @@ _NOWHERE = "a car"
 _NEGATION = re.compile(r"\b(no|not|none|without|normal|healthy|absent|absence|negative)\b", re.IGNORECASE)
 
 
-def prompt_names(settings: EvaluateSettings, is_asked: bool = True) -> list[str]:
-    """The names of all prompts of a record; masks that exist, of which no one can ask more, have no robustness."""
-    return [*settings.prompts, *(settings.robustness_prompts if settings.prompt_robustness and is_asked else ())]
-
-
 def classify(name: str, settings: EvaluateSettings) -> str:
     """The class of a prompt by its name; what only the texts tell is found by `find_telling`."""
     if name not in settings.prompts:
@@ -27,13 +22,16 @@ def classify(name: str, settings: EvaluateSettings) -> str:
     return HONEST if name in _HONEST_KINDS or name.startswith("text:") else UPPER_BOUND
 
 
-def texts_of(records: Sequence[Record], own: str | None, settings: EvaluateSettings) -> list[dict[str, str | None]]:
+def texts_of(
+    records: Sequence[Record], own: str, settings: EvaluateSettings, with_robustness: bool
+) -> list[dict[str, str]]:
     """Of each record the text of each prompt, by name.
 
     Args:
         records: all that are scored.
-        own: the system's own prompt; None for masks that exist, whose prompt may be known by them alone.
+        own: the system's own prompt.
         settings: of the evaluation.
+        with_robustness: whether robustness_prompts are among them, where the settings ask for them.
 
     Raises:
         ManifestError: a record has no such prompt.
@@ -41,11 +39,9 @@ def texts_of(records: Sequence[Record], own: str | None, settings: EvaluateSetti
     firsts = {(record.dataset, text): None for record in records for text in record.prompts.get("p1", ())[:1]}
     found = []
     for record in records:
-        texts: dict[str, str | None] = {
-            name: own if name == OWN else find_texts(record, name, "prompts")[0] for name in settings.prompts
-        }
-        if settings.prompt_robustness and own is not None:
-            reference = texts[settings.prompts[0]] or ""
+        texts = {name: own if name == OWN else find_texts(record, name, "prompts")[0] for name in settings.prompts}
+        if settings.prompt_robustness and with_robustness:
+            reference = texts[settings.prompts[0]]
             others = (text for dataset, text in firsts if dataset != record.dataset and text not in ("", reference))
             other = next(others, _NOWHERE)
             for name, template in settings.robustness_prompts.items():
@@ -65,7 +61,7 @@ def find_telling(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], str]:
     """
     groups: dict[tuple[str, str], dict[str, set[bool | None]]] = defaultdict(lambda: defaultdict(set))
     for row in rows:
-        if row["prompt_name"] != OWN and row["prompt"] is not None:
+        if row["prompt_name"] != OWN:
             fraction = row["target_fraction"]
             groups[row["dataset"], row["prompt_name"]][row["prompt"]].add(None if fraction is None else fraction == 0)
     found = {}

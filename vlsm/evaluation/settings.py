@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from vlsm import storage
 from vlsm.config import CleanSettings, MemberSettings, RunSettings, SegmentSettings, Settings, TileSettings
 
+_NOT_SHARED = {"output", "prompts", "start_over"}  # with a segment run, though of one name
 OWN = "own"  # the name of the prompt that a checkpoint brings with it
 
 
@@ -95,19 +96,17 @@ class EvaluateSettings(Settings):
             raise ValueError(f"prompts: {twice[0]} stands there twice")
         return self
 
-    def segment_settings(self, source: str, output: str, members: tuple[MemberSettings, ...]) -> SegmentSettings:
+    def segment_settings(
+        self, source: str, output: str, members: tuple[MemberSettings, ...], own: str
+    ) -> SegmentSettings:
         """Those of the segment run that makes a system's masks.
 
         Args:
-            source: its INPUT, a list.
+            source: its INPUT, a list that gives each image its prompts.
             output: its OUTPUT.
             members: the system's.
+            own: the system's own prompt.
         """
-        shared = (EvaluateSettings.model_fields.keys() & SegmentSettings.model_fields.keys()) - {
-            "prompts",
-            "start_over",
-            "output",
-        }
-        own: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        # every row of the list has prompts of its own; without any here, several checkpoints' own would have to agree
-        return SegmentSettings(input=source, output=output, members=members, prompts=("",), **own)
+        shared = (EvaluateSettings.model_fields.keys() & SegmentSettings.model_fields.keys()) - _NOT_SHARED
+        settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        return SegmentSettings(input=source, output=output, members=members, prompts=(own,), **settings)

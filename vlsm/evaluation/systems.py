@@ -31,12 +31,12 @@ class Target:
     Attributes:
         record: image and label.
         image_id: in the system's segment run; None where it has no such image.
-        texts: by the name of the prompt; None where it is the image's only one there.
+        texts: by the name of the prompt.
     """
 
     record: Record
     image_id: str | None
-    texts: dict[str, str | None]
+    texts: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -123,18 +123,18 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
     image_ids = _name_images(records)
     for name, members in settings.systems.items():
         own, digests[name] = _read_members(name, members, settings)
-        texts = texts_of(records, own, settings)
+        texts = texts_of(records, own, settings, with_robustness=True)
         targets = [Target(*each) for each in zip(records, image_ids, texts, strict=True)]
         source = storage.join(settings.output, "inputs", f"{folders[name]}-{_digest_images(targets)}.parquet")
         output = storage.join(settings.output, "runs", folders[name])
-        segment = _allow_images(settings.segment_settings(source, output, members), records)
+        segment = _allow_images(settings.segment_settings(source, output, members, own), records)
         systems.append(System(name, output, segment, targets))
     run_ids = {}
     for name, uri in settings.masks.items():
         with storage.name_errors(f"masks {name}", uri):
-            run_ids[name] = _check_masks(name, uri, settings)
+            own, run_ids[name] = _check_masks(name, uri, settings)
             matched = match_images(name, uri, records)
-        texts = texts_of(records, None, settings)
+        texts = texts_of(records, own, settings, with_robustness=False)
         systems.append(System(name, uri, None, [Target(*each) for each in zip(records, matched, texts, strict=True)]))
     digest = hashlib.sha256(json.dumps([asdict(record) for record in records]).encode()).hexdigest()
     return systems, {"checkpoint_digests": digests, "mask_runs": run_ids, "records_digest": digest}
@@ -142,7 +142,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
 
 def _read_members(name: str, members: tuple[MemberSettings, ...], settings: EvaluateSettings) -> tuple[str, list[str]]:
     """A system's own prompt, and the digests of its checkpoints."""
-    _, found = resolve_settings(settings.segment_settings("", "", members))
+    _, found = resolve_settings(settings.segment_settings("", "", members, ""))
     pairs = zip(found, members, strict=True)
     owns = list(dict.fromkeys(parse_settings(one.files, member.checkpoint).prompt for one, member in pairs))
     if len(owns) > 1 and OWN in settings.prompts:
@@ -164,8 +164,8 @@ def _allow_images(segment: SegmentSettings, records: Sequence[Record]) -> Segmen
     return segment if is_local else segment.model_copy(update={"run": run})
 
 
-def _check_masks(name: str, uri: str, settings: EvaluateSettings) -> str:
-    """The id of a finished segment run."""
+def _check_masks(name: str, uri: str, settings: EvaluateSettings) -> tuple[str, str]:
+    """The prompt and the id of a finished segment run."""
     record = read_record(uri)
     if record is None or "run_id" not in record:
         raise ConfigError(f"masks {name}: there is no segment run in {uri!r}; it must be the OUTPUT of one")
@@ -177,7 +177,7 @@ def _check_masks(name: str, uri: str, settings: EvaluateSettings) -> str:
             f"masks {name}: the run has the prompts {', '.join(map(repr, prompts))}; say which counts, "
             f"--set 'prompts=[text:{prompts[0]}]'"
         )
-    return str(record["run_id"])
+    return prompts[0], record["run_id"]
 
 
 def _name_folders(names: Iterable[str]) -> dict[str, str]:
@@ -202,7 +202,7 @@ def _name_images(records: Sequence[Record]) -> list[str]:
 
 def list_images(targets: Iterable[Target]) -> list[dict[str, Any]]:
     """The images of a system as the rows of a list for its segment run: each once, with all texts that it is told."""
-    texts: dict[tuple[str | None, str], dict[str | None, None]] = defaultdict(dict)
+    texts: dict[tuple[str | None, str], dict[str, None]] = defaultdict(dict)
     for target in targets:
         texts[target.image_id, target.record.image_uri] |= dict.fromkeys(target.texts.values())
     return [{"image_id": key[0], "image_uri": key[1], "prompts": [*own]} for key, own in texts.items()]

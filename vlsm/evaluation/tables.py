@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlsm.evaluation.prompts import HONEST, ROBUSTNESS, UPPER_BOUND
+from vlsm.metrics import BAD_DICE
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -28,6 +29,8 @@ class Line:
         difference: mean Dice less the baseline's, over the records that both have.
         difference_n: how many these are.
         p: of Wilcoxon's signed-rank test of their pairs, two-sided, not corrected for the number of comparisons.
+        review_n: of the records, whose masks the run says somebody should look at.
+        bad_n, bad_found: masks of a Dice below 0.7, and how many of them are to be looked at.
         reference_dice_mean: of robustness prompts: between the masks for this prompt and those for the reference.
     """
 
@@ -52,6 +55,9 @@ class Line:
     difference: float | None
     difference_n: int | None
     p: float | None
+    review_n: int
+    bad_n: int
+    bad_found: int
     reference_dice_mean: float | None
 
 
@@ -99,6 +105,9 @@ def _line(key: tuple[str, str, str], rows: Rows, base: Rows, bootstrap: tuple[in
         difference=difference,
         difference_n=difference_n,
         p=p,
+        review_n=sum(row["review"] is not None for row in good),
+        bad_n=int((dice < BAD_DICE).sum()),
+        bad_found=sum(row["review"] is not None and row["dice"] < BAD_DICE for row in good),
         reference_dice_mean=_mean(references),
     )
 
@@ -157,7 +166,8 @@ surface distance) are medians in pixels. Mask and label both empty: overlaps 1, 
 overlaps 0, no distance, so that HD95 and ASD are of the n records beside them. Failed records are in no figure; their
 number stands beside n. The difference is that of mean Dice to the baseline, `{baseline}`, over the records that both
 have; p is Wilcoxon's signed-rank test of these pairs, two-sided and **not corrected** for the number of comparisons.
-The best mean Dice of a dataset and prompt is bold.
+The best mean Dice of a dataset and prompt is bold. Review is how many masks the column `review` would have somebody
+look at; brackets hold the share of them with a Dice below 0.7, and the share of all such masks that is among them.
 """
 _HEADINGS = {
     HONEST: "## Prompts that an unlabelled archive has as well",
@@ -167,7 +177,7 @@ _HEADINGS = {
     "between the masks for this prompt and those for the first of `prompts`, Dice that to the label. For a paraphrase "
     "1 is best; for no prompt, a generic or a wrong one 1 means that the model does not listen.",
 }
-_COLUMNS = "Dataset|Prompt|System|n (failed)|Dice|median|IoU|Precision|Recall|HD95 (n)|ASD (n)|Difference|p"
+_COLUMNS = "Dataset|Prompt|System|n (failed)|Dice|median|IoU|Precision|Recall|HD95 (n)|ASD (n)|Difference|p|Review"
 _ROBUSTNESS_COLUMNS = "Dataset|Prompt|System|n (failed)|Dice to reference|Dice"
 
 
@@ -211,7 +221,15 @@ def _cells(line: Line, lines: Sequence[Line]) -> list[str]:
         f"{_number(median, '.1f')} ({count})"
         for median, count in ((line.hd95_median, line.hd95_n), (line.asd_median, line.asd_n))
     ]
-    return [*start, dice, *means, *distances, _number(line.difference, "+.3f"), _number(line.p, ".2g")]
+    return [*start, dice, *means, *distances, _number(line.difference, "+.3f"), _number(line.p, ".2g"), _review(line)]
+
+
+def _review(line: Line) -> str:
+    """How many masks are to be looked at, the share of bad ones among them, and the share of bad ones that is found."""
+    if not line.review_n:
+        return "0"
+    precision, recall = line.bad_found / line.review_n, line.bad_found / line.bad_n if line.bad_n else None
+    return f"{line.review_n} ({_number(precision, '.2f')}, {_number(recall, '.2f')})"
 
 
 def _is_best(line: Line, lines: Sequence[Line]) -> bool:
