@@ -11,6 +11,7 @@ from vlsm.answers import judge
 from vlsm.calibration import calibrate, expected_error
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.masks import MaskRecord
+from vlsm.reporting.parts import calibrations
 from vlsm.runs import resolve_settings
 
 
@@ -89,6 +90,11 @@ def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(drawn, brigh
     assert settings.threshold == told["threshold"]
     assert settings.review.min_confidence == told["min_confidence"]
     assert settings.review.area_fraction == tuple(told["area_fraction"])
+    (section,) = calibrations(
+        {"mine": str(tmp_path / "calibrated"), "plain": str(bright_checkpoint), "gone": "nowhere"}
+    )
+    assert [cell.text for cell in section.tables[0].rows[0]][0] == "mine" and len(section.tables[0].rows) == 1
+    assert section.lines[0].lines[0].path.count("L") == len(calibrated.settings.calibration.reliability) - 1
     assert calibration.main(words) == 2
     assert "does not exist yet" in capsys.readouterr().err
 
