@@ -18,7 +18,17 @@ from PIL import Image
 
 from jobs.stores import BUCKET, S3Server
 
+HERE = Path(__file__).parent
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Two processes, each with a cluster of its own for one half of the jobs' tests, and whatever else there is to do."""
+    for item in items:
+        if HERE / "jobs" in item.path.parents:
+            half = "first" if item.path.name < "test_g" else "second"
+            item.add_marker(pytest.mark.xdist_group(f"jobs, {half} half"))
 
 
 @pytest.fixture(scope="session")

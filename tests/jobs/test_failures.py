@@ -29,17 +29,17 @@ import builtins, os, sys, time
 original = builtins.__import__
 def patched(name, *words, **options):
     module = original(name, *words, **options)
-    images, segmenter = sys.modules.get("vlsm.images"), sys.modules.get("vlsm.segmenter")
-    stages = sys.modules.get("jobs.stages")
-    if stages is not None and hasattr(stages, "write_masks") and not hasattr(stages, "poisoned"):
-        stages.poisoned, decode = True, stages.decode_image
+    segmenter = sys.modules.get("vlsm.segmenter")
+    sources = sys.modules.get("vlsm.sources")
+    if sources is not None and hasattr(sources, "Reader") and not hasattr(sources, "poisoned"):
+        sources.poisoned, decode = True, sources.decode_image
         def poisoned(data, *words):
             if b"POISON" in data:
                 os.abort()
             while b"HANG" in data:
                 time.sleep(1)
             return decode(data, *words)
-        stages.decode_image = poisoned
+        sources.decode_image = poisoned
     if segmenter is not None and hasattr(segmenter, "Segmenter") and not hasattr(segmenter, "poisoned"):
         segmenter.poisoned, predict = True, segmenter.Segmenter.predict_logits
         def poisoned(self, images, prompts):

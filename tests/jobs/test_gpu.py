@@ -33,7 +33,7 @@ def test_a_model_is_measured_without_ray_and_agrees_with_itself_in_float32(run):
     (speed,) = report["models"]
     assert speed["name"] == "pixel" and speed["error"] is None and speed["graph_breaks"] == 0
     assert speed["largest_difference"] < 0.02
-    assert speed["mask_dice"] > 0.95
+    assert speed["mask_dice"] > 0.9  # cut at the median, where most probabilities are
     assert "pixel" in shown
 
 
