@@ -24,7 +24,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Two processes, each with a cluster of its own for one half of the jobs' tests, and whatever else there is to do."""
+    """Two processes, each with a cluster of its own for one half of the tests of jobs; the others are for either."""
     for item in items:
         if HERE / "jobs" in item.path.parents:
             half = "first" if item.path.name < "test_g" else "second"
