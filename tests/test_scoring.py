@@ -88,3 +88,18 @@ def test_overlap_is_what_monai_finds_and_what_run_lengths_give(mask, target):
         tensors = [torch.from_numpy(each) for each in pair]
         assert scores.dice == pytest.approx(float(compute_dice(*tensors, ignore_empty=False)))
         assert scores.iou == pytest.approx(float(compute_iou(*tensors, ignore_empty=False)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(MASKS, MASKS)
+def test_distances_are_those_that_monai_finds(mask, target):
+    import torch
+    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+
+    scores = score_mask(mask, target)
+    if mask.any() and target.any():
+        pair = [torch.from_numpy(each[None, None].astype(np.float32)) for each in (mask, target)]
+        hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95)
+        asd = compute_average_surface_distance(*pair, include_background=True, symmetric=True)
+        assert scores.hd95_px == pytest.approx(float(hd95), abs=1e-4)
+        assert scores.asd_px == pytest.approx(float(asd), abs=1e-4)

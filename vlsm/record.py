@@ -22,7 +22,7 @@ RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
 _ACTIONS = {"start_over", "retry_failed", "update"}  # what is to be done now, no part of what a run is
 _POOL_KEYS = ("actors", "_per_actor")
-_PACKAGES = ("ray", "torch", "torchvision", "transformers", "pillow", "pyarrow", "fsspec", "s3fs", "monai")
+_PACKAGES = ("ray", "torch", "torchvision", "transformers", "pillow", "pyarrow", "fsspec", "s3fs", "scipy")
 
 
 def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:

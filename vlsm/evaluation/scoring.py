@@ -4,7 +4,6 @@ The rule for empty masks: where both are empty, the model is right, and every ov
 just one is, every overlap is 0 and there is no distance (None), which a mean of distances leaves out.
 """
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,16 +58,18 @@ def score_mask(mask: np.ndarray, target_mask: np.ndarray) -> Scores:
 
 
 def _distances(mask: np.ndarray, target_mask: np.ndarray) -> tuple[float, float]:
-    """hd95_px and asd_px of two masks that are not empty."""
-    # here, so that what only plans an evaluation does not wait for torch
-    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+    """hd95_px and asd_px of two masks that are not empty.
 
-    pair = mask[None, None], target_mask[None, None]  # (1, 1, H, W): one image, and the foreground is the only class
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.6 tells itself of an argument that it gives itself
-        hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=_PERCENTILE)
-        asd = compute_average_surface_distance(*pair, include_background=True, symmetric=True)
-    return float(hd95), float(asd)
+    MONAI's functions find the same, but take a gigabyte and many seconds to load in each process.
+    """
+    from scipy import ndimage  # here, so that what only plans an evaluation does not wait for it
+
+    rows, columns = (np.flatnonzero((mask | target_mask).any(axis=axis)) for axis in (1, 0))
+    part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    outlines = [one[part] & ~ndimage.binary_erosion(one[part]) for one in (mask, target_mask)]
+    to_target, to_mask = (ndimage.distance_transform_edt(~other)[one] for one, other in (outlines, outlines[::-1]))
+    hd95 = max(np.percentile(to_target, _PERCENTILE), np.percentile(to_mask, _PERCENTILE))
+    return float(hd95), float(np.concatenate([to_target, to_mask]).mean())
 
 
 def encoded_dice(mask_rle: str, other_rle: str, size: tuple[int, int]) -> float:
