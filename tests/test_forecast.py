@@ -79,7 +79,7 @@ def test_cpus_work_beside_gpus_and_for_the_models_where_there_are_none():
 def test_hours_shrink_with_the_nodes_and_the_cost_does_not():
     found = Forecast(8, 1, read_s=0.01, model_s=0.036, write_s=0.01, num_cpus=20, num_gpus=1)
     lines = describe_forecast(found, num_images=1_000_000, node_price=1.5)
-    assert "  1 nodes like this one: 10.00 hours at 27.8 images/s, costs 15.00" in lines
+    assert "  1 node like this one: 10.00 hours at 27.8 images/s, costs 15.00" in lines
     assert "  8 nodes like this one: 1.25 hours at 222.2 images/s, costs 15.00" in lines
     assert not [line for line in describe_forecast(found, 1000, None) if "costs" in line]
 

@@ -179,7 +179,7 @@ def describe_forecast(forecast: Forecast, num_images: int, node_price: float | N
         node_price: of one node like this, an hour.
     """
     device = f"{forecast.num_gpus} GPUs" if forecast.num_gpus else "no GPU"
-    beside = "beside the models" if forecast.num_gpus else "on the CPUs that the models use as well"
+    beside = "go on beside the models" if forecast.num_gpus else "share the CPUs with the models"
     lines = [
         f"measured on {forecast.num_measured:,} images, of which {forecast.num_failed:,} could not be read, "
         f"on this machine with {forecast.num_cpus} CPUs and {device}:",
@@ -190,9 +190,10 @@ def describe_forecast(forecast: Forecast, num_images: int, node_price: float | N
         hours = num_images * forecast.seconds_per_image / num_nodes / 3600
         price = "" if node_price is None else f", costs {hours * num_nodes * node_price:,.2f}"
         rate = num_nodes / forecast.seconds_per_image
-        lines.append(f"  {num_nodes} nodes like this one: {hours:,.2f} hours at {rate:,.1f} images/s{price}")
+        what = "node" if num_nodes == 1 else "nodes"
+        lines.append(f"  {num_nodes} {what} like this one: {hours:,.2f} hours at {rate:,.1f} images/s{price}")
     return [
         *lines,
-        f"assumed: reading, decoding and writing go on {beside}, a task on each CPU; nodes add up;",
+        f"assumed: reading, decoding and writing {beside}, a task on each CPU; nodes add up;",
         "  the store keeps up; the other images are like these; starting nodes and counting rows are not in it",
     ]
