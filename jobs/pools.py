@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
+from vlsm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,13 @@ def _pool(members: tuple[int, ...], run: RunSettings, nodes: list[dict[str, Any]
     # a head may have no CPUs, and be all that there is until the autoscaler has seen what is asked for
     resources = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
     gpus = sum(node.get("GPU", 0) for node in resources)
-    cpus = min((node["CPU"] for node in resources), default=1)
+    cpus = min((node["CPU"] for node in resources), default=math.inf)
     num_gpus = run.gpus_per_actor
+    if not resources and not num_gpus and not run.cpus_per_actor:
+        raise ConfigError(
+            "no node of the cluster has CPUs yet: tell what those that are to be started have, "
+            "--set run.gpus_per_actor=1 or --set run.cpus_per_actor=4, and how many actors, --set run.actors=1..8"
+        )
     if num_gpus is None:
         num_gpus = min(1.0, int(100 * gpus / num_pools) / 100) if gpus else 0.0
     share = max(0.625 * cpus, cpus - 1) / num_pools
