@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import time
 from typing import Any
 
 import numpy as np
 
+from jobs import metrics
 from jobs.board import Watch
 from jobs.stages import Task
 from vlsm.masks import mirrored_mean
@@ -80,11 +82,12 @@ class SegmentActor:
             if error is None:
                 same.setdefault((twins[index], tuple(prompts[index])), []).append(index)
         parts = [(group, window) for group in same.values() for window in range(windows[group[0]])]
-        step = 1 if watch.is_careful else self.task.settings.run.batch_size
+        pool, step = str(min(self.segmenters)), 1 if watch.is_careful else self.task.settings.run.batch_size
         for begin in range(0, len(parts), step):
             chosen = parts[begin : begin + step]
             sources = [first_pixels[twins[group[0]]] + window for group, window in chosen]
             wanted = [prompts[group[0]] for group, _ in chosen]
+            started_s = time.monotonic()
             for number in self.segmenters:  # all see a batch before the next: they may share what was made of it
                 with watch.image(positions[chosen[0][0][0]]):
                     predicted = self._predict(number, pixels[number][sources], wanted)
@@ -92,6 +95,8 @@ class SegmentActor:
                     for index in group:
                         places = slice(starts[index] + window, starts[index + 1], windows[index])
                         logits[number][places] = np.clip(own, -60_000, 60_000)
+            metrics.observe("vlsm_batch_seconds", time.monotonic() - started_s, pool=pool)
+            metrics.count("vlsm_segmented_images", len(chosen), pool=pool)
             if len(self.task.settings.members) - 1 in self.segmenters:
                 num_images = len(same) * (begin + len(chosen)) // len(parts)
                 self.task.board.note.remote(int(batch["shard"][0]), num_images)

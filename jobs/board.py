@@ -7,11 +7,13 @@ on killing without one ends the run.
 """
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from jobs import metrics
 from vlsm.errors import VlsmError
 
 _DEATHS_TO_BLAME = 2
@@ -92,7 +94,7 @@ class Watch:
     """
 
     def __init__(self, board: Any, stage: str, shard: int) -> None:
-        self._board, self._place = board, (stage, shard)
+        self._board, self._place, self._started_s = board, (stage, shard), time.monotonic()
         deaths, unexplained, blamed = self._ask("begin")
         if unexplained > _MOST_UNEXPLAINED:
             message = f"the process of {stage} died {unexplained} times at shard {shard}, and at no image of it"
@@ -104,6 +106,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        metrics.observe("vlsm_stage_seconds", time.monotonic() - self._started_s, stage=self._place[0])
         # only an Exception is a reason; Ray cancels the other tasks of a failed run by interrupts
         failed = isinstance(error, Exception)
         self._ask("end", f"{type(error).__name__}: {' '.join(str(error).split())}" if failed else None)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
+from vlsm.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,24 @@ def _merge(run: RunSettings, member: MemberSettings) -> RunSettings:
 
 
 def _pool(members: tuple[int, ...], run: RunSettings, nodes: list[dict[str, Any]], num_pools: int) -> Pool:
-    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    # a head may have no CPUs, and be all that there is until the autoscaler has seen what is asked for
+    resources = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
     gpus = sum(node.get("GPU", 0) for node in resources)
-    cpus = min(node["CPU"] for node in resources if node.get("CPU"))
+    cpus = min((node["CPU"] for node in resources), default=math.inf)
     num_gpus = run.gpus_per_actor
+    if not resources and not num_gpus and not run.cpus_per_actor:
+        raise ConfigError(
+            "no node of the cluster has CPUs yet: tell what those that are to be started have, "
+            "--set run.gpus_per_actor=1 or --set run.cpus_per_actor=4, and how many actors, --set run.actors=1..8"
+        )
     if num_gpus is None:
         num_gpus = min(1.0, int(100 * gpus / num_pools) / 100) if gpus else 0.0
     share = max(0.625 * cpus, cpus - 1) / num_pools
     num_cpus = run.cpus_per_actor or (1.0 if num_gpus else share)
     num_threads = math.ceil(num_cpus) if num_gpus or run.cpus_per_actor else max(1, int(cpus / num_pools))
-    num_actors = parse_range(run.actors, max(1, int(gpus / num_gpus / num_pools)) if num_gpus else len(resources))
+    num_actors = parse_range(
+        run.actors, max(1, int(gpus / num_gpus / num_pools)) if num_gpus else max(1, len(resources))
+    )
     if ".." not in str(run.actors):
         num_actors = 1, num_actors[1]
     # unequal CPUs keep Ray from fusing the fetching tasks into the actors, which would decode on the model's time

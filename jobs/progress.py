@@ -11,6 +11,8 @@ from typing import Any, Self
 import ray
 from tqdm import tqdm
 
+from jobs import metrics
+
 _LOG_INTERVAL_S = 10.0
 _BAR_INTERVAL_S = 0.5
 
@@ -23,9 +25,11 @@ class Progress:
         done: images that an earlier run has done.
         failed: failed ones among them.
         board: the `jobs.board.Board` of the run.
+        output: of the run, by which its metrics are told apart.
     """
 
-    def __init__(self, total: Callable[[], int], done: int, failed: int, board: Any) -> None:
+    def __init__(self, total: Callable[[], int], done: int, failed: int, board: Any, output: str) -> None:
+        self._output = output
         self.total, self.done, self.failed = total, done, failed
         self._before = done
         self._board = board
@@ -39,6 +43,7 @@ class Progress:
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> Self:
+        self._tell()
         self._thread.start()
         return self
 
@@ -54,6 +59,12 @@ class Progress:
         self._board.finish.remote(shard)
         self.done += num_images
         self.failed += num_failed
+        self._tell()
+
+    def _tell(self) -> None:
+        values = {"planned": self.total(), "done": self.done, "failed": self.failed}
+        for name, value in values.items():
+            metrics.show(f"vlsm_{name}_images", value, output=self._output)
 
     def _tick(self) -> None:
         while not self._stop.wait(_BAR_INTERVAL_S if self._bar is not None else _LOG_INTERVAL_S):

@@ -20,6 +20,7 @@ from jobs.command import logger, make_parser, run_command
 from jobs.stream import Wave, execute
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
+from vlsm.forecast import describe_forecast, keep_sample, measure
 from vlsm.manifest import planned_keys
 from vlsm.planner import Planner
 from vlsm.proof import compare_run
@@ -45,7 +46,18 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DIR",
         help="checkpoint directory; local or s3://; several make an ensemble",
     )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="with --dry-run: segment so many images on this machine, without Ray, and tell how long all would take",
+    )
+    parser.add_argument("--node-price", type=float, metavar="X", help="with --sample: what such a node costs an hour")
     args = parser.parse_args(argv)
+    if args.sample is not None and not (args.dry_run and args.sample > 0):
+        parser.error("--sample is a number of images, 1 or more, and goes with --dry-run")
+    if args.node_price is not None and not args.sample:
+        parser.error("--node-price goes with --sample")
 
     def work() -> dict[str, Any] | None:
         arguments: dict[str, Any] = {name: storage.absolute(getattr(args, name)) for name in ("input", "output")}
@@ -54,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(SegmentSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return segment(settings)
-        dry_run(settings)
+        dry_run(settings, args.sample or 0, args.node_price)
         return None
 
     return run_command(work)
@@ -100,17 +112,27 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
     return finish_run(run, state, num_before, time.monotonic() - started_s)
 
 
-def dry_run(settings: SegmentSettings) -> None:
-    """Print the resolved settings and how much would be done; nothing is written, Ray is not started."""
-    settings = resolve_settings(settings)[0]
+def dry_run(settings: SegmentSettings, sample_size: int = 0, node_price: float | None = None) -> None:
+    """Print the resolved settings and how much would be done; nothing is written, Ray is not started.
+
+    Args:
+        settings: of the run.
+        sample_size: images that are segmented here, to tell how long all of them would take.
+        node_price: of a node like this machine, an hour.
+    """
+    settings, members = resolve_settings(settings)
     archive = open_input(settings)
     rows = Counter(images=0, rows=0)
-    for row in archive.rows:
+    sample: list[dict[str, Any]] = []
+    for row in keep_sample(archive.rows, sample, sample_size):
         rows.update(images=1, rows=len(planned_keys(row["prompts"], settings.kinds)))
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print(
         f"# {rows['images']:,} images, {rows['rows']:,} output rows; passed over: {dict(archive.skipped) or 'nothing'}"
     )
+    if sample:
+        for line in describe_forecast(measure(settings, members, sample), rows["images"], node_price):
+            print(f"# {line}")
 
 
 def _waves(pending: Iterable[tuple[int, bool]]) -> Iterator[Wave]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from jobs import metrics
 from jobs.board import Watch
 from vlsm.answers import describe_image
 from vlsm.config import SegmentSettings
@@ -191,6 +192,9 @@ def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:
             rows += own
         write_part(settings.output, shard, rows, task.run_id, settings.run.outage_patience_s)
     failed = [error for error in new.errors if error is not None]
+    metrics.count("vlsm_written_parts", 1)
+    metrics.count("vlsm_written_images", len(undone) - len(failed), status="ok")
+    metrics.count("vlsm_written_images", len(failed), status="failed")
     return {
         "shard": [shard],
         "num_images": [len(undone)],

@@ -58,7 +58,9 @@ def execute(
             for member in run.members
         ]
         try:
-            with Progress(count_images, state.num_done, state.counts["failed"], board) as progress:
+            with Progress(
+                count_images, state.num_done, state.counts["failed"], board, task.settings.output
+            ) as progress:
                 for wave in itertools.chain([first], waves):
                     for part in _stream_parts(wave, task, weights).iter_rows():
                         progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])

@@ -9,6 +9,7 @@ from vlsm.evaluation.parts import SCORES_SCHEMA
 from vlsm.models import MODELS
 from vlsm.results import write_part
 from vlsm.schema import RESULT_SCHEMA
+from vlsm.status import TrainingStatus
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +25,7 @@ FOUND = Calibration(
     area_fraction=(0, 1),
     reliability=[],
 )
+STATUS = TrainingStatus(False, 0, 1, "dice", None, None, None, None, None, [])
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
 
 
@@ -52,14 +54,15 @@ def test_the_map_names_every_module():
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
 def test_every_command_is_understood_by_its_parser(command, monkeypatch):
-    from jobs import benchmark, evaluate, segment, sweep, train
+    from jobs import benchmark, evaluate, segment, status, sweep, train
     from vlsm import calibration, checkpoints, export, report
     from vlsm.models import __main__ as models
 
     module, *words = shlex.split(command, comments=True)[2:]
     seen = []
     monkeypatch.setattr(segment, "segment", lambda settings: seen.append(settings))
-    monkeypatch.setattr(segment, "dry_run", lambda settings: seen.append(settings))
+    monkeypatch.setattr(segment, "dry_run", lambda *args: seen.append(args))
+    monkeypatch.setattr(status, "read_status", lambda *args: seen.append(args) or STATUS)
     monkeypatch.setattr(train, "train", lambda settings: seen.append(settings))
     monkeypatch.setattr(train, "dry_run", lambda settings: seen.append(settings))
     monkeypatch.setattr(sweep, "sweep", lambda settings: seen.append(settings))
@@ -79,6 +82,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
         "jobs.train": train.main,
         "jobs.evaluate": evaluate.main,
         "jobs.sweep": sweep.main,
+        "jobs.status": status.main,
         "jobs.benchmark": benchmark.main,
         "vlsm.export": export.main,
         "vlsm.calibration": calibration.main,

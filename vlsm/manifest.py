@@ -10,6 +10,7 @@ import json
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,6 +196,33 @@ def read_plan(output: str, plan: Plan) -> Iterator[pa.Table]:
         parquet = pq.ParquetFile(io.BytesIO(data))
         for row_group in range(parquet.num_row_groups):
             yield parquet.read_row_group(row_group)
+
+
+def count_planned(output: str, plan_id: str) -> tuple[int, int]:
+    """Images and shards of a plan that is still being written, from its files' footers.
+
+    Of many files some are read: all but the last hold equally many shards, and about as many images.
+    """
+    folder = storage.join(output, "manifest")
+    names = [name for name in storage.list_names(folder) if name.startswith(f"plan-{plan_id}-")]
+    if not names:
+        return 0, 0
+    *full, last = names
+    read = full[:: -(-len(full) // SHARDS_PER_FILE) or 1]
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        *found, end = pool.map(lambda name: _read_footer(storage.join(folder, name)), [*read, last])
+    num_images = sum(metadata.num_rows for metadata in found) * len(full) // max(1, len(read))
+    return num_images + end.num_rows, len(full) * SHARDS_PER_FILE + end.num_row_groups
+
+
+def _read_footer(uri: str) -> pq.FileMetaData:
+    fs, path = storage.open_uri(uri)
+
+    def read() -> pq.FileMetaData:
+        with fs.open(path, "rb") as opened:
+            return pq.read_metadata(opened)
+
+    return storage.with_retries(read, uri, storage.QUICK_S)
 
 
 def list_plans(output: str) -> set[str]:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from vlsm import storage
-from vlsm.manifest import SHARDS_PER_FILE, Plan, planned_keys, read_plan
+from vlsm.manifest import SHARDS_PER_FILE, Plan, planned_keys, read_plan, read_shard
 from vlsm.results import part_name, read_part
 
 logger = logging.getLogger("vlsm")
@@ -109,6 +109,17 @@ def compare_run(output: str, plan: Plan, run_id: str, retry_failed: bool = False
                 if found.undone or found.num_extra:
                     state.pending[shard] = part_name(shard) in names
     return state
+
+
+def sample_run(output: str, plan: Plan, run_id: str, shards: Sequence[int]) -> Counter[str]:
+    """Counts, as of a RunState, of some shards alone: a look at a run that is too large to be read for it."""
+
+    def compare(shard: int) -> Counter[str]:
+        images, rows = read_shard(output, plan.id, shard), read_part(output, shard, run_id, _COLUMNS)
+        return compare_shard(images, rows, plan.kinds).counts
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return sum(pool.map(compare, shards), Counter[str]())
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

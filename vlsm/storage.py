@@ -5,6 +5,7 @@ signs and `::` in them mean nothing here. Endpoint and credentials come from the
 """
 
 import contextlib
+import datetime
 import os
 import random
 import time
@@ -139,12 +140,29 @@ def _temporary_file(path: str, data: bytes) -> Iterator[str]:
 
 def list_names(uri: str) -> list[str]:
     """The names of the files directly in a folder, sorted; empty where there is no such folder."""
+    return sorted(_list_files(uri))
+
+
+def list_times(uri: str) -> dict[str, float]:
+    """When each file directly in a folder was last written, in seconds since 1970, by its name."""
+    return {name: _modified_s(info) for name, info in _list_files(uri).items()}
+
+
+def _list_files(uri: str) -> dict[str, dict[str, Any]]:
     fs, path = open_uri(uri)
     try:
         infos = with_retries(lambda: fs.ls(path, detail=True), uri, QUICK_S)
-        return sorted(info["name"].rsplit("/", 1)[-1] for info in infos if info["type"] == "file")
+        return {info["name"].rsplit("/", 1)[-1]: info for info in infos if info["type"] == "file"}
     except FileNotFoundError:
-        return []
+        return {}
+
+
+def _modified_s(info: dict[str, Any]) -> float:
+    """Stores have different names and forms for it."""
+    found = next((info[key] for key in ("mtime", "LastModified", "last_modified", "updated") if info.get(key)), 0.0)
+    if isinstance(found, str):
+        found = datetime.datetime.fromisoformat(found)
+    return found.timestamp() if isinstance(found, datetime.datetime) else float(found)
 
 
 def remove(uri: str) -> None:

@@ -35,6 +35,16 @@ def test_apart_all_pools_have_room_and_leave_some_for_tasks(nodes, members):
     assert sum(pool.num_gpus * pool.num_actors[1] for pool in pools) <= gpus
 
 
+def test_a_head_without_cpus_has_no_actor():
+    head = {"Alive": True, "Resources": {"memory": 1e9}}
+    assert plan([head, *SMALL, *SMALL])[0] == plan([*SMALL, *SMALL])[0]
+    assert plan([head], "run.cpus_per_actor=4", "run.actors=1..3")[0].num_actors == (1, 3)
+    (pool,) = plan([head], "run.gpus_per_actor=1")
+    assert (pool.num_actors, pool.num_cpus, pool.task_cpus) == ((1, 1), 1.0, 0.75)
+    with pytest.raises(ConfigError, match="no node of the cluster has CPUs yet"):
+        plan([head])
+
+
 def test_actors_are_a_number_or_a_range():
     assert plan(GPUS, "run.actors=3")[0].num_actors == (1, 3)
     assert plan(GPUS, "run.actors=2..8")[0].num_actors == (2, 8)

@@ -1,0 +1,34 @@
+"""How far a segment run or a training is, from storage alone: no Ray, no cluster, while it runs or after it died."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from jobs.command import EXIT_CODES, run_command
+from vlsm import storage
+from vlsm.status import describe_status, read_status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.status", description=__doc__, epilog=EXIT_CODES)
+    parser.add_argument("output", metavar="OUTPUT", help="the OUTPUT of a segment run or a training; local or s3://")
+    parser.add_argument("--json", action="store_true", help="one JSON line, for a program")
+    parser.add_argument("--exact", action="store_true", help="read all parts of a large run, not a sample of them")
+    args = parser.parse_args(argv)
+
+    def work() -> dict[str, Any] | None:
+        output = storage.absolute(args.output)
+        with storage.name_errors("OUTPUT", output):
+            status = read_status(output, args.exact)
+        if args.json:
+            return asdict(status)
+        print("\n".join(describe_status(status)))
+        return None
+
+    return run_command(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""How far a run is, told from a folder that was written by hand."""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import segment, status, train
+from vlsm import status as core
+from vlsm import storage
+from vlsm.config import SegmentSettings, dump_yaml, load_settings
+from vlsm.errors import ConfigError
+from vlsm.history import History, Row
+from vlsm.manifest import ManifestWriter, Plan, cut_shards, new_plan_id, shard_table, write_manifest
+from vlsm.recipe import TrainSettings
+from vlsm.record import make_record, read_record, write_record
+from vlsm.rerun import rerun_command
+from vlsm.results import part_name, write_part
+
+NOW_S = 1_800_000_000.0
+
+
+def plan_rows(count):
+    row = {"selector": None, "offset": None, "length": None, "problem": None, "prompts": ["polyp"]}
+    row |= {"image_version": None, "size_bytes": None, "etag": None, "mtime": None}
+    return [row | {"image_id": f"{number:05d}", "image_uri": f"scans/{number:05d}"} for number in range(count)]
+
+
+def settings_of(output, *words):
+    arguments = {"input": "scans", "output": str(output), "members": [{"checkpoint": "checkpoint"}]}
+    return load_settings(SegmentSettings, None, ["prompts=[polyp]", *words], arguments)
+
+
+def write_run(output, num_images, num_parts, per_shard=4, seconds=1.0):
+    """A run of which some parts are written, one a second until now; each has a failed image."""
+    plan = write_manifest(str(output), plan_rows(num_images), per_shard)
+    write_record(str(output), make_record(settings_of(output), {"run_id": "run"}, asdict(plan)))
+    for shard in range(num_parts):
+        images = plan_rows(num_images)[shard * per_shard : (shard + 1) * per_shard]
+        put_part(output, shard, images, NOW_S - (num_parts - shard - 1) * seconds)
+    for path in (output / "manifest").iterdir():
+        os.utime(path, (NOW_S - 3600, NOW_S - 3600))
+    return plan
+
+
+def put_part(output, shard, images, time_s):
+    common = {"prompt": "polyp", "kind": "mask", "model": "m"}
+    states = [{"status": "failed", "error": "corrupt: it is"}, *[{"status": "ok"}] * (len(images) - 1)]
+    rows = [
+        {"image_id": image["image_id"], "image_uri": image["image_uri"], **common, **state}
+        for image, state in zip(images, states, strict=True)
+    ]
+    write_part(str(output), shard, rows, "run", 0)
+    os.utime(output / "masks" / part_name(shard), (time_s, time_s))
+
+
+def test_a_run_under_way_tells_what_is_done_how_fast_and_how_long_it_takes(tmp_path):
+    write_run(tmp_path, num_images=40, num_parts=5)
+    found = core.read_status(str(tmp_path), now_s=NOW_S)
+    assert (found.is_finished, found.is_listing, found.is_exact) == (False, False, True)
+    assert (found.planned_images, found.planned_parts, found.parts, found.rows) == (40, 10, 5, 20)
+    assert (found.ok, found.failed, found.vanished, found.failed_by_reason) == (15, 5, 0, {"corrupt": 5})
+    assert (found.images_per_s, found.seconds_left, found.silent_s) == (4.0, 5.0, 0.0)
+    assert found.next_steps[0].startswith("it seems to run; ")
+    text = "\n".join(core.describe_status(found))
+    assert "done: 20 images (50.0 %), 5 parts, 20 rows" in text and "rate: 4.0 images/s, 0:00:05 left" in text
+
+
+def test_a_run_that_died_tells_how_to_go_on(tmp_path):
+    write_run(tmp_path, num_images=40, num_parts=5)
+    found = core.read_status(str(tmp_path), now_s=NOW_S + 7200)
+    assert (found.images_per_s, found.seconds_left, found.silent_s) == (None, None, 7200)
+    (step,) = found.next_steps
+    assert step.startswith("it seems not to run") and step.endswith(rerun_command(read_record(str(tmp_path))))
+
+
+def test_a_run_that_has_only_its_plan_has_nothing_done(tmp_path):
+    write_run(tmp_path, num_images=40, num_parts=0)
+    found = core.read_status(str(tmp_path), now_s=NOW_S)
+    assert (found.parts, found.rows, found.images_per_s, found.silent_s) == (0, 0, None, 3600)
+
+
+def test_a_part_of_another_run_is_not_done(tmp_path):
+    write_run(tmp_path, num_images=40, num_parts=5)
+    write_part(str(tmp_path), 0, [], "another", 0)
+    assert core.read_status(str(tmp_path), now_s=NOW_S).ok == 12
+
+
+def test_of_many_parts_a_sample_is_read_unless_all_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "_MOST_READ", 3)
+    write_run(tmp_path, num_images=40, num_parts=8)
+    found, exact = (core.read_status(str(tmp_path), exact, now_s=NOW_S) for exact in (False, True))
+    assert (found.is_exact, exact.is_exact) == (False, True)
+    assert (found.ok, found.failed, found.rows) == (exact.ok, exact.failed, exact.rows) == (24, 8, 32)
+    assert "done: about 32 images" in "\n".join(core.describe_status(found))
+
+
+def test_a_plan_that_is_still_being_written_tells_so(tmp_path):
+    writer = ManifestWriter(str(tmp_path), new_plan_id())
+    for shard in cut_shards(plan_rows(600), 4):
+        writer.add(shard_table(shard))  # 150 shards, of which two files of 64 are written
+    plan = Plan(writer.plan_id, is_complete=False)
+    write_record(str(tmp_path), make_record(settings_of(tmp_path), {"run_id": "run"}, asdict(plan)))
+    put_part(tmp_path, 0, plan_rows(4), NOW_S)
+    found = core.read_status(str(tmp_path), now_s=NOW_S)
+    assert (found.is_listing, found.planned_images, found.planned_parts, found.ok) == (True, 512, 128, 3)
+    assert "so far: INPUT is still being listed" in "\n".join(core.describe_status(found))
+
+
+def test_a_finished_run_is_told_by_its_summary_and_what_failed_can_be_done_again(tmp_path):
+    write_run(tmp_path, num_images=8, num_parts=2)
+    summary = {"ok": 6, "failed": 2, "vanished": 0, "rows": 8, "failed_by_reason": {"corrupt": 2}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    found = core.read_status(str(tmp_path), now_s=NOW_S)
+    assert (found.is_finished, found.ok, found.failed, found.seconds_left) == (True, 6, 2, 0)
+    assert found.next_steps[0].endswith("--set=retry_failed=true")
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"failed": 0}))
+    assert "python -m jobs.verify" in core.read_status(str(tmp_path), now_s=NOW_S).next_steps[0]
+
+
+def settings_of_command(command, module, monkeypatch):
+    """What a command line sets, by the job's own parser."""
+    seen = []
+    monkeypatch.setattr(module, module.__name__.rpartition(".")[2], lambda settings: seen.append(settings) or {})
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", module.__name__] and module.main(words[3:]) == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["threshold=0.4", "tile.size=64", "run.actors=1..4", "window=[40, 400]", "review.min_agreement=null"],
+        ["prompts=[a 'flat' polyp, é]", "classes={a 'flat' polyp: [one, two]}"],
+        ["members=[{checkpoint: /one, weight: 2, flip: true}, {checkpoint: /two, prompts: {polyp: lesion}}]"],
+    ],
+)
+def test_the_command_that_goes_on_has_the_settings_of_the_run(words, tmp_path, monkeypatch):
+    tree = {"input": "/scans", "output": str(tmp_path)}
+    tree |= {} if "members" in str(words) else {"members": [{"checkpoint": "/checkpoint"}]}
+    settings = load_settings(SegmentSettings, None, ["prompts=[polyp]", *words], tree)
+    write_record(str(tmp_path), make_record(settings, {"run_id": "run"}, {}))
+    command = rerun_command(read_record(str(tmp_path)), "retry_failed=true")
+    again = settings_of_command(command, segment, monkeypatch)
+    assert again == settings.model_copy(update={"retry_failed": True})
+
+
+def test_the_command_that_goes_on_with_a_training_has_its_settings(tmp_path, monkeypatch):
+    words = ["model=unet_d", "options.width=4", "optim.lr=0.00001", "external.other=/other", "run.workers=1..2"]
+    tree = {"output": str(tmp_path), "datasets": {"kvasir": "/kvasir"}}
+    settings = load_settings(TrainSettings, None, words, tree)
+    write_record(str(tmp_path), make_record(settings, {}, {"epochs": 3}))
+    assert settings_of_command(rerun_command(read_record(str(tmp_path))), train, monkeypatch) == settings
+
+
+def write_training(output, num_epochs):
+    settings = load_settings(
+        TrainSettings, None, ["model=unet_d", "optim.epochs=5"], {"output": str(output), "datasets": {"a": "/a"}}
+    )
+    write_record(str(output), make_record(settings, {}, {"epochs": 5}))
+    rows = [
+        Row(epoch, epoch, split, "mean", 1 / epoch, dice, 4, 0.1, 60.0, NOW_S - 60 * (num_epochs - epoch))
+        for epoch, dice in zip(range(1, num_epochs + 1), (0.5, 0.8, 0.7), strict=False)
+        for split in ("train", "val")
+    ]
+    sink = io.BytesIO()
+    pq.write_table(History(rows).table(), sink)
+    storage.write_bytes(str(output / "metrics.parquet"), sink.getvalue())
+
+
+def test_a_training_tells_its_epochs_its_best_and_how_long_it_takes(tmp_path):
+    write_training(tmp_path, num_epochs=3)
+    found = core.read_status(str(tmp_path), now_s=NOW_S)
+    assert (found.epochs, found.planned_epochs, found.best_epoch, found.best) == (3, 5, 2, 0.8)
+    assert (found.seconds_per_epoch, found.seconds_left, found.is_finished) == (60, 120, False)
+    assert "best: dice 0.8000 of validation, epoch 2" in core.describe_status(found)
+    assert "python -m jobs.train" in found.next_steps[0]
+    (tmp_path / "summary.json").write_text("{}")
+    found = core.read_status(str(tmp_path), now_s=NOW_S)
+    assert found.is_finished and "nothing is left to do" in found.next_steps[0]
+
+
+def test_a_training_without_an_epoch_has_no_best(tmp_path):
+    write_training(tmp_path, num_epochs=0)
+    found = core.read_status(str(tmp_path), now_s=NOW_S)
+    assert (found.epochs, found.best_epoch, found.seconds_left) == (0, None, None)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_yaml({"config": {}, "plan": {}}))
+    for output in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="there is no segment run and no training in"):
+            core.read_status(str(output))
+
+
+def test_the_command_needs_no_ray_and_prints_lines_or_json(tmp_path):
+    write_run(tmp_path, num_images=40, num_parts=5)
+    code = "import sys; sys.modules['ray'] = None; from jobs.status import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    texts = [
+        subprocess.run([*command, *more], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        for more in ([], ["--json"])
+    ]
+    assert texts[0].stdout.startswith("state: not finished\nplanned: 40 images in 10 parts\n")
+    assert json.loads(texts[1].stdout)["ok"] == 15
+    assert status.main([str(tmp_path / "nowhere")]) == 2
+
+
+def test_times_of_a_store_are_those_of_its_files(s3_folder):
+    storage.write_bytes(f"{s3_folder}/masks/a", b"a")
+    (time_s,) = storage.list_times(f"{s3_folder}/masks").values()
+    assert abs(time_s - time.time()) < 60
+    assert storage.list_times(f"{s3_folder}/nothing") == {}

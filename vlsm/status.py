@@ -1,0 +1,236 @@
+"""How far a run is, from storage alone: while it runs, and after it has died."""
+
+import datetime
+import io
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from vlsm import storage
+from vlsm.errors import ConfigError
+from vlsm.history import History, Row
+from vlsm.manifest import Plan, count_planned
+from vlsm.proof import compare_run, sample_run
+from vlsm.record import read_record
+from vlsm.rerun import rerun_command
+from vlsm.results import part_name
+from vlsm.runs import failed_by_reason, read_summary
+
+_MOST_READ = 256  # parts, each a few hundred kilobytes: of more a sample is read unless all are asked for
+_RECENT_S = 600.0  # what a rate is taken over, and a run may be silent for
+
+
+@dataclass(frozen=True)
+class SegmentStatus:
+    """How far a segment run is.
+
+    Attributes:
+        is_finished: whether its rows were counted against its plan.
+        is_listing: whether INPUT was not yet listed to its end: what is planned is what is planned so far.
+        is_exact: whether all parts were read, not a sample of them.
+        planned_images, planned_parts: of the plan.
+        parts: that are written.
+        rows, ok, failed, vanished: rows, and images by their status, in them.
+        failed_by_reason: images by why they failed.
+        images_per_s: over the last ten minutes; None where less than two parts were written then.
+        seconds_left: at that rate.
+        silent_s: since something was written last; None where nothing was.
+        next_steps: what to do, a sentence each.
+    """
+
+    is_finished: bool
+    is_listing: bool
+    is_exact: bool
+    planned_images: int
+    planned_parts: int
+    parts: int
+    rows: int
+    ok: int
+    failed: int
+    vanished: int
+    failed_by_reason: dict[str, int]
+    images_per_s: float | None
+    seconds_left: float | None
+    silent_s: float | None
+    next_steps: list[str]
+
+
+@dataclass(frozen=True)
+class TrainingStatus:
+    """How far a training is; what is not named here is as of a segment run.
+
+    Attributes:
+        epochs, planned_epochs: done, and to be done.
+        monitor: what tells a good epoch, "dice" or "loss" of validation.
+        best_epoch, best: the best so far, from 1, and its value; None before there is one.
+        seconds_per_epoch: the median.
+    """
+
+    is_finished: bool
+    epochs: int
+    planned_epochs: int
+    monitor: str
+    best_epoch: int | None
+    best: float | None
+    seconds_per_epoch: float | None
+    seconds_left: float | None
+    silent_s: float | None
+    next_steps: list[str]
+
+
+def read_status(output: str, exact: bool = False, now_s: float | None = None) -> SegmentStatus | TrainingStatus:
+    """How far a run is.
+
+    Args:
+        output: OUTPUT of a segment run or a training, finished or not.
+        exact: read all parts of a segment run, however many.
+        now_s: seconds since 1970; the clock's unless told.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    record, now_s = read_record(output), time.time() if now_s is None else now_s
+    if record is not None and "run_id" in record:
+        return _segment_status(output, record, exact, now_s)
+    if record is not None and "epochs" in record["plan"]:
+        return _training_status(output, record, now_s)
+    raise ConfigError(
+        f"there is no segment run and no training in {output!r}; it must be the OUTPUT of one "
+        "(those of an evaluation are below its runs/, of a sweep below trials/)"
+    )
+
+
+def _segment_status(output: str, record: dict[str, Any], exact: bool, now_s: float) -> SegmentStatus:
+    plan = Plan(**record["plan"])
+    if not plan.is_complete:
+        num_images, num_shards = count_planned(output, plan.id)
+        plan = replace(plan, num_images=num_images, num_shards=num_shards)
+    times = storage.list_times(storage.join(output, "masks"))
+    written = {shard: times[name] for shard in range(plan.num_shards) if (name := part_name(shard)) in times}
+    summary = read_summary(output)
+    exact = exact or summary is not None or len(written) <= _MOST_READ
+    counts = summary or _count(output, plan, record["run_id"], list(written), exact)
+    num_done = counts["ok"] + counts["failed"] + counts["vanished"]
+    rate = None if summary else _rate(sorted(written.values()), num_done / max(1, len(written)), now_s)
+    newest_s = max([*written.values(), *storage.list_times(storage.join(output, "manifest")).values()], default=None)
+    silent_s = None if newest_s is None else max(0.0, now_s - newest_s)
+    return SegmentStatus(
+        is_finished=summary is not None,
+        is_listing=not plan.is_complete,
+        is_exact=exact,
+        planned_images=plan.num_images,
+        planned_parts=plan.num_shards,
+        parts=len(written),
+        **{key: counts[key] for key in ("rows", "ok", "failed", "vanished", "failed_by_reason")},
+        images_per_s=rate and round(rate, 2),
+        seconds_left=(plan.num_images - num_done) / rate if rate else 0.0 if summary else None,
+        silent_s=silent_s,
+        next_steps=list(_next_steps(record, summary is not None, counts["failed"], silent_s)),
+    )
+
+
+def _count(output: str, plan: Plan, run_id: str, written: list[int], exact: bool) -> dict[str, Any]:
+    """Rows and images of the parts, by the keys of a summary."""
+    if exact:
+        counts, scale = compare_run(output, plan, run_id).counts if written else {}, 1.0
+    else:
+        shards = written[:: -(-len(written) // _MOST_READ)]
+        counts, scale = sample_run(output, plan, run_id, shards), len(written) / len(shards)
+    scaled = {key: round(value * scale) for key, value in counts.items()}
+    found = {key: scaled.get(key, 0) for key in ("rows", "ok", "failed", "vanished")}
+    return found | {"failed_by_reason": failed_by_reason(scaled)}
+
+
+def _rate(times: Sequence[float], images_per_part: float, now_s: float) -> float | None:
+    """Images a second since the first of the recent parts, which was begun before: the others are what came since."""
+    recent = [time_s for time_s in times if time_s > now_s - _RECENT_S]
+    if len(recent) < 2:
+        return None
+    return (len(recent) - 1) * images_per_part / max(1.0, now_s - recent[0])
+
+
+def _next_steps(
+    record: dict[str, Any], is_finished: bool, num_failed: int, silent_s: float | None, patience_s: float = _RECENT_S
+) -> Iterator[str]:
+    if not is_finished:
+        alive = silent_s is not None and silent_s < patience_s
+        what = "it seems to run; if it does not" if alive else "it seems not to run; if so"
+        yield f"{what}, this goes on from here: {rerun_command(record)}"
+    elif num_failed:
+        yield f"this does the failed images again: {rerun_command(record, 'retry_failed=true')}"
+    elif "run_id" in record:
+        yield f"nothing is left to do; this proves it: python -m jobs.verify {record['config']['output']}"
+    else:
+        yield f"nothing is left to do; the checkpoint is {storage.join(record['config']['output'], 'checkpoint')}"
+
+
+def _training_status(output: str, record: dict[str, Any], now_s: float) -> TrainingStatus:
+    uri, optim = storage.join(output, "metrics.parquet"), record["config"]["optim"]
+    rows = []
+    if storage.exists(uri):
+        rows = [Row(**row) for row in pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()]
+    history, num_planned = History([row for row in rows if row.split != "test"]), record["plan"]["epochs"]
+    num_done = max((row.epoch for row in history.rows), default=0)
+    best_epoch = history.best_epoch(optim["monitor"]) or None
+    per_epoch = {row.epoch: row.seconds for row in history.rows}
+    seconds = statistics.median(per_epoch.values()) if per_epoch else None
+    newest_s = max((row.finished_at for row in rows), default=None)
+    silent_s = None if newest_s is None else max(0.0, now_s - newest_s)
+    is_finished = read_summary(output) is not None
+    patience_s = max(_RECENT_S, 3 * (seconds or 0))
+    return TrainingStatus(
+        is_finished=is_finished,
+        epochs=num_done,
+        planned_epochs=num_planned,
+        monitor=optim["monitor"],
+        best_epoch=best_epoch,
+        best=history.monitored(optim["monitor"])[best_epoch - 1] if best_epoch else None,
+        seconds_per_epoch=seconds,
+        seconds_left=0.0 if is_finished else None if seconds is None else seconds * (num_planned - num_done),
+        silent_s=silent_s,
+        next_steps=list(_next_steps(record, is_finished, 0, silent_s, patience_s)),
+    )
+
+
+def describe_status(status: SegmentStatus | TrainingStatus) -> list[str]:
+    """The same, for a person: a line each."""
+    lines = _describe_segments(status) if isinstance(status, SegmentStatus) else _describe_training(status)
+    if status.silent_s is not None:
+        lines.append(f"written last: {_duration(status.silent_s)} ago")
+    return [f"state: {'finished' if status.is_finished else 'not finished'}", *lines, *status.next_steps]
+
+
+def _describe_segments(status: SegmentStatus) -> list[str]:
+    about = "" if status.is_exact else "about "
+    num_done = status.ok + status.failed + status.vanished
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in status.failed_by_reason.items())
+    so_far = " so far: INPUT is still being listed" if status.is_listing else ""
+    lines = [
+        f"planned: {status.planned_images:,} images in {status.planned_parts:,} parts{so_far}",
+        f"done: {about}{num_done:,} images ({100 * num_done / max(1, status.planned_images):.1f} %), "
+        f"{status.parts:,} parts, {about}{status.rows:,} rows",
+        f"images: {about}{status.ok:,} ok, {about}{status.failed:,} failed{f' ({reasons})' if reasons else ''}, "
+        f"{about}{status.vanished:,} vanished",
+    ]
+    if status.images_per_s and status.seconds_left is not None:
+        of = " for what is planned so far" if status.is_listing else ""
+        lines.append(f"rate: {status.images_per_s:,.1f} images/s, {_duration(status.seconds_left)} left{of}")
+    return lines
+
+
+def _describe_training(status: TrainingStatus) -> list[str]:
+    lines = [f"epochs: {status.epochs} of {status.planned_epochs}"]
+    if status.best is not None:
+        lines.append(f"best: {status.monitor} {status.best:.4f} of validation, epoch {status.best_epoch}")
+    if status.seconds_per_epoch is not None and status.seconds_left is not None:
+        left = f", {_duration(status.seconds_left)} left" if not status.is_finished else ""
+        lines.append(f"time: {_duration(status.seconds_per_epoch)} an epoch{left}")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
