@@ -24,11 +24,10 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Two processes, each with a cluster of its own for one half of the tests of jobs; the others are for either."""
+    """The tests of jobs in one process, with one cluster, and all others beside them."""
     for item in items:
         if HERE / "jobs" in item.path.parents:
-            half = "first" if item.path.name < "test_g" else "second"
-            item.add_marker(pytest.mark.xdist_group(f"jobs, {half} half"))
+            item.add_marker(pytest.mark.xdist_group("jobs"))
 
 
 @pytest.fixture(scope="session")
