@@ -1,4 +1,4 @@
-"""Every scenario of the torture at a small size."""
+"""Scenarios of the torture at a small size; `python -m jobs.benchmark torture` has all of them."""
 
 import pytest
 
@@ -15,7 +15,8 @@ def arena(ray_cluster, tmp_path_factory):
     return arena
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+# what is left out has tests of its own: a store that is away, and two jobs that write one plan
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in ("restart_store", "run_twice")])
 def test_nothing_is_lost_and_nothing_done_twice(arena, name):
     try:
         disturbances = SCENARIOS[name](arena)
