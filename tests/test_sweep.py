@@ -2,12 +2,15 @@
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
 import yaml
 
 from vlsm.errors import ConfigError
 from vlsm.evaluation.sweep import SweepSettings, plan_cells, read_models, tabulate, write_csv, write_markdown
+
+ROOT = Path(__file__).parents[1]
 
 
 def make_settings(**options):
@@ -103,3 +106,15 @@ def test_the_table_has_means_over_seeds_and_the_best_in_bold():
     assert "| small | 55.0 ± 7.1 | **40.0 ± 0.0** |" in honest
     assert "| large | **80.0 ± 14.1** (+25.0) | 20.0 ± 14.1 (-20.0) |" in honest
     assert "| small | **95.0 ± 0.0** |" in bound
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jobs" / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_matrices_that_come_along_are_understood(path):
+    tree = yaml.safe_load(path.read_text())
+    models = read_models(tree["models"], str(path.parent))
+    settings = make_settings(**tree | {"models": models})
+    trials = [trial for cell in plan_cells(settings) for trial in cell.trials]
+    assert len(trials) == 2 * len(models) * len(settings.seeds)
+    assert {trial.settings.model for trial in trials} == set(models)
