@@ -46,7 +46,7 @@ class Tags(HTMLParser):
 def write_record(folder, **more):
     folder.mkdir(exist_ok=True)
     record = {
-        "config": {"input": "/secret/place/archive", "members": [{"checkpoint": "s3://b/k/first"}], "window": None}
+        "config": {"input": "s3://secret/place/archive", "members": [{"checkpoint": "s3://b/k/first"}], "window": None}
     }
     record |= {"plan": {"num_images": 300, "is_complete": True}, "checkpoint_digests": ["ab" * 32]}
     record |= {"versions": {"vlsm": "0.1.0"}, "git_revision": "cd" * 20, "planned_at": "2026-01-02T03:04:05+00:00"}

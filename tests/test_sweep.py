@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 def make_settings(**options):
     models = {"small": {"model": "pixel", "options": {"image_size": 16}}, "large": {"model": "unet_d"}}
-    tree = {"output": "out", "datasets": {"a": "/data/a", "b": "/data/b"}, "models": models}
+    tree = {"output": "out", "datasets": {"a": "data/a", "b": "data/b"}, "models": models}
     return SweepSettings.model_validate(tree | options)
 
 
@@ -37,7 +37,7 @@ def test_every_model_is_trained_on_every_dataset_with_every_prompt_and_seed():
 
 
 def test_pooled_models_learn_all_datasets_and_are_scored_on_each():
-    settings = make_settings(pooled=True, external={"c": "/data/c"})
+    settings = make_settings(pooled=True, external={"c": "data/c"})
     (cell,) = plan_cells(settings)
     assert all(list(trial.settings.datasets) == ["a", "b"] for trial in cell.trials)
     assert list(cell.settings.datasets) == ["a", "b", "c"]

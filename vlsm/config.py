@@ -30,6 +30,16 @@ def check_range(value: int | str | None) -> int | str | None:
     return value
 
 
+def one_is_a_list(value: Any) -> Any:
+    """A text or a group of settings where several may stand, for validators: a list of it."""
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+def each_one_is_a_list(value: Any) -> Any:
+    """The same of every value of a mapping."""
+    return {name: one_is_a_list(own) for name, own in value.items()} if isinstance(value, dict) else value
+
+
 class RunSettings(Settings):
     """How a run is carried out: nothing here can change a row, so it may differ when a run is resumed."""
 
@@ -136,17 +146,8 @@ class SegmentSettings(Settings):
     update: bool = Field(False, description="list INPUT again: do what is new or changed, mark what has vanished")
     run: RunSettings = RunSettings()
 
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _one_prompt_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _one_text_is_a_list(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: [texts] if isinstance(texts, str) else texts for name, texts in value.items()}
+    _list_prompts = field_validator("prompts", mode="before")(one_is_a_list)
+    _list_texts = field_validator("classes", mode="before")(each_one_is_a_list)
 
     @property
     def has_member_rows(self) -> bool:

@@ -5,7 +5,16 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
-from vlsm.config import CleanSettings, MemberSettings, RunSettings, SegmentSettings, Settings, TileSettings
+from vlsm.config import (
+    CleanSettings,
+    MemberSettings,
+    RunSettings,
+    SegmentSettings,
+    Settings,
+    TileSettings,
+    each_one_is_a_list,
+    one_is_a_list,
+)
 
 _NOT_SHARED = {"output", "prompts", "start_over"}  # with a segment run, though of one name
 OWN = "own"  # the name of the prompt that a checkpoint brings with it
@@ -59,17 +68,8 @@ class EvaluateSettings(Settings):
     retry_failed: bool = Field(False, description="do failed images again, and score everything anew")
     run: RunSettings = RunSettings()
 
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _one_prompt_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @field_validator("systems", mode="before")
-    @classmethod
-    def _one_member_is_a_list(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: [members] if isinstance(members, dict) else members for name, members in value.items()}
+    _list_prompts = field_validator("prompts", mode="before")(one_is_a_list)
+    _list_members = field_validator("systems", mode="before")(each_one_is_a_list)
 
     @field_validator("datasets", "masks", "checkpoints")
     @classmethod
