@@ -135,7 +135,7 @@ def calibrations(checkpoints: dict[str, str]) -> list[Section]:
         try:
             tree = yaml.safe_load(storage.read_bytes(storage.join(uri, SETTINGS_NAME)))
             found = Calibration.model_validate(tree["calibration"])
-        except (OSError, VlsmError, yaml.YAMLError, ValidationError, KeyError, TypeError):
+        except (OSError, *storage.store_errors(), VlsmError, yaml.YAMLError, ValidationError, KeyError, TypeError):
             continue
         short = shorten(name, 60)
         lines.append(draw_reliability(short, found.reliability))
