@@ -131,11 +131,13 @@ def calibrations(checkpoints: dict[str, str]) -> list[Section]:
     Checkpoints that are no longer there, or were never calibrated, are left out.
     """
     lines, rows = [], []
+    unusable: tuple[type[Exception], ...] = (OSError, VlsmError, *storage.store_errors())
+    unusable += (yaml.YAMLError, ValidationError, KeyError, TypeError)
     for name, uri in checkpoints.items():
         try:
             tree = yaml.safe_load(storage.read_bytes(storage.join(uri, SETTINGS_NAME)))
             found = Calibration.model_validate(tree["calibration"])
-        except (OSError, *storage.store_errors(), VlsmError, yaml.YAMLError, ValidationError, KeyError, TypeError):
+        except unusable:
             continue
         short = shorten(name, 60)
         lines.append(draw_reliability(short, found.reliability))
