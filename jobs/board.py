@@ -29,14 +29,14 @@ class _Tries:
     deaths: Counter[int] = field(default_factory=Counter)
 
 
-def start_board() -> Any:
-    """A Board as an actor; it lives where this process does, so that no other node's loss ends it."""
+def start_board(kind: type) -> Any:
+    """A board as an actor; it lives where this process does, so that no other node's loss ends it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(Board).options(**options).remote()
+    return ray.remote(kind).options(**options).remote()
 
 
 class Board:

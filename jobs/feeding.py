@@ -80,7 +80,7 @@ def keep_decoded(records: Sequence[Record], settings: DataSettings, size: int, w
     if wanted is False or (wanted is None and num_bytes > _CACHED_SHARE * store_bytes):
         logger.info("images are decoded anew in every epoch: they would take %.1f GB", num_bytes / 1e9)
         return None
-    decode = ray.remote(num_cpus=2 * _TASK_CPUS)(_decode_chunk)
+    decode = ray.remote(num_cpus=2 * _TASK_CPUS, max_retries=-1)(_decode_chunk)  # lost nodes hold some
     return Decoded([decode.remote(chunk, settings, size) for chunk in _batched(records, _CHUNK)])
 
 

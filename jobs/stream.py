@@ -39,7 +39,7 @@ def execute(
         return
     import ray.data  # here, so that --help and wrong arguments do not wait for it
 
-    from jobs.board import start_board
+    from jobs.board import Board, start_board
     from jobs.progress import Progress
     from vlsm.checkpoints import build_checkpoint
 
@@ -49,7 +49,7 @@ def execute(
         context.max_errored_blocks = 0
         context.retried_map_errors, context.max_map_retries = True, 2
         context.max_consecutive_actor_init_deaths = 3
-        board = start_board()
+        board = start_board(Board)
         sizes = tuple(member.image_size for member in run.members)
         task = Task(run.settings, run.run_id, run.plan.id, sizes, retry_failed, board)
         # each node fetches the weights once from the object store, whether or not it could reach the directory itself

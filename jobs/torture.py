@@ -89,21 +89,26 @@ def _ray_processes(what: str) -> list[psutil.Process]:
 
 
 def kill_node(arena: Arena) -> dict[str, int]:
-    """A node of a cluster of three is lost with all that runs on it, and replaced."""
+    """Nodes of a cluster are lost with all that runs on them, and replaced: one that decodes and one with a model.
+
+    The head has no CPUs; the models stand where there is a GPU, as Ray sees it.
+    """
     from ray.cluster_utils import Cluster
 
     output, kills = str(arena.folder / "kill_node"), 0
     store = {"object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **store})
+    kinds = {"num_cpus": 1}, {"num_cpus": 2, "num_gpus": 1}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
     try:
-        nodes = [cluster.add_node(num_cpus=1, **store) for _ in range(2)]
-        job = arena.start(output, "run.batch_size=1", environment={"RAY_ADDRESS": cluster.address})
-        for node in nodes:
+        nodes = [(cluster.add_node(**kind, **store), kind) for kind in kinds]
+        settings = "run.batch_size=1", "run.gpus_per_actor=1", "run.actors=1..2"
+        job = arena.start(output, *settings, environment={"RAY_ADDRESS": cluster.address})
+        for node, kind in nodes:
             arena.wait_for_parts(output, 2, job)
             if job.poll() is None:
                 cluster.remove_node(node, allow_graceful=False)
                 kills += 1
-                cluster.add_node(num_cpus=1, **store)
+                cluster.add_node(**kind, **store)
         if job.wait(LONGEST_S):
             raise ResultError("the job did not survive its nodes")
     finally:

@@ -106,6 +106,7 @@ def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
     """
     import ray
 
+    from jobs.board import start_board
     from jobs.feeding import keep_decoded
     from jobs.group import Board, Work, fit_in_background, group_size
     from vlsm.training_run import image_size
@@ -115,7 +116,7 @@ def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
     logger.info(
         "%s workers with %s CPUs and %s GPUs each", low if low == high else f"{low} to {high}", size.cpus, size.gpus
     )
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = start_board(Board)
     decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
     ended = fit_in_background(work, size)

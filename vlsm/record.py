@@ -5,6 +5,7 @@ with that plan instead of listing the archive again.
 """
 
 import datetime
+import os
 import subprocess
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -117,12 +118,15 @@ def forget_run(output: str, names: Iterable[str] = (), folders: Iterable[tuple[s
 
 
 def _git_revision() -> str | None:
-    """The commit of the source that runs, where it runs from a clone."""
-    folder = Path(__file__).parent
+    """The commit of the source that runs, with "-dirty" where it was changed since.
+
+    A submitted job's source travels without its history: whoever submits it tells the commit in VLSM_GIT_REVISION.
+    """
+    if told := os.environ.get("VLSM_GIT_REVISION"):
+        return told
+    command = ["git", "-C", str(Path(__file__).parent), *"describe --always --dirty --abbrev=40 --exclude=*".split()]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
-        )
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if found.returncode == 0 else None

@@ -56,10 +56,11 @@ def run(capfd, *arguments):
     return code, json.loads(captured.out) if code == 0 and captured.out.startswith("{") else captured.out, captured.err
 
 
-def start(*arguments):
+def start(*arguments, **environment):
     """The job as a user starts it."""
     command = [sys.executable, "-m", "jobs.train", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, **pipes)
 
 
 def wait_for(job, condition, timeout_s=300):
@@ -167,8 +168,9 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(undisturbed
 
 
 def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(ray_cluster, labelled, undisturbed, s3_folder):
-    """A worker that dies, an interrupt, a driver that dies; each costs nothing but time."""
+    """A worker that dies, an interrupt, a node that is lost, a driver that dies; each costs nothing but time."""
     import s3fs
+    from ray.cluster_utils import Cluster
 
     fs = s3fs.S3FileSystem(use_listings_cache=False)
     fs.put(f"{labelled}/", f"{s3_folder}/drawn/", recursive=True)
@@ -189,10 +191,23 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(ray_cluste
     assert re.search(r"goes on at epoch \d, step \d", err)
     assert "interrupted; the same command goes on from here" in err
 
-    job, before = start(*arguments), written("last.safetensors")
-    wait_for(job, lambda: written("last.safetensors") != before)
-    job.kill()
-    job.communicate()
+    def wait_for_steps():
+        before = written("last.safetensors")
+        wait_for(job, lambda: written("last.safetensors") != before)
+
+    node = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(**node) for _ in range(2)]
+        job = start(*arguments, RAY_ADDRESS=cluster.address)
+        wait_for_steps()
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        cluster.add_node(**node)
+        wait_for_steps()
+        job.kill()
+        job.communicate()
+    finally:
+        cluster.shutdown()
     assert not fs.exists(f"{output}/summary.json")
 
     job = start(*arguments)
