@@ -128,3 +128,11 @@ def test_the_head_does_no_work_and_a_run_is_planned_before_there_are_workers():
     settings = load_settings(SegmentSettings, None, sets, arguments)
     (pool,) = plan_pools(settings, [{"Alive": True, "Resources": {"memory": 1e9}}])
     assert (pool.num_actors, pool.num_gpus, pool.num_cpus) == ((1, GROUPS["gpu"]["maxReplicas"]), 1, 1)
+
+
+def test_its_pods_are_kuberneteses_by_its_own_schema():
+    import kubernetes_validate
+
+    for group in (SPEC["headGroupSpec"], *GROUPS.values()):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, **group["template"]}
+        kubernetes_validate.validate(pod, "1.34", strict=True)

@@ -1,0 +1,245 @@
+"""Clusters of several nodes on this machine, started as people start them, and the README's commands on them."""
+
+import contextlib
+import copy
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+
+from jobs.stores import free_port
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## On a cluster")[2].partition("\n## ")[0]
+SUBMISSIONS = re.findall(r"^ray job submit .*?(?<!\\)$", SECTION, re.M | re.S)
+STORE_BYTES = 300 << 20  # of each node
+_HERE = "127.0.0.1"
+_STARTING_S = 90.0
+_BRIDGE, _SUBNET = "vlsm0", "10.77.0"  # of hosts that are launched
+
+
+@dataclass
+class Running:
+    """A cluster that runs.
+
+    Attributes:
+        environment: that leads to it.
+        address: of its head, for Ray.
+        log: of its processes.
+        processes: that it is made of.
+    """
+
+    environment: dict[str, str]
+    address: str
+    log: Path
+    processes: list[subprocess.Popen]
+
+    def call(self, command: str, timeout_s: float = 300) -> tuple[int, str]:
+        """A line of the README in a clone: exit code and all that it printed."""
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    def wait_for_start(self) -> None:
+        """Until Ray says of each process that it has started."""
+        deadline_s = time.monotonic() + _STARTING_S
+        while self.log.read_text().count("Ray runtime started") < len(self.processes):
+            if time.monotonic() > deadline_s or self.processes[-1].poll() is not None:
+                raise TimeoutError(f"no node has started: {self.log.read_text()[-4000:]}")
+            time.sleep(0.2)
+
+    def wait_for_nodes(self, wanted: dict[str, float]) -> None:
+        """Until the nodes that are alive have these resources together."""
+        deadline_s = time.monotonic() + _STARTING_S
+        while time.monotonic() < deadline_s and all(process.poll() is None for process in self.processes):
+            _, out = self.call(f"timeout 30 ray status --address {self.address}")
+            found = {name: float(total) for total, name in re.findall(r"^ [\d.]+/([\d.]+) (\w+)$", out, re.M)}
+            if all(found.get(name, 0) == amount for name, amount in wanted.items()):
+                return
+            time.sleep(1)
+        raise TimeoutError(f"no cluster with {wanted}: {self.log.read_text()[-4000:]}")
+
+
+def _environment(home: Path, own: dict[str, str]) -> dict[str, str]:
+    """As after the README's first lines, with a home of its own, whose token is nobody else's."""
+    home.mkdir(exist_ok=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    told = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+    told |= {"HOME": str(home), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"} | own
+    subprocess.run(["ray", "get-auth-token", "--generate"], env=told, capture_output=True, check=True)
+    return told
+
+
+@contextlib.contextmanager
+def started(environment: dict[str, str], *nodes: str, autoscaling: dict | None = None):
+    """`ray start --head`, and `ray start` once for each node with these arguments.
+
+    Args:
+        environment: that its processes are to have.
+        autoscaling: the content of a cluster file whose provider starts nodes.
+    """
+    # short, since sockets stand there
+    with tempfile.TemporaryDirectory(prefix="vlsm") as folder, contextlib.ExitStack() as stack:
+        stack.callback(_end_all, folder)
+        ports = {name: free_port() for name in ("port", "dashboard-port")}
+        environment = _environment(Path(folder, "home"), environment)
+        environment["RAY_API_SERVER_ADDRESS"] = f"http://{_HERE}:{ports['dashboard-port']}"
+        address = f"{_HERE}:{ports['port']}"
+        words = [f"--{name}={port}" for name, port in ports.items()]
+        words += ["--num-cpus=0", f"--dashboard-host={_HERE}", f"--temp-dir={folder}/ray"]
+        head = environment | {"AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        if autoscaling is not None:
+            autoscaling["provider"]["gcs_address"] = address
+            number = autoscaling["provider"]["head_node_id"]
+            head |= {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": number, "RAY_CLOUD_INSTANCE_ID": number}
+            head |= {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1"}
+            Path(folder, "cluster.json").write_text(json.dumps(autoscaling))
+            words.append(f"--autoscaling-config={folder}/cluster.json")
+        log = stack.enter_context(Path(folder, "log").open("wb"))
+        cluster = Running(environment, address, Path(folder, "log"), [])
+        command = ["ray", "start", "--block", f"--node-ip-address={_HERE}", f"--object-store-memory={STORE_BYTES}"]
+        joining = [(environment, [f"--address={address}", *node.split()]) for node in nodes]
+        for own, where in [(head, ["--head", *words]), *joining]:
+            cluster.processes.append(subprocess.Popen([*command, *where], env=own, stdout=log, stderr=log))
+            cluster.wait_for_start()  # one after another: together they start slowly, and Ray waits for 30 s
+        yield cluster
+
+
+def _end_all(folder: str) -> None:
+    """End the processes that name a folder which is theirs alone, and those that came of them."""
+    own = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(folder in word for word in process.info["cmdline"] or ())
+    ]
+    for process in own:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own += process.children(recursive=True)
+    for process in own:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(own, timeout=10)
+
+
+def autoscaled(max_gpus: int) -> dict:
+    """cluster.yaml, whose nodes are processes of one CPU on this machine, that Ray's autoscaler starts and ends."""
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+
+    config = copy.deepcopy(CLUSTER)
+    # by its module: the package lacks the file of defaults that the provider's own name asks for
+    module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    config["provider"] = {
+        "type": "external",
+        "module": module,
+        "launch_multiple": True,
+        "head_node_id": FAKE_HEAD_NODE_ID,
+    }
+    nothing = {"docker": {}, "auth": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": []}
+    commands = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    config |= (
+        nothing | {name: [] for name in commands} | {"idle_timeout_minutes": 0.2, "head_node_type": FAKE_HEAD_NODE_TYPE}
+    )
+    nodes = config["available_node_types"]
+    for node in nodes.values():
+        node["node_config"] = {}
+        if node["resources"]["CPU"]:
+            node["resources"] |= {"CPU": 1, "object_store_memory": STORE_BYTES}
+    nodes[FAKE_HEAD_NODE_TYPE] = nodes.pop("head") | {"max_workers": 0}
+    nodes["gpu"]["max_workers"] = max_gpus
+    return config
+
+
+def on_premises(head: str, workers: list[str], key: Path) -> dict:
+    """cluster.yaml, whose nodes are hosts that are there: of one CPU and what Ray takes for a GPU, the head of none."""
+    names = ("cluster_name", "upscaling_speed", "idle_timeout_minutes", "file_mounts", "rsync_exclude")
+    config = {name: CLUSTER[name] for name in names}
+    for role, cpus in ("head", "--num-cpus=0"), ("worker", "--num-cpus=1 --num-gpus=1"):
+        commands = CLUSTER[f"{role}_start_ray_commands"]
+        small = f"--object-store-memory={STORE_BYTES} {cpus}"
+        config[f"{role}_start_ray_commands"] = [re.sub(r"--object-store-memory=\d+", small, line) for line in commands]
+    config["provider"] = {"type": "local", "head_ip": head, "worker_ips": workers}
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": str(key)}
+    return config | {"min_workers": len(workers), "max_workers": len(workers)}
+
+
+@contextlib.contextmanager
+def launched(num_workers: int):
+    """`ray up` over SSH, and `ray down`; needs root, and Debian's iproute2, openssh-server and rsync."""
+    with tempfile.TemporaryDirectory(prefix="vlsm") as folder, contextlib.ExitStack() as stack:
+        environment = _environment(Path(folder, "home"), {})
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{folder}/key"], check=True)
+        _ip(f"link add {_BRIDGE} type bridge")
+        stack.callback(_ip, f"link del {_BRIDGE}")
+        _ip(f"addr add {_SUBNET}.254/24 dev {_BRIDGE}")
+        _ip(f"link set {_BRIDGE} up")
+        head, *workers = (stack.enter_context(_host(Path(folder), number)) for number in range(1, num_workers + 2))
+        file = Path(folder, "cluster.yaml")
+        file.write_text(yaml.safe_dump(on_premises(head, workers, Path(folder, "key"))))
+        cluster = Running(environment, f"{head}:6379", Path(folder, "log"), [])
+        code, out = cluster.call(f"ray up -y {file}")
+        assert code == 0, out
+        port = free_port()
+        environment["RAY_API_SERVER_ADDRESS"] = f"http://localhost:{port}"
+        tunnel = subprocess.Popen(["ray", "dashboard", "--port", str(port), str(file)], env=environment)
+        stack.callback(tunnel.wait)
+        stack.callback(tunnel.terminate)
+        yield cluster
+        code, out = cluster.call(f"ray down -y {file}")
+        assert code == 0, out
+
+
+@contextlib.contextmanager
+def _host(folder: Path, number: int):
+    """A machine as far as Linux can make one of this: an address, an SSH server, own processes and an own home."""
+    name, address = f"vlsm{number}", f"{_SUBNET}.{number}"
+    home = folder / f"home{number}"
+    home.mkdir()
+    options = shlex.split(" ".join(CLUSTER["docker"]["run_options"]))
+    told = [
+        word for option, word in itertools.pairwise(options) if option == "--env"
+    ]  # the container's in cluster.yaml
+    told.append(f"PATH={os.path.dirname(sys.executable)}:/usr/bin:/bin")
+    (home / ".bashrc").write_text("".join(f"export {word}\n" for word in told))
+    settings = folder / f"sshd{number}"
+    settings.write_text(
+        f"HostKey {folder}/key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\nPermitRootLogin yes\n"
+        f"PidFile none\nSetEnv HOME={home}\n"
+    )
+    inside = "mount -t tmpfs tmpfs /run && mkdir -p /run/sshd /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"
+    inside += f" && exec $(command -v sshd || echo /usr/sbin/sshd) -D -e -f {settings}"
+    with contextlib.ExitStack() as stack:
+        _ip("netns add", name)
+        stack.callback(_ip, "netns del", name)
+        _ip(f"link add {name} type veth peer name eth0 netns {name}")
+        _ip(f"link set {name} master {_BRIDGE} up")
+        ways = f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"
+        for line in (*ways, f"route add default via {_SUBNET}.254"):
+            _ip("-n", name, line)
+        command = ["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        process = subprocess.Popen([*command, "bash", "-c", inside])
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        yield address
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *" ".join(words).split()], check=True)

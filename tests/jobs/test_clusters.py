@@ -1,0 +1,128 @@
+"""The README's commands on clusters of several nodes: `pytest -m slow`, with the package's `cluster` extra."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+import yaml
+
+import vlsm
+from jobs.stores import BUCKET
+from tests.clusters import ROOT, SUBMISSIONS, autoscaled, launched, started
+from vlsm import storage
+from vlsm.phantoms import write_labelled
+from vlsm.verify import verify_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
+SEGMENT, TRAIN = SUBMISSIONS
+SMALL = ["model=unet_d", "options.image_size=32", "options.width=4", "optim.epochs=2", "optim.batch_size=8"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _submits():
+    pytest.importorskip("opencensus", reason="needs the package's cluster extra")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Scans, a checkpoint and labelled polyps, as the README's commands name them."""
+    folder = tmp_path_factory.mktemp("bucket")
+    write_labelled(folder / "polyps", {"train": 12, "val": 4, "test": 2}, seed=2)
+    shutil.copytree(folder / "polyps" / "images", folder / "scans")
+    model = vlsm.build_model("unet_d", image_size=32, width=4)
+    vlsm.save_checkpoint(model, folder / "checkpoint", prompt="polyp")
+    return folder
+
+
+@pytest.fixture
+def bucket(s3_server, folder, request):
+    """The same in a bucket."""
+    import s3fs
+
+    name = f"{BUCKET}/{request.node.originalname}"
+    s3fs.S3FileSystem(use_listings_cache=False).put(f"{folder}/", f"{name}/", recursive=True)
+    return f"s3://{name}"
+
+
+def there(command, bucket, *settings):
+    """The README's command, as it stands there but for the bucket."""
+    return command.replace("s3://bucket", bucket) + "".join(f" --set {setting}" for setting in settings)
+
+
+def prove(output):
+    *_, proof = verify_run(output)
+    assert not proof.differences
+
+
+def segment_and_train(cluster, bucket):
+    """Both jobs to their end, and what they leave; what they logged."""
+    code, log = cluster.call(there(SEGMENT, bucket, "shard_rows=4"))
+    assert code == 0, log
+    assert re.search(r"^[\d:]+ [\d,]+ of 18 images \([\d.]+ %\), [\d.]+ images/s, 0 failed, ", log, re.M)
+    assert re.search(r'^\{"planned": 18, "ok": 18, .*"rows": 18, "parts": 5', log, re.M)
+    prove(f"{bucket}/masks")
+    train = TRAIN.replace("vlsm_b", "unet_d").replace("run.gpus_per_worker=1", "run.gpus_per_worker=0")
+    code, train_log = cluster.call(there(train, bucket, *SMALL))
+    assert code == 0, train_log
+    assert "2 workers with" in train_log and storage.exists(f"{bucket}/trained/checkpoint/checkpoint.yaml")
+    describe = "git describe --always --dirty --abbrev=40".split()
+    revision = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    for name in ("masks", "trained"):
+        record = yaml.safe_load(storage.read_bytes(f"{bucket}/{name}/config.yaml"))
+        assert record["git_revision"] == revision
+    return log + train_log
+
+
+def assert_no_credentials(bucket, log):
+    import s3fs
+
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    assert b"secret" not in log.encode() + b"".join(fs.cat_file(path) for path in fs.find(bucket))
+
+
+def test_a_cluster_that_was_started_by_hand_runs_stops_goes_on_and_says_what_is_wrong(bucket, s3_server):
+    with started(s3_server.environment(), "--num-cpus=1", "--num-cpus=1 --num-gpus=1") as cluster:
+        cluster.wait_for_nodes({"CPU": 2, "GPU": 1})
+        assert_no_credentials(bucket, segment_and_train(cluster, bucket))
+        output = f"{bucket}/stopped"
+        submit = there(SEGMENT.replace("bucket/masks", "bucket/stopped"), bucket, "shard_rows=1", "run.batch_size=1")
+        code, log = cluster.call(submit.replace(" -- ", " --no-wait --submission-id first -- "))
+        assert code == 0, log
+        wait_for_part(output)
+        code, log = cluster.call("ray job stop first; ray job logs first")
+        assert re.search(r"^[\d:]+ [\d,]+ of 18 images", log, re.M) and "interrupted; the same command goes on" in log
+        code, log = cluster.call(f"python -m jobs.status {output}")
+        assert code == 0 and "state: not finished" in log
+        code, log = cluster.call(submit)
+        (line,) = (line for line in log.splitlines() if line.startswith('{"planned"'))
+        assert code == 0 and 0 < json.loads(line)["done_before"] < json.loads(line)["rows"] == 18
+        prove(output)
+        code, log = cluster.call(submit.replace("/scans", "/scan"))
+        assert code == 1 and "exit code 2" in log and "/scan' does not exist" in log
+
+
+def wait_for_part(output):
+    deadline = time.monotonic() + 120
+    while not any(name.startswith("part-") for name in storage.list_names(f"{output}/masks")):
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+def test_cluster_yaml_starts_its_nodes_for_the_work_and_ends_them(bucket, s3_server):
+    with started(s3_server.environment(), autoscaling=autoscaled(max_gpus=1)) as cluster:
+        cluster.wait_for_nodes({"CPU": 1, "GPU": 0})  # min_workers of "cpu"
+        log = segment_and_train(cluster, bucket)
+        assert "up to 8 actors of 1 models with 1.0 CPUs and 1.0 GPUs each" in log
+        cluster.wait_for_nodes({"CPU": 1, "GPU": 0})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes hosts, which only root may")
+@pytest.mark.skipif(not all(map(shutil.which, ("ip", "rsync", "ssh-keygen"))), reason="needs iproute2, rsync and SSH")
+def test_cluster_yaml_is_launched_over_ssh(folder):
+    with launched(num_workers=2) as cluster:
+        cluster.wait_for_nodes({"CPU": 2, "GPU": 2})
+        segment_and_train(cluster, str(folder))
