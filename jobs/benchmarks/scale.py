@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,9 +19,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 import vlsm
+from jobs.benchmarks.figures import write_json
 from vlsm.errors import ResultError
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _NUM_FILES = 4096  # that the rows name in turns: all different within a shard
 _SIDE = 48  # pixels
 
@@ -40,6 +44,50 @@ class Growth:
     planning_s: float
     seconds: float
     peak_mb: float
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark scale`."""
+    parser.add_argument("--rows", action="append", type=int, metavar="N", help="of the manifest (1000, 10000, 100000)")
+    parser.add_argument("--shard-rows", type=int, default=1024, metavar="N", help="of a part file (1024)")
+    parser.add_argument("--folder", metavar="DIR", help="where the runs are to be (a temporary folder)")
+
+
+def measure(args: Namespace) -> int:
+    """Rows per second and the driver's peak memory of the segment job, with a model of four weights.
+
+    The rows name small images on the local disk in turns; all of a shard are different.
+    """
+    print(f"{'rows':>11} {'rows/s':>9} {'planning, s':>12} {'all, s':>9} {'driver, MB':>11}")
+    growths = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for num_rows in args.rows or (1000, 10_000, 100_000):
+            growth = measure_growth(Path(args.folder or temporary), num_rows, args.shard_rows)
+            growths.append(asdict(growth))
+            print(
+                f"{growth.num_rows:11,} {growth.rows_per_s:9,.0f} {growth.planning_s:12.1f} {growth.seconds:9.1f} "
+                f"{growth.peak_mb:11.0f}",
+                flush=True,
+            )
+    write_json(args.json, "scale", {"shard_rows": args.shard_rows, "runs": growths})
+    return 0
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"The segment job with a model of four weights over small images on the local disk, {figures['shard_rows']:,} "
+        "rows a shard. Rows a second are from the first to the last, all seconds with Ray's start.",
+        "",
+        "| rows | rows/s | planning, s | all, s | driver, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for run in figures["runs"]:
+        lines.append(
+            f"| {run['num_rows']:,} | {run['rows_per_s']:,.0f} | {run['planning_s']:.1f} | {run['seconds']:.0f} | "
+            f"{run['peak_mb']:.0f} |"
+        )
+    return lines
 
 
 def measure_growth(folder: Path, num_rows: int, shard_rows: int) -> Growth:
