@@ -1,7 +1,6 @@
 """What one GPU does: images per second of each model, and the CPU cores that it takes to decode for it."""
 
 import copy
-import io
 import math
 import sys
 import tempfile
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from jobs.benchmarks.archives import draw_file
 from jobs.benchmarks.figures import alternate, write_json
 from vlsm.images import decode_image, normalize, resize_image
 from vlsm.metrics import dice_scores
@@ -26,11 +25,9 @@ from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.costs import build_architecture, measure_cost
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
-from vlsm.phantoms import draw_phantom
 
 _NUM_FILES = 8
 _ROUND_S = 0.2  # of calls between two looks at the clock
-_SIDES_PX = (480, 640)  # of the drawn JPEGs: what endoscopes and ultrasound archives hold
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ class _Bench:
     def __init__(self, device: torch.device, batch_size: int, repeats: int) -> None:
         self.device, self.batch_size, self.repeats = device, batch_size, repeats
         self.peak_flop_s = self._measure_peak()
-        self.files = [_draw_file(seed) for seed in range(_NUM_FILES)]
+        self.files = [draw_file(seed) for seed in range(_NUM_FILES)]
         self._decoded_per_s: dict[int, float] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -273,14 +270,6 @@ def _compare(logits: Tensor, expected: Tensor) -> tuple[float, float]:
     found, wanted = (torch.sigmoid(values.float()) for values in (logits, expected))
     median = wanted.median()
     return float((found - wanted).abs().max()), float(dice_scores(found >= median, wanted >= median).mean())
-
-
-def _draw_file(seed: int) -> bytes:
-    """A drawn image as a JPEG."""
-    image, _ = draw_phantom(np.random.default_rng(seed), _SIDES_PX)
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=90)
-    return stream.getvalue()
 
 
 def _explain(error: BaseException) -> str:

@@ -12,19 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
 import vlsm
+from jobs.benchmarks.archives import SMALL_PX, write_files, write_manifest
 from jobs.benchmarks.figures import write_json
 from vlsm.errors import ResultError
 
 _ROOT = Path(__file__).parents[2]
 _NUM_FILES = 4096  # that the rows name in turns: all different within a shard
-_SIDE = 48  # pixels
 
 
 @dataclass(frozen=True)
@@ -98,10 +94,10 @@ def measure_growth(folder: Path, num_rows: int, shard_rows: int) -> Growth:
     """
     files, checkpoint, output = folder / "files", folder / "checkpoint", folder / f"out_{num_rows}"
     if not files.exists():
-        _draw(files)
+        write_files(files, _NUM_FILES, SMALL_PX)
         vlsm.save_checkpoint(vlsm.build_model("pixel", image_size=32), checkpoint, prompt="bright")
     manifest = folder / f"list_{num_rows}.parquet"
-    _write_manifest(manifest, files, num_rows)
+    write_manifest(manifest, [str(path) for path in sorted(files.iterdir())], num_rows)
     command = [sys.executable, "-m", "jobs.segment", str(manifest), str(output), "--checkpoint", str(checkpoint)]
     command += ["--set", f"shard_rows={shard_rows}", "--set", "run.batch_size=64"]
     started_s = time.monotonic()
@@ -144,21 +140,3 @@ class _MemoryWatch:
         """Look no more."""
         self._stop.set()
         self._thread.join()
-
-
-def _draw(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for number in range(_NUM_FILES):
-        coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
-        coarse.resize((_SIDE, _SIDE)).save(folder / f"{number:05d}.jpg")
-
-
-def _write_manifest(path: Path, files: Path, num_rows: int) -> None:
-    schema = pa.schema([("image_id", pa.string()), ("image_uri", pa.string())])
-    with pq.ParquetWriter(path, schema) as writer:
-        for begin in range(0, num_rows, 100_000):
-            numbers = range(begin, min(num_rows, begin + 100_000))
-            ids = [f"{number:09d}" for number in numbers]
-            uris = [f"{files}/{number % _NUM_FILES:05d}.jpg" for number in numbers]
-            writer.write_table(pa.table([ids, uris], schema=schema))
