@@ -1,9 +1,11 @@
-"""A segment job that can be held still, so that something else is measured between two looks at its steady state."""
+"""A process that can be held still, so that something else is measured between two looks at its steady state."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,67 +16,87 @@ import psutil
 from vlsm.errors import ResultError
 
 _ROOT = Path(__file__).parents[2]
-_LONGEST_S = 300.0  # until the next part
+_LONGEST_S = 300.0  # until the next file
+_EVEN = {"RAY_worker_niceness": "0"}  # else whatever stirs on the machine slows what runs on Ray and nothing else
 _OBJECT_STORE_BYTES = 100 << 20
 
 
-class HeldJob:
-    """The job as a user starts it, over an archive that it does not get to the end of.
+class Held:
+    """A program that writes a file for each or some images, over an archive that it does not get to the end of.
 
-    Its steady state is looked at from the third part on: all processes are there then, and what is read ahead of the
-    models is as much as it will be at any time, since Ray's object store is small. So as much is read as is used.
+    It is looked at from its third file on, when all of its processes are there.
 
     Args:
-        arguments: of `jobs.segment`.
-        output: its OUTPUT, on a local disk.
-        shard_rows: images of a part.
+        module: `python -m` this.
+        arguments: of it.
+        outputs: the folder into which it writes.
+        images_per_file: how many images a file stands for.
+        environment: of it, beside this process's own.
     """
 
-    def __init__(self, arguments: list[str], output: Path, shard_rows: int) -> None:
-        self._shard_rows, self._masks, self._log = shard_rows, output / "masks", output.with_suffix(".log")
-        environment = os.environ | {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(_OBJECT_STORE_BYTES)}
-        command = [sys.executable, "-m", "jobs.segment", *arguments, "--set", f"shard_rows={shard_rows}"]
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=log, stderr=log)
+    def __init__(
+        self,
+        module: str,
+        arguments: list[str],
+        outputs: Path,
+        images_per_file: float,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self._outputs, self._images_per_file = outputs, images_per_file
+        self._log = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=_ROOT,
+            env=os.environ | _EVEN | (environment or {}),
+            stdout=self._log,
+            stderr=self._log,
+        )
 
     def __enter__(self) -> Self:
-        self._wait_for_parts(3)
+        self._wait_for_files(3)
         self._hold()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._release()
+        children = [process for process, _ in self._processes()]
         self._process.send_signal(signal.SIGINT)
-        self._process.wait(_LONGEST_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(60)
+        for process in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
 
     def measure(self, seconds: float) -> tuple[float, dict[str, float]]:
-        """Let it go on for so many seconds or until the next part.
+        """Let it go on for so many seconds and until the next file.
 
         Returns:
-            Images per second between the first and the last part that it wrote meanwhile, and the core seconds that an
-            image took, by kind of process: "model", "tasks", "driver" and "ray".
+            Images per second between the first and the last file that it wrote meanwhile, and the core seconds that an
+            image took, by kind of process: "driver", and Ray's "model" actors, other "tasks" and daemons ("ray").
         """
         self._release()
-        first, start_s = self._wait_for_parts(1)  # which was under way
+        first, start_s = self._wait_for_files(1)  # which was under way
         before = self._core_seconds()
         time.sleep(seconds)
-        last, end_s = self._wait_for_parts(1)
+        last, end_s = self._wait_for_files(1)
         after = self._core_seconds()
         self._hold()
-        num_images = (last - first) * self._shard_rows
+        num_images = (last - first) * self._images_per_file
         return num_images / (end_s - start_s), {kind: (after[kind] - before[kind]) / num_images for kind in after}
 
-    def _wait_for_parts(self, count: int) -> tuple[int, float]:
+    def _wait_for_files(self, count: int) -> tuple[int, float]:
         """Until there are so many more; how many there are then, and when the last one was written."""
-        wanted, deadline_s = len(self._parts()) + count, time.monotonic() + _LONGEST_S
-        while len(parts := self._parts()) < wanted:
+        wanted, deadline_s = len(self._files()) + count, time.monotonic() + _LONGEST_S
+        while len(files := self._files()) < wanted:
             if self._process.poll() is not None or time.monotonic() > deadline_s:
-                raise ResultError(f"the job ended or stood still: {self._log.read_text()[-1500:]}")
+                self._log.seek(0)
+                raise ResultError(f"a measured process ended or stood still: {self._log.read()[-1500:]}")
             time.sleep(0.01)
-        return len(parts), max(part.stat().st_mtime for part in parts)
+        return len(files), max(file.stat().st_mtime for file in files)
 
-    def _parts(self) -> list[Path]:
-        return list(self._masks.glob("part-*"))
+    def _files(self) -> list[Path]:
+        return list(self._outputs.glob("[!.]*.*"))
 
     def _hold(self) -> None:
         """Nothing of it goes on, but for Ray's daemons, which have nothing to do then."""
@@ -94,14 +116,26 @@ class HeldJob:
     def _core_seconds(self) -> Counter[str]:
         seconds = Counter[str]()
         for process, kind in self._processes():
-            times = process.cpu_times()
-            seconds[kind] += times.user + times.system
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                seconds[kind] += times.user + times.system
         return seconds
 
 
 def _kind(process: psutil.Process) -> str:
     """Of a child of the driver."""
-    title = " ".join(process.cmdline()[:1])
-    if not title.startswith("ray::"):
-        return "ray"
-    return "model" if "SegmentActor" in title else "tasks"
+    title = " ".join(process.cmdline())
+    if title.startswith("ray::"):
+        return "model" if "Actor" in title else "tasks"
+    return "driver" if "jobs." in title else "ray"  # a process that the driver has forked
+
+
+def hold_job(arguments: list[str], output: Path, images_per_part: int, num_prompts: int = 1) -> Held:
+    """The segment job as a user starts it, but for the size of Ray's object store.
+
+    What is read ahead of the models is then as much after some parts as it will be at any time: as much is read as is
+    used.
+    """
+    words = [*arguments, str(output), "--set", f"shard_rows={images_per_part * num_prompts}"]
+    environment = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(_OBJECT_STORE_BYTES)}
+    return Held("jobs.segment", words, output / "masks", images_per_part, environment)

@@ -18,7 +18,7 @@ import torch
 import vlsm
 from jobs.benchmarks.archives import SIDES_PX, SMALL_PX, write_files, write_manifest
 from jobs.benchmarks.figures import write_json
-from jobs.benchmarks.held import HeldJob
+from jobs.benchmarks.held import hold_job
 from jobs.benchmarks.stores import BUCKET, S3Server
 from vlsm.checkpoints import load_checkpoint
 from vlsm.images import decode_image, normalize, resize_image
@@ -147,9 +147,9 @@ def _measure(name: str, source: str, folder: Path, files: list[Path], args: Name
     with _archive(source, folder, files) as uris:
         manifest, output = folder / f"{source}.parquet", folder / f"out_{source}"
         write_manifest(manifest, uris, _NUM_ROWS)
-        words = [str(manifest), str(output), "--checkpoint", str(folder / "checkpoint")]
+        words = [str(manifest), "--checkpoint", str(folder / "checkpoint")]
         words += ["--set", f"run.batch_size={case.batch_size}"]
-        with HeldJob(words, output, case.shard_rows) as job:
+        with hold_job(words, output, case.shard_rows) as job:
             for repeat in range(args.repeats + 1):
                 bare_per_s = bare.measure(args.seconds)
                 job_per_s, spent_s = job.measure(args.seconds)
