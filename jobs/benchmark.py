@@ -4,6 +4,8 @@ python -m jobs.benchmark models --json models.json
 python -m jobs.benchmark gpu --json gpu.json
 python -m jobs.benchmark pipeline --json pipeline.json
 python -m jobs.benchmark peers --json peers.json
+python -m jobs.benchmark decode --folder photographs --json decode.json
+python -m jobs.benchmark output --folder masks --json output.json
 python -m jobs.benchmark scale --rows 10000 --rows 1000000
 python -m jobs.benchmark torture
 python -m jobs.benchmark section
@@ -16,10 +18,13 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from jobs.benchmarks import gpu, models, peers, pipeline, scale, torture
+from jobs.benchmarks import decode, gpu, models, output, peers, pipeline, scale, torture
 from jobs.benchmarks.figures import name_machine
 
-BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in (models, gpu, pipeline, peers, scale, torture)}
+BENCHMARKS = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (models, gpu, pipeline, peers, decode, output, scale, torture)
+}
 MEASURED = Path(__file__).parent / "measured"  # figures that the README shows, as benchmarks have written them
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->"
