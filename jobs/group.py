@@ -6,6 +6,7 @@ Ray Train's controller imports this module, so it imports no torch: `jobs.train_
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,15 +89,21 @@ class Ended(threading.Event):
     error: BaseException | None = None
 
 
-def fit_in_background(work: Work, size: GroupSize) -> Ended:
-    """Start Ray Train in a thread: in the main one it would take Ctrl-C for itself, and end with exit code 0."""
+def fit_in_background(work: Work, size: GroupSize, worker: Callable[[Work], None] | None = None) -> Ended:
+    """Start Ray Train in a thread: in the main one it would take Ctrl-C for itself, and end with exit code 0.
+
+    Args:
+        work: what each worker is told.
+        size: of the group.
+        worker: what each does; `jobs.train_worker.train_worker` unless told.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     low, high = size.num_workers
     trainer = TorchTrainer(
         _train,
-        train_loop_config={"work": work},
+        train_loop_config={"work": work, "worker": worker},
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=size.gpus > 0,
@@ -124,4 +131,4 @@ def fit_in_background(work: Work, size: GroupSize) -> Ended:
 def _train(config: dict[str, Any]) -> None:
     from jobs.train_worker import train_worker
 
-    train_worker(config["work"])
+    (config["worker"] or train_worker)(config["work"])

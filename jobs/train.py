@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jobs.command import logger, make_parser, parse_pairs, ray_session, run_command
 from vlsm import storage
@@ -22,6 +22,9 @@ from vlsm.inspection import Facts
 from vlsm.recipe import TrainSettings
 from vlsm.record import read_record
 from vlsm.runs import read_summary
+
+if TYPE_CHECKING:
+    from jobs.group import Work
 
 _STARTING_S = 5.0  # without a word from the workers
 
@@ -98,8 +101,13 @@ def dry_run(settings: TrainSettings) -> None:
         raise VlsmError(f"{num_broken:,} records are broken: mend them, or --set data.skip_broken=true to do without")
 
 
-def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
+def execute(settings: TrainSettings, records: Sequence[Record], worker: "Callable[[Work], None] | None" = None) -> None:
     """Train with Ray Train until the summary is there.
+
+    Args:
+        settings: of the run.
+        records: its examples.
+        worker: what each worker does, if not the usual.
 
     Raises:
         VlsmError: what no repetition would mend, or more deaths than run.max_failures.
@@ -118,7 +126,7 @@ def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
     board = ray.remote(num_cpus=0)(Board).remote()
     decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
-    ended = fit_in_background(work, size)
+    ended = fit_in_background(work, size, worker)
     started_s, num_lines = time.monotonic(), 0
     while not ended.wait(1.0):
         for line in ray.get(board.take.remote()):
