@@ -3,16 +3,18 @@
 Ray Train's controller imports this module, so it imports no torch: `jobs.train_worker` is for the workers alone.
 """
 
+import pkgutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.feeding import Decoded
 from vlsm.config import parse_range
 from vlsm.recipe import TrainSettings
+
+TRAIN_WORKER = "jobs.train_worker:train_worker"
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ class Ended(threading.Event):
     error: BaseException | None = None
 
 
-def fit_in_background(work: Work, size: GroupSize, worker: Callable[[Work], None] | None = None) -> Ended:
+def fit_in_background(work: Work, size: GroupSize, worker: str = TRAIN_WORKER) -> Ended:
     """Start Ray Train in a thread: in the main one it would take Ctrl-C for itself, and end with exit code 0.
 
     Args:
         work: what each worker is told.
         size: of the group.
-        worker: what each does; `jobs.train_worker.train_worker` unless told.
+        worker: MODULE:NAME of the function that each calls with the work.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -129,6 +131,4 @@ def fit_in_background(work: Work, size: GroupSize, worker: Callable[[Work], None
 
 
 def _train(config: dict[str, Any]) -> None:
-    from jobs.train_worker import train_worker
-
-    (config["worker"] or train_worker)(config["work"])
+    pkgutil.resolve_name(config["worker"])(config["work"])

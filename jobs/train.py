@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from jobs.command import logger, make_parser, parse_pairs, ray_session, run_command
 from vlsm import storage
@@ -22,9 +22,6 @@ from vlsm.inspection import Facts
 from vlsm.recipe import TrainSettings
 from vlsm.record import read_record
 from vlsm.runs import read_summary
-
-if TYPE_CHECKING:
-    from jobs.group import Work
 
 _STARTING_S = 5.0  # without a word from the workers
 
@@ -101,13 +98,13 @@ def dry_run(settings: TrainSettings) -> None:
         raise VlsmError(f"{num_broken:,} records are broken: mend them, or --set data.skip_broken=true to do without")
 
 
-def execute(settings: TrainSettings, records: Sequence[Record], worker: "Callable[[Work], None] | None" = None) -> None:
+def execute(settings: TrainSettings, records: Sequence[Record], worker: str | None = None) -> None:
     """Train with Ray Train until the summary is there.
 
     Args:
         settings: of the run.
         records: its examples.
-        worker: what each worker does, if not the usual.
+        worker: MODULE:NAME of what each worker calls, if not the usual.
 
     Raises:
         VlsmError: what no repetition would mend, or more deaths than run.max_failures.
@@ -115,7 +112,7 @@ def execute(settings: TrainSettings, records: Sequence[Record], worker: "Callabl
     import ray
 
     from jobs.feeding import keep_decoded
-    from jobs.group import Board, Work, fit_in_background, group_size
+    from jobs.group import TRAIN_WORKER, Board, Work, fit_in_background, group_size
     from vlsm.training_run import image_size
 
     size = group_size(settings, ray.nodes())
@@ -126,7 +123,7 @@ def execute(settings: TrainSettings, records: Sequence[Record], worker: "Callabl
     board = ray.remote(num_cpus=0)(Board).remote()
     decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
-    ended = fit_in_background(work, size, worker)
+    ended = fit_in_background(work, size, worker or TRAIN_WORKER)
     started_s, num_lines = time.monotonic(), 0
     while not ended.wait(1.0):
         for line in ray.get(board.take.remote()):

@@ -3,35 +3,23 @@
 import json
 import statistics
 import tempfile
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 import vlsm
 from jobs.benchmarks.figures import write_json
+from jobs.benchmarks.turns import TURNS_NAME
 from jobs.command import ray_session
-from jobs.feeding import Loaded, inspect_records
-from jobs.group import Work
+from jobs.feeding import inspect_records
 from jobs.train import execute
-from jobs.train_worker import Worker
-from vlsm.images import normalize
-from vlsm.losses import segmentation_losses
 from vlsm.models import MODELS
 from vlsm.models.costs import build_architecture
-from vlsm.models.prompts import PromptCache
 from vlsm.phantoms import KINDS, write_labelled
 from vlsm.recipe import TrainSettings
 from vlsm.training_run import prepare_training
 
 SETUPS = {"one worker": (1, 0), "two workers": (2, 0), "feature cache": (1, 1 << 40)}  # workers, bytes of the cache
-_TURNS_NAME = "turns.json"
 _BATCH_SIZE = 8
 
 
@@ -76,9 +64,9 @@ def tell(figures: dict[str, Any]) -> list[str]:
     """The README's lines of what was measured."""
     lines = [
         f"Examples a second of training `{figures['model']}` at its published size, its towers frozen, in batches of "
-        f"{figures['batch_size']}: the job, with all that an epoch of {figures['examples']} examples (a quarter "
-        f"of them to validate) takes, against a bare loop over tensors in memory; medians of {figures['repeats']} epochs each, "
-        "in turns. With the feature cache the bare loop has the towers' features in memory.",
+        f"{figures['batch_size']}: the job, with all that an epoch takes, against a bare loop over tensors in memory. "
+        f"Epochs of {figures['examples']} examples, a quarter of them to validate, of both in turns, medians of "
+        f"{figures['repeats']}. With the feature cache the bare loop has the towers' features in memory.",
         "",
         "| | the job | bare loop | job to bare |",
         "|---|---|---|---|",
@@ -110,69 +98,5 @@ def _run(folder: Path, setup: str, repeats: int) -> list[dict[str, float]]:
     )
     with ray_session(log_to_driver=False):
         records = prepare_training(settings, lambda records: inspect_records(records, settings.data))
-        execute(settings, records, _train_in_turns)
-    return list(json.loads((output / _TURNS_NAME).read_text(encoding="utf-8")))
-
-
-def _train_in_turns(work: Work) -> None:
-    torch.set_num_threads(work.num_threads)
-    _InTurns(work).run()
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What the bare loop has in memory of one micro-batch."""
-
-    pixel_values: Tensor
-    targets: Tensor
-    prompts: Any
-    features: Any
-
-
-class _InTurns(Worker):
-    """A worker that does an epoch of the bare loop after each of its own."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
-        self._prompt_cache = PromptCache(self.learner.model)
-        self._train = self._keep(self.feed.stream(self.plan.train(0)))
-        self._val = self._keep(self.feed.stream(self.plan.evaluate("val", 0)))
-        self._turns: list[dict[str, float]] = []
-        self._started_s = time.perf_counter()
-
-    def end_epoch(self, epoch: int) -> None:
-        """The worker's own epoch ends here."""
-        super().end_epoch(epoch)
-        between_s = time.perf_counter()
-        self._train_barely()
-        ended_s = time.perf_counter()
-        self._turns.append({"job_s": between_s - self._started_s, "bare_s": ended_s - between_s})
-        if self.rank == 0:
-            Path(self.output, _TURNS_NAME).write_text(json.dumps(self._turns), encoding="utf-8")
-        self._started_s = time.perf_counter()
-
-    def _keep(self, stream: Iterable[Loaded]) -> list[_Batch]:
-        return [self._prepare(*loaded) for loaded in stream]
-
-    @torch.no_grad()
-    def _prepare(self, batch: Any, images: np.ndarray, masks: np.ndarray) -> _Batch:
-        model = self.learner.model
-        pixel_values = normalize(torch.from_numpy(images), model.image_spec)
-        features = model.encode_towers(pixel_values) if self.features is not None else None
-        prompts = list(batch.prompts) if model.learns_text else self._prompt_cache.encode(batch.prompts)
-        return _Batch(pixel_values, torch.from_numpy(masks)[:, None].float(), prompts, features)
-
-    def _train_barely(self) -> None:
-        network, optimizer, optim = self.learner.network, self.learner.optimizer, self.settings.optim
-        learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        network.train()
-        for batch in self._train:
-            logits = network(batch.pixel_values, batch.prompts, batch.features)
-            segmentation_losses(logits, batch.targets, optim.dice_weight, optim.ce_weight).mean().backward()
-            torch.nn.utils.clip_grad_norm_(learning, optim.clip_norm or np.inf)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        network.eval()
-        with torch.no_grad():
-            for batch in self._val:
-                network(batch.pixel_values, batch.prompts, batch.features)
+        execute(settings, records, "jobs.benchmarks.turns:train_in_turns")
+    return list(json.loads((output / TURNS_NAME).read_text(encoding="utf-8")))
