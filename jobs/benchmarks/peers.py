@@ -23,7 +23,7 @@ from jobs.benchmarks.held import Held, hold_job
 from jobs.benchmarks.others import BATCH_SIZE, WAYS, images_per_block
 from vlsm.models.untrained import write_clipseg
 
-_NUM_FILES, _NUM_IMAGES = 64, 4096  # each file has so many names that no run gets to the end of them
+NUM_FILES, NUM_IMAGES = 64, 4096  # each file has so many names that no run gets to the end of them
 CLIPSEG: dict[str, Any] = {}  # fields of its configuration that are not as published
 _PROMPTS = [
     f"a {size} {shape} polyp" for size in ("small", "large") for shape in ("flat", "round", "bright", "left", "right")
@@ -84,9 +84,9 @@ def tell(figures: dict[str, Any]) -> list[str]:
 
 def _measure(folder: Path, prompts: list[str], args: Namespace) -> list[dict[str, Any]]:
     clipseg, images, ours = _write_model(folder), folder / "images", folder / "ours"
-    files = write_files(folder / "files", _NUM_FILES)
+    files = write_files(folder / "files", NUM_FILES)
     images.mkdir()
-    for number in range(_NUM_IMAGES):
+    for number in range(NUM_IMAGES):
         (images / f"{number:05d}.jpg").hardlink_to(files[number % len(files)])
     ways = args.way or list(WAYS)
     words = [str(images), "--checkpoint", str(folder / "checkpoint"), "--set", f"prompts=[{', '.join(prompts)}]"]
@@ -95,10 +95,9 @@ def _measure(folder: Path, prompts: list[str], args: Namespace) -> list[dict[str
     per_file = dict.fromkeys(WAYS, 1 / len(prompts)) | {"ray data": images_per_block(prompts)}
     with contextlib.ExitStack() as stack:
         held = {"ours": stack.enter_context(hold_job(words, ours, 2 * images_per_block(prompts), len(prompts)))}
-        for way in ways:
+        for way in ways:  # one after the other, so that each has all cores until it is held
             arguments = [way, str(images), str(folder / way), str(clipseg), *prompts]
-            process = Held("jobs.benchmarks.others", arguments, folder / way, per_file[way])
-            held[way] = stack.enter_context(process)
+            held[way] = stack.enter_context(Held("jobs.benchmarks.others", arguments, folder / way, per_file[way]))
         for _ in range(args.repeats):
             for name, process in held.items():
                 rates[name].append(process.measure(args.seconds)[0])
