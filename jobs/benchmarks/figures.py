@@ -1,5 +1,6 @@
 """How figures are taken and written."""
 
+import contextlib
 import json
 import os
 import platform
@@ -7,8 +8,9 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import psutil
 import torch
 
 
@@ -22,6 +24,36 @@ def alternate(repeats: int, *calls: Callable[[], object]) -> list[float]:
             if repeat:
                 own.append(time.perf_counter() - start_s)
     return [statistics.median(own) for own in seconds]
+
+
+T = TypeVar("T")
+
+
+def quietest(repeats: int, measure_round: Callable[[], T]) -> tuple[list[T], float]:
+    """The rounds of a measurement in which others did least on this machine, and the most cores that they then took.
+
+    It is over when there are so many rounds in which they took less than a tenth of a core, or three times as many.
+    """
+    rounds: list[tuple[float, int, T]] = []
+    while len(rounds) < 3 * repeats and sum(cores < 0.1 for cores, *_ in rounds) < repeats:
+        before_s, start_s = _foreign_core_s(), time.monotonic()
+        measured = measure_round()
+        foreign_s = max(0.0, _foreign_core_s() - before_s)
+        rounds.append((foreign_s / (time.monotonic() - start_s), len(rounds), measured))
+    chosen = sorted(rounds)[:repeats]
+    return [measured for *_, measured in chosen], chosen[-1][0]
+
+
+def _foreign_core_s() -> float:
+    """Core seconds that were not this process's and its children's."""
+    total = psutil.cpu_times()
+    own = psutil.Process()
+    spent = total.user + total.nice + total.system + total.irq + total.softirq + total.steal
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            spent -= times.user + times.system
+    return float(spent)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Held:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
+        self._log.close()
 
     def measure(self, seconds: float) -> tuple[float, dict[str, float]]:
         """Let it go on for so many seconds and until the next file.
@@ -101,17 +102,22 @@ class Held:
     def _hold(self) -> None:
         """Nothing of it goes on, but for Ray's daemons, which have nothing to do then."""
         for process, kind in self._processes():
-            if kind != "ray":
-                process.suspend()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if kind != "ray":
+                    process.suspend()
 
     def _release(self) -> None:
-        for process, kind in self._processes():
-            if kind != "ray":
+        for process, _ in self._processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
 
     def _processes(self) -> list[tuple[psutil.Process, str]]:
         driver = psutil.Process(self._process.pid)
-        return [(driver, "driver"), *((child, _kind(child)) for child in driver.children(recursive=True))]
+        found = [(driver, "driver")]
+        for child in driver.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # some come and go
+                found.append((child, _kind(child)))
+        return found
 
     def _core_seconds(self) -> Counter[str]:
         seconds = Counter[str]()
