@@ -3,6 +3,7 @@
 Ray Train's controller imports this module, so it imports no torch: `jobs.train_worker` is for the workers alone.
 """
 
+import pkgutil
 import tempfile
 import threading
 import time
@@ -12,6 +13,8 @@ from typing import Any
 from jobs.feeding import Decoded
 from vlsm.config import parse_range
 from vlsm.recipe import TrainSettings
+
+TRAIN_WORKER = "jobs.train_worker:train_worker"
 
 
 @dataclass(frozen=True)
@@ -88,15 +91,21 @@ class Ended(threading.Event):
     error: BaseException | None = None
 
 
-def fit_in_background(work: Work, size: GroupSize) -> Ended:
-    """Start Ray Train in a thread: in the main one it would take Ctrl-C for itself, and end with exit code 0."""
+def fit_in_background(work: Work, size: GroupSize, worker: str = TRAIN_WORKER) -> Ended:
+    """Start Ray Train in a thread: in the main one it would take Ctrl-C for itself, and end with exit code 0.
+
+    Args:
+        work: what each worker is told.
+        size: of the group.
+        worker: MODULE:NAME of the function that each calls with the work.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     low, high = size.num_workers
     trainer = TorchTrainer(
         _train,
-        train_loop_config={"work": work},
+        train_loop_config={"work": work, "worker": worker},
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=size.gpus > 0,
@@ -122,6 +131,4 @@ def fit_in_background(work: Work, size: GroupSize) -> Ended:
 
 
 def _train(config: dict[str, Any]) -> None:
-    from jobs.train_worker import train_worker
-
-    train_worker(config["work"])
+    pkgutil.resolve_name(config["worker"])(config["work"])

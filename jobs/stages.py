@@ -6,11 +6,12 @@ They import no torch: there are many of them, and each stays a quarter of the si
 import faulthandler
 import itertools
 import json
+import signal
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -149,8 +150,7 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
             fetched.twins[index] = first
             sizes[index] = sizes[first]
             return
-        # a decoder that hangs cannot be stopped otherwise; the next try of this shard goes carefully
-        faulthandler.dump_traceback_later(settings.run.image_timeout_s, exit=True, file=sys.__stderr__)
+        signal.setitimer(signal.ITIMER_REAL, settings.run.image_timeout_s)
         try:
             image = content.decode(frame)
             sizes[index] = image.shape[:2]
@@ -160,9 +160,12 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
                 resized = [resize_image(window.cut(image), size) for window in windows]
                 fetched.pixels[index][size] = np.stack(resized)
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
         firsts[key] = index
 
+    # a decoder that hangs can only be stopped with its process, and by what waits for no Python code; the next try of
+    # this shard goes carefully. A timer of faulthandler's own would start a thread for each image, and wait for its end
+    faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
     is_one_by_one = watch.is_careful or is_read_in_order(rows)
     with ThreadPoolExecutor(1 if is_one_by_one else settings.run.fetch_threads) as pool:
         list(pool.map(fetch, range(count)))
@@ -239,7 +242,7 @@ class _Segmented:
             records = list(describe_image(self._logits_of(index), (height, width), self._settings))
         found = common | {"status": "ok", "height": height, "width": width}
         return [
-            found | {"prompt": prompt, "kind": kind, **asdict(record)}
+            found | {"prompt": prompt, "kind": kind, **vars(record)}
             for (prompt, kind), record in zip(keys, records, strict=True)
         ]
 

@@ -98,8 +98,13 @@ def dry_run(settings: TrainSettings) -> None:
         raise VlsmError(f"{num_broken:,} records are broken: mend them, or --set data.skip_broken=true to do without")
 
 
-def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
+def execute(settings: TrainSettings, records: Sequence[Record], worker: str | None = None) -> None:
     """Train with Ray Train until the summary is there.
+
+    Args:
+        settings: of the run.
+        records: its examples.
+        worker: MODULE:NAME of what each worker calls, if not the usual.
 
     Raises:
         VlsmError: what no repetition would mend, or more deaths than run.max_failures.
@@ -108,7 +113,7 @@ def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
 
     from jobs.board import start_board
     from jobs.feeding import keep_decoded
-    from jobs.group import Board, Work, fit_in_background, group_size
+    from jobs.group import TRAIN_WORKER, Board, Work, fit_in_background, group_size
     from vlsm.training_run import image_size
 
     size = group_size(settings, ray.nodes())
@@ -119,7 +124,7 @@ def execute(settings: TrainSettings, records: Sequence[Record]) -> None:
     board = start_board(Board)
     decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
-    ended = fit_in_background(work, size)
+    ended = fit_in_background(work, size, worker or TRAIN_WORKER)
     started_s, num_lines = time.monotonic(), 0
     while not ended.wait(1.0):
         for line in ray.get(board.take.remote()):

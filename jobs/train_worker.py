@@ -48,7 +48,7 @@ def train_worker(work: Work) -> None:
         return
     torch.set_num_threads(work.num_threads)
     try:
-        _Worker(work).run()
+        Worker(work).run()
     except Exception as error:
         if message := _explain(error, work.settings):
             ray.get(work.board.fail.remote(message))
@@ -74,7 +74,7 @@ def _explain(error: BaseException, settings: TrainSettings) -> str | None:
     return None if passing else f"{type(error).__name__}: {error}"
 
 
-class _Worker:
+class Worker:
     """One worker's part of a run."""
 
     def __init__(self, work: Work) -> None:
@@ -154,9 +154,10 @@ class _Worker:
             self.learner.end_training()
         self.val_scores += self.learner.evaluate(batch, images, masks)
         if batch.ends_step:
-            self._end_epoch(batch.epoch)
+            self.end_epoch(batch.epoch)
 
-    def _end_epoch(self, epoch: int) -> None:
+    def end_epoch(self, epoch: int) -> None:
+        """Score, save and tell an epoch, all workers together."""
         state, optim = self.state, self.settings.optim
         train, val = self._all_train_scores(), self._all_once(self.val_scores, "val")
         common = {"epoch": epoch + 1, "step": state.steps, "lr": self.learner.lr, **self.clock.end_epoch()}

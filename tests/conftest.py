@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.stores import BUCKET, S3Server
+from jobs.benchmarks.stores import BUCKET, S3Server
 
 HERE = Path(__file__).parent
 SHARED = Path(__file__).parents[2] / "shared"

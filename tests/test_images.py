@@ -37,6 +37,25 @@ def test_jpeg_decodes_close_to_the_original(picture):
     assert np.abs(decoded.astype(int) - picture).mean() < 3
 
 
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"subsampling": 0}),
+        ("RGB", {"subsampling": 2}),
+        ("RGB", {"progressive": True}),
+        ("RGB", {"keep_rgb": True}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+)
+def test_jpegs_have_the_pixels_that_pillow_gives(mode, options):
+    smooth = Image.fromarray(np.random.default_rng(3).integers(0, 255, (9, 7, 3), dtype=np.uint8)).resize((61, 83))
+    data = encode(smooth.convert(mode), "JPEG", **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(expected, decode_image(data, "x"))
+    np.testing.assert_array_equal(expected, decode_image(data + b"what cameras append", "x"))
+
+
 def test_alpha_is_dropped_not_blended(picture):
     rgba = np.dstack([picture, np.full(picture.shape[:2], 10, np.uint8)])
     np.testing.assert_array_equal(picture, decode_image(encode(Image.fromarray(rgba)), "x"))
@@ -146,3 +165,11 @@ def test_resizing_averages_instead_of_skipping_pixels():
     resized = resize_image(np.dstack([checkers] * 3), 16)
     assert resized.shape == (16, 16, 3)
     assert np.abs(resized.astype(int) - 127).max() < 10
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 2), (33, 31), (64, 64), (531, 622)])
+@pytest.mark.parametrize("size", [64, 224])
+def test_resized_images_are_a_level_from_pillows_at_most(shape, size):
+    noise = np.random.default_rng(2).integers(0, 2, (*shape, 3), dtype=np.uint8) * 255
+    expected = np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BILINEAR))
+    assert np.abs(resize_image(noise[:, ::-1][:, ::-1], size).astype(int) - expected).max() <= 1

@@ -48,7 +48,7 @@ def test_the_table_of_models_is_the_codes():
 
 def test_the_map_names_every_module():
     stated = set(re.findall(r"^ +(\w+\.py) ", README, re.M))
-    modules = [*ROOT.glob("jobs/*.py"), *ROOT.glob("vlsm/**/*.py")]
+    modules = [*ROOT.glob("jobs/**/*.py"), *ROOT.glob("vlsm/**/*.py")]
     assert stated == {path.name for path in modules if path.name not in ("__init__.py", "__main__.py", "errors.py")}
 
 
@@ -73,8 +73,8 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
     monkeypatch.setattr(report, "write_report", lambda *args: seen.append(args) or ROOT / "README.md")
-    monkeypatch.setattr(benchmark, "benchmark_models", lambda args: seen.append(args))
-    monkeypatch.setattr(benchmark, "measure_gpu", lambda args: seen.append(args))
+    for benched in benchmark.BENCHMARKS.values():
+        monkeypatch.setattr(benched, "measure", lambda args: seen.append(args) or 0)
     monkeypatch.setattr(models, "measure_costs", lambda: seen.append(words) or [])
     monkeypatch.setattr(models, "describe_settings", lambda options: seen.append(options) or [])
     mains = {
@@ -140,6 +140,6 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
 
 
 def test_the_measured_figures_are_those_of_the_files():
-    from jobs.figures import performance_section
+    from jobs.benchmark import BEGIN, END, measured_section
 
-    assert README.partition("<!-- measured -->\n")[2].partition("<!-- end -->")[0] == performance_section()
+    assert README.partition(BEGIN)[2].partition(END)[0] == measured_section()

@@ -7,20 +7,20 @@ from vlsm.models.untrained import write_biomedclip, write_clip_resnet, write_cli
 
 _LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 _BYTE_PAIR_TEXT = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+TINY_CLIPSEG = {
+    "text_config": {**_LAYERS, "num_hidden_layers": 5, "vocab_size": 500, "max_position_embeddings": 16},
+    "vision_config": {**_LAYERS, "num_hidden_layers": 5, "image_size": 64},
+    "projection_dim": 24,
+    "reduce_dim": 16,
+    "extract_layers": [0, 1, 3],
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}
 
 
 def save_tiny_clipseg(folder):
     """Five layers of width 32; 16 tokens of text."""
-    write_clipseg(
-        folder,
-        text_config={**_LAYERS, "num_hidden_layers": 5, "vocab_size": 500, "max_position_embeddings": 16},
-        vision_config={**_LAYERS, "num_hidden_layers": 5, "image_size": 64},
-        projection_dim=24,
-        reduce_dim=16,
-        extract_layers=[0, 1, 3],
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=32,
-    )
+    write_clipseg(folder, **TINY_CLIPSEG)
     return _stir(folder)
 
 

@@ -2,14 +2,20 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlsm.errors import ImageError
+
+try:
+    import cykooz_resizer as resizer
+except ImportError:  # there are no wheels for Linux on ARM
+    resizer = None
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,14 +23,14 @@ if TYPE_CHECKING:
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
 }  # EXIF 2.3, tag Orientation
 
 
@@ -56,7 +62,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.nd
         ImageError: "too_large", or "corrupt" with the decoder's reason.
     """
     with _damage(name), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        return _decode(image, name, max_pixels)
+        return _decode(image, name, max_pixels, data)
 
 
 class Pages:
@@ -74,14 +80,27 @@ class Pages:
             return _decode(self._image, self._name, self._max_pixels)
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
+def _decode(image: Image.Image, name: str, max_pixels: int, data: bytes = b"") -> np.ndarray:
     width, height = image.size
     if height * width > max_pixels:
         raise ImageError(
             "too_large", f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}"
         )
-    image.load()
-    return np.asarray(_to_rgb(_turn_upright(image)))
+    pixels = _decode_jpeg(data, (height, width)) if image.format == "JPEG" and image.mode in ("L", "RGB") else None
+    if pixels is None:
+        image.load()
+        pixels = np.asarray(_to_rgb(image))
+    turn = _UPRIGHT.get(_orientation(image))
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
+    """The pixels that Pillow gives, in half of its time; None where something is odd, of which Pillow is to judge."""
+    try:
+        pixels = simplejpeg.decode_jpeg(data)
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (*size, 3) else None
 
 
 @contextlib.contextmanager
@@ -99,13 +118,13 @@ def _damage(name: str) -> Iterator[None]:
         raise ImageError("corrupt", f"{name}: {error or type(error).__name__}") from error
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     """As EXIF says. Pillow's own exif_transpose also writes the rest of EXIF anew, and fails where that is damaged."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # whatever damage can cause; like any viewer, show such an image as it is stored
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -121,6 +140,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """The image squeezed into the model's square, bilinear with antialias, aspect ratio not kept.
 
+    A level of 255 or none away from Pillow's, which published models were trained with, in a third of its time.
+
     Args:
         image: (H, W, 3) uint8.
         size: S in pixels.
@@ -128,7 +149,14 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
         (S, S, 3) uint8.
     """
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+    if resizer is None:
+        return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+    rgb, (height, width) = resizer.PixelType.U8x3, image.shape[:2]
+    square = resizer.ImageData(size, size, rgb)
+    bilinear = resizer.ResizeAlg.convolution(resizer.FilterType.bilinear)
+    options = resizer.ResizeOptions(resize_alg=bilinear)
+    resizer.Resizer().resize(resizer.ImageData(width, height, rgb, image.tobytes()), square, options)
+    return np.frombuffer(square.get_buffer(), np.uint8).reshape(size, size, 3)
 
 
 def decode_mask(data: bytes, name: str, threshold: int, max_pixels: int = 100_000_000) -> np.ndarray:

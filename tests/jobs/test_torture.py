@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs.arena import Arena
-from jobs.torture import SCENARIOS, CannotTortureError
+from jobs.benchmarks.arena import Arena
+from jobs.benchmarks.torture import SCENARIOS, CannotTortureError
 
 pytestmark = pytest.mark.ray
 

@@ -7,13 +7,18 @@ are there once each, every mask says what its row says, and all equal those of a
 import contextlib
 import os
 import subprocess
+import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import psutil
 
-from jobs.arena import LONGEST_S, Arena, num_parts
-from jobs.stores import BUCKET, FaultyProxy, S3Server
+from jobs.benchmarks.arena import LONGEST_S, Arena, num_parts
+from jobs.benchmarks.figures import write_json
+from jobs.benchmarks.stores import BUCKET, FaultyProxy, S3Server
 from vlsm.errors import ResultError, VlsmError
 
 
@@ -231,3 +236,49 @@ SCENARIOS: dict[str, Callable[[Arena], dict[str, int]]] = {
         run_twice,
     )
 }
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark torture`."""
+    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="all of them by default")
+    parser.add_argument("--images", type=int, default=1000, metavar="N", help="of the archive (1000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and moments (0)")
+
+
+def measure(args: Namespace) -> int:
+    """The segment job, disturbed in every way; each scenario ends with the proof that no row is lost or done twice."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        arena = Arena(Path(folder), args.images, seed=args.seed)
+        arena.prepare()
+        print(f"{len(arena.expected):,} rows, undisturbed: proved")
+        for name in args.scenario or SCENARIOS:
+            started_s = time.monotonic()
+            try:
+                disturbances, outcome = SCENARIOS[name](arena), "proved"
+            except CannotTortureError as error:
+                disturbances, outcome = {}, f"left out: {error}"
+            except VlsmError as error:
+                disturbances, outcome = {}, f"FAILED: {error}"
+                arena.stop()
+            seconds = time.monotonic() - started_s
+            told = ", ".join(f"{count} {what}" for what, count in disturbances.items())
+            print(f"{name:14} {seconds:7.0f} s  {told}: {outcome}", flush=True)
+            results.append({"scenario": name, "seconds": round(seconds, 1), **disturbances, "outcome": outcome})
+    write_json(args.json, "torture", {"images": args.images, "seed": args.seed, "scenarios": results})
+    return int(any(str(result["outcome"]).startswith("FAILED") for result in results))
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"{figures['images']:,} images:",
+        "",
+        "| scenario | seconds | disturbances | outcome |",
+        "|---|---|---|---|",
+    ]
+    for result in figures["scenarios"]:
+        about = {key: value for key, value in result.items() if key not in ("scenario", "seconds", "outcome")}
+        told = ", ".join(f"{count} {what}" for what, count in about.items())
+        lines.append(f"| {result['scenario']} | {result['seconds']:.0f} | {told} | {result['outcome']} |")
+    return lines

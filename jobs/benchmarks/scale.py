@@ -4,23 +4,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
 import vlsm
+from jobs.benchmarks.archives import SMALL_PX, write_files, write_manifest
+from jobs.benchmarks.figures import write_json
 from vlsm.errors import ResultError
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _NUM_FILES = 4096  # that the rows name in turns: all different within a shard
-_SIDE = 48  # pixels
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,50 @@ class Growth:
     peak_mb: float
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark scale`."""
+    parser.add_argument("--rows", action="append", type=int, metavar="N", help="of the manifest (1000, 10000, 100000)")
+    parser.add_argument("--shard-rows", type=int, default=1024, metavar="N", help="of a part file (1024)")
+    parser.add_argument("--folder", metavar="DIR", help="where the runs are to be (a temporary folder)")
+
+
+def measure(args: Namespace) -> int:
+    """Rows per second and the driver's peak memory of the segment job, with a model of four weights.
+
+    The rows name small images on the local disk in turns; all of a shard are different.
+    """
+    print(f"{'rows':>11} {'rows/s':>9} {'planning, s':>12} {'all, s':>9} {'driver, MB':>11}")
+    growths = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for num_rows in args.rows or (1000, 10_000, 100_000):
+            growth = measure_growth(Path(args.folder or temporary), num_rows, args.shard_rows)
+            growths.append(asdict(growth))
+            print(
+                f"{growth.num_rows:11,} {growth.rows_per_s:9,.0f} {growth.planning_s:12.1f} {growth.seconds:9.1f} "
+                f"{growth.peak_mb:11.0f}",
+                flush=True,
+            )
+    write_json(args.json, "scale", {"shard_rows": args.shard_rows, "runs": growths})
+    return 0
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"The segment job with a model of four weights over small images on the local disk, {figures['shard_rows']:,} "
+        "rows a shard. Rows a second are from the first to the last, all seconds with Ray's start.",
+        "",
+        "| rows | rows/s | planning, s | all, s | driver, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for run in figures["runs"]:
+        lines.append(
+            f"| {run['num_rows']:,} | {run['rows_per_s']:,.0f} | {run['planning_s']:.1f} | {run['seconds']:.0f} | "
+            f"{run['peak_mb']:.0f} |"
+        )
+    return lines
+
+
 def measure_growth(folder: Path, num_rows: int, shard_rows: int) -> Growth:
     """Run the job over a manifest of so many rows.
 
@@ -50,10 +94,10 @@ def measure_growth(folder: Path, num_rows: int, shard_rows: int) -> Growth:
     """
     files, checkpoint, output = folder / "files", folder / "checkpoint", folder / f"out_{num_rows}"
     if not files.exists():
-        _draw(files)
+        write_files(files, _NUM_FILES, SMALL_PX)
         vlsm.save_checkpoint(vlsm.build_model("pixel", image_size=32), checkpoint, prompt="bright")
     manifest = folder / f"list_{num_rows}.parquet"
-    _write_manifest(manifest, files, num_rows)
+    write_manifest(manifest, [str(path) for path in sorted(files.iterdir())], num_rows)
     command = [sys.executable, "-m", "jobs.segment", str(manifest), str(output), "--checkpoint", str(checkpoint)]
     command += ["--set", f"shard_rows={shard_rows}", "--set", "run.batch_size=64"]
     started_s = time.monotonic()
@@ -96,21 +140,3 @@ class _MemoryWatch:
         """Look no more."""
         self._stop.set()
         self._thread.join()
-
-
-def _draw(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for number in range(_NUM_FILES):
-        coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
-        coarse.resize((_SIDE, _SIDE)).save(folder / f"{number:05d}.jpg")
-
-
-def _write_manifest(path: Path, files: Path, num_rows: int) -> None:
-    schema = pa.schema([("image_id", pa.string()), ("image_uri", pa.string())])
-    with pq.ParquetWriter(path, schema) as writer:
-        for begin in range(0, num_rows, 100_000):
-            numbers = range(begin, min(num_rows, begin + 100_000))
-            ids = [f"{number:09d}" for number in numbers]
-            uris = [f"{files}/{number % _NUM_FILES:05d}.jpg" for number in numbers]
-            writer.write_table(pa.table([ids, uris], schema=schema))

@@ -1,7 +1,6 @@
 """What one GPU does: images per second of each model, and the CPU cores that it takes to decode for it."""
 
 import copy
-import io
 import math
 import sys
 import tempfile
@@ -14,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from jobs.figures import alternate, write_json
+from jobs.benchmarks.archives import draw_file
+from jobs.benchmarks.figures import alternate, write_json
 from vlsm.images import decode_image, normalize, resize_image
 from vlsm.metrics import dice_scores
 from vlsm.models import MODELS
@@ -26,11 +25,9 @@ from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.costs import build_architecture, measure_cost
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
-from vlsm.phantoms import draw_phantom
 
 _NUM_FILES = 8
 _ROUND_S = 0.2  # of calls between two looks at the clock
-_SIDES_PX = (480, 640)  # of the drawn JPEGs: what endoscopes and ultrasound archives hold
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cuda", help="of torch (cuda); cpu to try the benchmark itself")
     parser.add_argument("--seconds-limit", type=float, default=math.inf, metavar="S", help="begin no model after that")
-    parser.add_argument("--json", metavar="FILE", help="where to write the figures too, after each model")
 
 
-def measure_gpu(args: Namespace) -> int:
+def measure(args: Namespace) -> int:
     """Images per second of each model at its published size on one GPU, and the CPU cores it takes to feed it.
 
     Eager float32 against bfloat16 as the Segmenter runs it, and that compiled, in turns. Images are on the card as
@@ -113,11 +109,30 @@ def measure_gpu(args: Namespace) -> int:
         else:
             figures["models"].append(asdict(speed))
             print(_row(speed), flush=True)
-        write_json(args.json, figures)
+        write_json(args.json, "gpu", figures)
     if figures["left_out"]:
         print(f"left out after {args.seconds_limit:.0f} s: {', '.join(figures['left_out'])}")
-    write_json(args.json, figures)
+    write_json(args.json, "gpu", figures)
     return 0 if figures["models"] else 1
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"{figures['peak_tflop_s']:.0f} TFLOP/s of bfloat16 in a large matrix product, {figures['batch_size']} images "
+        f"at once, one prompt, medians of {figures['repeats']}. Cores to decode are those that reading and resizing "
+        "JPEGs of 560 x 560 pixels keeps busy at that rate.",
+        "",
+        "| model | pixels | images/s, eager fp32 | bf16 | bf16 compiled | to fp32 | of the peak | cores to decode |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in figures["models"]:
+        best, fp32 = row["compiled_per_s"] or row["bf16_per_s"], row["fp32_per_s"]
+        lines.append(
+            f"| `{row['name']}` | {row['image_size']} | {fp32:,.0f} | {row['bf16_per_s']:,.0f} | {best:,.0f} | "
+            f"{best / fp32:.1f}x | {row['peak_share']:.0%} | {row['decode_cores']:.0f} |"
+        )
+    return lines
 
 
 class _Bench:
@@ -126,7 +141,7 @@ class _Bench:
     def __init__(self, device: torch.device, batch_size: int, repeats: int) -> None:
         self.device, self.batch_size, self.repeats = device, batch_size, repeats
         self.peak_flop_s = self._measure_peak()
-        self.files = [_draw_file(seed) for seed in range(_NUM_FILES)]
+        self.files = [draw_file(seed) for seed in range(_NUM_FILES)]
         self._decoded_per_s: dict[int, float] = {}
 
     def describe(self) -> dict[str, Any]:
@@ -255,14 +270,6 @@ def _compare(logits: Tensor, expected: Tensor) -> tuple[float, float]:
     found, wanted = (torch.sigmoid(values.float()) for values in (logits, expected))
     median = wanted.median()
     return float((found - wanted).abs().max()), float(dice_scores(found >= median, wanted >= median).mean())
-
-
-def _draw_file(seed: int) -> bytes:
-    """A drawn image as a JPEG."""
-    image, _ = draw_phantom(np.random.default_rng(seed), _SIDES_PX)
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=90)
-    return stream.getvalue()
 
 
 def _explain(error: BaseException) -> str:

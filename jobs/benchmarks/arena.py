@@ -18,7 +18,7 @@ import vlsm
 from vlsm.errors import ResultError
 from vlsm.verify import verify_run
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 LONGEST_S = 900.0  # one run of the job
 _PROMPTS = ["polyp", "flat lesion"]
 

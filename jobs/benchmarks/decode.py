@@ -1,0 +1,188 @@
+"""Files to the model's square: this path against other libraries, on one core."""
+
+import functools
+import importlib.util
+import io
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from jobs.benchmarks.figures import alternate, write_json
+from vlsm.images import decode_image, resize_image
+from vlsm.phantoms import draw_phantom
+
+SIZES = (224, 352)
+OURS = "vlsm"
+_FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",)}
+_PACKAGES = {"Pillow": "pillow", "OpenCV": "opencv-python-headless", "torchvision": "torchvision"}
+
+Way = Callable[[bytes, int], np.ndarray]  # a file's bytes and S to (S, S, 3) uint8
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark decode`."""
+    parser.add_argument("--folder", action="append", metavar="DIR", help="of JPEGs and PNGs, recursive (drawn ones)")
+    parser.add_argument("--images", type=int, default=60, metavar="N", help="of each format (60)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="in turns; the median counts (5)")
+
+
+def measure(args: Namespace) -> int:
+    """Images per second and core, from the bytes of a file to the square that a model takes, in several ways.
+
+    Differences are of levels of 255, from what Pillow gives: the largest of any pixel, and the mean.
+    """
+    torch.set_num_threads(1)
+    Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit
+    with tempfile.TemporaryDirectory() as drawn:
+        folders = [Path(folder) for folder in args.folder or [_draw(Path(drawn), args.images)]]
+        files = {name: _read(folders, suffixes, args.images) for name, suffixes in _FORMATS.items()}
+    ways, left_out = _ways()
+    for name in left_out:
+        print(f"left out: {name}, which is not installed")
+    print(f"{'format':6} {'size':>4} {'way':22} {'images/s':>9} {'to Pillow':>10} {'largest':>8} {'mean':>7}")
+    rows = []
+    for name, data in files.items():
+        for size in SIZES if data else ():
+            rows += _compare(name, data, size, ways, args.repeats)
+    described = {
+        name: {"images": len(data), "megapixels": round(float(np.mean([_num_pixels(file) for file in data])) / 1e6, 3)}
+        for name, data in files.items()
+        if data
+    }
+    versions = {way: version(package) for way, package in _PACKAGES.items() if way not in left_out}
+    told = {"files": described, "drawn": not args.folder, "repeats": args.repeats, "versions": versions}
+    write_json(args.json, "decode", told | {"left_out": left_out, "rows": rows})
+    return 0
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    drawn = "drawn " if figures["drawn"] else ""
+    files = " and ".join(
+        f"{told['images']} {drawn}{name}s of {told['megapixels']:.2f} megapixels"
+        for name, told in figures["files"].items()
+    )
+    columns = list(dict.fromkeys((row["format"], row["size"]) for row in figures["rows"]))
+    lines = [
+        f"Images per second and core, from {files} on average to the model's square, and how many times Pillow's that "
+        f"is; medians of {figures['repeats']}. Differences are levels of 255 from what Pillow gives, over all images.",
+        "",
+        f"| | {' | '.join(f'{name} to {size}' for name, size in columns)} | largest difference | mean |",
+        f"|---{'|---' * (len(columns) + 2)}|",
+    ]
+    for way in dict.fromkeys(row["way"] for row in figures["rows"]):
+        own = {(row["format"], row["size"]): row for row in figures["rows"] if row["way"] == way}
+        cells = [
+            f"{own[column]['images_per_s']:,.0f} ({own[column]['to_pillow']:.2f}x)" if column in own else ""
+            for column in columns
+        ]
+        largest = max(row["largest_difference"] for row in own.values())
+        mean = np.mean([row["mean_difference"] for row in own.values()])
+        lines.append(f"| {way} | {' | '.join(cells)} | {largest} | {mean:.2f} |")
+    return lines
+
+
+def _compare(name: str, data: list[bytes], size: int, ways: dict[str, Way], repeats: int) -> list[dict[str, Any]]:
+    ways = {way: call for way, call in ways.items() if name == "JPEG" or "draft" not in way}
+    expected = [_pillow(file, size).astype(np.int16) for file in data]
+    seconds = alternate(repeats, *(functools.partial(_do_all, call, data, size) for call in ways.values()))
+    pillow_s = seconds[list(ways).index("Pillow")]
+    rows = []
+    for (way, call), own_s in zip(ways.items(), seconds, strict=True):
+        differences = [np.abs(call(file, size) - other) for file, other in zip(data, expected, strict=True)]
+        row: dict[str, Any] = {
+            "format": name,
+            "size": size,
+            "way": way,
+            "images_per_s": round(len(data) / own_s, 1),
+            "to_pillow": round(pillow_s / own_s, 3),
+            "largest_difference": int(max(difference.max() for difference in differences)),
+            "mean_difference": round(float(np.mean([difference.mean() for difference in differences])), 4),
+        }
+        print("{format:6} {size:4} {way:22} {images_per_s:9,.0f} {to_pillow:9.2f}x".format(**row), end=" ")
+        print("{largest_difference:8} {mean_difference:7.3f}".format(**row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def _do_all(call: Way, data: list[bytes], size: int) -> None:
+    for file in data:
+        call(file, size)
+
+
+def _ways() -> tuple[dict[str, Way], list[str]]:
+    """By name, and the names of what is not installed."""
+    ways: dict[str, Way] = {OURS: _ours, "Pillow": _pillow, "Pillow, draft mode": _pillow_draft}
+    ways["simplejpeg and Pillow"] = lambda data, size: _shrink(decode_image(data, ""), size)
+    ways["torchvision"] = _torchvision
+    if importlib.util.find_spec("cv2") is None:
+        return ways, ["OpenCV"]
+    import cv2
+
+    cv2.setNumThreads(1)
+    for how, flag in (("area", cv2.INTER_AREA), ("linear", cv2.INTER_LINEAR)):
+        ways[f"OpenCV, {how}"] = functools.partial(_opencv, flag=flag)
+    return ways, []
+
+
+def _ours(data: bytes, size: int) -> np.ndarray:
+    return resize_image(decode_image(data, ""), size)
+
+
+def _shrink(image: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _pillow(data: bytes, size: int) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _pillow_draft(data: bytes, size: int) -> np.ndarray:
+    """JPEGs decoded at a half, quarter or eighth of their size, where that is not below the square's."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", (size, size))
+        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _torchvision(data: bytes, size: int) -> np.ndarray:
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.v2.functional import resize
+
+    image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    return np.ascontiguousarray(resize(image, [size, size], antialias=True).permute(1, 2, 0).numpy())
+
+
+def _opencv(data: bytes, size: int, flag: int) -> np.ndarray:
+    import cv2
+
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return np.asarray(cv2.resize(image, (size, size), interpolation=flag))
+
+
+def _num_pixels(data: bytes) -> int:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.width * image.height
+
+
+def _read(folders: list[Path], suffixes: tuple[str, ...], count: int) -> list[bytes]:
+    """Files of one format, evenly over the folders' own order."""
+    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    count = min(count, len(paths))
+    return [paths[len(paths) * number // count].read_bytes() for number in range(count)]
+
+
+def _draw(folder: Path, count: int) -> Path:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        image = Image.fromarray(draw_phantom(rng, (400, 720))[0])
+        image.save(folder / f"{number}.jpg", quality=92)
+        image.save(folder / f"{number}.png")
+    return folder

@@ -1,0 +1,135 @@
+"""Each model on the CPU against the plain way."""
+
+import copy
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.benchmarks.figures import alternate, write_json
+from vlsm.checkpoints import Checkpoint, CheckpointSettings
+from vlsm.images import normalize
+from vlsm.models import MODELS
+from vlsm.models.costs import build_architecture
+from vlsm.models.openclip import OpenCLIPTowers
+from vlsm.models.towers import Towers
+from vlsm.segmenter import Segmenter
+
+_PROMPTS = [
+    f"a {size} {shape} polyp" for size in ("small", "large") for shape in ("flat", "round", "bright", "left", "")
+]
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """Seconds per image of one model, ours and the plain way, with one prompt and with ten."""
+
+    name: str
+    image_size: int
+    ours_1_s: float
+    plain_1_s: float
+    ours_10_s: float
+    plain_10_s: float
+    largest_difference: float
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark models`."""
+    parser.add_argument("--model", action="append", choices=MODELS, help="one of the table; all of them by default")
+    parser.add_argument(
+        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="in turns; the median counts (5)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
+
+
+def measure(args: Namespace) -> int:
+    """Seconds per image of each model at its published size, on the CPU, against the plain way.
+
+    The plain way runs the text tower for every image on prompts padded to its context, the whole model once per prompt,
+    with batch norms as they are and channels first. Ours is the Segmenter, its prompts encoded once before. Networks
+    that see no text answer all prompts at once. Fails where the logits of both ways differ by more than a thousandth.
+    """
+    torch.set_num_threads(args.threads)
+    speeds = []
+    print(f"{'':15} {'1 prompt, s':>22} {'':>6} {'10 prompts, s':>22} {'':>6} {'10 to 1':>8}")
+    print(f"{'model':15} {'ours':>11}{'plain':>11} {'ratio':>6} {'ours':>11}{'plain':>11} {'ratio':>6} {'ours':>8}")
+    for name in args.model or MODELS:
+        speed = _measure_model(name, args.repeats)
+        speeds.append(speed)
+        print(
+            f"{name:15} {speed.ours_1_s:11.3f}{speed.plain_1_s:11.3f} {speed.plain_1_s / speed.ours_1_s:5.2f}x "
+            f"{speed.ours_10_s:11.3f}{speed.plain_10_s:11.3f} {speed.plain_10_s / speed.ours_10_s:5.2f}x "
+            f"{speed.ours_10_s / speed.ours_1_s:7.2f}x",
+            flush=True,
+        )
+    figures = {"threads": args.threads, "repeats": args.repeats, "models": [asdict(speed) for speed in speeds]}
+    write_json(args.json, "models", figures)
+    wrong = [speed.name for speed in speeds if not speed.largest_difference < 1e-3]
+    if wrong:
+        print(f"error: the two ways disagree for {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"Seconds an image of the Segmenter and of the plain way, {figures['threads']} threads, medians of "
+        f"{figures['repeats']}:",
+        "",
+        "| model | pixels | 1 prompt: ours | plain | ratio | 10 prompts: ours | plain | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in figures["models"]:
+        ours_1, plain_1, ours_10, plain_10 = (row[f"{way}_s"] for way in ("ours_1", "plain_1", "ours_10", "plain_10"))
+        lines.append(
+            f"| `{row['name']}` | {row['image_size']} | {ours_1:.3f} | {plain_1:.3f} | {plain_1 / ours_1:.2f}x | "
+            f"{ours_10:.3f} | {plain_10:.3f} | {plain_10 / ours_10:.2f}x |"
+        )
+    return lines
+
+
+def _measure_model(name: str, repeats: int) -> ModelSpeed:
+    with tempfile.TemporaryDirectory() as folder:
+        plain = build_architecture(name, Path(folder), "cpu")
+    spec = plain.image_spec
+    settings = CheckpointSettings(model=name, options={}, image=asdict(spec))
+    segmenter = Segmenter(Checkpoint(copy.deepcopy(plain), settings, name), device="cpu")
+    images = np.random.default_rng(0).integers(0, 255, (1, spec.size, spec.size, 3), dtype=np.uint8)
+    for towers in (part for part in plain.modules() if isinstance(part, Towers)):
+        towers.tokenize = _PaddingTokenizer(towers)  # type: ignore[method-assign] # the plain way
+
+    def run_plain(prompts: list[str]) -> Tensor:
+        with torch.inference_mode():
+            logits = [plain(normalize(torch.from_numpy(images), spec).contiguous(), [prompt]) for prompt in prompts]
+        return torch.cat(logits)[:, 0]
+
+    def run_ours(prompts: list[str]) -> np.ndarray:
+        return segmenter.predict_logits(images, [prompts])[0]
+
+    ours, expected = run_ours(_PROMPTS[:2]), run_plain(_PROMPTS[:2]).numpy()
+    one, ten = _PROMPTS[:1], _PROMPTS
+    ours_1_s, plain_1_s, ours_10_s, plain_10_s = alternate(
+        repeats, lambda: run_ours(one), lambda: run_plain(one), lambda: run_ours(ten), lambda: run_plain(ten)
+    )
+    difference = float(np.abs(ours - expected).max() / np.abs(expected).max())
+    return ModelSpeed(name, spec.size, ours_1_s, plain_1_s, ours_10_s, plain_10_s, difference)
+
+
+class _PaddingTokenizer:
+    """Prompts padded to the text tower's context, as the public code has them."""
+
+    def __init__(self, towers: Towers) -> None:
+        self.tokenizer: Any = towers.tokenizer
+        self.calls_open_clip = isinstance(towers, OpenCLIPTowers)
+
+    def __call__(self, prompts: list[str]) -> list[Tensor]:
+        if self.calls_open_clip:
+            return list(self.tokenizer(prompts))
+        padded = self.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
+        return list(padded["input_ids"])

@@ -1,0 +1,150 @@
+"""The segment job against the usual ways to run CLIPSeg over a folder: the same images, weights and cores."""
+
+import contextlib
+import io
+import statistics
+import tempfile
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPSegProcessor, ViTImageProcessor
+
+import vlsm
+from jobs.benchmarks.archives import write_files
+from jobs.benchmarks.figures import quietest, write_json
+from jobs.benchmarks.held import Held, hold_job
+from jobs.benchmarks.others import BATCH_SIZE, WAYS, images_per_block
+from vlsm.models.untrained import write_clipseg
+
+NUM_FILES, NUM_IMAGES = 64, 4096  # each file has so many names that no run gets to the end of them
+CLIPSEG: dict[str, Any] = {}  # fields of its configuration that are not as published
+_PROMPTS = [
+    f"a {size} {shape} polyp" for size in ("small", "large") for shape in ("flat", "round", "bright", "left", "right")
+]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark peers`."""
+    parser.add_argument(
+        "--prompts", type=int, action="append", choices=range(1, 11), metavar="N", help="of each image (1, and then 10)"
+    )
+    parser.add_argument("--way", action="append", choices=WAYS, help="to compare with; all of them by default")
+    parser.add_argument(
+        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="in turns; the median counts (5)"
+    )
+    parser.add_argument("--seconds", type=float, default=5, metavar="S", help="of one measurement at least (5)")
+
+
+def measure(args: Namespace) -> int:
+    """Images a second of the segment job against the usual ways to run CLIPSeg, each in its steady state, in turns.
+
+    They are: transformers' processor and model in a plain loop as the model's card shows it; a torch DataLoader, the
+    model and a writer of PNGs; Ray Data's read_images, map_batches with one actor and write_parquet. All write masks
+    at the images' own sizes, with all cores for torch. The model has the published size and random weights. Fails where
+    the masks differ by more than a hundredth of their pixels.
+    """
+    rows = []
+    print(f"{'prompts':>7} {'way':10} {'images/s':>9} {'ours':>9} {'ratio':>7} {'Dice':>7}")
+    for num_prompts in args.prompts or (1, 10):
+        with tempfile.TemporaryDirectory() as folder:
+            for row in _measure(Path(folder), _PROMPTS[:num_prompts], args):
+                rows.append(row)
+                print(
+                    f"{row['prompts']:7} {row['way']:10} {row['peer_per_s']:9.3f} {row['ours_per_s']:9.3f} "
+                    f"{row['ratio']:6.2f}x {row['dice']:7.4f}; others {row['foreign_cores']:.2f} cores",
+                    flush=True,
+                )
+    write_json(args.json, "peers", {"repeats": args.repeats, "seconds": args.seconds, "runs": rows})
+    return int(any(row["dice"] < 0.99 for row in rows))
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"Full-size CLIPSeg over JPEGs of 560 x 560 pixels, the {figures['repeats']} quietest times of all, in turns; Dice "
+        "is of all masks of both ways:",
+        "",
+        "| way | prompts | images/s | ours | ratio | lowest to highest | Dice | others' cores |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in figures["runs"]:
+        lines.append(
+            f"| {row['way']} | {row['prompts']} | {row['peer_per_s']:.3f} | {row['ours_per_s']:.3f} | "
+            f"{row['ratio']:.2f}x | {row['lowest']:.2f}x to {row['highest']:.2f}x | {row['dice']:.4f} | {row['foreign_cores']:.2f} |"
+        )
+    return lines
+
+
+def _measure(folder: Path, prompts: list[str], args: Namespace) -> list[dict[str, Any]]:
+    clipseg, images, ours = _write_model(folder), folder / "images", folder / "ours"
+    files = write_files(folder / "files", NUM_FILES)
+    images.mkdir()
+    for number in range(NUM_IMAGES):
+        (images / f"{number:05d}.jpg").hardlink_to(files[number % len(files)])
+    ways = args.way or list(WAYS)
+    words = [str(images), "--checkpoint", str(folder / "checkpoint"), "--set", f"prompts=[{', '.join(prompts)}]"]
+    words += ["--set", f"run.batch_size={BATCH_SIZE}"]
+    per_file = dict.fromkeys(WAYS, 1 / len(prompts)) | {"ray data": images_per_block(prompts)}
+    with contextlib.ExitStack() as stack:
+        held = {"ours": stack.enter_context(hold_job(words, ours, 2 * images_per_block(prompts), len(prompts)))}
+        for way in ways:  # one after the other, so that each has all cores until it is held
+            arguments = [way, str(images), str(folder / way), str(clipseg), *prompts]
+            held[way] = stack.enter_context(Held("jobs.benchmarks.others", arguments, folder / way, per_file[way]))
+        rounds, foreign_cores = quietest(
+            args.repeats, lambda: {name: process.measure(args.seconds)[0] for name, process in held.items()}
+        )
+    expected = {(row["image_id"][:5], row["prompt"]): row["mask"] for row in vlsm.read_masks(str(ours))}
+    rows = []
+    for way in ways:
+        ratios = [rates["ours"] / rates[way] for rates in rounds]
+        rows.append(
+            {
+                "way": way,
+                "prompts": len(prompts),
+                "peer_per_s": statistics.median(rates[way] for rates in rounds),
+                "ours_per_s": statistics.median(rates["ours"] for rates in rounds),
+                "ratio": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "foreign_cores": foreign_cores,
+                "dice": _dice(expected, _read_masks(folder / way, prompts)),
+            }
+        )
+    return rows
+
+
+def _write_model(folder: Path) -> Path:
+    """CLIPSeg as transformers takes it, its processor beside it, and the same as a checkpoint of ours."""
+    torch.manual_seed(0)
+    clipseg = write_clipseg(folder / "clipseg", **CLIPSEG)
+    model = vlsm.build_model("clipseg", source=str(clipseg))
+    vlsm.save_checkpoint(model.eval(), folder / "checkpoint", prompt=_PROMPTS[0])
+    spec = model.image_spec
+    images = ViTImageProcessor(size={"height": spec.size, "width": spec.size}, image_mean=spec.mean, image_std=spec.std)
+    CLIPSegProcessor(images, AutoTokenizer.from_pretrained(clipseg)).save_pretrained(clipseg)
+    return clipseg
+
+
+def _read_masks(folder: Path, prompts: list[str]) -> dict[tuple[str, str], np.ndarray]:
+    """What one of the other ways has written."""
+    pngs = [(file.stem[:5], prompts[int(file.stem[6:])], file.read_bytes()) for file in folder.glob("[!.]*.png")]
+    for file in folder.glob("*.parquet"):
+        with contextlib.suppress(pa.ArrowInvalid):  # one that was being written when it was ended
+            rows = pq.read_table(file).to_pylist()
+            pngs += [(Path(row["path"]).stem, row["prompt"], row["mask"]) for row in rows]
+    return {(stem, prompt): np.asarray(Image.open(io.BytesIO(png))) for stem, prompt, png in pngs}
+
+
+def _dice(one: dict[tuple[str, str], np.ndarray], other: dict[tuple[str, str], np.ndarray]) -> float:
+    """Of all pixels of the masks that both have."""
+    both = total = 0
+    for key in one.keys() & other.keys():
+        both += int(np.count_nonzero((one[key] > 0) & other[key]))
+        total += int(np.count_nonzero(one[key]) + np.count_nonzero(other[key]))
+    return 2 * both / total if total else 1.0

@@ -1,0 +1,210 @@
+"""The segment job's steady state against the bare model loop."""
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import vlsm
+from jobs.benchmarks.archives import SIDES_PX, SMALL_PX, write_files, write_manifest
+from jobs.benchmarks.figures import quietest, write_json
+from jobs.benchmarks.held import hold_job
+from jobs.benchmarks.stores import BUCKET, S3Server
+from vlsm.checkpoints import load_checkpoint
+from vlsm.images import decode_image, normalize, resize_image
+from vlsm.models.costs import build_architecture
+from vlsm.models.prompts import PromptCache
+from vlsm.segmenter import Segmenter
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run.
+
+    Attributes:
+        options: of the model, None for the published architecture.
+        batch_size: images at once.
+        shard_rows: images of a part.
+        num_rows: of the manifest; no run gets to its end.
+        num_files: that they name in turns, no fewer than a shard has.
+        sides_px: of them.
+    """
+
+    options: dict[str, Any] | None
+    batch_size: int
+    shard_rows: int
+    num_rows: int
+    num_files: int
+    sides_px: tuple[int, int]
+
+
+CASES = {
+    "pixel": Case({"image_size": 32}, 64, 256, 500_000, 1024, SMALL_PX),
+    "unet_d": Case({"image_size": 224}, 8, 16, 10_000, 64, SIDES_PX),
+    "clipseg": Case(None, 4, 8, 10_000, 64, SIDES_PX),
+}
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Of one case from one source.
+
+    Attributes:
+        name, source: of the case; "disk" or "S3".
+        batch_size: images at once.
+        job_per_s, bare_per_s: images a second, medians.
+        efficiency: the median ratio of the two, each pair measured one after the other.
+        lowest, highest: of these ratios.
+        foreign_cores: that others took meanwhile on this machine, at most.
+        core_ms: of an image in the job, by kind of process.
+    """
+
+    name: str
+    source: str
+    batch_size: int
+    job_per_s: float
+    bare_per_s: float
+    efficiency: float
+    lowest: float
+    highest: float
+    foreign_cores: float
+    core_ms: dict[str, float]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark pipeline`."""
+    parser.add_argument("--model", action="append", choices=CASES, help="all of them by default")
+    parser.add_argument("--source", action="append", choices=("disk", "S3"), help="where images are; both by default")
+    parser.add_argument(
+        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="in turns; the median counts (5)"
+    )
+    parser.add_argument("--seconds", type=float, default=5, metavar="S", help="of one measurement at least (5)")
+
+
+def measure(args: Namespace) -> int:
+    """Images a second of the segment job against the bare model loop: the same model, batch size and threads.
+
+    The job runs as a user starts it, over a manifest that it does not get to the end of. Its start is left
+    out: it is looked at from its third part on, and held still while the bare loop runs on tensors that are in memory,
+    in turns. The S3 server runs on the same cores. Weights are random.
+    """
+    print(f"{'model':10} {'from':5} {'job/s':>9} {'bare/s':>9} {'efficiency':>11}  core ms an image")
+    rows = []
+    for name in args.model or CASES:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            _save_model(name, folder / "checkpoint")
+            files = write_files(folder / "files", CASES[name].num_files, CASES[name].sides_px)
+            for source in args.source or ("disk", "S3"):
+                row = _measure(name, source, folder, files, args)
+                rows.append(asdict(row))
+                told = ", ".join(f"{kind} {ms:.2f}" for kind, ms in row.core_ms.items())
+                print(
+                    f"{name:10} {source:5} {row.job_per_s:9.2f} {row.bare_per_s:9.2f} {row.efficiency:6.3f} "
+                    f"({row.lowest:.3f} to {row.highest:.3f})  {told}; others {row.foreign_cores:.2f} cores",
+                    flush=True,
+                )
+    write_json(args.json, "pipeline", {"repeats": args.repeats, "seconds": args.seconds, "runs": rows})
+    return 0
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"The segment job's steady state against the bare model loop, the {figures['repeats']} quietest times of all, in "
+        "turns. The S3 server runs on the same cores.",
+        "",
+        "| model | images from | job, images/s | bare loop | efficiency | lowest to highest | others' cores |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in figures["runs"]:
+        lines.append(
+            f"| `{row['name']}` | {row['source']} | {row['job_per_s']:,.2f} | {row['bare_per_s']:,.2f} | "
+            f"{row['efficiency']:.3f} | {row['lowest']:.3f} to {row['highest']:.3f} | {row['foreign_cores']:.2f} |"
+        )
+    return lines
+
+
+def _save_model(name: str, directory: Path) -> None:
+    torch.manual_seed(0)
+    options = CASES[name].options
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_architecture(name, Path(folder), "cpu") if options is None else vlsm.build_model(name, **options)
+        vlsm.save_checkpoint(model.eval(), directory, prompt="a small polyp")
+
+
+def _measure(name: str, source: str, folder: Path, files: list[Path], args: Namespace) -> Efficiency:
+    case = CASES[name]
+    bare = _BareLoop(folder / "checkpoint", files, case.batch_size)
+    with _archive(source, folder, files) as uris:
+        manifest, output = folder / f"{source}.parquet", folder / f"out_{source}"
+        write_manifest(manifest, uris, case.num_rows)
+        words = [str(manifest), "--checkpoint", str(folder / "checkpoint")]
+        words += ["--set", f"run.batch_size={case.batch_size}"]
+        with hold_job(words, output, case.shard_rows) as job:
+            rounds, foreign_cores = quietest(
+                args.repeats, lambda: (bare.measure(args.seconds), *job.measure(args.seconds))
+            )
+    bare_rates, job_rates, spent_s = zip(*rounds, strict=True)
+    efficiencies = [one / other for one, other in zip(job_rates, bare_rates, strict=True)]
+    return Efficiency(
+        name,
+        source,
+        case.batch_size,
+        statistics.median(job_rates),
+        statistics.median(bare_rates),
+        statistics.median(efficiencies),
+        min(efficiencies),
+        max(efficiencies),
+        foreign_cores,
+        {kind: 1000 * statistics.median(spent[kind] for spent in spent_s) for kind in spent_s[0]},
+    )
+
+
+@contextlib.contextmanager
+def _archive(source: str, folder: Path, files: list[Path]) -> Iterator[list[str]]:
+    """The files' URIs, and the store that has them."""
+    if source == "disk":
+        yield [str(file) for file in files]
+        return
+    import s3fs
+
+    server = S3Server(folder / "store")
+    server.start()
+    try:
+        os.environ.update(server.environment())  # which the job inherits
+        s3fs.S3FileSystem().put(f"{files[0].parent}/", f"{BUCKET}/files/", recursive=True)
+        yield [f"s3://{BUCKET}/files/{file.name}" for file in files]
+    finally:
+        server.kill()
+
+
+class _BareLoop:
+    """The model as the job's actors run it, on tensors in memory: nothing read, decoded or written."""
+
+    def __init__(self, checkpoint: Path, files: list[Path], batch_size: int) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)
+        self._segmenter = Segmenter(load_checkpoint(checkpoint), batch_size=batch_size)
+        spec = self._segmenter.model.image_spec
+        images = [resize_image(decode_image(file.read_bytes(), file.name), spec.size) for file in files[:batch_size]]
+        self._pixel_values = normalize(torch.from_numpy(np.stack(images)), spec)
+        self._text_features = PromptCache(self._segmenter.model).encode(["a small polyp"] * batch_size)
+        self.measure(0)  # else the first time chooses kernels as well
+
+    @torch.inference_mode()
+    def measure(self, seconds: float) -> float:
+        """Images per second."""
+        model, num_images, start_s = self._segmenter.model, 0, time.monotonic()
+        while (passed_s := time.monotonic() - start_s) < seconds or not num_images:
+            model.decode(model.encode_images(self._pixel_values), self._text_features)
+            num_images += len(self._pixel_values)
+        return num_images / passed_s

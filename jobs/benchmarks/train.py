@@ -1,0 +1,102 @@
+"""The train job's loop against a bare loop over tensors in memory."""
+
+import json
+import statistics
+import tempfile
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import vlsm
+from jobs.benchmarks.figures import write_json
+from jobs.benchmarks.turns import TURNS_NAME
+from jobs.command import ray_session
+from jobs.feeding import inspect_records
+from jobs.train import execute
+from vlsm.models import MODELS
+from vlsm.models.costs import build_architecture
+from vlsm.phantoms import KINDS, write_labelled
+from vlsm.recipe import TrainSettings
+from vlsm.training_run import prepare_training
+
+SETUPS = {"one worker": (1, 0), "two workers": (2, 0), "feature cache": (1, 1 << 40)}  # workers, bytes of the cache
+_BATCH_SIZE = 8
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark train`."""
+    parser.add_argument(
+        "--model", default="biomedclipseg", choices=MODELS, help="at its published size (biomedclipseg)"
+    )
+    parser.add_argument("--setup", action="append", choices=SETUPS, help="all of them by default")
+    parser.add_argument("--examples", type=int, default=96, metavar="N", help="of an epoch, a quarter to validate (96)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="epochs in turns; the median counts (5)")
+
+
+def measure(args: Namespace) -> int:
+    """Examples a second of the train job, and of a bare loop in the same process: an epoch of each in turns.
+
+    An epoch of the job is all that it does: reading, learning, validating, scores, saving. The bare loop has the
+    same batches in memory, normalised, its prompts encoded, and with the feature cache what the frozen towers make of
+    them; it learns, and computes the validation's logits. The first turn does not count.
+    """
+    rows = []
+    print(f"{'setup':14} {'job, examples/s':>16} {'bare':>8} {'ratio':>7}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        num_val = max(1, args.examples // 4 // len(KINDS))
+        write_labelled(folder / "drawn", {"train": args.examples // len(KINDS) - num_val, "val": num_val}, seed=0)
+        model = build_architecture(args.model, folder / "parts", "cpu")
+        vlsm.save_checkpoint(model, folder / "checkpoint", prompt=KINDS[0])
+        for setup in args.setup or SETUPS:
+            turns = _run(folder, setup, args.repeats)
+            job_s, bare_s = (statistics.median(turn[name] for turn in turns[1:]) for name in ("job_s", "bare_s"))
+            examples = len(KINDS) * (args.examples // len(KINDS))
+            row = {"setup": setup, "job_per_s": examples / job_s, "bare_per_s": examples / bare_s, "turns": turns}
+            rows.append(row | {"efficiency": bare_s / job_s})
+            print(f"{setup:14} {examples / job_s:16.2f} {examples / bare_s:8.2f} {bare_s / job_s:6.2f}x", flush=True)
+    told = {"model": args.model, "examples": args.examples, "batch_size": _BATCH_SIZE, "repeats": args.repeats}
+    write_json(args.json, "train", told | {"rows": rows})
+    return 0
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"Examples a second of training `{figures['model']}` at its published size, its towers frozen, in batches of "
+        f"{figures['batch_size']}: the job, with all that an epoch takes, against a bare loop over tensors in memory. "
+        f"Epochs of {figures['examples']} examples, a quarter of them to validate, of both in turns, medians of "
+        f"{figures['repeats']}. With the feature cache the bare loop has the towers' features in memory.",
+        "",
+        "| | the job | bare loop | job to bare |",
+        "|---|---|---|---|",
+    ]
+    for row in figures["rows"]:
+        lines.append(
+            f"| {row['setup']} | {row['job_per_s']:.1f} | {row['bare_per_s']:.1f} | {row['efficiency']:.2f}x |"
+        )
+    return lines
+
+
+def _run(folder: Path, setup: str, repeats: int) -> list[dict[str, float]]:
+    """The seconds of the turns."""
+    workers, cache_bytes = SETUPS[setup]
+    output = folder / setup
+    settings = TrainSettings.model_validate(
+        {
+            "output": str(output),
+            "datasets": {"drawn": str(folder / "drawn")},
+            "start_from": str(folder / "checkpoint"),
+            "optim": {"epochs": repeats + 1, "batch_size": _BATCH_SIZE},
+            "run": {
+                "workers": workers,
+                "micro_batch_size": _BATCH_SIZE // workers,
+                "feature_cache_bytes": cache_bytes,
+                "max_failures": 0,
+            },
+        }
+    )
+    with ray_session(log_to_driver=False):
+        records = prepare_training(settings, lambda records: inspect_records(records, settings.data))
+        execute(settings, records, "jobs.benchmarks.turns:train_in_turns")
+    return list(json.loads((output / TURNS_NAME).read_text(encoding="utf-8")))

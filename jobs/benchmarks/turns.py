@@ -1,0 +1,86 @@
+"""A training worker that does an epoch of a bare loop after each of its own."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.feeding import Loaded
+from jobs.group import Work
+from jobs.train_worker import Worker
+from vlsm.images import normalize
+from vlsm.losses import segmentation_losses
+from vlsm.models.prompts import PromptCache
+
+TURNS_NAME = "turns.json"  # in OUTPUT: the seconds of both, epoch by epoch
+
+
+def train_in_turns(work: Work) -> None:
+    """What `jobs.benchmarks.train` has its workers do."""
+    torch.set_num_threads(work.num_threads)
+    _InTurns(work).run()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the bare loop has in memory of one micro-batch."""
+
+    pixel_values: Tensor
+    targets: Tensor
+    prompts: Any
+    features: Any
+
+
+class _InTurns(Worker):
+    """A worker that does an epoch of the bare loop after each of its own."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self._prompt_cache = PromptCache(self.learner.model)
+        self._train = self._keep(self.feed.stream(self.plan.train(0)))
+        self._val = self._keep(self.feed.stream(self.plan.evaluate("val", 0)))
+        self._turns: list[dict[str, float]] = []
+        self._started_s = time.perf_counter()
+
+    def end_epoch(self, epoch: int) -> None:
+        """The worker's own epoch ends here."""
+        super().end_epoch(epoch)
+        between_s = time.perf_counter()
+        self._train_barely()
+        ended_s = time.perf_counter()
+        self._turns.append({"job_s": between_s - self._started_s, "bare_s": ended_s - between_s})
+        if self.rank == 0:
+            Path(self.output, TURNS_NAME).write_text(json.dumps(self._turns), encoding="utf-8")
+        self._started_s = time.perf_counter()
+
+    def _keep(self, stream: Iterable[Loaded]) -> list[_Batch]:
+        return [self._prepare(*loaded) for loaded in stream]
+
+    @torch.no_grad()
+    def _prepare(self, batch: Any, images: np.ndarray, masks: np.ndarray) -> _Batch:
+        model = self.learner.model
+        pixel_values = normalize(torch.from_numpy(images), model.image_spec)
+        features = model.encode_towers(pixel_values) if self.features is not None else None
+        prompts = list(batch.prompts) if model.learns_text else self._prompt_cache.encode(batch.prompts)
+        return _Batch(pixel_values, torch.from_numpy(masks)[:, None].float(), prompts, features)
+
+    def _train_barely(self) -> None:
+        network, optimizer, optim = self.learner.network, self.learner.optimizer, self.settings.optim
+        learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        network.train()
+        for batch in self._train:
+            logits = network(batch.pixel_values, batch.prompts, batch.features)
+            segmentation_losses(logits, batch.targets, optim.dice_weight, optim.ce_weight).mean().backward()
+            torch.nn.utils.clip_grad_norm_(learning, optim.clip_norm or np.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        network.eval()
+        with torch.no_grad():
+            for batch in self._val:
+                network(batch.pixel_values, batch.prompts, batch.features)
