@@ -7,6 +7,7 @@ python -m jobs.benchmark peers --json peers.json
 python -m jobs.benchmark decode --folder photographs --json decode.json
 python -m jobs.benchmark output --folder masks --json output.json
 python -m jobs.benchmark train --json train.json
+python -m jobs.benchmark nodes --json nodes.json
 python -m jobs.benchmark scale --rows 10000 --rows 1000000
 python -m jobs.benchmark torture
 python -m jobs.benchmark section
@@ -19,12 +20,12 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from jobs.benchmarks import decode, gpu, models, output, peers, pipeline, scale, torture, train
+from jobs.benchmarks import decode, gpu, models, nodes, output, peers, pipeline, scale, torture, train
 from jobs.benchmarks.figures import name_machine
 
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (models, gpu, pipeline, peers, decode, output, train, scale, torture)
+    for module in (models, gpu, pipeline, peers, decode, output, train, nodes, scale, torture)
 }
 MEASURED = Path(__file__).parent / "measured"  # figures that the README shows, as benchmarks have written them
 README = Path(__file__).parents[1] / "README.md"

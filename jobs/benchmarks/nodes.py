@@ -1,0 +1,167 @@
+"""Two nodes against one, of one CPU each, and the seconds from submitting a job to its first image."""
+
+import contextlib
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+import vlsm
+from jobs.benchmarks.archives import write_files
+from jobs.benchmarks.figures import write_json
+from jobs.benchmarks.stores import free_port
+from vlsm.errors import ConfigError, ResultError
+from vlsm.phantoms import write_labelled
+
+_ROOT = Path(__file__).parents[2]
+_STORE_BYTES = 400 << 20  # of each node
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Of one job.
+
+    Attributes:
+        name: of the job.
+        start_s: from submitting it to its first image on one node, in seconds.
+        one_per_s, two_per_s: images a second in the steady state on one node and on two.
+    """
+
+    name: str
+    start_s: float
+    one_per_s: float
+    two_per_s: float
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark nodes`."""
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="in turns; the median counts (5)")
+    parser.add_argument("--images", type=int, default=96, metavar="N", help="to segment (96); half as many to train on")
+    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="of the model, in pixels (224)")
+
+
+def measure(args: Namespace) -> int:
+    """Both jobs, submitted to clusters whose nodes are held to one core of this machine each, with a full UNet-D.
+
+    Raises:
+        ConfigError: there are fewer than two cores, or the package's extra `cluster` is not installed.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2 or find_spec("opencensus") is None:
+        raise ConfigError(
+            "two nodes need two cores, and submitting needs the package's extra: pip install '.[cluster]'"
+        )
+    print(f"{'job':8} {'start, s':>9} {'1 node':>9} {'2 nodes, images/s':>18} {'ratio':>6}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_files(folder / "images", args.images)
+        write_labelled(folder / "labelled", {"train": args.images // 2, "val": 2}, seed=0)
+        model = vlsm.build_model("unet_d", image_size=args.image_size)
+        vlsm.save_checkpoint(model, folder / "checkpoint", prompt="polyp")
+        timed: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        for repeat in range(args.repeats):
+            for count in (1, 2):
+                with _cluster(cores[:count]) as address:
+                    for name, run in (("segment", _segment), ("train", _train)):
+                        output = folder / f"{name} {count} {repeat}"
+                        timed.setdefault((name, count), []).append(run(address, folder, output, args, count))
+    scalings = [_summarize(name, timed[name, 1], timed[name, 2]) for name in ("segment", "train")]
+    for scaling in scalings:
+        print(
+            f"{scaling.name:8} {scaling.start_s:9.1f} {scaling.one_per_s:9.2f} {scaling.two_per_s:18.2f} "
+            f"{scaling.two_per_s / scaling.one_per_s:5.2f}x"
+        )
+    shape = {"repeats": args.repeats, "images": args.images, "image_size": args.image_size}
+    write_json(args.json, "nodes", shape | {"jobs": [asdict(scaling) for scaling in scalings]})
+    return 0
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"Both jobs with a full `unet_d` at {figures['image_size']} pixels, by `ray job submit` on clusters "
+        f"of one and of two nodes of one core each, medians of {figures['repeats']}. The start is from submitting to the "
+        "first image.",
+        "",
+        "| job | start, s | images/s on one node | on two | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for job in figures["jobs"]:
+        lines.append(
+            f"| {job['name']} | {job['start_s']:.0f} | {job['one_per_s']:.2f} | {job['two_per_s']:.2f} | "
+            f"{job['two_per_s'] / job['one_per_s']:.2f}x |"
+        )
+    return lines
+
+
+def _summarize(name: str, one: list[tuple[float, float]], two: list[tuple[float, float]]) -> Scaling:
+    return Scaling(
+        name,
+        round(statistics.median(start_s for start_s, _ in one), 1),
+        round(statistics.median(per_s for _, per_s in one), 3),
+        round(statistics.median(per_s for _, per_s in two), 3),
+    )
+
+
+@contextlib.contextmanager
+def _cluster(cores: list[int]) -> Iterator[str]:
+    """A head without CPUs and a node on each core; the address to submit to."""
+    from ray.cluster_utils import Cluster
+
+    port = free_port()
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "object_store_memory": _STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    allowed = os.sched_getaffinity(0)
+    try:
+        for core in cores:
+            os.sched_setaffinity(0, {core})  # what is started here stays there
+            cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
+            os.sched_setaffinity(0, allowed)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.sched_setaffinity(0, allowed)
+        cluster.shutdown()
+
+
+def _submit(address: str, *words: str) -> float:
+    """Submit a job and wait for its end; the time at which it was submitted, since 1970 in seconds."""
+    submitted_s = time.time()
+    command = ["ray", "job", "submit", "--address", address, "--working-dir", str(_ROOT), "--", "python", "-m", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ResultError(f"the job failed: {done.stdout[-3000:]} {done.stderr[-1000:]}")
+    return submitted_s
+
+
+def _segment(address: str, folder: Path, output: Path, args: Namespace, num_nodes: int) -> tuple[float, float]:
+    """Seconds to the first part of four images, and images per second from there to the last part."""
+    words = ["jobs.segment", str(folder / "images"), str(output), "--checkpoint", str(folder / "checkpoint")]
+    settings = "shard_rows=4", "run.batch_size=4", f"run.actors={num_nodes}..{num_nodes}"
+    submitted_s = _submit(address, *words, *_set(settings))
+    written_s = sorted(path.stat().st_mtime for path in (output / "masks").glob("part-*"))
+    return written_s[0] - submitted_s, (args.images - 4) / (written_s[-1] - written_s[0])
+
+
+def _train(address: str, folder: Path, output: Path, args: Namespace, num_nodes: int) -> tuple[float, float]:
+    """Seconds to the first step, and images per second in the epochs after the first."""
+    settings = ["model=unet_d", f"options.image_size={args.image_size}", "optim.batch_size=8", "optim.epochs=3"]
+    settings.append(f"run.workers={num_nodes}")
+    words = ["jobs.train", str(output), "--dataset", f"drawn={folder / 'labelled'}"]
+    submitted_s = _submit(address, *words, *_set(settings))
+    rows = pq.read_table(output / "metrics.parquet").to_pylist()
+    first, *later = (row for row in rows if (row["split"], row["dataset"]) == ("train", "mean"))
+    start_s = first["finished_at"] - first["seconds"] - submitted_s
+    return start_s, sum(row["num_examples"] for row in later) / sum(row["seconds"] for row in later)
+
+
+def _set(settings: "tuple[str, ...] | list[str]") -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
