@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from jobs.stores import free_port
+from jobs.benchmarks.stores import free_port
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import vlsm
-from jobs.stores import BUCKET
+from jobs.benchmarks.stores import BUCKET
 from tests.clusters import ROOT, SUBMISSIONS, autoscaled, launched, started
 from vlsm import storage
 from vlsm.phantoms import write_labelled
