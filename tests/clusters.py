@@ -76,7 +76,8 @@ class Running:
             if all(found.get(name, 0) == amount for name, amount in wanted.items()):
                 return
             time.sleep(1)
-        raise TimeoutError(f"no cluster with {wanted}: {self.log.read_text()[-4000:]}")
+        log = self.log.read_text()[-4000:] if self.log.exists() else ""
+        raise TimeoutError(f"no cluster with {wanted}: {out[-4000:]} {log}")
 
 
 def _environment(home: Path, own: dict[str, str]) -> dict[str, str]:

@@ -101,7 +101,7 @@ def test_a_cluster_that_was_started_by_hand_runs_stops_goes_on_and_says_what_is_
         (line,) = (line for line in log.splitlines() if line.startswith('{"planned"'))
         assert code == 0 and 0 < json.loads(line)["done_before"] < json.loads(line)["rows"] == 18
         prove(output)
-        code, log = cluster.call(submit.replace("/scans", "/scan"))
+        code, log = cluster.call(submit.replace("/scans", "/scan").replace("/stopped", "/wrong"))
         assert code == 1 and "exit code 2" in log and "/scan' does not exist" in log
 
 
