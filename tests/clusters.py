@@ -222,10 +222,14 @@ def _host(folder: Path, number: int):
     (home / ".bashrc").write_text("".join(f"export {word}\n" for word in told))
     settings = folder / f"sshd{number}"
     settings.write_text(
-        f"HostKey {folder}/key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\nPermitRootLogin yes\n"
-        f"PidFile none\nSetEnv HOME={home}\n"
+        f"HostKey {folder}/key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\nPermitRootLogin yes\nPidFile none\n"
+    )
+    users = folder / f"passwd{number}"  # SSH takes homes from there
+    users.write_text(
+        re.sub(r"^(root:.*):[^:]*:([^:]*)$", rf"\1:{home}:\2", Path("/etc/passwd").read_text(), flags=re.M)
     )
     inside = "mount -t tmpfs tmpfs /run && mkdir -p /run/sshd /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"
+    inside += f" && mount --bind {users} /etc/passwd"
     inside += f" && exec $(command -v sshd || echo /usr/sbin/sshd) -D -e -f {settings}"
     with contextlib.ExitStack() as stack:
         _ip("netns add", name)
