@@ -25,7 +25,7 @@ SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## On a 
 SUBMISSIONS = re.findall(r"^ray job submit .*?(?<!\\)$", SECTION, re.M | re.S)
 STORE_BYTES = 300 << 20  # of each node
 _HERE = "127.0.0.1"
-_STARTING_S = 90.0
+_STARTING_S = 240.0
 _BRIDGE, _SUBNET = "vlsm0", "10.77.0"  # of hosts that are launched
 
 
@@ -222,7 +222,8 @@ def _host(folder: Path, number: int):
     (home / ".bashrc").write_text("".join(f"export {word}\n" for word in told))
     settings = folder / f"sshd{number}"
     settings.write_text(
-        f"HostKey {folder}/key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\nPermitRootLogin yes\nPidFile none\n"
+        f"HostKey {folder}/key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\nPermitRootLogin yes\n"
+        "PidFile none\n"
     )
     users = folder / f"passwd{number}"  # SSH takes homes from there
     users.write_text(
