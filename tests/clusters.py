@@ -196,6 +196,9 @@ def launched(num_workers: int):
         file = Path(folder, "cluster.yaml")
         file.write_text(yaml.safe_dump(on_premises(head, workers, Path(folder, "key"))))
         cluster = Running(environment, f"{head}:6379", Path(folder, "log"), [])
+        environment["RAY_UP_enable_autoscaler_v2"] = (
+            "0"  # it counts the head among min_workers where all are of one type
+        )
         code, out = cluster.call(f"ray up -y {file}")
         assert code == 0, out
         port = free_port()
