@@ -52,9 +52,10 @@ def measure(args: Namespace) -> int:
             turns = _run(folder, setup, args.repeats)
             job_s, bare_s = (statistics.median(turn[name] for turn in turns[1:]) for name in ("job_s", "bare_s"))
             examples = len(KINDS) * (args.examples // len(KINDS))
-            row = {"setup": setup, "job_per_s": examples / job_s, "bare_per_s": examples / bare_s, "turns": turns}
-            rows.append(row | {"efficiency": bare_s / job_s})
-            print(f"{setup:14} {examples / job_s:16.2f} {examples / bare_s:8.2f} {bare_s / job_s:6.2f}x", flush=True)
+            row: dict[str, Any] = {"setup": setup, "job_per_s": examples / job_s, "bare_per_s": examples / bare_s}
+            row |= {"efficiency": row["job_per_s"] / row["bare_per_s"], "turns": turns}
+            rows.append(row)
+            print("{setup:14} {job_per_s:16.2f} {bare_per_s:8.2f} {efficiency:6.2f}x".format(**row), flush=True)
     told = {"model": args.model, "examples": args.examples, "batch_size": _BATCH_SIZE, "repeats": args.repeats}
     write_json(args.json, "train", told | {"rows": rows})
     return 0
