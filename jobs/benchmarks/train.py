@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--model", default="biomedclipseg", choices=MODELS, help="at its published size (biomedclipseg)"
     )
     parser.add_argument("--setup", action="append", choices=SETUPS, help="all of them by default")
-    parser.add_argument("--examples", type=int, default=96, metavar="N", help="of an epoch, a quarter to validate (96)")
+    parser.add_argument("--examples", type=int, default=64, metavar="N", help="of an epoch, a quarter to validate (64)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="epochs in turns; the median counts (5)")
 
 
@@ -40,7 +40,8 @@ def measure(args: Namespace) -> int:
     same batches in memory, normalised, its prompts encoded, and with the feature cache what the frozen towers make of
     them; it learns, and computes the validation's logits. The first turn does not count.
     """
-    rows = []
+    told = {"model": args.model, "examples": args.examples, "batch_size": _BATCH_SIZE, "repeats": args.repeats}
+    rows: list[dict[str, Any]] = []
     print(f"{'setup':14} {'job, examples/s':>16} {'bare':>8} {'ratio':>7}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -56,8 +57,7 @@ def measure(args: Namespace) -> int:
             row |= {"efficiency": row["job_per_s"] / row["bare_per_s"], "turns": turns}
             rows.append(row)
             print("{setup:14} {job_per_s:16.2f} {bare_per_s:8.2f} {efficiency:6.2f}x".format(**row), flush=True)
-    told = {"model": args.model, "examples": args.examples, "batch_size": _BATCH_SIZE, "repeats": args.repeats}
-    write_json(args.json, "train", told | {"rows": rows})
+            write_json(args.json, "train", told | {"rows": rows})
     return 0
 
 
