@@ -114,7 +114,7 @@ class Worker:
             else:
                 self._validate(batch, pixels, targets)
         stream.close()
-        self._wait_until_saved()
+        self.wait_until_saved()
         self._finish(self._test())
 
     def say(self, line: str) -> None:
@@ -182,7 +182,7 @@ class Worker:
         weights, optimizer = self.learner.state()
         if self.rank:
             return
-        self._wait_until_saved()
+        self.wait_until_saved()
         state, best = self.state, None
         packed = pack_state(State(state.epoch, state.step, state.steps, scores, state.history, weights, optimizer))
         if is_best:
@@ -190,7 +190,7 @@ class Worker:
             best = copy_best(self.learner.model, default_prompt(self.records, self.settings), whole)
         self.saving = self.saver.submit(put_progress, self.output, packed, best)
 
-    def _wait_until_saved(self) -> None:
+    def wait_until_saved(self) -> None:
         """What is being put beside the training is there, or its error is raised."""
         if self.saving is not None:
             self.saving.result()
