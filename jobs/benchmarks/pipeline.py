@@ -113,15 +113,15 @@ def measure(args: Namespace) -> int:
                     f"({row.lowest:.3f} to {row.highest:.3f})  {told}; others {row.foreign_cores:.2f} cores",
                     flush=True,
                 )
-    write_json(args.json, "pipeline", {"repeats": args.repeats, "seconds": args.seconds, "runs": rows})
+                write_json(args.json, "pipeline", {"repeats": args.repeats, "seconds": args.seconds, "runs": rows})
     return 0
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
     """The README's lines of what was measured."""
     lines = [
-        f"The segment job's steady state against the bare model loop, the {figures['repeats']} quietest times of all, in "
-        "turns. The S3 server runs on the same cores.",
+        f"The segment job's steady state against the bare model loop, the {figures['repeats']} quietest times of all, "
+        "in turns. The S3 server runs on the same cores.",
         "",
         "| model | images from | job, images/s | bare loop | efficiency | lowest to highest | others' cores |",
         "|---|---|---|---|---|---|---|",
