@@ -50,7 +50,7 @@ def measure(args: Namespace) -> int:
             for size in ("own", str(SIDE)):
                 sized = masks if size == "own" else [resize_mask(mask, SIDE) for mask in masks]
                 rows += _compare(name, size, sized, Path(temporary, "files"), args.repeats)
-    write_json(args.json, "output", {"repeats": args.repeats, "rows": rows})
+    write_json(args.json, "output", {"repeats": args.repeats, "runs": rows})
     return 0
 
 
@@ -65,9 +65,9 @@ def tell(figures: dict[str, Any]) -> list[str]:
         "| to read: parts | PNG |",
         f"|---{'|---' * 11}|",
     ]
-    cases = dict.fromkeys((row["name"], row["masks"], row["size"]) for row in figures["rows"])
+    cases = dict.fromkeys((row["name"], row["masks"], row["size"]) for row in figures["runs"])
     for name, count, size in cases:
-        own = {row["as"]: row for row in figures["rows"] if (row["name"], row["size"]) == (name, size)}
+        own = {row["as"]: row for row in figures["runs"] if (row["name"], row["size"]) == (name, size)}
         num_bytes = {way: row["bytes"] for way, row in own.items()}
         lines.append(
             f"| {name} ({count}) | {size} | {' | '.join(f'{value:,.0f}' for value in num_bytes.values())} | "

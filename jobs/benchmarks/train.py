@@ -63,7 +63,7 @@ def measure(args: Namespace) -> int:
                 "{end_s:7.2f} {beside_s:10.2f}".format(**row),
                 flush=True,
             )
-            write_json(args.json, "train", told | {"rows": rows})
+            write_json(args.json, "train", told | {"runs": rows})
     return 0
 
 
@@ -79,7 +79,7 @@ def tell(figures: dict[str, Any]) -> list[str]:
         "| | the job | bare loop | job to bare | end of an epoch, s | beside the next, s |",
         "|---|---|---|---|---|---|",
     ]
-    for row in figures["rows"]:
+    for row in figures["runs"]:
         lines.append(
             f"| {row['setup']} | {row['job_per_s']:.1f} | {row['bare_per_s']:.1f} | {row['efficiency']:.2f}x | "
             f"{row['end_s']:.1f} | {row['beside_s']:.1f} |"

@@ -48,7 +48,7 @@ def test_decoding_is_compared_with_other_libraries_and_keeps_to_pillows_pixels(t
     path = tmp_path / "decode.json"
     assert main(["decode", "--images", "2", "--repeats", "1", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
-    ours = [row for row in figures["rows"] if row["way"] == "vlsm"]
+    ours = [row for row in figures["runs"] if row["way"] == "vlsm"]
     assert [(row["format"], row["size"]) for row in ours] == [(f, s) for f in ("JPEG", "PNG") for s in (224, 352)]
     assert all(row["largest_difference"] <= 1 for row in ours)
     assert "| vlsm |" in "\n".join(decode.tell(figures))
@@ -58,8 +58,8 @@ def test_masks_in_parquet_are_compared_with_png_files(tmp_path):
     path = tmp_path / "output.json"
     assert main(["output", "--masks", "4", "--repeats", "1", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
-    assert [row["as"] for row in figures["rows"]][:4] == ["run lengths in Parquet", "PNG", "PNG, 1 bit", "bitmap"]
-    assert figures["rows"][7]["bytes"] == 352 * 352 / 8
+    assert [row["as"] for row in figures["runs"]][:4] == ["run lengths in Parquet", "PNG", "PNG, 1 bit", "bitmap"]
+    assert figures["runs"][7]["bytes"] == 352 * 352 / 8
     assert "| drawn (4) | 352 |" in "\n".join(output.tell(figures))
 
 
@@ -69,7 +69,7 @@ def test_the_train_jobs_loop_is_compared_with_a_bare_one(ray_cluster, tmp_path):
     words = ["--model", "pixel", "--examples", "16", "--repeats", "1", "--setup", "one worker", "--json", str(path)]
     assert main(["train", *words]) == 0
     figures = json.loads(path.read_text())
-    (row,) = figures["rows"]
+    (row,) = figures["runs"]
     assert 0 < row["efficiency"] == row["job_per_s"] / row["bare_per_s"]
     assert len(row["turns"]) == 2
     assert "| one worker |" in "\n".join(train.tell(figures))
