@@ -86,7 +86,12 @@ def tell(figures: dict[str, Any]) -> list[str]:
         largest = max(row["largest_difference"] for row in own.values())
         mean = np.mean([row["mean_difference"] for row in own.values()])
         lines.append(f"| {way} | {' | '.join(cells)} | {largest} | {mean:.2f} |")
-    return lines
+    return [
+        *lines,
+        "",
+        "`vlsm` is simplejpeg, with Pillow for what it does not read, and fast_image_resize. torchvision would bring torch "
+        "into every process that decodes (270 MB, and seconds to start), and its decoders are deprecated.",
+    ]
 
 
 def _compare(name: str, data: list[bytes], size: int, ways: dict[str, Way], repeats: int) -> list[dict[str, Any]]:
