@@ -89,8 +89,8 @@ def tell(figures: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "`vlsm` is simplejpeg, with Pillow for what it does not read, and fast_image_resize. torchvision would bring torch "
-        "into every process that decodes (270 MB, and seconds to start), and its decoders are deprecated.",
+        "`vlsm` is simplejpeg, with Pillow for what it does not read, and fast_image_resize. torchvision would bring "
+        "torch into every process that decodes (270 MB, and seconds to start), and its decoders are deprecated.",
     ]
 
 
