@@ -27,7 +27,7 @@ def alternate(repeats: int, *calls: Callable[[], object]) -> list[float]:
 
 
 T = TypeVar("T")
-_LONGEST_S = 300.0  # in which quiet rounds are waited for
+_LONGEST_S = 90.0  # in which quiet rounds are waited for
 
 
 def quietest(repeats: int, measure_round: Callable[[], T]) -> tuple[list[T], float]:
