@@ -19,6 +19,7 @@ import json
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Any
 
 from jobs.benchmarks import decode, gpu, models, nodes, output, peers, pipeline, scale, torture, train
 from jobs.benchmarks.figures import name_machine
@@ -55,13 +56,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured_section() -> str:
-    """The README's section of measured figures, from the files in `jobs/measured`."""
-    lines = []
+    """The README's section of measured figures, from the files in `jobs/measured`.
+
+    What one benchmark has measured on one machine is one table; of several files the `runs` are joined.
+    """
+    tables: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(MEASURED.glob("*.json")):
         figures = json.loads(path.read_text(encoding="utf-8"))
-        name = figures["benchmark"]
-        lines += [f"`python -m jobs.benchmark {name}` on {name_machine(figures)}:", ""]
-        lines += [*BENCHMARKS[name].tell(figures), ""]
+        table = tables.setdefault((figures["benchmark"], name_machine(figures)), figures)
+        if table is not figures:
+            table["runs"] += figures["runs"]
+    lines = []
+    for (name, machine), figures in tables.items():
+        lines += [f"`python -m jobs.benchmark {name}` on {machine}:", "", *BENCHMARKS[name].tell(figures), ""]
     return "\n".join(lines)
 
 

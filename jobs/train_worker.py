@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from vlsm.training_run import (
     CHECKPOINT_NAME,
     State,
     build_learning_model,
+    copy_best,
     default_prompt,
+    pack_state,
+    put_progress,
     read_examples,
     read_state,
-    write_best,
     write_metrics,
-    write_state,
 )
 
 _PROGRESS_S = 10.0
@@ -98,6 +100,8 @@ class Worker:
         self.train_scores: list[Score] = []
         self.val_scores: list[Score] = []
         self.clock = _Clock()
+        self.saver = ThreadPoolExecutor(1)  # a large model takes seconds to put, and much longer far away
+        self.saving: Future[None] | None = None
 
     def run(self) -> None:
         """From where the run is to its summary."""
@@ -110,6 +114,7 @@ class Worker:
             else:
                 self._validate(batch, pixels, targets)
         stream.close()
+        self.wait_until_saved()
         self._finish(self._test())
 
     def say(self, line: str) -> None:
@@ -177,11 +182,19 @@ class Worker:
         weights, optimizer = self.learner.state()
         if self.rank:
             return
-        if is_best:  # before the state: a run that dies in between does the epoch again and comes to the same
+        self.wait_until_saved()
+        state, best = self.state, None
+        packed = pack_state(State(state.epoch, state.step, state.steps, scores, state.history, weights, optimizer))
+        if is_best:
             whole = weights if self.settings.run.fsdp and self.num_workers > 1 else None
-            write_best(self.output, self.learner.model, default_prompt(self.records, self.settings), whole)
-        state = self.state
-        write_state(self.output, State(state.epoch, state.step, state.steps, scores, state.history, weights, optimizer))
+            best = copy_best(self.learner.model, default_prompt(self.records, self.settings), whole)
+        self.saving = self.saver.submit(put_progress, self.output, packed, best)
+
+    def wait_until_saved(self) -> None:
+        """What is being put beside the training is there, or its error is raised."""
+        if self.saving is not None:
+            self.saving.result()
+            self.saving = None
 
     def _all_train_scores(self) -> list[tuple[int, float, float]]:
         own = gather([(score.example, score.loss, score.dice) for score in self.train_scores])

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco
+
+from vlsm.resizing import resize_bilinear
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ def enlarge_logits(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
         (height, width) float32, column-major in memory as COCO run lengths count, so that encoding needs no copy.
     """
-    transposed = Image.fromarray(np.ascontiguousarray(logits.T, dtype=np.float32))
-    return np.asarray(transposed.resize(size, Image.Resampling.BILINEAR)).T
+    return resize_bilinear(logits.T.astype(np.float32), (size[1], size[0])).T
 
 
 def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float) -> np.ndarray:

@@ -207,8 +207,8 @@ def default_prompt(records: Sequence[Record], settings: TrainSettings) -> str:
     return texts.most_common(1)[0][0]
 
 
-def write_state(output: str, state: State) -> None:
-    """Put last.safetensors in one atomic step."""
+def pack_state(state: State) -> bytes:
+    """What last.safetensors is to hold."""
     import safetensors.torch
 
     optimizer = dict(state.optimizer or {})
@@ -217,8 +217,7 @@ def write_state(output: str, state: State) -> None:
         tensors |= {f"optimizer {name} {key}": value.contiguous() for key, value in values.items()}
     progress = {name: getattr(state, name) for name in ("epoch", "step", "steps", "scores")}
     progress |= {"history": [asdict(row) for row in state.history.rows], "optimizer": optimizer}
-    data = safetensors.torch.save(tensors, {"progress": json.dumps(progress)})
-    storage.write_bytes(storage.join(output, _LAST_NAME), data)
+    return safetensors.torch.save(tensors, {"progress": json.dumps(progress)})
 
 
 def read_state(output: str) -> State:
@@ -246,25 +245,33 @@ def read_state(output: str) -> State:
     return state
 
 
-def write_best(
-    output: str, model: "SegmentationModel", prompt: str, weights: "dict[str, Tensor] | None" = None
-) -> None:
-    """Put the model as OUTPUT/checkpoint; its checkpoint.yaml last.
+def copy_best(
+    model: "SegmentationModel", prompt: str, weights: "dict[str, Tensor] | None" = None
+) -> "tempfile.TemporaryDirectory[str]":
+    """The model as it is now, as a checkpoint in a folder of its own.
 
     Args:
-        output: of the run.
-        model: as it is now.
+        model: to copy.
         prompt: of the checkpoint.
         weights: all of the model's, where the model itself holds only shards of them.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(model, folder, prompt, weights=weights)
-        files = sorted(
-            (path for path in Path(folder).rglob("*") if path.is_file()), key=lambda path: path.name == SETTINGS_NAME
-        )
-        for path in files:
-            target = storage.join(output, CHECKPOINT_NAME, *path.relative_to(folder).parts)
-            storage.write_bytes(target, path.read_bytes())
+    folder = tempfile.TemporaryDirectory()
+    save_checkpoint(model, folder.name, prompt, weights=weights)
+    return folder
+
+
+def put_progress(output: str, packed: bytes, best: "tempfile.TemporaryDirectory[str] | None") -> None:
+    """Put a copy of the best model as OUTPUT/checkpoint, its checkpoint.yaml last, then last.safetensors.
+
+    A run that dies in between does the epoch again and comes to the same.
+    """
+    if best is not None:
+        with best as folder:
+            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name == SETTINGS_NAME):
+                target = storage.join(output, CHECKPOINT_NAME, *path.relative_to(folder).parts)
+                storage.write_bytes(target, path.read_bytes())
+    storage.write_bytes(storage.join(output, _LAST_NAME), packed)
 
 
 def write_metrics(output: str, history: History) -> None:

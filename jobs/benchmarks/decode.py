@@ -58,7 +58,7 @@ def measure(args: Namespace) -> int:
     }
     versions = {way: version(package) for way, package in _PACKAGES.items() if way not in left_out}
     told = {"files": described, "drawn": not args.folder, "repeats": args.repeats, "versions": versions}
-    write_json(args.json, "decode", told | {"left_out": left_out, "rows": rows})
+    write_json(args.json, "decode", told | {"left_out": left_out, "runs": rows})
     return 0
 
 
@@ -69,7 +69,7 @@ def tell(figures: dict[str, Any]) -> list[str]:
         f"{told['images']} {drawn}{name}s of {told['megapixels']:.2f} megapixels"
         for name, told in figures["files"].items()
     )
-    columns = list(dict.fromkeys((row["format"], row["size"]) for row in figures["rows"]))
+    columns = list(dict.fromkeys((row["format"], row["size"]) for row in figures["runs"]))
     lines = [
         f"Images per second and core, from {files} on average to the model's square, and how many times Pillow's that "
         f"is; medians of {figures['repeats']}. Differences are levels of 255 from what Pillow gives, over all images.",
@@ -77,8 +77,8 @@ def tell(figures: dict[str, Any]) -> list[str]:
         f"| | {' | '.join(f'{name} to {size}' for name, size in columns)} | largest difference | mean |",
         f"|---{'|---' * (len(columns) + 2)}|",
     ]
-    for way in dict.fromkeys(row["way"] for row in figures["rows"]):
-        own = {(row["format"], row["size"]): row for row in figures["rows"] if row["way"] == way}
+    for way in dict.fromkeys(row["way"] for row in figures["runs"]):
+        own = {(row["format"], row["size"]): row for row in figures["runs"] if row["way"] == way}
         cells = [
             f"{own[column]['images_per_s']:,.0f} ({own[column]['to_pillow']:.2f}x)" if column in own else ""
             for column in columns
@@ -86,7 +86,12 @@ def tell(figures: dict[str, Any]) -> list[str]:
         largest = max(row["largest_difference"] for row in own.values())
         mean = np.mean([row["mean_difference"] for row in own.values()])
         lines.append(f"| {way} | {' | '.join(cells)} | {largest} | {mean:.2f} |")
-    return lines
+    return [
+        *lines,
+        "",
+        "`vlsm` is simplejpeg, with Pillow for what it does not read, and fast_image_resize. torchvision would bring "
+        "torch into every process that decodes (270 MB, and seconds to start), and its decoders are deprecated.",
+    ]
 
 
 def _compare(name: str, data: list[bytes], size: int, ways: dict[str, Way], repeats: int) -> list[dict[str, Any]]:

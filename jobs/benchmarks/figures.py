@@ -27,15 +27,19 @@ def alternate(repeats: int, *calls: Callable[[], object]) -> list[float]:
 
 
 T = TypeVar("T")
+_LONGEST_S = 90.0  # in which quiet rounds are waited for
 
 
 def quietest(repeats: int, measure_round: Callable[[], T]) -> tuple[list[T], float]:
     """The rounds of a measurement in which others did least on this machine, and the most cores that they then took.
 
-    It is over when there are so many rounds in which they took less than a tenth of a core, or three times as many.
+    It is over when there are so many in which they took less than a tenth of a core, or so many and no time left.
     """
     rounds: list[tuple[float, int, T]] = []
-    while len(rounds) < 3 * repeats and sum(cores < 0.1 for cores, *_ in rounds) < repeats:
+    deadline_s = time.monotonic() + _LONGEST_S
+    while len(rounds) < repeats or (
+        time.monotonic() < deadline_s and sum(cores < 0.1 for cores, *_ in rounds) < repeats
+    ):
         before_s, start_s = _foreign_core_s(), time.monotonic()
         measured = measure_round()
         foreign_s = max(0.0, _foreign_core_s() - before_s)

@@ -50,23 +50,30 @@ def measure(args: Namespace) -> int:
             for size in ("own", str(SIDE)):
                 sized = masks if size == "own" else [resize_mask(mask, SIDE) for mask in masks]
                 rows += _compare(name, size, sized, Path(temporary, "files"), args.repeats)
-    write_json(args.json, "output", {"repeats": args.repeats, "rows": rows})
+    write_json(args.json, "output", {"repeats": args.repeats, "runs": rows})
     return 0
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
     """The README's lines of what was measured."""
+    png, one_bit = "PNG", "PNG, 1 bit"
     lines = [
-        f"Bytes of a mask, and milliseconds to write and to read it, medians of {figures['repeats']}: the job's part "
-        f"files, with all columns, against a file per mask, at the masks' own size and at {SIDE} x {SIDE}.",
+        f"A mask at its own size and at {SIDE} x {SIDE}, medians of {figures['repeats']}: the job's parts, with all "
+        "columns, against a PNG of 8 bits for each mask, which `vlsm.export` writes, one of 1 bit, and bare bits.",
         "",
-        "| masks of | size | as | bytes | to PNG | write, ms | read, ms |",
-        "|---|---|---|---|---|---|---|",
+        "| masks of | size | bytes: parts | PNG | 1 bit | bits | parts to PNG | to 1 bit | ms to write: parts | PNG "
+        "| to read: parts | PNG |",
+        f"|---{'|---' * 11}|",
     ]
-    for row in figures["rows"]:
+    cases = dict.fromkeys((row["name"], row["masks"], row["size"]) for row in figures["runs"])
+    for name, count, size in cases:
+        own = {row["as"]: row for row in figures["runs"] if (row["name"], row["size"]) == (name, size)}
+        num_bytes = {way: row["bytes"] for way, row in own.items()}
         lines.append(
-            f"| {row['name']} ({row['masks']}) | {row['size']} | {row['as']} | {row['bytes']:,.0f} | "
-            f"{row['to_png']:.2f}x | {row['write_ms']:.2f} | {row['read_ms']:.2f} |"
+            f"| {name} ({count}) | {size} | {' | '.join(f'{value:,.0f}' for value in num_bytes.values())} | "
+            f"{num_bytes[OURS] / num_bytes[png]:.2f} | {num_bytes[OURS] / num_bytes[one_bit]:.2f} | "
+            f"{own[OURS]['write_ms']:.2f} | {own[png]['write_ms']:.2f} | "
+            f"{own[OURS]['read_ms']:.2f} | {own[png]['read_ms']:.2f} |"
         )
     return lines
 

@@ -67,16 +67,17 @@ def measure(args: Namespace) -> int:
 def tell(figures: dict[str, Any]) -> list[str]:
     """The README's lines of what was measured."""
     lines = [
-        f"Full-size CLIPSeg over JPEGs of 560 x 560 pixels, the {figures['repeats']} quietest times of all, in turns; Dice "
-        "is of all masks of both ways:",
+        f"Full-size CLIPSeg over JPEGs of 560 x 560 pixels, the {figures['repeats']} quietest times of all, in turns; "
+        "Dice is of all masks of both ways:",
         "",
         "| way | prompts | images/s | ours | ratio | lowest to highest | Dice | others' cores |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["runs"]:
+        spread = f"{row['lowest']:.2f}x to {row['highest']:.2f}x"
         lines.append(
             f"| {row['way']} | {row['prompts']} | {row['peer_per_s']:.3f} | {row['ours_per_s']:.3f} | "
-            f"{row['ratio']:.2f}x | {row['lowest']:.2f}x to {row['highest']:.2f}x | {row['dice']:.4f} | {row['foreign_cores']:.2f} |"
+            f"{row['ratio']:.2f}x | {spread} | {row['dice']:.4f} | {row['foreign_cores']:.2f} |"
         )
     return lines
 

@@ -66,6 +66,9 @@ class Efficiency:
         lowest, highest: of these ratios.
         foreign_cores: that others took meanwhile on this machine, at most.
         core_ms: of an image in the job, by kind of process.
+        bare_core_ms: of an image in the bare loop.
+        core_efficiency: the median ratio of the two, all processes of the job together. Where cores are shared with
+            others it tells more than the ratio of rates.
     """
 
     name: str
@@ -78,6 +81,8 @@ class Efficiency:
     highest: float
     foreign_cores: float
     core_ms: dict[str, float]
+    bare_core_ms: float
+    core_efficiency: float
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -108,28 +113,32 @@ def measure(args: Namespace) -> int:
                 row = _measure(name, source, folder, files, args)
                 rows.append(asdict(row))
                 told = ", ".join(f"{kind} {ms:.2f}" for kind, ms in row.core_ms.items())
+                told += (
+                    f"; bare {row.bare_core_ms:.2f}: {row.core_efficiency:.3f}; others {row.foreign_cores:.2f} cores"
+                )
                 print(
                     f"{name:10} {source:5} {row.job_per_s:9.2f} {row.bare_per_s:9.2f} {row.efficiency:6.3f} "
-                    f"({row.lowest:.3f} to {row.highest:.3f})  {told}; others {row.foreign_cores:.2f} cores",
+                    f"({row.lowest:.3f} to {row.highest:.3f})  {told}",
                     flush=True,
                 )
-    write_json(args.json, "pipeline", {"repeats": args.repeats, "seconds": args.seconds, "runs": rows})
+                write_json(args.json, "pipeline", {"repeats": args.repeats, "seconds": args.seconds, "runs": rows})
     return 0
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
     """The README's lines of what was measured."""
     lines = [
-        f"The segment job's steady state against the bare model loop, the {figures['repeats']} quietest times of all, in "
-        "turns. The S3 server runs on the same cores.",
+        f"The segment job's steady state against the bare model loop, the {figures['repeats']} quietest times of all, "
+        "in turns. The S3 server runs on the same cores.",
         "",
-        "| model | images from | job, images/s | bare loop | efficiency | lowest to highest | others' cores |",
-        "|---|---|---|---|---|---|---|",
+        "| model | images from | job, images/s | bare loop | efficiency | from, to | by core seconds | others' cores |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["runs"]:
         lines.append(
             f"| `{row['name']}` | {row['source']} | {row['job_per_s']:,.2f} | {row['bare_per_s']:,.2f} | "
-            f"{row['efficiency']:.3f} | {row['lowest']:.3f} to {row['highest']:.3f} | {row['foreign_cores']:.2f} |"
+            f"{row['efficiency']:.3f} | {row['lowest']:.3f} to {row['highest']:.3f} | {row['core_efficiency']:.3f} | "
+            f"{row['foreign_cores']:.2f} |"
         )
     return lines
 
@@ -152,9 +161,10 @@ def _measure(name: str, source: str, folder: Path, files: list[Path], args: Name
         words += ["--set", f"run.batch_size={case.batch_size}"]
         with hold_job(words, output, case.shard_rows) as job:
             rounds, foreign_cores = quietest(
-                args.repeats, lambda: (bare.measure(args.seconds), *job.measure(args.seconds))
+                args.repeats, lambda: (bare.measure(args.seconds), job.measure(args.seconds))
             )
-    bare_rates, job_rates, spent_s = zip(*rounds, strict=True)
+    bares, jobs = zip(*rounds, strict=True)
+    (bare_rates, bare_s), (job_rates, spent_s) = zip(*bares, strict=True), zip(*jobs, strict=True)
     efficiencies = [one / other for one, other in zip(job_rates, bare_rates, strict=True)]
     return Efficiency(
         name,
@@ -167,6 +177,8 @@ def _measure(name: str, source: str, folder: Path, files: list[Path], args: Name
         max(efficiencies),
         foreign_cores,
         {kind: 1000 * statistics.median(spent[kind] for spent in spent_s) for kind in spent_s[0]},
+        1000 * statistics.median(bare_s),
+        statistics.median(own_s / sum(spent.values()) for own_s, spent in zip(bare_s, spent_s, strict=True)),
     )
 
 
@@ -201,10 +213,10 @@ class _BareLoop:
         self.measure(0)  # else the first time chooses kernels as well
 
     @torch.inference_mode()
-    def measure(self, seconds: float) -> float:
-        """Images per second."""
-        model, num_images, start_s = self._segmenter.model, 0, time.monotonic()
+    def measure(self, seconds: float) -> tuple[float, float]:
+        """Images per second, and core seconds an image."""
+        model, num_images, start_s, before_s = self._segmenter.model, 0, time.monotonic(), time.process_time()
         while (passed_s := time.monotonic() - start_s) < seconds or not num_images:
             model.decode(model.encode_images(self._pixel_values), self._text_features)
             num_images += len(self._pixel_values)
-        return num_images / passed_s
+        return num_images / passed_s, (time.process_time() - before_s) / num_images

@@ -49,12 +49,15 @@ class _InTurns(Worker):
         self._started_s = time.perf_counter()
 
     def end_epoch(self, epoch: int) -> None:
-        """The worker's own epoch ends here."""
-        super().end_epoch(epoch)
-        between_s = time.perf_counter()
-        self._train_barely()
-        ended_s = time.perf_counter()
-        self._turns.append({"job_s": between_s - self._started_s, "bare_s": ended_s - between_s})
+        """The worker's own epoch ends here; a bare one follows when all of it is saved."""
+        times_s = [self._started_s, time.perf_counter()]
+        for part in (lambda: super(_InTurns, self).end_epoch(epoch), self.wait_until_saved, self._train_barely):
+            part()
+            times_s.append(time.perf_counter())
+        names = ("steps_s", "end_s", "beside_s", "bare_s")
+        self._turns.append(
+            {name: after - before for name, before, after in zip(names, times_s, times_s[1:], strict=False)}
+        )
         if self.rank == 0:
             Path(self.output, TURNS_NAME).write_text(json.dumps(self._turns), encoding="utf-8")
         self._started_s = time.perf_counter()

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jobs.benchmark import main
-from jobs.benchmarks import peers, pipeline
+from jobs.benchmarks import decode, output, peers, pipeline, train
 from tests.tiny import TINY_CLIPSEG
 
 
@@ -42,3 +42,34 @@ def test_the_job_is_compared_with_a_usual_way_and_its_masks_are_the_same(ray_clu
     assert [row["way"] for row in figures["runs"]] == ["card"]
     assert all(row["dice"] > 0.99 for row in figures["runs"])
     assert "| card | 2 |" in "\n".join(peers.tell(figures))
+
+
+def test_decoding_is_compared_with_other_libraries_and_keeps_to_pillows_pixels(tmp_path):
+    path = tmp_path / "decode.json"
+    assert main(["decode", "--images", "2", "--repeats", "1", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    ours = [row for row in figures["runs"] if row["way"] == "vlsm"]
+    assert [(row["format"], row["size"]) for row in ours] == [(f, s) for f in ("JPEG", "PNG") for s in (224, 352)]
+    assert all(row["largest_difference"] <= 1 for row in ours)
+    assert "| vlsm |" in "\n".join(decode.tell(figures))
+
+
+def test_masks_in_parquet_are_compared_with_png_files(tmp_path):
+    path = tmp_path / "output.json"
+    assert main(["output", "--masks", "4", "--repeats", "1", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert [row["as"] for row in figures["runs"]][:4] == ["run lengths in Parquet", "PNG", "PNG, 1 bit", "bitmap"]
+    assert figures["runs"][7]["bytes"] == 352 * 352 / 8
+    assert "| drawn (4) | 352 |" in "\n".join(output.tell(figures))
+
+
+@pytest.mark.ray
+def test_the_train_jobs_loop_is_compared_with_a_bare_one(ray_cluster, tmp_path):
+    path = tmp_path / "train.json"
+    words = ["--model", "pixel", "--examples", "16", "--repeats", "1", "--setup", "one worker", "--json", str(path)]
+    assert main(["train", *words]) == 0
+    figures = json.loads(path.read_text())
+    (row,) = figures["runs"]
+    assert 0 < row["efficiency"] == row["job_per_s"] / row["bare_per_s"]
+    assert len(row["turns"]) == 2
+    assert "| one worker |" in "\n".join(train.tell(figures))
