@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlsm.errors import ImageError
 from vlsm.resizing import resize_bilinear
+
+try:
+    import simplejpeg
+except ImportError:  # a machine with torch and the networks' libraries alone: Pillow gives the same pixels
+    simplejpeg = None
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +96,8 @@ def _decode(image: Image.Image, name: str, max_pixels: int, data: bytes = b"") -
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
     """The pixels that Pillow gives, in half of its time; None where something is odd, of which Pillow is to judge."""
+    if simplejpeg is None:
+        return None
     try:
         pixels = simplejpeg.decode_jpeg(data)
     except ValueError:

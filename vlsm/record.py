@@ -8,7 +8,7 @@ import datetime
 import os
 import subprocess
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
 _ACTIONS = {"start_over", "retry_failed", "update"}  # what is to be done now, no part of what a run is
 _POOL_KEYS = ("actors", "_per_actor")
-_PACKAGES = ("ray", "torch", "torchvision", "transformers", "pillow", "pyarrow", "fsspec", "s3fs", "scipy")
+_PACKAGES = "ray torch torchvision transformers pillow simplejpeg cykooz-resizer pyarrow fsspec s3fs scipy".split()
 
 
 def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any])
         "config": settings.model_dump(mode="json", exclude=_ACTIONS),
         **facts,
         "plan": plan,
-        "versions": {"vlsm": vlsm.__version__} | {package: version(package) for package in _PACKAGES},
+        "versions": {"vlsm": vlsm.__version__} | {package: _version(package) for package in _PACKAGES},
         "git_revision": _git_revision(),
         "planned_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -115,6 +115,13 @@ def forget_run(output: str, names: Iterable[str] = (), folders: Iterable[tuple[s
         for name in storage.list_names(storage.join(output, folder)):
             if name.startswith((prefix, f".{prefix}")):  # the second: what a killed process has not put in place
                 storage.remove(storage.join(output, folder, name))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # some are not on every platform
+        return None
 
 
 def _git_revision() -> str | None:
