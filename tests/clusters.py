@@ -233,7 +233,9 @@ def _host(folder: Path, number: int):
         re.sub(r"^(root:.*):[^:]*:([^:]*)$", rf"\1:{home}:\2", Path("/etc/passwd").read_text(), flags=re.M)
     )
     inside = "mount -t tmpfs tmpfs /run && mkdir -p /run/sshd /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"
-    inside += f" && mount --bind {users} /etc/passwd"
+    names = folder / f"hosts{number}"  # training workers find each other by the host's name
+    names.write_text(f"127.0.0.1 localhost\n{address} {name}\n")
+    inside += f" && mount --bind {users} /etc/passwd && mount --bind {names} /etc/hosts && hostname {name}"
     inside += f" && exec $(command -v sshd || echo /usr/sbin/sshd) -D -e -f {settings}"
     with contextlib.ExitStack() as stack:
         _ip("netns add", name)
@@ -243,7 +245,7 @@ def _host(folder: Path, number: int):
         ways = f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"
         for line in (*ways, f"route add default via {_SUBNET}.254"):
             _ip("-n", name, line)
-        command = ["ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        command = ["ip", "netns", "exec", name, "unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
         process = subprocess.Popen([*command, "bash", "-c", inside])
         stack.callback(process.wait)
         stack.callback(process.kill)
