@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import vlsm
+from jobs import benchmark
 from jobs.benchmarks.stores import BUCKET
 from tests.clusters import ROOT, SUBMISSIONS, autoscaled, launched, started
 from vlsm import storage
@@ -126,3 +127,12 @@ def test_cluster_yaml_is_launched_over_ssh(folder):
     with launched(num_workers=2) as cluster:
         cluster.wait_for_nodes({"CPU": 2, "GPU": 2})
         segment_and_train(cluster, str(folder))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_two_nodes_are_measured_against_one(tmp_path):
+    words = ["nodes", "--repeats", "1", "--images", "12", "--image-size", "32", "--json", str(tmp_path / "nodes.json")]
+    assert benchmark.main(words) == 0
+    jobs = json.loads((tmp_path / "nodes.json").read_text())["jobs"]
+    assert [job["name"] for job in jobs] == ["segment", "train"]
+    assert all(job["start_s"] > 0 and job["one_per_s"] > 0 and job["two_per_s"] > 0 for job in jobs)
