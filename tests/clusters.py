@@ -148,17 +148,10 @@ def autoscaled(max_gpus: int) -> dict:
     config = copy.deepcopy(CLUSTER)
     # by its module: the package lacks the file of defaults that the provider's own name asks for
     module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-    config["provider"] = {
-        "type": "external",
-        "module": module,
-        "launch_multiple": True,
-        "head_node_id": FAKE_HEAD_NODE_ID,
-    }
-    nothing = {"docker": {}, "auth": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": []}
-    commands = ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
-    config |= (
-        nothing | {name: [] for name in commands} | {"idle_timeout_minutes": 0.2, "head_node_type": FAKE_HEAD_NODE_TYPE}
-    )
+    provider = {"type": "external", "module": module, "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID}
+    config |= {"provider": provider, "idle_timeout_minutes": 0.2, "head_node_type": FAKE_HEAD_NODE_TYPE}
+    config |= {"docker": {}, "auth": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": []}
+    config |= dict.fromkeys(("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"), [])
     nodes = config["available_node_types"]
     for node in nodes.values():
         node["node_config"] = {}
@@ -196,9 +189,8 @@ def launched(num_workers: int):
         file = Path(folder, "cluster.yaml")
         file.write_text(yaml.safe_dump(on_premises(head, workers, Path(folder, "key"))))
         cluster = Running(environment, f"{head}:6379", Path(folder, "log"), [])
-        environment["RAY_UP_enable_autoscaler_v2"] = (
-            "0"  # it counts the head among min_workers where all are of one type
-        )
+        # the second version counts the head among min_workers where all nodes are of one type
+        environment["RAY_UP_enable_autoscaler_v2"] = "0"
         code, out = cluster.call(f"ray up -y {file}")
         assert code == 0, out
         port = free_port()
@@ -218,9 +210,7 @@ def _host(folder: Path, number: int):
     home = folder / f"home{number}"
     home.mkdir()
     options = shlex.split(" ".join(CLUSTER["docker"]["run_options"]))
-    told = [
-        word for option, word in itertools.pairwise(options) if option == "--env"
-    ]  # the container's in cluster.yaml
+    told = [word for option, word in itertools.pairwise(options) if option == "--env"]  # for containers
     told.append(f"PATH={os.path.dirname(sys.executable)}:/usr/bin:/bin")
     (home / ".bashrc").write_text("".join(f"export {word}\n" for word in told))
     settings = folder / f"sshd{number}"
@@ -229,9 +219,8 @@ def _host(folder: Path, number: int):
         "PidFile none\n"
     )
     users = folder / f"passwd{number}"  # SSH takes homes from there
-    users.write_text(
-        re.sub(r"^(root:.*):[^:]*:([^:]*)$", rf"\1:{home}:\2", Path("/etc/passwd").read_text(), flags=re.M)
-    )
+    everybody = Path("/etc/passwd").read_text()
+    users.write_text(re.sub(r"^(root:.*):[^:]*:([^:]*)$", rf"\1:{home}:\2", everybody, flags=re.M))
     inside = "mount -t tmpfs tmpfs /run && mkdir -p /run/sshd /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"
     names = folder / f"hosts{number}"  # training workers find each other by the host's name
     names.write_text(f"127.0.0.1 localhost\n{address} {name}\n")
