@@ -89,11 +89,12 @@ def _measure(folder: Path, prompts: list[str], args: Namespace) -> list[dict[str
     for number in range(NUM_IMAGES):
         (images / f"{number:05d}.jpg").hardlink_to(files[number % len(files)])
     ways = args.way or list(WAYS)
-    words = [str(images), "--checkpoint", str(folder / "checkpoint"), "--set", f"prompts=[{', '.join(prompts)}]"]
+    words = [str(images), "--set", f"prompts=[{', '.join(prompts)}]"]
     words += ["--set", f"run.batch_size={BATCH_SIZE}"]
     per_file = dict.fromkeys(WAYS, 1 / len(prompts)) | {"ray data": images_per_block(prompts)}
+    job = hold_job(words, folder / "checkpoint", ours, 2 * images_per_block(prompts), len(prompts))
     with contextlib.ExitStack() as stack:
-        held = {"ours": stack.enter_context(hold_job(words, ours, 2 * images_per_block(prompts), len(prompts)))}
+        held = {"ours": stack.enter_context(job)}
         for way in ways:  # one after the other, so that each has all cores until it is held
             arguments = [way, str(images), str(folder / way), str(clipseg), *prompts]
             held[way] = stack.enter_context(Held("jobs.benchmarks.others", arguments, folder / way, per_file[way]))

@@ -157,9 +157,8 @@ def _measure(name: str, source: str, folder: Path, files: list[Path], args: Name
     with _archive(source, folder, files) as uris:
         manifest, output = folder / f"{source}.parquet", folder / f"out_{source}"
         write_manifest(manifest, uris, case.num_rows)
-        words = [str(manifest), "--checkpoint", str(folder / "checkpoint")]
-        words += ["--set", f"run.batch_size={case.batch_size}"]
-        with hold_job(words, output, case.shard_rows) as job:
+        words = [str(manifest), "--set", f"run.batch_size={case.batch_size}"]
+        with hold_job(words, folder / "checkpoint", output, case.shard_rows) as job:
             rounds, foreign_cores = quietest(
                 args.repeats, lambda: (bare.measure(args.seconds), job.measure(args.seconds))
             )
