@@ -4,6 +4,7 @@ import contextlib
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
@@ -135,7 +136,8 @@ def _cluster(cores: list[int]) -> Iterator[str]:
 def _submit(address: str, *words: str) -> float:
     """Submit a job and wait for its end; the time at which it was submitted, since 1970 in seconds."""
     submitted_s = time.time()
-    command = ["ray", "job", "submit", "--address", address, "--working-dir", str(_ROOT), "--", "python", "-m", *words]
+    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address]
+    command = [*submit, "--working-dir", str(_ROOT), "--", sys.executable, "-m", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ResultError(f"the job failed: {done.stdout[-3000:]} {done.stderr[-1000:]}")

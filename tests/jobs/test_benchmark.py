@@ -31,6 +31,7 @@ def test_the_jobs_steady_state_is_compared_with_the_bare_model_loop(ray_cluster,
     assert "| `pixel` | disk |" in "\n".join(pipeline.tell(figures))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_job_is_compared_with_a_usual_way_and_its_masks_are_the_same(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "CLIPSEG", TINY_CLIPSEG)
@@ -63,6 +64,7 @@ def test_masks_in_parquet_are_compared_with_png_files(tmp_path):
     assert "| drawn (4) | 352 |" in "\n".join(output.tell(figures))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_train_jobs_loop_is_compared_with_a_bare_one(ray_cluster, tmp_path):
     path = tmp_path / "train.json"
