@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from vlsm.phantoms import draw_phantom
@@ -34,6 +32,9 @@ def write_files(folder: Path, count: int, sides_px: tuple[int, int] = SIDES_PX) 
 
 def write_manifest(path: Path, uris: Sequence[str], num_rows: int) -> None:
     """A list of so many rows, which name the files in turns: as many rows as there are files are all different."""
+    import pyarrow as pa  # here, for a machine that has torch and the networks' libraries alone
+    import pyarrow.parquet as pq
+
     schema = pa.schema([("image_id", pa.string()), ("image_uri", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
         for begin in range(0, num_rows, 100_000):

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 
@@ -50,6 +49,8 @@ def quietest(repeats: int, measure_round: Callable[[], T]) -> tuple[list[T], flo
 
 def _foreign_core_s() -> float:
     """Core seconds that were not this process's and its children's."""
+    import psutil  # here, for a machine that has torch and the networks' libraries alone
+
     total = psutil.cpu_times()
     own = psutil.Process()
     spent = total.user + total.nice + total.system + total.irq + total.softirq + total.steal

@@ -112,6 +112,8 @@ class Held:
                 process.resume()
 
     def _processes(self) -> list[tuple[psutil.Process, str]]:
+        if self._process.poll() is not None:
+            return []
         driver = psutil.Process(self._process.pid)
         found = [(driver, "driver")]
         for child in driver.children(recursive=True):

@@ -82,7 +82,7 @@ def measure(args: Namespace) -> int:
             f"{scaling.two_per_s / scaling.one_per_s:5.2f}x"
         )
     shape = {"repeats": args.repeats, "images": args.images, "image_size": args.image_size}
-    write_json(args.json, "nodes", shape | {"jobs": [asdict(scaling) for scaling in scalings]})
+    write_json(args.json, "nodes", shape | {"runs": [asdict(scaling) for scaling in scalings]})
     return 0
 
 
@@ -96,7 +96,7 @@ def tell(figures: dict[str, Any]) -> list[str]:
         "| job | start, s | images/s on one node | on two | ratio |",
         "|---|---|---|---|---|",
     ]
-    for job in figures["jobs"]:
+    for job in figures["runs"]:
         lines.append(
             f"| {job['name']} | {job['start_s']:.0f} | {job['one_per_s']:.2f} | {job['two_per_s']:.2f} | "
             f"{job['two_per_s'] / job['one_per_s']:.2f}x |"

@@ -19,9 +19,10 @@ def test_models_are_measured_against_the_plain_way_and_agree_with_it(tmp_path, c
     assert "biomedclipseg" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_jobs_steady_state_is_compared_with_the_bare_model_loop(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.setitem(pipeline.CASES, "pixel", pipeline.Case({}, 8, 16, 4000, 16, (48, 49)))
+    monkeypatch.setitem(pipeline.CASES, "pixel", pipeline.Case({}, 8, 16, 40_000, 16, (48, 49)))
     path = tmp_path / "pipeline.json"
     words = ["--model", "pixel", "--source", "disk", "--repeats", "1", "--seconds", "0.2", "--json", str(path)]
     assert main(["pipeline", *words]) == 0

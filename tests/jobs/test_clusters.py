@@ -133,6 +133,6 @@ def test_cluster_yaml_is_launched_over_ssh(folder):
 def test_two_nodes_are_measured_against_one(tmp_path):
     words = ["nodes", "--repeats", "1", "--images", "12", "--image-size", "32", "--json", str(tmp_path / "nodes.json")]
     assert benchmark.main(words) == 0
-    jobs = json.loads((tmp_path / "nodes.json").read_text())["jobs"]
+    jobs = json.loads((tmp_path / "nodes.json").read_text())["runs"]
     assert [job["name"] for job in jobs] == ["segment", "train"]
     assert all(job["start_s"] > 0 and job["one_per_s"] > 0 and job["two_per_s"] > 0 for job in jobs)
