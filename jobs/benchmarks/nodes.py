@@ -145,12 +145,12 @@ def _submit(address: str, *words: str) -> float:
 
 
 def _segment(address: str, folder: Path, output: Path, args: Namespace, num_nodes: int) -> tuple[float, float]:
-    """Seconds to the first part of four images, and images per second from there to the last part."""
+    """Seconds to the first part of four images, and images per second from the third, with all nodes, to the last."""
     words = ["jobs.segment", str(folder / "images"), str(output), "--checkpoint", str(folder / "checkpoint")]
     settings = "shard_rows=4", "run.batch_size=4", f"run.actors={num_nodes}..{num_nodes}"
     submitted_s = _submit(address, *words, *_set(settings))
     written_s = sorted(path.stat().st_mtime for path in (output / "masks").glob("part-*"))
-    return written_s[0] - submitted_s, (args.images - 4) / (written_s[-1] - written_s[0])
+    return written_s[0] - submitted_s, 4 * (len(written_s) - 3) / (written_s[-1] - written_s[2])
 
 
 def _train(address: str, folder: Path, output: Path, args: Namespace, num_nodes: int) -> tuple[float, float]:
