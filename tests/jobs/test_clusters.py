@@ -131,7 +131,7 @@ def test_cluster_yaml_is_launched_over_ssh(folder):
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_two_nodes_are_measured_against_one(tmp_path):
-    words = ["nodes", "--repeats", "1", "--images", "12", "--image-size", "32", "--json", str(tmp_path / "nodes.json")]
+    words = ["nodes", "--repeats", "1", "--images", "24", "--image-size", "32", "--json", str(tmp_path / "nodes.json")]
     assert benchmark.main(words) == 0
     jobs = json.loads((tmp_path / "nodes.json").read_text())["runs"]
     assert [job["name"] for job in jobs] == ["segment", "train"]
