@@ -22,7 +22,7 @@ from vlsm import storage
 from vlsm.errors import VlsmError
 from vlsm.examples import MicroBatch, Plan
 from vlsm.features import FeatureCache
-from vlsm.history import MEAN, Row, summarize
+from vlsm.history import Row, describe_epoch, summarize
 from vlsm.parallel import gather
 from vlsm.recipe import TrainSettings
 from vlsm.record import SUMMARY_NAME
@@ -106,13 +106,16 @@ class Worker:
     def run(self) -> None:
         """From where the run is to its summary."""
         stream = self.feed.stream(self._rest())
-        while not self._is_over():
-            batch, images, masks = next(stream)
-            pixels, targets = torch.from_numpy(images), torch.from_numpy(masks)
-            if batch.split == "train":
-                self._learn(batch, pixels, targets)
-            else:
-                self._validate(batch, pixels, targets)
+        try:
+            while not self._is_over():
+                batch, images, masks = next(stream)
+                pixels, targets = torch.from_numpy(images), torch.from_numpy(masks)
+                if batch.split == "train":
+                    self._learn(batch, pixels, targets)
+                else:
+                    self._validate(batch, pixels, targets)
+        finally:
+            self.saver.shutdown()  # whatever ends it, the last good state is put first
         stream.close()
         self.wait_until_saved()
         self._finish(self._test())
@@ -176,7 +179,7 @@ class Worker:
             write_metrics(self.output, state.history)
             for tracker in self.trackers:
                 tracker.track(rows)
-        self.say(_describe_epoch(rows, optim.epochs, is_best))
+        self.say(describe_epoch(rows, optim.epochs, is_best))
 
     def _save(self, scores: list[tuple[int, float, float]], is_best: bool = False) -> None:
         weights, optimizer = self.learner.state()
@@ -288,16 +291,3 @@ class _Clock:
         seconds = time.monotonic() - self._epoch_s
         self._epoch_s = time.monotonic()
         return {"seconds": round(seconds, 3), "finished_at": time.time()}
-
-
-def _describe_epoch(rows: list[Row], epochs: int, is_best: bool) -> str:
-    train = next(row for row in rows if (row.split, row.dataset) == ("train", MEAN))
-    val = [row for row in rows if row.split == "val"]
-    shown = val if len(val) > 2 else val[:1]
-    dice = ", ".join(f"{row.dataset} {row.dice:.3f}" for row in shown)
-    loss = next(row.loss for row in val if row.dataset == MEAN)
-    best = ", the best so far" if is_best else ""
-    return (
-        f"epoch {train.epoch} of {epochs}: loss {train.loss:.4f}, val loss {loss:.4f}, val Dice {dice}{best} "
-        f"({train.seconds:.1f} s)"
-    )

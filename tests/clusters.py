@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,21 @@ def on_premises(head: str, workers: list[str], key: Path) -> dict:
     return config | {"min_workers": len(workers), "max_workers": len(workers)}
 
 
+LAUNCHING = (
+    "ip",
+    "unshare",
+    "rsync",
+    "ssh",
+    "ssh-keygen",
+    "sshd",
+)  # programs of Debian's iproute2, openssh-server, ...
+
+
+def find_program(name: str) -> str | None:
+    """Where a program is, also of those that only root has on its path; sshd wants to be called so."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
 @contextlib.contextmanager
 def launched(num_workers: int):
     """`ray up` over SSH, and `ray down`; needs root, and Debian's iproute2, openssh-server and rsync."""
@@ -221,11 +237,12 @@ def _host(folder: Path, number: int):
     users = folder / f"passwd{number}"  # SSH takes homes from there
     everybody = Path("/etc/passwd").read_text()
     users.write_text(re.sub(r"^(root:.*):[^:]*:([^:]*)$", rf"\1:{home}:\2", everybody, flags=re.M))
+    # in a mount namespace of the host's own: Linux has these in the same places everywhere, and Ray its files
     inside = "mount -t tmpfs tmpfs /run && mkdir -p /run/sshd /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"
     names = folder / f"hosts{number}"  # training workers find each other by the host's name
     names.write_text(f"127.0.0.1 localhost\n{address} {name}\n")
     inside += f" && mount --bind {users} /etc/passwd && mount --bind {names} /etc/hosts && hostname {name}"
-    inside += f" && exec $(command -v sshd || echo /usr/sbin/sshd) -D -e -f {settings}"
+    inside += f" && exec {find_program('sshd')} -D -e -f {settings}"
     with contextlib.ExitStack() as stack:
         _ip("netns add", name)
         stack.callback(_ip, "netns del", name)

@@ -88,3 +88,17 @@ def summarize(
         num_examples = sum(row.num_examples for row in own_rows)
         rows.append(Row(dataset=MEAN, loss=loss, dice=dice, num_examples=num_examples, **common))
     return rows
+
+
+def describe_epoch(rows: list[Row], epochs: int, is_best: bool) -> str:
+    """An epoch's rows, of so many epochs, in a line for the log."""
+    train = next(row for row in rows if (row.split, row.dataset) == ("train", MEAN))
+    val = [row for row in rows if row.split == "val"]
+    shown = val if len(val) > 2 else val[:1]
+    dice = ", ".join(f"{row.dataset} {row.dice:.3f}" for row in shown)
+    loss = next(row.loss for row in val if row.dataset == MEAN)
+    best = ", the best so far" if is_best else ""
+    return (
+        f"epoch {train.epoch} of {epochs}: loss {train.loss:.4f}, val loss {loss:.4f}, val Dice {dice}{best} "
+        f"({train.seconds:.1f} s)"
+    )

@@ -13,7 +13,7 @@ import yaml
 import vlsm
 from jobs import benchmark
 from jobs.benchmarks.stores import BUCKET
-from tests.clusters import ROOT, SUBMISSIONS, autoscaled, launched, started
+from tests.clusters import LAUNCHING, ROOT, SUBMISSIONS, autoscaled, find_program, launched, started
 from vlsm import storage
 from vlsm.phantoms import write_labelled
 from vlsm.verify import verify_run
@@ -122,7 +122,7 @@ def test_cluster_yaml_starts_its_nodes_for_the_work_and_ends_them(bucket, s3_ser
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes hosts, which only root may")
-@pytest.mark.skipif(not all(map(shutil.which, ("ip", "rsync", "ssh-keygen"))), reason="needs iproute2, rsync and SSH")
+@pytest.mark.skipif(not all(map(find_program, LAUNCHING)), reason="needs iproute2, rsync and an SSH server")
 def test_cluster_yaml_is_launched_over_ssh(folder):
     with launched(num_workers=2) as cluster:
         cluster.wait_for_nodes({"CPU": 2, "GPU": 2})
