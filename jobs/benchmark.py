@@ -80,6 +80,8 @@ def measured_section() -> str:
     lines = []
     for (name, machine), figures in tables.items():
         lines += [f"`python -m jobs.benchmark {name}` on {machine}:", "", *_module(name).tell(figures), ""]
+    owed = [f"`{name}`" for name in BENCHMARKS if name not in {name for name, _ in tables}]
+    lines += [f"Still to be measured: {', '.join(owed)}.", ""] if owed else []
     return "\n".join(lines)
 
 

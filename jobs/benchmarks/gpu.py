@@ -94,7 +94,7 @@ def measure(args: Namespace) -> int:
     # torch's shortcut for nn.MultiheadAttention makes attention maps; without it the attention is fused
     torch.backends.mha.set_fastpath_enabled(False)
     bench = _Bench(torch.device(args.device), args.batch_size, args.repeats)
-    figures: dict[str, Any] = bench.describe() | {"models": [], "failed": {}, "left_out": []}
+    figures: dict[str, Any] = bench.describe() | {"runs": [], "failed": {}, "left_out": []}
     print(f"{figures['device']}: {bench.peak_flop_s / 1e12:.1f} TFLOP/s in bfloat16, {bench.batch_size} images at once")
     print(_HEAD)
     for name in args.model or MODELS:
@@ -107,13 +107,13 @@ def measure(args: Namespace) -> int:
             figures["failed"][name] = _explain(error)
             print(f"{name:15} failed: {figures['failed'][name]}", flush=True)
         else:
-            figures["models"].append(asdict(speed))
+            figures["runs"].append(asdict(speed))
             print(_row(speed), flush=True)
         write_json(args.json, "gpu", figures)
     if figures["left_out"]:
         print(f"left out after {args.seconds_limit:.0f} s: {', '.join(figures['left_out'])}")
     write_json(args.json, "gpu", figures)
-    return 0 if figures["models"] else 1
+    return 0 if figures["runs"] else 1
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
@@ -126,7 +126,7 @@ def tell(figures: dict[str, Any]) -> list[str]:
         "| model | pixels | images/s, eager fp32 | bf16 | bf16 compiled | to fp32 | of the peak | cores to decode |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in figures["models"]:
+    for row in figures["runs"]:
         best, fp32 = row["compiled_per_s"] or row["bf16_per_s"], row["fp32_per_s"]
         lines.append(
             f"| `{row['name']}` | {row['image_size']} | {fp32:,.0f} | {row['bf16_per_s']:,.0f} | {best:,.0f} | "

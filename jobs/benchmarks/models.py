@@ -68,7 +68,7 @@ def measure(args: Namespace) -> int:
             f"{speed.ours_10_s / speed.ours_1_s:7.2f}x",
             flush=True,
         )
-    figures = {"threads": args.threads, "repeats": args.repeats, "models": [asdict(speed) for speed in speeds]}
+    figures = {"threads": args.threads, "repeats": args.repeats, "runs": [asdict(speed) for speed in speeds]}
     write_json(args.json, "models", figures)
     wrong = [speed.name for speed in speeds if not speed.largest_difference < 1e-3]
     if wrong:
@@ -85,7 +85,7 @@ def tell(figures: dict[str, Any]) -> list[str]:
         "| model | pixels | 1 prompt: ours | plain | ratio | 10 prompts: ours | plain | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in figures["models"]:
+    for row in figures["runs"]:
         ours_1, plain_1, ours_10, plain_10 = (row[f"{way}_s"] for way in ("ours_1", "plain_1", "ours_10", "plain_10"))
         lines.append(
             f"| `{row['name']}` | {row['image_size']} | {ours_1:.3f} | {plain_1:.3f} | {plain_1 / ours_1:.2f}x | "

@@ -265,7 +265,7 @@ def measure(args: Namespace) -> int:
             told = ", ".join(f"{count} {what}" for what, count in disturbances.items())
             print(f"{name:14} {seconds:7.0f} s  {told}: {outcome}", flush=True)
             results.append({"scenario": name, "seconds": round(seconds, 1), **disturbances, "outcome": outcome})
-    write_json(args.json, "torture", {"images": args.images, "seed": args.seed, "scenarios": results})
+    write_json(args.json, "torture", {"images": args.images, "seed": args.seed, "runs": results})
     return int(any(str(result["outcome"]).startswith("FAILED") for result in results))
 
 
@@ -277,7 +277,7 @@ def tell(figures: dict[str, Any]) -> list[str]:
         "| scenario | seconds | disturbances | outcome |",
         "|---|---|---|---|",
     ]
-    for result in figures["scenarios"]:
+    for result in figures["runs"]:
         about = {key: value for key, value in result.items() if key not in ("scenario", "seconds", "outcome")}
         told = ", ".join(f"{count} {what}" for what, count in about.items())
         lines.append(f"| {result['scenario']} | {result['seconds']:.0f} | {told} | {result['outcome']} |")

@@ -30,7 +30,7 @@ sys.exit(main({words!r}))
 def test_a_model_is_measured_without_ray_and_agrees_with_itself_in_float32(run):
     shown, report = run
     assert report["device"] == "CPU" and report["torch"] == torch.__version__
-    (speed,) = report["models"]
+    (speed,) = report["runs"]
     assert speed["name"] == "pixel" and speed["error"] is None and speed["graph_breaks"] == 0
     assert speed["largest_difference"] < 0.02
     assert speed["mask_dice"] > 0.9  # cut at the median, where most probabilities are
@@ -39,7 +39,7 @@ def test_a_model_is_measured_without_ray_and_agrees_with_itself_in_float32(run):
 
 def test_the_figures_follow_from_each_other(run):
     _, report = run
-    (speed,) = report["models"]
+    (speed,) = report["runs"]
     assert min(speed["fp32_per_s"], speed["bf16_per_s"], speed["compiled_per_s"], speed["compile_s"]) > 0
     best = max(speed["bf16_per_s"], speed["compiled_per_s"])
     assert speed["decode_cores"] == pytest.approx(best / speed["decoded_per_s"])
@@ -58,7 +58,7 @@ def test_a_model_that_cannot_be_compiled_is_a_row_with_the_reason(monkeypatch, t
     path = tmp_path / "gpu.json"
     words = ["--device", "cpu", "--model", "pixel", "--repeats", "1", "--batch-size", "1", "--json", str(path)]
     assert main(["gpu", *words]) == 0
-    (speed,) = json.loads(path.read_text())["models"]
+    (speed,) = json.loads(path.read_text())["runs"]
     assert speed["compiled_per_s"] is None and speed["bf16_per_s"] > 0
     assert "not compiled: RuntimeError: no kernel for this" in capsys.readouterr().out
 
