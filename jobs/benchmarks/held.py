@@ -18,7 +18,6 @@ from vlsm.errors import ResultError
 _ROOT = Path(__file__).parents[2]
 _LONGEST_S = 300.0  # until the next file
 _EVEN = {"RAY_worker_niceness": "0"}  # else whatever stirs on the machine slows what runs on Ray and nothing else
-_READ_AHEAD_BYTES = 100 << 20
 
 
 class Held:
@@ -138,7 +137,14 @@ def _kind(process: psutil.Process) -> str:
     return "driver" if "jobs." in title else "ray"  # a process that the driver has forked
 
 
-def hold_job(arguments: list[str], checkpoint: Path, output: Path, images_per_part: int, num_prompts: int = 1) -> Held:
+def hold_job(
+    arguments: list[str],
+    checkpoint: Path,
+    output: Path,
+    images_per_part: int,
+    read_ahead_bytes: int = 100 << 20,
+    num_prompts: int = 1,
+) -> Held:
     """The segment job as a user starts it, but for the size of Ray's object store.
 
     What is read ahead of the models is then as much after some parts as it will be at any time: as much is read as is
@@ -154,6 +160,6 @@ def hold_job(arguments: list[str], checkpoint: Path, output: Path, images_per_pa
     ]
     weights_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     # the weights lie there as well, and Ray Data fills half of the store: with less of it all is spilled to disk
-    store_bytes = 2 * (weights_bytes + _READ_AHEAD_BYTES)
+    store_bytes = 2 * (weights_bytes + read_ahead_bytes)
     environment = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(store_bytes)}
     return Held("jobs.segment", words, output / "masks", images_per_part, environment)

@@ -92,7 +92,7 @@ def _measure(folder: Path, prompts: list[str], args: Namespace) -> list[dict[str
     words = [str(images), "--set", f"prompts=[{', '.join(prompts)}]"]
     words += ["--set", f"run.batch_size={BATCH_SIZE}"]
     per_file = dict.fromkeys(WAYS, 1 / len(prompts)) | {"ray data": images_per_block(prompts)}
-    job = hold_job(words, folder / "checkpoint", ours, 2 * images_per_block(prompts), len(prompts))
+    job = hold_job(words, folder / "checkpoint", ours, 2 * images_per_block(prompts), num_prompts=len(prompts))
     with contextlib.ExitStack() as stack:
         held = {"ours": stack.enter_context(job)}
         for way in ways:  # one after the other, so that each has all cores until it is held
