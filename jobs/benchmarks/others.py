@@ -61,18 +61,24 @@ def run_loader(files: list[Path], output: Path, clipseg: str, prompts: list[str]
 
 
 def run_ray_data(files: list[Path], output: Path, clipseg: str, prompts: list[str]) -> None:
-    """Ray Data's read_images, map_batches with one actor and write_parquet."""
+    """Ray Data's read_images, map_batches with one actor and write_parquet.
+
+    Reading and writing ask for a part of a CPU: with a whole one each, nothing is written on two cores before all is
+    read.
+    """
     import ray
 
+    a_part = {"num_cpus": 0.25}
     ray.init(include_dashboard=False)
     images = ray.data.read_images(
         [str(file) for file in files],
         mode="RGB",
         include_paths=True,
         override_num_blocks=len(files) // images_per_block(prompts),
+        ray_remote_args=a_part,
     )
     masks = images.map_batches(_CardActor, fn_constructor_args=(clipseg, prompts), batch_size=BATCH_SIZE, concurrency=1)
-    masks.write_parquet(str(output))
+    masks.write_parquet(str(output), ray_remote_args=a_part)
 
 
 def images_per_block(prompts: list[str]) -> int:

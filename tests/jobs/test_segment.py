@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import read_mask_rows, save_square
-from tests.jobs.conftest import run
+from tests.jobs.conftest import run, start
 from vlsm.record import read_record
 
 pytestmark = pytest.mark.ray
@@ -200,3 +200,26 @@ def test_clipseg_gives_each_prompt_a_mask_of_its_own(ray_cluster, archive, tmp_p
     assert any(
         (rows[path.name, prompts[0]]["mask"] != rows[path.name, prompts[1]]["mask"]).any() for path in archive.iterdir()
     )
+
+
+@pytest.mark.slow
+def test_parts_are_written_while_the_images_of_others_are_segmented(tmp_path):
+    """On two CPUs Ray Data may count so few for a run that fetching has all that the model leaves."""
+    import vlsm
+
+    (tmp_path / "in").mkdir()
+    for number in range(200):
+        save_square(tmp_path / "in" / f"{number}.png", size=(60, 90 + number))
+    vlsm.save_checkpoint(vlsm.build_model("unet_d", image_size=512, width=4), tmp_path / "ck", prompt="polyp")
+    words = [tmp_path / "in", tmp_path / "out", "--checkpoint", tmp_path / "ck", "--set", "shard_rows=4"]
+    environment = {
+        "RAY_ADDRESS": "local",
+        "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(100 << 20),
+        "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "1",  # seconds; how many CPUs are counted changes with these
+    }
+    job = start(*words, **environment)
+    _, log = job.communicate(timeout=300)
+    assert job.returncode == 0, log
+    times_s = sorted(part.stat().st_mtime for part in (tmp_path / "out" / "masks").glob("part-*"))
+    assert len(times_s) == 50
+    assert times_s[25] - times_s[0] < 0.8 * (times_s[-1] - times_s[0])
