@@ -4,13 +4,14 @@ They import no torch: there are many of them, and each stays a quarter of the si
 """
 
 import faulthandler
+import functools
 import itertools
 import json
 import signal
 import sys
-import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from vlsm.results import read_part, write_part
 from vlsm.sources import Content, Reader, is_read_in_order
 from vlsm.tiles import check_windows, plan_windows
 
+Read = Callable[[], tuple[Content, str | None]]
 _PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that a row has from the plan
 
 
@@ -128,18 +130,15 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
     sizes = np.zeros((max(1, count), 2), np.int32)
     fetched = _Fetched(positions, [{} for _ in positions], sizes, [None] * count, [None] * count, list(range(count)))
     firsts: dict[tuple[str, str | None], int] = {}
-    decoding = threading.Lock()  # reads overlap; decoding keeps to one core and to one decoded image in memory
-    rows, reader = images.take(pa.array(positions, pa.int64())).to_pylist(), Reader(settings)
+    rows = images.take(pa.array(positions, pa.int64())).to_pylist()
 
-    def fetch(index: int) -> None:
+    def fetch(index: int, read: Read) -> None:
         try:
             if positions[index] in watch.blamed:
                 uri = rows[index]["image_uri"]
                 raise ImageError("crashed", f"{uri}: the process that read and decoded it died or hung each time")
             with watch.image(positions[index]):
-                content, frame = reader.open(rows[index])
-                with decoding:
-                    _decode(content, frame, index)
+                _decode(*read(), index)
         except ImageError as error:
             fetched.errors[index] = str(error)
 
@@ -166,10 +165,28 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
     # a decoder that hangs can only be stopped with its process, and by what waits for no Python code; the next try of
     # this shard goes carefully. A timer of faulthandler's own would start a thread for each image, and wait for its end
     faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
-    is_one_by_one = watch.is_careful or is_read_in_order(rows)
-    with ThreadPoolExecutor(1 if is_one_by_one else settings.run.fetch_threads) as pool:
-        list(pool.map(fetch, range(count)))
+    for index, read in enumerate(_reads(rows, settings, watch.is_careful)):
+        fetch(index, read)
     return fetched
+
+
+def _reads(rows: list[dict[str, Any]], settings: SegmentSettings, one_by_one: bool) -> Iterable[Read]:
+    """For each planned row what gives its image's bytes, and which image of them."""
+    reader = Reader(settings)
+    reads: Iterable[Read] = [functools.partial(reader.open, row) for row in rows]
+    return reads if one_by_one or is_read_in_order(rows) else _ahead(reads, settings.run.fetch_threads)
+
+
+def _ahead(reads: Iterable[Read], num_threads: int) -> Iterator[Read]:
+    """The same, each begun in a thread before it is wanted: decoding, which keeps to one core, waits for none."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        begun: deque[Future[tuple[Content, str | None]]] = deque()
+        for read in reads:
+            begun.append(pool.submit(read))
+            if len(begun) > num_threads:
+                yield begun.popleft().result
+        while begun:
+            yield begun.popleft().result
 
 
 def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:

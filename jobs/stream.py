@@ -86,8 +86,8 @@ def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:
 
     pools = plan_pools(task.settings, ray.nodes())
     task_cpus = pools[0].task_cpus
-    # Ray Data counts CPUs that nobody has asked for in whole ones: of two, actor and tasks may have 1.61. With more
-    # reserved for fetching than one task, nothing is left for writing then, and no part is written before the last fetch
+    # Ray Data counts CPUs that nobody has asked for in whole ones: of two, actor and tasks may have 1.61. If more than
+    # one task were reserved for fetching, none would be left for writing, and all parts be written after the last fetch
     share = (2 + len(pools)) * task_cpus / ray.cluster_resources().get("CPU", 1.0)
     ray.data.DataContext.get_current().op_resource_reservation_ratio = min(0.5, share)
     shards = [{"shard": shard, "exists": exists} for shard, exists in wave]

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPSegProcessor, ViTImageProcessor
+from transformers import AutoTokenizer, CLIPSegConfig, CLIPSegProcessor, ViTImageProcessor
 
 import vlsm
 from jobs.benchmarks.archives import write_files
@@ -129,7 +129,9 @@ def _write_model(folder: Path) -> Path:
     vlsm.save_checkpoint(model.eval(), folder / "checkpoint", prompt=_PROMPTS[0])
     spec = model.image_spec
     images = ViTImageProcessor(size={"height": spec.size, "width": spec.size}, image_mean=spec.mean, image_std=spec.std)
-    CLIPSegProcessor(images, AutoTokenizer.from_pretrained(clipseg)).save_pretrained(clipseg)
+    longest = CLIPSegConfig.from_pretrained(clipseg).text_config.max_position_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(clipseg, model_max_length=longest)  # to which the model's card pads
+    CLIPSegProcessor(images, tokenizer).save_pretrained(clipseg)
     return clipseg
 
 
