@@ -32,6 +32,7 @@ class Growth:
         rows_per_s: from the first to the last image.
         planning_s: until config.yaml was there.
         seconds: all in all, Ray's start included.
+        verify_s: of `jobs.verify`, which decodes every mask.
         peak_mb: of the driver's resident memory, 10^6 bytes.
     """
 
@@ -39,6 +40,7 @@ class Growth:
     rows_per_s: float
     planning_s: float
     seconds: float
+    verify_s: float
     peak_mb: float
 
 
@@ -54,7 +56,7 @@ def measure(args: Namespace) -> int:
 
     The rows name small images on the local disk in turns; all of a shard are different.
     """
-    print(f"{'rows':>11} {'rows/s':>9} {'planning, s':>12} {'all, s':>9} {'driver, MB':>11}")
+    print(f"{'rows':>11} {'rows/s':>9} {'planning, s':>12} {'all, s':>9} {'verify, s':>9} {'driver, MB':>11}")
     growths = []
     with tempfile.TemporaryDirectory() as temporary:
         for num_rows in args.rows or (1000, 10_000, 100_000):
@@ -62,7 +64,7 @@ def measure(args: Namespace) -> int:
             growths.append(asdict(growth))
             print(
                 f"{growth.num_rows:11,} {growth.rows_per_s:9,.0f} {growth.planning_s:12.1f} {growth.seconds:9.1f} "
-                f"{growth.peak_mb:11.0f}",
+                f"{growth.verify_s:9.1f} {growth.peak_mb:11.0f}",
                 flush=True,
             )
     write_json(args.json, "scale", {"shard_rows": args.shard_rows, "runs": growths})
@@ -75,14 +77,18 @@ def tell(figures: dict[str, Any]) -> list[str]:
         f"The segment job with a model of four weights over small images on the local disk, {figures['shard_rows']:,} "
         "rows a shard. Rows a second are from the first to the last, all seconds with Ray's start.",
         "",
-        "| rows | rows/s | planning, s | all, s | driver, MB |",
-        "|---|---|---|---|---|",
+        "| rows | rows/s | planning, s | all, s | `jobs.verify`, s | driver, MB |",
+        "|---|---|---|---|---|---|",
     ]
     for run in figures["runs"]:
         lines.append(
             f"| {run['num_rows']:,} | {run['rows_per_s']:,.0f} | {run['planning_s']:.1f} | {run['seconds']:.0f} | "
-            f"{run['peak_mb']:.0f} |"
+            f"{run['verify_s']:.0f} | {run['peak_mb']:.0f} |"
         )
+    if len(after := [run for run in figures["runs"] if run["num_rows"] >= 10_000]) > 1:
+        few, many = after[0], after[-1]
+        grown = f"{many['peak_mb'] - few['peak_mb']:.0f} MB"
+        lines += ["", f"From {few['num_rows']:,} to {many['num_rows']:,} rows the driver's memory grew by {grown}."]
     return lines
 
 
@@ -108,12 +114,15 @@ def measure_growth(folder: Path, num_rows: int, shard_rows: int) -> Growth:
     watch.stop()
     if job.returncode:
         raise ResultError(f"the job failed: {(folder / 'job.log').read_text()[-1500:]}")
-    summary = json.loads(out)
+    seconds, summary = time.monotonic() - started_s, json.loads(out)
+    started_verify_s = time.monotonic()
+    subprocess.run([sys.executable, "-m", "jobs.verify", str(output)], cwd=_ROOT, check=True, capture_output=True)
     return Growth(
         num_rows,
         round(summary["images_per_s"], 1),
         round(watch.planned_s - started_s, 1),
-        round(time.monotonic() - started_s, 1),
+        round(seconds, 1),
+        round(time.monotonic() - started_verify_s, 1),
         round(watch.peak_bytes / 1e6, 1),
     )
 
