@@ -75,7 +75,8 @@ def tell(figures: dict[str, Any]) -> list[str]:
             f"{own[OURS]['write_ms']:.2f} | {own[png]['write_ms']:.2f} | "
             f"{own[OURS]['read_ms']:.2f} | {own[png]['read_ms']:.2f} |"
         )
-    return [*lines, "", "A mask of dozens of objects, such as of nuclei, is all outline: its runs hold little that repeats."]
+    lines += ["", "A mask of dozens of objects, such as of nuclei, is all outline: its runs hold little that repeats."]
+    return lines
 
 
 def _compare(name: str, size: str, masks: list[np.ndarray], folder: Path, repeats: int) -> list[dict[str, Any]]:
