@@ -4,14 +4,11 @@ They import no torch: there are many of them, and each stays a quarter of the si
 """
 
 import faulthandler
-import functools
 import itertools
 import json
 import signal
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +24,9 @@ from vlsm.images import resize_image
 from vlsm.manifest import planned_keys, read_shard
 from vlsm.proof import compare_shard
 from vlsm.results import read_part, write_part
-from vlsm.sources import Content, Reader, is_read_in_order
+from vlsm.sources import Content, Opening, open_images
 from vlsm.tiles import check_windows, plan_windows
 
-Read = Callable[[], tuple[Content, str | None]]
 _PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that a row has from the plan
 
 
@@ -132,7 +128,7 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
     firsts: dict[tuple[str, str | None], int] = {}
     rows = images.take(pa.array(positions, pa.int64())).to_pylist()
 
-    def fetch(index: int, read: Read) -> None:
+    def fetch(index: int, read: Opening) -> None:
         try:
             if positions[index] in watch.blamed:
                 uri = rows[index]["image_uri"]
@@ -149,8 +145,8 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
             fetched.twins[index] = first
             sizes[index] = sizes[first]
             return
-        signal.setitimer(signal.ITIMER_REAL, settings.run.image_timeout_s)
         try:
+            signal.setitimer(signal.ITIMER_REAL, settings.run.image_timeout_s)
             image = content.decode(frame)
             sizes[index] = image.shape[:2]
             check_windows(image.shape[:2], settings.tile, content.name)
@@ -165,28 +161,9 @@ def _fetch_images(images: pa.Table, positions: list[int], task: Task, watch: Wat
     # a decoder that hangs can only be stopped with its process, and by what waits for no Python code; the next try of
     # this shard goes carefully. A timer of faulthandler's own would start a thread for each image, and wait for its end
     faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
-    for index, read in enumerate(_reads(rows, settings, watch.is_careful)):
+    for index, read in open_images(rows, settings, one_by_one=watch.is_careful):
         fetch(index, read)
     return fetched
-
-
-def _reads(rows: list[dict[str, Any]], settings: SegmentSettings, one_by_one: bool) -> Iterable[Read]:
-    """For each planned row what gives its image's bytes, and which image of them."""
-    reader = Reader(settings)
-    reads: Iterable[Read] = [functools.partial(reader.open, row) for row in rows]
-    return reads if one_by_one or is_read_in_order(rows) else _ahead(reads, settings.run.fetch_threads)
-
-
-def _ahead(reads: Iterable[Read], num_threads: int) -> Iterator[Read]:
-    """The same, each begun in a thread before it is wanted: decoding, which keeps to one core, waits for none."""
-    with ThreadPoolExecutor(num_threads) as pool:
-        begun: deque[Future[tuple[Content, str | None]]] = deque()
-        for read in reads:
-            begun.append(pool.submit(read))
-            if len(begun) > num_threads:
-                yield begun.popleft().result
-        while begun:
-            yield begun.popleft().result
 
 
 def write_masks(batch: dict[str, np.ndarray], task: Task) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from vlsm.errors import VlsmError
 from vlsm.proof import RunState
 from vlsm.runs import Run, check_failed_share
 
+_FEW_CPUS = 4  # of all nodes: with more there is room for a task beside what Ray Data reserves
 Wave = list[tuple[int, bool]]  # shards that are planned at once, and whether each has a part already
 
 
@@ -86,10 +88,12 @@ def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:
 
     pools = plan_pools(task.settings, ray.nodes())
     task_cpus = pools[0].task_cpus
-    # Ray Data counts CPUs that nobody has asked for in whole ones: of two, actor and tasks may have 1.61. If more than
-    # one task were reserved for fetching, none would be left for writing, and all parts be written after the last fetch
-    share = (2 + len(pools)) * task_cpus / ray.cluster_resources().get("CPU", 1.0)
-    ray.data.DataContext.get_current().op_resource_reservation_ratio = min(0.5, share)
+    if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:
+        # Ray Data rounds down what nobody has asked for: of two CPUs a run has an actor's 1.25 and 0.18 for each of two
+        # tasks. It would reserve a sixth of that for fetching, more than one task, and leave less than one for writing:
+        # no part was written before the last fetch
+        share = (2 + len(pools)) * task_cpus / cpus
+        ray.data.DataContext.get_current().op_resource_reservation_ratio = min(0.5, share)
     shards = [{"shard": shard, "exists": exists} for shard, exists in wave]
     rows: Any = ray.data.from_items(shards, override_num_blocks=len(shards))
     rows = rows.map_batches(fetch_shard, fn_args=(task,), batch_size=1, num_cpus=task_cpus)

@@ -1,11 +1,14 @@
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from vlsm import storage
+from vlsm import sources, storage
+from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError, ImageError, StorageError
 from vlsm.fetch import read_image_bytes
 
@@ -137,3 +140,25 @@ def test_credentials_that_are_no_longer_taken_are_no_bad_image(s3_folder, monkey
             read_image_bytes(f"{s3_folder}/x.png", 1, 1000, patience_s=0.1)
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_file_that_is_read_slowly_holds_up_no_other(tmp_path, monkeypatch):
+    names = [str(tmp_path / f"{number}.png") for number in range(40)]
+    for name in names:
+        Path(name).write_bytes(b"content")
+    others_are_read = threading.Event()
+
+    def read(uri, *words):
+        assert uri != names[0] or others_are_read.wait(20)
+        return read_image_bytes(uri, *words)
+
+    monkeypatch.setattr(sources, "read_image_bytes", read)
+    arguments = {"input": "in", "output": "out", "members": [{"checkpoint": "c"}]}
+    settings = load_settings(SegmentSettings, None, ["run.fetch_threads=4"], arguments)
+    numbers = []
+    for number, opening in sources.open_images([{"image_uri": name, "selector": None} for name in names], settings):
+        assert opening()[0].data == b"content"
+        numbers.append(number)
+        if len(numbers) == 39:
+            others_are_read.set()
+    assert sorted(numbers) == list(range(40)) and numbers[-1] == 0

@@ -1,12 +1,11 @@
 """How long a run would take and what it would cost, from a sample of its images that this machine segments."""
 
+import contextlib
 import itertools
 import os
 import random
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from vlsm.errors import ConfigError, ImageError
 from vlsm.images import resize_image
 from vlsm.masks import mirrored_mean
 from vlsm.runs import Member
-from vlsm.sources import Reader, is_read_in_order
+from vlsm.sources import open_images
 from vlsm.tiles import check_windows, plan_windows
 
 if TYPE_CHECKING:
@@ -104,23 +103,18 @@ def measure(settings: SegmentSettings, members: Sequence[Member], rows: Sequence
 
 
 def _read(settings: SegmentSettings, rows: Sequence[dict[str, Any]], sizes: set[int]) -> list[_Image]:
-    """As a task of a run does it: reads overlap, decoding keeps to one core."""
-    reader, decoding = Reader(settings), threading.Lock()
-
-    def read(row: dict[str, Any]) -> _Image | None:
-        try:
-            content, frame = reader.open(row)
-            with decoding:
-                pixels = content.decode(frame)
-                size = pixels.shape[0], pixels.shape[1]
-                check_windows(size, settings.tile, content.name)
-                cuts = [window.cut(pixels) for window in plan_windows(size, settings.tile)]
-                return _Image(row, size, {side: np.stack([resize_image(cut, side) for cut in cuts]) for side in sizes})
-        except ImageError:
-            return None
-
-    with ThreadPoolExecutor(1 if is_read_in_order(rows) else settings.run.fetch_threads) as pool:
-        return [image for image in pool.map(read, rows) if image is not None]
+    """As a task of a run does it."""
+    images = []
+    for number, read in open_images(rows, settings):
+        with contextlib.suppress(ImageError):
+            content, frame = read()
+            pixels = content.decode(frame)
+            size = pixels.shape[0], pixels.shape[1]
+            check_windows(size, settings.tile, content.name)
+            cuts = [window.cut(pixels) for window in plan_windows(size, settings.tile)]
+            squares = {side: np.stack([resize_image(cut, side) for cut in cuts]) for side in sizes}
+            images.append(_Image(rows[number], size, squares))
+    return images
 
 
 def _build(settings: SegmentSettings, members: Sequence[Member]) -> "list[tuple[Segmenter, int]]":

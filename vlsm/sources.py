@@ -3,12 +3,14 @@
 import functools
 import gzip
 import hashlib
+import itertools
+import queue
 import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -187,7 +189,48 @@ class Reader:
         return self._archive[1]
 
 
-def is_read_in_order(rows: Iterable[Mapping[str, Any]]) -> bool:
+Opening = Callable[[], tuple[Content, str | None]]
+
+
+def open_images(
+    rows: Sequence[Mapping[str, Any]], settings: SegmentSettings, one_by_one: bool = False
+) -> Iterator[tuple[int, Opening]]:
+    """The images of planned rows, each as soon as it is read, while others are being read.
+
+    Args:
+        rows: of the plan.
+        settings: `run.fetch_threads` of them are read, or wait to be taken, at a time: so many files are in memory.
+        one_by_one: read each only when it is asked for.
+
+    Yields:
+        The number of a row, and what gives its image or raises as `Reader.open` does. Their order is any.
+    """
+    reader = Reader(settings)
+    openings = [functools.partial(reader.open, row) for row in rows]
+    if one_by_one or _is_read_in_order(rows):
+        yield from enumerate(openings)
+        return
+    waiting, opened = iter(enumerate(openings)), queue.SimpleQueue[tuple[int, Future[tuple[Content, str | None]]]]()
+    pool = ThreadPoolExecutor(settings.run.fetch_threads)
+
+    def put(number: int, future: Future[tuple[Content, str | None]]) -> None:
+        opened.put((number, future))
+
+    def begin(count: int) -> None:
+        for number, opening in itertools.islice(waiting, count):
+            pool.submit(opening).add_done_callback(functools.partial(put, number))
+
+    try:
+        begin(settings.run.fetch_threads)
+        for _ in openings:
+            number, future = opened.get()
+            begin(1)
+            yield number, future.result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _is_read_in_order(rows: Iterable[Mapping[str, Any]]) -> bool:
     """Whether several threads would only get into each other's way: the images are in archives that have no index."""
     return any(
         is_archive(uri := row["image_uri"]) and (kind_of(uri) == "zip" or is_compressed_tar(uri)) for row in rows

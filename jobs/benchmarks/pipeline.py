@@ -158,8 +158,8 @@ def _save_model(name: str, directory: Path) -> None:
 
 
 def _case(name: str) -> Case:
-    """A GPU is fed in larger pieces."""
-    if not torch.cuda.is_available():
+    """A GPU is fed in larger pieces; the null model is as on CPUs."""
+    if name == "pixel" or not torch.cuda.is_available():
         return CASES[name]
     return replace(CASES[name], batch_size=32, shard_rows=128, num_rows=500_000, num_files=512)
 

@@ -115,8 +115,10 @@ def measure_growth(folder: Path, num_rows: int, shard_rows: int) -> Growth:
     if job.returncode:
         raise ResultError(f"the job failed: {(folder / 'job.log').read_text()[-1500:]}")
     seconds, summary = time.monotonic() - started_s, json.loads(out)
-    started_verify_s = time.monotonic()
-    subprocess.run([sys.executable, "-m", "jobs.verify", str(output)], cwd=_ROOT, check=True, capture_output=True)
+    started_verify_s, command = time.monotonic(), [sys.executable, "-m", "jobs.verify", str(output)]
+    verified = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    if verified.returncode:
+        raise ResultError(f"the run cannot be proved: {verified.stderr[-1500:]}")
     return Growth(
         num_rows,
         round(summary["images_per_s"], 1),
