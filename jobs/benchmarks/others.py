@@ -77,7 +77,8 @@ def run_ray_data(files: list[Path], output: Path, clipseg: str, prompts: list[st
         override_num_blocks=len(files) // images_per_block(prompts),
         ray_remote_args=a_part,
     )
-    masks = images.map_batches(_CardActor, fn_constructor_args=(clipseg, prompts), batch_size=BATCH_SIZE, concurrency=1)
+    size = images_per_block(prompts)  # else a file would hold several blocks
+    masks = images.map_batches(_CardActor, fn_constructor_args=(clipseg, prompts), batch_size=size, concurrency=1)
     masks.write_parquet(str(output), ray_remote_args=a_part)
 
 
