@@ -120,6 +120,7 @@ def _cluster(cores: list[int]) -> Iterator[str]:
     """A head without CPUs and a node on each core; the address to submit to."""
     from ray.cluster_utils import Cluster
 
+    os.environ.setdefault("RAY_num_workers_soft_limit", "64")  # as cluster.yaml has it
     port = free_port()
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "object_store_memory": _STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args=head)
