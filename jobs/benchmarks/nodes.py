@@ -47,7 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Those of `python -m jobs.benchmark nodes`."""
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="in turns; the median counts (5)")
     parser.add_argument(
-        "--images", type=int, default=192, metavar="N", help="to segment (192); a quarter as many to train on"
+        "--images", type=int, default=192, metavar="N", help="to segment (192); an eighth as many to train on"
     )
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help="of the model, in pixels (224)")
 
@@ -67,7 +67,7 @@ def measure(args: Namespace) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_files(folder / "images", args.images)
-        write_labelled(folder / "labelled", {"train": args.images // 4, "val": 2}, seed=0)
+        write_labelled(folder / "labelled", {"train": args.images // 8, "val": 2}, seed=0)
         model = vlsm.build_model("unet_d", image_size=args.image_size)
         vlsm.save_checkpoint(model, folder / "checkpoint", prompt="polyp")
         timed: dict[tuple[str, int], list[tuple[float, float]]] = {}
@@ -77,14 +77,15 @@ def measure(args: Namespace) -> int:
                     for name, run in (("segment", _segment), ("train", _train)):
                         output = folder / f"{name} {count} {repeat}"
                         timed.setdefault((name, count), []).append(run(address, folder, output, args, count))
-    scalings = [_summarize(name, timed[name, 1], timed[name, 2]) for name in ("segment", "train")]
-    for scaling in scalings:
-        print(
-            f"{scaling.name:8} {scaling.start_s:9.1f} {scaling.one_per_s:9.2f} {scaling.two_per_s:18.2f} "
-            f"{scaling.two_per_s / scaling.one_per_s:5.2f}x"
-        )
-    shape = {"repeats": args.repeats, "images": args.images, "image_size": args.image_size}
-    write_json(args.json, "nodes", shape | {"runs": [asdict(scaling) for scaling in scalings]})
+            scalings = [_summarize(name, timed[name, 1], timed[name, 2]) for name in ("segment", "train")]
+            for scaling in scalings:
+                print(
+                    f"{scaling.name:8} {scaling.start_s:9.1f} {scaling.one_per_s:9.2f} {scaling.two_per_s:18.2f} "
+                    f"{scaling.two_per_s / scaling.one_per_s:5.2f}x; {repeat + 1} of {args.repeats}",
+                    flush=True,
+                )
+            shape = {"repeats": repeat + 1, "images": args.images, "image_size": args.image_size}
+            write_json(args.json, "nodes", shape | {"runs": [asdict(scaling) for scaling in scalings]})
     return 0
 
 
