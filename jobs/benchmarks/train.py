@@ -56,7 +56,7 @@ def measure(args: Namespace) -> int:
             examples = len(KINDS) * (args.examples // len(KINDS))
             row: dict[str, Any] = {"setup": setup, **medians, "turns": turns}
             row |= {"job_per_s": examples / row["steps_s"], "bare_per_s": examples / row["bare_s"]}
-            row["efficiency"] = row["job_per_s"] / row["bare_per_s"]
+            row["efficiency"] = statistics.median(turn["bare_s"] / turn["steps_s"] for turn in turns[1:])
             rows.append(row)
             print(
                 "{setup:14} {job_per_s:16.2f} {bare_per_s:8.2f} {efficiency:6.2f}x "

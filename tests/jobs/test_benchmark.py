@@ -73,6 +73,6 @@ def test_the_train_jobs_loop_is_compared_with_a_bare_one(ray_cluster, tmp_path):
     assert main(["train", *words]) == 0
     figures = json.loads(path.read_text())
     (row,) = figures["runs"]
-    assert 0 < row["efficiency"] == row["job_per_s"] / row["bare_per_s"]
+    assert 0 < row["efficiency"] == pytest.approx(row["job_per_s"] / row["bare_per_s"])
     assert len(row["turns"]) == 2
     assert "| one worker |" in "\n".join(train.tell(figures))
