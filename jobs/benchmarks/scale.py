@@ -67,7 +67,7 @@ def measure(args: Namespace) -> int:
                 f"{growth.verify_s:9.1f} {growth.peak_mb:11.0f}",
                 flush=True,
             )
-    write_json(args.json, "scale", {"shard_rows": args.shard_rows, "runs": growths})
+            write_json(args.json, "scale", {"shard_rows": args.shard_rows, "runs": growths})
     return 0
 
 
