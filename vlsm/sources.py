@@ -199,7 +199,7 @@ def open_images(
 
     Args:
         rows: of the plan.
-        settings: `run.fetch_threads` of them are read, or wait to be taken, at a time: so many files are in memory.
+        settings: `run.fetch_threads` of them are read, or wait to be taken: so many files, and one more, are in memory.
         one_by_one: read each only when it is asked for.
 
     Yields:
