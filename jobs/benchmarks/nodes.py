@@ -91,10 +91,10 @@ def measure(args: Namespace) -> int:
 
 def tell(figures: dict[str, Any]) -> list[str]:
     """The README's lines of what was measured."""
+    rounds = f"medians of {figures['repeats']} rounds" if figures["repeats"] > 1 else "one round"
     lines = [
         f"Both jobs with a full `unet_d` at {figures['image_size']} pixels, by `ray job submit` on clusters "
-        f"of one and of two nodes of one core each, medians of {figures['repeats']}. The start is from submitting to "
-        "the first image.",
+        f"of one and of two nodes of one core each, {rounds}. The start is from submitting to the first image.",
         "",
         "| job | start, s | images/s on one node | on two | ratio |",
         "|---|---|---|---|---|",
