@@ -1,11 +1,13 @@
 """The cluster files: by Ray's own schema where there is one, of one version, and closed to the outside."""
 
 import copy
+import functools
 import re
 import shlex
 import tomllib
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -106,17 +108,75 @@ def test_both_clusters_have_one_shape(name):
     assert container(group)["resources"]["limits"] == container(group)["resources"]["requests"]
 
 
+def fields(required, **properties):
+    own = {"required": required.split(), "properties": properties, "additionalProperties": False}
+    return {"type": "object"} | own
+
+
+TEXT, FLAG, COUNT = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+START = {"type": "object", "additionalProperties": TEXT}
+POD = {"type": "object", "required": ["spec"]}  # Kubernetes' own schema has the rest
+HEAD = fields("rayStartParams template", rayStartParams=START, template=POD, serviceType={"enum": ["ClusterIP"]})
+WORKERS = fields(
+    "groupName minReplicas maxReplicas rayStartParams template",
+    groupName=TEXT,
+    replicas=COUNT,
+    minReplicas=COUNT,
+    maxReplicas=COUNT,
+    rayStartParams=START,
+    template=POD,
+)
+RAY_CLUSTER = fields(
+    "headGroupSpec",
+    rayVersion=TEXT,
+    enableInTreeAutoscaling=FLAG,
+    authOptions=fields("mode", mode={"enum": ["disabled", "token"]}),
+    autoscalerOptions=fields(
+        "", idleTimeoutSeconds=COUNT, upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]}
+    ),
+    headGroupSpec=HEAD,
+    workerGroupSpecs={"type": "array", "items": WORKERS},
+)
+RAY_JOB = fields(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=fields("name", name=TEXT),
+    spec=fields(
+        "",
+        backoffLimit=COUNT,
+        entrypoint=TEXT,
+        shutdownAfterJobFinishes=FLAG,
+        ttlSecondsAfterFinished=COUNT,
+        rayClusterSpec=RAY_CLUSTER,
+    ),
+)
+
+
 def test_the_job_has_the_fields_of_a_rayjob():
-    assert (JOB["apiVersion"], JOB["kind"]) == ("ray.io/v1", "RayJob")
-    known = {"backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "entrypoint", "rayClusterSpec"}
-    assert JOB["spec"].keys() == known and JOB["metadata"]["name"] and JOB["spec"]["shutdownAfterJobFinishes"] is True
+    """Names, types and requirements as in KubeRay's `rayjobs.ray.io` v1 (1.5.1), of what this job uses."""
+    jsonschema.validate(JOB, RAY_JOB, cls=jsonschema.Draft202012Validator)
+    assert JOB["spec"]["shutdownAfterJobFinishes"] is True
     for group in (SPEC["headGroupSpec"], *GROUPS.values()):
-        assert {"rayStartParams", "template"} <= group.keys()
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-        assert container(group)["name"] and container(group)["image"]
         mounts = {mount["name"] for mount in container(group).get("volumeMounts", [])}
         assert mounts == {volume["name"] for volume in group["template"]["spec"].get("volumes", [])}
-    assert all(isinstance(group["replicas"], int) for group in GROUPS.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["backoffLimit"], "3"),
+        (["rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"], 0),
+        (["rayClusterSpec", "workerGroupSpecs", 0, "maxReplica"], 4),
+        (["rayClusterSpec", "workerGroupSpecs", 1, "groupName"], None),
+        (["rayClusterSpec", "authOptions"], "token"),
+    ],
+)
+def test_a_mistake_in_it_would_be_found(path, value):
+    job = copy.deepcopy(JOB)
+    functools.reduce(lambda tree, key: tree[key], path[:-1], job["spec"])[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(job, RAY_JOB, cls=jsonschema.Draft202012Validator)
 
 
 def test_the_head_does_no_work_and_a_run_is_planned_before_there_are_workers():
