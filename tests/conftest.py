@@ -18,16 +18,15 @@ from PIL import Image
 
 from jobs.benchmarks.stores import BUCKET, S3Server
 
-HERE = Path(__file__).parent
 SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """The tests of jobs in one process, with one cluster, and all others beside them."""
+    """The tests that need Ray in one process, with one cluster, and all others beside them."""
     for item in items:
-        if HERE / "jobs" in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("jobs"))
+        if "ray_cluster" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")
