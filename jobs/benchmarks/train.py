@@ -76,12 +76,13 @@ def tell(figures: dict[str, Any]) -> list[str]:
         f"medians of {figures['repeats']}. What the end of an epoch takes is told apart: the seconds "
         "until the job goes on, and those in which checkpoint and state are put on the disk beside the next epoch.",
         "",
-        "| | the job | bare loop | job to bare | end of an epoch, s | beside the next, s |",
-        "|---|---|---|---|---|---|",
+        "| | the job | bare loop | job to bare | to the first row's job | end of an epoch, s | beside the next, s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in figures["runs"]:
         lines.append(
             f"| {row['setup']} | {row['job_per_s']:.1f} | {row['bare_per_s']:.1f} | {row['efficiency']:.2f}x | "
+            f"{row['job_per_s'] / figures['runs'][0]['job_per_s']:.2f}x | "
             f"{row['end_s']:.1f} | {row['beside_s']:.1f} |"
         )
     return lines
