@@ -36,7 +36,7 @@ numpy.save({str(tmp_path / "logits.npy")!r}, logits.numpy())
     model = vlsm.load_checkpoint(tiny_checkpoint).model
     with torch.inference_mode():
         logits = model(torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32), model.encode_prompts(["x"]))
-    np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), logits.numpy())
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits.numpy(), atol=1e-6)  # threads may differ
 
 
 def test_the_spec_of_the_checkpoint_counts_not_the_default_of_the_model(copy):

@@ -68,3 +68,13 @@ def undisturbed(ray_cluster, hard_archive, tiny_checkpoint, tmp_path_factory):
     words = [str(hard_archive), str(output), "--checkpoint", str(tiny_checkpoint), "--set", "shard_rows=16"]
     assert segment.main([*words, "--set", "prompts=[polyp, lesion]"]) == 0
     return output
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads():
+    """Benchmarks choose how many threads torch has in their process."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
