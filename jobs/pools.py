@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.command import logger
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 from vlsm.errors import ConfigError
 
@@ -42,6 +43,16 @@ def plan_pools(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> list[P
         return [_pool(everybody, settings.run, nodes, 1)]
     count = len(everybody)
     return [_pool((number,), _merge(settings.run, settings.members[number]), nodes, count) for number in everybody]
+
+
+def warn_if_none_fits(num_cpus: float, num_gpus: float, nodes: list[dict[str, Any]]) -> None:
+    """Say what a run waits for, where no node of the cluster has room for one of its actors or workers."""
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in resources):
+        logger.warning(
+            "no node has %g CPUs and %g GPUs yet: the run waits until one is started; if none will be, ask for less",
+            *(num_cpus, num_gpus),
+        )
 
 
 def _merge(run: RunSettings, member: MemberSettings) -> RunSettings:

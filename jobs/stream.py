@@ -10,7 +10,7 @@ import numpy as np
 
 from jobs.actor import SegmentActor
 from jobs.command import logger, ray_session
-from jobs.pools import plan_pools
+from jobs.pools import plan_pools, warn_if_none_fits
 from jobs.stages import Task, fetch_shard, write_masks
 from vlsm.errors import VlsmError
 from vlsm.proof import RunState
@@ -102,6 +102,7 @@ def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:
             "%d shards; up to %d actors of %d models with %s CPUs and %s GPUs each",
             *(len(wave), pool.num_actors[1], len(pool.members), pool.num_cpus, pool.num_gpus),
         )
+        warn_if_none_fits(pool.num_cpus, pool.num_gpus, ray.nodes())
         rows = rows.map_batches(
             SegmentActor,
             fn_constructor_args=(task, weights, pool.members, pool.num_threads),

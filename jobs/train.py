@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.command import logger, make_parser, parse_pairs, ray_session, run_command
+from jobs.pools import warn_if_none_fits
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets import Record
@@ -121,6 +122,7 @@ def execute(settings: TrainSettings, records: Sequence[Record], worker: str | No
     logger.info(
         "%s workers with %s CPUs and %s GPUs each", low if low == high else f"{low} to {high}", size.cpus, size.gpus
     )
+    warn_if_none_fits(size.cpus, size.gpus, ray.nodes())
     board = start_board(Board)
     decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)

@@ -113,7 +113,7 @@ def test_the_command_line_writes_what_it_says(output, tmp_path, capsys):
     ("words", "message"),
     [
         (["--filter", "confidence"], "not of the form"),
-        (["--filter", "colour = 3"], "colour"),
+        (["--filter", "colour = 3"], "unknown column 'colour'; columns: image_id, "),
         ([], "there are no masks in"),
     ],
 )

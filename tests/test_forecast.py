@@ -82,6 +82,7 @@ def test_hours_shrink_with_the_nodes_and_the_cost_does_not():
     assert "  1 node like this one: 10.00 hours at 27.8 images/s, costs 15.00" in lines
     assert "  8 nodes like this one: 1.25 hours at 222.2 images/s, costs 15.00" in lines
     assert not [line for line in describe_forecast(found, 1000, None) if "costs" in line]
+    assert "  2 nodes like this one: 0.30 minutes at 55.6 images/s, costs 0.0150" in describe_forecast(found, 1000, 1.5)
 
 
 def test_a_dry_run_with_a_sample_needs_no_ray(archive, tiny_checkpoint, tmp_path):

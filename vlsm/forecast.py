@@ -182,12 +182,14 @@ def describe_forecast(forecast: Forecast, num_images: int, node_price: float | N
     ]
     for num_nodes in _NODES:
         hours = num_images * forecast.seconds_per_image / num_nodes / 3600
-        price = "" if node_price is None else f", costs {hours * num_nodes * node_price:,.2f}"
+        time_taken = f"{hours:,.2f} hours" if hours >= 1 else f"{60 * hours:.2f} minutes"
+        cost = hours * num_nodes * (node_price or 0)
+        price = "" if node_price is None else f", costs {cost:,.2f}" if cost >= 1 else f", costs {cost:.4f}"
         rate = num_nodes / forecast.seconds_per_image
         what = "node" if num_nodes == 1 else "nodes"
-        lines.append(f"  {num_nodes} {what} like this one: {hours:,.2f} hours at {rate:,.1f} images/s{price}")
+        lines.append(f"  {num_nodes} {what} like this one: {time_taken} at {rate:,.1f} images/s{price}")
     return [
         *lines,
         f"assumed: reading, decoding and writing {beside}, a task on each CPU; nodes add up;",
-        "  the store keeps up; the other images are like these; starting nodes and counting rows are not in it",
+        "  the store keeps up; the other images are like these; starting run and nodes and counting rows are not in it",
     ]

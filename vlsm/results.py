@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -80,9 +80,7 @@ def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) 
     Raises:
         ConfigError: there are no masks at the location, or a column is unknown.
     """
-    unknown = sorted(set(columns or ()) - set(RESULT_SCHEMA.names))
-    if unknown:
-        raise ConfigError(f"unknown column {unknown[0]!r}; columns: {', '.join(RESULT_SCHEMA.names)}")
+    _check_columns(columns or ())
     wanted = None if columns is None else [*dict.fromkeys([*columns, "mask_rle", "height", "width"])]
     expression = pq.filters_to_expression(filters) if isinstance(filters, list) else filters
     for batch in open_results(uri).to_batches(columns=wanted, filter=expression, batch_size=256):
@@ -118,9 +116,20 @@ def read_ok_masks(
 
 
 def choose_rows(filters: list[tuple[str, str, Any]] | None, kinds: Sequence[str] | None) -> list[tuple[str, str, Any]]:
-    """Filters for rows that have a mask, of these kinds where the filters given name none."""
+    """Filters for rows that have a mask, of these kinds where the filters given name none.
+
+    Raises:
+        ConfigError: a filter's column is unknown.
+    """
+    _check_columns(column for column, *_ in filters or ())
     names_kinds = kinds is None or any(column == "kind" for column, *_ in filters or ())
     return [("status", "==", "ok"), *(filters or ()), *([] if names_kinds else [("kind", "in", list(kinds or ()))])]
+
+
+def _check_columns(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in RESULT_SCHEMA.names:
+            raise ConfigError(f"unknown column {name!r}; columns: {', '.join(RESULT_SCHEMA.names)}")
 
 
 def open_results(uri: str) -> ds.Dataset:

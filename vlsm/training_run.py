@@ -86,7 +86,9 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
             records += [record for record in read_dataset(name, uri) if record.split == "test"]
     for split, what in (("train", "train on"), ("val", "tell a good epoch by")):
         if not any(record.split == split for record in records):
-            raise ConfigError(f"datasets {', '.join(settings.datasets)} have no {split} records: nothing to {what}")
+            found = ", ".join(f"{count} {name}" for name, count in Counter(record.split for record in records).items())
+            names = ", ".join(settings.datasets)
+            raise ConfigError(f"no {split} records in {names} (there are {found or 'none at all'}): nothing to {what}")
     for record in records:
         choose_prompt(record, settings.data, None)
     return records

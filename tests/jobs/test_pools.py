@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.pools import plan_pools
+from jobs.pools import plan_pools, warn_if_none_fits
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError
 
@@ -16,6 +16,16 @@ GPUS = [
 def plan(nodes, *words, members=2):
     arguments = {"input": "in", "output": "out", "members": [{"checkpoint": "c"}] * members}
     return plan_pools(load_settings(SegmentSettings, None, list(words), arguments), nodes)
+
+
+def test_a_run_that_waits_for_a_node_says_for_which(caplog):
+    warn_if_none_fits(1, 1, SMALL)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no node has 1 CPUs and 1 GPUs yet: the run waits until one is started; if none will be, ask for less"
+    ]
+    warn_if_none_fits(1, 1, GPUS)
+    warn_if_none_fits(1.25, 0, SMALL)
+    assert len(caplog.records) == 1
 
 
 def test_together_they_are_one_pool_of_all():

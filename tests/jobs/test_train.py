@@ -249,11 +249,13 @@ def test_broken_records_are_listed_before_anything_is_trained(ray_cluster, label
         (["out", "--set", "model=unet"], "give --dataset NAME=URI once at least"),
         (["out", "--dataset", "a"], "--dataset 'a' is not of the form NAME=URI"),
         (["out", "--dataset", "a=nowhere", "--set", "model=unet"], "dataset a: .*nowhere' does not exist"),
+        (["out", "--dataset", "a=val.csv", "--set", "model=unet"], r"no train records in a \(there are 1 val\)"),
         (["out", "--dataset", "a=x", "--set", "model=unte"], "unknown model 'unte'; did you mean 'unet'"),
         (["out", "--dataset", "a=x", "--set", "optim.lrr=1"], "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence_without_ray(tmp_path, arguments, message):
+    (tmp_path / "val.csv").write_text("image_uri,mask_uri,prompt,split\na.png,b.png,polyp,val\n")
     code = "import sys; sys.modules['ray'] = None; from jobs.train import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
