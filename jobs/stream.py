@@ -86,7 +86,8 @@ def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:
     """
     import ray
 
-    pools = plan_pools(task.settings, ray.nodes())
+    nodes = ray.nodes()
+    pools = plan_pools(task.settings, nodes)
     task_cpus = pools[0].task_cpus
     if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:
         # Ray Data rounds down what nobody has asked for: of two CPUs a run has an actor's 1.25 and 0.18 for each of two
@@ -102,7 +103,7 @@ def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:
             "%d shards; up to %d actors of %d models with %s CPUs and %s GPUs each",
             *(len(wave), pool.num_actors[1], len(pool.members), pool.num_cpus, pool.num_gpus),
         )
-        warn_if_none_fits(pool.num_cpus, pool.num_gpus, ray.nodes())
+        warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
         rows = rows.map_batches(
             SegmentActor,
             fn_constructor_args=(task, weights, pool.members, pool.num_threads),

@@ -117,12 +117,13 @@ def execute(settings: TrainSettings, records: Sequence[Record], worker: str | No
     from jobs.group import TRAIN_WORKER, Board, Work, fit_in_background, group_size
     from vlsm.training_run import image_size
 
-    size = group_size(settings, ray.nodes())
+    nodes = ray.nodes()
+    size = group_size(settings, nodes)
     low, high = size.num_workers
     logger.info(
         "%s workers with %s CPUs and %s GPUs each", low if low == high else f"{low} to {high}", size.cpus, size.gpus
     )
-    warn_if_none_fits(size.cpus, size.gpus, ray.nodes())
+    warn_if_none_fits(size.cpus, size.gpus, nodes)
     board = start_board(Board)
     decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
