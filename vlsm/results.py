@@ -3,10 +3,9 @@
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -14,6 +13,9 @@ from vlsm import storage
 from vlsm.errors import ConfigError
 from vlsm.masks import decode_mask
 from vlsm.schema import RESULT_SCHEMA
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 _RUN_KEY = "vlsm.run"
 
@@ -132,12 +134,14 @@ def _check_columns(names: Iterable[str]) -> None:
             raise ConfigError(f"unknown column {name!r}; columns: {', '.join(RESULT_SCHEMA.names)}")
 
 
-def open_results(uri: str) -> ds.Dataset:
+def open_results(uri: str) -> "ds.Dataset":
     """The part files of a run's output as one Arrow dataset.
 
     Raises:
         ConfigError: there are none.
     """
+    import pyarrow.dataset as ds  # here: it imports pandas, and tasks only write parts
+
     fs, path = storage.open_uri(storage.join(storage.absolute(uri), "masks"))
     names = [
         name for name in storage.list_names(storage.join(storage.absolute(uri), "masks")) if name.startswith("part-")

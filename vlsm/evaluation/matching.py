@@ -4,7 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-import pyarrow.dataset as ds
+import pyarrow.compute as pc
 
 from vlsm import storage
 from vlsm.datasets import Record
@@ -25,7 +25,7 @@ def match_images(name: str, output: str, records: Sequence[Record]) -> list[str 
         records: all that are scored.
     """
     columns = ["image_id", "image_uri"]
-    alone = ds.field("selector").is_null() & (ds.field("kind") == "mask")
+    alone = pc.field("selector").is_null() & (pc.field("kind") == "mask")
     rows = open_results(output).to_table(columns=columns, filter=alone).to_pylist()
     images = {storage.absolute(row["image_uri"]): row["image_id"] for row in rows}
     uris = [storage.absolute(record.image_uri) for record in records]
