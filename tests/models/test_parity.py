@@ -9,7 +9,8 @@ import torch
 import vlsm
 from tests.conftest import SHARED
 from vlsm.images import ImageSpec
-from vlsm.models.ensembles import EnsembleA, EnsembleAOptions
+from vlsm.models.ensemble_a import EnsembleA
+from vlsm.models.options import EnsembleAOptions
 from vlsm.models.towers import Towers
 
 PARITY = SHARED / "reference" / "parity"

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from vlsm.config import explain
 from vlsm.errors import CheckpointError
+from vlsm.models.options import OPTIONS
 
 if TYPE_CHECKING:
     from vlsm.models.contract import SegmentationModel
@@ -25,8 +26,8 @@ MODELS = {
     "unetplusplus": "vlsm.models.cnn:UNetPlusPlus",
     "deeplabv3plus": "vlsm.models.cnn:DeepLabV3Plus",
     "pixel": "vlsm.models.pixel:Pixel",
-    "vlsm_a": "vlsm.models.ensembles:EnsembleA",
-    "vlsm_b": "vlsm.models.ensembles:EnsembleB",
+    "vlsm_a": "vlsm.models.ensemble_a:EnsembleA",
+    "vlsm_b": "vlsm.models.ensemble_b:EnsembleB",
     "vlsm_c": "vlsm.models.ensembles:EnsembleC",
 }
 
@@ -37,7 +38,7 @@ def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any
     Args:
         name: a key of MODELS.
         trainable: what learns beside the decoder; see `SegmentationModel.set_trainable`.
-        options: fields of the model's Options.
+        options: fields of the model's class in `vlsm.models.options`.
 
     Raises:
         CheckpointError: the name or an option is unknown, or pretrained weights cannot be loaded.
@@ -63,7 +64,8 @@ def check_name(name: str) -> str:
 
 def parse_options(name: str, options: dict[str, Any]) -> Any:
     """A model's options, checked; a CheckpointError names what is wrong."""
-    settings = find_model(name).Options
+    check_name(name)
+    settings = OPTIONS[name]
     try:
         return settings.model_validate(options)
     except ValidationError as error:

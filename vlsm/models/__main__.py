@@ -5,8 +5,8 @@ import sys
 
 from vlsm.config import describe_settings
 from vlsm.errors import CheckpointError
-from vlsm.models import find_model
-from vlsm.models.costs import measure_costs
+from vlsm.models import check_name
+from vlsm.models.options import OPTIONS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,11 +16,14 @@ def main(argv: list[str] | None = None) -> int:
     name = parser.parse_args(argv).name
     if name:
         try:
-            print("\n".join(describe_settings(find_model(name).Options)))
+            check_name(name)
+            print("\n".join(describe_settings(OPTIONS[name])))
         except CheckpointError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         return 0
+    from vlsm.models.costs import measure_costs  # here: it builds all models, and imports their libraries
+
     heads = ("model", "million parameters", "trained", "image", "GFLOP an image", "a further prompt", "weights from")
     rows = [
         (

@@ -1,18 +1,17 @@
 """CLIPSeg: transformers' own network, its two towers and its decoder called one by one."""
 
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPSegConfig
 from transformers.models.clipseg.modeling_clipseg import CLIPSegModel
 
-from vlsm.config import Settings
 from vlsm.errors import CheckpointError
 from vlsm.images import ImageSpec
-from vlsm.models.decoder import PUBLISHED, PromptDecoder, load_network
+from vlsm.models.decoder import PromptDecoder, load_network
+from vlsm.models.options import CLIPSegOptions
 from vlsm.models.towers import Towers, cut_tokens, encode_by_length, explain_source
 from vlsm.models.vlsm import VLSM
 
@@ -112,20 +111,11 @@ def restore_towers(folder: Path, image_size: int) -> tuple[CLIPSegTowers, Prompt
     return CLIPSegTowers(config, CLIPSegModel(config), tokenizer, image_size), PromptDecoder(config)
 
 
-class CLIPSegOptions(Settings):
-    """Where the pretrained weights come from, and the input size."""
-
-    source: str = Field(PUBLISHED, description="hub id or local folder, as from_pretrained takes it")
-    image_size: int = Field(352, ge=16, description="side of the input square in pixels")
-
-
 class CLIPSeg(VLSM):
     """transformers' CLIPSeg, its steps taken apart.
 
     Source: CLIPSeg, CVPR 2022, arXiv 2112.10003.
     """
-
-    Options: ClassVar[type[Settings]] = CLIPSegOptions
 
     @classmethod
     def build(cls, options: CLIPSegOptions) -> Self:

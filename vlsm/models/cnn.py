@@ -7,22 +7,11 @@ from typing import Any, ClassVar, Self
 
 import safetensors.torch
 import segmentation_models_pytorch as smp
-from pydantic import Field
 
-from vlsm.config import Settings
 from vlsm.errors import CheckpointError
 from vlsm.models.contract import ImageOnlyModel
+from vlsm.models.options import CNNOptions
 from vlsm.models.towers import LOAD_ERRORS, explain_source
-
-
-class CNNOptions(Settings):
-    """MedVLSM's baselines have ResNet-50 with ImageNet weights."""
-
-    encoder: str = Field("resnet50", description="any encoder of segmentation_models_pytorch, tu-NAME for timm's")
-    encoder_weights: str | None = Field(
-        "imagenet", description="a pretrained set by name, a local .safetensors file, or null for none"
-    )
-    image_size: int = Field(352, ge=32, multiple_of=32, description="side of the input square in pixels")
 
 
 class CNN(ImageOnlyModel):
@@ -31,7 +20,6 @@ class CNN(ImageOnlyModel):
     Source: MedVLSM, MIDL 2024, arXiv 2308.07706; segmentation_models_pytorch.
     """
 
-    Options: ClassVar[type[Settings]] = CNNOptions
     architecture: ClassVar[str]
 
     @classmethod

@@ -23,7 +23,6 @@ class SegmentationModel(nn.Module):
     prompts are tuples of tensors with a row per image or prompt; how many and how wide is the model's own business.
     """
 
-    Options: ClassVar[type[Settings]]
     options: Settings
     image_spec: ImageSpec
     is_folded = False  # by `fold_batch_norms`, for inference only

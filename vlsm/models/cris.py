@@ -2,29 +2,18 @@
 
 import math
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlsm.config import Settings
 from vlsm.errors import CheckpointError
 from vlsm.images import ImageSpec
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.openclip import OpenCLIPTowers
-from vlsm.models.openclip_seg import SOURCE_HELP
+from vlsm.models.options import CRISOptions
 from vlsm.models.towers import encode_by_length
-
-
-class CRISOptions(Settings):
-    """There are no official weights of CRIS: it starts from CLIP's and learns the rest."""
-
-    source: str = Field("RN50-quickgelu/openai", description=SOURCE_HELP)
-    image_size: int = Field(416, ge=32, multiple_of=32, description="side of the input square in pixels")
-    width: int = Field(512, ge=32, multiple_of=32, description="channels of the decoder; the neck has half to double")
-    dropout: float = Field(0.2, ge=0, lt=1, description="in the decoder")
 
 
 class ResNetTowers(OpenCLIPTowers):
@@ -179,7 +168,6 @@ class CRIS(SegmentationModel):
     Source: CRIS, CVPR 2022, arXiv 2111.15174.
     """
 
-    Options: ClassVar[type[Settings]] = CRISOptions
     threshold = 0.35
     options: CRISOptions
 

@@ -8,7 +8,6 @@ from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoder
 from vlsm.errors import CheckpointError
 from vlsm.models.towers import LOAD_ERRORS, Towers, explain_source
 
-PUBLISHED = "CIDAS/clipseg-rd64-refined"
 _PATCH = 16  # of the published decoder: it enlarges the patch grid sixteen times
 
 

@@ -1,68 +1,22 @@
-"""The paper's three ensembles: A (BiomedCLIPSeg with UNet-D), B (CLIPSeg with UNet-D), and C (both, stacked).
+"""The paper's ensemble C: A (`ensemble_a`) and B (`ensemble_b`), stacked.
 
 Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from vlsm.config import Settings
 from vlsm.images import ImageSpec
-from vlsm.models.clipseg import CLIPSeg, CLIPSegOptions, CLIPSegTowers, load_towers, restore_towers
+from vlsm.models.clipseg import CLIPSegTowers, load_towers, restore_towers
 from vlsm.models.contract import Features, SegmentationModel
-from vlsm.models.decoder import PUBLISHED, PromptDecoder, build_decoder, load_decoder
-from vlsm.models.fusion import AllActivationsUNetD, FirstActivationUNetD
+from vlsm.models.decoder import PromptDecoder, load_decoder
+from vlsm.models.ensemble_a import EnsembleA
+from vlsm.models.ensemble_b import EnsembleB
 from vlsm.models.openclip import OpenCLIPTowers
-from vlsm.models.openclip_seg import BIOMEDCLIP, DECODER_HELP, SOURCE_HELP, BiomedCLIPSeg, BiomedCLIPSegOptions
-from vlsm.models.unet_d import UNetDSettings
-
-
-class EnsembleAOptions(BiomedCLIPSegOptions, UNetDSettings):
-    """BiomedCLIPSeg's options and UNet-D's."""
-
-    image_size: int = Field(224, ge=16, multiple_of=16, description="side of the input square in pixels")
-
-
-class EnsembleA(BiomedCLIPSeg):
-    """BiomedCLIPSeg with UNet-D, which takes a text-conditioned map of the first activation."""
-
-    Options = EnsembleAOptions
-
-    @classmethod
-    def assemble(cls, options: Any, towers: OpenCLIPTowers, copies: int = 1) -> Self:
-        """The towers with an untrained decoder and CNN."""
-        return cls(options, towers, build_decoder(towers), FirstActivationUNetD(towers, options, copies))
-
-
-class EnsembleBOptions(CLIPSegOptions, UNetDSettings):
-    """CLIPSeg's options and UNet-D's."""
-
-    image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
-
-
-class EnsembleB(CLIPSeg):
-    """CLIPSeg with UNet-D, which takes a text-conditioned map of all activations."""
-
-    Options = EnsembleBOptions
-
-    @classmethod
-    def assemble(cls, options: Any, towers: CLIPSegTowers, decoder: PromptDecoder, copies: int = 1) -> Self:
-        """Towers and decoder with an untrained CNN."""
-        return cls(options, towers, decoder, AllActivationsUNetD(towers, options, copies))
-
-
-class EnsembleCOptions(UNetDSettings):
-    """Sources of both members, and what they share."""
-
-    biomedclip_source: str = Field(BIOMEDCLIP, description=SOURCE_HELP)
-    clipseg_source: str = Field(PUBLISHED, description="hub id or local folder, as from_pretrained takes it")
-    decoder_source: str | None = Field(None, description=f"for A: {DECODER_HELP}")
-    taps: tuple[int, ...] = Field((4, 7, 10), min_length=1, description="for A: 0-based image-tower blocks")
-    image_size: int = Field(224, ge=16, multiple_of=16, description="side of the input square in pixels")
+from vlsm.models.options import EnsembleCOptions
 
 
 class EnsembleC(SegmentationModel):
@@ -71,8 +25,6 @@ class EnsembleC(SegmentationModel):
     Each member sees the image normalised as its own tower wants it, and each text tower its own tokens. (The public
     code feeds both with one normalisation, and CLIP with PubMedBERT's tokens.)
     """
-
-    Options: ClassVar[type[Settings]] = EnsembleCOptions
 
     def __init__(self, options: EnsembleCOptions, a: EnsembleA, b: EnsembleB) -> None:
         super().__init__()

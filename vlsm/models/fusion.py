@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vlsm.models.contract import Features
+from vlsm.models.options import UNetDSettings
 from vlsm.models.towers import Towers
-from vlsm.models.unet_d import UNetDNetwork, UNetDSettings
+from vlsm.models.unet_d import UNetDNetwork
 
 _CHANNELS = 128
 

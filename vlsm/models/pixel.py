@@ -1,25 +1,16 @@
 """The least that is a model: what a pipeline costs beside its network is measured with it."""
 
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
-from pydantic import Field
 from torch import nn
 
-from vlsm.config import Settings
 from vlsm.models.contract import ImageOnlyModel
-
-
-class PixelOptions(Settings):
-    """There is nothing else to choose."""
-
-    image_size: int = Field(32, ge=1, description="side of the input square in pixels")
+from vlsm.models.options import PixelOptions
 
 
 class Pixel(ImageOnlyModel):
     """Logits from the colour of each pixel alone: a 1x1 convolution, four weights."""
-
-    Options: ClassVar[type[Settings]] = PixelOptions
 
     @classmethod
     def build(cls, options: PixelOptions) -> Self:

@@ -4,28 +4,12 @@ from pathlib import Path
 from typing import Self, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vlsm.config import Settings
 from vlsm.models.contract import Features, ImageOnlyModel
-
-
-class UNetDSettings(Settings):
-    """The published network has width 64; a quarter of it trains on a laptop."""
-
-    width: int = Field(
-        64, ge=4, description="channels of the first level; all others follow in the published proportions"
-    )
-    dropout: float = Field(0.1, ge=0, lt=1, description="after each encoder level")
-
-
-class UNetDOptions(UNetDSettings):
-    """Standalone."""
-
-    image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
+from vlsm.models.options import UNetDOptions
 
 
 class _Down(nn.Module):
@@ -151,8 +135,6 @@ class UNetD(ImageOnlyModel):
 
     Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
     """
-
-    Options = UNetDOptions
 
     @classmethod
     def build(cls, options: UNetDOptions) -> Self:
