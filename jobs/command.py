@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Any, Self
 
 from vlsm import storage
 from vlsm.config import Settings, describe_settings
@@ -80,42 +82,76 @@ def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def ray_session(log_to_driver: bool = True) -> Iterator[None]:
+class RaySession(contextlib.AbstractContextManager["RaySession"]):
     """Ray for a while: the cluster of the environment (RAY_ADDRESS, a submitted job), or one started on this machine.
 
-    A session that the caller has already opened is used and left open.
+    `start` returns at once, and Ray starts in a thread beside what the caller does; `wait` returns when Ray is there. A
+    session that the caller has already opened is used and left open.
 
     Args:
         log_to_driver: whether what tasks and actors print stands in the job's log as well as in their own.
     """
-    import ray.data  # here, so that --help and wrong arguments do not wait for it
 
-    opened = not ray.is_initialized()
-    if opened:
+    def __init__(self, log_to_driver: bool = True) -> None:
+        self._log_to_driver = log_to_driver
+        self._starting: Future[None] | None = None
+        self._is_opened = False
+        # stdout is the result's: what Ray and its processes print goes beside the log
+        self._stdout = contextlib.redirect_stdout(sys.stderr)
+
+    def __enter__(self) -> Self:
+        self._stdout.__enter__()
+        return self
+
+    def start(self) -> None:
+        """Begin to start Ray; once is enough."""
+        if self._starting is None:
+            executor = ThreadPoolExecutor(1, "ray-start")
+            self._starting = executor.submit(self._open)
+            executor.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Ray is there, and Ray Data is quiet; what kept Ray from starting is raised here."""
+        self.start()
+        if self._starting is not None:
+            self._starting.result()
+        import ray.data
+
+        # warnings stay; what Ray Data says of its own progress would stand beside ours
+        for handler in logging.getLogger("ray.data").handlers:
+            if isinstance(handler, logging.StreamHandler) and handler not in logging.root.handlers:
+                handler.setLevel(logging.WARNING)
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+
+    def _open(self) -> None:
+        import ray  # and not ray.data: two threads that import parts of one package can wait for each other
+
+        if ray.is_initialized():
+            return
         # of a cluster that starts here: ours are fractions of a CPU, and beyond the limit Ray ends processes that are
         # idle for a second, to start others in the next; a third of a small machine went that way
         os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * (os.cpu_count() or 1)))
-        ray.init(logging_level=logging.WARNING, include_dashboard=False, log_to_driver=log_to_driver)
-        signal.signal(signal.SIGTERM, _interrupt)  # ray.init has put a handler of its own there
-    # warnings stay; what Ray Data says of its own progress would stand beside ours
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and handler not in logging.root.handlers:
-            handler.setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # stdout is the result's: what Ray and its processes print goes beside the log
-    with contextlib.redirect_stdout(sys.stderr):
+        # the processes that Ray starts in advance import what all of ours need before there is work for them
+        os.environ.setdefault("RAY_preload_python_modules", "ray.data")
+        ray.init(logging_level=logging.WARNING, include_dashboard=False, log_to_driver=self._log_to_driver)
+        self._is_opened = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
-            yield
-        except BaseException as error:
             _release_frames(error)
-            raise
-        finally:
-            if opened:
+            if self._starting is not None:
+                wait([self._starting])
+            if self._is_opened:
+                import ray
+
                 ray.shutdown()
+        finally:
+            self._stdout.__exit__(kind, error, trace)
 
 
 def _release_frames(error: BaseException | None) -> None:

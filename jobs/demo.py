@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.command import logger, ray_session, run_command
+from jobs.command import RaySession, logger, run_command
 from jobs.segment import segment
 from jobs.train import train
 from vlsm.config import MemberSettings, SegmentSettings
@@ -76,7 +76,7 @@ def tell(output: Path) -> None:
         shard_rows=32,
         start_over=True,
     )
-    with ray_session(log_to_driver=False):
+    with RaySession(log_to_driver=False):
         logger.info("python -m jobs.train %s --dataset drawn=%s", training.output, training.datasets["drawn"])
         train(training)
         logger.info(

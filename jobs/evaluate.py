@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from jobs.command import logger, make_parser, parse_pairs, ray_session, run_command
+from jobs.command import RaySession, logger, make_parser, parse_pairs, run_command
 from jobs.segment import segment
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
@@ -91,7 +91,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         storage.remove(summary_uri)
     started_s = time.monotonic()
     logger.info("%d systems, %d scores are planned", len(evaluation.systems), evaluation.num_rows)
-    with ray_session():
+    with RaySession():
         for system in evaluation.systems:
             if system.segment is not None:
                 logger.info("masks of %s", system.name)

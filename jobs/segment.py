@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from jobs.command import logger, make_parser, run_command
+from jobs.command import RaySession, logger, make_parser, run_command
 from jobs.stream import Wave, execute
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
@@ -78,17 +78,18 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
     Raises:
         VlsmError: the settings are wrong, or the run could not be finished; a rerun goes on where it stopped.
     """
-    run = prepare_run(settings)
-    output = run.settings.output
-    if summary := read_summary(output):
-        if not (settings.retry_failed and summary["failed"]):
-            logger.info("%s is finished: there is nothing to do", output)
-            return summary
-        storage.remove(storage.join(output, SUMMARY_NAME))
-    started_s = time.monotonic()
-    if settings.prompts is None:
-        logger.info("the prompt is the checkpoint's own: %s", ", ".join(map(repr, run.settings.prompts or ())))
     with contextlib.ExitStack() as stack:
+        session = stack.enter_context(RaySession())
+        run = prepare_run(settings, session.start)
+        output = run.settings.output
+        if summary := read_summary(output):
+            if not (settings.retry_failed and summary["failed"]):
+                logger.info("%s is finished: there is nothing to do", output)
+                return summary
+            storage.remove(storage.join(output, SUMMARY_NAME))
+        started_s = time.monotonic()
+        if settings.prompts is None:
+            logger.info("the prompt is the checkpoint's own: %s", ", ".join(map(repr, run.settings.prompts or ())))
         planner = None if run.plan.is_complete else stack.enter_context(make_planner(run))
         known = run.plan if planner is None else replace(run.plan, num_shards=planner.wait(0))
         state = compare_run(output, known, run.run_id, settings.retry_failed)
@@ -96,19 +97,19 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
         waves = _waves(state.pending.items())
         if planner is None:
             logger.info("%d of %d images are to be done", run.plan.num_images - num_before, run.plan.num_images)
-            execute(run, waves, state, lambda: run.plan.num_images, settings.retry_failed)
+            execute(session, run, waves, state, lambda: run.plan.num_images, settings.retry_failed)
         else:
             names = set(storage.list_names(storage.join(output, "masks")))
             waves = itertools.chain(waves, _planned_waves(planner, known.num_shards, names))
-            execute(run, waves, state, lambda: planner.num_images, settings.retry_failed)
+            execute(session, run, waves, state, lambda: planner.num_images, settings.retry_failed)
             run = replace(run, plan=planner.result())
             if settings.update and planner.is_resumed:  # what has changed of that which was listed before
                 run = prepare_run(settings.model_copy(update={"start_over": False}))
-    for _ in range(_MORE_ROUNDS):
-        state = compare_run(output, run.plan, run.run_id)
-        if not state.pending:
-            break
-        execute(run, _waves(state.pending.items()), state, lambda: run.plan.num_images)
+        for _ in range(_MORE_ROUNDS):
+            state = compare_run(output, run.plan, run.run_id)
+            if not state.pending:
+                break
+            execute(session, run, _waves(state.pending.items()), state, lambda: run.plan.num_images)
     return finish_run(run, state, num_before, time.monotonic() - started_s)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs.actor import SegmentActor
-from jobs.command import logger, ray_session
+from jobs.command import RaySession, logger
 from jobs.pools import plan_pools, warn_if_none_fits
 from jobs.stages import Task, fetch_shard, write_masks
 from vlsm.errors import VlsmError
@@ -20,12 +20,18 @@ _FEW_CPUS = 4  # of all nodes: with more there is room for a task beside what Ra
 Wave = list[tuple[int, bool]]  # shards that are planned at once, and whether each has a part already
 
 
-def execute(
-    run: Run, waves: Iterator[Wave], state: RunState, count_images: Callable[[], int], retry_failed: bool = False
+def execute(  # noqa: PLR0913 - all that one stream of shards depends on
+    session: RaySession,
+    run: Run,
+    waves: Iterator[Wave],
+    state: RunState,
+    count_images: Callable[[], int],
+    retry_failed: bool = False,
 ) -> None:
-    """Stream shards through Ray, wave by wave; where there is none, Ray is not started.
+    """Stream shards through Ray, wave by wave; where there is none, nothing waits for Ray.
 
     Args:
+        session: where Ray is, or is about to be.
         run: the run.
         waves: what is to be done, asked for one at a time.
         state: what is done already.
@@ -39,44 +45,39 @@ def execute(
     first = next(waves, None)
     if first is None:
         return
-    import ray.data  # here, so that --help and wrong arguments do not wait for it
+    session.wait()
+    import ray.data
 
     from jobs.board import Board, start_board
     from jobs.progress import Progress
     from vlsm.checkpoints import build_checkpoint
 
-    with ray_session():
-        context = ray.data.DataContext.get_current()
-        context.target_max_block_size = None  # a shard stays one block, however large
-        context.max_errored_blocks = 0
-        context.retried_map_errors, context.max_map_retries = True, 2
-        context.max_consecutive_actor_init_deaths = 3
-        board = start_board(Board)
-        sizes = tuple(member.image_size for member in run.members)
-        task = Task(run.settings, run.run_id, run.plan.id, sizes, retry_failed, board)
-        # each node fetches the weights once from the object store, whether or not it could reach the directory itself
-        weights = [
-            ray.put({name: np.frombuffer(data, np.uint8) for name, data in member.files.items()})
-            for member in run.members
-        ]
-        try:
-            with Progress(
-                count_images, state.num_done, state.counts["failed"], board, task.settings.output
-            ) as progress:
-                for wave in itertools.chain([first], waves):
-                    for part in _stream_parts(wave, task, weights).iter_rows():
-                        progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
-                        if progress.done >= min(run.settings.run.judge_after, count_images()):
-                            errors = json.loads(part["first_errors"])
-                            check_failed_share(run.settings, progress.done, progress.failed, errors)
-        except ray.exceptions.RayError as error:
-            # an actor that could not load its checkpoint dies without a word of why
-            for member, own in zip(run.members, run.settings.members, strict=True):
-                build_checkpoint(member.files, own.checkpoint)
-            reason = ray.get(board.last_error.remote()) or _root_cause(error)
-            raise VlsmError(
-                f"a stage failed through its retries: {reason}; the same command goes on from here"
-            ) from error
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None  # a shard stays one block, however large
+    context.max_errored_blocks = 0
+    context.retried_map_errors, context.max_map_retries = True, 2
+    context.max_consecutive_actor_init_deaths = 3
+    board = start_board(Board)
+    sizes = tuple(member.image_size for member in run.members)
+    task = Task(run.settings, run.run_id, run.plan.id, sizes, retry_failed, board)
+    # each node fetches the weights once from the object store, whether or not it could reach the directory itself
+    weights = [
+        ray.put({name: np.frombuffer(data, np.uint8) for name, data in member.files.items()}) for member in run.members
+    ]
+    try:
+        with Progress(count_images, state.num_done, state.counts["failed"], board, task.settings.output) as progress:
+            for wave in itertools.chain([first], waves):
+                for part in _stream_parts(wave, task, weights).iter_rows():
+                    progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
+                    if progress.done >= min(run.settings.run.judge_after, count_images()):
+                        errors = json.loads(part["first_errors"])
+                        check_failed_share(run.settings, progress.done, progress.failed, errors)
+    except ray.exceptions.RayError as error:
+        # an actor that could not load its checkpoint dies without a word of why
+        for member, own in zip(run.members, run.settings.members, strict=True):
+            build_checkpoint(member.files, own.checkpoint)
+        reason = ray.get(board.last_error.remote()) or _root_cause(error)
+        raise VlsmError(f"a stage failed through its retries: {reason}; the same command goes on from here") from error
 
 
 def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:

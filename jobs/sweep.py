@@ -12,7 +12,7 @@ import time
 from pathlib import PurePath
 from typing import Any
 
-from jobs.command import logger, make_parser, parse_pairs, ray_session, run_command
+from jobs.command import RaySession, logger, make_parser, parse_pairs, run_command
 from jobs.evaluate import evaluate
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
@@ -78,7 +78,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         logger.info("%s is finished: there is nothing to do", output)
         return summary
     started_s = time.monotonic()
-    with ray_session(log_to_driver=False):
+    with RaySession(log_to_driver=False):
         failures = _train_all([trial for cell in cells for trial in cell.trials], settings)
         if failures:
             raise VlsmError(f"{len(failures)} trials failed: {'; '.join(failures[:3])}; the same command goes on")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.command import logger, make_parser, parse_pairs, ray_session, run_command
+from jobs.command import RaySession, logger, make_parser, parse_pairs, run_command
 from jobs.pools import warn_if_none_fits
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
@@ -66,14 +66,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         def inspect(records: Sequence[Record]) -> list[Facts]:
             from jobs.feeding import inspect_records
 
-            stack.enter_context(ray_session(log_to_driver=False))
+            stack.enter_context(RaySession(log_to_driver=False))
             return inspect_records(records, settings.data)
 
         records = prepare_training(settings, inspect)
         if summary := read_summary(settings.output):
             logger.info("%s is finished: there is nothing to do", settings.output)
             return summary
-        stack.enter_context(ray_session(log_to_driver=False))
+        stack.enter_context(RaySession(log_to_driver=False))
         execute(settings, records)
     summary = read_summary(settings.output)
     if summary is None:
@@ -88,7 +88,7 @@ def dry_run(settings: TrainSettings) -> None:
     def inspect(records: Sequence[Record]) -> list[Facts]:
         from jobs.feeding import inspect_records
 
-        with ray_session(log_to_driver=False):
+        with RaySession(log_to_driver=False):
             return inspect_records(records, settings.data)
 
     check_model(settings)

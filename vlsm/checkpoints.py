@@ -160,16 +160,32 @@ def read_checkpoint(uri: str) -> dict[str, bytes]:
         CheckpointError: there is no checkpoint at the location, or a file in it is of a kind that none needs.
     """
     uri = storage.absolute(uri)
+    return {name: storage.read_bytes(storage.join(uri, name)) for name in _list_files(uri)}
+
+
+def read_settings(uri: str) -> CheckpointSettings:
+    """What checkpoint.yaml says, checked without reading the weights.
+
+    Raises:
+        CheckpointError: as `read_checkpoint` and `parse_settings` raise it.
+    """
+    uri = storage.absolute(uri)
+    files = dict.fromkeys(_list_files(uri), b"")
+    return parse_settings(files | {SETTINGS_NAME: storage.read_bytes(storage.join(uri, SETTINGS_NAME))}, uri)
+
+
+def _list_files(uri: str) -> list[str]:
+    """The names of a checkpoint's files, sorted."""
     fs, path = storage.open_uri(uri)
     if not fs.exists(f"{path}/{SETTINGS_NAME}"):
         raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {SETTINGS_NAME}")
-    names = {found.removeprefix(path).lstrip("/"): found for found in fs.find(path)}
+    names = sorted(found.removeprefix(path).lstrip("/") for found in fs.find(path))
     for name in names:
         if not name.endswith(_SUFFIXES):
             raise CheckpointError(
                 f"checkpoint {uri!r} holds {name!r}; only {', '.join(_SUFFIXES)} are allowed (a pickle could run code)"
             )
-    return {name: storage.read_bytes(storage.join(uri, name)) for name in sorted(names)}
+    return names
 
 
 def digest_files(files: dict[str, bytes]) -> str:

@@ -10,13 +10,13 @@ import itertools
 import json
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlsm import storage
 from vlsm.archive import Archive, open_archive
-from vlsm.checkpoints import CheckpointSettings, digest_files, parse_settings, read_checkpoint
+from vlsm.checkpoints import CheckpointSettings, digest_files, read_checkpoint, read_settings
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.formats.frames import Look
@@ -66,13 +66,16 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
         CheckpointError: there is no usable checkpoint.
         ConfigError: the members' prompts or thresholds differ, and none were given.
     """
-    members: list[Member] = []
+    settings, checkpoints = _resolve(settings)
+    return settings, _read_members(settings, checkpoints)
+
+
+def _resolve(settings: SegmentSettings) -> tuple[SegmentSettings, list[CheckpointSettings]]:
+    """The resolved settings and each member's checkpoint.yaml; no weights are read."""
     own: list[CheckpointSettings] = []
     for uri in (member.checkpoint for member in settings.members):
         with storage.name_errors("checkpoint", uri):
-            files = read_checkpoint(uri)
-        own.append(parse_settings(files, uri))
-        members.append(Member(files, own[-1].image.size))
+            own.append(read_settings(uri))
     resolved: dict[str, Any] = {}
     prompts = settings.prompts or tuple(settings.classes) or None
     for key, given in (("prompt", prompts), ("threshold", settings.threshold)):
@@ -91,7 +94,15 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
         "threshold": settings.threshold or resolved["threshold"],
         "review": _resolve_review(settings.review, own),
     }
-    return settings.model_copy(update=update), tuple(members)
+    return settings.model_copy(update=update), own
+
+
+def _read_members(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> tuple[Member, ...]:
+    members: list[Member] = []
+    for member, checkpoint in zip(settings.members, checkpoints, strict=True):
+        with storage.name_errors("checkpoint", member.checkpoint):
+            members.append(Member(read_checkpoint(member.checkpoint), checkpoint.image.size))
+    return tuple(members)
 
 
 def _resolve_review(review: ReviewSettings, checkpoints: list[CheckpointSettings]) -> ReviewSettings:
@@ -129,20 +140,32 @@ def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None =
     return archive
 
 
-def prepare_run(settings: SegmentSettings) -> Run:
+def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: None) -> Run:
     """Plan a run, or take it up again where OUTPUT already holds its plan; all that can be wrong is found here.
+
+    Args:
+        settings: of the run.
+        begin: called where there is work to do, as soon as every path and setting is known to be right. The weights are
+            read and the archive is planned after that, so that something slow, such as a cluster, starts meanwhile.
 
     Raises:
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
         CheckpointError, ManifestError: the checkpoint or the manifest is of no use.
     """
-    settings, members = resolve_settings(settings)
-    facts, output = {"checkpoint_digests": [digest_files(member.files) for member in members]}, settings.output
+    settings, checkpoints = _resolve(settings)
+    output = settings.output
     with storage.name_errors("OUTPUT", output):
         record = None if settings.start_over else read_record(output)
         is_new = record is None
+        archive = open_input(settings) if record is None else None
+        if record is None or not (
+            describe_differences(record, settings, {}) or storage.exists(storage.join(output, SUMMARY_NAME))
+        ):
+            begin()
+        members = _read_members(settings, checkpoints)
+        facts = {"checkpoint_digests": [digest_files(member.files) for member in members]}
         if record is None:
-            record = _plan_run(settings, facts)
+            record = _plan_run(settings, facts, archive or open_input(settings))
         if differences := describe_differences(record, settings, facts):
             raise ConfigError(
                 f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
@@ -153,10 +176,9 @@ def prepare_run(settings: SegmentSettings) -> Run:
     return Run(settings, members, Plan(**record["plan"]), record["run_id"])
 
 
-def _plan_run(settings: SegmentSettings, facts: dict[str, Any]) -> dict[str, Any]:
+def _plan_run(settings: SegmentSettings, facts: dict[str, Any], archive: Archive) -> dict[str, Any]:
     """The record of a new plan, or of the one that another job has made at the same time."""
     output = settings.output
-    archive = open_input(settings)
     if settings.start_over:
         forget_run(output, folders=(("masks", "part-"), ("manifest", "plan-")))
     elif any(name.startswith("part-") for name in storage.list_names(storage.join(output, "masks"))):

@@ -10,7 +10,7 @@ from typing import Any
 import vlsm
 from jobs.benchmarks.figures import write_json
 from jobs.benchmarks.turns import TURNS_NAME
-from jobs.command import ray_session
+from jobs.command import RaySession
 from jobs.feeding import inspect_records
 from jobs.train import execute
 from vlsm.models import MODELS
@@ -106,7 +106,7 @@ def _run(folder: Path, setup: str, repeats: int) -> list[dict[str, float]]:
             },
         }
     )
-    with ray_session(log_to_driver=False):
+    with RaySession(log_to_driver=False):
         records = prepare_training(settings, lambda records: inspect_records(records, settings.data))
         execute(settings, records, "jobs.benchmarks.turns:train_in_turns")
     return list(json.loads((output / TURNS_NAME).read_text(encoding="utf-8")))

@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.command import ray_session
+from jobs.command import RaySession
 
 
 @pytest.mark.ray
@@ -20,7 +20,8 @@ def test_what_an_interrupted_run_holds_is_released_before_its_session_ends(ray_c
             assert stream and not released
 
     def run():
-        with ray_session():
+        with RaySession() as session:
+            session.wait()
             try:
                 work()
             except KeyboardInterrupt as error:
