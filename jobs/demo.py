@@ -6,6 +6,7 @@ training/        what `python -m jobs.train training --dataset drawn=labelled --
 archive/         other drawn images (and two broken files), as a bucket would hold them
 segmented/       what `python -m jobs.segment archive/images segmented --checkpoint training/checkpoint` makes
 overlays.png     some of the masks, drawn on their images
+report.html      what `python -m vlsm.report segmented report.html` makes: the run to look at in a browser
 """
 
 import argparse
@@ -50,14 +51,6 @@ def main(argv: list[str] | None = None) -> int:
 def tell(output: Path) -> None:
     """Run the story below a folder; what an earlier demo left there is replaced."""
     started_s = time.monotonic()
-    logger.info("drawing %d labelled and %d other images below %s", sum(_SPLITS.values()), _NUM_ARCHIVE, output)
-    write_labelled(output / "labelled", _SPLITS, seed=_SEED)
-    write_labelled(output / "archive", {"test": _NUM_ARCHIVE}, seed=_SEED + 1)
-    images = output / "archive" / "images"
-    (images / "broken_truncated.jpg").write_bytes((images / "test_0001.jpg").read_bytes()[:1500])
-    (images / "broken_empty.png").write_bytes(b"")
-    write_tiny_clipseg(output / "clipseg")
-
     training = TrainSettings(
         output=str(output / "training"),
         datasets={"drawn": str(output / "labelled")},
@@ -68,34 +61,48 @@ def tell(output: Path) -> None:
         optim=_OPTIM,
         run=TrainRunSettings(workers=2),
     )
-    settings = SegmentSettings(
-        input=str(images),
+    segmentation = SegmentSettings(
+        input=str(output / "archive" / "images"),
         output=str(output / "segmented"),
         members=(MemberSettings(checkpoint=str(output / "training" / "checkpoint")),),
         prompts=KINDS,
         shard_rows=32,
         start_over=True,
     )
-    with RaySession(log_to_driver=False):
+    with RaySession(log_to_driver=False) as session:
+        session.start()  # beside the drawing
+        draw(output)
+        session.wait()
         logger.info("python -m jobs.train %s --dataset drawn=%s", training.output, training.datasets["drawn"])
         train(training)
-        logger.info(
-            "python -m jobs.segment %s %s --checkpoint %s",
-            settings.input,
-            settings.output,
-            settings.members[0].checkpoint,
-        )
-        summary = segment(settings)
-    dice = score(output / "archive", settings.output, output / "overlays.png")
+        words = segmentation.input, segmentation.output, segmentation.members[0].checkpoint
+        logger.info("python -m jobs.segment %s %s --checkpoint %s", *words)
+        summary = segment(segmentation)
+    from vlsm.report import write_report  # here: it imports what draws
+
+    dice = score(output / "archive", segmentation.output, output / "overlays.png")
+    report = write_report(segmentation.output, output / "report.html")
     print(
         f"\nsegmented {summary['ok']} images, {summary['failed']} could not be read ({summary['failed_by_reason']}); "
         f"mean Dice on images never seen: {', '.join(f'{kind} {value:.3f}' for kind, value in dice.items())}\n"
         f"curves    {training.output}/curves.png\n"
-        f"masks     {settings.output}/masks/*.parquet\n"
+        f"masks     {segmentation.output}/masks/*.parquet\n"
         f"overlays  {output / 'overlays.png'}: masks green, what was drawn magenta, the worst first\n"
-        f"summary   {settings.output}/summary.json\n"
-        f"done in {time.monotonic() - started_s:.0f} s"
+        f"summary   {segmentation.output}/summary.json\n"
+        f"done in {time.monotonic() - started_s:.0f} s; open the report in a browser:\n"
+        f"report    {report}"
     )
+
+
+def draw(output: Path) -> None:
+    """The labelled images, the archive with two broken files, and the tiny CLIPSeg."""
+    logger.info("drawing %d labelled and %d other images below %s", sum(_SPLITS.values()), _NUM_ARCHIVE, output)
+    write_labelled(output / "labelled", _SPLITS, seed=_SEED)
+    write_labelled(output / "archive", {"test": _NUM_ARCHIVE}, seed=_SEED + 1)
+    images = output / "archive" / "images"
+    (images / "broken_truncated.jpg").write_bytes((images / "test_0001.jpg").read_bytes()[:1500])
+    (images / "broken_empty.png").write_bytes(b"")
+    write_tiny_clipseg(output / "clipseg")
 
 
 def write_tiny_clipseg(folder: Path) -> None:

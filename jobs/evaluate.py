@@ -91,7 +91,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         storage.remove(summary_uri)
     started_s = time.monotonic()
     logger.info("%d systems, %d scores are planned", len(evaluation.systems), evaluation.num_rows)
-    with RaySession():
+    with RaySession() as session:
+        session.wait()
         for system in evaluation.systems:
             if system.segment is not None:
                 logger.info("masks of %s", system.name)

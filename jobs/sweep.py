@@ -78,7 +78,8 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         logger.info("%s is finished: there is nothing to do", output)
         return summary
     started_s = time.monotonic()
-    with RaySession(log_to_driver=False):
+    with RaySession(log_to_driver=False) as session:
+        session.wait()
         failures = _train_all([trial for cell in cells for trial in cell.trials], settings)
         if failures:
             raise VlsmError(f"{len(failures)} trials failed: {'; '.join(failures[:3])}; the same command goes on")

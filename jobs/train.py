@@ -6,11 +6,11 @@ Where a run is stands in one file, OUTPUT/last.safetensors, which the first work
 dies, workers, nodes or the driver, goes on from there: the plan of steps follows from the seed alone.
 """
 
-import contextlib
 import hashlib
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from jobs.command import RaySession, logger, make_parser, parse_pairs, run_command
@@ -61,19 +61,12 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     """
     from vlsm.training_run import prepare_training  # here, so that --help does not wait for it
 
-    with contextlib.ExitStack() as stack:
-
-        def inspect(records: Sequence[Record]) -> list[Facts]:
-            from jobs.feeding import inspect_records
-
-            stack.enter_context(RaySession(log_to_driver=False))
-            return inspect_records(records, settings.data)
-
-        records = prepare_training(settings, inspect)
+    with RaySession(log_to_driver=False) as session:
+        records = prepare_training(settings, partial(_inspect, session, settings), session.start)
         if summary := read_summary(settings.output):
             logger.info("%s is finished: there is nothing to do", settings.output)
             return summary
-        stack.enter_context(RaySession(log_to_driver=False))
+        session.wait()
         execute(settings, records)
     summary = read_summary(settings.output)
     if summary is None:
@@ -85,18 +78,21 @@ def dry_run(settings: TrainSettings) -> None:
     """Print the resolved settings and what is to be said of the data; nothing is written, nothing is trained."""
     from vlsm.training_run import check_examples, check_model
 
-    def inspect(records: Sequence[Record]) -> list[Facts]:
-        from jobs.feeding import inspect_records
-
-        with RaySession(log_to_driver=False):
-            return inspect_records(records, settings.data)
-
     check_model(settings)
-    _, lines, num_broken = check_examples(settings, inspect, num_shown=None)
+    with RaySession(log_to_driver=False) as session:
+        inspect = partial(_inspect, session, settings)
+        _, lines, num_broken = check_examples(settings, inspect, num_shown=None, begin=session.start)
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print("\n".join(f"# {line}" for line in lines))
     if num_broken and not settings.data.skip_broken:
         raise VlsmError(f"{num_broken:,} records are broken: mend them, or --set data.skip_broken=true to do without")
+
+
+def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Record]) -> list[Facts]:
+    session.wait()
+    from jobs.feeding import inspect_records  # which imports Ray
+
+    return inspect_records(records, settings.data)
 
 
 def execute(settings: TrainSettings, records: Sequence[Record], worker: str | None = None) -> None:

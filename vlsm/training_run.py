@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.checkpoints import SETTINGS_NAME, load_checkpoint, parse_settings, read_checkpoint, save_checkpoint
+from vlsm.checkpoints import SETTINGS_NAME, load_checkpoint, read_settings, save_checkpoint
 from vlsm.datasets import Record, read_dataset
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.examples import Plan, choose_prompt
@@ -31,7 +31,7 @@ from vlsm.history import History, Row
 from vlsm.inspection import Facts, describe_findings, digest_examples, examples_table, judge, read_records
 from vlsm.models import build_model, parse_options
 from vlsm.recipe import TrainSettings
-from vlsm.record import describe_differences, forget_run, make_record, read_record, write_record
+from vlsm.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
 from vlsm.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -95,10 +95,14 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
 
 
 def check_examples(
-    settings: TrainSettings, inspect: Inspect, num_shown: int | None = 20
+    settings: TrainSettings, inspect: Inspect, num_shown: int | None = 20, begin: Callable[[], None] = lambda: None
 ) -> tuple[pa.Table, list[str], int]:
-    """All examples, looked through; lines that say what was found, so many of a kind; how many are broken."""
+    """All examples, looked through; lines that say what was found, so many of a kind; how many are broken.
+
+    `begin` is called as soon as every path is known to be right, as by `prepare_training`.
+    """
     records = read_all_records(settings)
+    begin()
     build_learning_model(settings)  # before all files are read: its weights may be nowhere
     facts = inspect(records)
     findings = judge(records, facts)
@@ -106,12 +110,16 @@ def check_examples(
     return table, describe_findings(records, findings, num_shown), sum(finding.is_broken for finding in findings)
 
 
-def prepare_training(settings: TrainSettings, inspect: Inspect) -> list[Record]:
+def prepare_training(
+    settings: TrainSettings, inspect: Inspect, begin: Callable[[], None] = lambda: None
+) -> list[Record]:
     """Plan a run, or take it up again where OUTPUT already holds its plan; all that can be wrong is found here.
 
     Args:
         settings: of the run.
         inspect: looks through the files of records.
+        begin: called where there is work to do, as soon as every path and setting is known to be right. The model is
+            built after that, so that something slow, such as a cluster, starts meanwhile.
 
     Returns:
         The examples.
@@ -131,8 +139,10 @@ def prepare_training(settings: TrainSettings, inspect: Inspect) -> list[Record]:
                     f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
                     "choose another OUTPUT, or --set start_over=true to forget that run"
                 )
+            if not storage.exists(storage.join(output, SUMMARY_NAME)):
+                begin()
             return read_examples(output)
-        table, lines, num_broken = check_examples(settings, inspect)
+        table, lines, num_broken = check_examples(settings, inspect, begin=begin)
         for line in lines:
             logger.info("%s", line)
         if num_broken and not settings.data.skip_broken:
@@ -158,7 +168,7 @@ def check_model(settings: TrainSettings) -> None:
     check_trackers(settings)
     if settings.start_from is not None:
         with storage.name_errors("start_from", settings.start_from):
-            parse_settings(read_checkpoint(settings.start_from), settings.start_from)
+            read_settings(settings.start_from)
         if settings.options:
             raise ConfigError("options belong to a new model; start_from has a checkpoint's own")
     else:
@@ -168,7 +178,7 @@ def check_model(settings: TrainSettings) -> None:
 def image_size(settings: TrainSettings) -> int:
     """S of the model that is to learn, in pixels."""
     if settings.start_from is not None:
-        return parse_settings(read_checkpoint(settings.start_from), settings.start_from).image.size
+        return read_settings(settings.start_from).image.size
     size = parse_options(str(settings.model), settings.options).image_size
     return int(size) if size is not None else build_learning_model(settings).image_spec.size
 

@@ -21,10 +21,11 @@ from aiohttp import ClientSession, ClientTimeout, web
 from yarl import URL
 
 from vlsm.errors import ConfigError, StorageError
+from vlsm.storage import store_errors
 
 BUCKET = "images"
 _PORTS = [f"{role}.port{kind}" for role in ("s3", "master", "volume", "filer") for kind in ("", ".grpc")]
-_READY_S = 60.0
+_READY_S = 600.0  # a server that hangs ends here; a slow machine takes less
 
 
 class S3Server:
@@ -66,19 +67,28 @@ class S3Server:
             StorageError: it does not.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        was_started, deadline_s = self._process is not None, time.monotonic() + _READY_S
+        self._launch()
+        while not self._takes_a_file():
+            if time.monotonic() > deadline_s:
+                raise StorageError(f"the S3 server did not start in {_READY_S:.0f} s: {self._last_words()}")
+            if self._process is not None and self._process.poll() is not None:  # somebody else has one of its ports
+                if not was_started:  # a server that was lost comes back where it was
+                    self._ports = [free_port() for _ in _PORTS]
+                self._launch()
+            time.sleep(0.2)
+
+    def _launch(self) -> None:
         # not `weed mini`, which takes a fifth of a core when nothing happens
         command = [str(self._binary), "server", "-s3", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += ["-master.telemetry=false", "-master.electionTimeout=500ms", "-master.heartbeatInterval=100ms"]
         command += ["-volume.max=100", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += [f"-{name}={port}" for name, port in zip(_PORTS, self._ports, strict=True)]
-        log = self.folder / "weed.log"
-        with log.open("ab") as file:
+        with (self.folder / "weed.log").open("ab") as file:
             self._process = subprocess.Popen(command, env=os.environ | self.environment(), stdout=file, stderr=file)
-        deadline_s = time.monotonic() + _READY_S
-        while not self._takes_a_file():
-            if self._process.poll() is not None or time.monotonic() > deadline_s:
-                raise StorageError(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
-            time.sleep(0.2)
+
+    def _last_words(self) -> str:
+        return (self.folder / "weed.log").read_text(errors="replace")[-2000:]
 
     def kill(self) -> None:
         """End it as a lost machine does."""
@@ -99,7 +109,7 @@ class S3Server:
         try:
             fs.makedirs(BUCKET, exist_ok=True)
             fs.pipe_file(f"{BUCKET}/ready", b"1")
-        except OSError:
+        except (OSError, *store_errors()):  # botocore's EndpointConnectionError is no OSError
             return False
         return True
 
@@ -116,11 +126,12 @@ class FaultyProxy:
         seed: of the choice.
 
     Attributes:
+        address: host:port of the proxy, once it serves.
         faults: how many there were of each.
     """
 
     def __init__(self, address: str, rates: Mapping[str, float], stall_s: float = 30.0, seed: int = 0) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = ""
         self.faults: Counter[str] = Counter()
         self._server, self._rates, self._stall_s = address, dict(rates), stall_s
         self._random = random.Random(seed)
@@ -129,7 +140,7 @@ class FaultyProxy:
 
     @contextlib.contextmanager
     def serve(self) -> Iterator[None]:
-        """Serve for a while, in a thread."""
+        """Serve for a while, in a thread, at `address`."""
         self._thread.start()
         runner = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
         try:
@@ -145,8 +156,9 @@ class FaultyProxy:
         application.cleanup_ctx.append(self._open_session)
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()
-        host, _, port = self.address.partition(":")
-        await web.TCPSite(runner, host, int(port)).start()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()  # a port that is free
+        host, port = runner.addresses[0][:2]
+        self.address = f"{host}:{port}"
         return runner
 
     async def _open_session(self, application: web.Application) -> Any:

@@ -106,7 +106,8 @@ def _run(folder: Path, setup: str, repeats: int) -> list[dict[str, float]]:
             },
         }
     )
-    with RaySession(log_to_driver=False):
+    with RaySession(log_to_driver=False) as session:
+        session.wait()
         records = prepare_training(settings, lambda records: inspect_records(records, settings.data))
         execute(settings, records, "jobs.benchmarks.turns:train_in_turns")
     return list(json.loads((output / TURNS_NAME).read_text(encoding="utf-8")))

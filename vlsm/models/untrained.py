@@ -7,12 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from safetensors.torch import save_file
 from transformers import BertConfig, BertTokenizerFast, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
 from vlsm.models.decoder import initialize_decoder
-from vlsm.models.openclip_source import CONFIG_NAME, build_architecture
 
 _WORDS = (
     "a an the of and with in on one two left right top bottom polyp lesion tumor mass round flat small large bright"
@@ -85,11 +83,17 @@ def write_clip_resnet(folder: Path, weights: bool = True, **config: Any) -> Path
     Returns:
         The folder.
     """
+    import open_clip
+
     return write_open_clip(folder, open_clip.get_model_config("RN50-quickgelu") | config, weights)
 
 
 def write_open_clip(folder: Path, model_config: dict[str, Any], weights: bool = True) -> Path:
     """Any open_clip architecture as local-dir takes it, with CLIP's mean and std."""
+    import open_clip  # here: it takes seconds, and a CLIPSeg needs none of it
+
+    from vlsm.models.openclip_source import CONFIG_NAME, build_architecture
+
     folder.mkdir(parents=True, exist_ok=True)
     statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     config = {"model_cfg": model_config, "preprocess_cfg": statistics}
