@@ -24,6 +24,7 @@ class SegmentActor:
     """
 
     def __init__(self, task: Task, weights: list[Any], members: tuple[int, ...], num_threads: int) -> None:
+        task.board.reach.remote("model's process", time.time())
         import ray
         import torch
 
@@ -40,6 +41,7 @@ class SegmentActor:
             self.segmenters[number] = Segmenter(checkpoint, batch_size=task.settings.run.batch_size)
         share_towers([segmenter.model for segmenter in self.segmenters.values()])
         self._warm_up()
+        task.board.reach.remote("model", time.time())
 
     def _warm_up(self) -> None:
         """Let a GPU choose its kernels, before a batch waits for it."""

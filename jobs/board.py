@@ -9,7 +9,7 @@ on killing without one ends the run.
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -29,26 +29,51 @@ class _Tries:
     deaths: Counter[int] = field(default_factory=Counter)
 
 
-def start_board(kind: type) -> Any:
-    """A board as an actor; it lives where this process does, so that no other node's loss ends it."""
+def start_board(kind: type, milestones: Mapping[str, float]) -> Any:
+    """A board as an actor, which knows what is reached already.
+
+    It lives where this process does, so that no other node's loss ends it.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(kind).options(**options).remote()
+    return ray.remote(kind).options(**options).remote(milestones)
 
 
-class Board:
+class Milestones:
+    """When a run came to something for the first time, in seconds since 1970: what a start takes its time for.
+
+    Args:
+        milestones: those that are reached already; the first is the start.
+    """
+
+    def __init__(self, milestones: Mapping[str, float] | None = None) -> None:
+        self._milestones = dict(milestones or {})
+
+    def reach(self, name: str, time_s: float) -> None:
+        """A milestone is reached; the first time counts."""
+        self._milestones.setdefault(name, time_s)
+
+    def describe(self) -> str:
+        """Each milestone with the seconds from the start to it."""
+        (_, start_s), *reached = sorted(self._milestones.items(), key=lambda item: item[1])
+        return f"seconds from the start: {', '.join(f'{name} {time_s - start_s:.1f}' for name, time_s in reached)}"
+
+
+class Board(Milestones):
     """The one place that outlives tasks and actors."""
 
-    def __init__(self) -> None:
+    def __init__(self, milestones: Mapping[str, float] | None = None) -> None:
+        super().__init__(milestones)
         self._images: dict[int, int] = {}
         self._tries: dict[tuple[str, int], _Tries] = {}
         self._errors: dict[tuple[str, int], str] = {}
 
     def note(self, shard: int, num_images: int) -> None:
         """So many images of an unfinished shard are done; a retry overwrites its first try's note."""
+        self.reach("first image", time.time())
         self._images[shard] = num_images
 
     def finish(self, shard: int) -> None:

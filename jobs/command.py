@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +19,8 @@ from vlsm.config import Settings, describe_settings
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
 
 logger = logging.getLogger("vlsm")
+
+_STARTED_S = time.time()  # every command imports this module first
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wrong, 130 interrupted"
 
@@ -96,6 +99,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         self._log_to_driver = log_to_driver
         self._starting: Future[None] | None = None
         self._is_opened = False
+        self.milestones = {"start": _STARTED_S}  # when the run came to what, in seconds since 1970
         # stdout is the result's: what Ray and its processes print goes beside the log
         self._stdout = contextlib.redirect_stdout(sys.stderr)
 
@@ -106,6 +110,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
     def start(self) -> None:
         """Begin to start Ray; once is enough."""
         if self._starting is None:
+            self.milestones["checked"] = time.time()
             executor = ThreadPoolExecutor(1, "ray-start")
             self._starting = executor.submit(self._open)
             executor.shutdown(wait=False)
@@ -115,6 +120,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         self.start()
         if self._starting is not None:
             self._starting.result()
+        self.milestones.setdefault("Ray", time.time())
         import ray.data
 
         # warnings stay; what Ray Data says of its own progress would stand beside ours

@@ -7,13 +7,16 @@ import pkgutil
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.board import Milestones
 from jobs.feeding import Decoded
 from vlsm.config import parse_range
 from vlsm.recipe import TrainSettings
 
+FIRST_STEP = "first step"
 TRAIN_WORKER = "jobs.train_worker:train_worker"
 
 
@@ -36,12 +39,20 @@ class Work:
     num_threads: int
 
 
-class Board:
+class Board(Milestones):
     """What workers have to say: lines for the log, and why the run cannot go on."""
 
-    def __init__(self) -> None:
+    def __init__(self, milestones: Mapping[str, float] | None = None) -> None:
+        super().__init__(milestones)
         self._lines: list[str] = []
         self._failure: str | None = None
+
+    def reach(self, name: str, time_s: float) -> None:
+        """As of all milestones; the first step of a run is told with those before it."""
+        is_first = name not in self._milestones
+        super().reach(name, time_s)
+        if is_first and name == FIRST_STEP:
+            self.say(self.describe())
 
     def say(self, line: str) -> None:
         """Add a line."""

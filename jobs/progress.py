@@ -12,6 +12,7 @@ import ray
 from tqdm import tqdm
 
 from jobs import metrics
+from jobs.command import logger
 
 _LOG_INTERVAL_S = 10.0
 _BAR_INTERVAL_S = 0.5
@@ -31,7 +32,7 @@ class Progress:
     def __init__(self, total: Callable[[], int], done: int, failed: int, board: Any, output: str) -> None:
         self._output = output
         self.total, self.done, self.failed = total, done, failed
-        self._before = done
+        self._before, self._is_starting = done, True
         self._board = board
         self._started_s = time.monotonic()
         self._stop = threading.Event()
@@ -56,6 +57,9 @@ class Progress:
 
     def finish_shard(self, shard: int, num_images: int, num_failed: int) -> None:
         """Count a shard whose part file is written."""
+        if self._is_starting:
+            self._is_starting = False
+            logger.info("%s", ray.get(self._board.describe.remote()))
         self._board.finish.remote(shard)
         self.done += num_images
         self.failed += num_failed

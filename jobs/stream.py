@@ -57,7 +57,7 @@ def execute(  # noqa: PLR0913 - all that one stream of shards depends on
     context.max_errored_blocks = 0
     context.retried_map_errors, context.max_map_retries = True, 2
     context.max_consecutive_actor_init_deaths = 3
-    board = start_board(Board)
+    board = start_board(Board, session.milestones)
     sizes = tuple(member.image_size for member in run.members)
     task = Task(run.settings, run.run_id, run.plan.id, sizes, retry_failed, board)
     # each node fetches the weights once from the object store, whether or not it could reach the directory itself

@@ -9,7 +9,7 @@ dies, workers, nodes or the driver, goes on from there: the plan of steps follow
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             logger.info("%s is finished: there is nothing to do", settings.output)
             return summary
         session.wait()
-        execute(settings, records)
+        execute(settings, records, milestones=session.milestones)
     summary = read_summary(settings.output)
     if summary is None:
         raise VlsmError("the workers ended without a summary; the same command goes on from here")
@@ -95,13 +95,19 @@ def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Rec
     return inspect_records(records, settings.data)
 
 
-def execute(settings: TrainSettings, records: Sequence[Record], worker: str | None = None) -> None:
+def execute(
+    settings: TrainSettings,
+    records: Sequence[Record],
+    worker: str | None = None,
+    milestones: Mapping[str, float] | None = None,
+) -> None:
     """Train with Ray Train until the summary is there.
 
     Args:
         settings: of the run.
         records: its examples.
         worker: MODULE:NAME of what each worker calls, if not the usual.
+        milestones: when the run came to something, for the log, in seconds since 1970.
 
     Raises:
         VlsmError: what no repetition would mend, or more deaths than run.max_failures.
@@ -120,7 +126,7 @@ def execute(settings: TrainSettings, records: Sequence[Record], worker: str | No
         "%s workers with %s CPUs and %s GPUs each", low if low == high else f"{low} to {high}", size.cpus, size.gpus
     )
     warn_if_none_fits(size.cpus, size.gpus, nodes)
-    board = start_board(Board)
+    board = start_board(Board, milestones or {"start": time.time()})
     decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
     ended = fit_in_background(work, size, worker or TRAIN_WORKER)

@@ -17,7 +17,7 @@ import torch
 
 import vlsm
 from jobs.feeding import Feed, prepare_streams
-from jobs.group import Work
+from jobs.group import FIRST_STEP, Work
 from vlsm import storage
 from vlsm.errors import VlsmError
 from vlsm.examples import MicroBatch, Plan
@@ -48,6 +48,7 @@ def train_worker(work: Work) -> None:
     """Train to the end, or raise; what no repetition would mend is noted on the board and ends the run."""
     if ray.get(work.board.failure.remote()):
         return
+    work.board.reach.remote("workers", time.time())
     torch.set_num_threads(work.num_threads)
     try:
         Worker(work).run()
@@ -97,6 +98,7 @@ class Worker:
             self.say(f"goes on at epoch {self.state.epoch + 1}, step {self.state.step + 1}")
         self.state.weights = self.state.optimizer = None
         self.trackers = open_trackers(self.settings, work.run_id) if self.rank == 0 else []
+        self.board.reach.remote("model", time.time())
         self.train_scores: list[Score] = []
         self.val_scores: list[Score] = []
         self.clock = _Clock()
@@ -147,6 +149,7 @@ class Worker:
             ) from error
         if not batch.ends_step:
             return
+        self.board.reach.remote(FIRST_STEP, time.time())
         self.train_scores += scores
         self.state.step, self.state.steps = batch.step + 1, self.state.steps + 1
         loss = sum(score.loss for score in scores) / max(1, len(scores))

@@ -100,6 +100,7 @@ class S3Server:
         import s3fs
 
         settings = self.environment()
+        refusals: tuple[type[Exception], ...] = (OSError, *store_errors())  # EndpointConnectionError is no OSError
         fs = s3fs.S3FileSystem(
             key=settings["AWS_ACCESS_KEY_ID"],
             secret=settings["AWS_SECRET_ACCESS_KEY"],
@@ -109,7 +110,7 @@ class S3Server:
         try:
             fs.makedirs(BUCKET, exist_ok=True)
             fs.pipe_file(f"{BUCKET}/ready", b"1")
-        except (OSError, *store_errors()):  # botocore's EndpointConnectionError is no OSError
+        except refusals:
             return False
         return True
 

@@ -1,0 +1,159 @@
+"""What each process imports: a budget of packages, since seconds of every start are imports that nobody uses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import LONG_S
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = {"transformers", "open_clip", "timm", "torchvision", "segmentation_models_pytorch"}
+# of torch's and the networks' libraries: what only they themselves import, where they must
+COMPILERS = {"sympy", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor"}
+TRAINING = {"peft", "tensorboardX", "mlflow", "wandb"}
+PICTURES = {"matplotlib", "jinja2"}
+SCORES = {"scipy", "scipy.optimize", "scipy.stats"}
+READERS = {"pydicom", "nibabel", "highdicom"}
+NOTHING_HEAVY = (
+    {"torch", "ray", "pandas", "pyarrow.dataset"} | NETWORKS | COMPILERS | TRAINING | PICTURES | SCORES | READERS
+)
+
+
+def modules_after(code, **environment):
+    """The modules of a new process that has run this code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport json, sys\nprint(json.dumps(list(sys.modules)))"],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=LONG_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_what_fetches_writes_plans_checks_and_tells_imports_nothing_heavy():
+    entries = (
+        "jobs.segment jobs.stages jobs.stream jobs.actor jobs.train jobs.evaluate jobs.sweep jobs.verify jobs.status"
+    )
+    entries += " jobs.demo vlsm.runs vlsm.training_run vlsm.inspection vlsm.evaluation.planning vlsm.evaluation.parts"
+    entries += " vlsm.evaluation.tables vlsm.export vlsm.forecast vlsm.models.options"
+    assert not modules_after(f"import {entries.replace(' ', ', ')}") & NOTHING_HEAVY
+
+
+def test_options_of_every_model_are_checked_without_torch():
+    code = """
+from vlsm.models import MODELS, parse_options
+for name in MODELS:
+    parse_options(name, {"source": "x"} if name == "openclip_seg" else {})
+"""
+    assert not modules_after(code) & NOTHING_HEAVY
+
+
+def test_scoring_a_mask_imports_what_finds_distances_and_nothing_else():
+    code = """
+import numpy as np
+from vlsm.evaluation.scoring import score_mask
+mask = np.eye(40, dtype=np.uint8)
+score_mask(mask, mask.T[::-1].copy())
+"""
+    modules = modules_after(code)
+    assert "scipy.ndimage" in modules
+    assert not modules & (NOTHING_HEAVY - {"scipy"})
+
+
+def test_the_report_imports_what_draws_and_no_network():
+    modules = modules_after("import vlsm.report")
+    assert not modules & ({"torch", "ray", "matplotlib.pyplot"} | NETWORKS | COMPILERS | TRAINING | SCORES | READERS)
+
+
+SEGMENT = """
+import numpy as np
+import vlsm
+vlsm.Segmenter(vlsm.load_checkpoint({folder!r}), device="cpu").segment(
+    [np.zeros((40, 50, 3), np.uint8)], "polyp"
+)
+"""
+
+
+def slow(*words):
+    return pytest.param(*words, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A tiny checkpoint of each kind of library."""
+    import vlsm
+    from tests.tiny import save_tiny_sources, tiny_options
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    options = tiny_options(save_tiny_sources(folder / "sources"))
+    for name in ("unet_d", "clipseg", "vlsm_b", "cris", "unet"):
+        vlsm.save_checkpoint(vlsm.build_model(name, **options[name]), folder / name, prompt="polyp")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "may_not"),
+    [
+        ("unet_d", {"torch"}, NETWORKS | COMPILERS),
+        ("vlsm_b", {"transformers"}, {"open_clip", "timm", "segmentation_models_pytorch"}),
+        slow("clipseg", {"transformers"}, {"open_clip", "timm", "segmentation_models_pytorch"}),
+        slow("cris", {"open_clip"}, {"transformers.models.clipseg.modeling_clipseg", "segmentation_models_pytorch"}),
+        slow("unet", {"segmentation_models_pytorch"}, {"transformers", "open_clip"}),
+    ],
+)
+def test_segmenting_imports_the_libraries_of_its_model_and_no_other(checkpoints, name, needs, may_not):
+    modules = modules_after(SEGMENT.format(folder=str(checkpoints / name)))
+    assert needs <= modules
+    found = modules & (may_not | TRAINING | READERS | {"matplotlib", "ray", "pandas", "scipy.stats"})
+    assert not found  # transformers imports jinja2, for chats
+
+
+@pytest.mark.ray
+def test_the_processes_of_a_segment_run_import_what_they_do_and_no_more(
+    ray_cluster, archive, tiny_checkpoint, tmp_path
+):
+    """Each stage does its work on one shard in a new process, which then tells what it has imported."""
+    import numpy as np
+    import ray
+
+    from jobs.actor import SegmentActor
+    from jobs.board import Board, start_board
+    from jobs.stages import Task, fetch_shard, write_masks
+    from vlsm.config import MemberSettings, SegmentSettings
+    from vlsm.results import read_masks
+    from vlsm.runs import prepare_run
+
+    members = (MemberSettings(checkpoint=str(tiny_checkpoint)),)
+    run = prepare_run(SegmentSettings(input=f"{archive}/*.png", output=str(tmp_path / "out"), members=members))
+    files = {name: np.frombuffer(data, np.uint8) for name, data in run.members[0].files.items()}
+    task = Task(run.settings, run.run_id, run.plan.id, (32,), False, start_board(Board, {"start": 0.0}))
+    if not run.plan.is_complete:
+        from vlsm.runs import make_planner
+
+        with make_planner(run) as planner:
+            planner.result()
+
+    class Process:
+        def do(self, stage, batch, *words):
+            import sys
+
+            made = stage(task, *words)(batch) if isinstance(stage, type) else stage(batch, task)
+            return made, set(sys.modules)
+
+    def do(stage, batch, *words):
+        process = ray.remote(num_cpus=0)(Process).remote()
+        made, modules = ray.get(process.do.remote(stage, batch, *words))
+        ray.kill(process)
+        return {name: np.asarray(value) for name, value in made.items()}, modules
+
+    fetched, modules = do(fetch_shard, {"shard": np.array([0]), "exists": np.array([False])})
+    assert not modules & (NOTHING_HEAVY - {"ray", "pandas", "pyarrow.dataset"})  # ray.data imports the last two
+    logits, modules = do(SegmentActor, fetched, [ray.put(files)], (0,), 1)
+    assert "torch" in modules
+    assert not modules & (NETWORKS | COMPILERS | TRAINING | PICTURES | SCORES | READERS)
+    _, modules = do(write_masks, logits)
+    assert not modules & (NOTHING_HEAVY - {"ray", "pandas", "pyarrow.dataset"})
+    assert len(list(read_masks(str(tmp_path / "out")))) == 6
