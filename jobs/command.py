@@ -7,10 +7,12 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
+from importlib import import_module
 from types import TracebackType
 from typing import Any, Self
 
@@ -97,8 +99,9 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
 
     def __init__(self, log_to_driver: bool = True) -> None:
         self._log_to_driver = log_to_driver
-        self._starting: Future[None] | None = None
-        self._is_opened = False
+        self._there: Future[None] = Future()
+        self._is_imported, self._over = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
         self.milestones = {"start": _STARTED_S}  # when the run came to what, in seconds since 1970
         # stdout is the result's: what Ray and its processes print goes beside the log
         self._stdout = contextlib.redirect_stdout(sys.stderr)
@@ -109,17 +112,17 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
 
     def start(self) -> None:
         """Begin to start Ray; once is enough."""
-        if self._starting is None:
+        if self._thread is None:
             self.milestones["checked"] = time.time()
-            executor = ThreadPoolExecutor(1, "ray-start")
-            self._starting = executor.submit(self._open)
-            executor.shutdown(wait=False)
+            self._thread = threading.Thread(target=self._hold, name="ray")
+            self._thread.start()
+            self._is_imported.wait()  # two threads that import at once only take turns
 
     def wait(self) -> None:
         """Ray is there, and Ray Data is quiet; what kept Ray from starting is raised here."""
         self.start()
-        if self._starting is not None:
-            self._starting.result()
+        import_module("pandas")  # the half of what ray.data imports, while Ray still starts
+        self._there.result()
         self.milestones.setdefault("Ray", time.time())
         import ray.data
 
@@ -132,30 +135,44 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         context.enable_progress_bars = False
         context.print_on_execution_start = False
 
-    def _open(self) -> None:
+    def _hold(self) -> None:
+        """Start Ray, and end it when the session is over: its processes die with the thread that has started them."""
+        try:
+            is_opened = self._open()
+        except BaseException as error:  # whatever it is, who waits is to know
+            self._there.set_exception(error)
+            return
+        finally:
+            self._is_imported.set()
+        self._there.set_result(None)
+        self._over.wait()
+        if is_opened:
+            import ray
+
+            ray.shutdown()
+
+    def _open(self) -> bool:
         import ray  # and not ray.data: two threads that import parts of one package can wait for each other
 
+        self._is_imported.set()
         if ray.is_initialized():
-            return
+            return False
         # of a cluster that starts here: ours are fractions of a CPU, and beyond the limit Ray ends processes that are
         # idle for a second, to start others in the next; a third of a small machine went that way
         os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * (os.cpu_count() or 1)))
-        # the processes that Ray starts in advance import what all of ours need before there is work for them
-        os.environ.setdefault("RAY_preload_python_modules", "ray.data")
-        ray.init(logging_level=logging.WARNING, include_dashboard=False, log_to_driver=self._log_to_driver)
-        self._is_opened = True
+        # quieter than a warning: Ray would say that it leaves SIGTERM, which is `run_command`'s, alone in a thread
+        ray.init(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=self._log_to_driver)
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        return True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             _release_frames(error)
-            if self._starting is not None:
-                wait([self._starting])
-            if self._is_opened:
-                import ray
-
-                ray.shutdown()
+            self._over.set()
+            if self._thread is not None:
+                self._thread.join()
         finally:
             self._stdout.__exit__(kind, error, trace)
 
