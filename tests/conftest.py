@@ -10,7 +10,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster on loopback for a few minutes
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # or the other tests on these cores would always come first
 os.environ["RAY_num_workers_soft_limit"] = "16"  # several jobs at once: their idle processes need not be started anew
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of torch: pytest-xdist has a process for each core already
 
 import numpy as np
 import pytest

@@ -75,7 +75,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(report, "write_report", lambda *args: seen.append(args) or ROOT / "README.md")
     for name in benchmark.BENCHMARKS:
         monkeypatch.setattr(f"jobs.benchmarks.{name}.measure", lambda args: seen.append(args) or 0)
-    monkeypatch.setattr(models, "measure_costs", lambda: seen.append(words) or [])
+    monkeypatch.setattr("vlsm.models.costs.measure_costs", lambda: seen.append(words) or [])
     monkeypatch.setattr(models, "describe_settings", lambda options: seen.append(options) or [])
     mains = {
         "jobs.segment": segment.main,

@@ -38,7 +38,7 @@ def test_the_options_of_a_model_are_printed(name, capsys):
 
 
 def test_the_table_is_printed(costs, monkeypatch, capsys):
-    monkeypatch.setattr("vlsm.models.__main__.measure_costs", lambda: list(costs.values()))
+    monkeypatch.setattr("vlsm.models.costs.measure_costs", lambda: list(costs.values()))
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(MODELS)
