@@ -7,12 +7,11 @@ its own: Ray Train's way of splitting a dataset deals out blocks as workers ask 
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
-import ray.data
 
 from jobs.command import logger
 from vlsm.augment import augment_example
@@ -35,23 +34,14 @@ Loaded = tuple[MicroBatch, np.ndarray, np.ndarray]
 
 def inspect_records(records: Sequence[Record], settings: DataSettings) -> list[Facts]:
     """What is to be known of the files of records, in their order."""
-    size = max(_CHUNK, len(records) // 4000)
-    starts = [{"start": start} for start in range(0, len(records), size)]
-    shared = ray.put(list(records))
     logger.info("looking through %d records", len(records))
-    rows = (
-        ray.data.from_items(starts, override_num_blocks=len(starts))
-        .map_batches(_inspect_chunk, fn_args=([shared], size, settings), batch_size=1, num_cpus=1)
-        .iter_rows()
-    )
-    facts = {row["start"]: [Facts(**fact) for fact in json.loads(row["facts"])] for row in rows}
-    return [fact for start in sorted(facts) for fact in facts[start]]
+    inspect = ray.remote(num_cpus=1, max_retries=-1)(_inspect_chunk)
+    chunks = [inspect.remote(chunk, settings) for chunk in _batched(records, max(_CHUNK, len(records) // 4000))]
+    return [facts for chunk in chunks for facts in ray.get(chunk)]
 
 
-def _inspect_chunk(batch: dict[str, Any], shared: list[Any], size: int, settings: DataSettings) -> dict[str, Any]:
-    start = int(batch["start"][0])
-    records = ray.get(shared[0])[start : start + size]
-    return {"start": [start], "facts": [json.dumps([asdict(inspect_record(record, settings)) for record in records])]}
+def _inspect_chunk(records: list[Record], settings: DataSettings) -> list[Facts]:
+    return [inspect_record(record, settings) for record in records]
 
 
 @dataclass(frozen=True)
@@ -118,6 +108,8 @@ class Feed:
 
     def stream(self, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
         """Micro-batches in their order, each with images (B, S, S, 3) uint8 and target masks (B, S, S) uint8."""
+        import ray.data  # here and below: tasks that inspect and decode need none of it, and it imports pandas
+
         for wave in _batched(batches, _WAVE):
             rows = [{"batch": json.dumps(self._describe(batch))} for batch in wave]
             loaded = (
@@ -171,6 +163,8 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def prepare_streams(num_workers: int) -> None:
     """Ray Data in this worker: in order, quiet, and with its share of the object store of so many workers."""
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

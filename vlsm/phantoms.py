@@ -44,13 +44,16 @@ def draw_phantom(
     return image, {"lesion": mask * (1 - stone), "stone": stone}
 
 
-def write_labelled(folder: Path, splits: dict[str, int], seed: int) -> None:
+def write_labelled(
+    folder: Path, splits: dict[str, int], seed: int, sides_px: tuple[int, int] = (96, 420)
+) -> None:
     """Draw a dataset in the usual layout: `images/`, `masks/KIND/` (0 and 255) and `anns/SPLIT.json`.
 
     Args:
         folder: where to; the files of an earlier drawing are replaced.
         splits: how many images each split gets; each is two records, one per kind.
         seed: equal seeds draw equal datasets.
+        sides_px: as of `draw_phantom`.
     """
     for name in ("images", "anns", *(f"masks/{kind}" for kind in KINDS)):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ def write_labelled(folder: Path, splits: dict[str, int], seed: int) -> None:
     for split, count in splits.items():
         records = []
         for number in range(count):
-            image, masks = draw_phantom(rng)
+            image, masks = draw_phantom(rng, sides_px)
             name = f"{split}_{number:04d}"
             # both real kinds of file: lossy JPEG, and PNG
             image_name = f"{name}.jpg" if number % 2 else f"{name}.png"
