@@ -26,7 +26,7 @@ SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## On a 
 SUBMISSIONS = re.findall(r"^ray job submit .*?(?<!\\)$", SECTION, re.M | re.S)
 STORE_BYTES = 300 << 20  # of each node
 _HERE = "127.0.0.1"
-_STARTING_S = 240.0
+_STARTING_S = 1200.0
 _BRIDGE, _SUBNET = "vlsm0", "10.77.0"  # of hosts that are launched
 
 
@@ -46,7 +46,7 @@ class Running:
     log: Path
     processes: list[subprocess.Popen]
 
-    def call(self, command: str, timeout_s: float = 300) -> tuple[int, str]:
+    def call(self, command: str, timeout_s: float = 1200) -> tuple[int, str]:
         """A line of the README in a clone: exit code and all that it printed."""
         done = subprocess.run(
             ["bash", "-c", command],

@@ -1,5 +1,6 @@
 """What tests share: tiny checkpoints in the real formats, drawn archives, one Ray cluster and one S3 server."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster on loopback for a few minu
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # or the other tests on these cores would always come first
 os.environ["RAY_num_workers_soft_limit"] = "16"  # several jobs at once: their idle processes need not be started anew
-
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away
 os.environ["OMP_NUM_THREADS"] = "1"  # of torch: pytest-xdist has a process for each core already
 
 import numpy as np
@@ -25,12 +26,32 @@ SHARED = Path(__file__).parents[2] / "shared"
 LONG_S = 1200  # ends what hangs; nothing that works comes near it, on machines that are several times slower too
 
 
+# the modules that take longest come first: no process is to wait for the other in the end
+ORDER = "train failures torture demo segment resuming evaluate archives ensemble imports zoo training".split()
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """The tests that need Ray in one process, with one cluster, and all others beside them."""
-    for item in items:
-        if "ray_cluster" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    """Each module in one process, where its fixtures are made once; each process has one Ray cluster for all of its."""
+    names = {item: item.path.stem.removeprefix("test_") for item in items}
+    with_ray = {names[item] for item in items if "ray_cluster" in item.fixturenames}
+    with_store = {names[item] for item in items if "s3_server" in item.fixturenames} - with_ray
+    for item, name in names.items():
+        # tests of resuming look at a run of the segment tests; one S3 server is enough
+        group = "segment" if name == "resuming" else "store" if name in with_store else name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: ORDER.index(names[item]) if names[item] in ORDER else len(ORDER))
+
+
+def pytest_collection():
+    """What libraries are made of is no garbage, and would be looked through again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """What is imported stays out of the collector's way."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +101,7 @@ def archive(drawn, tmp_path):
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_server):
-    """Two CPUs of Ray for all tests, which subprocesses join through RAY_ADDRESS.
+    """Two CPUs of Ray for all tests of this process, which subprocesses join through RAY_ADDRESS.
 
     The S3 server comes first: workers inherit the environment of the time when Ray starts.
     """

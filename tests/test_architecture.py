@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG_S
+
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "vlsm").rglob("*.py"))
 
@@ -32,14 +34,8 @@ def test_everything_but_the_jobs_works_where_ray_cannot_be_imported():
     code = """
 import sys
 sys.modules["ray"] = None
-import vlsm, vlsm.segmenter, vlsm.training, vlsm.runs, vlsm.export, vlsm.models.clipseg, vlsm.models.unet_d
+import vlsm, vlsm.segmenter, vlsm.training, vlsm.runs, vlsm.export, vlsm.models.unet_d
 import vlsm.evaluation.planning
 assert not [name for name in sys.modules if name.startswith("ray.")]
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_what_only_decodes_or_drives_a_run_does_not_load_torch():
-    modules = "jobs.segment, jobs.stages, jobs.evaluate, vlsm.evaluation.planning"
-    code = f"import sys, {modules}; assert not {{'torch', 'transformers'}} & {{*sys.modules}}"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LONG_S)

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import vlsm
+from tests.conftest import LONG_S
 from vlsm.checkpoints import digest_files, main, read_checkpoint
 from vlsm.errors import CheckpointError
 
@@ -32,7 +33,7 @@ with torch.inference_mode():
     logits = model(torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32), model.encode_prompts(["x"]))
 numpy.save({str(tmp_path / "logits.npy")!r}, logits.numpy())
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LONG_S)
     model = vlsm.load_checkpoint(tiny_checkpoint).model
     with torch.inference_mode():
         logits = model(torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32), model.encode_prompts(["x"]))
@@ -109,17 +110,8 @@ def test_pretrained_weights_become_a_checkpoint_by_one_command(tmp_path):
     from tests.tiny import save_tiny_clipseg
 
     source = save_tiny_clipseg(tmp_path / "hub")
-    command = [
-        sys.executable,
-        "-m",
-        "vlsm.checkpoints",
-        str(tmp_path / "ck"),
-        "--model",
-        "clipseg",
-        "--prompt",
-        "polyp",
-    ]
-    subprocess.run([*command, "--set", f"source={source}", "--set", "image_size=64"], check=True, timeout=120)
+    words = [str(tmp_path / "ck"), "--model", "clipseg", "--prompt", "polyp"]
+    assert main([*words, "--set", f"source={source}", "--set", "image_size=64"]) == 0
     assert vlsm.load_checkpoint(tmp_path / "ck").settings.prompt == "polyp"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,13 @@ NOTHING_HEAVY = (
 )
 
 
+TELL = "import json, sys; print(json.dumps([name for name in sys.modules if sys.modules[name]]))"
+
+
 def modules_after(code, **environment):
     """The modules of a new process that has run this code."""
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport json, sys\nprint(json.dumps(list(sys.modules)))"],
+        [sys.executable, "-c", f"{code}\n{TELL}"],
         cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=LONG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -69,6 +73,8 @@ def test_the_report_imports_what_draws_and_no_network():
 
 
 SEGMENT = """
+import sys
+sys.modules["ray"] = None
 import numpy as np
 import vlsm
 vlsm.Segmenter(vlsm.load_checkpoint({folder!r}), device="cpu").segment(
@@ -91,6 +97,7 @@ def checkpoints(tmp_path_factory):
     options = tiny_options(save_tiny_sources(folder / "sources"))
     for name in ("unet_d", "clipseg", "vlsm_b", "cris", "unet"):
         vlsm.save_checkpoint(vlsm.build_model(name, **options[name]), folder / name, prompt="polyp")
+    shutil.rmtree(folder / "sources")  # a checkpoint needs nothing but itself
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG_S
 from vlsm import sources, storage
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError, ImageError, StorageError
@@ -46,7 +47,7 @@ try:
 except Exception as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG_S, check=True)
     assert done.stdout == f"forbidden: no permission to read {path}\n"
 
 

@@ -101,7 +101,9 @@ def test_two_processes_learn_what_one_learns_and_go_on_from_its_state(source, tm
     settings = make_settings(source, trainable="all", optim=optim, run={"micro_batch_size": 1, "fsdp": fsdp})
     alone, _ = learn(settings)
     arguments = (str(tmp_path), settings.model_dump_json())
-    torch.multiprocessing.spawn(_learn_in_parallel, arguments, nprocs=2)
+    # one process imports the libraries, from which all others are forked
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(_learn_in_parallel, arguments, nprocs=2, start_method="forkserver")
     together = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert largest_difference(weights_of(alone), together) < 2e-4
 

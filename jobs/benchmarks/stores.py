@@ -99,6 +99,9 @@ class S3Server:
     def _takes_a_file(self) -> bool:
         import s3fs
 
+        with socket.socket() as probe:  # a client would try again and again, each time later
+            if probe.connect_ex(("127.0.0.1", self._ports[0])):
+                return False
         settings = self.environment()
         refusals: tuple[type[Exception], ...] = (OSError, *store_errors())  # EndpointConnectionError is no OSError
         fs = s3fs.S3FileSystem(
@@ -106,7 +109,9 @@ class S3Server:
             secret=settings["AWS_SECRET_ACCESS_KEY"],
             endpoint_url=settings["AWS_ENDPOINT_URL"],
             skip_instance_cache=True,
+            config_kwargs={"retries": {"max_attempts": 0}},
         )
+        fs.retries = 1
         try:
             fs.makedirs(BUCKET, exist_ok=True)
             fs.pipe_file(f"{BUCKET}/ready", b"1")

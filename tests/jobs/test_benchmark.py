@@ -7,16 +7,19 @@ from jobs.benchmarks import decode, output, peers, pipeline, train
 from tests.tiny import TINY_CLIPSEG
 
 
-def test_models_are_measured_against_the_plain_way_and_agree_with_it(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "names", [["pixel"], pytest.param(["biomedclipseg", "unet_d"], marks=pytest.mark.slow)], ids="-".join
+)
+def test_models_are_measured_against_the_plain_way_and_agree_with_it(tmp_path, capsys, names):
     path = tmp_path / "models.json"
-    arguments = ["--model", "biomedclipseg", "--model", "unet_d", "--repeats", "1", "--json", str(path)]
+    arguments = [*(word for name in names for word in ("--model", name)), "--repeats", "1", "--json", str(path)]
     assert main(["models", *arguments]) == 0
     report = json.loads(path.read_text())
-    assert [speed["name"] for speed in report["runs"]] == ["biomedclipseg", "unet_d"]
+    assert [speed["name"] for speed in report["runs"]] == names
     assert report["cpu"]
     for speed in report["runs"]:
         assert speed["largest_difference"] < 1e-4  # padding computed or not, batch norms folded or not
-    assert "biomedclipseg" in capsys.readouterr().out
+    assert names[0] in capsys.readouterr().out
 
 
 @pytest.mark.slow

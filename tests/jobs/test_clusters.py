@@ -14,11 +14,12 @@ import vlsm
 from jobs import benchmark
 from jobs.benchmarks.stores import BUCKET
 from tests.clusters import LAUNCHING, ROOT, SUBMISSIONS, autoscaled, find_program, launched, started
+from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.phantoms import write_labelled
 from vlsm.verify import verify_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3600)]
 SEGMENT, TRAIN = SUBMISSIONS
 SMALL = ["model=unet_d", "options.image_size=32", "options.width=4", "optim.epochs=2", "optim.batch_size=8"]
 
@@ -107,7 +108,7 @@ def test_a_cluster_that_was_started_by_hand_runs_stops_goes_on_and_says_what_is_
 
 
 def wait_for_part(output):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONG_S
     while not any(name.startswith("part-") for name in storage.list_names(f"{output}/masks")):
         assert time.monotonic() < deadline
         time.sleep(0.3)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import vlsm
 from jobs import evaluate, segment
+from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.datasets import read_dataset
 from vlsm.images import decode_image, decode_mask
@@ -236,7 +237,7 @@ def test_what_is_wrong_is_said_in_one_sentence_before_ray_starts(words, message,
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LONG_S,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jobs import segment, verify
-from tests.conftest import save_square
+from tests.conftest import LONG_S, save_square
 from vlsm.config import SegmentSettings
 from vlsm.manifest import ManifestWriter, cut_shards, shard_table
 from vlsm.runs import open_input, prepare_run
@@ -89,7 +89,7 @@ def test_images_that_kill_their_process_are_failed_rows_and_their_neighbours_hav
     command += ["--checkpoint", str(bright_checkpoint), "--set", "run.image_timeout_s=2"]
     paths = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": paths, "RAY_ADDRESS": "local"}
-    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONG_S)
     assert job.returncode == 0, job.stderr[-3000:]
     assert reasons_of(tmp_path / "out") == dict.fromkeys(["decoder.png", "hangs.png", "model.png"], "crashed")
     summary = read_summary(tmp_path / "out")
@@ -243,7 +243,7 @@ def test_a_store_that_is_away_for_too_long_ends_the_run_and_no_image_is_blamed(t
     words = ["--checkpoint", str(tiny_checkpoint), "--set", "run.outage_patience_s=1"]
     command = [sys.executable, "-m", "jobs.segment", str(tmp_path / "list.csv"), str(tmp_path / "out"), *words]
     environment = os.environ | {"RAY_ADDRESS": "local", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
-    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONG_S)
     assert job.returncode == 1
     assert "StorageError: s3://images/" in job.stderr and "could not be reached in" in job.stderr
     assert not list((tmp_path / "out").glob("masks/*"))

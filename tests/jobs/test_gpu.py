@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jobs.benchmark import main
+from tests.conftest import LONG_S
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,12 @@ from jobs.benchmark import main
 sys.exit(main({words!r}))
 """
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=LONG_S)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_without_ray_and_agrees_with_itself_in_float32(run):
     shown, report = run
     assert report["device"] == "CPU" and report["torch"] == torch.__version__
@@ -37,6 +39,7 @@ def test_a_model_is_measured_without_ray_and_agrees_with_itself_in_float32(run):
     assert "pixel" in shown
 
 
+@pytest.mark.slow
 def test_the_figures_follow_from_each_other(run):
     _, report = run
     (speed,) = report["runs"]

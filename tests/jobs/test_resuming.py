@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from jobs import verify
-from tests.conftest import without_ray
+from tests.conftest import LONG_S, without_ray
 from tests.jobs.conftest import run, start
 
 pytestmark = pytest.mark.ray
@@ -36,12 +36,12 @@ def test_an_interrupted_job_ends_cleanly_and_goes_on_later(ray_cluster, hard_arc
     words = [hard_archive, output, "--checkpoint", tiny_checkpoint]
     words += ["--set", "shard_rows=8", "--set", "run.batch_size=1"]
     for how in (signal.SIGINT, signal.SIGTERM):
-        before, deadline = len(list(output.glob("masks/part-*"))), time.monotonic() + 240
+        before, deadline = len(list(output.glob("masks/part-*"))), time.monotonic() + LONG_S
         job = start(*words)
         while len(list(output.glob("masks/part-*"))) == before and time.monotonic() < deadline:
             time.sleep(0.05)
         job.send_signal(how)
-        out, err = job.communicate(timeout=240)
+        out, err = job.communicate(timeout=LONG_S)
         assert (job.returncode, out) == (130, "")
         assert "interrupted; the same command goes on from here" in err
         assert "Traceback" not in err

@@ -16,6 +16,7 @@ from PIL import Image
 
 import vlsm
 from jobs import train
+from tests.conftest import LONG_S
 from vlsm.phantoms import write_labelled
 
 pytestmark = pytest.mark.ray
@@ -63,7 +64,7 @@ def start(*arguments, **environment):
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, **pipes)
 
 
-def wait_for(job, condition, timeout_s=300):
+def wait_for(job, condition, timeout_s=LONG_S):
     deadline = time.monotonic() + timeout_s
     while job.poll() is None and not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -186,7 +187,7 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(ray_cluste
     before = written("last.safetensors")
     wait_for(job, lambda: written("last.safetensors") != before)
     job.send_signal(signal.SIGINT)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LONG_S)
     assert (job.returncode, out) == (130, "")  # whatever Ray had to say of the death
     assert re.search(r"goes on at epoch \d, step \d", err)
     assert "interrupted; the same command goes on from here" in err
@@ -211,7 +212,7 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(ray_cluste
     assert not fs.exists(f"{output}/summary.json")
 
     job = start(*arguments)
-    out, err = job.communicate(timeout=400)
+    out, err = job.communicate(timeout=LONG_S)
     assert job.returncode == 0, err
     assert json.loads(out)["steps"] == 30
     assert_same_run(output, undisturbed)
@@ -259,7 +260,7 @@ def test_what_is_wrong_is_said_in_one_sentence_without_ray(tmp_path, arguments, 
     code = "import sys; sys.modules['ray'] = None; from jobs.train import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=LONG_S,
     )  # fmt: skip
     assert done.returncode == 2
     assert re.search(message, done.stderr) and done.stderr.count("\n") == 1

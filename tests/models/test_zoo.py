@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vlsm
+from tests.conftest import LONG_S
 from tests.tiny import save_tiny_sources, tiny_options
 from vlsm.errors import CheckpointError
 from vlsm.models import MODELS
@@ -243,6 +244,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_need_nothing_but_themselves(sources, build, pixel_values, tmp_path):
     """Saved here, moved, loaded in a new process that knows no source folder and has no network."""
     expected = {}
@@ -255,7 +257,7 @@ def test_checkpoints_need_nothing_but_themselves(sources, build, pixel_values, t
     torch.save({"cases": CASES, "pixel_values": pixel_values, "prompts": PROMPTS}, tmp_path / "there" / "inputs.pt")
     hidden = sources.rename(sources.with_name("hidden"))
     try:
-        subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "there")], check=True, timeout=300)
+        subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "there")], check=True, timeout=LONG_S)
     finally:
         hidden.rename(sources)
     for case, logits in expected.items():
@@ -287,5 +289,6 @@ def _train_in_parallel(rank, folder, options):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_every_model_learns_in_two_processes(sources, tmp_path):
     torch.multiprocessing.spawn(_train_in_parallel, (str(tmp_path), tiny_options(sources)), nprocs=2)
