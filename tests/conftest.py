@@ -136,6 +136,11 @@ def s3_folder(s3_server, request):
     return f"s3://{BUCKET}/{request.node.name}-{time.time_ns()}"
 
 
+def slow(*values):
+    """Parameters of a test that `.ci/nightly` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow, id=str(value)) for value in values]
+
+
 def read_mask_rows(output):
     """Every row of a run's output, by (image_id, prompt); a pair that stands there twice fails."""
     from vlsm import read_masks

@@ -83,7 +83,7 @@ vlsm.Segmenter(vlsm.load_checkpoint({folder!r}), device="cpu").segment(
 """
 
 
-def slow(*words):
+def rare(*words):
     return pytest.param(*words, marks=pytest.mark.slow)
 
 
@@ -106,9 +106,9 @@ def checkpoints(tmp_path_factory):
     [
         ("unet_d", {"torch"}, NETWORKS | COMPILERS),
         ("vlsm_b", {"transformers"}, {"open_clip", "timm", "segmentation_models_pytorch"}),
-        slow("clipseg", {"transformers"}, {"open_clip", "timm", "segmentation_models_pytorch"}),
-        slow("cris", {"open_clip"}, {"transformers.models.clipseg.modeling_clipseg", "segmentation_models_pytorch"}),
-        slow("unet", {"segmentation_models_pytorch"}, {"transformers", "open_clip"}),
+        rare("clipseg", {"transformers"}, {"open_clip", "timm", "segmentation_models_pytorch"}),
+        rare("cris", {"open_clip"}, {"transformers.models.clipseg.modeling_clipseg", "segmentation_models_pytorch"}),
+        rare("unet", {"segmentation_models_pytorch"}, {"transformers", "open_clip"}),
     ],
 )
 def test_segmenting_imports_the_libraries_of_its_model_and_no_other(checkpoints, name, needs, may_not):

@@ -7,7 +7,7 @@ import pytest
 
 import vlsm
 from jobs import segment
-from tests.conftest import read_mask_rows
+from tests.conftest import read_mask_rows, slow
 from tests.tiny import save_tiny_clipseg
 from vlsm.images import decode_image, resize_image
 from vlsm.masks import enlarge_logits
@@ -15,19 +15,20 @@ from vlsm.masks import enlarge_logits
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def members(tmp_path_factory):
-    """Two models with squares and weights of their own, of which the second listens."""
+@pytest.fixture(scope="module", params=["pixel", *slow("clipseg")])
+def members(tmp_path_factory, request):
+    """Two models with squares and weights of their own; the second listens where it has a tower for that."""
     import torch
 
     folder = tmp_path_factory.mktemp("members")
     torch.manual_seed(3)
     vlsm.save_checkpoint(vlsm.build_model("unet_d", image_size=32, width=4), folder / "cnn", prompt="polyp")
-    model = vlsm.build_model("clipseg", source=str(save_tiny_clipseg(folder / "hub")), image_size=64)
-    vlsm.save_checkpoint(model, folder / "clipseg", prompt="polyp")
+    options = {"source": str(save_tiny_clipseg(folder / "hub"))} if request.param == "clipseg" else {}
+    model = vlsm.build_model(request.param, image_size=64, **options)
+    vlsm.save_checkpoint(model, folder / request.param, prompt="polyp")
     return [
         {"checkpoint": str(folder / "cnn"), "weight": 2, "flip": True},
-        {"checkpoint": str(folder / "clipseg"), "prompts": {"a polyp": "flat lesion"}},
+        {"checkpoint": str(folder / request.param), "prompts": {"a polyp": "flat lesion"}},
     ]
 
 
@@ -78,6 +79,7 @@ def test_members_agree_together_and_apart(archive, members, probabilities, tmp_p
         assert (row["mask"] != (mean >= 0.5)).mean() < 0.005  # float16, and where a probability lies on the threshold
         assert row["agreement"] == pytest.approx(dice(first >= 0.5, second >= 0.5), abs=0.01)
         assert row["confidence"] == pytest.approx(mean[mean >= 0.5].mean(), abs=0.01)
-        assert row["model"].startswith("unet_d@") and " + clipseg@" in row["model"]
+        names = [name.partition("@")[0] for name in row["model"].split(" + ")]
+        assert names == ["unet_d", members[1]["checkpoint"].rpartition("/")[2]]
         np.testing.assert_array_equal(apart[name]["mask"], row["mask"])
         assert apart[name]["agreement"] == row["agreement"]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jobs import segment, verify
-from tests.conftest import LONG_S, save_square
+from tests.conftest import LONG_S, save_square, slow
 from vlsm.config import SegmentSettings
 from vlsm.manifest import ManifestWriter, cut_shards, shard_table
 from vlsm.runs import open_input, prepare_run
@@ -165,7 +165,7 @@ def test_what_changed_behind_a_listing_that_broke_off_is_followed_too(archive, b
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", ["folder", "s3", "manifest"])
+@pytest.mark.parametrize("kind", ["s3", *slow("folder", "manifest")])
 def test_an_archive_that_changed_is_followed(archive, bright_checkpoint, tmp_path, kind, s3_folder, caplog):
     import s3fs
 
@@ -235,6 +235,7 @@ def test_equal_files_go_through_the_model_once_and_say_that_they_are_equal(
     assert rows["content_sha256"].nunique() == len(names)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_for_too_long_ends_the_run_and_no_image_is_blamed(tiny_checkpoint, tmp_path):
     rng = np.random.default_rng(0)
     pd.DataFrame({"image_uri": [f"s3://images/{rng.integers(1e9)}.png" for _ in range(3)]}).to_csv(
