@@ -6,7 +6,9 @@ its own: Ray Train's way of splitting a dataset deals out blocks as workers ask 
 
 import itertools
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,7 +94,9 @@ def _decode(image_uri: str, mask_uri: str, settings: DataSettings, size: int) ->
 
 @dataclass(frozen=True)
 class Feed:
-    """Where a worker's micro-batches come from: a pool of actors, since Ray ends tasks' processes after an idle second.
+    """Where a worker's micro-batches come from: what is kept decoded, else a pool of actors.
+
+    Actors and not tasks, since Ray ends tasks' processes after an idle second.
 
     Attributes:
         records: the examples.
@@ -108,6 +112,13 @@ class Feed:
 
     def stream(self, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
         """Micro-batches in their order, each with images (B, S, S, 3) uint8 and target masks (B, S, S) uint8."""
+        if self.decoded is not None and self.settings.augment.is_off:
+            yield from _take(self.decoded, batches)
+        else:
+            yield from self._load(batches)
+
+    def _load(self, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
+        """Micro-batches that actors read, decode and augment."""
         import ray.data  # here and below: tasks that inspect and decode need none of it, and it imports pandas
 
         for wave in _batched(batches, _WAVE):
@@ -130,6 +141,23 @@ class Feed:
         """What a task needs to know."""
         files = [(self.records[example].image_uri, self.records[example].mask_uri) for example in batch.examples]
         return {"examples": batch.examples, "files": files, "seeds": batch.seeds if batch.split == "train" else None}
+
+
+def _take(decoded: Decoded, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
+    """Micro-batches of what is kept decoded, which nothing more is to be done to, one ahead of the model."""
+
+    def fetch(batch: MicroBatch) -> Loaded:
+        images, masks = zip(*decoded.fetch(batch.examples), strict=True)
+        return batch, np.stack(images), np.stack(masks)
+
+    with ThreadPoolExecutor(1) as executor:
+        ahead: deque[Future[Loaded]] = deque()
+        for batch in batches:
+            ahead.append(executor.submit(fetch, batch))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        for loaded in ahead:
+            yield loaded.result()
 
 
 class _Loader:

@@ -32,6 +32,7 @@ class Arena:
         num_images: of the archive; some are broken, some are there twice.
         shard_rows: of every run.
         seed: of images and moments.
+        stall_s: for how long a faulty store stalls, in seconds.
         environment: of every job, beside this process's own.
     """
 
@@ -39,6 +40,7 @@ class Arena:
     num_images: int
     shard_rows: int = 16
     seed: int = 0
+    stall_s: float = 30.0
     environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

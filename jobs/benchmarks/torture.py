@@ -172,10 +172,10 @@ def restart_store(arena: Arena) -> dict[str, int]:
 
 
 def faulty_store(arena: Arena) -> dict[str, int]:
-    """A store that answers 500, 503, resets, stalls for 30 s or ends bodies early, at some percent of requests."""
+    """A store that answers 500, 503, resets, stalls or ends bodies early, at some percent of requests."""
     rates = {"error": 0.02, "slow_down": 0.02, "reset": 0.02, "lost": 0.01, "truncate": 0.02, "stall": 0.003}
     with _store(arena, "faulty_store") as (server, source, output):
-        proxy = FaultyProxy(server.address, rates, seed=arena.seed)
+        proxy = FaultyProxy(server.address, rates, arena.stall_s, arena.seed)
         with proxy.serve():
             environment = server.environment(proxy.address) | {"RAY_ADDRESS": "local"}
             arena.finish(output, source=source, environment=environment)
