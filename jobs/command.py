@@ -160,7 +160,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         # of a cluster that starts here: ours are fractions of a CPU, and beyond the limit Ray ends processes that are
         # idle for a second, to start others in the next; a third of a small machine went that way
         os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * (os.cpu_count() or 1)))
-        # a machine of one's own is not taken away, so none of its processes is to watch for that
+        # no worker of ours asks whether its node is to be taken away; who watches for that takes seconds to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # quieter than a warning: Ray would say that it leaves SIGTERM, which is `run_command`'s, alone in a thread
         ray.init(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=self._log_to_driver)

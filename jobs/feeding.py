@@ -18,6 +18,7 @@ import ray
 from jobs.command import logger
 from vlsm.augment import augment_example
 from vlsm.datasets import Record
+from vlsm.errors import VlsmError
 from vlsm.examples import MicroBatch
 from vlsm.fetch import read_image_bytes
 from vlsm.images import decode_image, decode_mask, resize_image, resize_mask
@@ -25,6 +26,7 @@ from vlsm.inspection import Facts, inspect_record
 from vlsm.recipe import DataSettings
 
 _TASK_CPUS = 0.25  # they mostly wait for storage; half of a small machine is the workers'
+_MOST_DEATHS = 5  # of processes that look through the same records: more are no accidents
 _CHUNK = 32  # images of one object: 16 MB at 352 pixels
 _MAX_LOADERS = 16  # per worker; Ray Data starts as many as keep up
 _WAVE = 512  # micro-batches of one stream: Ray Data plans some hundreds of blocks a second
@@ -35,11 +37,23 @@ Loaded = tuple[MicroBatch, np.ndarray, np.ndarray]
 
 
 def inspect_records(records: Sequence[Record], settings: DataSettings) -> list[Facts]:
-    """What is to be known of the files of records, in their order."""
+    """What is to be known of the files of records, in their order.
+
+    Raises:
+        VlsmError: a task failed, or its process died each time.
+    """
     logger.info("looking through %d records", len(records))
-    inspect = ray.remote(num_cpus=1, max_retries=-1)(_inspect_chunk)
-    chunks = [inspect.remote(chunk, settings) for chunk in _batched(records, max(_CHUNK, len(records) // 4000))]
-    return [facts for chunk in chunks for facts in ray.get(chunk)]
+    inspect = ray.remote(num_cpus=1, max_retries=_MOST_DEATHS)(_inspect_chunk)
+    chunks = list(_batched(records, max(_CHUNK, len(records) // 4000)))
+    found: list[Facts] = []
+    for chunk, facts in zip(chunks, [inspect.remote(chunk, settings) for chunk in chunks], strict=True):
+        try:
+            found += ray.get(facts)
+        except ray.exceptions.RayError as error:
+            reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+            where = f"{chunk[0].where} to {chunk[-1].where}"
+            raise VlsmError(f"records {where} could not be looked through: {reason}") from error
+    return found
 
 
 def _inspect_chunk(records: list[Record], settings: DataSettings) -> list[Facts]:

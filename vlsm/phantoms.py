@@ -44,9 +44,7 @@ def draw_phantom(
     return image, {"lesion": mask * (1 - stone), "stone": stone}
 
 
-def write_labelled(
-    folder: Path, splits: dict[str, int], seed: int, sides_px: tuple[int, int] = (96, 420)
-) -> None:
+def write_labelled(folder: Path, splits: dict[str, int], seed: int, sides_px: tuple[int, int] = (96, 420)) -> None:
     """Draw a dataset in the usual layout: `images/`, `masks/KIND/` (0 and 255) and `anns/SPLIT.json`.
 
     Args:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from jobs import verify
-from tests.conftest import LONG_S, without_ray
+from tests.conftest import LONG_S, slow, without_ray
 from tests.jobs.conftest import run, start
 
 pytestmark = pytest.mark.ray
@@ -31,11 +31,14 @@ def test_other_settings_on_the_same_output_are_refused_by_name(undisturbed, hard
         assert key in done.stderr
 
 
-def test_an_interrupted_job_ends_cleanly_and_goes_on_later(ray_cluster, hard_archive, tiny_checkpoint, tmp_path, capfd):
+@pytest.mark.parametrize("signals", [[signal.SIGINT], *slow([signal.SIGINT, signal.SIGTERM])])
+def test_an_interrupted_job_ends_cleanly_and_goes_on_later(
+    ray_cluster, hard_archive, tiny_checkpoint, tmp_path, capfd, signals
+):
     output = tmp_path / "out"
     words = [hard_archive, output, "--checkpoint", tiny_checkpoint]
     words += ["--set", "shard_rows=8", "--set", "run.batch_size=1"]
-    for how in (signal.SIGINT, signal.SIGTERM):
+    for how in signals:
         before, deadline = len(list(output.glob("masks/part-*"))), time.monotonic() + LONG_S
         job = start(*words)
         while len(list(output.glob("masks/part-*"))) == before and time.monotonic() < deadline:

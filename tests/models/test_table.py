@@ -2,6 +2,12 @@ import pytest
 
 import vlsm
 from vlsm.errors import CheckpointError
+from vlsm.models import MODELS
+from vlsm.models.options import OPTIONS
+
+
+def test_every_model_has_options():
+    assert OPTIONS.keys() == MODELS.keys()
 
 
 @pytest.mark.parametrize(
