@@ -8,6 +8,7 @@ python -m jobs.benchmark decode --folder photographs --json decode.json
 python -m jobs.benchmark output --folder masks --json output.json
 python -m jobs.benchmark train --json train.json
 python -m jobs.benchmark nodes --json nodes.json
+python -m jobs.benchmark start --json start.json
 python -m jobs.benchmark scale --rows 10000 --rows 1000000
 python -m jobs.benchmark torture
 python -m jobs.benchmark section
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "output": "masks in Parquet against PNG files",
     "train": "the train job's loop against a bare one",
     "nodes": "both jobs on two nodes against one",
+    "start": "from a command to its first image",
     "scale": "the segment job as its archive grows",
     "torture": "the segment job, disturbed in every way",
 }

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # this process is measured, its children are not: they would take twice as long
+    os.environ.pop("COVERAGE_PROCESS_START", None)
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster on loopback for a few minutes
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # or the other tests on these cores would always come first

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jobs.benchmark import main
-from jobs.benchmarks import decode, output, peers, pipeline, train
+from jobs.benchmarks import decode, output, peers, pipeline, start, train
 from tests.tiny import TINY_CLIPSEG
 
 
@@ -79,3 +79,15 @@ def test_the_train_jobs_loop_is_compared_with_a_bare_one(ray_cluster, tmp_path):
     assert 0 < row["efficiency"] == pytest.approx(row["job_per_s"] / row["bare_per_s"])
     assert len(row["turns"]) == 2
     assert "| one worker |" in "\n".join(train.tell(figures))
+
+
+@pytest.mark.slow
+def test_the_start_of_both_jobs_is_told_by_its_milestones(tmp_path):
+    path = tmp_path / "start.json"
+    assert main(["start", "--model", "pixel", "--repeats", "1", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert [(row["job"], row["model"]) for row in figures["runs"]] == [("segment", "pixel"), ("train", "pixel")]
+    for row in figures["runs"]:
+        assert list(row["seconds"].values()) == sorted(row["seconds"].values())
+        assert {"checked", "Ray", "model"} < row["seconds"].keys()
+    assert "| train | `pixel` | checked " in "\n".join(start.tell(figures))

@@ -1,0 +1,97 @@
+"""From a command to its first image: what the start of both jobs takes its time for, on one machine."""
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import vlsm
+from jobs.benchmarks.figures import write_json
+from vlsm.errors import ResultError
+from vlsm.models import MODELS
+from vlsm.phantoms import write_labelled
+
+_ROOT = Path(__file__).parents[2]
+_NUM_IMAGES = 9
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Those of `python -m jobs.benchmark start`."""
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each command; the medians count (3)")
+    parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated (unet_d and clipseg)")
+
+
+def measure(args: Namespace) -> int:
+    """Both jobs over a few drawn images, each in a new process that starts Ray; milestones as the job tells them.
+
+    Models have their published sizes and random weights.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_labelled(folder / "labelled", {"train": _NUM_IMAGES, "val": 1}, seed=0)
+        for name in args.model or ("unet_d", "clipseg"):
+            options = _options(name, folder)
+            vlsm.save_checkpoint(vlsm.build_model(name, **options), folder / name, prompt="lesion")
+            for job in ("segment", "train"):
+                runs = [_run(job, name, options, folder, repeat) for repeat in range(args.repeats)]
+                medians = {key: round(statistics.median(run[key] for run in runs), 1) for key in runs[0]}
+                rows.append({"job": job, "model": name, "seconds": medians})
+                print(f"{job:8} {name:10} {', '.join(f'{key} {value}' for key, value in medians.items())}", flush=True)
+    write_json(args.json, "start", {"repeats": args.repeats, "runs": rows})
+    return 0
+
+
+def tell(figures: dict[str, Any]) -> list[str]:
+    """The README's lines of what was measured."""
+    lines = [
+        f"Seconds from the command, medians of {figures['repeats']}, with Ray started by the job itself. "
+        "Models have their published sizes.",
+        "",
+        "| job | model | milestones, s |",
+        "|---|---|---|",
+    ]
+    for row in figures["runs"]:
+        told = ", ".join(f"{name} {seconds}" for name, seconds in row["seconds"].items())
+        lines.append(f"| {row['job']} | `{row['model']}` | {told} |")
+    return lines
+
+
+def _options(name: str, folder: Path) -> dict[str, Any]:
+    if name != "clipseg":
+        return {}
+    from vlsm.models.untrained import write_clipseg  # here: it imports transformers
+
+    return {"source": str(write_clipseg(folder / "source"))}
+
+
+def _run(job: str, name: str, options: dict[str, Any], folder: Path, repeat: int) -> dict[str, float]:
+    """The seconds from a command to each of its milestones, and to its end."""
+    output = str(folder / f"{job} {name} {repeat}")
+    if job == "segment":
+        words = [str(folder / "labelled" / "images"), output, "--checkpoint", str(folder / name)]
+    else:
+        words = [output, "--dataset", f"drawn={folder / 'labelled'}", "--set", f"model={name}"]
+        settings = [f"options.{key}={value}" for key, value in options.items()]
+        settings += ["optim.epochs=1", "optim.batch_size=4", "run.micro_batch_size=4"]
+        words += [word for setting in settings for word in ("--set", setting)]
+    started_s = time.time()
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", *words],
+        cwd=_ROOT,
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = re.search(r"seconds from the start: (.*)", done.stderr)
+    if done.returncode or found is None:
+        raise ResultError(f"jobs.{job} failed: {done.stderr[-2000:]}")
+    reached = (milestone.rpartition(" ") for milestone in found[1].split(", "))
+    return {key: float(value) for key, _, value in reached} | {"end": time.time() - started_s}
