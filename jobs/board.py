@@ -30,7 +30,7 @@ class _Tries:
 
 
 def start_board(kind: type, milestones: Mapping[str, float]) -> Any:
-    """A board as an actor, which knows what is reached already.
+    """Start a board as an actor, with the milestones that the run has reached already.
 
     It lives where this process does, so that no other node's loss ends it.
     """
@@ -43,7 +43,7 @@ def start_board(kind: type, milestones: Mapping[str, float]) -> Any:
 
 
 class Milestones:
-    """When a run came to something for the first time, in seconds since 1970: what a start takes its time for.
+    """The times at which a run reaches its milestones for the first time, in seconds since 1970.
 
     Args:
         milestones: those that are reached already; the first is the start.

@@ -102,7 +102,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         self._there: Future[None] = Future()
         self._is_imported, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self.milestones = {"start": _STARTED_S}  # when the run came to what, in seconds since 1970
+        self.milestones = {"start": _STARTED_S}  # when the run reached each milestone, in seconds since 1970
         # stdout is the result's: what Ray and its processes print goes beside the log
         self._stdout = contextlib.redirect_stdout(sys.stderr)
 
@@ -119,9 +119,9 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
             self._is_imported.wait()  # two threads that import at once only take turns
 
     def wait(self) -> None:
-        """Ray is there, and Ray Data is quiet; what kept Ray from starting is raised here."""
+        """Wait until Ray runs, and silence Ray Data's progress. Raises the error with which Ray failed to start."""
         self.start()
-        import_module("pandas")  # the half of what ray.data imports, while Ray still starts
+        import_module("pandas")  # half of the time that `import ray.data` takes; Ray still starts meanwhile
         self._there.result()
         self.milestones.setdefault("Ray", time.time())
         import ray.data
@@ -139,7 +139,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         """Start Ray, and end it when the session is over: its processes die with the thread that has started them."""
         try:
             is_opened = self._open()
-        except BaseException as error:  # whatever it is, who waits is to know
+        except BaseException as error:  # `wait` raises it in the main thread
             self._there.set_exception(error)
             return
         finally:
@@ -160,9 +160,9 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         # of a cluster that starts here: ours are fractions of a CPU, and beyond the limit Ray ends processes that are
         # idle for a second, to start others in the next; a third of a small machine went that way
         os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * (os.cpu_count() or 1)))
-        # no worker of ours asks whether its node is to be taken away; who watches for that takes seconds to start
+        # our workers do not ask for preemption notices, and the watcher process takes seconds to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # quieter than a warning: Ray would say that it leaves SIGTERM, which is `run_command`'s, alone in a thread
+        # outside of the main thread Ray warns that it sets no SIGTERM handler; `run_command` has set one
         ray.init(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=self._log_to_driver)
         logging.getLogger("ray").setLevel(logging.WARNING)
         return True

@@ -158,7 +158,7 @@ class Feed:
 
 
 def _take(decoded: Decoded, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
-    """Micro-batches of what is kept decoded, which nothing more is to be done to, one ahead of the model."""
+    """Stream micro-batches of decoded examples that need no augmentation; fetch one batch ahead."""
 
     def fetch(batch: MicroBatch) -> Loaded:
         images, masks = zip(*decoded.fetch(batch.examples), strict=True)

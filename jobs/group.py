@@ -48,7 +48,7 @@ class Board(Milestones):
         self._failure: str | None = None
 
     def reach(self, name: str, time_s: float) -> None:
-        """As of all milestones; the first step of a run is told with those before it."""
+        """Note a milestone. After the first step, the log gets a line with all milestones."""
         is_first = name not in self._milestones
         super().reach(name, time_s)
         if is_first and name == FIRST_STEP:

@@ -46,12 +46,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection():
-    """What libraries are made of is no garbage, and would be looked through again and again."""
+    """Switch the garbage collector off: imports create many objects, and all of them stay."""
     gc.disable()
 
 
 def pytest_collection_finish():
-    """What is imported stays out of the collector's way."""
+    """Switch the collector on again; it ignores the imported objects."""
     gc.freeze()
     gc.enable()
 

@@ -1,4 +1,4 @@
-"""From a command to its first image: what the start of both jobs takes its time for, on one machine."""
+"""The seconds from a command to its first image, by milestone, for both jobs on one machine."""
 
 import os
 import re

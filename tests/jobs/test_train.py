@@ -179,7 +179,7 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
 ):
     """A worker that dies, an interrupt, a driver that dies, a node that is lost; each costs nothing but time.
 
-    It takes a minute: a training starts four times.
+    It takes two minutes alone on two cores: a training starts four times, each in 35 s of imports.
     """
     import s3fs
     from ray.cluster_utils import Cluster
