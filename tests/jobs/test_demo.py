@@ -27,7 +27,7 @@ def tell(folder, capfd, num_archive, *words):
 
 @pytest.mark.ray
 def test_the_demo_tells_its_story_and_says_where_everything_is(ray_cluster, tmp_path, capfd, monkeypatch):
-    """All of it, with a tenth of the images and one epoch. It takes a minute: processes import torch and transformers."""
+    """All of it, with a tenth of the images and one epoch. It takes a minute, mostly for imports of transformers."""
     monkeypatch.setattr(demo, "SPLITS", {"train": 24, "val": 4})
     monkeypatch.setattr(demo, "NUM_ARCHIVE", 8)
     monkeypatch.setattr(demo, "OPTIM", demo.OPTIM.model_copy(update={"epochs": 1}))
