@@ -6,7 +6,7 @@ The public names are imported on first use, so that `import vlsm` and a job's `-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from vlsm.version import __version__
 
 if TYPE_CHECKING:
     from vlsm.checkpoints import load_checkpoint as load_checkpoint

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field, ValidationError
 
-import vlsm
 from vlsm import storage
 from vlsm.config import Settings, dump_yaml, explain, parse_assignments
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.images import ImageSpec
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
+from vlsm.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +135,7 @@ def save_checkpoint(
         image=_ImageSettings(**asdict(model.image_spec)),
         threshold=threshold,
         prompt=prompt,
-        versions={"vlsm": vlsm.__version__} | {package: version(package) for package in _PACKAGES},
+        versions={"vlsm": __version__} | {package: version(package) for package in _PACKAGES},
     )
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a directory")

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-import vlsm
 from vlsm import storage
 from vlsm.config import Settings, dump_yaml, flatten
 from vlsm.errors import ConfigError
+from vlsm.version import __version__
 
 RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
@@ -38,7 +38,7 @@ def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any])
         "config": settings.model_dump(mode="json", exclude=_ACTIONS),
         **facts,
         "plan": plan,
-        "versions": {"vlsm": vlsm.__version__} | {package: _version(package) for package in _PACKAGES},
+        "versions": {"vlsm": __version__} | {package: _version(package) for package in _PACKAGES},
         "git_revision": _git_revision(),
         "planned_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

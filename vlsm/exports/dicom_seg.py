@@ -15,7 +15,6 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import SecondaryCaptureImageStorage
 
-import vlsm
 from vlsm import storage
 from vlsm.errors import ImageError
 from vlsm.exports.labels import class_names, decode_labels
@@ -37,6 +36,7 @@ from vlsm.images import EXTENSIONS
 from vlsm.record import read_record
 from vlsm.results import read_ok_masks
 from vlsm.sources import Reader
+from vlsm.version import __version__
 
 logger = logging.getLogger("vlsm")
 
@@ -218,7 +218,7 @@ def _build_segmentation(
     algorithm = hd.AlgorithmIdentificationSequence(
         name=name.strip()[:_MAX_LABEL] or "vlsm",
         family=codes.DCM.ArtificialIntelligence,
-        version=version.strip()[:_MAX_LABEL] or vlsm.__version__,
+        version=version.strip()[:_MAX_LABEL] or __version__,
     )
     descriptions = [
         hd.seg.SegmentDescription(
@@ -242,7 +242,7 @@ def _build_segmentation(
         instance_number=max(1, int(header.get("InstanceNumber") or 1)),
         manufacturer="vlsm",
         manufacturer_model_name="vlsm",
-        software_versions=vlsm.__version__,
+        software_versions=__version__,
         device_serial_number="0",
         content_date=made_at.date(),
         content_time=made_at.time(),

@@ -11,10 +11,10 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-import vlsm
 from vlsm.reporting.charts import Lines, Ridge
 from vlsm.reporting.pictures import Key, Picture, shorten
 from vlsm.reporting.survey import METRICS, row_key
+from vlsm.version import __version__
 
 _CARD_WORDS = ("dataset", "split", "system", "prompt_name", "prompt", "status")
 _MAX_CONFIG = 100_000  # characters; a page stays small whatever its run was told
@@ -190,7 +190,7 @@ def render(page: Page) -> str:
         record=record,
         metrics=metrics,
         filters=[name for name in _CARD_WORDS if len({card.words.get(name) for card in page.cards}) > 1],
-        version=vlsm.__version__,
+        version=__version__,
         **{name: Markup(text) for name, text in parts.items()},
         **{f"{name}_hash": _digest(text) for name, text in parts.items()},
     )
