@@ -23,7 +23,7 @@ from jobs.segment import segment
 from jobs.train import train
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.errors import VlsmError
-from vlsm.images import decode_image, decode_mask
+from vlsm.images.decode import decode_image, decode_mask
 from vlsm.metrics import dice_score
 from vlsm.overlays import draw_overlay, draw_sheet
 from vlsm.phantoms import KINDS, write_labelled

@@ -20,8 +20,8 @@ from vlsm.augment import augment_example
 from vlsm.datasets import Record
 from vlsm.errors import VlsmError
 from vlsm.examples import MicroBatch
-from vlsm.fetch import read_image_bytes
-from vlsm.images import decode_image, decode_mask, resize_image, resize_mask
+from vlsm.images.decode import decode_image, decode_mask, resize_image, resize_mask
+from vlsm.images.fetch import read_image_bytes
 from vlsm.inspection import Facts, inspect_record
 from vlsm.recipe import DataSettings
 

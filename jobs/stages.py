@@ -20,11 +20,11 @@ from jobs.board import Watch
 from vlsm.answers import describe_image
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.images import resize_image
+from vlsm.images.decode import resize_image
+from vlsm.images.reader import Content, Opening, open_images
 from vlsm.manifest import planned_keys, read_shard
 from vlsm.proof import compare_shard
 from vlsm.results import read_part, write_part
-from vlsm.sources import Content, Opening, open_images
 from vlsm.tiles import check_windows, plan_windows
 
 _PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that a row has from the plan

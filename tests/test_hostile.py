@@ -16,8 +16,8 @@ from vlsm import storage
 from vlsm.archive import open_archive
 from vlsm.errors import ImageError, ManifestError
 from vlsm.export import export_masks
-from vlsm.fetch import read_image_bytes
-from vlsm.images import decode_image
+from vlsm.images.decode import decode_image
+from vlsm.images.fetch import read_image_bytes
 from vlsm.manifest import shard_table
 from vlsm.masks import encode_mask
 from vlsm.results import write_part

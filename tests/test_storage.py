@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LONG_S
-from vlsm import sources, storage
+from vlsm import storage
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError, ImageError, StorageError
-from vlsm.fetch import read_image_bytes
+from vlsm.images import reader
+from vlsm.images.fetch import read_image_bytes
 
 
 def reason_of(uri, size_bytes=None, max_bytes=1000):
@@ -38,7 +39,7 @@ def test_a_file_without_read_permission_is_forbidden(tmp_path):
     code = f"""
 import os
 from vlsm import storage
-from vlsm.fetch import read_image_bytes
+from vlsm.images.fetch import read_image_bytes
 storage.open_uri("x")
 if os.getuid() == 0:
     os.setuid(65534)  # root may read everything
@@ -153,11 +154,11 @@ def test_a_file_that_is_read_slowly_holds_up_no_other(tmp_path, monkeypatch):
         assert uri != names[0] or others_are_read.wait(20)
         return read_image_bytes(uri, *words)
 
-    monkeypatch.setattr(sources, "read_image_bytes", read)
+    monkeypatch.setattr(reader, "read_image_bytes", read)
     arguments = {"input": "in", "output": "out", "members": [{"checkpoint": "c"}]}
     settings = load_settings(SegmentSettings, None, ["run.fetch_threads=4"], arguments)
     numbers = []
-    for number, opening in sources.open_images([{"image_uri": name, "selector": None} for name in names], settings):
+    for number, opening in reader.open_images([{"image_uri": name, "selector": None} for name in names], settings):
         assert opening()[0].data == b"content"
         numbers.append(number)
         if len(numbers) == 39:

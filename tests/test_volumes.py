@@ -13,13 +13,13 @@ from PIL import Image
 from pydicom import uid
 from pydicom.data import get_testdata_file
 
-from tests.test_dicom import FRAMES, SECRET, items, make
-from tests.test_dicom import save as save_dicom
-from tests.test_nifti import BODY, STORED, store
-from tests.test_nifti import save as save_nifti
+from tests.images.test_dicom import FRAMES, SECRET, items, make
+from tests.images.test_dicom import save as save_dicom
+from tests.images.test_nifti import BODY, STORED, store
+from tests.images.test_nifti import save as save_nifti
 from vlsm import export
 from vlsm.exports.origins import file_id, source_of
-from vlsm.formats.nifti import read_grid
+from vlsm.images.nifti import read_grid
 from vlsm.masks import encode_mask
 from vlsm.results import write_part
 

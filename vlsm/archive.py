@@ -9,8 +9,8 @@ from typing import Any
 from vlsm import storage
 from vlsm.errors import ConfigError
 from vlsm.expansion import expand_rows
-from vlsm.formats.frames import Look, describe_other, kind_of
 from vlsm.image_list import MANIFEST_EXTENSIONS, describe_file, read_image_list
+from vlsm.images.formats import Look, describe_other, kind_of
 from vlsm.listing import Info, follow_link, list_files, spell_out
 
 _ETAG_KEYS = ("ETag", "etag")  # as the file systems of several stores call it

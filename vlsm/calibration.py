@@ -20,8 +20,8 @@ from vlsm.config import dump_yaml
 from vlsm.datasets import Record, read_dataset
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
 from vlsm.examples import choose_prompt
-from vlsm.fetch import read_image_bytes
-from vlsm.images import decode_image, decode_mask, resize_image
+from vlsm.images.decode import decode_image, decode_mask, resize_image
+from vlsm.images.fetch import read_image_bytes
 from vlsm.masks import enlarge_logits
 from vlsm.metrics import BAD_DICE
 from vlsm.recipe import DataSettings

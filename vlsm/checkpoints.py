@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 from vlsm import storage
 from vlsm.config import Settings, dump_yaml, explain, parse_assignments
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
-from vlsm.images import ImageSpec
+from vlsm.images.decode import ImageSpec
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
 from vlsm.version import __version__
 

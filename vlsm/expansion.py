@@ -9,9 +9,9 @@ from PIL import Image
 
 from vlsm import storage
 from vlsm.errors import ImageError, StorageError
-from vlsm.fetch import image_errors
-from vlsm.formats.containers import list_images
-from vlsm.formats.frames import Inside, Look, is_archive, kind_of
+from vlsm.images.containers import list_images
+from vlsm.images.fetch import image_errors
+from vlsm.images.formats import Inside, Look, is_archive, kind_of
 from vlsm.listing import spell_out
 
 _AHEAD = 32  # files that are looked into at once: their stores answer slowly

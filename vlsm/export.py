@@ -24,9 +24,9 @@ from vlsm import storage
 from vlsm.errors import ConfigError, ImageError, VlsmError
 from vlsm.exports.naming import file_path
 from vlsm.exports.origins import read_settings
+from vlsm.images.reader import Reader
 from vlsm.overlays import draw_overlay
 from vlsm.results import choose_rows, open_results, read_ok_masks
-from vlsm.sources import Reader
 
 logger = logging.getLogger("vlsm")
 

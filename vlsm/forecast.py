@@ -14,10 +14,10 @@ import numpy as np
 from vlsm.answers import describe_image
 from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError, ImageError
-from vlsm.images import resize_image
+from vlsm.images.decode import resize_image
+from vlsm.images.reader import open_images
 from vlsm.masks import mirrored_mean
 from vlsm.runs import Member
-from vlsm.sources import open_images
 from vlsm.tiles import check_windows, plan_windows
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from vlsm.datasets import Record
 from vlsm.errors import ImageError
-from vlsm.fetch import read_image_bytes
-from vlsm.images import decode_image, decode_mask
+from vlsm.images.decode import decode_image, decode_mask
+from vlsm.images.fetch import read_image_bytes
 from vlsm.recipe import DataSettings
 
 # Of the 64 of a perceptual hash. 7 of ClinicDB's 61 test frames are so near to one of val, which come from the same

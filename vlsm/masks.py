@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as coco
 
-from vlsm.resizing import resize_bilinear
+from vlsm.images.resizing import resize_bilinear
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vlsm.archive import Archive, open_archive
 from vlsm.checkpoints import CheckpointSettings, digest_files, read_checkpoint, read_settings
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
-from vlsm.formats.frames import Look
+from vlsm.images.formats import Look
 from vlsm.manifest import Plan, list_plans, new_plan_id, remove_plan, write_manifest
 from vlsm.planner import Planner
 from vlsm.proof import RunState

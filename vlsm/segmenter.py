@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlsm.checkpoints import Checkpoint
-from vlsm.images import normalize, resize_image
+from vlsm.images.decode import normalize, resize_image
 from vlsm.masks import mask_from_logits
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
@@ -81,7 +81,7 @@ class Segmenter:
         """Logits at the model's own size, divided by the checkpoint's temperature where it is calibrated.
 
         Args:
-            images: (N, S, S, 3) uint8, resized by `vlsm.images.resize_image`.
+            images: (N, S, S, 3) uint8, resized by `vlsm.images.decode.resize_image`.
             prompts: the texts of each image, one at least.
 
         Returns:

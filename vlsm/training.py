@@ -18,7 +18,7 @@ from vlsm.errors import VlsmError
 from vlsm.examples import MicroBatch
 from vlsm.features import FeatureCache
 from vlsm.history import History
-from vlsm.images import normalize
+from vlsm.images.decode import normalize
 from vlsm.losses import segmentation_losses
 from vlsm.metrics import dice_scores
 from vlsm.models.contract import SegmentationModel

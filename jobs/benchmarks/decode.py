@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from jobs.benchmarks.figures import alternate, write_json
-from vlsm.images import decode_image, resize_image
+from vlsm.images.decode import decode_image, resize_image
 from vlsm.phantoms import draw_phantom
 
 SIZES = (224, 352)

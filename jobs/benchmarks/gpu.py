@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from jobs.benchmarks.archives import draw_file
 from jobs.benchmarks.figures import alternate, write_json
-from vlsm.images import decode_image, normalize, resize_image
+from vlsm.images.decode import decode_image, normalize, resize_image
 from vlsm.metrics import dice_scores
 from vlsm.models import MODELS
 from vlsm.models.contract import Features, SegmentationModel

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jobs.benchmarks.figures import alternate, write_json
 from vlsm.checkpoints import Checkpoint, CheckpointSettings
-from vlsm.images import normalize
+from vlsm.images.decode import normalize
 from vlsm.models import MODELS
 from vlsm.models.costs import build_architecture
 from vlsm.models.openclip import OpenCLIPTowers

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from jobs.benchmarks.figures import alternate, write_json
-from vlsm.images import EXTENSIONS, decode_mask, resize_mask
+from vlsm.images.decode import EXTENSIONS, decode_mask, resize_mask
 from vlsm.masks import describe_mask, encode_mask
 from vlsm.phantoms import KINDS, write_labelled
 from vlsm.results import read_masks, write_part

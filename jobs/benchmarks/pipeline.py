@@ -20,7 +20,7 @@ from jobs.benchmarks.figures import quietest, write_json
 from jobs.benchmarks.held import hold_job
 from jobs.benchmarks.stores import BUCKET, S3Server
 from vlsm.checkpoints import load_checkpoint
-from vlsm.images import decode_image, normalize, resize_image
+from vlsm.images.decode import decode_image, normalize, resize_image
 from vlsm.models.costs import build_architecture
 from vlsm.models.prompts import PromptCache
 from vlsm.segmenter import Segmenter

@@ -14,7 +14,7 @@ from torch import Tensor
 from jobs.feeding import Loaded
 from jobs.group import Work
 from jobs.train_worker import Worker
-from vlsm.images import normalize
+from vlsm.images.decode import normalize
 from vlsm.losses import segmentation_losses
 from vlsm.models.prompts import PromptCache
 

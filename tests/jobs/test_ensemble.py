@@ -9,7 +9,7 @@ import vlsm
 from jobs import segment
 from tests.conftest import read_mask_rows, slow
 from tests.tiny import save_tiny_clipseg
-from vlsm.images import decode_image, resize_image
+from vlsm.images.decode import decode_image, resize_image
 from vlsm.masks import enlarge_logits
 
 pytestmark = pytest.mark.ray

@@ -19,7 +19,7 @@ from jobs import evaluate, segment
 from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.datasets import read_dataset
-from vlsm.images import decode_image, decode_mask
+from vlsm.images.decode import decode_image, decode_mask
 from vlsm.masks import decode_mask as decode_rle
 from vlsm.metrics import dice_score
 

@@ -180,7 +180,7 @@ def test_too_many_failures_end_the_run_and_a_higher_limit_finishes_it(
 def test_clipseg_gives_each_prompt_a_mask_of_its_own(ray_cluster, archive, tmp_path, capfd):
     import vlsm
     from tests.tiny import save_tiny_clipseg
-    from vlsm.images import decode_image
+    from vlsm.images.decode import decode_image
 
     model = vlsm.build_model("clipseg", source=str(save_tiny_clipseg(tmp_path / "hub")), image_size=64)
     vlsm.save_checkpoint(model, tmp_path / "ck", prompt="polyp")

@@ -126,7 +126,7 @@ def test_a_checkpoint_is_what_was_judged(undisturbed, labelled):
     """The val Dice of the best epoch, scored anew with the checkpoint that segment takes."""
     from vlsm.datasets import read_dataset
     from vlsm.examples import choose_prompt
-    from vlsm.images import decode_image, decode_mask, resize_image, resize_mask
+    from vlsm.images.decode import decode_image, decode_mask, resize_image, resize_mask
     from vlsm.metrics import dice_score
     from vlsm.recipe import DataSettings
 

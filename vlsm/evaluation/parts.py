@@ -14,8 +14,8 @@ from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
 from vlsm.evaluation.settings import OWN, EvaluateSettings
 from vlsm.evaluation.systems import System, Target
-from vlsm.fetch import read_image_bytes
-from vlsm.images import decode_mask as decode_label
+from vlsm.images.decode import decode_mask as decode_label
+from vlsm.images.fetch import read_image_bytes
 from vlsm.manifest import Plan
 from vlsm.masks import decode_mask, encode_mask
 from vlsm.record import read_record

@@ -7,9 +7,9 @@ from typing import Any
 
 from vlsm import storage
 from vlsm.config import SegmentSettings
-from vlsm.formats.frames import split_selector
+from vlsm.images.formats import split_selector
+from vlsm.images.reader import Reader
 from vlsm.record import read_record
-from vlsm.sources import Reader
 
 Filters = list[tuple[str, str, Any]] | None
 Row = dict[str, Any]

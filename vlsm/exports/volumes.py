@@ -23,9 +23,9 @@ from vlsm.exports.origins import (
     read_settings,
     source_of,
 )
-from vlsm.formats.nifti import NiftiGrid, read_grid
+from vlsm.images.nifti import NiftiGrid, read_grid
+from vlsm.images.reader import Reader
 from vlsm.results import ALL_KINDS, read_ok_masks
-from vlsm.sources import Reader
 
 logger = logging.getLogger("vlsm")
 

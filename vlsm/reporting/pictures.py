@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from PIL import Image
 
-from vlsm import images, masks
+from vlsm import masks
 from vlsm.errors import StorageError, VlsmError
-from vlsm.fetch import read_image_bytes
+from vlsm.images import decode
+from vlsm.images.fetch import read_image_bytes
+from vlsm.images.reader import Reader
 from vlsm.overlays import outline
 from vlsm.reporting.survey import FILE, KEY, row_key
-from vlsm.sources import Reader
 
 # Okabe and Ito's sky blue and orange: told apart with every kind of colour vision; dashes tell them apart without any.
 PREDICTION, TARGET = (86, 180, 233), (230, 159, 0)
@@ -154,7 +155,7 @@ def read_rle_masks(row: dict[str, Any]) -> Masks:
 def read_target_file(row: dict[str, Any], threshold: int, max_pixels: int, max_bytes: int) -> Masks:
     """The target of an example, whose mask is a file."""
     data = read_image_bytes(row["mask_uri"], None, max_bytes)
-    return None, images.decode_mask(data, row["mask_uri"], threshold, max_pixels)
+    return None, decode.decode_mask(data, row["mask_uri"], threshold, max_pixels)
 
 
 def _as_picture(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:

@@ -13,9 +13,9 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from vlsm.errors import ImageError
-from vlsm.formats.dicom_header import quiet, read_header
-from vlsm.formats.dicom_pixels import paint_palette, read_frame
-from vlsm.formats.windowing import Window, as_rgb, scale_to_bytes, value_range, window_edges
+from vlsm.images.dicom_header import quiet, read_header
+from vlsm.images.dicom_pixels import paint_palette, read_frame
+from vlsm.images.grey_levels import Window, as_rgb, scale_to_bytes, value_range, window_edges
 
 PIXEL_DATA_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _HEADER_TAGS = [0x00080016, 0x00280002, 0x00280008, 0x00280010, 0x00280011, 0x00280100]

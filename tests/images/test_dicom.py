@@ -20,8 +20,8 @@ from pydicom.pixels.utils import pixel_array
 
 from tests.test_hostile import edits, mutate
 from vlsm.errors import ImageError
-from vlsm.formats.codestreams import codestream_size
-from vlsm.formats.dicom import DicomImages, count_frames, is_dicom
+from vlsm.images.codestreams import codestream_size
+from vlsm.images.dicom import DicomImages, count_frames, is_dicom
 
 SECRET = "SECRET^PATIENT"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.test_hostile import edits, mutate
 from vlsm.errors import ImageError
-from vlsm.formats.nifti import NiftiImages, list_slices, read_grid
+from vlsm.images.nifti import NiftiImages, list_slices, read_grid
 
 RAS = np.diag([1.0, 1, 1, 1])
 

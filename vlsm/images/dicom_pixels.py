@@ -12,7 +12,7 @@ from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import as_pixel_options, pixel_array
 
 from vlsm.errors import ImageError
-from vlsm.formats.codestreams import check_lossless, codestream_size
+from vlsm.images.codestreams import check_lossless, codestream_size
 
 # One decoder each, and the one that minds damage the most; GDCM, which does not, where there is no other.
 _PLUGINS = {

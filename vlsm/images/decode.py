@@ -10,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlsm.errors import ImageError
-from vlsm.resizing import resize_bilinear
+from vlsm.images.resizing import resize_bilinear
 
 try:
     import simplejpeg

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vlsm.errors import ImageError
-from vlsm.images import ImageSpec, decode_image, normalize, resize_image
+from vlsm.images.decode import ImageSpec, decode_image, normalize, resize_image
 
 
 def encode(image, kind="PNG", **options):

@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 
 from vlsm.errors import ImageError
-from vlsm.formats.windowing import Window, as_rgb, scale_to_bytes, value_range, window_edges
+from vlsm.images.grey_levels import Window, as_rgb, scale_to_bytes, value_range, window_edges
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 

@@ -18,10 +18,10 @@ import numpy as np
 from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.fetch import check_size, image_errors, read_image_bytes, read_patiently
-from vlsm.formats.containers import check_zip_member, is_compressed_tar, list_images
-from vlsm.formats.frames import Look, is_archive, kind_of, split_selector
-from vlsm.images import Pages, decode_image
+from vlsm.images.containers import check_zip_member, is_compressed_tar, list_images
+from vlsm.images.decode import Pages, decode_image
+from vlsm.images.fetch import check_size, image_errors, read_image_bytes, read_patiently
+from vlsm.images.formats import Look, is_archive, kind_of, split_selector
 from vlsm.listing import spell_out
 
 _BLOCK = 1 << 20  # bytes that are asked of a store at once, of an archive that is read in order
@@ -66,7 +66,7 @@ class Content:
 
     @functools.cached_property
     def _volume(self) -> Any:
-        from vlsm.formats.nifti import NiftiImages
+        from vlsm.images.nifti import NiftiImages
 
         settings = self._settings
         how = settings.window, settings.slices, settings.max_image_bytes
@@ -78,7 +78,7 @@ class Content:
 
     @functools.cached_property
     def _dicom(self) -> Any:
-        from vlsm.formats.dicom import DicomImages
+        from vlsm.images.dicom import DicomImages
 
         settings = self._settings
         return DicomImages(self.data, self.name, settings.max_pixels, settings.window, settings.max_image_bytes)
@@ -146,7 +146,7 @@ class Reader:
         name = uri if member is None else f"{uri}#{member}"
         kind = kind_of(member or uri)
         if kind == "dicom?":
-            from vlsm.formats.dicom import is_dicom
+            from vlsm.images.dicom import is_dicom
 
             kind = "dicom" if is_dicom(data[:132]) else None
         return Content(data, name, kind, settings)

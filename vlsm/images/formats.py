@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlsm.config import TileSettings
 from vlsm.errors import ImageError
-from vlsm.images import EXTENSIONS
+from vlsm.images.decode import EXTENSIONS
 from vlsm.tiles import count_windows
 
 _ENDINGS = {
@@ -115,7 +115,7 @@ def list_frames(open_file: Open, name: str, size_bytes: int | None, look: Look) 
         return [Inside()]
     with open_file() as file:
         if kind == "nifti":
-            from vlsm.formats.nifti import list_slices, read_grid
+            from vlsm.images.nifti import list_slices, read_grid
 
             selectors: Sequence[str | None] = list_slices(file, name, look.axis)
             file.seek(0)
@@ -131,7 +131,7 @@ def _windowed(selectors: Sequence[str | None], size: tuple[int, int], look: Look
 
 
 def _list_dicom(file: BinaryIO, name: str, size_bytes: int | None, look: Look) -> list[Inside]:
-    from vlsm.formats.dicom import is_dicom, read_shape
+    from vlsm.images.dicom import is_dicom, read_shape
 
     if kind_of(name) == "dicom?" and not is_dicom(file.read(132)):
         return []

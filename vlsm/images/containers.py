@@ -1,4 +1,4 @@
-"""What is inside of tar and zip archives, from their headers; of any other file, see `vlsm.formats.frames`."""
+"""What is inside of tar and zip archives, from their headers; of any other file, see `vlsm.images.formats`."""
 
 import functools
 import gzip
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from vlsm.errors import ImageError
-from vlsm.formats.frames import Inside, Look, Open, describe_other, is_archive, kind_of, list_frames
+from vlsm.images.formats import Inside, Look, Open, describe_other, is_archive, kind_of, list_frames
 
 _LARGEST_READ = 1 << 26  # that a tar's headers may ask for
 _MOST_ZEROS = 1 << 27  # bytes of nothing, after which a tar is taken to be damaged

@@ -14,8 +14,8 @@ from PIL import Image
 from vlsm.archive import open_archive
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.formats.frames import kind_of, split_selector
-from vlsm.sources import Reader
+from vlsm.images.formats import kind_of, split_selector
+from vlsm.images.reader import Reader
 
 
 def png(value, size=(8, 12)):

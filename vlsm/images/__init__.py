@@ -1,0 +1,1 @@
+"""One image, from the bytes of a file to the square that a model takes."""
