@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlsm import storage
-from vlsm.archive import open_archive
+from vlsm.archive.archive import open_archive
 from vlsm.errors import ImageError, ManifestError
 from vlsm.export import export_masks
 from vlsm.images.decode import decode_image

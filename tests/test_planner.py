@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from vlsm.archive import Archive
+from vlsm.archive.archive import Archive
 from vlsm.errors import StorageError
 from vlsm.manifest import Plan, read_plan
 from vlsm.planner import Planner

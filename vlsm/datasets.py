@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlsm import storage
+from vlsm.archive.manifest import MANIFEST_EXTENSIONS, read_manifest_rows
 from vlsm.errors import ConfigError, ManifestError
-from vlsm.image_list import MANIFEST_EXTENSIONS, read_manifest_rows
 
 SPLITS = ("train", "val", "test")
 _SHOWN = 10  # problems of a message

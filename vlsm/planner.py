@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
-from vlsm.archive import Archive
+from vlsm.archive.archive import Archive
 from vlsm.errors import StorageError
 from vlsm.manifest import ManifestWriter, Plan, cut_shards, shard_table
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vlsm import storage
-from vlsm.archive import Archive, open_archive
+from vlsm.archive.archive import Archive, open_archive
 from vlsm.checkpoints import CheckpointSettings, digest_files, read_checkpoint, read_settings
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError

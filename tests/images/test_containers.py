@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlsm.archive import open_archive
+from vlsm.archive.archive import open_archive
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images.formats import kind_of, split_selector

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from vlsm import storage
+from vlsm.archive.listing import spell_out
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images.containers import check_zip_member, is_compressed_tar, list_images
 from vlsm.images.decode import Pages, decode_image
 from vlsm.images.fetch import check_size, image_errors, read_image_bytes, read_patiently
 from vlsm.images.formats import Look, is_archive, kind_of, split_selector
-from vlsm.listing import spell_out
 
 _BLOCK = 1 << 20  # bytes that are asked of a store at once, of an archive that is read in order
 _FEWEST_KEPT, _MOST_BYTES_KEPT = 2, 1 << 28  # of files of which several images are wanted: they follow each other

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlsm.archive import open_archive
+from vlsm.archive.archive import open_archive
 from vlsm.errors import ConfigError, ManifestError
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlsm import storage
+from vlsm.archive.expand import expand_rows
+from vlsm.archive.listing import Info, follow_link, list_files, spell_out
+from vlsm.archive.manifest import MANIFEST_EXTENSIONS, describe_file, read_image_list
 from vlsm.errors import ConfigError
-from vlsm.expansion import expand_rows
-from vlsm.image_list import MANIFEST_EXTENSIONS, describe_file, read_image_list
 from vlsm.images.formats import Look, describe_other, kind_of
-from vlsm.listing import Info, follow_link, list_files, spell_out
 
 _ETAG_KEYS = ("ETag", "etag")  # as the file systems of several stores call it
 _MTIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")

@@ -8,11 +8,11 @@ from typing import Any
 from PIL import Image
 
 from vlsm import storage
+from vlsm.archive.listing import spell_out
 from vlsm.errors import ImageError, StorageError
 from vlsm.images.containers import list_images
 from vlsm.images.fetch import image_errors
 from vlsm.images.formats import Inside, Look, is_archive, kind_of
-from vlsm.listing import spell_out
 
 _AHEAD = 32  # files that are looked into at once: their stores answer slowly
 _ARCHIVES_AHEAD = 4  # each may hold a hundred thousand images

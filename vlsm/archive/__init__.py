@@ -1,0 +1,1 @@
+"""INPUT as a stream of images: what is listed, what a manifest names, what container files hold."""
