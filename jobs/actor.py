@@ -10,7 +10,7 @@ import numpy as np
 from jobs import metrics
 from jobs.board import Watch
 from jobs.stages import Task
-from vlsm.masks import mirrored_mean
+from vlsm.segmentation.masks import mirrored_mean
 
 
 class SegmentActor:
@@ -30,7 +30,7 @@ class SegmentActor:
 
         from vlsm.checkpoints import build_checkpoint
         from vlsm.models.sharing import share_towers
-        from vlsm.segmenter import Segmenter
+        from vlsm.segmentation.segmenter import Segmenter
 
         torch.set_num_threads(num_threads)
         self.task, self.names, self.segmenters = task, {}, {}

@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from jobs import metrics
 from jobs.board import Watch
-from vlsm.answers import describe_image
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images.decode import resize_image
@@ -25,7 +24,8 @@ from vlsm.images.reader import Content, Opening, open_images
 from vlsm.manifest import planned_keys, read_shard
 from vlsm.proof import compare_shard
 from vlsm.results import read_part, write_part
-from vlsm.tiles import check_windows, plan_windows
+from vlsm.segmentation.image_rows import describe_image
+from vlsm.segmentation.tiles import check_windows, plan_windows
 
 _PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that a row has from the plan
 

@@ -7,12 +7,12 @@ import pytest
 
 import vlsm
 from vlsm import calibration
-from vlsm.answers import judge
 from vlsm.calibration import calibrate, expected_error
 from vlsm.config import ReviewSettings, SegmentSettings
-from vlsm.masks import MaskRecord
 from vlsm.reporting.parts import calibrations
 from vlsm.runs import resolve_settings
+from vlsm.segmentation.image_rows import judge
+from vlsm.segmentation.masks import MaskRecord
 
 
 def draw(rng, count, temperature, shift=0.0):

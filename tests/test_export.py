@@ -12,8 +12,8 @@ import vlsm
 from tests.conftest import save_square
 from vlsm import export
 from vlsm.errors import ConfigError
-from vlsm.masks import encode_mask
 from vlsm.schema import RESULT_SCHEMA
+from vlsm.segmentation.masks import encode_mask
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from PIL import Image
 from jobs import segment
 from tests.conftest import without_ray
 from vlsm import forecast
-from vlsm.answers import describe_image
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError
 from vlsm.forecast import Forecast, describe_forecast, keep_sample, measure
 from vlsm.runs import open_input, resolve_settings
+from vlsm.segmentation.image_rows import describe_image
 
 
 def forecast_of(archive, *words, checkpoints):

@@ -19,8 +19,8 @@ from vlsm.export import export_masks
 from vlsm.images.decode import decode_image
 from vlsm.images.fetch import read_image_bytes
 from vlsm.manifest import shard_table
-from vlsm.masks import encode_mask
 from vlsm.results import write_part
+from vlsm.segmentation.masks import encode_mask
 
 many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=6)

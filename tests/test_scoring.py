@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from vlsm.evaluation.scoring import Scores, encoded_dice, score_mask
-from vlsm.masks import decode_mask, encode_mask
+from vlsm.segmentation.masks import decode_mask, encode_mask
 
 MASKS = arrays.arrays(np.uint8, (9, 13), elements=st.integers(0, 1))
 

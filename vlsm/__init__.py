@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from vlsm.errors import VlsmError as VlsmError
     from vlsm.models import build_model as build_model
     from vlsm.results import read_masks as read_masks
-    from vlsm.segmenter import Segmenter as Segmenter
+    from vlsm.segmentation.segmenter import Segmenter as Segmenter
 
 _HOMES = {
-    "Segmenter": "vlsm.segmenter",
+    "Segmenter": "vlsm.segmentation.segmenter",
     "VlsmError": "vlsm.errors",
     "build_model": "vlsm.models",
     "load_checkpoint": "vlsm.checkpoints",

@@ -22,10 +22,10 @@ from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
 from vlsm.examples import choose_prompt
 from vlsm.images.decode import decode_image, decode_mask, resize_image
 from vlsm.images.fetch import read_image_bytes
-from vlsm.masks import enlarge_logits
-from vlsm.metrics import BAD_DICE
 from vlsm.recipe import DataSettings
-from vlsm.segmenter import Segmenter
+from vlsm.segmentation.masks import enlarge_logits
+from vlsm.segmentation.metrics import BAD_DICE
+from vlsm.segmentation.segmenter import Segmenter
 
 _EDGES = np.linspace(-20, 20, 1601)  # of logits: 0.025 wide
 _MIDDLES = (_EDGES[1:] + _EDGES[:-1]) / 2

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlsm.answers import describe_image
 from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError, ImageError
 from vlsm.images.decode import resize_image
 from vlsm.images.reader import open_images
-from vlsm.masks import mirrored_mean
 from vlsm.runs import Member
-from vlsm.tiles import check_windows, plan_windows
+from vlsm.segmentation.image_rows import describe_image
+from vlsm.segmentation.masks import mirrored_mean
+from vlsm.segmentation.tiles import check_windows, plan_windows
 
 if TYPE_CHECKING:
-    from vlsm.segmenter import Segmenter
+    from vlsm.segmentation.segmenter import Segmenter
 
 _NODES = (1, 2, 4, 8)
 
@@ -121,7 +121,7 @@ def _build(settings: SegmentSettings, members: Sequence[Member]) -> "list[tuple[
     """Each member's model on its device, and the side of its square."""
     from vlsm.checkpoints import build_checkpoint
     from vlsm.models.sharing import share_towers
-    from vlsm.segmenter import Segmenter
+    from vlsm.segmentation.segmenter import Segmenter
 
     built = [
         (

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.errors import ConfigError
-from vlsm.masks import decode_mask
 from vlsm.schema import RESULT_SCHEMA
+from vlsm.segmentation.masks import decode_mask
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds

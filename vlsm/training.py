@@ -20,12 +20,12 @@ from vlsm.features import FeatureCache
 from vlsm.history import History
 from vlsm.images.decode import normalize
 from vlsm.losses import segmentation_losses
-from vlsm.metrics import dice_scores
 from vlsm.models.contract import SegmentationModel
 from vlsm.models.prompts import PromptCache
 from vlsm.models.towers import Towers
 from vlsm.parallel import broadcast_buffers, gather, parallelize, world_size
 from vlsm.recipe import TrainSettings
+from vlsm.segmentation.metrics import dice_scores
 
 
 class NotFiniteError(VlsmError):

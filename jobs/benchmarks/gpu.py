@@ -19,12 +19,12 @@ from torch._dynamo.utils import counters
 from jobs.benchmarks.archives import draw_file
 from jobs.benchmarks.figures import alternate, write_json
 from vlsm.images.decode import decode_image, normalize, resize_image
-from vlsm.metrics import dice_scores
 from vlsm.models import MODELS
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.costs import build_architecture, measure_cost
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
+from vlsm.segmentation.metrics import dice_scores
 
 _NUM_FILES = 8
 _ROUND_S = 0.2  # of calls between two looks at the clock

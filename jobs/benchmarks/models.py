@@ -19,7 +19,7 @@ from vlsm.models import MODELS
 from vlsm.models.costs import build_architecture
 from vlsm.models.openclip import OpenCLIPTowers
 from vlsm.models.towers import Towers
-from vlsm.segmenter import Segmenter
+from vlsm.segmentation.segmenter import Segmenter
 
 _PROMPTS = [
     f"a {size} {shape} polyp" for size in ("small", "large") for shape in ("flat", "round", "bright", "left", "")

@@ -23,7 +23,7 @@ from vlsm.checkpoints import load_checkpoint
 from vlsm.images.decode import decode_image, normalize, resize_image
 from vlsm.models.costs import build_architecture
 from vlsm.models.prompts import PromptCache
-from vlsm.segmenter import Segmenter
+from vlsm.segmentation.segmenter import Segmenter
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jobs import segment
 from tests.conftest import read_mask_rows, slow
 from tests.tiny import save_tiny_clipseg
 from vlsm.images.decode import decode_image, resize_image
-from vlsm.masks import enlarge_logits
+from vlsm.segmentation.masks import enlarge_logits
 
 pytestmark = pytest.mark.ray
 

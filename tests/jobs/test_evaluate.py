@@ -20,8 +20,8 @@ from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.datasets import read_dataset
 from vlsm.images.decode import decode_image, decode_mask
-from vlsm.masks import decode_mask as decode_rle
-from vlsm.metrics import dice_score
+from vlsm.segmentation.masks import decode_mask as decode_rle
+from vlsm.segmentation.metrics import dice_score
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

@@ -29,7 +29,7 @@ import builtins, os, sys, time
 original = builtins.__import__
 def patched(name, *words, **options):
     module = original(name, *words, **options)
-    segmenter = sys.modules.get("vlsm.segmenter")
+    segmenter = sys.modules.get("vlsm.segmentation.segmenter")
     sources = sys.modules.get("vlsm.images.reader")
     if sources is not None and hasattr(sources, "Reader") and not hasattr(sources, "poisoned"):
         sources.poisoned, decode = True, sources.decode_image

@@ -127,8 +127,8 @@ def test_a_checkpoint_is_what_was_judged(undisturbed, labelled):
     from vlsm.datasets import read_dataset
     from vlsm.examples import choose_prompt
     from vlsm.images.decode import decode_image, decode_mask, resize_image, resize_mask
-    from vlsm.metrics import dice_score
     from vlsm.recipe import DataSettings
+    from vlsm.segmentation.metrics import dice_score
 
     segmenter = vlsm.Segmenter(vlsm.load_checkpoint(undisturbed / "checkpoint"), device="cpu")
     scores = []

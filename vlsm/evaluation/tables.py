@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlsm.evaluation.prompts import HONEST, ROBUSTNESS, UPPER_BOUND
-from vlsm.metrics import BAD_DICE
+from vlsm.segmentation.metrics import BAD_DICE
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from vlsm.config import TileSettings
 from vlsm.errors import ImageError
 from vlsm.images.decode import EXTENSIONS
-from vlsm.tiles import count_windows
+from vlsm.segmentation.tiles import count_windows
 
 _ENDINGS = {
     "tiff": (".tif", ".tiff"),

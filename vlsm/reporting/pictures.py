@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from PIL import Image
 
-from vlsm import masks
 from vlsm.errors import StorageError, VlsmError
 from vlsm.images import decode
 from vlsm.images.fetch import read_image_bytes
 from vlsm.images.reader import Reader
 from vlsm.overlays import outline
 from vlsm.reporting.survey import FILE, KEY, row_key
+from vlsm.segmentation import masks
 
 # Okabe and Ito's sky blue and orange: told apart with every kind of colour vision; dashes tell them apart without any.
 PREDICTION, TARGET = (86, 180, 233), (230, 159, 0)

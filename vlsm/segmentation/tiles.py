@@ -8,7 +8,7 @@ import numpy as np
 
 from vlsm.config import TileSettings
 from vlsm.errors import ImageError
-from vlsm.masks import enlarge_logits, probabilities
+from vlsm.segmentation.masks import enlarge_logits, probabilities
 
 _SIGMA = 0.125  # of a window's side, as nnU-Net and MONAI weigh windows (Isensee et al. 2021)
 _LEAST = 1e-3  # weight at the very corner: somewhere it is all that there is

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from vlsm.cleaning import clean_mask
 from vlsm.config import ReviewSettings, SegmentSettings
-from vlsm.masks import MaskRecord, describe_mask, enlarge_logits, logit, probabilities
-from vlsm.tiles import plan_windows, probability_map
+from vlsm.segmentation.cleaning import clean_mask
+from vlsm.segmentation.masks import MaskRecord, describe_mask, enlarge_logits, logit, probabilities
+from vlsm.segmentation.tiles import plan_windows, probability_map
 
 Logits = np.ndarray  # (texts, windows, S, S) of one prompt and one member
 

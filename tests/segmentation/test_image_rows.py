@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from vlsm.answers import describe_image
-from vlsm.cleaning import clean_mask
 from vlsm.config import CleanSettings, SegmentSettings, TileSettings
-from vlsm.masks import decode_mask, enlarge_logits, mask_from_logits
-from vlsm.tiles import count_windows, plan_windows, probability_map
+from vlsm.segmentation.cleaning import clean_mask
+from vlsm.segmentation.image_rows import describe_image
+from vlsm.segmentation.masks import decode_mask, enlarge_logits, mask_from_logits
+from vlsm.segmentation.tiles import count_windows, plan_windows, probability_map
 
 
 def make_settings(weights=(1,), **options):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vlsm.metrics import dice_score
+from vlsm.segmentation.metrics import dice_score
 
 EMPTY, FULL = np.zeros((2, 4), np.uint8), np.ones((2, 4), np.uint8)
 LEFT = np.array([[1, 1, 0, 0], [1, 1, 0, 0]], np.uint8)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vlsm.masks import (
+from vlsm.segmentation.masks import (
     decode_mask,
     encode_mask,
     enlarge_logits,

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from vlsm.checkpoints import Checkpoint
 from vlsm.images.decode import normalize, resize_image
-from vlsm.masks import mask_from_logits
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
+from vlsm.segmentation.masks import mask_from_logits
 
 
 class Segmenter:
