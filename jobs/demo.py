@@ -27,7 +27,7 @@ from vlsm.images.decode import decode_image, decode_mask
 from vlsm.overlays import draw_overlay, draw_sheet
 from vlsm.phantoms import KINDS, write_labelled
 from vlsm.recipe import OptimSettings, TrainRunSettings, TrainSettings
-from vlsm.results import read_masks
+from vlsm.runs.results import read_masks
 from vlsm.segmentation.metrics import dice_score
 
 SPLITS, NUM_ARCHIVE = {"train": 240, "val": 20}, 60

@@ -21,12 +21,12 @@ from jobs.stream import Wave, execute
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.forecast import describe_forecast, keep_sample, measure
-from vlsm.manifest import planned_keys
-from vlsm.planner import Planner
-from vlsm.proof import compare_run
-from vlsm.record import SUMMARY_NAME
-from vlsm.results import part_name
-from vlsm.runs import finish_run, make_planner, open_input, prepare_run, read_summary, resolve_settings
+from vlsm.runs.compare import compare_run
+from vlsm.runs.lifecycle import finish_run, make_planner, open_input, prepare_run, read_summary, resolve_settings
+from vlsm.runs.plan import planned_keys
+from vlsm.runs.planner import Planner
+from vlsm.runs.record import SUMMARY_NAME
+from vlsm.runs.results import part_name
 
 _WAVE = 2048  # shards that Ray Data plans at once: some hundreds a second
 _MORE_ROUNDS = 3  # a task that outlived a killed run may still undo what an update has planned anew

@@ -21,9 +21,9 @@ from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images.decode import resize_image
 from vlsm.images.reader import Content, Opening, open_images
-from vlsm.manifest import planned_keys, read_shard
-from vlsm.proof import compare_shard
-from vlsm.results import read_part, write_part
+from vlsm.runs.compare import compare_shard
+from vlsm.runs.plan import planned_keys, read_shard
+from vlsm.runs.results import read_part, write_part
 from vlsm.segmentation.image_rows import describe_image
 from vlsm.segmentation.tiles import check_windows, plan_windows
 

@@ -13,8 +13,8 @@ from jobs.command import RaySession, logger
 from jobs.pools import plan_pools, warn_if_none_fits
 from jobs.stages import Task, fetch_shard, write_masks
 from vlsm.errors import VlsmError
-from vlsm.proof import RunState
-from vlsm.runs import Run, check_failed_share
+from vlsm.runs.compare import RunState
+from vlsm.runs.lifecycle import Run, check_failed_share
 
 _FEW_CPUS = 4  # of all nodes: with more there is room for a task beside what Ray Data reserves
 Wave = list[tuple[int, bool]]  # shards that are planned at once, and whether each has a part already

@@ -27,8 +27,8 @@ from vlsm.evaluation.sweep import (
     write_csv,
     write_markdown,
 )
-from vlsm.record import SUMMARY_NAME, create_record, describe_differences, forget_run, make_record, read_record
-from vlsm.runs import read_summary
+from vlsm.runs.lifecycle import read_summary
+from vlsm.runs.record import SUMMARY_NAME, create_record, describe_differences, forget_run, make_record, read_record
 
 _LOG_INTERVAL_S = 30.0
 

@@ -21,8 +21,8 @@ from vlsm.datasets import Record
 from vlsm.errors import VlsmError
 from vlsm.inspection import Facts
 from vlsm.recipe import TrainSettings
-from vlsm.record import read_record
-from vlsm.runs import read_summary
+from vlsm.runs.lifecycle import read_summary
+from vlsm.runs.record import read_record
 
 _STARTING_S = 5.0  # without a word from the workers
 

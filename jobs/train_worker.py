@@ -25,7 +25,7 @@ from vlsm.features import FeatureCache
 from vlsm.history import Row, describe_epoch, summarize
 from vlsm.parallel import gather
 from vlsm.recipe import TrainSettings
-from vlsm.record import SUMMARY_NAME
+from vlsm.runs.record import SUMMARY_NAME
 from vlsm.trackers import open_trackers
 from vlsm.training import Learner, NotFiniteError, Score
 from vlsm.training_run import (

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from jobs.command import EXIT_CODES, run_command
 from vlsm import storage
 from vlsm.errors import ConfigError, ResultError
-from vlsm.verify import Proof, verify_run
+from vlsm.runs.verify import Proof, verify_run
 
 _SHOWN = 100
 

@@ -10,7 +10,7 @@ from vlsm import calibration
 from vlsm.calibration import calibrate, expected_error
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.reporting.parts import calibrations
-from vlsm.runs import resolve_settings
+from vlsm.runs.lifecycle import resolve_settings
 from vlsm.segmentation.image_rows import judge
 from vlsm.segmentation.masks import MaskRecord
 

@@ -12,7 +12,7 @@ import vlsm
 from tests.conftest import save_square
 from vlsm import export
 from vlsm.errors import ConfigError
-from vlsm.schema import RESULT_SCHEMA
+from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.segmentation.masks import encode_mask
 
 

@@ -10,7 +10,7 @@ from vlsm import forecast
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError
 from vlsm.forecast import Forecast, describe_forecast, keep_sample, measure
-from vlsm.runs import open_input, resolve_settings
+from vlsm.runs.lifecycle import open_input, resolve_settings
 from vlsm.segmentation.image_rows import describe_image
 
 

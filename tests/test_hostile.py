@@ -18,8 +18,8 @@ from vlsm.errors import ImageError, ManifestError
 from vlsm.export import export_masks
 from vlsm.images.decode import decode_image
 from vlsm.images.fetch import read_image_bytes
-from vlsm.manifest import shard_table
-from vlsm.results import write_part
+from vlsm.runs.plan import shard_table
+from vlsm.runs.results import write_part
 from vlsm.segmentation.masks import encode_mask
 
 many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

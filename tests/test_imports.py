@@ -41,7 +41,7 @@ def test_what_fetches_writes_plans_checks_and_tells_imports_nothing_heavy():
     entries = (
         "jobs.segment jobs.stages jobs.stream jobs.actor jobs.train jobs.evaluate jobs.sweep jobs.verify jobs.status"
     )
-    entries += " jobs.demo vlsm.runs vlsm.training_run vlsm.inspection vlsm.evaluation.planning vlsm.evaluation.parts"
+    entries += " jobs.demo vlsm.runs.lifecycle vlsm.training_run vlsm.inspection vlsm.evaluation.planning vlsm.evaluation.parts"
     entries += " vlsm.evaluation.tables vlsm.export vlsm.forecast vlsm.models.options"
     assert not modules_after(f"import {entries.replace(' ', ', ')}") & NOTHING_HEAVY
 
@@ -130,15 +130,15 @@ def test_the_processes_of_a_segment_run_import_what_they_do_and_no_more(
     from jobs.board import Board, start_board
     from jobs.stages import Task, fetch_shard, write_masks
     from vlsm.config import MemberSettings, SegmentSettings
-    from vlsm.results import read_masks
-    from vlsm.runs import prepare_run
+    from vlsm.runs.lifecycle import prepare_run
+    from vlsm.runs.results import read_masks
 
     members = (MemberSettings(checkpoint=str(tiny_checkpoint)),)
     run = prepare_run(SegmentSettings(input=str(archive), output=str(tmp_path / "out"), members=members))
     files = {name: np.frombuffer(data, np.uint8) for name, data in run.members[0].files.items()}
     task = Task(run.settings, run.run_id, run.plan.id, (32,), False, start_board(Board, {"start": 0.0}))
     if not run.plan.is_complete:
-        from vlsm.runs import make_planner
+        from vlsm.runs.lifecycle import make_planner
 
         with make_planner(run) as planner:
             planner.result()

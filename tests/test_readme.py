@@ -7,8 +7,8 @@ import pytest
 from vlsm.checkpoints import Calibration
 from vlsm.evaluation.parts import SCORES_SCHEMA
 from vlsm.models import MODELS
-from vlsm.results import write_part
-from vlsm.schema import RESULT_SCHEMA
+from vlsm.runs.results import write_part
+from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.status import TrainingStatus
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from vlsm.history import MEAN, History, Row
 from vlsm.inspection import EXAMPLES_SCHEMA
 from vlsm.reporting import pictures
 from vlsm.reporting.survey import ROW, Extremes, Sample, Survey, scan
-from vlsm.results import open_results, write_part
+from vlsm.runs.results import open_results, write_part
 from vlsm.segmentation.masks import encode_mask
 
 HOSTILE = "<script>alert(1)</script>.png"

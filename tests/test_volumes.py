@@ -20,7 +20,7 @@ from tests.images.test_nifti import save as save_nifti
 from vlsm import export
 from vlsm.exports.origins import file_id, source_of
 from vlsm.images.nifti import read_grid
-from vlsm.results import write_part
+from vlsm.runs.results import write_part
 from vlsm.segmentation.masks import encode_mask
 
 UIDS = {"StudyInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2.3.4", "SOPInstanceUID": "1.2.3.4.5", "Modality": "OT"}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vlsm.checkpoints import save_checkpoint as save_checkpoint
     from vlsm.errors import VlsmError as VlsmError
     from vlsm.models import build_model as build_model
-    from vlsm.results import read_masks as read_masks
+    from vlsm.runs.results import read_masks as read_masks
     from vlsm.segmentation.segmenter import Segmenter as Segmenter
 
 _HOMES = {
@@ -21,7 +21,7 @@ _HOMES = {
     "VlsmError": "vlsm.errors",
     "build_model": "vlsm.models",
     "load_checkpoint": "vlsm.checkpoints",
-    "read_masks": "vlsm.results",
+    "read_masks": "vlsm.runs.results",
     "save_checkpoint": "vlsm.checkpoints",
 }
 

@@ -26,7 +26,7 @@ from vlsm.exports.naming import file_path
 from vlsm.exports.origins import read_settings
 from vlsm.images.reader import Reader
 from vlsm.overlays import draw_overlay
-from vlsm.results import choose_rows, open_results, read_ok_masks
+from vlsm.runs.results import choose_rows, open_results, read_ok_masks
 
 logger = logging.getLogger("vlsm")
 

@@ -15,7 +15,7 @@ from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError, ImageError
 from vlsm.images.decode import resize_image
 from vlsm.images.reader import open_images
-from vlsm.runs import Member
+from vlsm.runs.lifecycle import Member
 from vlsm.segmentation.image_rows import describe_image
 from vlsm.segmentation.masks import mirrored_mean
 from vlsm.segmentation.tiles import check_windows, plan_windows

@@ -31,7 +31,7 @@ from vlsm.history import History, Row
 from vlsm.inspection import Facts, describe_findings, digest_examples, examples_table, judge, read_records
 from vlsm.models import build_model, parse_options
 from vlsm.recipe import TrainSettings
-from vlsm.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
+from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
 from vlsm.trackers import check_trackers
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from PIL import Image
 
 import vlsm
 from vlsm.errors import ResultError
-from vlsm.verify import verify_run
+from vlsm.runs.verify import verify_run
 
 _ROOT = Path(__file__).parents[2]
 LONGEST_S = 900.0  # one run of the job

@@ -16,7 +16,7 @@ from PIL import Image
 from jobs.benchmarks.figures import alternate, write_json
 from vlsm.images.decode import EXTENSIONS, decode_mask, resize_mask
 from vlsm.phantoms import KINDS, write_labelled
-from vlsm.results import read_masks, write_part
+from vlsm.runs.results import read_masks, write_part
 from vlsm.segmentation.masks import describe_mask, encode_mask
 
 SIDE = 352  # pixels of the square that masks are measured at beside their own size

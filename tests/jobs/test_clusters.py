@@ -17,7 +17,7 @@ from tests.clusters import LAUNCHING, ROOT, SUBMISSIONS, autoscaled, find_progra
 from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.phantoms import write_labelled
-from vlsm.verify import verify_run
+from vlsm.runs.verify import verify_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3600)]
 SEGMENT, TRAIN = SUBMISSIONS

@@ -17,8 +17,8 @@ from PIL import Image
 from jobs import segment, verify
 from tests.conftest import LONG_S, save_square, slow
 from vlsm.config import SegmentSettings
-from vlsm.manifest import ManifestWriter, cut_shards, shard_table
-from vlsm.runs import open_input, prepare_run
+from vlsm.runs.lifecycle import open_input, prepare_run
+from vlsm.runs.plan import ManifestWriter, cut_shards, shard_table
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import read_mask_rows, save_square, slow
 from tests.jobs.conftest import run, start
-from vlsm.record import read_record
+from vlsm.runs.record import read_record
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

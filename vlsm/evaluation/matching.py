@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from vlsm import storage
 from vlsm.datasets import Record
-from vlsm.results import open_results
+from vlsm.runs.results import open_results
 
 logger = logging.getLogger("vlsm")
 

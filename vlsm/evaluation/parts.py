@@ -16,9 +16,9 @@ from vlsm.evaluation.settings import OWN, EvaluateSettings
 from vlsm.evaluation.systems import System, Target
 from vlsm.images.decode import decode_mask as decode_label
 from vlsm.images.fetch import read_image_bytes
-from vlsm.manifest import Plan
-from vlsm.record import read_record
-from vlsm.results import part_name, read_part
+from vlsm.runs.plan import Plan
+from vlsm.runs.record import read_record
+from vlsm.runs.results import part_name, read_part
 from vlsm.segmentation.masks import decode_mask, encode_mask
 
 _SCORES = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px")

@@ -26,7 +26,7 @@ from vlsm.evaluation.prompts import HONEST, UPPER_BOUND, find_telling
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.systems import System, list_images, name_systems, plan_systems
 from vlsm.evaluation.tables import compare, format_csv, format_markdown
-from vlsm.record import SUMMARY_NAME, create_record, describe_differences, forget_run, make_record, read_record
+from vlsm.runs.record import SUMMARY_NAME, create_record, describe_differences, forget_run, make_record, read_record
 
 logger = logging.getLogger("vlsm")
 

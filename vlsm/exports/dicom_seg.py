@@ -34,8 +34,8 @@ from vlsm.images.decode import EXTENSIONS
 from vlsm.images.dicom import PIXEL_DATA_TAGS, count_frames, is_dicom
 from vlsm.images.dicom_header import quiet, read_header
 from vlsm.images.reader import Reader
-from vlsm.record import read_record
-from vlsm.results import read_ok_masks
+from vlsm.runs.record import read_record
+from vlsm.runs.results import read_ok_masks
 from vlsm.version import __version__
 
 logger = logging.getLogger("vlsm")

@@ -15,7 +15,7 @@ from PIL import Image
 from vlsm.errors import ConfigError
 from vlsm.exports.naming import file_path
 from vlsm.exports.origins import Filters, Numbering, read_settings
-from vlsm.results import open_results, read_ok_masks
+from vlsm.runs.results import open_results, read_ok_masks
 
 logger = logging.getLogger("vlsm")
 

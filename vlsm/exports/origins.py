@@ -9,7 +9,7 @@ from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.images.formats import split_selector
 from vlsm.images.reader import Reader
-from vlsm.record import read_record
+from vlsm.runs.record import read_record
 
 Filters = list[tuple[str, str, Any]] | None
 Row = dict[str, Any]

@@ -25,7 +25,7 @@ from vlsm.exports.origins import (
 )
 from vlsm.images.nifti import NiftiGrid, read_grid
 from vlsm.images.reader import Reader
-from vlsm.results import ALL_KINDS, read_ok_masks
+from vlsm.runs.results import ALL_KINDS, read_ok_masks
 
 logger = logging.getLogger("vlsm")
 

@@ -9,8 +9,8 @@ from vlsm.reporting import parts
 from vlsm.reporting.page import Page, Section, Stat, as_table, provenance
 from vlsm.reporting.pictures import Painter, read_rle_masks
 from vlsm.reporting.survey import Extremes, Survey, scan
-from vlsm.results import open_results
-from vlsm.schema import RESULT_SCHEMA
+from vlsm.runs.results import open_results
+from vlsm.runs.schema import RESULT_SCHEMA
 
 
 def segmentation_page(output: str, title: str) -> Page:

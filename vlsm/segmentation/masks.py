@@ -10,7 +10,7 @@ from vlsm.images.resizing import resize_bilinear
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """What an output row says of one mask; the column names of `vlsm.schema`."""
+    """What an output row says of one mask; the column names of `vlsm.runs.schema`."""
 
     mask_rle: str
     area_px: int

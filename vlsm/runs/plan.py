@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.errors import ManifestError
-from vlsm.schema import MANIFEST_SCHEMA
+from vlsm.runs.schema import MANIFEST_SCHEMA
 
 SHARDS_PER_FILE = 64
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from vlsm import storage
 from vlsm.errors import ConfigError, ImageError, ResultError
-from vlsm.manifest import Plan, read_plan
-from vlsm.proof import compare_shard
-from vlsm.record import read_record
-from vlsm.results import part_name, read_part
-from vlsm.runs import failed_by_reason, read_summary
+from vlsm.runs.compare import compare_shard
+from vlsm.runs.lifecycle import failed_by_reason, read_summary
+from vlsm.runs.plan import Plan, read_plan
+from vlsm.runs.record import read_record
+from vlsm.runs.results import part_name, read_part
 from vlsm.segmentation.masks import decode_mask
 
 _SHARDS_AT_ONCE = 16

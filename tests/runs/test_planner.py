@@ -6,8 +6,8 @@ import pytest
 
 from vlsm.archive.archive import Archive
 from vlsm.errors import StorageError
-from vlsm.manifest import Plan, read_plan
-from vlsm.planner import Planner
+from vlsm.runs.plan import Plan, read_plan
+from vlsm.runs.planner import Planner
 
 
 def rows(numbers):

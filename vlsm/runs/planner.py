@@ -6,7 +6,7 @@ from typing import Self
 
 from vlsm.archive.archive import Archive
 from vlsm.errors import StorageError
-from vlsm.manifest import ManifestWriter, Plan, cut_shards, shard_table
+from vlsm.runs.plan import ManifestWriter, Plan, cut_shards, shard_table
 
 
 class Planner:

@@ -1,7 +1,7 @@
 import pytest
 
 from vlsm.errors import ManifestError
-from vlsm.manifest import cut_shards, planned_keys, read_plan, read_shard, write_manifest
+from vlsm.runs.plan import cut_shards, planned_keys, read_plan, read_shard, write_manifest
 
 
 def make_rows(counts):

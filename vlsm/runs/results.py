@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.errors import ConfigError
-from vlsm.schema import RESULT_SCHEMA
+from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.segmentation.masks import decode_mask
 
 if TYPE_CHECKING:

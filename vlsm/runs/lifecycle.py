@@ -20,10 +20,10 @@ from vlsm.checkpoints import CheckpointSettings, digest_files, read_checkpoint, 
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.formats import Look
-from vlsm.manifest import Plan, list_plans, new_plan_id, remove_plan, write_manifest
-from vlsm.planner import Planner
-from vlsm.proof import RunState
-from vlsm.record import (
+from vlsm.runs.compare import RunState
+from vlsm.runs.plan import Plan, list_plans, new_plan_id, remove_plan, write_manifest
+from vlsm.runs.planner import Planner
+from vlsm.runs.record import (
     SUMMARY_NAME,
     create_record,
     describe_differences,
@@ -32,7 +32,7 @@ from vlsm.record import (
     read_record,
     write_record,
 )
-from vlsm.updates import update_manifest
+from vlsm.runs.updates import update_manifest
 
 logger = logging.getLogger("vlsm")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vlsm.manifest import ManifestWriter, Plan, cut_shards, read_plan, shard_table
+from vlsm.runs.plan import ManifestWriter, Plan, cut_shards, read_plan, shard_table
 
 _CHUNK = 10_000  # rows that are looked up at once
 

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from vlsm import storage
-from vlsm.manifest import SHARDS_PER_FILE, Plan, planned_keys, read_plan, read_shard
-from vlsm.results import part_name, read_part
+from vlsm.runs.plan import SHARDS_PER_FILE, Plan, planned_keys, read_plan, read_shard
+from vlsm.runs.results import part_name, read_part
 
 logger = logging.getLogger("vlsm")
 
