@@ -26,9 +26,9 @@ from vlsm.errors import VlsmError
 from vlsm.images.decode import decode_image, decode_mask
 from vlsm.overlays import draw_overlay, draw_sheet
 from vlsm.phantoms import KINDS, write_labelled
-from vlsm.recipe import OptimSettings, TrainRunSettings, TrainSettings
 from vlsm.runs.results import read_masks
 from vlsm.segmentation.metrics import dice_score
+from vlsm.training.settings import OptimSettings, TrainRunSettings, TrainSettings
 
 SPLITS, NUM_ARCHIVE = {"train": 240, "val": 20}, 60
 _SIDES_PX = (96, 256)  # between these height and width of images vary

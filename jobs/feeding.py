@@ -16,14 +16,14 @@ import numpy as np
 import ray
 
 from jobs.command import logger
-from vlsm.augment import augment_example
-from vlsm.datasets import Record
 from vlsm.errors import VlsmError
-from vlsm.examples import MicroBatch
 from vlsm.images.decode import decode_image, decode_mask, resize_image, resize_mask
 from vlsm.images.fetch import read_image_bytes
-from vlsm.inspection import Facts, inspect_record
-from vlsm.recipe import DataSettings
+from vlsm.training.augment import augment_example
+from vlsm.training.datasets import Record
+from vlsm.training.inspection import Facts, inspect_record
+from vlsm.training.sampling import MicroBatch
+from vlsm.training.settings import DataSettings
 
 _TASK_CPUS = 0.25  # they mostly wait for storage; half of a small machine is the workers'
 _MOST_DEATHS = 5  # of processes that look through the same records: more are no accidents

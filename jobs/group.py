@@ -14,7 +14,7 @@ from typing import Any
 from jobs.board import Milestones
 from jobs.feeding import Decoded
 from vlsm.config import parse_range
-from vlsm.recipe import TrainSettings
+from vlsm.training.settings import TrainSettings
 
 FIRST_STEP = "first step"
 TRAIN_WORKER = "jobs.train_worker:train_worker"

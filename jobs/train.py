@@ -17,12 +17,12 @@ from jobs.command import RaySession, logger, make_parser, parse_pairs, run_comma
 from jobs.pools import warn_if_none_fits
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
-from vlsm.datasets import Record
 from vlsm.errors import VlsmError
-from vlsm.inspection import Facts
-from vlsm.recipe import TrainSettings
 from vlsm.runs.lifecycle import read_summary
 from vlsm.runs.record import read_record
+from vlsm.training.datasets import Record
+from vlsm.training.inspection import Facts
+from vlsm.training.settings import TrainSettings
 
 _STARTING_S = 5.0  # without a word from the workers
 
@@ -59,7 +59,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         VlsmError: the settings or the data are wrong, or the run could not be finished; a rerun goes on.
     """
-    from vlsm.training_run import prepare_training  # here, so that --help does not wait for it
+    from vlsm.training.run import prepare_training  # here, so that --help does not wait for it
 
     with RaySession(log_to_driver=False) as session:
         records = prepare_training(settings, partial(_inspect, session, settings), session.start)
@@ -76,7 +76,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
 def dry_run(settings: TrainSettings) -> None:
     """Print the resolved settings and what is to be said of the data; nothing is written, nothing is trained."""
-    from vlsm.training_run import check_examples, check_model
+    from vlsm.training.run import check_examples, check_model
 
     check_model(settings)
     with RaySession(log_to_driver=False) as session:
@@ -117,7 +117,7 @@ def execute(
     from jobs.board import start_board
     from jobs.feeding import keep_decoded
     from jobs.group import TRAIN_WORKER, Board, Work, fit_in_background, group_size
-    from vlsm.training_run import image_size
+    from vlsm.training.run import image_size
 
     nodes = ray.nodes()
     size = group_size(settings, nodes)

@@ -20,15 +20,12 @@ from jobs.feeding import Feed, prepare_streams
 from jobs.group import FIRST_STEP, Work
 from vlsm import storage
 from vlsm.errors import VlsmError
-from vlsm.examples import MicroBatch, Plan
-from vlsm.features import FeatureCache
-from vlsm.history import Row, describe_epoch, summarize
-from vlsm.parallel import gather
-from vlsm.recipe import TrainSettings
 from vlsm.runs.record import SUMMARY_NAME
-from vlsm.trackers import open_trackers
-from vlsm.training import Learner, NotFiniteError, Score
-from vlsm.training_run import (
+from vlsm.training.feature_cache import FeatureCache
+from vlsm.training.history import Row, describe_epoch, summarize
+from vlsm.training.learner import Learner, NotFiniteError, Score
+from vlsm.training.parallel import gather
+from vlsm.training.run import (
     CHECKPOINT_NAME,
     State,
     build_learning_model,
@@ -40,6 +37,9 @@ from vlsm.training_run import (
     read_state,
     write_metrics,
 )
+from vlsm.training.sampling import MicroBatch, Plan
+from vlsm.training.settings import TrainSettings
+from vlsm.training.trackers import open_trackers
 
 _PROGRESS_S = 10.0
 

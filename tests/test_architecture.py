@@ -34,7 +34,7 @@ def test_everything_but_the_jobs_works_where_ray_cannot_be_imported():
     code = """
 import sys
 sys.modules["ray"] = None
-import vlsm, vlsm.segmentation.segmenter, vlsm.training, vlsm.runs.lifecycle, vlsm.export, vlsm.models.unet_d
+import vlsm, vlsm.segmentation.segmenter, vlsm.training.learner, vlsm.runs.lifecycle, vlsm.export, vlsm.models.unet_d
 import vlsm.evaluation.planning
 assert not [name for name in sys.modules if name.startswith("ray.")]
 """

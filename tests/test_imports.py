@@ -41,7 +41,7 @@ def test_what_fetches_writes_plans_checks_and_tells_imports_nothing_heavy():
     entries = (
         "jobs.segment jobs.stages jobs.stream jobs.actor jobs.train jobs.evaluate jobs.sweep jobs.verify jobs.status"
     )
-    entries += " jobs.demo vlsm.runs.lifecycle vlsm.training_run vlsm.inspection vlsm.evaluation.planning vlsm.evaluation.parts"
+    entries += " jobs.demo vlsm.runs.lifecycle vlsm.training.run vlsm.training.inspection vlsm.evaluation.planning vlsm.evaluation.parts"
     entries += " vlsm.evaluation.tables vlsm.export vlsm.forecast vlsm.models.options"
     assert not modules_after(f"import {entries.replace(' ', ', ')}") & NOTHING_HEAVY
 

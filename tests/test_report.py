@@ -15,12 +15,12 @@ from PIL import Image
 
 from tests.browser import CHROMIUM, Browser
 from vlsm import report
-from vlsm.history import MEAN, History, Row
-from vlsm.inspection import EXAMPLES_SCHEMA
 from vlsm.reporting import pictures
 from vlsm.reporting.survey import ROW, Extremes, Sample, Survey, scan
 from vlsm.runs.results import open_results, write_part
 from vlsm.segmentation.masks import encode_mask
+from vlsm.training.history import MEAN, History, Row
+from vlsm.training.inspection import EXAMPLES_SCHEMA
 
 HOSTILE = "<script>alert(1)</script>.png"
 QUOTES = "\"'><img src=x onerror=alert(2)>.png"

@@ -18,12 +18,12 @@ from vlsm import status as core
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.errors import ConfigError
-from vlsm.history import History, Row
-from vlsm.recipe import TrainSettings
 from vlsm.rerun import rerun_command
 from vlsm.runs.plan import ManifestWriter, Plan, cut_shards, new_plan_id, shard_table, write_manifest
 from vlsm.runs.record import make_record, read_record, write_record
 from vlsm.runs.results import part_name, write_part
+from vlsm.training.history import History, Row
+from vlsm.training.settings import TrainSettings
 
 NOW_S = 1_800_000_000.0
 

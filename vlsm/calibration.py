@@ -17,15 +17,15 @@ from tqdm import tqdm
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration, build_checkpoint, read_checkpoint
 from vlsm.config import dump_yaml
-from vlsm.datasets import Record, read_dataset
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
-from vlsm.examples import choose_prompt
 from vlsm.images.decode import decode_image, decode_mask, resize_image
 from vlsm.images.fetch import read_image_bytes
-from vlsm.recipe import DataSettings
 from vlsm.segmentation.masks import enlarge_logits
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.segmenter import Segmenter
+from vlsm.training.datasets import Record, read_dataset
+from vlsm.training.sampling import choose_prompt
+from vlsm.training.settings import DataSettings
 
 _EDGES = np.linspace(-20, 20, 1601)  # of logits: 0.025 wide
 _MIDDLES = (_EDGES[1:] + _EDGES[:-1]) / 2

@@ -20,7 +20,7 @@ def rerun_command(record: dict[str, Any], *more: str) -> str:
     config = dict(record["config"])
     output = config.pop("output")
     if "datasets" in config:
-        from vlsm.recipe import TrainSettings
+        from vlsm.training.settings import TrainSettings
 
         datasets = config.pop("datasets")
         words = ["jobs.train", output, *(f"--dataset={name}={uri}" for name, uri in datasets.items())]

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.errors import ConfigError
-from vlsm.history import History, Row
 from vlsm.rerun import rerun_command
 from vlsm.runs.compare import compare_run, sample_run
 from vlsm.runs.lifecycle import failed_by_reason, read_summary
 from vlsm.runs.plan import Plan, count_planned
 from vlsm.runs.record import read_record
 from vlsm.runs.results import part_name
+from vlsm.training.history import History, Row
 
 _MOST_READ = 256  # parts, each a few hundred kilobytes: of more a sample is read unless all are asked for
 _RECENT_S = 600.0  # what a rate is taken over, and a run may be silent for

@@ -16,8 +16,8 @@ from jobs.train import execute
 from vlsm.models import MODELS
 from vlsm.models.costs import build_architecture
 from vlsm.phantoms import KINDS, write_labelled
-from vlsm.recipe import TrainSettings
-from vlsm.training_run import prepare_training
+from vlsm.training.run import prepare_training
+from vlsm.training.settings import TrainSettings
 
 SETUPS = {"one worker": (1, 0), "two workers": (2, 0), "feature cache": (1, 1 << 40)}  # workers, bytes of the cache
 _BATCH_SIZE = 8

@@ -15,8 +15,8 @@ from jobs.feeding import Loaded
 from jobs.group import Work
 from jobs.train_worker import Worker
 from vlsm.images.decode import normalize
-from vlsm.losses import segmentation_losses
 from vlsm.models.prompts import PromptCache
+from vlsm.training.losses import segmentation_losses
 
 TURNS_NAME = "turns.json"  # in OUTPUT: the seconds of both, epoch by epoch
 

@@ -124,11 +124,11 @@ def test_a_run_leaves_what_the_readme_says(undisturbed, labelled):
 
 def test_a_checkpoint_is_what_was_judged(undisturbed, labelled):
     """The val Dice of the best epoch, scored anew with the checkpoint that segment takes."""
-    from vlsm.datasets import read_dataset
-    from vlsm.examples import choose_prompt
     from vlsm.images.decode import decode_image, decode_mask, resize_image, resize_mask
-    from vlsm.recipe import DataSettings
     from vlsm.segmentation.metrics import dice_score
+    from vlsm.training.datasets import read_dataset
+    from vlsm.training.sampling import choose_prompt
+    from vlsm.training.settings import DataSettings
 
     segmenter = vlsm.Segmenter(vlsm.load_checkpoint(undisturbed / "checkpoint"), device="cpu")
     scores = []
@@ -287,7 +287,7 @@ def test_what_is_wrong_is_said_in_one_sentence_without_ray(tmp_path, arguments, 
 def test_recipes_are_understood(path):
     from vlsm.config import load_settings
     from vlsm.models import parse_options
-    from vlsm.recipe import TrainSettings
+    from vlsm.training.settings import TrainSettings
 
     settings = load_settings(TrainSettings, str(path), [], {"output": "out", "datasets": {"a": "a"}})
     assert settings.model == path.stem

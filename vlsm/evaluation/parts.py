@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vlsm.datasets import Record
 from vlsm.errors import ImageError, ResultError
 from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
@@ -20,6 +19,7 @@ from vlsm.runs.plan import Plan
 from vlsm.runs.record import read_record
 from vlsm.runs.results import part_name, read_part
 from vlsm.segmentation.masks import decode_mask, encode_mask
+from vlsm.training.datasets import Record
 
 _SCORES = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px")
 

@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vlsm.datasets import Record
 from vlsm.evaluation.settings import OWN, EvaluateSettings
-from vlsm.examples import find_texts
+from vlsm.training.datasets import Record
+from vlsm.training.sampling import find_texts
 
 HONEST, UPPER_BOUND, ROBUSTNESS = "honest", "upper_bound", "robustness"
 _HONEST_KINDS = (OWN, "p0", "p1")  # p2 and above describe what is read off the mask

@@ -16,7 +16,7 @@ from vlsm import storage
 from vlsm.config import Settings, load_settings
 from vlsm.errors import ConfigError
 from vlsm.evaluation.settings import EvaluateSettings
-from vlsm.recipe import TrainSettings
+from vlsm.training.settings import TrainSettings
 
 POOLED = "all"  # what a model that is trained on all datasets together is said to be trained on
 COLUMNS = ("trained_on", "dataset", "prompt", "prompt_class", "model", "num_seeds", "mean", "sd", "difference")

@@ -13,13 +13,13 @@ from typing import Any
 from vlsm import storage
 from vlsm.checkpoints import digest_files, parse_settings
 from vlsm.config import MemberSettings, SegmentSettings
-from vlsm.datasets import Record, read_dataset
 from vlsm.errors import ConfigError
 from vlsm.evaluation.matching import match_images
 from vlsm.evaluation.prompts import texts_of
 from vlsm.evaluation.settings import OWN, EvaluateSettings
 from vlsm.runs.lifecycle import read_summary, resolve_settings
 from vlsm.runs.record import read_record
+from vlsm.training.datasets import Record, read_dataset
 
 logger = logging.getLogger("vlsm")
 

@@ -12,13 +12,13 @@ import yaml
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME
-from vlsm.history import MEAN, History, Row
 from vlsm.reporting import parts
 from vlsm.reporting.charts import draw_lines
 from vlsm.reporting.page import Page, Section, Stat, Table, as_table, provenance
 from vlsm.reporting.pictures import Painter, read_target_file
 from vlsm.reporting.survey import Survey, scan
-from vlsm.training_run import CHECKPOINT_NAME
+from vlsm.training.history import MEAN, History, Row
+from vlsm.training.run import CHECKPOINT_NAME
 
 _EXAMPLES_NAME, _METRICS_NAME = "examples.parquet", "metrics.parquet"
 # what a row of a survey has and an example does not

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import vlsm
-from tests.test_examples import make_records
 from tests.tiny import save_tiny_clipseg, tiny_options
+from tests.training.test_sampling import make_records
 from vlsm.errors import VlsmError
-from vlsm.examples import Plan
-from vlsm.features import FeatureCache
-from vlsm.history import History, Row
-from vlsm.recipe import TrainSettings
-from vlsm.training import Learner, NotFiniteError
+from vlsm.training.feature_cache import FeatureCache
+from vlsm.training.history import History, Row
+from vlsm.training.learner import Learner, NotFiniteError
+from vlsm.training.sampling import Plan
+from vlsm.training.settings import TrainSettings
 
 RECORDS = make_records(train_a=10, val_a=3)
 CPU = torch.device("cpu")
@@ -223,7 +223,7 @@ def test_synchronised_batch_norms_need_gpus(source):
     with pytest.raises(VlsmError, match="sync_batch_norm needs GPUs"):
         import unittest.mock
 
-        with unittest.mock.patch("vlsm.parallel.world_size", return_value=2):
+        with unittest.mock.patch("vlsm.training.parallel.world_size", return_value=2):
             settings = make_settings(source, "unet_d", optim={"sync_batch_norm": True})
             Learner(build(settings), settings, 2, CPU)
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from vlsm.datasets import Record
 from vlsm.errors import ManifestError
-from vlsm.recipe import DataSettings, TrainSettings
+from vlsm.training.datasets import Record
+from vlsm.training.settings import DataSettings, TrainSettings
 
 _EVALUATION = 2**31  # an epoch that no training reaches: what is drawn there is the same each time
 

@@ -3,7 +3,7 @@
 import io
 from typing import Literal
 
-from vlsm.history import MEAN, History
+from vlsm.training.history import MEAN, History
 
 
 def draw_curves(history: History) -> bytes:

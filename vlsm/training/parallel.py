@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlsm.errors import VlsmError
 from vlsm.models.contract import SegmentationModel
-from vlsm.recipe import TrainSettings
+from vlsm.training.settings import TrainSettings
 
 T = TypeVar("T")
 

@@ -15,17 +15,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from vlsm.errors import VlsmError
-from vlsm.examples import MicroBatch
-from vlsm.features import FeatureCache
-from vlsm.history import History
 from vlsm.images.decode import normalize
-from vlsm.losses import segmentation_losses
 from vlsm.models.contract import SegmentationModel
 from vlsm.models.prompts import PromptCache
 from vlsm.models.towers import Towers
-from vlsm.parallel import broadcast_buffers, gather, parallelize, world_size
-from vlsm.recipe import TrainSettings
 from vlsm.segmentation.metrics import dice_scores
+from vlsm.training.feature_cache import FeatureCache
+from vlsm.training.history import History
+from vlsm.training.losses import segmentation_losses
+from vlsm.training.parallel import broadcast_buffers, gather, parallelize, world_size
+from vlsm.training.sampling import MicroBatch
+from vlsm.training.settings import TrainSettings
 
 
 class NotFiniteError(VlsmError):

@@ -5,10 +5,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlsm.datasets import read_dataset
-from vlsm.inspection import describe_findings, digest_examples, examples_table, inspect_record, judge, read_records
 from vlsm.phantoms import draw_phantom
-from vlsm.recipe import DataSettings
+from vlsm.training.datasets import read_dataset
+from vlsm.training.inspection import (
+    describe_findings,
+    digest_examples,
+    examples_table,
+    inspect_record,
+    judge,
+    read_records,
+)
+from vlsm.training.settings import DataSettings
 
 
 @pytest.fixture

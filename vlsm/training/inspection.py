@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from vlsm.datasets import Record
 from vlsm.errors import ImageError
 from vlsm.images.decode import decode_image, decode_mask
 from vlsm.images.fetch import read_image_bytes
-from vlsm.recipe import DataSettings
+from vlsm.training.datasets import Record
+from vlsm.training.settings import DataSettings
 
 # Of the 64 of a perceptual hash. 7 of ClinicDB's 61 test frames are so near to one of val, which come from the same
 # videos; 3 of Kvasir's 200 are; none of ClinicDB's to one of Kvasir's. At 10 bits every sixth image has such a twin.

@@ -24,15 +24,15 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, load_checkpoint, read_settings, save_checkpoint
-from vlsm.datasets import Record, read_dataset
 from vlsm.errors import ConfigError, ManifestError
-from vlsm.examples import Plan, choose_prompt
-from vlsm.history import History, Row
-from vlsm.inspection import Facts, describe_findings, digest_examples, examples_table, judge, read_records
 from vlsm.models import build_model, parse_options
-from vlsm.recipe import TrainSettings
 from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
-from vlsm.trackers import check_trackers
+from vlsm.training.datasets import Record, read_dataset
+from vlsm.training.history import History, Row
+from vlsm.training.inspection import Facts, describe_findings, digest_examples, examples_table, judge, read_records
+from vlsm.training.sampling import Plan, choose_prompt
+from vlsm.training.settings import TrainSettings
+from vlsm.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -288,8 +288,8 @@ def put_progress(output: str, packed: bytes, best: "tempfile.TemporaryDirectory[
 
 def write_metrics(output: str, history: History) -> None:
     """Put metrics.parquet and the pictures of it."""
-    from vlsm.curves import draw_curves
-    from vlsm.trackers import tensorboard_events
+    from vlsm.training.curves import draw_curves
+    from vlsm.training.trackers import tensorboard_events
 
     sink = pa.BufferOutputStream()
     pq.write_table(history.table(), sink, compression="zstd")

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlsm.datasets import Record
 from vlsm.errors import ConfigError, ManifestError
-from vlsm.examples import Plan, choose_prompt, cut_batches
-from vlsm.recipe import DataSettings, TrainSettings
+from vlsm.training.datasets import Record
+from vlsm.training.sampling import Plan, choose_prompt, cut_batches
+from vlsm.training.settings import DataSettings, TrainSettings
 
 
 def make_records(**counts):

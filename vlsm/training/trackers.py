@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vlsm.errors import ConfigError
-from vlsm.history import History, Row
-from vlsm.recipe import TrainSettings
+from vlsm.training.history import History, Row
+from vlsm.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vlsm.recipe import AugmentSettings
+from vlsm.training.settings import AugmentSettings
 
 
 def augment_example(

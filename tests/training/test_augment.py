@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from vlsm.augment import augment_example
-from vlsm.recipe import AugmentSettings
+from vlsm.training.augment import augment_example
+from vlsm.training.settings import AugmentSettings
 
 IMAGE = np.full((48, 48, 3), 40, np.uint8)
 IMAGE[8:20, 12:40] = 220

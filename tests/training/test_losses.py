@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vlsm.losses import segmentation_losses
+from vlsm.training.losses import segmentation_losses
 
 
 @pytest.mark.parametrize(("dice_weight", "ce_weight"), [(1.0, 0.2), (1.0, 1.0), (0.5, 0.0), (0.0, 2.0)])

@@ -1,0 +1,1 @@
+"""Labelled data to a checkpoint: datasets, the order of examples, a model that learns, and its folder."""
