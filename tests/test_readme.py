@@ -55,8 +55,10 @@ def test_the_map_names_every_module():
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
 def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     from jobs import benchmark, evaluate, segment, status, sweep, train
-    from vlsm import calibration, checkpoints, export, report
+    from vlsm import calibration, checkpoints
+    from vlsm.export import __main__ as export
     from vlsm.models import __main__ as models
+    from vlsm.report import __main__ as report
 
     module, *words = shlex.split(command, comments=True)[2:]
     seen = []

@@ -14,10 +14,10 @@ import pyarrow.dataset as ds
 from PIL import Image
 
 from vlsm.errors import StorageError, VlsmError
+from vlsm.export.overlays import outline
 from vlsm.images import decode
 from vlsm.images.fetch import read_image_bytes
 from vlsm.images.reader import Reader
-from vlsm.overlays import outline
 from vlsm.reporting.survey import FILE, KEY, row_key
 from vlsm.segmentation import masks
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from vlsm.errors import ConfigError
-from vlsm.exports.naming import file_path
-from vlsm.exports.origins import Filters, Numbering, read_settings
+from vlsm.export.naming import file_path
+from vlsm.export.origins import Filters, Numbering, read_settings
 from vlsm.runs.results import open_results, read_ok_masks
 
 logger = logging.getLogger("vlsm")

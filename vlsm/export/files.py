@@ -1,31 +1,23 @@
-"""Masks of a finished run as files that other tools read: PNGs of masks, overlays and labels, COCO, NIfTI, DICOM SEG.
+"""Masks of a finished run as files that other tools read: PNGs of masks and overlays, COCO, and the table of all."""
 
-`python -m vlsm.export OUTPUT DIR --format overlays`
-"""
-
-import argparse
 import importlib
 import io
 import itertools
 import json
 import logging
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import yaml
 from PIL import Image
 
-from vlsm import storage
-from vlsm.errors import ConfigError, ImageError, VlsmError
-from vlsm.exports.naming import file_path
-from vlsm.exports.origins import read_settings
+from vlsm.errors import ImageError
+from vlsm.export.naming import file_path
+from vlsm.export.origins import read_settings
+from vlsm.export.overlays import draw_overlay
 from vlsm.images.reader import Reader
-from vlsm.overlays import draw_overlay
 from vlsm.runs.results import choose_rows, open_results, read_ok_masks
 
 logger = logging.getLogger("vlsm")
@@ -131,9 +123,9 @@ FORMATS: dict[str, Exporter] = {
     "masks": export_masks,
     "overlays": export_overlays,
     "coco": export_coco,
-    "labels": _lazily("vlsm.exports.labels", "export_labels"),
-    "nifti": _lazily("vlsm.exports.volumes", "export_nifti"),
-    "dicom-seg": _lazily("vlsm.exports.dicom_seg", "export_dicom_seg"),
+    "labels": _lazily("vlsm.export.labels", "export_labels"),
+    "nifti": _lazily("vlsm.export.volumes", "export_nifti"),
+    "dicom-seg": _lazily("vlsm.export.dicom_seg", "export_dicom_seg"),
 }
 
 
@@ -159,42 +151,3 @@ def _write_png(path: Path, picture: np.ndarray) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
     return 1
-
-
-def parse_filter(words: str) -> tuple[str, str, Any]:
-    """A filter such as "confidence < 0.6" as (column, operator, value); the value is read as YAML.
-
-    Raises:
-        ConfigError: it is not of this form.
-    """
-    found = re.fullmatch(r"\s*(\w+)\s*(==|=|!=|<=|>=|<|>)\s*(.+)", words)
-    if found is None:
-        raise ConfigError(f"--filter {words!r} is not of the form 'column operator value', such as 'confidence < 0.6'")
-    return found[1], found[2], yaml.safe_load(found[3])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write the masks of a segment run as files."""
-    parser = argparse.ArgumentParser(prog="python -m vlsm.export", description=main.__doc__)
-    parser.add_argument("output", metavar="OUTPUT", help="the OUTPUT of a segment run; local or s3://")
-    parser.add_argument("directory", metavar="DIR", help="a local folder for the files")
-    parser.add_argument("--format", choices=FORMATS, default="overlays", help="what to write (default: overlays)")
-    parser.add_argument(
-        "--filter", action="append", default=[], help="only such rows, such as 'confidence < 0.6'; repeatable"
-    )
-    parser.add_argument("--limit", type=int, help="rows at most")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        filters = [parse_filter(words) for words in args.filter]
-        count = FORMATS[args.format](storage.absolute(args.output), args.directory, filters, args.limit)
-    except (VlsmError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    what = "annotations in coco.json" if args.format == "coco" else "files"
-    print(f"{count:,} {what} below {args.directory}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

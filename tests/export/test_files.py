@@ -12,6 +12,7 @@ import vlsm
 from tests.conftest import save_square
 from vlsm import export
 from vlsm.errors import ConfigError
+from vlsm.export.__main__ import main
 from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.segmentation.masks import encode_mask
 
@@ -104,7 +105,7 @@ def test_coco_json_is_what_pycocotools_reads(output, tmp_path):
 
 
 def test_the_command_line_writes_what_it_says(output, tmp_path, capsys):
-    assert export.main([str(output), str(tmp_path / "x"), "--filter", "confidence < 0.58", "--limit", "1"]) == 0
+    assert main([str(output), str(tmp_path / "x"), "--filter", "confidence < 0.58", "--limit", "1"]) == 0
     assert "1 files below" in capsys.readouterr().out
     assert len(files(tmp_path / "x")) == 1
 
@@ -119,7 +120,7 @@ def test_the_command_line_writes_what_it_says(output, tmp_path, capsys):
 )
 def test_wrong_words_are_one_sentence(output, tmp_path, capsys, words, message):
     place = output if words else tmp_path / "nowhere"
-    assert export.main([str(place), str(tmp_path / "x"), *words]) != 0
+    assert main([str(place), str(tmp_path / "x"), *words]) != 0
     err = capsys.readouterr().err
     assert message in err.splitlines()[0]
 

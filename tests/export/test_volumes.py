@@ -17,8 +17,8 @@ from tests.images.test_dicom import FRAMES, SECRET, items, make
 from tests.images.test_dicom import save as save_dicom
 from tests.images.test_nifti import BODY, STORED, store
 from tests.images.test_nifti import save as save_nifti
-from vlsm import export
-from vlsm.exports.origins import file_id, source_of
+from vlsm.export.__main__ import main
+from vlsm.export.origins import file_id, source_of
 from vlsm.images.nifti import read_grid
 from vlsm.runs.results import write_part
 from vlsm.segmentation.masks import encode_mask
@@ -58,7 +58,7 @@ def write(tmp_path):
 
 
 def run(output, kind, folder, *words):
-    assert export.main([output, str(folder), "--format", kind, *words]) == 0
+    assert main([output, str(folder), "--format", kind, *words]) == 0
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 

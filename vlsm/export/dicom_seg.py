@@ -17,9 +17,9 @@ from pydicom.uid import SecondaryCaptureImageStorage
 
 from vlsm import storage
 from vlsm.errors import ImageError
-from vlsm.exports.labels import class_names, decode_labels
-from vlsm.exports.naming import file_path
-from vlsm.exports.origins import (
+from vlsm.export.labels import class_names, decode_labels
+from vlsm.export.naming import file_path
+from vlsm.export.origins import (
     MAX_EXPORT_BYTES,
     Filters,
     Numbering,

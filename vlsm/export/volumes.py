@@ -11,9 +11,9 @@ import nibabel as nib
 import numpy as np
 
 from vlsm.errors import ImageError
-from vlsm.exports.labels import decode_labels
-from vlsm.exports.naming import file_path
-from vlsm.exports.origins import (
+from vlsm.export.labels import decode_labels
+from vlsm.export.naming import file_path
+from vlsm.export.origins import (
     MAX_EXPORT_BYTES,
     Filters,
     Row,

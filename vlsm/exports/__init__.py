@@ -1,1 +1,0 @@
-"""The files that masks of a run are written as for other tools."""
