@@ -80,7 +80,7 @@ def tell(output: Path, seed: int = 0) -> None:
         words = segmentation.input, segmentation.output, segmentation.members[0].checkpoint
         logger.info("python -m jobs.segment %s %s --checkpoint %s", *words)
         summary = segment(segmentation)
-    from vlsm.report import write_report  # here: it imports what draws
+    from vlsm.report.write import write_report  # here: it imports what draws
 
     dice = score(output / "archive", segmentation.output, output / "overlays.png")
     report = write_report(segmentation.output, output / "report.html")

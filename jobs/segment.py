@@ -20,7 +20,7 @@ from jobs.command import RaySession, logger, make_parser, run_command
 from jobs.stream import Wave, execute
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
-from vlsm.forecast import describe_forecast, keep_sample, measure
+from vlsm.report.forecast import describe_forecast, keep_sample, measure
 from vlsm.runs.compare import compare_run
 from vlsm.runs.lifecycle import finish_run, make_planner, open_input, prepare_run, read_summary, resolve_settings
 from vlsm.runs.plan import planned_keys

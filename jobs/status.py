@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.command import EXIT_CODES, run_command
 from vlsm import storage
-from vlsm.status import describe_status, read_status
+from vlsm.report.status import describe_status, read_status
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import vlsm
 from vlsm import calibration
 from vlsm.calibration import calibrate, expected_error
 from vlsm.config import ReviewSettings, SegmentSettings
-from vlsm.reporting.parts import calibrations
+from vlsm.report.parts import calibrations
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.segmentation.image_rows import judge
 from vlsm.segmentation.masks import MaskRecord

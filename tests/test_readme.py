@@ -7,9 +7,9 @@ import pytest
 from vlsm.checkpoints import Calibration
 from vlsm.evaluation.parts import SCORES_SCHEMA
 from vlsm.models import MODELS
+from vlsm.report.status import TrainingStatus
 from vlsm.runs.results import write_part
 from vlsm.runs.schema import RESULT_SCHEMA
-from vlsm.status import TrainingStatus
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

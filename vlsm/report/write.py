@@ -1,19 +1,12 @@
-"""A run to look at: one HTML file with figures, charts and pictures that needs no network.
+"""A run to look at: one HTML file with figures, charts and pictures that needs no network."""
 
-`python -m vlsm.report OUTPUT [FILE]`
-"""
-
-import argparse
-import logging
-import sys
 from pathlib import Path
 
 from vlsm import storage
-from vlsm.errors import ConfigError, VlsmError
-from vlsm.reporting.evaluations import evaluation_page
-from vlsm.reporting.page import Page, render
-from vlsm.reporting.segmentations import segmentation_page
-from vlsm.reporting.trainings import training_page
+from vlsm.report.evaluations import evaluation_page
+from vlsm.report.page import Page, render
+from vlsm.report.segmentations import segmentation_page
+from vlsm.report.trainings import training_page
 
 
 def write_report(output: str, file: str | Path | None = None) -> Path:
@@ -47,23 +40,3 @@ def _page(output: str, title: str) -> Page:
     if "examples.parquet" in names:
         return training_page(output, title)
     return segmentation_page(output, title)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write a run's report: one HTML file to open in a browser."""
-    parser = argparse.ArgumentParser(prog="python -m vlsm.report", description=main.__doc__)
-    parser.add_argument("output", metavar="OUTPUT", help="of a segment, train or evaluate run; local or s3://")
-    parser.add_argument("file", metavar="FILE", nargs="?", help="a local path (default: OUTPUT's name with .html)")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        path = write_report(args.output, args.file)
-    except (VlsmError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import segment, status, train
-from vlsm import status as core
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.errors import ConfigError
-from vlsm.rerun import rerun_command
+from vlsm.report import status as core
+from vlsm.report.rerun import rerun_command
 from vlsm.runs.plan import ManifestWriter, Plan, cut_shards, new_plan_id, shard_table, write_manifest
 from vlsm.runs.record import make_record, read_record, write_record
 from vlsm.runs.results import part_name, write_part

@@ -18,7 +18,7 @@ from vlsm.export.overlays import outline
 from vlsm.images import decode
 from vlsm.images.fetch import read_image_bytes
 from vlsm.images.reader import Reader
-from vlsm.reporting.survey import FILE, KEY, row_key
+from vlsm.report.survey import FILE, KEY, row_key
 from vlsm.segmentation import masks
 
 # Okabe and Ito's sky blue and orange: told apart with every kind of colour vision; dashes tell them apart without any.

@@ -14,9 +14,10 @@ import yaml
 from PIL import Image
 
 from tests.browser import CHROMIUM, Browser
-from vlsm import report
-from vlsm.reporting import pictures
-from vlsm.reporting.survey import ROW, Extremes, Sample, Survey, scan
+from vlsm.report import pictures
+from vlsm.report.__main__ import main
+from vlsm.report.survey import ROW, Extremes, Sample, Survey, scan
+from vlsm.report.write import write_report
 from vlsm.runs.results import open_results, write_part
 from vlsm.segmentation.masks import encode_mask
 from vlsm.training.history import MEAN, History, Row
@@ -147,7 +148,7 @@ def pages(segmented, evaluated, trained, tmp_path_factory):
     """The three reports' paths."""
     folder = tmp_path_factory.mktemp("pages")
     return {
-        name: report.write_report(str(output), folder / f"{name}.html")
+        name: write_report(str(output), folder / f"{name}.html")
         for name, output in (("segmented", segmented), ("evaluated", evaluated), ("trained", trained))
     }
 
@@ -257,7 +258,7 @@ def test_an_image_that_is_gone_has_its_reason(pages):
 
 
 def test_the_same_run_gives_the_same_page(pages, trained, segmented, tmp_path):
-    assert report.write_report(str(trained), tmp_path / "again.html").read_bytes() == pages["trained"].read_bytes()
+    assert write_report(str(trained), tmp_path / "again.html").read_bytes() == pages["trained"].read_bytes()
     surveys = [Survey(metric="confidence", group="prompt") for _ in range(2)]
     for survey in surveys:
         for table in scan(open_results(str(segmented))):
@@ -269,7 +270,7 @@ def test_an_evaluation_without_its_table_has_a_page(evaluated, tmp_path):
     rows = pq.read_table(evaluated / "scores.parquet").slice(0, 3).drop_columns(["prompt_name"])
     write_record(tmp_path / "begun")
     pq.write_table(rows, tmp_path / "begun" / "scores.parquet")
-    page = report.write_report(str(tmp_path / "begun"), tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_report(str(tmp_path / "begun"), tmp_path / "page.html").read_text(encoding="utf-8")
     assert "This evaluation is not complete." in page
     assert stats(page)["Dice, median"] == f"{np.median(rows['dice'].to_numpy()):.3f}"
     assert page.count('class="card"') == 3
@@ -324,15 +325,15 @@ def test_a_sample_has_some_of_each_kind():
 
 def test_the_command_line_writes_beside_nothing_else(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert report.main([str(trained)]) == 0
+    assert main([str(trained)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
     assert capsys.readouterr().out.startswith("out.html (")
-    assert report.main([str(tmp_path / "nowhere")]) == 2
+    assert main([str(tmp_path / "nowhere")]) == 2
     assert "there is no run in" in capsys.readouterr().err
 
 
 def test_the_page_is_part_of_the_package():
-    folder = resources.files("vlsm.reporting")
+    folder = resources.files("vlsm.report")
     assert all(folder.joinpath(f"page.{kind}").is_file() for kind in ("html", "css", "js"))
 
 

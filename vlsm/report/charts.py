@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.ticker import MaxNLocator
 
-from vlsm.reporting.survey import Distribution
+from vlsm.report.survey import Distribution
 from vlsm.training.history import MEAN
 
 WIDTH = 360  # of all charts: what a phone shows without making letters smaller

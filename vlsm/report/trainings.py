@@ -12,11 +12,11 @@ import yaml
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME
-from vlsm.reporting import parts
-from vlsm.reporting.charts import draw_lines
-from vlsm.reporting.page import Page, Section, Stat, Table, as_table, provenance
-from vlsm.reporting.pictures import Painter, read_target_file
-from vlsm.reporting.survey import Survey, scan
+from vlsm.report import parts
+from vlsm.report.charts import draw_lines
+from vlsm.report.page import Page, Section, Stat, Table, as_table, provenance
+from vlsm.report.pictures import Painter, read_target_file
+from vlsm.report.survey import Survey, scan
 from vlsm.training.history import MEAN, History, Row
 from vlsm.training.run import CHECKPOINT_NAME
 

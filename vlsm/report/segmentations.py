@@ -5,10 +5,10 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from vlsm.reporting import parts
-from vlsm.reporting.page import Page, Section, Stat, as_table, provenance
-from vlsm.reporting.pictures import Painter, read_rle_masks
-from vlsm.reporting.survey import Extremes, Survey, scan
+from vlsm.report import parts
+from vlsm.report.page import Page, Section, Stat, as_table, provenance
+from vlsm.report.pictures import Painter, read_rle_masks
+from vlsm.report.survey import Extremes, Survey, scan
 from vlsm.runs.results import open_results
 from vlsm.runs.schema import RESULT_SCHEMA
 

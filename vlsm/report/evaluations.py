@@ -9,10 +9,10 @@ import pyarrow.csv
 import pyarrow.dataset as ds
 
 from vlsm import storage
-from vlsm.reporting import parts
-from vlsm.reporting.page import Page, Section, Stat, as_table, provenance
-from vlsm.reporting.pictures import Painter, read_rle_masks, shorten
-from vlsm.reporting.survey import Extremes, Survey, scan
+from vlsm.report import parts
+from vlsm.report.page import Page, Section, Stat, as_table, provenance
+from vlsm.report.pictures import Painter, read_rle_masks, shorten
+from vlsm.report.survey import Extremes, Survey, scan
 
 _SCORES_NAME, _TABLE_NAME = "scores.parquet", "table.csv"
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # names that a table may have as well

@@ -13,10 +13,10 @@ from vlsm.checkpoints import SETTINGS_NAME, Calibration
 from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.reader import Reader
-from vlsm.reporting.charts import Ridge, draw_reliability, draw_ridge
-from vlsm.reporting.page import Case, Cell, Section, Stat, Table, as_case
-from vlsm.reporting.pictures import MAX_CARDS, MAX_CASES, OpenFiles, Painter, describe_error, paint, shorten
-from vlsm.reporting.survey import METRICS, Extremes, Sample, Survey, row_key
+from vlsm.report.charts import Ridge, draw_reliability, draw_ridge
+from vlsm.report.page import Case, Cell, Section, Stat, Table, as_case
+from vlsm.report.pictures import MAX_CARDS, MAX_CASES, OpenFiles, Painter, describe_error, paint, shorten
+from vlsm.report.survey import METRICS, Extremes, Sample, Survey, row_key
 from vlsm.runs.record import SUMMARY_NAME, read_record
 
 _READING = ("slices", "window", "max_pixels", "max_image_bytes")  # settings that decide what an image looks like

@@ -11,9 +11,9 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from vlsm.reporting.charts import Lines, Ridge
-from vlsm.reporting.pictures import Key, Picture, shorten
-from vlsm.reporting.survey import METRICS, row_key
+from vlsm.report.charts import Lines, Ridge
+from vlsm.report.pictures import Key, Picture, shorten
+from vlsm.report.survey import METRICS, row_key
 from vlsm.version import __version__
 
 _CARD_WORDS = ("dataset", "split", "system", "prompt_name", "prompt", "status")
@@ -197,7 +197,7 @@ def render(page: Page) -> str:
 
 
 def _read(name: str) -> str:
-    return resources.files("vlsm.reporting").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("vlsm.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

@@ -6,10 +6,10 @@ from PIL import Image
 
 from jobs import segment
 from tests.conftest import without_ray
-from vlsm import forecast
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError
-from vlsm.forecast import Forecast, describe_forecast, keep_sample, measure
+from vlsm.report import forecast
+from vlsm.report.forecast import Forecast, describe_forecast, keep_sample, measure
 from vlsm.runs.lifecycle import open_input, resolve_settings
 from vlsm.segmentation.image_rows import describe_image
 

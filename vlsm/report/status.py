@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.errors import ConfigError
-from vlsm.rerun import rerun_command
+from vlsm.report.rerun import rerun_command
 from vlsm.runs.compare import compare_run, sample_run
 from vlsm.runs.lifecycle import failed_by_reason, read_summary
 from vlsm.runs.plan import Plan, count_planned

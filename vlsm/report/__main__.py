@@ -1,0 +1,31 @@
+"""The command: the report of a run, one HTML file.
+
+`python -m vlsm.report OUTPUT [FILE]`
+"""
+
+import argparse
+import logging
+import sys
+
+from vlsm.errors import ConfigError, VlsmError
+from vlsm.report.write import write_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write a run's report: one HTML file to open in a browser."""
+    parser = argparse.ArgumentParser(prog="python -m vlsm.report", description=main.__doc__)
+    parser.add_argument("output", metavar="OUTPUT", help="of a segment, train or evaluate run; local or s3://")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a local path (default: OUTPUT's name with .html)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        path = write_report(args.output, args.file)
+    except (VlsmError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
