@@ -19,13 +19,13 @@ import numpy as np
 from PIL import Image
 
 from jobs.command import RaySession, logger, run_command
+from jobs.phantoms import KINDS, write_labelled
 from jobs.segment import segment
 from jobs.train import train
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.errors import VlsmError
 from vlsm.export.overlays import draw_overlay, draw_sheet
 from vlsm.images.decode import decode_image, decode_mask
-from vlsm.phantoms import KINDS, write_labelled
 from vlsm.runs.results import read_masks
 from vlsm.segmentation.metrics import dice_score
 from vlsm.training.settings import OptimSettings, TrainRunSettings, TrainSettings

@@ -25,7 +25,7 @@ class Progress:
         total: images of the whole run, as far as they are known.
         done: images that an earlier run has done.
         failed: failed ones among them.
-        board: the `jobs.board.Board` of the run.
+        board: the `jobs.crash_watch.Board` of the run.
         output: of the run, by which its metrics are told apart.
     """
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from jobs.command import RaySession, logger, make_parser, run_command
-from jobs.stream import Wave, execute
+from jobs.segment_pipeline import Wave, execute
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.report.forecast import describe_forecast, keep_sample, measure

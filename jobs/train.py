@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from jobs.command import RaySession, logger, make_parser, parse_pairs, run_command
-from jobs.pools import warn_if_none_fits
+from jobs.segment_pools import warn_if_none_fits
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.errors import VlsmError
@@ -90,7 +90,7 @@ def dry_run(settings: TrainSettings) -> None:
 
 def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Record]) -> list[Facts]:
     session.wait()
-    from jobs.feeding import inspect_records  # which imports Ray
+    from jobs.train_feed import inspect_records  # which imports Ray
 
     return inspect_records(records, settings.data)
 
@@ -114,9 +114,9 @@ def execute(
     """
     import ray
 
-    from jobs.board import start_board
-    from jobs.feeding import keep_decoded
-    from jobs.group import TRAIN_WORKER, Board, Work, fit_in_background, group_size
+    from jobs.crash_watch import start_board
+    from jobs.train_feed import keep_decoded
+    from jobs.train_group import TRAIN_WORKER, Board, Work, fit_in_background, group_size
     from vlsm.training.run import image_size
 
     nodes = ray.nodes()

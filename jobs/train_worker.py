@@ -16,8 +16,8 @@ import ray.train.torch
 import torch
 
 import vlsm
-from jobs.feeding import Feed, prepare_streams
-from jobs.group import FIRST_STEP, Work
+from jobs.train_feed import Feed, prepare_streams
+from jobs.train_group import FIRST_STEP, Work
 from vlsm import storage
 from vlsm.errors import VlsmError
 from vlsm.runs.record import SUMMARY_NAME

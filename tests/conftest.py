@@ -29,20 +29,20 @@ LONG_S = 1200  # ends what hangs; nothing that works comes near it, on machines 
 
 
 # the modules that take longest come first: no process is to wait for the other in the end
-ORDER = "train failures torture demo segment resuming evaluate archives ensemble imports zoo training".split()
+ORDER = "train failures torture demo segment resuming evaluate archives ensemble imports zoo learner".split()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Each module in one process, where its fixtures are made once; each process has one Ray cluster for all of its."""
-    names = {item: item.path.stem.removeprefix("test_") for item in items}
-    with_ray = {names[item] for item in items if "ray_cluster" in item.fixturenames}
-    with_store = {names[item] for item in items if "s3_server" in item.fixturenames} - with_ray
-    for item, name in names.items():
+    with_ray = {item.path for item in items if "ray_cluster" in item.fixturenames}
+    with_store = {item.path for item in items if "s3_server" in item.fixturenames} - with_ray
+    for item in items:
         # tests of resuming look at a run of the segment tests; one S3 server is enough
-        group = "segment" if name == "resuming" else "store" if name in with_store else name
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: ORDER.index(names[item]) if names[item] in ORDER else len(ORDER))
+        module = str(item.path).replace("test_resuming", "test_segment")
+        item.add_marker(pytest.mark.xdist_group("store" if item.path in with_store else module))
+    order = {name: number for number, name in enumerate(ORDER)}
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(ORDER)))
 
 
 def pytest_collection():
@@ -88,7 +88,7 @@ def bright_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
     """Six drawn images of different sizes: a folder in the `anns/ images/ masks/` layout."""
-    from vlsm.phantoms import write_labelled
+    from jobs.phantoms import write_labelled
 
     folder = tmp_path_factory.mktemp("drawn")
     write_labelled(folder, {"test": 6}, seed=5)

@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from jobs.pools import plan_pools
+from jobs.segment_pools import plan_pools
 from vlsm.config import SegmentSettings, load_settings
 
 ROOT = Path(__file__).parents[1]

@@ -38,7 +38,7 @@ def modules_after(code, **environment):
 
 
 def test_what_fetches_writes_plans_checks_and_tells_imports_nothing_heavy():
-    jobs = "segment stages stream actor train evaluate sweep verify status demo".split()
+    jobs = "segment segment_pipeline segment_tasks segment_actor train evaluate sweep verify status demo".split()
     parts = "runs.lifecycle training.run training.inspection export.files report.forecast models.options".split()
     parts += [f"evaluation.{name}" for name in ("planning", "parts", "tables")]
     entries = [f"jobs.{name}" for name in jobs] + [f"vlsm.{name}" for name in parts]
@@ -125,9 +125,9 @@ def test_the_processes_of_a_segment_run_import_what_they_do_and_no_more(
     import numpy as np
     import ray
 
-    from jobs.actor import SegmentActor
-    from jobs.board import Board, start_board
-    from jobs.stages import Task, fetch_shard, write_masks
+    from jobs.crash_watch import Board, start_board
+    from jobs.segment_actor import SegmentActor
+    from jobs.segment_tasks import Task, fetch_shard, write_masks
     from vlsm.config import MemberSettings, SegmentSettings
     from vlsm.runs.lifecycle import prepare_run
     from vlsm.runs.results import read_masks

@@ -6,6 +6,7 @@ signs and `::` in them mean nothing here. Endpoint and credentials come from the
 
 import contextlib
 import datetime
+import hashlib
 import os
 import random
 import time
@@ -254,3 +255,14 @@ def _transient_errors() -> tuple[type[BaseException], ...]:
     except ImportError:  # a machine without s3fs reads its own disk
         return tuple(errors)
     return (*errors, ClientError, BotoConnectionError, HTTPClientError, ResponseStreamingError, ResponseParserError)
+
+
+def spell_out(path: str) -> str:
+    """File names that are not UTF-8, spelled out, and told apart: no table could hold them as they are.
+
+    Fetching such a file says that it is missing.
+    """
+    readable = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if readable == path:
+        return path
+    return f"{readable}~{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"

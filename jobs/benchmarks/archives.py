@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlsm.phantoms import draw_phantom
+from jobs.phantoms import draw_phantom
 
 SIDES_PX = (480, 640)  # what endoscopes and ultrasound archives hold
 SMALL_PX = (48, 49)

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from jobs.benchmarks.figures import alternate, write_json
+from jobs.phantoms import draw_phantom
 from vlsm.images.decode import decode_image, resize_image
-from vlsm.phantoms import draw_phantom
 
 SIZES = (224, 352)
 OURS = "vlsm"

@@ -20,8 +20,8 @@ import vlsm
 from jobs.benchmarks.archives import write_files
 from jobs.benchmarks.figures import write_json
 from jobs.benchmarks.stores import free_port
+from jobs.phantoms import write_labelled
 from vlsm.errors import ConfigError, ResultError
-from vlsm.phantoms import write_labelled
 
 _ROOT = Path(__file__).parents[2]
 _STORE_BYTES = 400 << 20  # of each node

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from jobs.benchmarks.figures import alternate, write_json
+from jobs.phantoms import KINDS, write_labelled
 from vlsm.images.decode import EXTENSIONS, decode_mask, resize_mask
-from vlsm.phantoms import KINDS, write_labelled
 from vlsm.runs.results import read_masks, write_part
 from vlsm.segmentation.masks import describe_mask, encode_mask
 

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, CLIPSegConfig, CLIPSegProcessor, ViTImag
 
 import vlsm
 from jobs.benchmarks.archives import write_files
+from jobs.benchmarks.baselines import BATCH_SIZE, WAYS, images_per_block
 from jobs.benchmarks.figures import quietest, write_json
-from jobs.benchmarks.held import Held, hold_job
-from jobs.benchmarks.others import BATCH_SIZE, WAYS, images_per_block
+from jobs.benchmarks.paused_process import Held, hold_job
 from vlsm.models.untrained import write_clipseg
 
 NUM_FILES, NUM_IMAGES = 64, 4096  # each file has so many names that no run gets to the end of them
@@ -97,7 +97,7 @@ def _measure(folder: Path, prompts: list[str], args: Namespace) -> list[dict[str
         held = {"ours": stack.enter_context(job)}
         for way in ways:  # one after the other, so that each has all cores until it is held
             arguments = [way, str(images), str(folder / way), str(clipseg), *prompts]
-            held[way] = stack.enter_context(Held("jobs.benchmarks.others", arguments, folder / way, per_file[way]))
+            held[way] = stack.enter_context(Held("jobs.benchmarks.baselines", arguments, folder / way, per_file[way]))
         rounds, foreign_cores = quietest(
             args.repeats, lambda: {name: process.measure(args.seconds)[0] for name, process in held.items()}
         )

@@ -17,7 +17,7 @@ import torch
 import vlsm
 from jobs.benchmarks.archives import SIDES_PX, SMALL_PX, write_files, write_manifest
 from jobs.benchmarks.figures import quietest, write_json
-from jobs.benchmarks.held import hold_job
+from jobs.benchmarks.paused_process import hold_job
 from jobs.benchmarks.stores import BUCKET, S3Server
 from vlsm.checkpoints import load_checkpoint
 from vlsm.images.decode import decode_image, normalize, resize_image

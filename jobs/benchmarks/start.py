@@ -13,9 +13,9 @@ from typing import Any
 
 import vlsm
 from jobs.benchmarks.figures import write_json
+from jobs.phantoms import write_labelled
 from vlsm.errors import ResultError
 from vlsm.models import MODELS
-from vlsm.phantoms import write_labelled
 
 _ROOT = Path(__file__).parents[2]
 _NUM_IMAGES = 9

@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 
-from jobs.benchmarks.arena import LONGEST_S, Arena, num_parts
 from jobs.benchmarks.figures import write_json
 from jobs.benchmarks.stores import BUCKET, FaultyProxy, S3Server
+from jobs.benchmarks.torture_setup import LONGEST_S, Arena, num_parts
 from vlsm.errors import ResultError, VlsmError
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import vlsm
 from jobs.benchmarks.figures import write_json
-from jobs.benchmarks.turns import TURNS_NAME
+from jobs.benchmarks.interleaved_worker import TURNS_NAME
 from jobs.command import RaySession
-from jobs.feeding import inspect_records
+from jobs.phantoms import KINDS, write_labelled
 from jobs.train import execute
+from jobs.train_feed import inspect_records
 from vlsm.models import MODELS
 from vlsm.models.costs import build_architecture
-from vlsm.phantoms import KINDS, write_labelled
 from vlsm.training.run import prepare_training
 from vlsm.training.settings import TrainSettings
 
@@ -109,5 +109,5 @@ def _run(folder: Path, setup: str, repeats: int) -> list[dict[str, float]]:
     with RaySession(log_to_driver=False) as session:
         session.wait()
         records = prepare_training(settings, lambda records: inspect_records(records, settings.data))
-        execute(settings, records, "jobs.benchmarks.turns:train_in_turns")
+        execute(settings, records, "jobs.benchmarks.interleaved_worker:train_in_turns")
     return list(json.loads((output / TURNS_NAME).read_text(encoding="utf-8")))

@@ -13,10 +13,10 @@ import yaml
 import vlsm
 from jobs import benchmark
 from jobs.benchmarks.stores import BUCKET
+from jobs.phantoms import write_labelled
 from tests.clusters import LAUNCHING, ROOT, SUBMISSIONS, autoscaled, find_program, launched, started
 from tests.conftest import LONG_S
 from vlsm import storage
-from vlsm.phantoms import write_labelled
 from vlsm.runs.verify import verify_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3600)]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from jobs.benchmarks.arena import Arena
 from jobs.benchmarks.torture import SCENARIOS, CannotTortureError
+from jobs.benchmarks.torture_setup import Arena
 from tests.conftest import slow
 
 pytestmark = pytest.mark.ray

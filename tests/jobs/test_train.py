@@ -17,8 +17,8 @@ from PIL import Image
 
 import vlsm
 from jobs import train
+from jobs.phantoms import write_labelled
 from tests.conftest import LONG_S
-from vlsm.phantoms import write_labelled
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlsm.phantoms import draw_phantom
+from jobs.phantoms import draw_phantom
 from vlsm.training.datasets import read_dataset
 from vlsm.training.inspection import (
     describe_findings,

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlsm import storage
 from vlsm.archive.expand import expand_rows
-from vlsm.archive.listing import Info, follow_link, list_files, spell_out
+from vlsm.archive.listing import Info, follow_link, list_files
 from vlsm.archive.manifest import MANIFEST_EXTENSIONS, describe_file, read_image_list
 from vlsm.errors import ConfigError
 from vlsm.images.formats import Look, describe_other, kind_of
@@ -99,10 +99,10 @@ def _file_rows(
         if info["type"] != "file" or kind_of(path) is None:
             skipped[f"of type {info['type']}" if info["type"] != "file" else describe_other(path)] += 1
             continue
-        readable = spell_out(path)
+        readable = storage.spell_out(path)
         etag = next((str(info[key]).strip('"') for key in _ETAG_KEYS if info.get(key) is not None), None)
         yield {
-            "image_id": readable.removeprefix(spell_out(prefix)),
+            "image_id": readable.removeprefix(storage.spell_out(prefix)),
             "image_uri": readable if storage.is_local(fs) else fs.unstrip_protocol(readable),
             "prompts": list(prompts),
         } | describe_file(info.get("size"), etag, next((info[key] for key in _MTIME_KEYS if info.get(key)), None))

@@ -8,7 +8,6 @@ from typing import Any
 from PIL import Image
 
 from vlsm import storage
-from vlsm.archive.listing import spell_out
 from vlsm.errors import ImageError, StorageError
 from vlsm.images.containers import list_images
 from vlsm.images.fetch import image_errors
@@ -124,7 +123,7 @@ def _images_of(row: Row, found: Future[Found] | None, skipped: Counter[str], is_
         images, others = [Inside(problem=f"empty: {row['image_uri']} holds no images" if is_empty else None)], Counter()
     skipped.update(others)
     for inside in images:
-        selector = inside.selector and spell_out(inside.selector)
+        selector = inside.selector and storage.spell_out(inside.selector)
         image_id = row["image_id"] if selector is None else f"{row['image_id']}#{selector}"
         place = {"offset": inside.offset, "length": inside.length, "problem": inside.problem}
         place["num_windows"] = inside.num_windows

@@ -1,6 +1,5 @@
 """Everything below a folder or prefix, file by file in a stable order, while it is being listed."""
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -76,14 +75,3 @@ def follow_link(info: Info) -> Info:
     if not stat.S_ISREG(found.st_mode):
         return info | {"type": "link"}
     return info | {"type": "file", "size": found.st_size, "mtime": found.st_mtime}
-
-
-def spell_out(path: str) -> str:
-    """File names that are not UTF-8, spelled out, and told apart: no table could hold them as they are.
-
-    Fetching such a file says that it is missing.
-    """
-    readable = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    if readable == path:
-        return path
-    return f"{readable}~{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from vlsm import storage
-from vlsm.archive.listing import spell_out
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images.containers import check_zip_member, is_compressed_tar, list_images
@@ -274,6 +273,9 @@ def _members(uri: str, axis: str) -> dict[str | None, tuple[int, int]]:
         lambda: fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead"), uri, Look(axis), Counter()
     )
     return {
-        split_selector(uri, inside.selector and spell_out(inside.selector))[0]: (inside.offset or 0, inside.length or 0)
+        split_selector(uri, inside.selector and storage.spell_out(inside.selector))[0]: (
+            inside.offset or 0,
+            inside.length or 0,
+        )
         for inside in images
     }

@@ -1,6 +1,6 @@
 """CLIPSeg over a folder of images in the ways that are usual without this package, each as its documentation has it.
 
-python -m jobs.benchmarks.others WAY IMAGES OUTPUT CLIPSEG PROMPT [PROMPT ...]
+python -m jobs.benchmarks.baselines WAY IMAGES OUTPUT CLIPSEG PROMPT [PROMPT ...]
 """
 
 import io

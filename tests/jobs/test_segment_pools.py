@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.pools import plan_pools, warn_if_none_fits
+from jobs.segment_pools import plan_pools, warn_if_none_fits
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.feeding import Loaded
-from jobs.group import Work
+from jobs.train_feed import Loaded
+from jobs.train_group import Work
 from jobs.train_worker import Worker
 from vlsm.images.decode import normalize
 from vlsm.models.prompts import PromptCache

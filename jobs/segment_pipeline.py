@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jobs.actor import SegmentActor
 from jobs.command import RaySession, logger
-from jobs.pools import plan_pools, warn_if_none_fits
-from jobs.stages import Task, fetch_shard, write_masks
+from jobs.segment_actor import SegmentActor
+from jobs.segment_pools import plan_pools, warn_if_none_fits
+from jobs.segment_tasks import Task, fetch_shard, write_masks
 from vlsm.errors import VlsmError
 from vlsm.runs.compare import RunState
 from vlsm.runs.lifecycle import Run, check_failed_share
@@ -48,7 +48,7 @@ def execute(  # noqa: PLR0913 - all that one stream of shards depends on
     session.wait()
     import ray.data
 
-    from jobs.board import Board, start_board
+    from jobs.crash_watch import Board, start_board
     from jobs.progress import Progress
     from vlsm.checkpoints import build_checkpoint
 

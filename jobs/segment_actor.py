@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from jobs import metrics
-from jobs.board import Watch
-from jobs.stages import Task
+from jobs.crash_watch import Watch
+from jobs.segment_tasks import Task
 from vlsm.segmentation.masks import mirrored_mean
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.board import Milestones
-from jobs.feeding import Decoded
+from jobs.crash_watch import Milestones
+from jobs.train_feed import Decoded
 from vlsm.config import parse_range
 from vlsm.training.settings import TrainSettings
 

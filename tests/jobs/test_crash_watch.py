@@ -1,6 +1,6 @@
 """What is concluded from the deaths of processes."""
 
-from jobs.board import Board
+from jobs.crash_watch import Board
 
 
 def test_an_image_under_way_at_two_deaths_is_blamed_and_other_deaths_are_counted():

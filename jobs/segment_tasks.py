@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from jobs import metrics
-from jobs.board import Watch
+from jobs.crash_watch import Watch
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images.decode import resize_image
@@ -39,7 +39,7 @@ class Task:
         run_id, plan_id: of the run, as its record has them.
         image_sizes: side S of each member's input in pixels.
         retry_failed: whether images that have failed are to be done again.
-        board: a `jobs.board.Board`.
+        board: a `jobs.crash_watch.Board`.
     """
 
     settings: SegmentSettings
