@@ -1,4 +1,4 @@
-"""The models by name."""
+"""The table of models, and functions that build a model by its name."""
 
 import difflib
 from importlib import import_module
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from vlsm.models.contract import SegmentationModel
     from vlsm.models.towers import Trainable
 
-# where each model lives: transformers alone takes seconds to import, and only the process that runs a model needs it
+# The module and class of each model. A module is imported when its model is built: transformers alone takes seconds
+# to import, and only the process that runs a model needs it.
 MODELS = {
     "clipseg": "vlsm.models.clipseg:CLIPSeg",
     "biomedclipseg": "vlsm.models.openclip_seg:BiomedCLIPSeg",
@@ -33,12 +34,12 @@ MODELS = {
 
 
 def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any) -> "SegmentationModel":
-    """A model of the table, in training mode.
+    """Build a model of the table, in training mode.
 
     Args:
         name: a key of MODELS.
-        trainable: what learns beside the decoder; see `SegmentationModel.set_trainable`.
-        options: fields of the model's class in `vlsm.models.options`.
+        trainable: the parts that learn besides the decoder; see `SegmentationModel.set_trainable`.
+        options: fields of the model's option class in `vlsm.models.options`.
 
     Raises:
         CheckpointError: the name or an option is unknown, or pretrained weights cannot be loaded.
@@ -47,14 +48,22 @@ def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any
 
 
 def find_model(name: str) -> type["SegmentationModel"]:
-    """The class of a model's name, or a CheckpointError that names the nearest."""
-    module, _, model = check_name(name).partition(":")
-    found: type[SegmentationModel] = getattr(import_module(module), model)
-    return found
+    """Return the class of a model.
+
+    Raises:
+        CheckpointError: the name is unknown; the message names the closest known name.
+    """
+    module_name, _, class_name = check_name(name).partition(":")
+    model_class: type[SegmentationModel] = getattr(import_module(module_name), class_name)
+    return model_class
 
 
 def check_name(name: str) -> str:
-    """Where a model lives, or a CheckpointError that names the nearest."""
+    """Return the module and class of a model as "module:class".
+
+    Raises:
+        CheckpointError: the name is unknown; the message names the closest known name.
+    """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -63,7 +72,11 @@ def check_name(name: str) -> str:
 
 
 def parse_options(name: str, options: dict[str, Any]) -> Any:
-    """A model's options, checked; a CheckpointError names what is wrong."""
+    """Return a model's options, checked.
+
+    Raises:
+        CheckpointError: the model's name is unknown, or an option is unknown or has a wrong value.
+    """
     check_name(name)
     settings = OPTIONS[name]
     try:

@@ -1,4 +1,4 @@
-"""`python -m vlsm.models` prints the table of models."""
+"""The command `python -m vlsm.models`, which prints the table of models."""
 
 import argparse
 import sys
@@ -10,9 +10,9 @@ from vlsm.models.options import OPTIONS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Every model with its parameters (in millions), its input size in pixels, and its cost in GFLOP."""
+    """Print every model with its parameters in millions (M), its input size in pixels, and its cost in GFLOP."""
     parser = argparse.ArgumentParser(prog="python -m vlsm.models", description=main.__doc__)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a model, to list its options instead")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print the options of this model instead of the table")
     name = parser.parse_args(argv).name
     if name:
         try:
@@ -22,9 +22,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         return 0
-    from vlsm.models.costs import measure_costs  # here: it builds all models, and imports their libraries
+    from vlsm.models.costs import measure_costs  # late import: it loads the libraries of all models
 
-    heads = ("model", "million parameters", "trained", "image", "GFLOP an image", "a further prompt", "weights from")
+    numbers = ("parameters (M)", "trainable (M)", "image side (px)", "GFLOP, first prompt", "GFLOP, next prompt")
+    heads = ("model", *numbers, "default weights")
     rows = [
         (
             cost.name,

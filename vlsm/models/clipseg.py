@@ -1,4 +1,4 @@
-"""CLIPSeg: transformers' own network, its two towers and its decoder called one by one."""
+"""CLIPSeg from transformers. This module calls its two towers and its decoder separately."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -19,11 +19,11 @@ _FOLDER = "clipseg"
 
 
 class CLIPSegTowers(Towers):
-    """CLIP's towers as transformers' CLIPSeg holds them.
+    """CLIP's image tower and text tower from transformers' CLIPSeg.
 
-    transformers runs both under no_grad, whatever the parameters ask for; here they are called directly, so that they
-    can learn. What no output of CLIPSeg depends on is left out: the layers above the last tapped one, the image
-    projection, the logit scale.
+    transformers runs both towers under no_grad, even if their parameters require gradients. This class calls them
+    directly, so that they can learn. It leaves out the parts that no output of CLIPSeg depends on: the layers above the
+    last tapped layer, the image projection, and the logit scale.
     """
 
     lora_targets = r".*self_attn\.(q|k|v|out)_proj"
@@ -36,7 +36,7 @@ class CLIPSegTowers(Towers):
                 f"image_size is {image_size}; it must be a multiple of the patch size {vision.patch_size}"
             )
         if list(config.extract_layers) != sorted(set(config.extract_layers)):
-            raise CheckpointError(f"extract_layers of the CLIPSeg are {config.extract_layers}; they must rise")
+            raise CheckpointError(f"extract_layers of the CLIPSeg are {config.extract_layers}; they must increase")
         self.config = config
         self.taps = list(config.extract_layers)
         self.clip = clip
@@ -56,14 +56,16 @@ class CLIPSegTowers(Towers):
         return self.clip.vision_model
 
     def tokenize(self, prompts: list[str]) -> list[Tensor]:
-        """Byte-pair ids, (L,) each, L at most 77 in the published model."""
+        """Return the byte-pair ids of each prompt, (L,) int64; L is at most 77 in the published model."""
         limit = self.config.text_config.max_position_embeddings
-        rows = self.tokenizer(prompts, verbose=False)["input_ids"]
+        id_rows = self.tokenizer(prompts, verbose=False)["input_ids"]
         tower = f"the text tower of {type(self).__name__.removesuffix('Towers')}"
-        return [torch.tensor(cut_tokens(prompt, ids, limit, tower)) for prompt, ids in zip(prompts, rows, strict=True)]
+        return [
+            torch.tensor(cut_tokens(prompt, ids, limit, tower)) for prompt, ids in zip(prompts, id_rows, strict=True)
+        ]
 
     def encode_tokens(self, tokens: list[Tensor]) -> Tensor:
-        """(T, 512) projected text features."""
+        """Return the projected text embeddings, (T, text_width); the published width is 512."""
         device = self.clip.text_projection.weight.device
 
         def encode(ids: Tensor) -> tuple[Tensor]:
@@ -72,7 +74,7 @@ class CLIPSegTowers(Towers):
         return encode_by_length(tokens, encode)[0]
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the layers in `extract_layers`, (B, L, 768) each."""
+        """Return the outputs of the layers in `extract_layers`, (B, L, W) each; the published W is 768."""
         tower = self.clip.vision_model
         activations = []
         hidden = tower.pre_layrnorm(tower.embeddings(pixel_values, interpolate_pos_encoding=True))
@@ -83,13 +85,17 @@ class CLIPSegTowers(Towers):
         return tuple(activations)
 
     def save_files(self, folder: Path) -> None:
-        """The network's configuration and the tokenizer."""
+        """Write the network's configuration and the tokenizer."""
         self.config.save_pretrained(folder / _FOLDER)
         self.tokenizer.save_pretrained(folder / _FOLDER)
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder or hub id, as a CheckpointError where there is none."""
+    """Return the tokenizer of a folder or hub id.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -97,7 +103,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_towers(source: str, image_size: int) -> tuple[CLIPSegTowers, PromptDecoder]:
-    """CLIPSeg's pretrained towers, and its pretrained decoder."""
+    """Return CLIPSeg's pretrained towers and its pretrained decoder."""
     network = load_network(source)
     decoder = PromptDecoder(network.config)
     decoder.load_state_dict(network.decoder.state_dict())
@@ -105,33 +111,33 @@ def load_towers(source: str, image_size: int) -> tuple[CLIPSegTowers, PromptDeco
 
 
 def restore_towers(folder: Path, image_size: int) -> tuple[CLIPSegTowers, PromptDecoder]:
-    """Towers and decoder as a checkpoint directory describes them, weights still to be loaded."""
+    """Return the towers and the decoder of a checkpoint directory. The caller loads their weights afterwards."""
     config = CLIPSegConfig.from_pretrained(folder / _FOLDER)
     tokenizer = load_tokenizer(str(folder / _FOLDER))
     return CLIPSegTowers(config, CLIPSegModel(config), tokenizer, image_size), PromptDecoder(config)
 
 
 class CLIPSeg(VLSM):
-    """transformers' CLIPSeg, its steps taken apart.
+    """CLIPSeg from transformers, in the steps of `SegmentationModel`.
 
     Source: CLIPSeg, CVPR 2022, arXiv 2112.10003.
     """
 
     @classmethod
     def build(cls, options: CLIPSegOptions) -> Self:
-        """The network with pretrained weights.
+        """Build the network with pretrained weights.
 
         Raises:
-            CheckpointError: the source is neither a folder of a CLIPSeg model nor a hub id that can be reached.
+            CheckpointError: the source is neither a folder with a CLIPSeg model nor a hub id that can be reached.
         """
         return cls.assemble(options, *load_towers(options.source, options.image_size))
 
     @classmethod
     def restore(cls, options: CLIPSegOptions, folder: Path) -> Self:
-        """The architecture and tokenizer of a checkpoint directory."""
+        """Build the network from the architecture and tokenizer in a checkpoint directory."""
         return cls.assemble(options, *restore_towers(folder, options.image_size))
 
     @classmethod
     def assemble(cls, options: Any, towers: CLIPSegTowers, decoder: PromptDecoder) -> Self:
-        """The model of its parts."""
+        """Build the model from towers and a decoder."""
         return cls(options, towers, decoder)

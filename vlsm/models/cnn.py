@@ -1,4 +1,4 @@
-"""The CNN baselines: segmentation_models_pytorch's networks with any of its encoders. They see no text."""
+"""The CNN baselines: networks of segmentation_models_pytorch with any of its encoders. They ignore the prompt."""
 
 import difflib
 from dataclasses import replace
@@ -15,7 +15,7 @@ from vlsm.models.towers import LOAD_ERRORS, explain_source
 
 
 class CNN(ImageOnlyModel):
-    """An encoder-decoder; nothing in it depends on the prompt.
+    """An encoder-decoder network. Its logits do not depend on the prompt.
 
     Source: MedVLSM, MIDL 2024, arXiv 2308.07706; segmentation_models_pytorch.
     """
@@ -24,15 +24,15 @@ class CNN(ImageOnlyModel):
 
     @classmethod
     def build(cls, options: CNNOptions) -> Self:
-        """The network with pretrained encoder weights.
+        """Build the network with pretrained encoder weights.
 
         Raises:
-            CheckpointError: the encoder is unknown, or its weights cannot be loaded or do not fit.
+            CheckpointError: the encoder is unknown, or its weights cannot be loaded or do not fit the encoder.
         """
         weights = options.encoder_weights
         if weights is None or not weights.endswith(".safetensors"):
             network = _build_network(cls.architecture, options.encoder, weights)
-        elif options.encoder.startswith("tu-"):  # timm renames layers on the way into a feature extractor
+        elif options.encoder.startswith("tu-"):  # timm itself must load them: it renames layers
             network = _build_network(
                 cls.architecture, options.encoder, weights, pretrained_cfg_overlay={"file": weights}
             )
@@ -46,13 +46,13 @@ class CNN(ImageOnlyModel):
                 ) from error
         model = cls(options, network)
         if weights is not None and options.encoder.startswith("tu-"):
-            learned_with = network.encoder.model.pretrained_cfg
-            model.image_spec = replace(model.image_spec, mean=learned_with["mean"], std=learned_with["std"])
+            pretraining = network.encoder.model.pretrained_cfg
+            model.image_spec = replace(model.image_spec, mean=pretraining["mean"], std=pretraining["std"])
         return model
 
     @classmethod
     def restore(cls, options: CNNOptions, folder: Path) -> Self:
-        """The network; nothing but the options is needed."""
+        """Build the network from the options alone."""
         return cls(options, _build_network(cls.architecture, options.encoder, None))
 
 
@@ -60,11 +60,13 @@ def _build_network(architecture: str, encoder: str, weights: str | None, **optio
     known = smp.encoders.get_encoder_names()
     if encoder not in known and not encoder.startswith("tu-"):
         near = difflib.get_close_matches(encoder, known, n=3) or known
-        raise CheckpointError(f"unknown encoder {encoder!r}; did you mean {', '.join(near[:3])}? timm's are tu-NAME")
-    # timm's names tell the weights: tu-NAME.TAG
-    wanted = bool(weights) or None if encoder.startswith("tu-") else weights
+        raise CheckpointError(
+            f"unknown encoder {encoder!r}; did you mean {', '.join(near[:3])}? write a timm encoder as tu-NAME"
+        )
+    # a timm name, tu-NAME.TAG, already selects the weights; here True means pretrained and None untrained
+    encoder_weights = bool(weights) or None if encoder.startswith("tu-") else weights
     try:
-        return smp.create_model(architecture, encoder, wanted, **options)
+        return smp.create_model(architecture, encoder, encoder_weights, **options)
     except LOAD_ERRORS as error:
         raise CheckpointError(
             f"encoder {encoder!r} with weights {weights!r} cannot be built: {explain_source(error)}; "

@@ -1,4 +1,4 @@
-"""What every model is: the one contract that training and segmentation rely on."""
+"""The contract of every model. Training and segmentation use models only through it."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,131 +17,141 @@ Features = tuple[Tensor, ...]
 
 
 class SegmentationModel(nn.Module):
-    """Images and prompts to logits, in three steps, so that each is done once: per prompt, per image, per pair.
+    """A network that turns images and prompts into logits.
 
-    `forward` chains them. B images, T distinct prompts, S the model's side in pixels. The features of images and of
-    prompts are tuples of tensors with a row per image or prompt; how many and how wide is the model's own business.
+    It works in three steps, so that nothing is computed twice: `encode_prompts` once per prompt, `encode_images` once
+    per image, and `decode` once per pair. `forward` chains the three.
+
+    B is the number of images, T the number of distinct prompts, S the side of the model's input in pixels. Image
+    features and text features are tuples of tensors with one row per image or prompt. Each model chooses the number of
+    tensors and their widths.
     """
 
     options: Settings
     image_spec: ImageSpec
-    is_folded = False  # by `fold_batch_norms`, for inference only
-    threshold: ClassVar[float] = 0.5  # a probability: where the published model begins to call a pixel foreground
+    is_folded = False  # True after `fold_batch_norms`; the model then serves inference only
+    threshold: ClassVar[float] = 0.5  # probability at or above which the published model marks a pixel as foreground
 
     @classmethod
     @abstractmethod
     def build(cls, options: Any) -> Self:
-        """A model from its options, with pretrained weights where the options name a source of them."""
+        """Build a model from its options, with pretrained weights if the options name a source."""
 
     @classmethod
     @abstractmethod
     def restore(cls, options: Any, folder: Path) -> Self:
-        """The same architecture from a checkpoint directory, its weights still to be loaded."""
+        """Build the architecture of a checkpoint directory. The caller loads its weights afterwards."""
 
     @abstractmethod
     def save_files(self, folder: Path) -> None:
-        """Write what `restore` needs besides the options, such as tokenizer files."""
+        """Write the files that `restore` needs besides the options, such as tokenizer files."""
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Features:
-        """What prompts give to every image alike: tensors of T rows, from the model's own tokenizers and towers."""
+        """Return the text features, tensors of T rows each. They do not depend on the image."""
 
     def encode_towers(self, pixel_values: Tensor) -> Features:
-        """What the pretrained image towers make of the images: the part of `encode_images` that stays while they do."""
+        """Return the activations of the pretrained image towers. They stay the same while the towers are frozen."""
         return ()
 
     @abstractmethod
     def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
-        """What the images give to every prompt alike: tensors of B rows each, from pixel_values (B, 3, S, S).
+        """Return the image features, tensors of B rows each. They do not depend on the prompt.
 
-        `activations` are those of `encode_towers` where they were kept; they are computed otherwise.
+        Args:
+            pixel_values: (B, 3, S, S) float, normalised by `image_spec`.
+            activations: stored results of `encode_towers` for these images; None computes them.
         """
 
     @abstractmethod
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
-        """Logits (B, 1, S, S) from B rows of image features and as many of text features."""
+        """Return logits (B, 1, S, S) for B rows of image features and B rows of text features."""
 
     def forward(
         self, pixel_values: Tensor, prompts: Sequence[str] | Features, activations: Features | None = None
     ) -> Tensor:
-        """Logits (B, 1, S, S) of B images, each with its own prompt.
+        """Return logits (B, 1, S, S) of B images with one prompt each.
 
         Args:
             pixel_values: (B, 3, S, S) float, normalised by `image_spec`.
-            prompts: B texts, each distinct one encoded once, or B rows of what `encode_prompts` made of them.
-            activations: what `encode_towers` made of the images, where it was kept.
+            prompts: B texts (each distinct text is encoded once), or text features with B rows.
+            activations: stored results of `encode_towers` for these images; None computes them.
 
         Raises:
-            ValueError: there is not one prompt per image.
+            ValueError: the number of prompts differs from the number of images.
         """
         is_encoded = isinstance(prompts, tuple) and len(prompts) > 0 and isinstance(prompts[0], Tensor)
-        count = 1 if isinstance(prompts, str) else len(prompts[0]) if is_encoded else len(prompts)
-        if isinstance(prompts, str) or count != len(pixel_values):
-            raise ValueError(f"{len(pixel_values)} images but {count} prompts; give a list with one prompt per image")
+        num_prompts = 1 if isinstance(prompts, str) else len(prompts[0]) if is_encoded else len(prompts)
+        if isinstance(prompts, str) or num_prompts != len(pixel_values):
+            raise ValueError(
+                f"{len(pixel_values)} images but {num_prompts} prompts; give a list with one prompt per image"
+            )
         if not is_encoded:
             texts = cast(Sequence[str], prompts)
             distinct = list(dict.fromkeys(texts))
-            rows = torch.tensor([distinct.index(prompt) for prompt in texts], device=self.device)
-            prompts = tuple(part[rows] for part in self.encode_prompts(distinct))
+            text_rows = torch.tensor([distinct.index(prompt) for prompt in texts], device=self.device)
+            prompts = tuple(features[text_rows] for features in self.encode_prompts(distinct))
         return self.decode(self.encode_images(pixel_values, activations), cast(Features, prompts))
 
     def set_trainable(self, trainable: Trainable = "decoder", lora_rank: int = 8) -> Self:
-        """Choose what learns; everything outside the pretrained towers always does.
+        """Choose which towers learn, and return the model. All parameters outside the towers always learn.
 
         Args:
-            trainable: "decoder", the towers stay as published, without gradient and in eval mode; "lora", low-rank
-                adapters in the image towers' attention learn too; "all", the towers learn as well.
-            lora_rank: of the adapters.
+            trainable: "decoder" freezes the towers: no gradients, eval mode. "lora" also trains low-rank adapters in
+                the attention of the image towers. "all" also trains the towers.
+            lora_rank: rank of the adapters.
 
         Raises:
-            CheckpointError: lora for a model without towers, or none of the three.
+            CheckpointError: trainable is none of the three, or is lora and the model has no towers.
         """
         if trainable not in get_args(Trainable):
             raise CheckpointError(f"trainable is {trainable!r}; it must be decoder, lora or all")
         if trainable == "lora" and not self._towers:
-            raise CheckpointError(f"{type(self).__name__} has no pretrained towers that lora could adapt")
+            raise CheckpointError(
+                f"{type(self).__name__} has no pretrained towers that lora could adapt; use trainable decoder"
+            )
         for towers in self._towers:
             towers.set_trainable(trainable, lora_rank)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, in which frozen towers stay in eval mode.
+        """Set training mode (frozen towers stay in eval mode) or eval mode, and return the model.
 
         Raises:
-            CheckpointError: the batch norms are folded, so that the model could not learn what they did.
+            CheckpointError: the batch norms are folded; a folded model cannot be trained.
         """
         if mode and self.is_folded:
             raise CheckpointError(
-                "a Segmenter has folded the model's batch norms; load the checkpoint anew to train it"
+                "a Segmenter has folded the model's batch norms; load the checkpoint again to train the model"
             )
         return super().train(mode)
 
     @property
     def has_frozen_towers(self) -> bool:
-        """Whether there are towers and all stay as they are, so that what they make of an image can be kept."""
+        """Whether the model has towers and all of them are frozen, so that their activations can be stored."""
         return bool(self._towers) and all(towers.trainable == "decoder" for towers in self._towers)
 
     @property
     def learns_text(self) -> bool:
-        """Whether text features change from step to step, so that prompts are to be encoded anew."""
+        """Whether text features change during training, so that prompts must be encoded at every step."""
         return any(towers.trainable == "all" for towers in self._towers)
 
     @property
     def _towers(self) -> list[Towers]:
-        return [part for part in self.modules() if isinstance(part, Towers)]
+        return [module for module in self.modules() if isinstance(module, Towers)]
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
 
 class ImageOnlyModel(SegmentationModel):
-    """A network that sees no text: every prompt gets the same logits, and the image goes through it once.
+    """A network that ignores the prompt: every prompt gets the same logits, and each image is computed once.
 
     Args:
-        options: all that there is to say about it.
-        network: pixel_values (B, 3, S, S) to logits (B, 1, S, S).
+        options: the complete description of the network.
+        network: maps pixel_values (B, 3, S, S) to logits (B, 1, S, S).
     """
 
     def __init__(self, options: Any, network: nn.Module) -> None:
@@ -151,16 +161,16 @@ class ImageOnlyModel(SegmentationModel):
         self.network = network
 
     def save_files(self, folder: Path) -> None:
-        """Nothing to write: the options say it all."""
+        """Write nothing: the options describe the network completely."""
 
     def encode_prompts(self, prompts: list[str]) -> Features:
-        """(T, 0): no text enters."""
+        """Return empty text features, (T, 0)."""
         return (torch.zeros(len(prompts), 0, device=self.device),)
 
     def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
-        """The whole network: logits (B, 1, S, S)."""
+        """Return the logits (B, 1, S, S) of the whole network as image features."""
         return (self.network(pixel_values),)
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
-        """The logits of `encode_images`, whatever the prompt."""
+        """Return the logits of `encode_images`, the same for every prompt."""
         return image_features[0]

@@ -1,4 +1,4 @@
-"""What each model of the table costs: parameters, operations per image and per prompt."""
+"""The cost of each model in the table: parameters, and operations per image and per prompt."""
 
 import tempfile
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from vlsm.models.decoder import PromptDecoder, initialize_decoder
 from vlsm.models.towers import Towers
 from vlsm.models.untrained import write_biomedclip, write_clip_resnet, write_clipseg, write_open_clip
 
-_EXAMPLE = "ViT-B-16"  # for openclip_seg, which has no tower of its own
+_EXAMPLE = "ViT-B-16"  # for openclip_seg, which has no default tower
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one model at its published size.
+    """The cost of one model at its published size.
 
     Attributes:
-        name: as in MODELS.
-        num_parameters: all of them; what no output depends on is not there.
-        num_trainable: with `trainable: decoder`.
+        name: a key of MODELS.
+        num_parameters: all parameters; models do not build parts that no output depends on.
+        num_trainable: parameters that learn with `trainable: decoder`.
         image_size: side of the input in pixels.
-        image_gflop: an image with its first prompt, that prompt's text features at hand; 10^9 operations, a
-            multiplication and an addition counted apart.
-        prompt_gflop: each further prompt of the same image.
-        source: where pretrained weights come from by default.
+        image_gflop: 10^9 operations for an image with its first prompt, without the text tower. A multiplication and
+            an addition count as two operations.
+        prompt_gflop: 10^9 operations for each further prompt of the same image, without the text tower.
+        source: default source of pretrained weights.
     """
 
     name: str
@@ -43,23 +43,23 @@ class Cost:
 
 
 def measure_costs() -> list[Cost]:
-    """The costs of every model, counted on networks without memory; needs no network and no weights."""
+    """Return the costs of every model. They are counted on torch's meta device, without weights or downloads."""
     return [measure_cost(name) for name in MODELS]
 
 
 def measure_cost(name: str) -> Cost:
-    """Those of one model."""
+    """Return the cost of one model."""
     with tempfile.TemporaryDirectory() as folder:
         return _measure(name, build_architecture(name, Path(folder)))
 
 
 def build_architecture(name: str, folder: Path, device: str = "meta") -> SegmentationModel:
-    """A model at its published size, with random weights, in eval mode.
+    """Build a model at its published size, with random weights, in eval mode.
 
     Args:
-        name: as in MODELS.
-        folder: for the files that describe the towers.
-        device: "meta" for parameters without memory.
+        name: a key of MODELS.
+        folder: receives the files that describe the towers.
+        device: torch device; "meta" allocates no memory for parameters.
     """
     towers = folder / name
     write_clipseg(towers / "clipseg", weights=False)
@@ -72,39 +72,39 @@ def build_architecture(name: str, folder: Path, device: str = "meta") -> Segment
     options = parse_options(name, {"source": _EXAMPLE} if name == "openclip_seg" else {})
     with torch.device(device):
         model = find_model(name).restore(options, towers).set_trainable("decoder").eval()
-        for part in model.modules():
-            if isinstance(part, PromptDecoder):
-                initialize_decoder(part)
+        for module in model.modules():
+            if isinstance(module, PromptDecoder):
+                initialize_decoder(module)
     return model
 
 
 def _measure(name: str, model: SegmentationModel) -> Cost:
     size = model.image_spec.size
     with torch.no_grad():
-        with FlopCounterMode(display=False) as image:
+        with FlopCounterMode(display=False) as image_counter:
             features = model.encode_images(torch.empty(1, 3, size, size, device="meta"))
-        with FlopCounterMode(display=False) as prompt:
+        with FlopCounterMode(display=False) as prompt_counter:
             model.decode(features, _text_features(model))
     parameters = list(model.parameters())
     sources = [
         str(value) for key, value in model.options.model_dump().items() if key.endswith(("source", "weights")) and value
     ]
     if name == "openclip_seg":
-        sources = [f"any of open_clip; here {_EXAMPLE}"]
+        sources = [f"any open_clip source; this row is {_EXAMPLE}"]
     return Cost(
         name,
         sum(parameter.numel() for parameter in parameters),
         sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         size,
-        (image.get_total_flops() + prompt.get_total_flops()) / 1e9,
-        prompt.get_total_flops() / 1e9,
+        (image_counter.get_total_flops() + prompt_counter.get_total_flops()) / 1e9,
+        prompt_counter.get_total_flops() / 1e9,
         ", ".join(sources) or "untrained",
     )
 
 
 def _text_features(model: SegmentationModel) -> Features:
-    """Those of one prompt, by their shapes: transformers' text towers look at values, and there are none here."""
-    widths = [part.text_width for part in model.modules() if isinstance(part, Towers)] or [0]
+    """Return text features of one prompt, by shape alone: transformers' text towers fail without values, as on meta."""
+    widths = [module.text_width for module in model.modules() if isinstance(module, Towers)] or [0]
     features = tuple(torch.empty(1, width, device="meta") for width in widths)
     if not isinstance(model, CRIS):
         return features
