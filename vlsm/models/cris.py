@@ -1,4 +1,4 @@
-"""CRIS: CLIP's ResNet, a neck that lets the sentence in, a decoder over the words, and a convolution made of text."""
+"""CRIS: CLIP's ResNet, a neck that adds the sentence, a decoder over the words, a projector with text-made kernels."""
 
 import math
 from pathlib import Path
@@ -23,15 +23,15 @@ class ResNetTowers(OpenCLIPTowers):
 
     @property
     def channels(self) -> tuple[int, int, int, int]:
-        """Of what `encode_images` gives."""
+        """Channels of each map that `encode_images` returns."""
         layers = self.visual.layer2, self.visual.layer3, self.visual.layer4
         third, fourth, last = (layer[-1].bn3.num_features for layer in layers)
         return third, fourth, self.visual.attnpool.c_proj.out_features, last
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Maps at an eighth, a sixteenth and a thirty-second of S, the third pooled by attention; and it unpooled.
+        """Return four maps (B, C, H, W): at S / 8, at S / 16, at S / 32 after attention pooling, at S / 32 before it.
 
-        CLIP's attention pool gives one vector; here every position asks, as the mean does there.
+        CLIP's attention pool returns one vector: its only query is the mean. Here every position is a query.
         """
         third, fourth, last = self.visual.forward_intermediates(
             pixel_values, indices=[2, 3, 4], intermediates_only=True
@@ -41,7 +41,7 @@ class ResNetTowers(OpenCLIPTowers):
     def _attend(self, x: Tensor) -> Tensor:
         pool = self.visual.attnpool
         height, width = x.shape[2:]
-        learned = pool.positional_embedding[1:]  # the first belongs to the mean
+        learned = pool.positional_embedding[1:]  # the first position belongs to the mean
         side = math.isqrt(len(learned))
         positions = functional.interpolate(
             learned.T.unflatten(1, (side, side))[None], (height, width), mode="bicubic", align_corners=False
@@ -73,7 +73,7 @@ def _double(x: Tensor) -> Tensor:
 
 
 class _Neck(nn.Module):
-    """Three feature levels, the deepest multiplied with the sentence, gathered at a sixteenth of S."""
+    """The neck: it multiplies the deepest of three feature levels with the sentence and joins all three at S / 16."""
 
     def __init__(self, channels: tuple[int, int, int, int], text_width: int, width: int) -> None:
         super().__init__()
@@ -90,13 +90,13 @@ class _Neck(nn.Module):
         self.locate = nn.Sequential(_conv(width + 2, width, 3), _conv(width, width, 3))
 
     def project(self, maps: Features) -> Features:
-        """The part that no prompt changes."""
+        """Return the three projected levels, which do not depend on the prompt."""
         third, fourth, pooled, last = maps
         level5 = self.project5(torch.relu(pooled + self.residual(last)))
         return functional.avg_pool2d(self.project3(third), 2), self.project4(fourth), level5
 
     def forward(self, projected: Features, sentences: Tensor) -> Tensor:
-        """(B, width, S / 16, S / 16) from `project` and sentence embeddings (B, text_width)."""
+        """Return (B, width, S / 16, S / 16) from the levels of `project` and sentence embeddings (B, text_width)."""
         level3, level4, level5 = projected
         level5 = self.norm5(level5 * self.text(sentences)[:, :, None, None])
         level4 = self.merge4(torch.cat([level4, _double(level5)], dim=1))
@@ -104,12 +104,12 @@ class _Neck(nn.Module):
         queries = [self.query3(level3), self.query4(level4), _double(self.query5(level5))]
         gathered = self.gather(torch.cat(queries, dim=1))
         side = torch.linspace(-1, 1, gathered.shape[-1], device=gathered.device, dtype=gathered.dtype)
-        places = torch.stack(torch.meshgrid(side, side, indexing="xy")).expand(len(gathered), -1, -1, -1)
-        return self.locate(torch.cat([gathered, places], dim=1))
+        coordinates = torch.stack(torch.meshgrid(side, side, indexing="xy")).expand(len(gathered), -1, -1, -1)
+        return self.locate(torch.cat([gathered, coordinates], dim=1))
 
 
 class _DecoderLayer(nn.Module):
-    """Pixels attend pixels, then words; each block normalised before and after, as published."""
+    """Self-attention of pixels, then attention to words; each block has a norm before and after it, as published."""
 
     def __init__(self, width: int, words_width: int, dropout: float) -> None:
         super().__init__()
@@ -125,20 +125,23 @@ class _DecoderLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, pixels: Tensor, places: Tensor, words: Tensor, order: Tensor, padding: Tensor) -> Tensor:
-        """(B, N, width) pixels, which have looked at each other and at the words (B, L, D) that are no padding."""
+    def forward(
+        self, pixels: Tensor, pixel_positions: Tensor, words: Tensor, word_positions: Tensor, padding: Tensor
+    ) -> Tensor:
+        """Return pixels (B, N, width) that have attended to each other and to the words (B, L, D), except padding."""
         normed = self.norms[0](pixels)
-        asking = normed + places
-        found, _ = self.self_attention(asking, asking, normed, need_weights=False)
-        pixels = pixels + self.dropout(self.after[0](found))
-        asking = self.norms[1](pixels) + places
-        found, _ = self.cross_attention(asking, words + order, words, key_padding_mask=padding, need_weights=False)
-        pixels = pixels + self.dropout(self.after[1](found))
+        queries = normed + pixel_positions
+        attended, _ = self.self_attention(queries, queries, normed, need_weights=False)
+        pixels = pixels + self.dropout(self.after[0](attended))
+        queries = self.norms[1](pixels) + pixel_positions
+        keys = words + word_positions
+        attended, _ = self.cross_attention(queries, keys, words, key_padding_mask=padding, need_weights=False)
+        pixels = pixels + self.dropout(self.after[1](attended))
         return pixels + self.dropout(self.feed_forward(self.norms[2](pixels)))
 
 
 class _Projector(nn.Module):
-    """Pixels at a quarter of S, convolved with a kernel that a linear layer makes of the sentence."""
+    """A convolution of pixels at S / 4 with one kernel per sentence, which a linear layer computes."""
 
     def __init__(self, width: int, text_width: int) -> None:
         super().__init__()
@@ -147,23 +150,23 @@ class _Projector(nn.Module):
         self.text = nn.Linear(text_width, width // 2 * 9 + 1)
 
     def forward(self, pixels: Tensor, sentences: Tensor) -> Tensor:
-        """Logits (B, 1, S / 4, S / 4)."""
+        """Return logits (B, 1, S / 4, S / 4)."""
         for grow in self.grow:
             pixels = grow(_double(pixels))
         pixels = self.last(pixels)
         batch, channels = pixels.shape[:2]
         kernels = self.text(sentences)
         weight, bias = kernels[:, :-1].reshape(batch, channels, 3, 3), kernels[:, -1]
-        # one group per image: each has its own kernel
+        # one group per image, because each image has a different kernel
         logits = functional.conv2d(pixels.reshape(1, -1, *pixels.shape[2:]), weight, bias, padding=1, groups=batch)
         return logits.transpose(0, 1)
 
 
 class CRIS(SegmentationModel):
-    """CLIP's ResNet-50 towers, multi-modal neck, vision-language decoder, text-to-pixel projector.
+    """CLIP's ResNet-50 towers, a multi-modal neck, a vision-language decoder, and a text-to-pixel projector.
 
-    Its own threshold is 0.35. Padding gets no attention: the tokenizer tells it from words, where the public code takes
-    every id 0 for padding, which is an exclamation mark as well.
+    The published threshold is 0.35. The decoder does not attend to padding, which the tokenizer determines. The public
+    code treats every id 0 as padding, but id 0 is also an exclamation mark.
 
     Source: CRIS, CVPR 2022, arXiv 2111.15174.
     """
@@ -184,24 +187,24 @@ class CRIS(SegmentationModel):
 
     @classmethod
     def build(cls, options: CRISOptions) -> Self:
-        """CLIP's pretrained towers; the rest untrained.
+        """Build the model with CLIP's pretrained towers; all other parts are untrained.
 
         Raises:
-            CheckpointError: the source cannot be loaded, or is not CLIP with a ResNet.
+            CheckpointError: the source cannot be loaded, or its image tower is not CLIP's ResNet.
         """
         return cls(options, ResNetTowers.build(options.source, None))
 
     @classmethod
     def restore(cls, options: CRISOptions, folder: Path) -> Self:
-        """The architecture and tokenizer of a checkpoint directory."""
+        """Build the model from the architecture and tokenizer in a checkpoint directory."""
         return cls(options, ResNetTowers.restore(folder, None))
 
     def save_files(self, folder: Path) -> None:
-        """open_clip's configuration."""
+        """Write open_clip's configuration."""
         self.towers.save_files(folder)
 
     def encode_prompts(self, prompts: list[str]) -> Features:
-        """Sentence embeddings (T, D), word features (T, 77, 512), and which of those are padding (T, 77) bool."""
+        """Return sentence embeddings (T, D), word features (T, 77, 512), and a bool (T, 77) that is true at padding."""
         context = self.towers.tokenizer.context_length
 
         def encode(ids: Tensor) -> Features:
@@ -213,30 +216,30 @@ class CRIS(SegmentationModel):
         return encode_by_length(self.towers.tokenize(prompts), encode)
 
     def encode_towers(self, pixel_values: Tensor) -> Features:
-        """The tower's maps."""
+        """Return the maps of the image tower."""
         return self.towers.encode_images(pixel_values)
 
     def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
-        """The neck's three levels as they are before the sentence enters."""
+        """Return the neck's three levels before the sentence is added."""
         return self.neck.project(self.encode_towers(pixel_values) if activations is None else activations)
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
-        """Logits (B, 1, S, S); the projector's quarter size enlarged bilinearly."""
+        """Return logits (B, 1, S, S); the projector's logits are enlarged four times, bilinearly."""
         sentences, words, padding = text_features
         fused = self.neck(image_features, sentences)
         pixels = fused.flatten(2).transpose(1, 2)  # (B, N, width)
         height, width = fused.shape[2:]
-        places = _plane_encoding(pixels.shape[2], height, width, pixels.device).to(pixels)
-        order = _sine_encoding(words.shape[2], words.shape[1], pixels.device).to(pixels)
+        pixel_positions = _plane_encoding(pixels.shape[2], height, width, pixels.device).to(pixels)
+        word_positions = _sine_encoding(words.shape[2], words.shape[1], pixels.device).to(pixels)
         for layer in self.layers:
-            pixels = layer(pixels, places, words, order, padding)
+            pixels = layer(pixels, pixel_positions, words, word_positions, padding)
         logits = self.projector(self.norm(pixels).transpose(1, 2).unflatten(2, (height, width)), sentences)
         size = (self.image_spec.size, self.image_spec.size)
         return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 def _sine_encoding(width: int, length: int, device: torch.device) -> Tensor:
-    """(length, width): sines and cosines of positions, alternating.
+    """Return a position encoding (length, width) of alternating sines and cosines.
 
     Source: Attention Is All You Need, arXiv 1706.03762.
     """
@@ -246,7 +249,7 @@ def _sine_encoding(width: int, length: int, device: torch.device) -> Tensor:
 
 
 def _plane_encoding(width: int, height: int, columns: int, device: torch.device) -> Tensor:
-    """(height * columns, width): the first half of the channels tells the column, the second the row."""
+    """Return (height * columns, width): the first half of the channels encodes the column, the second half the row."""
     across = _sine_encoding(width // 2, columns, device)[None].expand(height, -1, -1)
     down = _sine_encoding(width // 2, height, device)[:, None].expand(-1, columns, -1)
     return torch.cat([across, down], dim=2).flatten(0, 1)

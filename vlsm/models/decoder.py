@@ -1,4 +1,4 @@
-"""CLIPSeg's decoder, transformers' own class, called in two steps: per image, and per image and prompt."""
+"""CLIPSeg's decoder from transformers, run in two steps: once per image, then once per image and prompt."""
 
 import torch
 from torch import Tensor, nn
@@ -8,25 +8,27 @@ from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoder
 from vlsm.errors import CheckpointError
 from vlsm.models.towers import LOAD_ERRORS, Towers, explain_source
 
-_PATCH = 16  # of the published decoder: it enlarges the patch grid sixteen times
+_PATCH = 16  # the published decoder enlarges the patch grid 16 times
 
 
 class PromptDecoder(CLIPSegDecoder):  # type: ignore[misc] # transformers has no types for mypy
-    """Activations of several layers, deepest first, through a light transformer that the text conditions.
+    """A light transformer over the activations of several layers, deepest first, conditioned by the text embedding.
 
     Source: CLIPSeg, CVPR 2022, arXiv 2112.10003.
     """
 
     def __init__(self, config: CLIPSegConfig) -> None:
-        config.vision_config._attn_implementation = "sdpa"  # it is chosen by whole models only, and this is a part
+        config.vision_config._attn_implementation = (
+            "sdpa"  # transformers sets it only for whole models, not for this part
+        )
         super().__init__(config)
 
     def reduce_activations(self, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The part that no prompt changes: each layer's (B, L, W) projected to (B, L, reduce_dim), deepest first."""
+        """Return activations (B, L, W) as (B, L, reduce_dim), deepest first. They do not depend on the prompt."""
         return tuple(reduce(activation) for reduce, activation in zip(self.reduces, reversed(activations), strict=True))
 
     def decode(self, reduced: tuple[Tensor, ...], text_embeddings: Tensor, num_prefix_tokens: int) -> Tensor:
-        """Logits (B, 1, 16 x grid, 16 x grid) from reduced activations and one text embedding per image."""
+        """Return logits (B, 1, 16 x grid, 16 x grid) from reduced activations and one text embedding per image."""
         hidden = torch.zeros_like(reduced[0])
         for index, (activation, layer) in enumerate(zip(reduced, self.layers, strict=True)):
             hidden = hidden + activation
@@ -40,10 +42,10 @@ class PromptDecoder(CLIPSegDecoder):  # type: ignore[misc] # transformers has no
 
 
 def build_decoder(towers: Towers) -> PromptDecoder:
-    """An untrained decoder that fits the towers; every other size is the published one.
+    """Build an untrained decoder that fits the towers; all other sizes are the published ones.
 
     Args:
-        towers: whose activations and text embeddings it takes.
+        towers: they provide the decoder's activations and text embeddings.
     """
     config = CLIPSegConfig(
         vision_config={"hidden_size": towers.image_width, "patch_size": _PATCH, "num_attention_heads": 1},
@@ -60,10 +62,10 @@ def build_decoder(towers: Towers) -> PromptDecoder:
 
 
 def initialize_decoder(decoder: nn.Module) -> None:
-    """Give a decoder torch's own initial weights.
+    """Set a decoder's weights to torch's default initial values.
 
-    transformers 5 draws those of every linear layer and convolution with a standard deviation of 1, so that logits
-    would begin in the hundreds.
+    transformers 5 initialises every linear layer and convolution with a standard deviation of 1. The first logits would
+    then be in the hundreds.
     """
     for module in decoder.modules():
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.ConvTranspose2d):
@@ -71,36 +73,37 @@ def initialize_decoder(decoder: nn.Module) -> None:
 
 
 def load_network(source: str) -> CLIPSegForImageSegmentation:
-    """CLIPSeg with pretrained weights, float32.
+    """Return CLIPSeg with pretrained weights, float32.
 
     Raises:
         CheckpointError: the source is neither a complete CLIPSeg folder nor a hub id that can be reached.
     """
     try:
-        # safetensors where there are any; else transformers reads a pickle with weights_only
+        # transformers prefers safetensors; without them it reads a pickle with weights_only
         network, report = CLIPSegForImageSegmentation.from_pretrained(source, output_loading_info=True)
     except LOAD_ERRORS as error:
         raise CheckpointError(f"CLIPSeg weights {source!r} cannot be loaded: {explain_source(error)}") from error
-    if report["missing_keys"]:  # transformers would go on with random ones
+    if report["missing_keys"]:  # transformers would continue with random weights
         missing = sorted(report["missing_keys"])
         raise CheckpointError(
-            f"CLIPSeg weights {source!r} lack {len(missing)} tensors, such as {', '.join(missing[:3])}; is it one?"
+            f"CLIPSeg weights {source!r} lack {len(missing)} tensors, such as {', '.join(missing[:3])}; "
+            "give a complete CLIPSeg model"
         )
     return network.float()
 
 
 def load_decoder(decoder: PromptDecoder, source: str) -> None:
-    """Put CLIPSeg's pretrained decoder into one that was built for other towers.
+    """Load CLIPSeg's pretrained weights into a decoder that was built for other towers.
 
     Raises:
-        CheckpointError: the source cannot be loaded, or its decoder has other sizes.
+        CheckpointError: the source cannot be loaded, or its decoder has different sizes.
     """
     weights = load_network(source).decoder.state_dict()
-    wrong = [
+    mismatches = [
         f"{key}: {tuple(weights[key].shape) if key in weights else 'none'} instead of {tuple(value.shape)}"
         for key, value in decoder.state_dict().items()
         if key not in weights or weights[key].shape != value.shape
     ]
-    if wrong:
-        raise CheckpointError(f"the decoder of {source!r} does not fit these towers: {'; '.join(wrong[:3])}")
+    if mismatches:
+        raise CheckpointError(f"the decoder of {source!r} does not fit these towers: {'; '.join(mismatches[:3])}")
     decoder.load_state_dict(weights)

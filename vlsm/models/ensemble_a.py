@@ -12,9 +12,9 @@ from vlsm.models.openclip_seg import BiomedCLIPSeg
 
 
 class EnsembleA(BiomedCLIPSeg):
-    """BiomedCLIPSeg with UNet-D, which takes a text-conditioned map of the first activation."""
+    """BiomedCLIPSeg with UNet-D; UNet-D receives a text-conditioned map of the first activation."""
 
     @classmethod
     def assemble(cls, options: Any, towers: OpenCLIPTowers, copies: int = 1) -> Self:
-        """The towers with an untrained decoder and CNN."""
+        """Build the ensemble from towers, with an untrained decoder and an untrained CNN."""
         return cls(options, towers, build_decoder(towers), FirstActivationUNetD(towers, options, copies))

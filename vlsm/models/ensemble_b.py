@@ -1,4 +1,4 @@
-"""The paper's ensemble B: CLIPSeg with UNet-D. It imports none of A's libraries, which take seconds.
+"""The paper's ensemble B: CLIPSeg with UNet-D. It does not import the libraries of A, which take seconds to load.
 
 Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
 """
@@ -11,9 +11,9 @@ from vlsm.models.fusion import AllActivationsUNetD
 
 
 class EnsembleB(CLIPSeg):
-    """CLIPSeg with UNet-D, which takes a text-conditioned map of all activations."""
+    """CLIPSeg with UNet-D; UNet-D receives a text-conditioned map of all activations."""
 
     @classmethod
     def assemble(cls, options: Any, towers: CLIPSegTowers, decoder: PromptDecoder, copies: int = 1) -> Self:
-        """Towers and decoder with an untrained CNN."""
+        """Build the ensemble from towers and a decoder, with an untrained CNN."""
         return cls(options, towers, decoder, AllActivationsUNetD(towers, options, copies))

@@ -1,4 +1,4 @@
-"""The paper's ensemble C: A (`ensemble_a`) and B (`ensemble_b`), stacked.
+"""The paper's ensemble C, which joins the ensembles A (`ensemble_a`) and B (`ensemble_b`).
 
 Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
 """
@@ -20,10 +20,10 @@ from vlsm.models.options import EnsembleCOptions
 
 
 class EnsembleC(SegmentationModel):
-    """A and B at one size, their logits joined; in both, the map enters the CNN twice.
+    """A and B at the same input size; a convolution joins their logits. In both, the map enters the CNN twice.
 
-    Each member sees the image normalised as its own tower wants it, and each text tower its own tokens. (The public
-    code feeds both with one normalisation, and CLIP with PubMedBERT's tokens.)
+    Each member receives the image with its tower's normalisation, and the prompt with its tower's tokens. The public
+    code differs: it uses one normalisation for both members, and PubMedBERT's tokens for CLIP.
     """
 
     def __init__(self, options: EnsembleCOptions, a: EnsembleA, b: EnsembleB) -> None:
@@ -35,7 +35,7 @@ class EnsembleC(SegmentationModel):
 
     @classmethod
     def build(cls, options: EnsembleCOptions) -> Self:
-        """Both members with pretrained towers.
+        """Build both members with pretrained towers.
 
         Raises:
             CheckpointError: a source cannot be loaded or does not fit.
@@ -48,7 +48,7 @@ class EnsembleC(SegmentationModel):
 
     @classmethod
     def restore(cls, options: EnsembleCOptions, folder: Path) -> Self:
-        """The architecture and tokenizers of a checkpoint directory."""
+        """Build both members from the architectures and tokenizers in a checkpoint directory."""
         towers = OpenCLIPTowers.restore(folder, options.image_size, options.taps)
         return cls._assemble(options, towers, *restore_towers(folder, options.image_size))
 
@@ -57,27 +57,29 @@ class EnsembleC(SegmentationModel):
         return cls(options, EnsembleA.assemble(options, towers, 2), EnsembleB.assemble(options, clip, decoder, 2))
 
     def save_files(self, folder: Path) -> None:
-        """Those of both members."""
+        """Write the files of both members."""
         self.a.save_files(folder)
         self.b.save_files(folder)
 
     def encode_prompts(self, prompts: list[str]) -> Features:
-        """A's text embeddings and B's, each from its own tokens."""
+        """Return the text embeddings of A and of B. Each member uses its own tokenizer."""
         return self.a.encode_prompts(prompts) + self.b.encode_prompts(prompts)
 
     def encode_towers(self, pixel_values: Tensor) -> Features:
-        """A's activations, then B's."""
+        """Return the activations of A, then those of B."""
         return self.a.encode_towers(pixel_values) + self.b.encode_towers(self._normalized_for_b(pixel_values))
 
     def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
-        """A's features, then B's."""
+        """Return the image features of A, then those of B."""
         split = len(self.a.towers.taps)
-        for_a, for_b = (None, None) if activations is None else (activations[:split], activations[split:])
+        activations_a, activations_b = (
+            (None, None) if activations is None else (activations[:split], activations[split:])
+        )
         pixels_b = self._normalized_for_b(pixel_values)
-        return self.a.encode_images(pixel_values, for_a) + self.b.encode_images(pixels_b, for_b)
+        return self.a.encode_images(pixel_values, activations_a) + self.b.encode_images(pixels_b, activations_b)
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
-        """The joined logits (B, 1, S, S)."""
+        """Return the joined logits (B, 1, S, S)."""
         split = self.a.num_features
         logits_a = self.a.decode(image_features[:split], text_features[:1])
         logits_b = self.b.decode(image_features[split:], text_features[1:])
@@ -88,7 +90,7 @@ class EnsembleC(SegmentationModel):
 
 
 def renormalize(pixel_values: Tensor, current: ImageSpec, wanted: ImageSpec) -> Tensor:
-    """Normalised images (B, 3, S, S), normalised by other statistics."""
+    """Return normalised images (B, 3, S, S) with the mean and std of `wanted` instead of `current`."""
     if (current.mean, current.std) == (wanted.mean, wanted.std):
         return pixel_values
 

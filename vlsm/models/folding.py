@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them: the same logits with fewer passes over memory."""
+"""Folds batch norms into the convolutions before them: the same logits with fewer passes over memory."""
 
 from typing import cast
 
@@ -11,23 +11,24 @@ from vlsm.models.unet_d import UpBlock
 
 
 def fold_batch_norms(model: SegmentationModel) -> None:
-    """Fold in place and leave the model in eval mode, for good: the model can no longer be trained or saved.
+    """Fold batch norms in place and leave the model in eval mode. Afterwards it cannot be trained or saved.
 
-    A norm is folded into the convolution that stands directly before it among the children of one module, has its
-    channels, and was seen to hand it its output. UNet-D
-    applies one convolution twice before the norm; there the second application gets its own, folded weights.
+    A norm is folded into a convolution if three conditions hold: both are children of one module and the convolution
+    directly precedes the norm; both have the same number of channels; in one forward pass, the output of the
+    convolution was the input of the norm. UNet-D applies one convolution twice before the norm; there only the second
+    application gets the folded weights.
     """
     if model.is_folded:
         return
     model.eval()
-    follows = _find_pairs(model)
+    pairs = _find_pairs(model)
     for module in list(model.modules()):
         if isinstance(module, UpBlock):
             module.fold()
         previous: tuple[str, nn.Module] | None = None
-        tapped = getattr(module, "return_layers", {})  # timm hands out what these children give: they stay as they are
+        tapped = getattr(module, "return_layers", {})  # timm returns the outputs of these children: never fold them
         for name, child in list(module.named_children()):
-            if previous and previous[0] not in tapped and (previous[1], child) in follows:
+            if previous and previous[0] not in tapped and (previous[1], child) in pairs:
                 conv, norm = cast(nn.Conv2d, previous[1]), cast(nn.BatchNorm2d, child)
                 setattr(module, previous[0], fuse_conv_bn_eval(conv, norm))
                 setattr(module, name, nn.Identity())
@@ -37,23 +38,24 @@ def fold_batch_norms(model: SegmentationModel) -> None:
 
 @torch.no_grad()
 def _find_pairs(model: SegmentationModel) -> set[tuple[nn.Module, nn.Module]]:
-    """Convolutions and the norms that take just what they give, seen in one forward pass.
+    """Return pairs of a convolution and a norm whose input is the convolution's output in one forward pass.
 
-    Order among children is not enough: timm's RepVit sums several convolutions before the norm that stands behind one.
+    The order of children is not enough: timm's RepVit sums several convolutions before the norm that follows one of
+    them.
     """
-    given: dict[int, tuple[nn.Module, torch.Tensor]] = {}
+    conv_outputs: dict[int, tuple[nn.Module, torch.Tensor]] = {}
     pairs: set[tuple[nn.Module, nn.Module]] = set()
 
-    def give(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        given[id(output)] = (module, output)  # kept alive, so that no other tensor has its id
+    def record_output(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        conv_outputs[id(output)] = (module, output)  # keeps the tensor alive, so that no other tensor gets its id
 
-    def take(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        conv, _ = given.get(id(inputs[0]), (None, None))
+    def match_input(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        conv, _ = conv_outputs.get(id(inputs[0]), (None, None))
         if conv is not None and _fits(conv, module):
             pairs.add((conv, module))
 
-    hooks = [m.register_forward_hook(give) for m in model.modules() if type(m) is nn.Conv2d]
-    hooks += [m.register_forward_pre_hook(take) for m in model.modules() if type(m) is nn.BatchNorm2d]
+    hooks = [m.register_forward_hook(record_output) for m in model.modules() if type(m) is nn.Conv2d]
+    hooks += [m.register_forward_pre_hook(match_input) for m in model.modules() if type(m) is nn.BatchNorm2d]
     size = model.image_spec.size
     try:
         model(torch.zeros(1, 3, size, size, device=model.device), [""])

@@ -1,4 +1,4 @@
-"""What VLSM-Ensemble adds to a vision-language model: UNet-D, fed with its features, its logits joined with theirs.
+"""The CNN that VLSM-Ensemble adds to a VLSM: UNet-D receives features of the VLSM, and their logits are joined.
 
 Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
 """
@@ -17,15 +17,15 @@ _CHANNELS = 128
 
 
 class FusedUNetD(nn.Module):
-    """UNet-D whose bottleneck takes a map of text-conditioned tower features, and whose logits join the VLSM's.
+    """UNet-D with a map of text-conditioned tower features in its bottleneck, and logits joined with the VLSM's logits.
 
     Args:
-        towers: of the VLSM.
+        towers: the VLSM's towers.
         settings: width and dropout of the CNN.
-        copies: how often the map enters the bottleneck; the paper's C lets it in twice.
+        copies: how many times the map enters the bottleneck; 2 in the paper's ensemble C.
     """
 
-    num_reduced: int  # tensors that `reduce_activations` gives
+    num_reduced: int  # tensors that `reduce_activations` returns
 
     def __init__(self, towers: Towers, settings: UNetDSettings, copies: int = 1) -> None:
         super().__init__()
@@ -40,31 +40,31 @@ class FusedUNetD(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Tensors that `encode_images` gives."""
+        """Number of tensors that `encode_images` returns."""
         return self.num_reduced + len(self.unet.down)
 
     @abstractmethod
     def reduce_activations(self, activations: tuple[Tensor, ...]) -> Features:
-        """The part of the map that no prompt changes, (B, L, 128) each."""
+        """Return the activations at width 128, (B, L, 128) each. They do not depend on the prompt."""
 
     @abstractmethod
     def fuse(self, reduced: Features, text_embeddings: Tensor) -> Tensor:
-        """The tokens of the map, (B, L, 128)."""
+        """Return the tokens of the map, (B, L, 128), conditioned by the text."""
 
     @abstractmethod
     def side_logits(self, fused: Tensor, vlsm_logits: Tensor) -> Tensor:
-        """What joins the CNN's logits first, (B, 1, S, S)."""
+        """Return the logits that are joined with the CNN's logits first, (B, 1, S, S)."""
 
     def encode_images(self, activations: tuple[Tensor, ...], pixel_values: Tensor) -> Features:
-        """The reduced activations, and what the CNN's encoder gives."""
+        """Return the reduced activations, then the features of the CNN's encoder."""
         return self.reduce_activations(activations) + self.unet.encode(pixel_values)
 
     def decode(self, features: Features, text_embeddings: Tensor, vlsm_logits: Tensor) -> Tensor:
-        """The ensemble's logits (B, 1, S, S)."""
+        """Return the ensemble's logits (B, 1, S, S)."""
         reduced, encoded = features[: self.num_reduced], features[self.num_reduced :]
         tokens = self.fuse(reduced, text_embeddings)
         fused = self.drop_prefix(tokens.transpose(1, 2)).unflatten(2, (self.grid, self.grid))  # (B, 128, grid, grid)
-        if fused.shape[2:] != encoded[0].shape[2:]:  # patches that are not of 16 pixels
+        if fused.shape[2:] != encoded[0].shape[2:]:  # the patch side is not 16 pixels
             fused = nn.functional.interpolate(fused, size=encoded[0].shape[2:], mode="bilinear", align_corners=False)
         cnn_logits = self.unet.decode(encoded, torch.cat([fused] * self.copies, dim=1))
         side = self.side_logits(fused, vlsm_logits)
@@ -75,7 +75,7 @@ class FusedUNetD(nn.Module):
 
 
 class FirstActivationUNetD(FusedUNetD):
-    """As in A: the map comes from the shallowest activation alone, and gives logits of its own."""
+    """The CNN of ensemble A: the map comes from the shallowest activation only, and the side logits from the map."""
 
     def __init__(self, towers: Towers, settings: UNetDSettings, copies: int = 1) -> None:
         super().__init__(towers, settings, copies)
@@ -90,22 +90,22 @@ class FirstActivationUNetD(FusedUNetD):
         )
 
     def reduce_activations(self, activations: tuple[Tensor, ...]) -> Features:
-        """The shallowest activation at width 128."""
+        """Return the shallowest activation at width 128."""
         return (self.reduce(activations[0]),)
 
     def fuse(self, reduced: Features, text_embeddings: Tensor) -> Tensor:
-        """Scaled and shifted by the text."""
+        """Return the activation, scaled and shifted by the text."""
         return self._film(reduced[0], text_embeddings)
 
     def side_logits(self, fused: Tensor, vlsm_logits: Tensor) -> Tensor:
-        """From the map."""
+        """Return logits that are computed from the map."""
         return self.side(fused)
 
 
 class AllActivationsUNetD(FusedUNetD):
-    """As in B: like CLIPSeg's decoder at width 128, over the tokens of one image.
+    """The CNN of ensemble B: the map comes from a decoder like CLIPSeg's, with width 128, over the tokens of one image.
 
-    The public code attends across the batch instead, so that its map of an image depends on the batch mates.
+    The public code attends across the batch instead, so its map of an image depends on the other images of the batch.
     """
 
     def __init__(self, towers: Towers, settings: UNetDSettings, copies: int = 1) -> None:
@@ -117,16 +117,16 @@ class AllActivationsUNetD(FusedUNetD):
         )
 
     def reduce_activations(self, activations: tuple[Tensor, ...]) -> Features:
-        """All of them at width 128, deepest first."""
-        return tuple(reduce(found) for reduce, found in zip(self.reduces, reversed(activations), strict=True))
+        """Return all activations at width 128, deepest first."""
+        return tuple(reduce(activation) for reduce, activation in zip(self.reduces, reversed(activations), strict=True))
 
     def fuse(self, reduced: Features, text_embeddings: Tensor) -> Tensor:
-        """Their running sum, conditioned at the first, through an encoder layer each."""
+        """Return the tokens after one encoder layer per activation. The text conditions the first activation."""
         hidden = self.layers[0](self._film(reduced[0], text_embeddings))
         for activation, layer in zip(reduced[1:], self.layers[1:], strict=True):
             hidden = layer(activation + hidden)
         return hidden
 
     def side_logits(self, fused: Tensor, vlsm_logits: Tensor) -> Tensor:
-        """The VLSM's own."""
+        """Return the VLSM's logits."""
         return vlsm_logits
