@@ -220,7 +220,7 @@ def test_vision_transformers_of_open_clip_are_understood(name, taps):
 
 
 def test_an_image_tower_without_tokens_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="ModifiedResNet is no vision transformer"):
+    with pytest.raises(CheckpointError, match="ModifiedResNet is not a vision transformer"):
         vlsm.build_model("openclip_seg", source=str(save_tiny_clip_resnet(tmp_path)))
 
 
@@ -242,7 +242,7 @@ def test_weights_that_are_nowhere_are_one_sentence(source, reason):
 
 
 def test_a_folder_of_something_else_is_one_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be loaded: there is no open_clip_config.json in it"):
+    with pytest.raises(CheckpointError, match="cannot be loaded: the folder has no open_clip_config.json"):
         vlsm.build_model("openclip_seg", source=str(tmp_path))
 
 
@@ -270,11 +270,11 @@ def test_weights_that_do_not_fit_their_configuration_are_named(open_clip, tmp_pa
 
 def test_taps_beyond_the_last_block_are_refused(open_clip):
     with pytest.raises(
-        CheckpointError, match=r"taps are \[1, 9\]; they must rise, and the image tower has blocks 0 to 3"
+        CheckpointError, match=r"taps are \[1, 9\]; they must increase, and the image tower has blocks 0 to 3"
     ):
         vlsm.build_model("openclip_seg", source=str(open_clip), taps=[1, 9])
     for taps in ([1, 1, 2], [2, 1]):
-        with pytest.raises(CheckpointError, match="they must rise"):
+        with pytest.raises(CheckpointError, match="they must increase"):
             vlsm.build_model("openclip_seg", source=str(open_clip), taps=taps)
 
 

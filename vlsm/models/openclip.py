@@ -1,4 +1,4 @@
-"""Towers from open_clip: any of its text towers, and any image tower that is a vision transformer."""
+"""Towers from open_clip: any text tower, and any image tower that is a vision transformer."""
 
 import json
 from pathlib import Path
@@ -25,17 +25,17 @@ _FOLDER = "openclip"
 
 
 class OpenCLIPTowers(Towers):
-    """The image and text tower of an open_clip model; the image tower only as deep as its last tapped block.
+    """The image tower and the text tower of an open_clip model. The image tower ends at its last tapped block.
 
     Args:
-        model: an open_clip model with a text tower of its own (CustomTextCLIP).
-        config: what open_clip_config.json holds.
-        tokenizer: open_clip's.
-        taps: 0-based indices of image-tower blocks whose outputs are wanted; by default those at a quarter, a half and
-            three quarters of the depth.
+        model: an open_clip model with a separate text tower (CustomTextCLIP).
+        config: content of open_clip_config.json.
+        tokenizer: open_clip's tokenizer.
+        taps: 0-based indices of the image-tower blocks whose outputs are used. None means the blocks at a quarter, a
+            half and three quarters of the depth.
     """
 
-    # timm's names, then EVA's, then those of open_clip's own transformer, whose attention is one module
+    # names in timm and EVA, then in open_clip's transformer, where the attention is a single module
     lora_targets = r".*\bblocks\.\d+\.attn\.(qkv|proj|q_proj|k_proj|v_proj)|.*\bresblocks\.\d+\.attn"
 
     def __init__(self, model: Any, config: dict[str, Any], tokenizer: Any, taps: tuple[int, ...] | None = None) -> None:
@@ -54,21 +54,22 @@ class OpenCLIPTowers(Towers):
 
     @classmethod
     def build(cls, source: str, image_size: int | None, taps: tuple[int, ...] | None = None) -> Self:
-        """Towers with pretrained weights.
+        """Build towers with pretrained weights.
 
         Args:
             source: a hub id, a local folder with open_clip_config.json and weights, or open_clip's NAME/TAG.
-            image_size: side of the input in pixels; the position embedding is resampled where it is not the model's.
+            image_size: side of the input in pixels, or None for the model's size; another size resamples its position
+                embedding.
             taps: see the class.
 
         Raises:
-            CheckpointError: nothing can be loaded from the source, or its image tower is no vision transformer.
+            CheckpointError: the source cannot be loaded, or its image tower is not a vision transformer.
         """
         name, tag = resolve_source(source)
         try:
             config = read_config(name)
             overrides = local_text_tower(name, config)
-            if tag and not Path(tag).is_file():  # create_model would log what it also raises
+            if tag and not Path(tag).is_file():  # create_model logs a download error as well as raising it
                 open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
             model = open_clip.create_model(
                 name, tag, force_custom_text=True, force_image_size=image_size, require_pretrained=True, **overrides
@@ -83,7 +84,7 @@ class OpenCLIPTowers(Towers):
 
     @classmethod
     def restore(cls, folder: Path, image_size: int | None, taps: tuple[int, ...] | None = None) -> Self:
-        """The architecture and tokenizer of a checkpoint directory, weights still to be loaded."""
+        """Build the towers and tokenizer of a checkpoint directory. The caller loads their weights afterwards."""
         name = f"local-dir:{folder / _FOLDER}"
         config = read_config(name)
         if "hf_model_name" in config["model_cfg"]["text_cfg"] and not (folder / _FOLDER / "config.json").is_file():
@@ -94,11 +95,11 @@ class OpenCLIPTowers(Towers):
 
     @property
     def image_tower(self) -> nn.Module:
-        """open_clip's `visual`."""
+        """The module that open_clip calls `visual`."""
         return self.visual
 
     def tokenize(self, prompts: list[str]) -> list[Tensor]:
-        """Ids without padding where the text tower does not see padding, else padded to its context."""
+        """Return the ids of each prompt, without padding if the text tower ignores padding, else with padding."""
         context = self.tokenizer.context_length
         for prompt in prompts:
             cut_tokens(prompt, self._uncut_ids(prompt), context, "the text tower")
@@ -108,14 +109,14 @@ class OpenCLIPTowers(Towers):
         return [row[: self.num_tokens(row)] for row in padded]
 
     def encode_tokens(self, tokens: list[Tensor]) -> Tensor:
-        """(T, text_width) projected text embeddings."""
+        """Return the projected text embeddings, (T, text_width)."""
         return encode_by_length(tokens, lambda ids: self.encode_words(ids.to(self.text_device))[:1])[0]
 
     def encode_words(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """Sentence embeddings (T, text_width), and for CLIP's own transformer word features (T, L, width)."""
+        """Return sentence embeddings (T, text_width), and word features (T, L, width) if `is_causal`."""
         if not self.is_causal:
             return (self.text(ids),)
-        # open_clip's forward adds a causal mask of the full context; of shorter rows only its corner counts
+        # open_clip's forward adds a causal mask for the full context; shorter rows need only its top left corner
         text, length = self.text, ids.shape[1]
         hidden = text.token_embedding(ids) + text.positional_embedding[:length]
         words = text.ln_final(text.transformer(hidden, attn_mask=text.attn_mask[:length, :length]))
@@ -124,8 +125,8 @@ class OpenCLIPTowers(Towers):
         return (project(pooled) if isinstance(project, nn.Linear) else pooled @ project), words
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the tapped blocks, (B, L, W) each, as open_clip's forward_intermediates gives them."""
-        found = self.visual.forward_intermediates(
+        """Return the outputs of the tapped blocks, (B, L, W) each, from open_clip's forward_intermediates."""
+        intermediates = self.visual.forward_intermediates(
             pixel_values,
             indices=list(self.taps),
             stop_early=True,
@@ -133,8 +134,8 @@ class OpenCLIPTowers(Towers):
             output_fmt="NLC",
             output_extra_tokens=self.num_prefix_tokens > 0,
         )
-        patches = found["image_intermediates"]
-        prefixes = found.get("image_intermediates_prefix")
+        patches = intermediates["image_intermediates"]
+        prefixes = intermediates.get("image_intermediates_prefix")
         return (
             tuple(torch.cat(pair, dim=1) for pair in zip(prefixes, patches, strict=True))
             if prefixes
@@ -142,7 +143,7 @@ class OpenCLIPTowers(Towers):
         )
 
     def save_files(self, folder: Path) -> None:
-        """open_clip's configuration, and the text tower's configuration and tokenizer where they are transformers'."""
+        """Write open_clip's configuration, and for a text tower from transformers its configuration and tokenizer."""
         target = folder / _FOLDER
         target.mkdir(parents=True, exist_ok=True)
         if hasattr(self.text, "config"):
@@ -153,40 +154,45 @@ class OpenCLIPTowers(Towers):
 
     @property
     def text_device(self) -> torch.device:
-        """Where the text tower's weights are."""
+        """The device of the text tower's weights."""
         return next(self.text.parameters()).device
 
     @property
     def is_causal(self) -> bool:
-        """Whether the text tower is CLIP's own: no token sees those after it."""
+        """Whether the text tower is CLIP's transformer, in which a token attends only to itself and earlier tokens."""
         text = self.text
         return isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None
 
     @property
     def _ignores_padding(self) -> bool:
-        """Whether nothing depends on padding.
+        """Whether text embeddings do not depend on padding.
 
-        A causal tower pools at the end of text, before any padding; transformers' towers mask it; others attend it.
+        A causal tower pools at the end of text, which precedes all padding. Towers from transformers mask the padding.
+        Other towers attend to it.
         """
         return not isinstance(self.text, TextTransformer) or (
             self.is_causal and self.text.pool_type in ("argmax", "eos")
         )
 
     def _prepare_images(self, taps: tuple[int, ...] | None) -> None:
-        """Check that the image tower is a vision transformer, and leave out what lies above the last tap."""
+        """Check that the image tower is a vision transformer, and remove the layers above the last tap."""
         tower = getattr(self.visual, "trunk", self.visual)
         blocks = getattr(tower, "blocks", None) or getattr(getattr(tower, "transformer", None), "resblocks", None)
         if blocks is None or not hasattr(tower, "prune_intermediate_layers"):
-            raise CheckpointError(f"the image tower {type(tower).__name__} is no vision transformer")
+            raise CheckpointError(
+                f"the image tower {type(tower).__name__} is not a vision transformer; choose a source that has one"
+            )
         depth = len(blocks)
         self.taps = taps or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
         if not all(0 <= tap < depth for tap in self.taps) or list(self.taps) != sorted(set(self.taps)):
             raise CheckpointError(
-                f"taps are {list(self.taps)}; they must rise, and the image tower has blocks 0 to {depth - 1}"
+                f"taps are {list(self.taps)}; they must increase, and the image tower has blocks 0 to {depth - 1}"
             )
         tower.prune_intermediate_layers(list(self.taps), prune_norm=True, prune_head=True)
         for module in tower.modules():
-            if hasattr(module, "qkv_bias_separate"):  # EVA: else the weight is used past its layer, and so past lora
+            if hasattr(
+                module, "qkv_bias_separate"
+            ):  # EVA: else it reads the weight and does not call the layer, so lora is skipped
                 module.qkv_bias_separate = True
         if tower is not self.visual:
             self.visual.head = nn.Identity()
@@ -197,21 +203,22 @@ class OpenCLIPTowers(Towers):
             self.grid = tower.grid_size[0]
         patch = _side(tower.patch_size if tower is self.visual else tower.patch_embed.feat_ratio(as_scalar=False))
         size = self.image_spec.size
-        if self.grid * patch != size:  # the last pixels would be cut off, and the logits stretched over them
-            near = f"{size // patch * patch} or {(size // patch + 1) * patch}"
+        if self.grid * patch != size:  # else the last pixels are cut off, and the logits are stretched over them
+            valid_sizes = f"{size // patch * patch} or {(size // patch + 1) * patch}"
             raise CheckpointError(
-                f"image_size is {size}; it must be a multiple of the patch size {patch}, such as {near}"
+                f"image_size is {size}; it must be a multiple of the patch size {patch}, such as {valid_sizes}"
             )
 
     def _uncut_ids(self, prompt: str) -> list[int]:
-        if hasattr(self.tokenizer, "encode"):  # open_clip's own, which leaves the two ends to others
+        if hasattr(self.tokenizer, "encode"):  # open_clip's tokenizer: its `encode` adds no start and no end
             return [self.tokenizer.sot_token_id, *self.tokenizer.encode(prompt), self.tokenizer.eot_token_id]
         return list(self.tokenizer.tokenizer(self.tokenizer.clean_fn(prompt), verbose=False)["input_ids"])
 
     def num_tokens(self, row: Tensor) -> int:
-        """Ids of a padded row that are no padding, as the tokenizer tells, never by the id 0.
+        """Return the number of ids in a padded row that are not padding.
 
-        open_clip's own tokenizer pads with 0, an exclamation mark as well; all after the end of text is padding.
+        The id 0 alone does not mark padding: open_clip's tokenizer pads with 0, but 0 is also an exclamation mark. In
+        its rows, every id after the end of text is padding.
         """
         inner = getattr(self.tokenizer, "tokenizer", None)
         if inner is None or inner.pad_token_id == inner.eos_token_id:
@@ -223,5 +230,5 @@ class OpenCLIPTowers(Towers):
 def _side(size: int | tuple[int, int]) -> int:
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
-        raise CheckpointError(f"the image tower takes {height} x {width} pixels; only squares are supported")
+        raise CheckpointError(f"the image tower takes {height} x {width} pixels; only square images are supported")
     return height

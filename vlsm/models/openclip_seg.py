@@ -1,4 +1,4 @@
-"""CLIPSeg's decoder on towers from open_clip: BiomedCLIPSeg, BiomedCLIPSeg-D, and any other vision transformer."""
+"""CLIPSeg's decoder on open_clip towers: BiomedCLIPSeg, BiomedCLIPSeg-D, and models with other vision transformers."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -15,10 +15,10 @@ class OpenCLIPSeg(VLSM):
 
     @classmethod
     def build(cls, options: Any) -> Self:
-        """Pretrained towers; the decoder untrained, or CLIPSeg's.
+        """Build the model with pretrained towers; the decoder is untrained or comes from CLIPSeg.
 
         Raises:
-            CheckpointError: a source cannot be loaded or does not fit.
+            CheckpointError: a source cannot be loaded, or its decoder does not fit the towers.
         """
         model = cls.assemble(options, OpenCLIPTowers.build(options.source, options.image_size, options.taps))
         if options.decoder_source:
@@ -27,34 +27,36 @@ class OpenCLIPSeg(VLSM):
 
     @classmethod
     def restore(cls, options: Any, folder: Path) -> Self:
-        """The architecture and tokenizer of a checkpoint directory."""
+        """Build the model from the architecture and tokenizer in a checkpoint directory."""
         return cls.assemble(options, OpenCLIPTowers.restore(folder, options.image_size, options.taps))
 
     @classmethod
     def assemble(cls, options: Any, towers: OpenCLIPTowers) -> Self:
-        """The towers with an untrained decoder, and the CNN where the options ask for it."""
+        """Build the model from towers, with an untrained decoder, and with UNet-D if `unet` is set."""
         size = towers.image_spec.size
         if not options.unet:
             return cls(options, towers, build_decoder(towers))
         if size % 16:
-            raise CheckpointError(f"the image tower takes {size} pixels; UNet-D needs a multiple of 16: set image_size")
+            raise CheckpointError(
+                f"the side of the input is {size} pixels; UNet-D needs a multiple of 16; set image_size to one"
+            )
         return cls(options, towers, build_decoder(towers), FirstActivationUNetD(towers, options))
 
 
 class BiomedCLIPSeg(OpenCLIPSeg):
-    """BiomedCLIP with CLIPSeg's decoder, from scratch.
+    """BiomedCLIP with an untrained decoder of CLIPSeg's architecture.
 
     Source: MedVLSM, MIDL 2024, arXiv 2308.07706; BiomedCLIP, arXiv 2303.00915.
     """
 
     @classmethod
     def assemble(cls, options: Any, towers: OpenCLIPTowers) -> Self:
-        """The towers with an untrained decoder."""
+        """Build the model from towers, with an untrained decoder."""
         return cls(options, towers, build_decoder(towers))
 
 
 class BiomedCLIPSegD(BiomedCLIPSeg):
-    """BiomedCLIP with CLIPSeg's decoder, pretrained.
+    """BiomedCLIP with CLIPSeg's pretrained decoder.
 
     Source: MedVLSM, MIDL 2024, arXiv 2308.07706; BiomedCLIP, arXiv 2303.00915.
     """

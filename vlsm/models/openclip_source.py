@@ -1,4 +1,4 @@
-"""Where open_clip's models come from: its own names, the hub, a local folder, and what their configurations say."""
+"""Sources of open_clip models (open_clip's names, the hub, local folders) and their configurations."""
 
 import copy
 import difflib
@@ -15,11 +15,11 @@ CONFIG_NAME = "open_clip_config.json"
 
 
 def build_architecture(model_config: dict[str, Any], image_size: int | None = None) -> open_clip.CustomTextCLIP:
-    """An open_clip model of random weights, with a text tower of its own, and nothing fetched from anywhere.
+    """Build an open_clip model with random weights and a separate text tower, without any download.
 
     Args:
         model_config: `model_cfg` of open_clip_config.json.
-        image_size: side of the input in pixels where it is not the configuration's.
+        image_size: side of the input in pixels; None keeps the configuration's side.
     """
     config = copy.deepcopy({key: value for key, value in model_config.items() if key != "custom_text"})
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -36,7 +36,11 @@ def build_architecture(model_config: dict[str, Any], image_size: int | None = No
 
 
 def resolve_source(source: str) -> tuple[str, str | None]:
-    """open_clip's model name, with its schema, and the tag of the weights."""
+    """Return open_clip's model name, with "hf-hub:" or "local-dir:" if it has one, and the tag of the weights.
+
+    Raises:
+        CheckpointError: the source resembles a name of open_clip but is unknown, or it has no tag.
+    """
     if source.startswith(("hf-hub:", "local-dir:")):
         return source, None
     if Path(source).is_dir():
@@ -45,7 +49,7 @@ def resolve_source(source: str) -> tuple[str, str | None]:
     near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.7)
     if near and name != near[0]:
         raise CheckpointError(
-            f"unknown open_clip model {name!r}; did you mean {near[0]}? a hub id is hf-hub:OWNER/NAME"
+            f"unknown open_clip model {name!r}; did you mean {near[0]}? write a hub id as hf-hub:OWNER/NAME"
         )
     if near:
         if not tag:
@@ -56,7 +60,12 @@ def resolve_source(source: str) -> tuple[str, str | None]:
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """What open_clip_config.json of a source holds, or would hold."""
+    """Return the content of a source's open_clip_config.json, or its equivalent for a name of open_clip.
+
+    Raises:
+        FileNotFoundError: the folder has no such file.
+        ValueError: the configuration asks to run code, or describes a captioner.
+    """
     schema, separator, identifier = name.partition(":")
     if not separator:
         config = {"model_cfg": open_clip.get_model_config(name)}
@@ -65,17 +74,19 @@ def read_config(name: str) -> dict[str, Any]:
         if schema == "hf-hub":
             path = Path(hf_hub_download(identifier, CONFIG_NAME))
         elif not path.is_file():
-            raise FileNotFoundError(f"there is no {CONFIG_NAME} in it")
+            raise FileNotFoundError(f"the folder has no {CONFIG_NAME}")
         config = json.loads(path.read_text(encoding="utf-8"))
     if "trust_remote_code" in config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}):
-        raise ValueError(f"{CONFIG_NAME} asks to run code that comes with a tokenizer")
+        raise ValueError(f"{CONFIG_NAME} asks to run code that comes with a tokenizer; remove trust_remote_code")
     if "multimodal_cfg" in config["model_cfg"]:
-        raise ValueError("it is a captioner (CoCa), whose text tower gives more than an embedding")
+        raise ValueError(
+            "it is a captioner (CoCa); choose a model whose text tower returns one embedding and nothing else"
+        )
     return config
 
 
 def local_text_tower(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Keywords that make open_clip read a transformers text tower's configuration from the folder, not from the hub."""
+    """Return keywords that make open_clip read the text tower's config.json from the folder instead of the hub."""
     folder = name.removeprefix("local-dir:")
     text = config["model_cfg"]["text_cfg"]
     if folder == name or "hf_model_name" not in text or not Path(folder, "config.json").is_file():
@@ -84,7 +95,10 @@ def local_text_tower(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def explain_text_tower(name: str) -> str:
-    """What a local folder may lack: the published ones leave a transformers text tower's configuration to the hub."""
+    """Return a hint for an error message if a local folder lacks the text tower's config.json, else "".
+
+    Published folders do not contain the configuration of a transformers text tower; it is on the hub.
+    """
     folder = Path(name.removeprefix("local-dir:"))
     if not (folder / CONFIG_NAME).is_file() or (folder / "config.json").is_file():
         return ""
