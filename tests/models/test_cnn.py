@@ -57,7 +57,10 @@ def test_logits_equal_the_librarys_own():
     [
         ({"encoder": "resnet5"}, "unknown encoder 'resnet5'; did you mean resnet50"),
         ({"encoder_weights": "imagnet"}, "Wrong pretrained weights `imagnet`"),
-        ({}, "encoder 'resnet50' with weights 'imagenet' cannot be built: it is no local folder, and the hub cannot"),
+        (
+            {},
+            "encoder 'resnet50' with weights 'imagenet' cannot be built: it is not a local folder, and the hub cannot",
+        ),
         ({"encoder_weights": "nowhere.safetensors"}, "encoder weights 'nowhere.safetensors' cannot be loaded"),
         ({"encoder": "tu-no_such_net", "encoder_weights": None}, "cannot be built"),
     ],

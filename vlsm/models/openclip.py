@@ -69,7 +69,7 @@ class OpenCLIPTowers(Towers):
         try:
             config = read_config(name)
             overrides = local_text_tower(name, config)
-            if tag and not Path(tag).is_file():  # create_model logs a download error as well as raising it
+            if tag and not Path(tag).is_file():  # create_model would log a download error and raise it
                 open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
             model = open_clip.create_model(
                 name, tag, force_custom_text=True, force_image_size=image_size, require_pretrained=True, **overrides

@@ -38,7 +38,7 @@ class OpenCLIPSeg(VLSM):
             return cls(options, towers, build_decoder(towers))
         if size % 16:
             raise CheckpointError(
-                f"the side of the input is {size} pixels; UNet-D needs a multiple of 16; set image_size to one"
+                f"the side of the input is {size} pixels; UNet-D needs a multiple of 16; change image_size"
             )
         return cls(options, towers, build_decoder(towers), FirstActivationUNetD(towers, options))
 

@@ -1,4 +1,4 @@
-"""The options of each model, apart from its network: a driver checks them without importing torch or transformers."""
+"""The options of each model, without its network: a driver checks them and does not import torch or transformers."""
 
 from pydantic import Field
 
@@ -7,57 +7,64 @@ from vlsm.config import Settings
 PUBLISHED = "CIDAS/clipseg-rd64-refined"
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 SOURCE_HELP = "hub id, local folder with open_clip_config.json, or open_clip's NAME/TAG"
-DECODER_HELP = "CLIPSeg to take the decoder from, hub id or local folder; untrained without"
+DECODER_HELP = "CLIPSeg whose decoder is used, hub id or local folder; null: the decoder is untrained"
 
 
 class UNetDSettings(Settings):
-    """The published network has width 64; a quarter of it trains on a laptop."""
+    """Size and dropout of UNet-D. The published width is 64; a quarter of it trains on a laptop."""
 
     width: int = Field(
-        64, ge=4, description="channels of the first level; all others follow in the published proportions"
+        64, ge=4, description="channels of the first level; the other levels keep the published proportions"
     )
-    dropout: float = Field(0.1, ge=0, lt=1, description="after each encoder level")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout probability after each encoder level")
 
 
 class UNetDOptions(UNetDSettings):
-    """Standalone."""
+    """Options of UNet-D without a VLSM."""
 
     image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
 class CLIPSegOptions(Settings):
-    """Where the pretrained weights come from, and the input size."""
+    """Source of the pretrained weights, and the input size."""
 
-    source: str = Field(PUBLISHED, description="hub id or local folder, as from_pretrained takes it")
+    source: str = Field(PUBLISHED, description="hub id or local folder, as for from_pretrained")
     image_size: int = Field(352, ge=16, description="side of the input square in pixels")
 
 
 class BiomedCLIPSegOptions(Settings):
     """BiomedCLIP's towers and an untrained decoder.
 
-    The taps are the published ones: one block deeper than CLIPSeg's own 3, 6, 9, because the port's list of hidden
-    states lacks the embedding that its indices assume. Kept, so that published results can be repeated.
+    The default taps are the published ones, so that published results can be repeated. They are one block deeper than
+    CLIPSeg's taps 3, 6, 9: the published code indexes hidden states as if the embedding were the first, but its list of
+    hidden states does not contain the embedding.
     """
 
     source: str = Field(BIOMEDCLIP, description=SOURCE_HELP)
     image_size: int = Field(224, ge=16, description="side of the input square in pixels")
-    taps: tuple[int, ...] = Field((4, 7, 10), min_length=1, description="0-based image-tower blocks that are tapped")
+    taps: tuple[int, ...] = Field(
+        (4, 7, 10), min_length=1, description="0-based image-tower blocks whose outputs enter the decoder"
+    )
     decoder_source: str | None = Field(None, description=DECODER_HELP)
 
 
 class BiomedCLIPSegDOptions(BiomedCLIPSegOptions):
-    """The same with CLIPSeg's pretrained decoder."""
+    """Options of BiomedCLIPSeg, with CLIPSeg's pretrained decoder by default."""
 
     decoder_source: str | None = Field(PUBLISHED, description=DECODER_HELP)
 
 
 class OpenCLIPSegOptions(UNetDSettings):
-    """Any vision transformer that open_clip offers, such as ViT-B-16-SigLIP/webli, and UNet-D where asked."""
+    """Any vision transformer of open_clip, such as ViT-B-16-SigLIP/webli, and UNet-D if `unet` is set."""
 
     source: str = Field(description=SOURCE_HELP)
-    image_size: int | None = Field(None, ge=16, description="side of the input square; the tower's own unless told")
+    image_size: int | None = Field(
+        None, ge=16, description="side of the input square in pixels; null: the tower's side"
+    )
     taps: tuple[int, ...] | None = Field(
-        None, min_length=1, description="0-based image-tower blocks; a quarter, a half, three quarters unless told"
+        None,
+        min_length=1,
+        description="0-based image-tower blocks; null: at a quarter, a half and three quarters of the depth",
     )
     decoder_source: str | None = Field(None, description=DECODER_HELP)
     unet: bool = Field(False, description="add UNet-D, as in vlsm_a")
@@ -76,36 +83,40 @@ class EnsembleBOptions(CLIPSegOptions, UNetDSettings):
 
 
 class EnsembleCOptions(UNetDSettings):
-    """Sources of both members, and what they share."""
+    """Sources of the members A and B, and their common options."""
 
     biomedclip_source: str = Field(BIOMEDCLIP, description=SOURCE_HELP)
-    clipseg_source: str = Field(PUBLISHED, description="hub id or local folder, as from_pretrained takes it")
+    clipseg_source: str = Field(PUBLISHED, description="hub id or local folder, as for from_pretrained")
     decoder_source: str | None = Field(None, description=f"for A: {DECODER_HELP}")
     taps: tuple[int, ...] = Field((4, 7, 10), min_length=1, description="for A: 0-based image-tower blocks")
     image_size: int = Field(224, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
 class CRISOptions(Settings):
-    """There are no official weights of CRIS: it starts from CLIP's and learns the rest."""
+    """Options of CRIS. It has no official weights: it starts from CLIP's towers and learns all other parts."""
 
     source: str = Field("RN50-quickgelu/openai", description=SOURCE_HELP)
     image_size: int = Field(416, ge=32, multiple_of=32, description="side of the input square in pixels")
-    width: int = Field(512, ge=32, multiple_of=32, description="channels of the decoder; the neck has half to double")
-    dropout: float = Field(0.2, ge=0, lt=1, description="in the decoder")
+    width: int = Field(
+        512, ge=32, multiple_of=32, description="channels of the decoder; the neck has half to twice as many"
+    )
+    dropout: float = Field(0.2, ge=0, lt=1, description="dropout probability in the decoder")
 
 
 class CNNOptions(Settings):
-    """MedVLSM's baselines have ResNet-50 with ImageNet weights."""
+    """Options of the CNN baselines. The defaults are MedVLSM's: ResNet-50 with ImageNet weights."""
 
-    encoder: str = Field("resnet50", description="any encoder of segmentation_models_pytorch, tu-NAME for timm's")
+    encoder: str = Field(
+        "resnet50", description="any encoder of segmentation_models_pytorch, or tu-NAME for an encoder of timm"
+    )
     encoder_weights: str | None = Field(
-        "imagenet", description="a pretrained set by name, a local .safetensors file, or null for none"
+        "imagenet", description="name of a pretrained set, a local .safetensors file, or null for random weights"
     )
     image_size: int = Field(352, ge=32, multiple_of=32, description="side of the input square in pixels")
 
 
 class PixelOptions(Settings):
-    """There is nothing else to choose."""
+    """The only option of the pixel model is its input size."""
 
     image_size: int = Field(32, ge=1, description="side of the input square in pixels")
 

@@ -1,4 +1,4 @@
-"""The least that is a model: what a pipeline costs beside its network is measured with it."""
+"""The smallest possible model. It serves to measure the cost of a pipeline without its network."""
 
 from pathlib import Path
 from typing import Self
@@ -10,14 +10,14 @@ from vlsm.models.options import PixelOptions
 
 
 class Pixel(ImageOnlyModel):
-    """Logits from the colour of each pixel alone: a 1x1 convolution, four weights."""
+    """A 1x1 convolution with four weights: the logit of a pixel depends only on the pixel's colour."""
 
     @classmethod
     def build(cls, options: PixelOptions) -> Self:
-        """With random weights."""
+        """Build the network with random weights."""
         return cls(options, nn.Conv2d(3, 1, kernel_size=1))
 
     @classmethod
     def restore(cls, options: PixelOptions, folder: Path) -> Self:
-        """The network; nothing but the options is needed."""
+        """Build the network from the options alone."""
         return cls.build(options)

@@ -1,4 +1,4 @@
-"""Prompts, each encoded once."""
+"""A cache of text features, so that each prompt is encoded once."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from vlsm.models.contract import Features, SegmentationModel
 
 
 class PromptCache:
-    """The text features of a model's prompts, as long as its text towers do not learn.
+    """Text features of a model's prompts. They are valid while the model's text towers do not learn.
 
     Args:
-        model: whose `encode_prompts` is called, with at most 64 prompts at once.
-        max_bytes: of features kept; the least recently used go first.
+        model: its `encode_prompts` is called with at most 64 prompts at once.
+        max_bytes: limit of the stored features in bytes; the least recently used are dropped first.
     """
 
     def __init__(self, model: SegmentationModel, max_bytes: int = 64 << 20) -> None:
@@ -24,18 +24,19 @@ class PromptCache:
         self._num_bytes = 0
 
     def encode(self, prompts: Sequence[str]) -> Features:
-        """A row of text features per prompt, in their order."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        for start in range(0, len(new), 64):
+        """Return text features with one row per prompt, in the order of the prompts."""
+        new_prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        for start in range(0, len(new_prompts), 64):
+            chunk = new_prompts[start : start + 64]
             with torch.no_grad():
-                features = self.model.encode_prompts(new[start : start + 64])
-            for prompt, *row in zip(new[start : start + 64], *features, strict=True):
-                self._rows[prompt] = tuple(part.clone() for part in row)  # a view would keep all 64 alive
+                features = self.model.encode_prompts(chunk)
+            for prompt, *row in zip(chunk, *features, strict=True):
+                self._rows[prompt] = tuple(part.clone() for part in row)  # a view keeps the memory of all 64 rows
                 self._num_bytes += _num_bytes(row)
         for prompt in prompts:
             self._rows.move_to_end(prompt)
-        found = zip(*(self._rows[prompt] for prompt in prompts), strict=True)
-        features = tuple(torch.stack(parts) for parts in found)
+        columns = zip(*(self._rows[prompt] for prompt in prompts), strict=True)
+        features = tuple(torch.stack(column) for column in columns)
         while self._num_bytes > self.max_bytes and self._rows:
             _, evicted = self._rows.popitem(last=False)
             self._num_bytes -= _num_bytes(evicted)

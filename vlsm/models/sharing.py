@@ -1,4 +1,4 @@
-"""Models of an ensemble that stand on the same pretrained image tower: its weights are kept once, and it runs once."""
+"""Sharing of equal image towers between the models of an ensemble: one copy of the weights, one run per batch."""
 
 from collections.abc import Sequence
 
@@ -10,37 +10,36 @@ from vlsm.models.towers import Towers
 
 
 def share_towers(models: Sequence[SegmentationModel]) -> int:
-    """Let models use one image tower where theirs are equal, weight by weight; their logits stay the same.
+    """Let models share one image tower if all weights of their image towers are equal. Their logits stay the same.
 
-    A batch goes through a shared tower when the first model sees it, and the others take the activations, as long as
-    all of them are given the same batch before the next.
+    The first model that receives a batch runs the shared tower; the other models reuse its activations. This requires
+    that all models receive the same batch before any of them receives the next.
 
     Args:
-        models: ready for inference, on one device.
+        models: models that are ready for inference, on one device.
 
     Returns:
-        How many towers are spared.
+        The number of towers that are replaced by an equal tower.
     """
-    known: list[tuple[Towers, _LastBatch]] = []
-    spared = 0
-    for towers in (part for model in models for part in model.modules() if isinstance(part, Towers)):
-        for first, last in known:
-            if _are_equal(first, towers):
-                _share_weights(first.image_tower, towers.image_tower)
-                towers.encode_images = last  # type: ignore[method-assign]
-                spared += 1
+    unique_towers: list[tuple[Towers, _LastBatch]] = []
+    num_replaced = 0
+    for towers in (module for model in models for module in model.modules() if isinstance(module, Towers)):
+        for first_towers, last_batch in unique_towers:
+            if _are_equal(first_towers, towers):
+                _share_weights(first_towers.image_tower, towers.image_tower)
+                towers.encode_images = last_batch  # type: ignore[method-assign]
+                num_replaced += 1
                 break
         else:
-            last = _LastBatch(towers)
-            known.append((towers, last))
-    if spared:
-        for towers, last in known:
-            towers.encode_images = last  # type: ignore[method-assign]
-    return spared
+            unique_towers.append((towers, _LastBatch(towers)))
+    if num_replaced:
+        for towers, last_batch in unique_towers:
+            towers.encode_images = last_batch  # type: ignore[method-assign]
+    return num_replaced
 
 
 class _LastBatch:
-    """A tower that remembers what it made of the last batch."""
+    """A replacement of `encode_images` that stores the activations of the last batch."""
 
     def __init__(self, towers: Towers) -> None:
         self._encode = towers.encode_images
@@ -48,8 +47,8 @@ class _LastBatch:
         self._activations: Features = ()
 
     def __call__(self, pixel_values: Tensor) -> Features:
-        last = self._pixel_values
-        if last is None or last.shape != pixel_values.shape or not torch.equal(last, pixel_values):
+        last_pixels = self._pixel_values
+        if last_pixels is None or last_pixels.shape != pixel_values.shape or not torch.equal(last_pixels, pixel_values):
             self._activations = self._encode(pixel_values)
             self._pixel_values = pixel_values
         return self._activations
@@ -58,12 +57,13 @@ class _LastBatch:
 def _are_equal(one: Towers, other: Towers) -> bool:
     if type(one) is not type(other) or (one.image_spec, one.taps) != (other.image_spec, other.taps):
         return False
-    weights, others = one.image_tower.state_dict(), other.image_tower.state_dict()
-    return weights.keys() == others.keys() and all(
-        weights[name].shape == others[name].shape and torch.equal(weights[name], others[name]) for name in weights
+    weights, other_weights = one.image_tower.state_dict(), other.image_tower.state_dict()
+    return weights.keys() == other_weights.keys() and all(
+        weights[name].shape == other_weights[name].shape and torch.equal(weights[name], other_weights[name])
+        for name in weights
     )
 
 
 def _share_weights(first: nn.Module, other: nn.Module) -> None:
-    for one, same in zip(first.modules(), other.modules(), strict=True):
-        same._parameters, same._buffers = one._parameters, one._buffers
+    for first_module, other_module in zip(first.modules(), other.modules(), strict=True):
+        other_module._parameters, other_module._buffers = first_module._parameters, first_module._buffers

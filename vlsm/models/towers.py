@@ -1,4 +1,4 @@
-"""What the pretrained image and text towers of all models have in common, whatever library they come from."""
+"""The common interface of pretrained image and text towers, and functions for towers from any library."""
 
 import copy
 import pickle
@@ -26,20 +26,21 @@ Trainable = Literal["decoder", "lora", "all"]
 
 
 class Towers(nn.Module):
-    """A pair of pretrained towers: prompts to text embeddings, images to the activations of chosen layers.
+    """A pretrained text tower (prompts to text embeddings) and image tower (images to activations of chosen layers).
 
-    B images, T prompts, L image tokens (patches, and class tokens before them), W the width of the image tower.
+    B is the number of images, T the number of prompts, L the number of image tokens (class tokens, then patches) or of
+    a prompt's token ids, W the width of the image tower.
 
     Attributes:
-        image_spec: what the image tower was trained on.
-        text_width: of a text embedding.
+        image_spec: input size, mean and std that the image tower expects.
+        text_width: width of a text embedding.
         image_width: W.
-        taps: 0-based indices of the image-tower layers whose outputs are wanted.
-        grid: patches along one side of the image.
-        num_prefix_tokens: class tokens and the like before the patches.
+        taps: 0-based indices of the image-tower layers whose outputs are used.
+        grid: number of patches along one side of the image.
+        num_prefix_tokens: number of tokens before the patches, such as class tokens.
     """
 
-    lora_targets: ClassVar[str]  # a regular expression: the linear layers of the image tower's attention
+    lora_targets: ClassVar[str]  # regular expression for the linear layers of the image tower's attention
 
     image_spec: ImageSpec
     text_width: int
@@ -51,89 +52,92 @@ class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trainable: Trainable = "decoder"
-        self._adapters: list[Any] = []  # peft's handle; a list, since it must not be registered as a child
+        self._adapters: list[Any] = []  # peft's LoraModel; inside a list, torch does not register it as a child
 
     @property
     @abstractmethod
     def image_tower(self) -> nn.Module:
-        """The module that `lora` adapts."""
+        """The image tower, which `lora` adapts."""
 
     @abstractmethod
     def tokenize(self, prompts: list[str]) -> list[Tensor]:
-        """The token ids of each prompt, (L,) int64 without padding; a prompt that is too long is cut with a warning."""
+        """Return the token ids of each prompt, (L,) int64, with padding only if the text tower does not ignore it.
+
+        A prompt that is too long is cut, with a warning.
+        """
 
     @abstractmethod
     def encode_tokens(self, tokens: list[Tensor]) -> Tensor:
-        """(T, text_width) text embeddings, projected, not normalised."""
+        """Return text embeddings, (T, text_width), projected, not normalised."""
 
     @abstractmethod
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The tapped activations, (B, L, W) each, in the order of depth; deeper layers than the last do not exist."""
+        """Return the outputs of the tapped layers, (B, L, W) each, shallowest first. The tower ends at the last tap."""
 
     @abstractmethod
     def save_files(self, folder: Path) -> None:
-        """Write architecture and tokenizer in the library's own format."""
+        """Write the architecture and the tokenizer in the format of their library."""
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """(T, text_width) text embeddings of texts."""
+        """Return the text embeddings of prompts, (T, text_width)."""
         return self.encode_tokens(self.tokenize(prompts))
 
     def set_trainable(self, trainable: Trainable, lora_rank: int = 8) -> None:
-        """Freeze both towers, adapt the image tower's attention, or let both learn.
+        """Freeze both towers ("decoder"), adapt the image tower's attention ("lora"), or train both ("all").
 
-        Source: LoRA, arXiv 2106.09685, through the peft library; alpha is twice the rank.
+        Source: LoRA, arXiv 2106.09685, with the peft library; alpha is twice the rank.
         """
         self.merge_adapters()
         self.trainable = trainable
         self.requires_grad_(trainable == "all")
         if trainable == "lora":
-            from peft import LoraConfig, LoraModel  # slow to import, and inference needs none of it
+            from peft import LoraConfig, LoraModel  # late import: it is slow, and inference does not need it
 
             config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=self.lora_targets)
             self._adapters = [LoraModel(self.image_tower, config, "default")]
         self.train(self.training)
 
     def merge_adapters(self) -> None:
-        """Add what LoRA learned to the weights it adapts, in place."""
+        """Add the LoRA adapters to the weights that they adapt, in place, and remove them."""
         for adapter in self._adapters:
             adapter.merge_and_unload()
         self._adapters = []
 
     def train(self, mode: bool = True) -> "Towers":
-        """Training mode only where the towers themselves learn: dropout must not disturb frozen ones."""
+        """Set training mode only if `trainable` is "all": frozen towers must not apply dropout."""
         return super().train(mode and self.trainable == "all")
 
 
 def merged_copy(model: ModelT) -> ModelT:
-    """The model for inference: itself, or a copy with its LoRA adapters merged."""
-    if not any(isinstance(part, Towers) and part._adapters for part in model.modules()):
+    """Return the model for inference: the model itself, or a copy with merged adapters if it has LoRA adapters."""
+    if not any(isinstance(module, Towers) and module._adapters for module in model.modules()):
         return model
-    copied = copy.deepcopy(model)
-    for part in copied.modules():
-        if isinstance(part, Towers):
-            part.merge_adapters()
-    return copied
+    merged_model = copy.deepcopy(model)
+    for module in merged_model.modules():
+        if isinstance(module, Towers):
+            module.merge_adapters()
+    return merged_model
 
 
 def cut_tokens(prompt: str, ids: list[int], limit: int, tower: str) -> list[int]:
-    """The ids, cut to the tower's context with the last one (end of text) kept, and a warning that names the prompt."""
+    """Return the ids, cut to the tower's limit. The last id (end of text) is kept. A warning names a cut prompt."""
     if len(ids) <= limit:
         return ids
     warnings.warn(
-        f"prompt {textwrap.shorten(prompt, 80)!r} has {len(ids)} tokens; {tower} reads {limit}, the rest is not seen",
+        f"prompt {textwrap.shorten(prompt, 80)!r} has {len(ids)} tokens; {tower} reads {limit} and ignores the others",
         stacklevel=4,
     )
     return [*ids[: limit - 1], ids[-1]]
 
 
 def encode_by_length(tokens: list[Tensor], encode: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What `encode` makes of each row of tokens, in their order.
+    """Return the results of `encode` for all rows of tokens, in the order of the rows.
 
-    Rows of equal length go through together: padding is never computed, and nothing depends on the other rows.
+    Rows of equal length are encoded together. No row needs padding, so no result depends on the other rows.
 
     Args:
         tokens: T rows of ids, (L,) each.
-        encode: (n, L) ids to tensors of n rows.
+        encode: maps ids (n, L) to tensors of n rows.
     """
     by_length: dict[int, list[int]] = {}
     for index, ids in enumerate(tokens):
@@ -143,7 +147,7 @@ def encode_by_length(tokens: list[Tensor], encode: Callable[[Tensor], tuple[Tens
     return tuple(torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*encoded, strict=True))
 
 
-# what the libraries raise for folders that are incomplete, damaged, or of something else
+# exceptions of the libraries for folders that are incomplete, damaged, or of a different kind
 LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -162,15 +166,15 @@ LOAD_ERRORS = (
 
 
 def explain_source(error: BaseException) -> str:
-    """Why pretrained weights could not be loaded, on one line."""
+    """Return the reason why pretrained weights cannot be loaded, on one line."""
     if isinstance(error, pickle.UnpicklingError):
-        return "they are a pickle that holds more than tensors, which could run code"
+        return "they are a pickle with objects other than tensors, which could run code"
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, HFValidationError):
             return "there is no such folder"
         if isinstance(chain, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            return "it is no local folder, and the hub cannot be reached"
+            return "it is not a local folder, and the hub cannot be reached"
         chain = chain.__cause__ or chain.__context__
     reason = error.args[0] if isinstance(error, KeyError) and error.args else error
     return textwrap.shorten(str(reason), 300) or type(error).__name__

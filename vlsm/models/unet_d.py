@@ -1,4 +1,4 @@
-"""UNet-D, the low-complexity CNN of VLSM-Ensemble. It sees no text: every prompt gets the same logits."""
+"""UNet-D, the low-complexity CNN of VLSM-Ensemble. It ignores the prompt: every prompt gets the same logits."""
 
 from pathlib import Path
 from typing import Self, cast
@@ -30,8 +30,8 @@ class _Down(nn.Module):
 class UpBlock(nn.Module):
     """2x2 stride-2 transposed conv, one 3x3 conv applied twice with the same weights, batch norm, ReLU.
 
-    The transposed conv takes what comes from below and the skip side by side. It is linear, so the skip's share is
-    computed apart, once per image, and added for each prompt.
+    The input of the transposed conv is the output of the level below, concatenated with the skip. The conv is linear,
+    so the skip's term is computed separately, once per image, and added for each prompt.
     """
 
     def __init__(self, channels_below: int, channels_skip: int, channels: int) -> None:
@@ -40,28 +40,28 @@ class UpBlock(nn.Module):
         self.upconv = nn.ConvTranspose2d(channels_below + channels_skip, channels, 2, stride=2)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm: nn.Module = nn.BatchNorm2d(channels)
-        self.last: nn.Module | None = None  # the second application with the norm in it
+        self.last: nn.Module | None = None  # the second application of `conv`, with the folded norm
 
     def fold(self) -> None:
-        """Make the norm part of the second application of the convolution."""
+        """Fold the norm into the second application of the convolution."""
         self.last = fuse_conv_bn_eval(self.conv, cast(nn.BatchNorm2d, self.norm))
         self.norm = nn.Identity()
 
     def project_skip(self, skip: Tensor) -> Tensor:
-        """The skip's share of the transposed conv, (B, channels, 2 H, 2 W) from (B, channels_skip, H, W)."""
+        """Return the skip's term of the transposed conv: (B, channels, 2 H, 2 W) from (B, channels_skip, H, W)."""
         return functional.conv_transpose2d(skip, self.upconv.weight[self.channels_below :], stride=2)
 
     def forward(self, below: Tensor, skip: Tensor | None) -> Tensor:
-        """(B, channels, 2 H, 2 W) from (B, channels_below, H, W) and `project_skip`."""
+        """Return (B, channels, 2 H, 2 W) from (B, channels_below, H, W) and the result of `project_skip`."""
         x = functional.conv_transpose2d(below, self.upconv.weight[: self.channels_below], self.upconv.bias, stride=2)
         x = self.conv(x if skip is None else x.add_(skip))
         return torch.relu_(self.norm(self.conv(x)) if self.last is None else self.last(x))
 
 
 class _ChannelAttention(nn.Module):
-    """Efficient channel attention: a 1-d conv over the pooled channels gives each its weight.
+    """Efficient channel attention: a 1-d conv over the pooled channels computes one weight per channel.
 
-    Source: ECA-Net, CVPR 2020, arXiv 1910.03151; kernel 5 by its rule (gamma 2, b 1) for 1240 channels, no bias.
+    Source: ECA-Net, CVPR 2020, arXiv 1910.03151; kernel 5 by its rule (gamma 2, b 1) for 1240 channels; no bias.
     """
 
     def __init__(self) -> None:
@@ -74,28 +74,32 @@ class _ChannelAttention(nn.Module):
 
 
 class UNetDNetwork(nn.Module):
-    """Four levels down, an attentive bottleneck, four levels up, skips from the pooled outputs.
+    """Four levels down, a bottleneck with channel attention, four levels up, skips from the pooled outputs.
 
     Args:
         width: channels of the first level.
-        dropout: after each encoder level.
-        fusion_channels: of a map that enters the bottleneck beside the deepest pooled output.
+        dropout: dropout probability after each encoder level.
+        fusion_channels: channels of a map that enters the bottleneck with the deepest pooled output; 0 without a map.
 
     Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
     """
 
     def __init__(self, width: int, dropout: float, fusion_channels: int = 0) -> None:
         super().__init__()
-        c = width
-        bottleneck, *ups = (round(c * published / 64) for published in (1240, 546, 182, 91, 45))
+        bottleneck, *ups = (round(width * published / 64) for published in (1240, 546, 182, 91, 45))
         self.down = nn.ModuleList(
             _Down(channels_in, channels, dropout)
-            for channels_in, channels in ((3, c), (c, 2 * c), (2 * c, 4 * c), (4 * c, 8 * c))
+            for channels_in, channels in (
+                (3, width),
+                (width, 2 * width),
+                (2 * width, 4 * width),
+                (4 * width, 8 * width),
+            )
         )
-        self.expand = nn.Conv2d(8 * c + fusion_channels, bottleneck, 1)
+        self.expand = nn.Conv2d(8 * width + fusion_channels, bottleneck, 1)
         self.attention = _ChannelAttention()
         self.fusion_channels = fusion_channels
-        skips = (0, 4 * c, 2 * c, c)
+        skips = (0, 4 * width, 2 * width, width)
         self.up = nn.ModuleList(
             UpBlock(below, skip, channels)
             for below, skip, channels in zip((bottleneck, *ups), skips, ups, strict=False)
@@ -103,11 +107,11 @@ class UNetDNetwork(nn.Module):
         self.head = nn.Conv2d(ups[-1], 1, 1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits (B, 1, S, S) of the network by itself."""
+        """Return the network's logits (B, 1, S, S), without a map."""
         return self.decode(self.encode(pixel_values))
 
     def encode(self, pixel_values: Tensor) -> Features:
-        """What no prompt changes: the bottleneck's share of the deepest pooled output, then those of the skips."""
+        """Return the features that do not depend on the prompt: the bottleneck without the map, then the skip terms."""
         pooled = []
         for down in self.down:
             pixel_values = down(pixel_values)
@@ -120,7 +124,7 @@ class UNetDNetwork(nn.Module):
         )
 
     def decode(self, encoded: Features, fused: Tensor | None = None) -> Tensor:
-        """Logits (B, 1, S, S) from `encode` and a map (B, fusion_channels, S / 16, S / 16)."""
+        """Return logits (B, 1, S, S) from the result of `encode` and a map (B, fusion_channels, S / 16, S / 16)."""
         x, *skips = encoded
         if fused is not None:
             x = x + functional.conv2d(fused, self.expand.weight[:, : self.fusion_channels])
@@ -131,17 +135,17 @@ class UNetDNetwork(nn.Module):
 
 
 class UNetD(ImageOnlyModel):
-    """UNet-D by itself.
+    """UNet-D without a VLSM.
 
     Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
     """
 
     @classmethod
     def build(cls, options: UNetDOptions) -> Self:
-        """An untrained network: there are no published weights."""
+        """Build an untrained network: there are no published weights."""
         return cls(options, UNetDNetwork(options.width, options.dropout))
 
     @classmethod
     def restore(cls, options: UNetDOptions, folder: Path) -> Self:
-        """The network; nothing but the options is needed."""
+        """Build the network from the options alone."""
         return cls.build(options)

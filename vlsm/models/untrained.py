@@ -1,6 +1,7 @@
-"""Folders in the libraries' own formats, with the published architectures and random weights.
+"""Writes model folders in the formats of their libraries, with the published architectures and random weights.
 
-They stand in for hub ids where there is no network: to count parameters and operations, to measure speed, to try a job.
+The folders replace hub ids on machines without a network: to count parameters and operations, to measure speed, or to
+try a job.
 """
 
 import json
@@ -18,11 +19,11 @@ _WORDS = (
 
 
 def write_clipseg(folder: Path, weights: bool = True, **config: Any) -> Path:
-    """A CLIPSeg as transformers' from_pretrained takes it: by default `CIDAS/clipseg-rd64-refined`.
+    """Write a CLIPSeg for transformers' from_pretrained, by default with the sizes of `CIDAS/clipseg-rd64-refined`.
 
     Args:
-        folder: made where it does not exist.
-        weights: write random ones; without, only what describes the architecture, and the tokenizer.
+        folder: created if it does not exist.
+        weights: True writes random weights; False writes only the configuration and the tokenizer.
         config: fields of CLIPSegConfig that differ from the published ones.
 
     Returns:
@@ -47,13 +48,13 @@ def write_clipseg(folder: Path, weights: bool = True, **config: Any) -> Path:
 def write_biomedclip(
     folder: Path, weights: bool = True, image_tower: tuple[str, int] = ("vit_base_patch16_224", 224), **bert: Any
 ) -> Path:
-    """BiomedCLIP as open_clip's local-dir takes it: a timm vision transformer and a BERT.
+    """Write a BiomedCLIP for open_clip's local-dir: a timm vision transformer and a BERT.
 
     Args:
-        folder: made where it does not exist.
-        weights: write random ones; without, only what describes the architecture, and the tokenizer.
-        image_tower: timm's name of it, and the side of its input in pixels.
-        bert: fields of BertConfig that differ from the published ones, which are BERT's defaults.
+        folder: created if it does not exist.
+        weights: True writes random weights; False writes only the configuration and the tokenizer.
+        image_tower: the name of the image tower in timm, and the side of its input in pixels.
+        bert: fields of BertConfig that differ from the published ones; the published ones are BERT's defaults.
 
     Returns:
         The folder.
@@ -73,11 +74,11 @@ def write_biomedclip(
 
 
 def write_clip_resnet(folder: Path, weights: bool = True, **config: Any) -> Path:
-    """CLIP's RN50 with QuickGELU, from which CRIS starts.
+    """Write CLIP's RN50 with QuickGELU, the initial towers of CRIS.
 
     Args:
-        folder: made where it does not exist.
-        weights: write random ones; without, only what describes the architecture.
+        folder: created if it does not exist.
+        weights: True writes random weights; False writes only the configuration.
         config: keys of open_clip's model_cfg that differ from the published ones.
 
     Returns:
@@ -89,8 +90,8 @@ def write_clip_resnet(folder: Path, weights: bool = True, **config: Any) -> Path
 
 
 def write_open_clip(folder: Path, model_config: dict[str, Any], weights: bool = True) -> Path:
-    """Any open_clip architecture as local-dir takes it, with CLIP's mean and std."""
-    import open_clip  # here: it takes seconds, and a CLIPSeg needs none of it
+    """Write any open_clip architecture for local-dir, with CLIP's mean and std, and return the folder."""
+    import open_clip  # late import: it takes seconds, and write_clipseg does not need it
 
     from vlsm.models.openclip_source import CONFIG_NAME, build_architecture
 
@@ -105,11 +106,11 @@ def write_open_clip(folder: Path, model_config: dict[str, Any], weights: bool = 
 
 
 def _byte_pair_tokenizer() -> CLIPTokenizer:
-    """A real byte-pair tokenizer of a few words; all others fall into letters."""
+    """Return a real byte-pair tokenizer of a few words; it splits other words into letters."""
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
     merges = []
-    for word in _WORDS.split():  # each word is built letter by letter, as byte-pair encoding does
+    for word in _WORDS.split():  # each word is built letter by letter, as in byte-pair encoding
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
@@ -121,7 +122,7 @@ def _byte_pair_tokenizer() -> CLIPTokenizer:
 
 
 def _word_piece_tokenizer() -> BertTokenizerFast:
-    """A real word-piece tokenizer of a few words; all others fall into letters."""
+    """Return a real word-piece tokenizer of a few words; it splits other words into letters."""
     letters = [chr(code) for code in range(33, 127)]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = [*special, *letters, *("##" + letter for letter in letters), *_WORDS.split()]

@@ -1,4 +1,4 @@
-"""What CLIPSeg and all its relatives are: towers, CLIPSeg's decoder on top, and in the ensembles a CNN beside it."""
+"""The common class of CLIPSeg and related models: towers, CLIPSeg's decoder, and in the ensembles a CNN."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ from vlsm.models.towers import Towers
 
 
 class VLSM(SegmentationModel):
-    """Image-tower activations and a text embedding, through CLIPSeg's decoder, and where asked through UNet-D as well.
+    """CLIPSeg's decoder over image-tower activations and a text embedding, and UNet-D if the model is an ensemble.
 
-    Each prompt goes through the text tower once, each image through the image tower and the CNN's encoder once, and the
-    image tower is only as deep as its last tapped layer.
+    The text tower runs once per prompt. The image tower and the CNN's encoder run once per image. The image tower ends
+    at its last tapped layer.
 
     Args:
-        options: of the model.
-        towers: pretrained.
-        decoder: fits the towers.
-        fusion: the CNN of an ensemble.
+        options: the model's options.
+        towers: pretrained towers.
+        decoder: a decoder that fits the towers.
+        fusion: the CNN of an ensemble, or None.
     """
 
     def __init__(self, options: Any, towers: Towers, decoder: PromptDecoder, fusion: FusedUNetD | None = None) -> None:
@@ -34,34 +34,34 @@ class VLSM(SegmentationModel):
 
     @property
     def num_features(self) -> int:
-        """Tensors that `encode_images` gives."""
+        """Number of tensors that `encode_images` returns."""
         return len(self.towers.taps) + (0 if self.fusion is None else self.fusion.num_features)
 
     def save_files(self, folder: Path) -> None:
-        """Configuration and tokenizer of the towers, in their library's own format."""
+        """Write the configuration and tokenizer of the towers in the format of their library."""
         self.towers.save_files(folder)
 
     def encode_prompts(self, prompts: list[str]) -> Features:
-        """The projected text embeddings, (T, D)."""
+        """Return the projected text embeddings, (T, D)."""
         return (self.towers.encode_prompts(prompts),)
 
     def encode_towers(self, pixel_values: Tensor) -> Features:
-        """The tapped activations, (B, L, W) each."""
+        """Return the outputs of the tapped layers, (B, L, W) each."""
         return self.towers.encode_images(pixel_values)
 
     def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
-        """The activations reduced to the decoder's width, (B, L, 64) each; then what the CNN needs, if there is one."""
+        """Return the activations at the decoder's width, (B, L, 64) each, then the CNN's features if there is a CNN."""
         if activations is None:
             activations = self.encode_towers(pixel_values)
         reduced = self.decoder.reduce_activations(activations)
         return reduced if self.fusion is None else reduced + self.fusion.encode_images(activations, pixel_values)
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
-        """Logits (B, 1, S, S)."""
+        """Return logits (B, 1, S, S)."""
         (text_embeddings,) = text_features
         num_taps = len(self.towers.taps)
         logits = self.decoder.decode(image_features[:num_taps], text_embeddings, self.towers.num_prefix_tokens)
         size = self.towers.image_spec.size
-        if logits.shape[-1] != size:  # the decoder enlarges by 16, whatever the tower's patches are
+        if logits.shape[-1] != size:  # the decoder always enlarges 16 times, even if the patch side differs
             logits = nn.functional.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
         return logits if self.fusion is None else self.fusion.decode(image_features[num_taps:], text_embeddings, logits)
