@@ -190,9 +190,7 @@ class OpenCLIPTowers(Towers):
             )
         tower.prune_intermediate_layers(list(self.taps), prune_norm=True, prune_head=True)
         for module in tower.modules():
-            if hasattr(
-                module, "qkv_bias_separate"
-            ):  # EVA: else it reads the weight and does not call the layer, so lora is skipped
+            if hasattr(module, "qkv_bias_separate"):  # EVA: else it reads the weight without its layer, and skips lora
                 module.qkv_bias_separate = True
         if tower is not self.visual:
             self.visual.head = nn.Identity()
