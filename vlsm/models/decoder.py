@@ -18,9 +18,7 @@ class PromptDecoder(CLIPSegDecoder):  # type: ignore[misc] # transformers has no
     """
 
     def __init__(self, config: CLIPSegConfig) -> None:
-        config.vision_config._attn_implementation = (
-            "sdpa"  # transformers sets it only for whole models, not for this part
-        )
+        config.vision_config._attn_implementation = "sdpa"  # transformers sets it only for whole models
         super().__init__(config)
 
     def reduce_activations(self, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
