@@ -1,4 +1,4 @@
-"""Settings: frozen models with the defaults, read strictly from YAML and `key=value` words."""
+"""Settings: frozen models with their defaults, and a strict reader for YAML files and `key=value` words."""
 
 import difflib
 import io
@@ -17,13 +17,17 @@ SettingsT = TypeVar("SettingsT", bound="Settings")
 
 
 class Settings(BaseModel):
-    """A frozen group of settings that refuses what it does not know."""
+    """A frozen group of settings that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def check_range(value: int | str | None) -> int | str | None:
-    """A setting of `parse_range`, for validators: nothing, 1 or more, or from 1 or more to as many or more."""
+    """Return the value if it is None, N or MIN..MAX with 1 <= MIN <= MAX; a field validator.
+
+    Raises:
+        ValueError: it is something else.
+    """
     low, high = parse_range(value, 1)
     if not 1 <= low <= high:
         raise ValueError("it must be 1 or more, or MIN..MAX such as 2..8")
@@ -31,119 +35,123 @@ def check_range(value: int | str | None) -> int | str | None:
 
 
 def one_is_a_list(value: Any) -> Any:
-    """A text or a group of settings where several may stand, for validators: a list of it."""
+    """Return a list of one item for a single text or a single group of settings; a field validator for list fields."""
     return [value] if isinstance(value, (str, dict)) else value
 
 
 def each_one_is_a_list(value: Any) -> Any:
-    """The same of every value of a mapping."""
-    return {name: one_is_a_list(own) for name, own in value.items()} if isinstance(value, dict) else value
+    """Apply `one_is_a_list` to every value of a mapping; a field validator."""
+    return {name: one_is_a_list(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 class RunSettings(Settings):
-    """How a run is carried out: nothing here can change a row, so it may differ when a run is resumed."""
+    """How a run is executed. These settings cannot change a row, so a resumed run may have other values."""
 
     placement: Literal["together", "apart"] = Field(
-        "together", description="all members in each actor, or a pool of actors for each"
+        "together", description="all ensemble members in each actor, or one pool of actors per member"
     )
     actors: int | str | None = Field(
-        None, description="model actors, N or MIN..MAX; up to one per GPU of the cluster, or per node, unless told"
+        None, description="largest number of model actors, or MIN..MAX; null: one per GPU, or per node without GPUs"
     )
-    gpus_per_actor: float | None = Field(None, ge=0, description="1 where the cluster has GPUs, else 0, unless told")
-    cpus_per_actor: float | None = Field(None, gt=0, description="1 beside a GPU, else most of a node's, unless told")
-    batch_size: int = Field(8, ge=1, description="images that go through the model at once")
-    fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads at the same time")
+    gpus_per_actor: float | None = Field(None, ge=0, description="GPUs per actor; null: 1 if there are GPUs, else 0")
+    cpus_per_actor: float | None = Field(None, gt=0, description="CPUs per actor; null: 1 with a GPU, else most CPUs")
+    batch_size: int = Field(8, ge=1, description="images in one model call")
+    fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads in parallel")
     allow: tuple[str, ...] = Field(
-        (), description="what image_uris may begin with beside the bucket of a manifest in an object store"
+        (), description="prefixes, beside its own bucket, that a manifest in an object store may have in image_uri"
     )
-    image_timeout_s: float = Field(120, gt=0, description="to read one image, its tries together, or to decode it")
-    outage_patience_s: float = Field(300, ge=0, description="a store that is away for longer ends the run")
-    max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger share of failed images ends the run")
-    judge_after: int = Field(200, ge=1, description="images, before which no share of failed ones ends the run")
+    image_timeout_s: float = Field(120, gt=0, description="seconds to read an image (all tries), and to decode it")
+    outage_patience_s: float = Field(300, ge=0, description="a store outage of more seconds ends the run")
+    max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger fraction of failed images ends the run")
+    judge_after: int = Field(200, ge=1, description="finished images from which max_failed_fraction applies")
 
     _check_actors = field_validator("actors")(check_range)
 
 
 class MemberSettings(Settings):
-    """One checkpoint of an ensemble; how many actors it has and what they ask for matters where pools are apart."""
+    """One checkpoint of an ensemble. Its actor settings apply only with `run.placement=apart`."""
 
     checkpoint: str
-    weight: float = Field(1, gt=0, description="among the members")
-    flip: bool = Field(False, description="segment the mirrored image as well, and take the mean of both")
-    prompts: dict[str, str] = Field({}, description="what this member is told in place of a prompt")
-    actors: int | str | None = Field(None, description="as under run")
-    gpus_per_actor: float | None = Field(None, ge=0, description="as under run")
-    cpus_per_actor: float | None = Field(None, gt=0, description="as under run")
+    weight: float = Field(1, gt=0, description="weight of this member in the ensemble")
+    flip: bool = Field(False, description="also segment the mirrored image and average both probabilities")
+    prompts: dict[str, str] = Field({}, description="for each prompt, the text that this member gets instead")
+    actors: int | str | None = Field(None, description="as run.actors, for this member")
+    gpus_per_actor: float | None = Field(None, ge=0, description="as run.gpus_per_actor, for this member")
+    cpus_per_actor: float | None = Field(None, gt=0, description="as run.cpus_per_actor, for this member")
 
     _check_actors = field_validator("actors")(check_range)
 
 
 class TileSettings(Settings):
-    """How images that are much larger than a model's square are cut into windows."""
+    """How images that are much larger than the model's input are cut into windows."""
 
     size: int | None = Field(
-        None, ge=8, description="side in pixels of the windows into which larger images are cut; null for none"
+        None, ge=8, description="cut larger images into square windows with this side in pixels; null: do not cut"
     )
-    overlap: float = Field(0.25, ge=0, le=0.9, description="share of a side that neighbours have in common")
-    max_windows: int = Field(4096, ge=1, description="images of more are refused: each takes half a megabyte or more")
+    overlap: float = Field(0.25, ge=0, le=0.9, description="overlap of neighbouring windows, a fraction of the side")
+    max_windows: int = Field(
+        4096, ge=1, description="refuse images with more windows; each takes half a megabyte of memory or more"
+    )
 
 
 class CleanSettings(Settings):
-    """What is taken from masks before they are written."""
+    """How masks are cleaned before they are written."""
 
-    fill_holes: bool = Field(False, description="masks have none")
-    min_area_px: int = Field(0, ge=0, description="smaller regions of a mask are dropped")
-    keep_largest: int | None = Field(None, ge=1, description="regions of a mask that are kept")
+    fill_holes: bool = Field(False, description="fill the holes of each mask")
+    min_area_px: int = Field(0, ge=0, description="remove regions of a mask with a smaller area, in pixels")
+    keep_largest: int | None = Field(None, ge=1, description="keep this number of largest regions; null: keep all")
 
 
 class ReviewSettings(Settings):
-    """Which masks somebody should look at; a calibrated checkpoint tells what is not told here."""
+    """Which masks are marked for review. A calibrated checkpoint gives the values that are not set here."""
 
-    min_confidence: float | None = Field(None, ge=0, le=1, description="masks of less are to be reviewed")
-    min_agreement: float | None = Field(0.7, ge=0, le=1, description="masks on which members agree less, too")
+    min_confidence: float | None = Field(None, ge=0, le=1, description="mark masks for review below this confidence")
+    min_agreement: float | None = Field(0.7, ge=0, le=1, description="mark masks for review below this agreement")
     area_fraction: tuple[float, float] | None = Field(
-        None, description="masks that are smaller or larger than these shares of the image, too"
+        None, description="mark masks for review outside [lowest, highest] fraction of the image's area"
     )
 
 
 class SegmentSettings(Settings):
-    """Everything that decides a segment run's rows, and under `run` how it is carried out."""
+    """The settings of a segment run: everything that can change its rows, and under `run` how it is executed."""
 
     input: str
     output: str
     members: tuple[MemberSettings, ...] = Field(
         (),
-        description="checkpoints with weight, flip, prompts and pools of their own, where --checkpoint says too little",
+        description="ensemble members in place of --checkpoint, each with checkpoint, weight, flip, prompts and actors",
     )
     combine: Literal["mean", "vote"] = Field(
-        "mean", description="of several members: the weighted mean of probabilities, or the weighted majority of masks"
+        "mean", description="combine members by weighted mean of probabilities or by weighted majority of masks"
     )
     prompts: tuple[str, ...] | None = Field(
-        None, min_length=1, description="of every image; the checkpoint's own unless told"
+        None, min_length=1, description="prompts for every image; null: the checkpoint's stored prompt"
     )
     classes: dict[str, tuple[str, ...]] = Field(
-        {}, description="what stands for a prompt: one text or several, whose probabilities are averaged"
+        {}, description="prompts that stand for one or several texts, whose probabilities are averaged: {name: [texts]}"
     )
-    member_rows: bool = Field(False, description="a row for each member's own mask, beside the one that they agree on")
-    label_maps: bool = Field(False, description="a row more per image: which prompt wins in each pixel, as a PNG")
-    threshold: float | None = Field(None, gt=0, lt=1, description="a probability; the checkpoint's own unless told")
+    member_rows: bool = Field(False, description="write one more row for the mask of each ensemble member")
+    label_maps: bool = Field(False, description="write one more row per image: a PNG with the prompt of each pixel")
+    threshold: float | None = Field(
+        None, gt=0, lt=1, description="lowest probability of a foreground pixel; null: the checkpoint's threshold"
+    )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
     review: ReviewSettings = ReviewSettings()
     slices: Literal["axial", "coronal", "sagittal"] = Field(
-        "axial", description="of volumes, each of which is an image"
+        "axial", description="direction in which volumes are cut into slices; each slice is an image"
     )
     window: tuple[float, float] | None = Field(
-        None, description="centre and width of what is shown of DICOM and NIfTI; the file's own unless told"
+        None, description="centre and width of the grey values shown of DICOM and NIfTI, as [40, 400]; null: the file's"
     )
-    max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
-    max_image_bytes: int = Field(1 << 30, ge=1, description="larger files are refused before they are read")
-    shard_rows: int = Field(
-        256, ge=1, description="output rows of one part file at most: the unit of work and of resuming"
+    max_pixels: int = Field(100_000_000, ge=1, description="refuse images with more pixels, before decoding")
+    max_image_bytes: int = Field(1 << 30, ge=1, description="refuse files with more bytes, before reading")
+    shard_rows: int = Field(256, ge=1, description="most output rows in a part file, the unit of work and resuming")
+    start_over: bool = Field(False, description="discard the earlier run in OUTPUT")
+    retry_failed: bool = Field(False, description="segment the failed images of the run in OUTPUT again")
+    update: bool = Field(
+        False, description="list INPUT again, segment new and changed images, mark removed ones as vanished"
     )
-    start_over: bool = Field(False, description="forget an earlier run in OUTPUT")
-    retry_failed: bool = Field(False, description="do the failed images of the run in OUTPUT again")
-    update: bool = Field(False, description="list INPUT again: do what is new or changed, mark what has vanished")
     run: RunSettings = RunSettings()
 
     _list_prompts = field_validator("prompts", mode="before")(one_is_a_list)
@@ -151,41 +159,42 @@ class SegmentSettings(Settings):
 
     @property
     def has_member_rows(self) -> bool:
-        """Whether each member of an ensemble has rows of its own."""
+        """Whether each member of an ensemble has its own rows."""
         return self.member_rows and len(self.members) > 1
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of rows: of each prompt, and at last of all of them together."""
+        """The kinds of rows: one row of each kind per prompt, except "labels", one row for all prompts together."""
         members = [f"member {number}" for number, _ in enumerate(self.members, start=1)]
         return ["mask", *(members if self.has_member_rows else []), *(["labels"] if self.label_maps else [])]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if empty := [name for name, texts in self.classes.items() if not texts]:
-            raise ValueError(f"classes: {empty[0]} has no text")
+            raise ValueError(f"classes: {empty[0]} has no text; give one text at least")
         if self.window is not None and not self.window[1] > 0:
             raise ValueError(f"window is {list(self.window)}; its width must be above 0")
         if not self.members:
             raise ValueError("give --checkpoint DIR once at least")
         if self.prompts and len(set(self.prompts)) < len(self.prompts):
-            raise ValueError("prompts: the same prompt stands there twice; each gives one row per image")
+            raise ValueError("prompts: the same prompt stands there twice; give each prompt once")
         return self
 
 
 def load_settings(
     settings: type[SettingsT], config: str | None, assignments: list[str], arguments: dict[str, Any]
 ) -> SettingsT:
-    """Settings from a YAML file, overridden by `key=value` words, overridden by the command's own arguments.
+    """Return validated settings: arguments override assignments, assignments override the YAML file.
 
     Args:
-        settings: the class to fill.
-        config: a YAML file with the same tree, or None.
-        assignments: words such as "run.batch_size=4"; the value is read as YAML.
+        settings: the class of the settings.
+        config: a YAML file with the same tree of keys, or None.
+        assignments: words such as "run.batch_size=4". The value is read as YAML.
         arguments: fields that the command line gives by position or flag.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a wrong value, or a file that cannot be read.
+        ConfigError: a key is unknown (the message has the nearest known one), a value is wrong, or the file cannot be
+            read.
     """
     tree: dict[str, Any] = _read_yaml(config) if config else {}
     parse_assignments(assignments, tree)
@@ -196,27 +205,31 @@ def load_settings(
 
 
 def parse_assignments(assignments: list[str], tree: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A tree of settings with `key=value` words put into it, values read as YAML; keys may be dotted."""
+    """Return a tree of settings with `key=value` words added. Keys may be dotted; values are read as YAML.
+
+    Raises:
+        ConfigError: a word is not of this form, its value is not YAML, or its key goes through a value.
+    """
     tree = {} if tree is None else tree
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator:
-            raise ConfigError(f"--set {assignment!r} is not of the form key=value, such as run.batch_size=4")
+            raise ConfigError(f"--set {assignment!r} is not of the form key=value; it must be as run.batch_size=4")
         *groups, leaf = key.split(".")
         branch = tree
         for group in groups:
             branch = branch.setdefault(group, {})
             if not isinstance(branch, dict):
-                raise ConfigError(f"--set {assignment!r}: {group} is a value, not a group of settings")
+                raise ConfigError(f"--set {assignment!r}: {group} is already a value; it must be a group of settings")
         branch[leaf] = _parse_yaml(value, f"--set {assignment}")
     return tree
 
 
 def parse_range(value: int | str | None, default: int) -> tuple[int, int]:
-    """The fewest and the most of a setting such as 2 or "2..8".
+    """Return the (lowest, highest) number of a setting such as 2 or "2..8".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither a number nor a range.
     """
     if value is None:
         return default, default
@@ -227,12 +240,12 @@ def parse_range(value: int | str | None, default: int) -> tuple[int, int]:
 
 
 def dump_yaml(tree: dict[str, Any]) -> str:
-    """A tree of plain values as YAML, in the order given."""
+    """Return a tree of plain values as YAML. The keys keep their order."""
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a tree by their dotted keys."""
+    """Return the leaves of a tree by their dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -251,6 +264,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
+    """Return the value of a YAML text; `where` names the text in the error message."""
     try:
         return yaml.safe_load(io.StringIO(text))
     except yaml.YAMLError as error:
@@ -258,7 +272,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def explain(error: ValidationError, settings: type[Settings]) -> str:
-    """All that is wrong, in one sentence."""
+    """Return all problems of a validation error as one line."""
     problems = []
     known = [key for key, _ in _leaves(settings)]
     for detail in error.errors():
@@ -278,7 +292,7 @@ def explain(error: ValidationError, settings: type[Settings]) -> str:
 
 
 def describe_settings(settings: type[Settings]) -> list[str]:
-    """One line per setting, its default and what it means, for a job's --help."""
+    """Return one line per setting with its default and description, for the --help of a job."""
     lines = []
     for key, info in _leaves(settings):
         if info.description:
@@ -288,8 +302,8 @@ def describe_settings(settings: type[Settings]) -> list[str]:
                 else yaml.safe_dump(_plain(info.default), default_flow_style=True, width=1000).partition("\n")[0]
             )
             choices = [str(choice) for choice in get_args(info.annotation) if isinstance(choice, str)]
-            among = f" ({', '.join(choices)})" if get_origin(info.annotation) is Literal else ""
-            lines.append(f"  {f'{key}={default}':28} {info.description}{among}")
+            known = f" ({', '.join(choices)})" if get_origin(info.annotation) is Literal else ""
+            lines.append(f"  {f'{key}={default}':28} {info.description}{known}")
     return lines
 
 
@@ -298,7 +312,7 @@ def _plain(value: Any) -> Any:
 
 
 def _leaves(settings: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting by its dotted key."""
+    """Yield every setting with its dotted key."""
     for name, info in settings.model_fields.items():
         group = info.annotation
         if isinstance(group, type) and issubclass(group, Settings):

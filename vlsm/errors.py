@@ -2,7 +2,7 @@
 
 
 class VlsmError(Exception):
-    """What every error of this package is; a job prints it as one sentence and ends."""
+    """The base class of all errors of this package. A job prints the message on one line and ends."""
 
 
 class ConfigError(VlsmError):
@@ -10,7 +10,7 @@ class ConfigError(VlsmError):
 
 
 class ManifestError(VlsmError):
-    """The list of an archive's images cannot be read or contradicts itself."""
+    """A manifest or a dataset's list of records cannot be read or contradicts itself."""
 
 
 class CheckpointError(VlsmError):
@@ -18,37 +18,37 @@ class CheckpointError(VlsmError):
 
 
 class StorageError(VlsmError):
-    """Storage failed in a way that may pass, and went on failing through the retries."""
+    """Storage failed in a way that may be temporary, and all retries failed too."""
 
 
 class ResultError(VlsmError):
-    """The rows of an output are not exactly those that were planned."""
+    """The output of a run is damaged, or its rows differ from the planned rows."""
 
 
 class ImageError(VlsmError):
-    """One image cannot be read. It becomes a failed row; the run goes on.
+    """One image cannot be read. It becomes a failed row; the run continues.
 
     Args:
-        reason: one of `REASONS`, for counting.
-        message: what a person needs to find and mend the file.
+        reason: one of `REASONS`, used for counting.
+        message: the information that a person needs to find and repair the file.
     """
 
     REASONS = (
         "missing",
         "forbidden",
-        "unreadable",  # by the local disk
-        "unavailable",  # its store answers, but not for this file
+        "unreadable",  # the local disk fails, or the format is not supported
+        "unavailable",  # the store answers, but not for this file
         "timeout",
         "empty",
         "corrupt",
         "too_large",
-        "crashed",  # the process that worked on it, each time
+        "crashed",  # the process died or hung at each try
     )
 
     def __init__(self, reason: str, message: str) -> None:
         if reason not in self.REASONS:
             raise ValueError(f"unknown reason {reason!r}; known reasons: {', '.join(self.REASONS)}")
-        # names of files come from anywhere: none may write lines of its own into a log
+        # File names are untrusted: they must not add lines to a log.
         printable = "".join(
             character if character.isprintable() else character.encode("unicode_escape").decode()
             for character in message

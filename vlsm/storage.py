@@ -1,7 +1,7 @@
-"""Local disks and object stores behind the same few functions; fsspec and s3fs do the work.
+"""Reading, writing and listing files on local disks and object stores, with fsspec and s3fs.
 
-A location is a local path or a URI that fsspec knows (`s3://bucket/key`). Names are taken literally: brackets, percent
-signs and `::` in them mean nothing here. Endpoint and credentials come from the standard environment of the store.
+A location is a local path or a URI that fsspec knows (`s3://bucket/key`). Names are literal: brackets, percent signs
+and `::` have no special meaning. Endpoint and credentials come from the store's standard environment variables.
 """
 
 import contextlib
@@ -20,29 +20,32 @@ from vlsm.errors import ConfigError, StorageError
 
 T = TypeVar("T")
 
-# Many small objects per process: fresh listings, room for as many connections as threads, patience bounded by timeouts.
+# One process reads many small objects: it needs fresh listings, a connection for each thread, and timeouts.
 _S3_OPTIONS = {
     "use_listings_cache": False,
     "config_kwargs": {
         "max_pool_connections": 64,
         "connect_timeout": 10,
         "read_timeout": 60,
-        "retries": {"mode": "standard", "max_attempts": 1},  # s3fs and with_retries try again
+        "retries": {"mode": "standard", "max_attempts": 1},  # s3fs and with_retries already retry
     },
 }
-QUICK_S = 10.5  # what a person waits for a store to answer, and a single object is worth
-PATIENT_S = 300.0  # what an unattended run waits for a store to come back
+QUICK_S = 10.5  # retry time where a person waits for the answer, or where one object is concerned
+PATIENT_S = 300.0  # retry time of an unattended run: a store may be down for minutes
 _LONGEST_DELAY_S = 30.0
 
 
 def split_scheme(uri: str) -> tuple[str, str]:
-    """The scheme of a location ("file" for a local path) and what follows it."""
+    """Return the scheme of a location ("file" for a local path) and the rest of the location."""
     scheme, separator, rest = uri.partition("://")
     return (scheme, rest) if separator else ("file", uri)
 
 
 def absolute(uri: str) -> str:
-    """The location as every process on this machine understands it: local paths absolute, no trailing slash."""
+    """Return the location in the form that every process on this machine understands.
+
+    Local paths become absolute. A trailing slash is removed.
+    """
     scheme, rest = split_scheme(uri)
     if scheme in ("file", "local"):
         return os.path.abspath(os.path.expanduser(rest))
@@ -50,15 +53,15 @@ def absolute(uri: str) -> str:
 
 
 def join(uri: str, *names: str) -> str:
-    """The location of something below a folder or prefix."""
+    """Return the location of a file or folder below a folder or prefix."""
     return "/".join([uri.rstrip("/"), *names])
 
 
 def open_uri(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a location and the path within it.
+    """Return the file system of a location and the path within it.
 
     Raises:
-        ConfigError: no file system is known for the scheme, or its package is not installed.
+        ConfigError: fsspec knows no file system for the scheme, or its package is not installed.
     """
     scheme, _ = split_scheme(uri)
     if scheme in ("file", "local"):
@@ -71,26 +74,26 @@ def open_uri(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    """Whether paths of the file system are paths of this machine."""
+    """Return whether the file system is this machine's disk."""
     return bool(fs.protocol == "file" or "file" in fs.protocol)
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or a non-empty folder at the location."""
+    """Return whether there is a file or a non-empty folder at the location."""
     fs, path = open_uri(uri)
     return bool(with_retries(lambda: fs.exists(path), uri, QUICK_S))
 
 
 def read_bytes(uri: str, patience_s: float = QUICK_S) -> bytes:
-    """The whole content of a file."""
+    """Return the whole content of a file."""
     fs, path = open_uri(uri)
     return bytes(with_retries(lambda: fs.cat_file(path), uri, patience_s))
 
 
 def write_bytes(uri: str, data: bytes, patience_s: float = PATIENT_S) -> None:
-    """Put a file in one atomic step: readers see the old content or all of the new, whatever dies on the way.
+    """Write a file atomically: readers see the old content or the whole new content, also if the writer dies.
 
-    Locally that is a temporary file renamed into place; on an object store one put (or one completed multipart upload).
+    On a local disk this renames a temporary file. On an object store it is one put or one completed multipart upload.
     """
     fs, path = open_uri(uri)
     if not is_local(fs):
@@ -101,14 +104,18 @@ def write_bytes(uri: str, data: bytes, patience_s: float = PATIENT_S) -> None:
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Put a file, as `write_bytes`, where there is none; whether this call has put it, of all that try at once."""
+    """Write a file atomically if it does not exist yet. Returns whether this call has written it.
+
+    Several processes may call it at the same time: one of them writes the file. On an object store, a process that
+    tries to write the same content also gets True.
+    """
     fs, path = open_uri(uri)
     if not is_local(fs):
 
         def put() -> None:
             try:
                 fs.pipe_file(path, data, mode="create")
-            except OSError:  # stores have many names for "somebody was first"
+            except OSError:  # stores raise different errors for "the file exists"
                 if not fs.exists(path):
                     raise
 
@@ -124,7 +131,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def _temporary_file(path: str, data: bytes) -> Iterator[str]:
-    """A file with the content, whole on the disk, beside the path; gone afterwards where it was not renamed."""
+    """Yield a temporary file in the folder of the path, with the content synced to disk. Remove it at the end."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
@@ -140,12 +147,12 @@ def _temporary_file(path: str, data: bytes) -> Iterator[str]:
 
 
 def list_names(uri: str) -> list[str]:
-    """The names of the files directly in a folder, sorted; empty where there is no such folder."""
+    """Return the sorted names of the files directly in a folder, or an empty list if there is no such folder."""
     return sorted(_list_files(uri))
 
 
 def list_times(uri: str) -> dict[str, float]:
-    """When each file directly in a folder was last written, in seconds since 1970, by its name."""
+    """Return the time of the last write of each file directly in a folder, in seconds since 1970, by file name."""
     return {name: _modified_s(info) for name, info in _list_files(uri).items()}
 
 
@@ -159,15 +166,16 @@ def _list_files(uri: str) -> dict[str, dict[str, Any]]:
 
 
 def _modified_s(info: dict[str, Any]) -> float:
-    """Stores have different names and forms for it."""
-    found = next((info[key] for key in ("mtime", "LastModified", "last_modified", "updated") if info.get(key)), 0.0)
-    if isinstance(found, str):
-        found = datetime.datetime.fromisoformat(found)
-    return found.timestamp() if isinstance(found, datetime.datetime) else float(found)
+    """Return the time of the last write in seconds since 1970; each store has its own key and type for it."""
+    time_keys = ("mtime", "LastModified", "last_modified", "updated")
+    modified = next((info[key] for key in time_keys if info.get(key)), 0.0)
+    if isinstance(modified, str):
+        modified = datetime.datetime.fromisoformat(modified)
+    return modified.timestamp() if isinstance(modified, datetime.datetime) else float(modified)
 
 
 def remove(uri: str) -> None:
-    """Remove one file if it is there."""
+    """Remove one file if it exists."""
     fs, path = open_uri(uri)
     try:
         fs.rm_file(path)
@@ -176,17 +184,17 @@ def remove(uri: str) -> None:
 
 
 def with_retries(call: Callable[[], T], uri: str, patience_s: float = PATIENT_S) -> T:
-    """What the call returns, tried again where a remote store may have failed for a moment.
+    """Return the result of the call; retry it if a remote store fails in a way that may be temporary.
 
     Args:
-        call: what to try.
-        uri: of what it asks for.
-        patience_s: how long to wait in all, between tries that lie further and further apart.
+        call: the function to call.
+        uri: the location that the call reads or writes; messages name it.
+        patience_s: the total time in seconds to wait between tries. The delay grows from try to try.
 
     Raises:
-        FileNotFoundError, PermissionError: as the call raises them, without a second try.
-        OSError: any other failure of the local disk, without a second try.
-        StorageError: a remote store still failed at the last try.
+        FileNotFoundError, PermissionError: the call raises them; they are not retried.
+        OSError: the local disk fails in another way; this is not retried.
+        StorageError: a remote store still fails at the last try.
     """
     remote = split_scheme(uri)[0] not in ("file", "local")
     num_tries = 0
@@ -201,7 +209,7 @@ def with_retries(call: Callable[[], T], uri: str, patience_s: float = PATIENT_S)
                 raise
             if delay_s is None:
                 raise StorageError(f"{uri} could not be reached in {num_tries} tries: {error}") from error
-            time.sleep(delay_s * random.uniform(0.5, 1))  # many processes were turned away at the same moment
+            time.sleep(delay_s * random.uniform(0.5, 1))  # random: many processes fail at the same moment
     raise AssertionError("unreachable")
 
 
@@ -215,7 +223,7 @@ def _delays(patience_s: float) -> Iterator[float]:
 
 @contextlib.contextmanager
 def name_errors(what: str, uri: str) -> Iterator[None]:
-    """Storage that refuses is one sentence that names what was asked of it."""
+    """Turn storage errors into a ConfigError whose one-line message names the setting (`what`) and the location."""
     errors: tuple[type[Exception], ...] = (OSError, *store_errors())
     try:
         yield
@@ -224,23 +232,23 @@ def name_errors(what: str, uri: str) -> Iterator[None]:
 
 
 def store_errors() -> tuple[type[Exception], ...]:
-    """What a store's client raises beside an OSError."""
+    """Return the exceptions, beside OSError, that the client of a store raises."""
     try:
         from botocore.exceptions import BotoCoreError, ClientError
-    except ImportError:  # without s3fs there are only this machine's own errors
+    except ImportError:  # without s3fs only OSError can occur
         return ()
     return (BotoCoreError, ClientError)
 
 
 def is_bad_name(error: BaseException) -> bool:
-    """Whether one of `store_errors` says that no store could have a file of such a name."""
+    """Return whether an error of `store_errors` says that the name is invalid for any file of the store."""
     from botocore.exceptions import ParamValidationError
 
     return isinstance(error, ParamValidationError)
 
 
 def error_code(error: BaseException) -> str | None:
-    """S3's own word for what has gone wrong, where the error comes from there."""
+    """Return the error code of S3, such as "ExpiredToken", or None if the error does not come from S3."""
     response = getattr(error.__cause__, "response", None) or {}
     return dict(response).get("Error", {}).get("Code")
 
@@ -252,15 +260,15 @@ def _transient_errors() -> tuple[type[BaseException], ...]:
         from botocore.exceptions import ConnectionError as BotoConnectionError
         from botocore.exceptions import HTTPClientError, ResponseStreamingError
         from botocore.parsers import ResponseParserError
-    except ImportError:  # a machine without s3fs reads its own disk
+    except ImportError:  # without s3fs only the local disk is read
         return tuple(errors)
     return (*errors, ClientError, BotoConnectionError, HTTPClientError, ResponseStreamingError, ResponseParserError)
 
 
 def spell_out(path: str) -> str:
-    """File names that are not UTF-8, spelled out, and told apart: no table could hold them as they are.
+    """Return the path if it is valid UTF-8, else a readable and unique UTF-8 text for it.
 
-    Fetching such a file says that it is missing.
+    Tables cannot hold paths that are not UTF-8. Reading a file by such a text fails with the reason "missing".
     """
     readable = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     if readable == path:
