@@ -1,4 +1,4 @@
-"""What is inside of tar and zip archives, from their headers; of any other file, see `vlsm.images.formats`."""
+"""Lists the images in tar and zip archives from their headers. `vlsm.images.formats` lists those in other files."""
 
 import functools
 import gzip
@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 from vlsm.errors import ImageError
 from vlsm.images.formats import Inside, Look, Open, describe_other, is_archive, kind_of, list_frames
 
-_LARGEST_READ = 1 << 26  # that a tar's headers may ask for
-_MOST_ZEROS = 1 << 27  # bytes of nothing, after which a tar is taken to be damaged
-_MOST_NAME_BYTES = 8192  # as of an image_id in a list
+_LARGEST_READ = 1 << 26  # bytes; a tar header that asks for more is damaged
+_MOST_ZEROS = 1 << 27  # a tar with more consecutive zero bytes is damaged
+_MOST_NAME_BYTES = 8192  # the same limit as for an image_id in a manifest
 
 Members = dict[str, list[Inside]]
 
@@ -22,46 +22,51 @@ Members = dict[str, list[Inside]]
 def list_images(
     open_file: Open, name: str, look: Look, skipped: Counter[str], size_bytes: int | None = None
 ) -> list[Inside]:
-    """The images of a file, from its headers.
+    """Return the images in a file, from its headers.
 
     Args:
-        open_file: opens it; the file may read lazily, and is not read whole where its format allows it.
-        name: its name, which tells its kind, for messages too.
-        look: how it is looked into.
-        skipped: takes the count of what is passed over.
-        size_bytes: of it; the file is asked where None.
+        open_file: opens the file. It may read lazily; only the headers are read if the format allows it.
+        name: the file's name. It decides the format, and messages use it.
+        look: options for listing.
+        skipped: counter of skipped files and members, by description; this function adds to it.
+        size_bytes: the file's size, or None to ask the file.
 
     Raises:
-        ImageError: it cannot be read as what its name says.
-        OSError: its store fails.
+        ImageError: the file cannot be read in the format of its name.
+        OSError: the store fails.
     """
     if is_archive(name):
         with open_file() as file:
-            found = (_list_tar if kind_of(name) == "tar" else _list_zip)(file, name, look, skipped)
-        if not found:
+            images = (_list_tar if kind_of(name) == "tar" else _list_zip)(file, name, look, skipped)
+        if not images:
             skipped[f"{describe_other(name)} without images"] += 1
-        return found
-    found = list_frames(open_file, name, size_bytes, look)
-    if not found:
+        return images
+    images = list_frames(open_file, name, size_bytes, look)
+    if not images:
         skipped[describe_other(name) + ("" if kind_of(name) == "dicom?" else " without pixels")] += 1
-    return found
+    return images
 
 
 def is_compressed_tar(name: str) -> bool:
-    """Whether a tar of this name can only be read from its beginning."""
+    """Return whether a tar of this name is compressed, so that it can only be read from its beginning."""
     return name.lower().endswith(("gz", ".tgz"))
 
 
 def check_zip_member(name: str, info: zipfile.ZipInfo) -> None:
-    """Nothing, or an ImageError for what cannot be unpacked in bounded memory."""
+    """Raise an ImageError if a zip member is encrypted or uses another compression than deflate.
+
+    Only stored and deflated members can be unpacked in bounded memory.
+    """
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ImageError("unreadable", f"{name} is neither stored nor deflated in its zip")
+        raise ImageError(
+            "unreadable", f"{name} has the compression method {info.compress_type}; it must be stored or deflated"
+        )
     if info.flag_bits & 1:
-        raise ImageError("unreadable", f"{name} is encrypted")
+        raise ImageError("unreadable", f"{name} is encrypted; only members without a password are read")
 
 
 def _list_member(look_into: Callable[[], list[Inside]], member: str, skipped: Counter[str]) -> list[Inside]:
-    """The images of one member of a tar or zip; one that cannot be looked into is a problem of its own."""
+    """Return the images in one member of a tar or zip. A damaged member gives one item with a problem."""
     if kind_of(member) is None or is_archive(member):
         skipped[describe_other(member)] += 1
         return []
@@ -69,18 +74,18 @@ def _list_member(look_into: Callable[[], list[Inside]], member: str, skipped: Co
         skipped["name that is too long"] += 1
         return []
     try:
-        found = look_into()
+        images = look_into()
     except ImageError as error:
-        found = [Inside(problem=str(error))]
-    except Exception as error:  # damage of any kind; what a store does is told by the file itself
-        found = [Inside(problem=str(ImageError("corrupt", f"{member}: {error or type(error).__name__}")))]
-    if not found:
+        images = [Inside(problem=str(error))]
+    except Exception as error:  # damage of any kind; the file object records the errors of its store
+        images = [Inside(problem=str(ImageError("corrupt", f"{member}: {error or type(error).__name__}")))]
+    if not images:
         skipped[describe_other(member)] += 1
-    return [replace(one, selector=f"{member}#{one.selector}" if one.selector else member) for one in found]
+    return [replace(image, selector=f"{member}#{image.selector}" if image.selector else member) for image in images]
 
 
 def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> list[Inside]:
-    found: Members = {}
+    members: Members = {}
 
     def look_into(info: zipfile.ZipInfo) -> list[Inside]:
         check_zip_member(f"{name}#{info.filename}", info)
@@ -91,50 +96,52 @@ def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> l
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
                 if not info.is_dir():
-                    own = _list_member(functools.partial(look_into, info), info.filename, skipped)
-                    _add(found, info.filename, own, skipped)
+                    images = _list_member(functools.partial(look_into, info), info.filename, skipped)
+                    _add(members, info.filename, images, skipped)
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError) as error:
-        raise ImageError("corrupt", f"{name} is no zip that can be read: {error}") from error
-    return [inside for own in found.values() for inside in own]
+        raise ImageError("corrupt", f"{name} cannot be read as a zip: {error}") from error
+    return [image for images in members.values() for image in images]
 
 
-def _add(found: Members, member: str, own: list[Inside], skipped: Counter[str]) -> None:
-    """Of several members of one name the last counts, as for whoever unpacks them."""
-    if found.pop(member, None):
-        skipped["member of a name that stands there again"] += 1
-    found[member] = own
+def _add(members: Members, name: str, images: list[Inside], skipped: Counter[str]) -> None:
+    """Add a member's images. If two members share a name, the last one is used, as unpacking would do."""
+    if members.pop(name, None):
+        skipped["member replaced by a later one with the same name"] += 1
+    members[name] = images
 
 
 def _list_tar(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> list[Inside]:
-    """The images of a tar; where it is damaged, what stands before and behind, and a problem for the rest."""
-    found: Members = {}
+    """Return the images in a tar. A damaged tar gives its readable images and one item with a problem."""
+    members: Members = {}
     walk = _Walk(gzip.GzipFile(fileobj=file) if is_compressed_tar(name) else file)
     try:
-        # ignore_zeros: beyond damage, and beyond the end of tars that were put one behind the other
+        # ignore_zeros: continue after damage, and after the end of a tar to which another tar was appended
         with tarfile.TarFile(fileobj=walk, ignore_zeros=True) as archive:  # type: ignore[arg-type]
-            _walk_tar(archive, walk, look, found, skipped)
-    except Exception as error:  # damage of any kind; what a store does is told by the file itself
-        if not (isinstance(error, gzip.BadGzipFile) and walk.num_zeros):  # of what stands behind a tar that has ended
+            _walk_tar(archive, walk, look, members, skipped)
+    except Exception as error:  # damage of any kind; the file object records the errors of its store
+        # Bytes after the end of a complete tar are not damage.
+        if not (isinstance(error, gzip.BadGzipFile) and walk.num_zeros):
             walk.problem = f"it breaks off: {error or type(error).__name__}"
-    images = [inside for own in _without_parts(found, skipped).values() for inside in own]
+    images = [image for images in _without_parts(members, skipped).values() for image in images]
     return [*images, Inside(problem=f"corrupt: {name}: {walk.problem}")] if walk.problem else images
 
 
-def _walk_tar(archive: tarfile.TarFile, walk: "_Walk", look: Look, found: Members, skipped: Counter[str]) -> None:
-    spans: dict[str, tuple[int, int]] = {}
+def _walk_tar(archive: tarfile.TarFile, walk: "_Walk", look: Look, members: Members, skipped: Counter[str]) -> None:
+    """Add the images of every member of a tar to `members`."""
+    spans: dict[str, tuple[int, int]] = {}  # member name to offset and length of its bytes
     end = 0
     while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined] # it would keep them all
+        archive.members = []  # type: ignore[attr-defined] # tarfile would keep all headers in memory
         walk.check_gap(end, member.offset)
         if archive.offset <= member.offset:
-            raise tarfile.ReadError(f"{member.name!r} has a negative size")
+            raise tarfile.ReadError(f"{member.name!r} has a negative size; it must be 0 bytes or more")
         end = walk.marked_offset = archive.offset
-        if member.islnk() and member.linkname in spans:  # a second name of a file that stands before it
+        if member.islnk() and member.linkname in spans:  # a hard link to an earlier member
             member.type, (member.offset_data, member.size) = tarfile.REGTYPE, spans[member.linkname]
         if member.isreg():
             spans[member.name] = span = member.offset_data, member.size
-            own = _list_member(functools.partial(_look_into_tar, archive, member, look), member.name, skipped)
-            _add(found, member.name, [replace(one, offset=span[0], length=span[1]) for one in own], skipped)
+            images = _list_member(functools.partial(_look_into_tar, archive, member, look), member.name, skipped)
+            _add(members, member.name, [replace(image, offset=span[0], length=span[1]) for image in images], skipped)
         elif not member.isdir():
             skipped["link or device"] += 1
     walk.check_gap(end, None)
@@ -142,38 +149,38 @@ def _walk_tar(archive: tarfile.TarFile, walk: "_Walk", look: Look, found: Member
 
 def _look_into_tar(archive: tarfile.TarFile, member: tarfile.TarInfo, look: Look) -> list[Inside]:
     if member.issparse():
-        raise ImageError("unreadable", f"{member.name} is a sparse member")
+        raise ImageError("unreadable", f"{member.name} is a sparse member; only plain members are read")
     open_member: Any = functools.partial(archive.extractfile, member)
     return list_frames(open_member, member.name, member.size, look)
 
 
-def _without_parts(found: Members, skipped: Counter[str]) -> Members:
-    """Without the other pictures of a WebDataset sample: beside 7.jpg, 7.seg.png is its label and no image."""
-    plain = {_sample_of(name)[0] for name, own in found.items() if own and "." not in _sample_of(name)[1]}
+def _without_parts(members: Members, skipped: Counter[str]) -> Members:
+    """Return the members without the labels of WebDataset samples: beside 7.jpg, 7.seg.png is a label, not an image."""
+    plain = {_sample_of(name)[0] for name, images in members.items() if images and "." not in _sample_of(name)[1]}
     kept = {}
-    for name, own in found.items():
+    for name, images in members.items():
         key, field = _sample_of(name)
-        if own and "." in field and key in plain and kind_of(name) in ("image", "tiff"):
+        if images and "." in field and key in plain and kind_of(name) in ("image", "tiff"):
             skipped[f".{field} of a sample"] += 1
         else:
-            kept[name] = own
+            kept[name] = images
     return kept
 
 
 def _sample_of(name: str) -> tuple[str, str]:
-    """A member's key and field as WebDataset has them: the name up to the first dot of its last part, and the rest."""
+    """Return a member's key and field as WebDataset defines them: the file name is split at its first dot."""
     folder, slash, base = name.rpartition("/")
     key, _, field = base.partition(".")
     return f"{folder}{slash}{key}", field
 
 
 class _Walk:
-    """A tar being read from header to header, forwards only, and in modest pieces: damage may ask for anything.
+    """A file object that tarfile reads from header to header. It refuses huge reads, which damaged headers cause.
 
     Attributes:
-        marked_offset: where the next member should begin; the block that is read there is kept.
-        num_zeros: bytes of nothing that were read last.
-        problem: the first thing that is wrong.
+        marked_offset: offset at which the next member should begin. The block read there is kept.
+        num_zeros: length in bytes of the run of zeros that was read last.
+        problem: description of the first damage, or None.
     """
 
     def __init__(self, file: Any) -> None:
@@ -184,14 +191,14 @@ class _Walk:
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _LARGEST_READ:
-            raise ValueError(f"a header of {size:,} bytes")
+            raise ValueError(f"a header asks for {size:,} bytes; {_LARGEST_READ:,} are the most")
         is_marked = self._file.tell() == self.marked_offset
         data = bytes(self._file.read(size))
         if is_marked:
             self._marked = data
         self.num_zeros = 0 if not data or data.strip(b"\0") else self.num_zeros + len(data)
         if self.num_zeros > _MOST_ZEROS:
-            raise ValueError(f"{_MOST_ZEROS:,} bytes of nothing")
+            raise ValueError(f"more than {_MOST_ZEROS:,} zero bytes in a row")
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -204,18 +211,18 @@ class _Walk:
         return True
 
     def check_gap(self, end: int, begin: int | None) -> None:
-        """Note what is wrong where a member ends and the next does not begin; nothing, where the tar says it ends."""
+        """Note the problem if the next member does not begin at `end`, unless the tar has its end mark there."""
         if begin == end or self.problem:
             return
         block = self._marked[: tarfile.BLOCKSIZE]
         if not block:
             self.problem = "it breaks off between two members"
         elif block.strip(b"\0") and not _is_header(block):
-            self.problem = f"what begins at byte {end:,} cannot be read"
+            self.problem = f"the member at byte {end:,} cannot be read"
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether it is one that tarfile passes over, such as git's global one."""
+    """Return whether a block is a valid header, also of a kind that tarfile skips, such as git's global header."""
     try:
         tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
     except tarfile.HeaderError:

@@ -1,6 +1,7 @@
-"""DICOM objects to images: the frames that a viewer would show, at 8 bits.
+"""Decodes the frames of DICOM objects to 8-bit images, as a viewer shows them.
 
-Nothing of a header but what pixels need is parsed, and no value of it is ever part of a message.
+Only the header elements that the pixels need are parsed. Messages never contain a header value, because headers hold
+patient data.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ from vlsm.images.grey_levels import Window, as_rgb, scale_to_bytes, value_range,
 PIXEL_DATA_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _HEADER_TAGS = [0x00080016, 0x00280002, 0x00280008, 0x00280010, 0x00280011, 0x00280100]
 _IMAGE_TAGS = [
-    *range(0x00280002, 0x00280012),  # the size and kind of pixels
-    *range(0x00280100, 0x00280104),  # their bits
+    *range(0x00280002, 0x00280012),  # size and type of the pixels
+    *range(0x00280100, 0x00280104),  # bits of a pixel
     *(0x00280120, 0x00280121),  # padding
     *(0x00281050, 0x00281051, 0x00281052, 0x00281053, 0x00281056),  # window, rescale
     *range(0x00281101, 0x00281104),  # palettes
@@ -32,29 +33,29 @@ _IMAGE_TAGS = [
     *(0x7FE00001, 0x7FE00002, *PIXEL_DATA_TAGS),
 ]
 _MAX_FRAMES = 1_000_000
-_MAX_HEADER_BYTES = 4 << 20  # of a deflated object, to see how many frames it has
+_MAX_HEADER_BYTES = 4 << 20  # unpacked from a deflated object to count its frames
 
 
 def is_dicom(head: bytes) -> bool:
-    """Whether a file that begins with these 132 bytes is a DICOM file, or a bare dataset as older software wrote it."""
+    """Return whether a file with these first 132 bytes is a DICOM file, with a preamble or (old software) without."""
     if head[128:132] == b"DICM":
         return True
-    # without a preamble: an element of group 2 or 8, explicit or implicit, little endian
+    # Without a preamble: the first element is of group 2 or 8, explicit or implicit VR, little endian.
     is_short = head[4:6].isalpha() and head[4:6].isupper() or head[5:8] == b"\0\0\0"
     return len(head) >= 132 and head[0] in (2, 8) and head[1] == head[3] == 0 and head[2] <= 0x18 and is_short
 
 
 def read_shape(file: BinaryIO, name: str = "the file", size_bytes: int | None = None) -> tuple[int, int, int]:
-    """How many images a DICOM file holds, and their height and width in pixels, from its header alone.
+    """Return the number of images in a DICOM file, and their height and width in pixels, from its header.
 
     Args:
-        file: at its start; only what stands before the pixels' description is read, and what is long is skipped.
-        name: what error messages call it.
-        size_bytes: of the file; its end is sought where None.
+        file: at its start. It is read up to the end of the pixel description; long elements are skipped.
+        name: the file's name in error messages.
+        size_bytes: size of the file, or None to seek its end.
 
     Returns:
-        No images where the object has no pixels, as a report, a presentation state or a DICOMDIR, or is itself a
-        segmentation.
+        (number of images, height, width). The number is 0 if the object has no pixels (a report, a presentation state,
+        a DICOMDIR) or is a segmentation.
 
     Raises:
         ImageError: "corrupt".
@@ -66,12 +67,12 @@ def read_shape(file: BinaryIO, name: str = "the file", size_bytes: int | None = 
 
 
 def count_frames(file: BinaryIO, name: str = "the file") -> int:
-    """How many images a DICOM file holds; arguments and errors as for `read_shape`."""
+    """Return the number of images in a DICOM file; arguments and errors as for `read_shape`."""
     return read_shape(file, name)[0]
 
 
 def _read_pixel_header(file: BinaryIO, name: str) -> tuple[Dataset, bool]:
-    """The description of the pixels, and whether something follows it: else the file ends inside of it."""
+    """Return the pixel description, and whether it is complete. Otherwise the file ends before its end."""
     seen: list[int] = []
 
     def is_past(tag: int, vr: str | None, length: int) -> bool:
@@ -84,17 +85,18 @@ def _read_pixel_header(file: BinaryIO, name: str) -> tuple[Dataset, bool]:
 
 @contextlib.contextmanager
 def _damage(name: str) -> Iterator[None]:
-    """Whatever a header can cause, in words that quote nothing of it."""
+    """Turn every error that a damaged header causes into an ImageError that quotes no header value."""
     try:
         with quiet():
             yield
     except ImageError:
         raise
-    except Exception as error:  # as many kinds as there is damage; their texts quote values
+    except Exception as error:  # damage causes errors of any type; their texts quote header values
         raise ImageError("corrupt", f"{name}: its DICOM header is damaged ({type(error).__name__})") from None
 
 
 def _count(header: Dataset, is_whole: bool, num_bytes: int, name: str) -> int:
+    """Return the number of images that a header describes; `num_bytes` is the size of the file."""
     kinds = (header.get("SOPClassUID"), header.file_meta.get("MediaStorageSOPClassUID"))
     if uid.MediaStorageDirectoryStorage in kinds or uid.SegmentationStorage in kinds:
         return 0
@@ -109,7 +111,7 @@ def _count(header: Dataset, is_whole: bool, num_bytes: int, name: str) -> int:
     syntax = header.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
     if syntax.is_private or not (syntax.is_encapsulated or syntax.is_deflated):
         least = num_frames * frame_bits // 8
-    else:  # the item around a frame; 1,032 is the most that deflate can do
+    else:  # an encapsulated frame has an item header of 8 bytes; deflate compresses 1,032-fold at most
         least = num_frames * 8 if syntax.is_encapsulated else num_frames * frame_bits // 8 // 1032
     if num_frames < 1 or (num_frames > 1 and least > num_bytes):
         raise ImageError("corrupt", f"{name} has fewer bytes than its {num_frames:,} frames need")
@@ -117,21 +119,22 @@ def _count(header: Dataset, is_whole: bool, num_bytes: int, name: str) -> int:
 
 
 class DicomImages:
-    """The frames of one DICOM object, each as a viewer would show it: RGB, 8 bits a channel.
+    """The frames of one DICOM object, each as a viewer shows it: RGB, 8 bits per channel.
 
-    Grey values go through the modality's table or slope, and then through the window: the given one, or the object's
-    lookup table or first window, a frame's own before one for all. Without any, 8-bit values stay as they are and
-    others go from the frame's minimum to its maximum, padding left out. MONOCHROME1 is inverted.
+    Grey values first go through the modality lookup table or the rescale slope. Then they go through the given window,
+    or else through the object's lookup table or first window; a table or window of the frame has priority. Without any
+    window, 8-bit values stay unchanged, and other values are scaled from the frame's minimum to its maximum without
+    padding. MONOCHROME1 is inverted.
 
     Args:
         data: the file's content.
-        name: what error messages call it.
-        max_pixels: frames of more pixels are refused before they are decoded.
-        window: (center, width) in the modality's units, such as Hounsfield's; None for the object's own.
-        max_bytes: deflated objects that hold more are refused.
+        name: the file's name in error messages.
+        max_pixels: frames with more pixels are refused before decoding.
+        window: (center, width) in the modality's units, such as Hounsfield units; None for the object's own window.
+        max_bytes: deflated objects with more bytes after unpacking are refused.
 
     Raises:
-        ImageError: "too_large", or "corrupt".
+        ImageError: "too_large" or "corrupt".
     """
 
     def __init__(
@@ -152,14 +155,14 @@ class DicomImages:
         self._size = height, width
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of every frame, in pixels."""
+        """Return the (height, width) of every frame in pixels."""
         return self._size
 
     def decode(self, frame: int) -> np.ndarray:
-        """One frame, (H, W, 3) uint8.
+        """Return one frame as (H, W, 3) uint8 RGB.
 
         Args:
-            frame: from 0.
+            frame: its number, from 0.
 
         Raises:
             ImageError: "corrupt": there is no such frame, or it cannot be decoded.
@@ -171,14 +174,15 @@ class DicomImages:
                 image = self._show(read_frame(self._dataset, frame, self._name), frame)
         except ImageError:
             raise
-        except Exception as error:  # decoders meet damage with every error that there is; their texts quote values
+        except Exception as error:  # decoders raise errors of any type for damage; their texts quote values
             kind = type(error).__name__
             raise ImageError("corrupt", f"{self._name}: frame {frame} cannot be decoded ({kind})") from None
         if image.shape != (*self._size, 3):
-            raise ImageError("corrupt", f"{self._name}: frame {frame} has not the size that its header tells")
+            raise ImageError("corrupt", f"{self._name}: the size of frame {frame} is not that of its header")
         return image
 
     def _show(self, stored: np.ndarray, frame: int) -> np.ndarray:
+        """Return stored values, (H, W) or (H, W, 3), as (H, W, 3) uint8 RGB."""
         kind = self._dataset.PhotometricInterpretation
         if kind == "PALETTE COLOR":
             return paint_palette(stored, self._dataset)
@@ -188,6 +192,7 @@ class DicomImages:
         return as_rgb(255 - grey if kind == "MONOCHROME1" else grey)
 
     def _show_grey(self, stored: np.ndarray, frame: int) -> np.ndarray:
+        """Return stored grey values (H, W) as uint8, before the inversion of MONOCHROME1."""
         voi = self._macro("FrameVOILUTSequence", frame)
         has_voi = bool(voi.get("VOILUTSequence")) or (_number(voi, "WindowWidth") or 0) > 0
         values, is_rescaled = self._rescale(stored, frame)
@@ -200,7 +205,7 @@ class DicomImages:
         return scale_to_bytes(values, *value_range(values[~self._is_padding(stored)]))
 
     def _rescale(self, stored: np.ndarray, frame: int) -> tuple[np.ndarray, bool]:
-        """The values in the modality's units, float, and whether they are others than those stored."""
+        """Return the values in the modality's units, (H, W) float, and whether they differ from the stored values."""
         exact = np.float32 if stored.dtype.itemsize <= 2 else np.float64
         if tables := self._dataset.get("ModalityLUTSequence"):
             return _look_up(stored, tables[0])[0].astype(exact), True
@@ -213,6 +218,7 @@ class DicomImages:
         return values, (slope, intercept) != (1.0, 0.0)
 
     def _is_padding(self, stored: np.ndarray) -> np.ndarray:
+        """Return where a frame has padding, (H, W) bool. A frame of padding alone counts as a frame without padding."""
         first = _number(self._dataset, "PixelPaddingValue")
         if first is None:
             return np.zeros(stored.shape, bool)
@@ -222,7 +228,7 @@ class DicomImages:
         return is_padding if not is_padding.all() else ~is_padding
 
     def _macro(self, keyword: str, frame: int) -> Dataset:
-        """What an enhanced object tells of this frame, or of all; otherwise the object itself."""
+        """Return the item of a functional group for this frame, or the shared item, or the object itself."""
         for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
             sequence = self._dataset.get(groups) or ()
             if index < len(sequence) and (macro := sequence[index].get(keyword)):
@@ -231,7 +237,14 @@ class DicomImages:
 
 
 def _apply_voi(values: np.ndarray, voi: Dataset) -> np.ndarray:
-    """Values in the modality's units, (H, W) float, overwritten, as 8 bits (DICOM PS3.3, C.11.2)."""
+    """Return the values after the object's VOI lookup table or window, (H, W) uint8.
+
+    Args:
+        values: in the modality's units, (H, W) float; overwritten.
+        voi: the item with the table or window.
+
+    Source: DICOM PS3.3, C.11.2.
+    """
     if tables := voi.get("VOILUTSequence"):
         shown, depth = _look_up(np.rint(values), tables[0])
         return scale_to_bytes(shown.astype(np.float32), 0, 2**depth - 1)
@@ -246,7 +259,7 @@ def _apply_voi(values: np.ndarray, voi: Dataset) -> np.ndarray:
 
 
 def _look_up(values: np.ndarray, item: Dataset) -> tuple[np.ndarray, int]:
-    """The values' entries in a lookup table, and its depth in bits."""
+    """Return the values' entries in a lookup table, and the depth of an entry in bits."""
     num_entries, first, depth = (int(number) for number in item.LUTDescriptor)
     num_entries = num_entries or 1 << 16
     content: Any = item.LUTData
@@ -254,12 +267,12 @@ def _look_up(values: np.ndarray, item: Dataset) -> tuple[np.ndarray, int]:
         content = np.frombuffer(content, np.uint8 if len(content) < 2 * num_entries else np.dtype("<u2"))
     table = np.asarray(content)[:num_entries]
     if len(table) < num_entries or not 1 <= depth <= 16:
-        raise ValueError("the table is not what its descriptor tells")
+        raise ValueError("the lookup table does not match its descriptor")
     return table[np.clip(values.astype(np.float64) - first, 0, num_entries - 1).astype(np.intp)], depth
 
 
 def _number(item: Dataset, keyword: str) -> float | None:
-    """A finite number, the first of several; None where there is none."""
+    """Return an element's number (the first of several), or None if there is none or it is not finite."""
     value = item.get(keyword)
     if value is not None and not isinstance(value, (str, bytes, int, float)):
         value = value[0] if len(value) else None

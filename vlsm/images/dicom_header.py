@@ -1,4 +1,4 @@
-"""Elements of DICOM files, read from hostile ones without a word of what they say."""
+"""Reads elements of DICOM files. Damaged and hostile files cause no warning or log line that quotes their values."""
 
 import contextlib
 import io
@@ -22,18 +22,18 @@ _before_quiet: contextlib.ExitStack
 
 
 def read_header(file: BinaryIO, stop_when: Any, tags: list[int], max_bytes: int, name: str) -> Dataset:
-    """The chosen elements of a DICOM file and its `file_meta`, which always tells a transfer syntax.
+    """Return the chosen elements of a DICOM file, with a `file_meta` that always has a transfer syntax.
 
     Args:
         file: at its start.
-        stop_when: of (tag, VR, length) of a top-level element, whether reading ends before it; None reads all.
-        tags: the elements wanted; others are skipped.
-        max_bytes: of a deflated object so much is unpacked, which pydicom's own reader does not limit.
-        name: what error messages call the file.
+        stop_when: takes (tag, VR, length) of a top-level element and returns whether to stop before it. None reads all.
+        tags: the elements to read; others are skipped.
+        max_bytes: at most this many bytes of a deflated object are unpacked. pydicom's own reader has no limit.
+        name: the file's name in error messages.
 
     Raises:
-        ImageError: "too_large": all of a deflated object is wanted, and it holds more.
-        Exception: whatever pydicom makes of damage.
+        ImageError: "too_large": stop_when is None and a deflated object has more than max_bytes.
+        Exception: any error that pydicom raises for damage.
     """
     read_preamble(file, force=True)
     meta = _read_file_meta_info(file)
@@ -56,7 +56,7 @@ def read_header(file: BinaryIO, stop_when: Any, tags: list[int], max_bytes: int,
 
 
 def _inflate(file: BinaryIO, max_bytes: int) -> tuple[bytes, bool]:
-    """What a raw deflate stream holds: its first max_bytes at most, and whether that is all.
+    """Return at most the first max_bytes of an unpacked raw deflate stream, and whether these are all bytes.
 
     Raises:
         zlib.error: the stream is damaged.
@@ -65,16 +65,17 @@ def _inflate(file: BinaryIO, max_bytes: int) -> tuple[bytes, bool]:
     while not inflater.eof and len(content) < max_bytes:
         chunk = inflater.unconsumed_tail or file.read(1 << 16)
         if not chunk:
-            raise zlib.error("the stream ends early")
+            raise zlib.error("the deflate stream ends early")
         content += inflater.decompress(chunk, max_bytes - len(content))
     return bytes(content), inflater.eof
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is warned of or logged by pydicom and highdicom meanwhile: they quote values. The last thread ends it.
+    """Silence the warnings and log lines of pydicom and highdicom, which quote header values.
 
-    Numbers that are written against the standard are read all the same.
+    Numbers that violate the standard's format are accepted. Threads may overlap: the last one to leave restores the
+    former state.
     """
     global _num_quiet, _before_quiet
     with _quiet_lock:

@@ -1,4 +1,4 @@
-"""One frame of a DICOM object as its stored values, and what must be known before a decoder may see it."""
+"""Decodes one frame of a DICOM object to its stored values. Unsafe data is refused before a decoder reads it."""
 
 import struct
 
@@ -14,7 +14,8 @@ from pydicom.pixels.utils import as_pixel_options, pixel_array
 from vlsm.errors import ImageError
 from vlsm.images.codestreams import check_lossless, codestream_size
 
-# One decoder each, and the one that minds damage the most; GDCM, which does not, where there is no other.
+# One decoder per transfer syntax: the strictest one for damaged data. GDCM is not strict; it is used where there is no
+# other.
 _PLUGINS = {
     uid.JPEGBaseline8Bit: "pillow",
     uid.JPEGExtended12Bit: "pillow",
@@ -33,29 +34,28 @@ _MAX_PALETTE = 1 << 16
 
 
 def read_frame(dataset: Dataset, frame: int, name: str) -> np.ndarray:
-    """The values of one frame as they are stored; colours as RGB.
+    """Return the stored values of one frame; colours are RGB.
 
     Args:
-        dataset: with its pixels and `file_meta`.
-        frame: from 0.
-        name: what error messages call the file.
+        dataset: has the pixels and `file_meta`.
+        frame: its number, from 0.
+        name: the file's name in error messages.
 
     Returns:
         (H, W), or (H, W, 3) for colours, of any integer or float type.
 
     Raises:
-        ImageError: "corrupt", of a transfer syntax that nothing decodes, or of a codestream of another size.
-        Exception: whatever a decoder makes of other damage.
+        ImageError: "corrupt": no decoder supports the transfer syntax, or the codestream's size is not the header's.
+        Exception: any error that a decoder raises for other damage.
     """
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax in _NATIVE:
         return pixel_array(dataset, index=frame)
-    is_12_bit = (
-        syntax == uid.JPEGExtended12Bit and dataset.BitsStored > 8
-    )  # no decoder under a free licence has it right
+    # No decoder with a free licence decodes 12 bits correctly.
+    is_12_bit = syntax == uid.JPEGExtended12Bit and dataset.BitsStored > 8
     if is_12_bit or (syntax != uid.RLELossless and syntax not in _PLUGINS):
-        known = syntax.name if syntax.name != syntax else "unknown"
-        raise ImageError("corrupt", f"{name} is encoded in a way that is not supported: {known}")
+        syntax_name = syntax.name if syntax.name != syntax else "unknown"
+        raise ImageError("corrupt", f"{name} is encoded in a way that is not supported: {syntax_name}")
     options = as_pixel_options(dataset)
     encoded = get_frame(
         dataset.PixelData,
@@ -65,9 +65,8 @@ def read_frame(dataset: Dataset, frame: int, name: str) -> np.ndarray:
     )
     if syntax == uid.RLELossless:
         return _decode_rle(encoded, options)
-    found = codestream_size(encoded)
-    if found != (options["rows"], options["columns"], options["samples_per_pixel"]):
-        # a decoder allocates what the codestream asks for
+    if codestream_size(encoded) != (options["rows"], options["columns"], options["samples_per_pixel"]):
+        # A decoder allocates the size that the codestream has.
         raise ImageError("corrupt", f"{name}: the size of frame {frame} in its codestream is not that of its header")
     if _PLUGINS[syntax] == "gdcm":
         check_lossless(encoded, options["bits_allocated"])
@@ -75,34 +74,34 @@ def read_frame(dataset: Dataset, frame: int, name: str) -> np.ndarray:
 
 
 def _decode_rle(encoded: bytes, options: dict) -> np.ndarray:  # type: ignore[type-arg]
-    """A frame of RLE Lossless (DICOM PS3.5, annex G).
+    """Return a frame of RLE Lossless (DICOM PS3.5, annex G), (H, W) or (H, W, 3).
 
-    pydicom's own decoder runs byte by byte in Python and lets a segment grow 64-fold before it looks at its size;
-    Pillow's PackBits is the same code, in C, and stops at the size that it is told.
+    pydicom's own decoder runs byte by byte in Python, and a segment can grow 64-fold before its size is checked.
+    Pillow's PackBits is the same code in C, and it stops at the given size.
     """
     num_pixels, samples = options["rows"] * options["columns"], options["samples_per_pixel"]
     bytes_per_sample = options["bits_allocated"] // 8
     count, *offsets = struct.unpack_from("<16I", encoded)
     if count != samples * bytes_per_sample or not 1 <= count <= 15:
-        raise ValueError("the number of segments is not that of the pixels' bytes")
+        raise ValueError("the number of RLE segments does not match samples x bytes per sample")
     planes = np.empty((samples, num_pixels, bytes_per_sample), np.uint8)
     for number, start in enumerate(offsets[:count]):
         end = offsets[number + 1] if number + 1 < count else len(encoded)
         row = Image.frombytes("L", (num_pixels, 1), encoded[start:end], "packbits", "L")
-        # segments go from the most to the least significant byte
+        # The first segment has the most significant bytes.
         planes[number // bytes_per_sample, :, bytes_per_sample - 1 - number % bytes_per_sample] = np.asarray(row)[0]
-    told = options | {"planar_configuration": 1, "number_of_frames": 1, "pixel_keyword": "PixelData"}
-    told.pop("transfer_syntax_uid", None)
+    plane_options = options | {"planar_configuration": 1, "number_of_frames": 1, "pixel_keyword": "PixelData"}
+    plane_options.pop("transfer_syntax_uid", None)
     decoder = get_decoder(uid.ExplicitVRLittleEndian)
-    return decoder.as_array(planes.tobytes(), index=0, **told)[0]
+    return decoder.as_array(planes.tobytes(), index=0, **plane_options)[0]
 
 
 def paint_palette(stored: np.ndarray, dataset: Dataset) -> np.ndarray:
-    """Indices (H, W) as the colours of the object's palette, (H, W, 3) uint8.
+    """Return the palette colours of stored indices (H, W) as (H, W, 3) uint8.
 
     Raises:
-        ValueError: a segmented palette grows beyond 65,536 colours, or has indirect segments.
-        Exception: whatever pydicom makes of other damage.
+        ValueError: a segmented palette has more than 65,536 colours, or has indirect segments.
+        Exception: any error that pydicom raises for other damage.
     """
     depth = int(dataset.RedPaletteColorLookupTableDescriptor[2])
     for colour in ("Red", "Green", "Blue"):
@@ -113,13 +112,13 @@ def paint_palette(stored: np.ndarray, dataset: Dataset) -> np.ndarray:
 
 
 def _check_segments(words: np.ndarray) -> None:
-    """Refuse what would unfold to more than a palette holds: each segment of six bytes may stand for 65,535 colours."""
-    place, total = 0, 0
-    while place + 1 < len(words) and total <= _MAX_PALETTE:
-        opcode, length = int(words[place]), int(words[place + 1])
+    """Refuse a segmented palette that is too large: a segment of six bytes can expand to 65,535 colours."""
+    position, num_colours = 0, 0
+    while position + 1 < len(words) and num_colours <= _MAX_PALETTE:
+        opcode, length = int(words[position]), int(words[position + 1])
         if opcode > 1:
-            raise ValueError("indirect segments are not supported")
-        total += length
-        place += 2 + (length if opcode == 0 else 1)
-    if total > _MAX_PALETTE:
-        raise ValueError("the palette is larger than any can be")
+            raise ValueError("indirect palette segments are not supported")
+        num_colours += length
+        position += 2 + (length if opcode == 0 else 1)
+    if num_colours > _MAX_PALETTE:
+        raise ValueError(f"the palette has more than {_MAX_PALETTE:,} colours")

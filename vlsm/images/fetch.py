@@ -1,4 +1,4 @@
-"""The bytes of one image, whatever its store does meanwhile."""
+"""Reading the bytes of one image, with retries and a wait for a store that is down."""
 
 import contextlib
 import os
@@ -26,22 +26,23 @@ def read_image_bytes(
     patience_s: float = PATIENT_S,
     span: tuple[int, int] | None = None,
 ) -> bytes:
-    """The content of one image of an archive: of a file, or of a part of it.
+    """Return the content of a file, or of a part of it.
 
-    What may pass is tried again: of one image for some seconds, of a store that does not answer at all for longer.
+    Temporary failures are retried: for about 10 s while the store answers other requests, for up to patience_s while
+    it answers none.
 
     Args:
-        uri: where the image is.
-        size_bytes: its size as listed, or None to ask the store first.
-        max_bytes: larger files are refused before they are read, whatever size_bytes says.
-        timeout_s: for all tries together, on a remote store.
-        patience_s: how long a store may be away.
-        span: offset and length of the part in bytes.
+        uri: location of the file.
+        size_bytes: size of the file as listed, or None to ask the store first.
+        max_bytes: larger files are refused before they are read, even if size_bytes is wrong.
+        timeout_s: limit for all tries together, on a remote store; None for no limit.
+        patience_s: how long the store may be down, in seconds.
+        span: offset and length of the part in bytes; None for the whole file.
 
     Raises:
-        ImageError: the file is missing, forbidden, empty, too large, ends within the part or cannot be read, or its
-            store answers, but not for this file ("unavailable", "timeout").
-        StorageError: the store was away for longer than patience_s, or no longer takes the credentials.
+        ImageError: the file is missing, forbidden, empty, too large, ends inside the part or cannot be read. Or the
+            store answers other requests, but not for this file ("unavailable", "timeout").
+        StorageError: the store is down for longer than patience_s, or no longer accepts the credentials.
     """
     quick_s = min(QUICK_S, patience_s)
 
@@ -53,11 +54,11 @@ def read_image_bytes(
 
 
 def read_patiently(read: Callable[[], bytes], uri: str, patience_s: float) -> bytes:
-    """What is read of a file, a second time where its store did not answer anything meanwhile.
+    """Return the result of `read`. If it fails while the store is down, wait for the store and read once more.
 
     Raises:
-        ImageError: of the reading.
-        StorageError: the store was away for longer than patience_s.
+        ImageError: `read` raises it.
+        StorageError: the store is down for longer than patience_s.
     """
     try:
         return read()
@@ -68,7 +69,7 @@ def read_patiently(read: Callable[[], bytes], uri: str, patience_s: float) -> by
 
 
 class _Fetch:
-    """One image being read, with its time running."""
+    """The reading of one file; timeout_s starts when it is created."""
 
     def __init__(self, uri: str, timeout_s: float | None, patience_s: float) -> None:
         self.uri, self.timeout_s, self.patience_s = uri, timeout_s, patience_s
@@ -77,22 +78,22 @@ class _Fetch:
         self._started_s = time.monotonic()
 
     def read(self, size_bytes: int | None, max_bytes: int) -> bytes:
-        """The content; see `read_image_bytes`."""
+        """Return the whole content; see `read_image_bytes`."""
         with image_errors(self.uri):
             if is_local(self._fs) and os.path.exists(self._path) and not os.path.isfile(self._path):
-                raise ImageError("unreadable", f"{self.uri} is no file")  # a pipe would be waited for without end
+                raise ImageError("unreadable", f"{self.uri} is no file")  # reading a pipe could block forever
             if size_bytes and len(data := self._read(size_bytes, max_bytes)) <= size_bytes:
                 return data
             size_bytes = with_retries(self._ask_size, self.uri, self.patience_s)
             if len(data := self._read(size_bytes, max_bytes)) > size_bytes:
-                raise ImageError("unreadable", f"{self.uri} grows while it is read")
+                raise ImageError("unreadable", f"{self.uri} grows beyond {size_bytes:,} bytes while it is read")
             return data
 
     def read_span(self, span: tuple[int, int], size_bytes: int | None, max_bytes: int) -> bytes:
-        """A part of the content."""
+        """Return a part of the content."""
         offset, length = span
-        name = f"what stands at byte {offset:,} of {self.uri}"
-        broken = ImageError("corrupt", f"{name} should end at byte {offset + length:,}, behind the end of the file")
+        name = f"the member at byte {offset:,} of {self.uri}"
+        broken = ImageError("corrupt", f"{name} should end at byte {offset + length:,}, but the file is shorter")
 
         def get() -> bytes:
             data = bytes(self._ask(self._fs.cat_file, start=offset, end=offset + length))
@@ -109,12 +110,12 @@ class _Fetch:
             raise broken
 
     def _read(self, size_bytes: int, max_bytes: int) -> bytes:
-        """The content if it has so many bytes or less, otherwise one byte more."""
+        """Return the content if it has at most size_bytes bytes, else its first size_bytes + 1 bytes."""
         check_size(self.uri, size_bytes, max_bytes)
 
         def get() -> bytes:
             data = bytes(self._ask(self._fs.cat_file, start=0, end=size_bytes + 1))
-            # a body may end early without an error; or the file is another than the one that was listed
+            # A response may end early without an error, or the file may have changed since it was listed.
             if len(data) < size_bytes and len(data) != self._ask_size():
                 raise OSError(f"only {len(data):,} bytes came")
             return data
@@ -127,6 +128,7 @@ class _Fetch:
         return int(self._ask(self._fs.info)["size"])
 
     def _ask(self, method: Callable[..., Any], **limits: int) -> Any:
+        """Return the result of a method of the file system, called with the rest of timeout_s as its timeout."""
         if self.timeout_s is None or not getattr(self._fs, "async_impl", False):
             return method(self._path, **limits)
         left_s = self._started_s + self.timeout_s - time.monotonic()
@@ -136,7 +138,7 @@ class _Fetch:
 
 
 def check_size(name: str, size_bytes: int, max_bytes: int) -> None:
-    """Nothing, or an ImageError for what is empty or too large to be read."""
+    """Raise an ImageError if a file is empty or larger than max_bytes."""
     if size_bytes > max_bytes:
         raise ImageError("too_large", f"{name} has {size_bytes:,} bytes; max_image_bytes is {max_bytes:,}")
     if not size_bytes:
@@ -145,7 +147,12 @@ def check_size(name: str, size_bytes: int, max_bytes: int) -> None:
 
 @contextlib.contextmanager
 def image_errors(uri: str) -> Iterator[None]:
-    """What storage raises for a file, as the reason why its image cannot be read."""
+    """Turn every storage error for a file into an ImageError with its reason.
+
+    Raises:
+        ImageError: the file cannot be read.
+        StorageError: the store no longer accepts the credentials. This is not the fault of one image.
+    """
     try:
         yield
     except ImageError:
@@ -153,21 +160,25 @@ def image_errors(uri: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ImageError("missing", f"there is no file {uri}") from error
     except PermissionError as error:
-        if (code := error_code(error)) in _NO_CREDENTIALS:  # which is no image's fault
+        if (code := error_code(error)) in _NO_CREDENTIALS:
             raise StorageError(f"{uri}: its store no longer takes the credentials: {code}") from error
         raise ImageError("forbidden", f"no permission to read {uri}") from error
     except StorageError as error:
         raise ImageError("unavailable", str(error)) from error
-    except store_errors() as error:  # no credentials, for example: asking the store itself will tell
+    except store_errors() as error:  # such as missing credentials; _wait_for_store then finds the cause
         reason = "unreadable" if is_bad_name(error) else "unavailable"
         raise ImageError(reason, f"{uri}: {error}") from error
-    except Exception as error:  # of the local disk, of a name that none can have, of a store that is no file system
+    except Exception as error:  # of the local disk, of an invalid name, of a file system that cannot read files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError("unreadable", f"{uri}: {reason}") from error
 
 
 def _wait_for_store(uri: str, patience_s: float) -> bool:
-    """Wait until the store of a file answers anything; whether it had to be waited for."""
+    """Wait until the store of a file answers any request. Returns whether the first request failed.
+
+    Raises:
+        StorageError: the store is down for longer than patience_s.
+    """
     fs, path = open_uri(uri)
     num_tries = 0
 
@@ -177,7 +188,7 @@ def _wait_for_store(uri: str, patience_s: float) -> bool:
         try:
             fs.info(fs._parent(path))
         except (FileNotFoundError, PermissionError):
-            return  # which are answers
+            return  # also an answer
         except OSError as error:
             response = getattr(error.__cause__, "response", {})
             if not 400 <= response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) < 500:

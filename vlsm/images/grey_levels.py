@@ -1,4 +1,4 @@
-"""Grey values of any range to the 8 bits that a model sees."""
+"""Conversion of grey values of any range to 8 bits."""
 
 import numpy as np
 
@@ -6,18 +6,18 @@ Window = tuple[float, float]
 
 
 def window_edges(window: Window) -> tuple[float, float]:
-    """The values (black, white) of a window (center, width)."""
+    """Return the grey values (black, white) of a window (center, width)."""
     center, width = window
     return center - width / 2, center + width / 2
 
 
 def scale_to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values as 8 bits, linear from low (0) to high (255); what lies outside is cut off.
+    """Scale values linearly to 8 bits, from low (0) to high (255). Values outside are clipped.
 
     Args:
-        values: any shape, float; overwritten. What is not finite counts as low.
+        values: any shape, float; overwritten. Values that are not finite count as low.
         low: becomes 0.
-        high: becomes 255. Where it is not above low, all above low are 255.
+        high: becomes 255. If it is not above low, all values above low become 255.
 
     Returns:
         uint8 of the same shape.
@@ -25,7 +25,7 @@ def scale_to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
     values[~np.isfinite(values)] = low
     if not high > low:
         return np.where(values > low, np.uint8(255), np.uint8(0))
-    with np.errstate(over="ignore", invalid="ignore"):  # of edges as far apart as floats go
+    with np.errstate(over="ignore", invalid="ignore"):  # high - low may overflow
         values -= low
         values /= high - low
         values *= 255
@@ -35,11 +35,11 @@ def scale_to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def value_range(values: np.ndarray) -> tuple[float, float]:
-    """The (minimum, maximum) of what is finite; (0, 0) where nothing is."""
+    """Return the (minimum, maximum) of the finite values, or (0, 0) if there are none."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
 def as_rgb(grey: np.ndarray) -> np.ndarray:
-    """A grey image (H, W) as (H, W, 3)."""
+    """Return a grey image (H, W) as (H, W, 3)."""
     return np.repeat(grey[..., None], 3, axis=2)
