@@ -1,1 +1,1 @@
-"""INPUT as a stream of images: what is listed, what a manifest names, what container files hold."""
+"""INPUT as a stream of images, from a listing or a manifest; container files are expanded to their images."""

@@ -1,4 +1,4 @@
-"""An archive as rows: every image under a folder or prefix, of a glob, or of a list."""
+"""Opens INPUT as a stream of rows: one row per image in a folder, a prefix, a glob, a file or a manifest."""
 
 import itertools
 from collections import Counter
@@ -13,16 +13,18 @@ from vlsm.archive.manifest import MANIFEST_EXTENSIONS, describe_file, read_image
 from vlsm.errors import ConfigError
 from vlsm.images.formats import Look, describe_other, kind_of
 
-_ETAG_KEYS = ("ETag", "etag")  # as the file systems of several stores call it
+_ETAG_KEYS = ("ETag", "etag")  # stores use different names
 _MTIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")
 
 
 @dataclass
 class Archive:
-    """A stream of manifest rows (dicts with the columns of MANIFEST_SCHEMA) and what was passed over on the way.
+    """The images of an archive.
 
-    `skipped` counts what is no image, by extension; it is complete once `rows` is exhausted.
-    `is_listed` tells a folder, prefix or glob from a list.
+    Attributes:
+        rows: a stream of dicts with the columns of MANIFEST_SCHEMA but `vanished`.
+        is_listed: whether INPUT is a folder, prefix or glob, not a manifest.
+        skipped: number of skipped files, by extension or description; complete once `rows` is exhausted.
     """
 
     rows: Iterable[dict[str, Any]]
@@ -30,7 +32,7 @@ class Archive:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def open_archive(  # noqa: PLR0913 - all that can be said of an INPUT
+def open_archive(  # noqa: PLR0913 - every property of an INPUT
     uri: str,
     prompts: tuple[str, ...],
     exclude: str | None = None,
@@ -38,21 +40,21 @@ def open_archive(  # noqa: PLR0913 - all that can be said of an INPUT
     after: tuple[str, str | None] | None = None,
     look: Look | None = None,
 ) -> Archive:
-    """The images of an archive, one row each, in a stable order; files that hold several are looked into.
+    """Return the images of an archive, one row per image in a stable order. Container files give a row per image.
 
     Args:
-        uri: a folder or prefix (recursive), a glob, one file, or a list (.parquet, .csv, .jsonl with `image_uri`
-            and optionally `image_id`, `prompt` or `prompts`; relative image_uris start from the list's folder).
-        prompts: those of every image for which a list gives none.
-        exclude: a folder whose files are no input, such as an output folder inside the archive.
-        allow: what the image_uris of a list in an object store may begin with besides the store's own bucket:
-            whoever can put a list there is not to read this machine's files, or other buckets, through the job.
-        after: image_uri and selector that a listing which was broken off had come to: only what follows them.
-        look: how files are looked into.
+        uri: a folder or prefix (recursive), a glob, one file, or a manifest (.parquet, .csv, .jsonl with `image_uri`
+            and optionally `image_id`, `prompt` or `prompts`; a relative image_uri starts from the manifest's folder).
+        prompts: the prompts of every image for which a manifest has none.
+        exclude: a folder whose files are not listed, such as an output folder inside the archive.
+        allow: prefixes, beside its own bucket, that a manifest in an object store may have in image_uri. A person who
+            can write a manifest there must not read this machine's files, or other buckets, through the job.
+        after: the last image_uri and selector of an interrupted listing; only images after them are returned.
+        look: options for listing the images in a file.
 
     Raises:
         ConfigError: there is nothing at the location.
-        ManifestError: the list cannot be read, lacks what it needs, or leads to where it may not.
+        ManifestError: the manifest cannot be read, lacks a column or a value, or has an image_uri that is not allowed.
     """
     fs, path = storage.open_uri(uri)
     look = look or Look()
@@ -63,15 +65,19 @@ def open_archive(  # noqa: PLR0913 - all that can be said of an INPUT
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
     last = None if after is None else storage.open_uri(after[0])[1]
     root, infos = _find_files(fs, path, uri, last)
-    if after is not None and after[1] is not None and fs.isfile(last):  # of which more may follow
+    if after is not None and after[1] is not None and fs.isfile(last):  # more images of this file may follow
         infos = itertools.chain([fs.info(last)], infos)
     rows = expand_rows(_file_rows(fs, root, infos, prompts, (excluded, archive.skipped)), look, archive.skipped)
-    archive.rows = rows if after is None else _behind(rows, after, archive.skipped)
+    archive.rows = rows if after is None else _rows_after(rows, after, archive.skipped)
     return archive
 
 
 def _find_files(fs: Any, path: str, uri: str, after: str | None) -> tuple[str, Iterable[Info]]:
-    """The folder that image_ids are relative to, and what the store says of each file in it."""
+    """Return the folder that image_ids are relative to, and fsspec's info of each file in it.
+
+    Raises:
+        ConfigError: there is nothing at the location.
+    """
     if fs.isfile(path):
         return path.rsplit("/", 1)[0], [] if after else [fs.info(path)]
     infos = iter(()) if storage.is_local(fs) and not fs.isdir(path) else list_files(uri)
@@ -79,8 +85,8 @@ def _find_files(fs: Any, path: str, uri: str, after: str | None) -> tuple[str, I
         return path, itertools.chain([first], infos) if after is None else list_files(uri, after)
     if any(character in path for character in "*?["):
         plain = path[: min(path.index(character) for character in "*?[" if character in path)]
-        found = sorted(fs.glob(path, detail=True).values(), key=lambda info: info["name"])
-        return plain.rsplit("/", 1)[0], [follow_link(info) for info in found if not after or info["name"] > after]
+        matches = sorted(fs.glob(path, detail=True).values(), key=lambda info: info["name"])
+        return plain.rsplit("/", 1)[0], [follow_link(info) for info in matches if not after or info["name"] > after]
     if storage.is_local(fs) and fs.isdir(path):
         return path, []
     raise ConfigError(f"INPUT {uri!r} does not exist; it must be a folder, a prefix, a glob, an image or a manifest")
@@ -89,7 +95,7 @@ def _find_files(fs: Any, path: str, uri: str, after: str | None) -> tuple[str, I
 def _file_rows(
     fs: Any, root: str, infos: Iterable[Info], prompts: tuple[str, ...], passing: tuple[str | None, Counter[str]]
 ) -> Iterator[dict[str, Any]]:
-    """Every file that may hold images as a row; `passing` is the folder to leave out, and the count of the others."""
+    """Yield a row for every file that may hold images; `passing` has the folder to exclude and the skipped counter."""
     prefix = root.rstrip("/") + "/"
     excluded, skipped = passing
     for info in infos:
@@ -108,15 +114,15 @@ def _file_rows(
         } | describe_file(info.get("size"), etag, next((info[key] for key in _MTIME_KEYS if info.get(key)), None))
 
 
-def _behind(
+def _rows_after(
     rows: Iterable[dict[str, Any]], after: tuple[str, str | None], skipped: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """The rows without those of the file that a listing had come to, up to the one that it had come to."""
-    is_behind = after[1] is None
+    """Yield the rows after the image_uri and selector at which a listing was interrupted."""
+    is_after = after[1] is None
     for row in rows:
-        if is_behind or row["image_uri"] != after[0]:
-            if not is_behind:  # its rest cannot be told from what is planned; an update can tell
+        if is_after or row["image_uri"] != after[0]:
+            if not is_after:  # the file changed: its new images cannot be found here, but an update finds them
                 skipped["archive that changed while it was listed: --set update=true"] += 1
-            is_behind = True
+            is_after = True
             yield row
-        is_behind = is_behind or row["selector"] == after[1]
+        is_after = is_after or row["selector"] == after[1]

@@ -1,4 +1,4 @@
-"""Rows of files as rows of images: what holds several is looked into while the listing goes on."""
+"""Expands container files into one row per image while the listing continues."""
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -13,27 +13,27 @@ from vlsm.images.containers import list_images
 from vlsm.images.fetch import image_errors
 from vlsm.images.formats import Inside, Look, is_archive, kind_of
 
-_AHEAD = 32  # files that are looked into at once: their stores answer slowly
-_ARCHIVES_AHEAD = 4  # each may hold a hundred thousand images
-_ARCHIVE_BLOCK, _HEADER_BLOCK = 1 << 20, 1 << 16  # bytes that are asked of a store at once
+_AHEAD = 32  # files whose headers are read in parallel, because stores answer slowly
+_ARCHIVES_AHEAD = 4  # fewer for tar and zip: each may hold a hundred thousand images
+_ARCHIVE_BLOCK, _HEADER_BLOCK = 1 << 20, 1 << 16  # bytes per request to a store
 
 Row = dict[str, Any]
-Found = tuple[list[Inside], Counter[str]]
+Found = tuple[list[Inside], Counter[str]]  # the images in a file, and its skipped members
 
 
 def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list: bool = False) -> Iterator[Row]:
-    """Rows of images, each with `selector`, `offset`, `length` and `problem`, from rows of files, in their order.
+    """Yield rows of images, with `selector`, `offset`, `length` and `problem`, from rows of files in the same order.
 
     Args:
-        rows: with the other columns of MANIFEST_SCHEMA.
-        look: how files are looked into.
-        skipped: takes the count of what turns out to hold no image.
-        is_list: whether every file was asked for by name: one without images then has a row, which fails.
+        rows: rows of files, with the other columns of MANIFEST_SCHEMA.
+        look: options for listing the images in a file.
+        skipped: counter of skipped files and members, by description; this function adds to it.
+        is_list: whether a manifest names every file. A file without images then gives a row, which fails later.
 
     Raises:
-        StorageError: a store stays away.
+        StorageError: a store does not answer.
     """
-    Image.MAX_IMAGE_PIXELS = None  # headers alone are read; decode_image has the limit, which may be raised
+    Image.MAX_IMAGE_PIXELS = None  # only headers are read here; decode_image applies the setting max_pixels
     waiting: deque[tuple[Row, Future[Found] | None]] = deque()
     pool = ThreadPoolExecutor(_AHEAD)
     weight = 0
@@ -43,7 +43,7 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
             is_plain = kind is None or (kind == "image" and look.tile.size is None)
             waiting.append((row, None if is_plain else pool.submit(_look_into, row, look)))
             weight += _weight(row)
-            # a row that need not wait does not, but behind those that must
+            # Yield rows that need no header as soon as all rows before them are done.
             while waiting and (waiting[0][1] is None or weight > _AHEAD):
                 weight -= _weight(waiting[0][0])
                 yield from _images_of(*waiting.popleft(), skipped, is_list)
@@ -54,10 +54,12 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
 
 
 def _weight(row: Row) -> int:
+    """Return how many of the _AHEAD places a file takes while it waits."""
     return _AHEAD // _ARCHIVES_AHEAD if is_archive(row["image_uri"]) else 1
 
 
 def _look_into(row: Row, look: Look) -> Found:
+    """Return the images in a file and its skipped members. A file that cannot be read gives an item with a problem."""
     uri, size_bytes = row["image_uri"], row.get("size_bytes")
     fs, path = storage.open_uri(uri)
     options: dict[str, Any] = {"block_size": _ARCHIVE_BLOCK if is_archive(uri) else _HEADER_BLOCK}
@@ -75,7 +77,7 @@ def _look_into(row: Row, look: Look) -> Found:
 
         try:
             return list_images(open_file, uri, look, skipped, size_bytes)
-        finally:  # what a decoder makes of it must not pass for damage
+        finally:  # a decoder may report an error of the store as damage of the file
             if error := next((file.error for file in opened if file.error), None):
                 raise error
 
@@ -89,10 +91,10 @@ def _look_into(row: Row, look: Look) -> Found:
 
 
 class _Watched:
-    """A file that remembers how its store has failed, whatever its reader makes of that.
+    """A file that records the first error of its store, also if its reader hides the error.
 
     Attributes:
-        error: the first one.
+        error: the first error of a read, or None.
     """
 
     def __init__(self, file: Any) -> None:
@@ -116,15 +118,15 @@ class _Watched:
         self._file.close()
 
 
-def _images_of(row: Row, found: Future[Found] | None, skipped: Counter[str], is_list: bool) -> Iterator[Row]:
-    images, others = ([Inside()], Counter[str]()) if found is None else found.result()
+def _images_of(row: Row, listing: Future[Found] | None, skipped: Counter[str], is_list: bool) -> Iterator[Row]:
+    """Yield the rows of the images in a file; `listing` is None for a file that is one image."""
+    images, others = ([Inside()], Counter[str]()) if listing is None else listing.result()
     if is_list and not images:
         is_empty = is_archive(row["image_uri"])
         images, others = [Inside(problem=f"empty: {row['image_uri']} holds no images" if is_empty else None)], Counter()
     skipped.update(others)
-    for inside in images:
-        selector = inside.selector and storage.spell_out(inside.selector)
+    for image in images:
+        selector = image.selector and storage.spell_out(image.selector)
         image_id = row["image_id"] if selector is None else f"{row['image_id']}#{selector}"
-        place = {"offset": inside.offset, "length": inside.length, "problem": inside.problem}
-        place["num_windows"] = inside.num_windows
-        yield row | {"image_id": image_id, "selector": selector} | place
+        details = {"offset": image.offset, "length": image.length, "problem": image.problem}
+        yield row | {"image_id": image_id, "selector": selector} | details | {"num_windows": image.num_windows}

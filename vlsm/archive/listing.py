@@ -1,4 +1,4 @@
-"""Everything below a folder or prefix, file by file in a stable order, while it is being listed."""
+"""Lists all files below a folder or prefix as a stream in a stable order."""
 
 import os
 import stat
@@ -8,23 +8,23 @@ from typing import Any
 from vlsm import storage
 from vlsm.errors import StorageError
 
-Info = dict[str, Any]  # what fsspec says of a file: name, size, type, and what else its store knows
+Info = dict[str, Any]  # fsspec's description of a file: name, size, type, and more keys that depend on the store
 
 
 def list_files(uri: str, after: str | None = None) -> Iterator[Info]:
-    """The files below a folder or prefix; no more of them is in memory than a page of a store, or one local folder.
+    """Yield the files below a folder or prefix. Only one page of a store, or one local folder, is in memory at a time.
 
-    Links to files are files; other links are given with the type "link" and not followed.
+    A link to a file counts as a file. Other links have the type "link" and are not followed.
 
     Args:
         uri: the folder or prefix.
-        after: the name that a listing which was broken off had come to: only what follows it.
+        after: the last name of an interrupted listing; only files after it are listed.
 
     Yields:
-        Of S3 in the order of its keys; else folder by folder, sorted by name.
+        On S3 in the order of the keys, elsewhere folder by folder, sorted by name.
 
     Raises:
-        StorageError: the store went on failing through the retries, or a folder may not be listed.
+        StorageError: the store fails and all retries fail too, or there is no permission to list a folder.
     """
     fs, path = storage.open_uri(uri)
     if "s3" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
@@ -41,9 +41,9 @@ def _list_s3(fs: Any, path: str, uri: str, after: str | None) -> Iterator[Info]:
         request["StartAfter"] = fs.split_path(after)[1]
     while True:
         page = storage.with_retries(lambda: fs.call_s3("list_objects_v2", **request), uri, storage.PATIENT_S)
-        for found in page.get("Contents", ()):
-            if not found["Key"].endswith("/"):  # what consoles make to show an empty folder
-                yield found | {"name": f"{bucket}/{found['Key']}", "size": found["Size"], "type": "file"}
+        for item in page.get("Contents", ()):
+            if not item["Key"].endswith("/"):  # S3 consoles create such objects to show an empty folder
+                yield item | {"name": f"{bucket}/{item['Key']}", "size": item["Size"], "type": "file"}
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
@@ -52,8 +52,8 @@ def _list_s3(fs: Any, path: str, uri: str, after: str | None) -> Iterator[Info]:
 def _walk(fs: Any, folder: str, uri: str, last: tuple[str, ...]) -> Iterator[Info]:
     try:
         infos = storage.with_retries(lambda: fs.ls(folder, detail=True), uri, storage.PATIENT_S)
-    except PermissionError as error:  # what it holds would be lost without a word
-        raise StorageError(f"the folder {folder} may not be listed") from error
+    except PermissionError as error:  # without this error the run would silently skip its images
+        raise StorageError(f"no permission to list the folder {folder}; allow it, or give another INPUT") from error
     for info in sorted(infos, key=lambda info: info["name"].rstrip("/")):
         name = info["name"].rstrip("/")
         parts = tuple(name.split("/"))
@@ -65,13 +65,13 @@ def _walk(fs: Any, folder: str, uri: str, last: tuple[str, ...]) -> Iterator[Inf
 
 
 def follow_link(info: Info) -> Info:
-    """What a link of the local disk leads to, where that is a file; anything else as it is."""
+    """Return the info of the file that a link on the local disk points to; return any other info unchanged."""
     if not info.get("islink"):
         return info
     try:
-        found = os.stat(info["name"])
-    except OSError:  # nowhere: reading it will say so
+        target = os.stat(info["name"])
+    except OSError:  # such as a broken link: reading it fails later
         return info | {"type": "file", "size": None}
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(target.st_mode):
         return info | {"type": "link"}
-    return info | {"type": "file", "size": found.st_size, "mtime": found.st_mtime}
+    return info | {"type": "file", "size": target.st_size, "mtime": target.st_mtime}

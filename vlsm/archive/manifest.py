@@ -1,4 +1,4 @@
-"""An archive that a user gives as a list: a Parquet, CSV or JSON Lines file with a row per image."""
+"""Reads a manifest, the user's own list of images: a Parquet, CSV or JSON Lines file with one row per image."""
 
 import csv
 import datetime
@@ -16,14 +16,14 @@ from vlsm import storage
 from vlsm.errors import ManifestError
 
 MANIFEST_EXTENSIONS = (".parquet", ".csv", ".jsonl")
-_MAX_TEXT_BYTES = 8192  # of an image_id, a location, a prompt
+_MAX_TEXT_BYTES = 8192  # limit for an image_id, a location, an etag and a prompt
 
 
 def read_image_list(uri: str, prompts: tuple[str, ...], allow: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The images that a list names, as rows with the columns of MANIFEST_SCHEMA; arguments as for `open_archive`.
+    """Yield the images of a manifest as rows with columns of MANIFEST_SCHEMA; arguments as for `open_archive`.
 
     Raises:
-        ManifestError: it cannot be read, lacks what it needs, or leads to where it may not.
+        ManifestError: the manifest cannot be read, lacks a column or a value, or has an image_uri that is not allowed.
     """
     folder = storage.absolute(uri.rsplit("/", 1)[0] if "/" in uri else ".")
     for number, row in enumerate(read_manifest_rows(uri), start=1):
@@ -45,10 +45,11 @@ def read_image_list(uri: str, prompts: tuple[str, ...], allow: tuple[str, ...]) 
 
 
 def _check_text(text: str, where: str) -> None:
+    """Raise a ManifestError if a text is not valid Unicode or too long; `where` names its row in the message."""
     try:
         num_bytes = len(text.encode())
     except UnicodeEncodeError as error:
-        raise ManifestError(f"{where}: {_shorten(text)} is no Unicode text") from error
+        raise ManifestError(f"{where}: {_shorten(text)} is no Unicode text; write the manifest as UTF-8") from error
     if num_bytes > _MAX_TEXT_BYTES:
         raise ManifestError(
             f"{where}: a text of {num_bytes:,} bytes; {_MAX_TEXT_BYTES:,} are the most: {_shorten(text)}"
@@ -56,24 +57,28 @@ def _check_text(text: str, where: str) -> None:
 
 
 def _check_place(location: str, uri: str, allow: tuple[str, ...], where: str) -> None:
+    """Raise a ManifestError if a manifest may not name a location; `where` names its row in the message."""
     scheme, rest = storage.split_scheme(uri)
-    if scheme in ("file", "local"):  # a list on this machine may name what its user may read
+    if scheme in ("file", "local"):  # a manifest on this machine may name every file that its user may read
         if not _is_known(storage.split_scheme(location)[0]):
-            raise ManifestError(f"{where}: image_uri {_shorten(location)} is no location that is known here")
+            raise ManifestError(
+                f"{where}: image_uri {_shorten(location)} is no location that is known here; "
+                "use a path or a URI whose fsspec package is installed"
+            )
         return
     if ".." in location.split("/"):
-        raise ManifestError(f"{where}: image_uri {_shorten(location)} leads upwards")
-    own = f"{scheme}://{rest.partition('/')[0]}/"
-    if not any(location.startswith(place.rstrip("/") + "/") for place in (own, *allow)):
+        raise ManifestError(f"{where}: image_uri {_shorten(location)} leads upwards; it must not contain '..'")
+    bucket = f"{scheme}://{rest.partition('/')[0]}/"
+    if not any(location.startswith(prefix.rstrip("/") + "/") for prefix in (bucket, *allow)):
         raise ManifestError(
-            f"{where}: image_uri {_shorten(location)} lies outside of {own}; "
+            f"{where}: image_uri {_shorten(location)} lies outside of {bucket}; "
             f"--set 'run.allow=[{location[:60]}]' if it may be read"
         )
 
 
 @functools.cache
 def _is_known(scheme: str) -> bool:
-    """Whether there is a file system for it, and the package that it needs."""
+    """Return whether fsspec has a file system for the scheme, and its package is installed."""
     try:
         fsspec.get_filesystem_class(scheme)
     except (ValueError, ImportError):
@@ -82,40 +87,43 @@ def _is_known(scheme: str) -> bool:
 
 
 def _shorten(value: Any) -> str:
+    """Return the repr of a value, cut to about 100 characters, for messages."""
     text = repr(value)
     return text if len(text) < 120 else f"{text[:100]}... ({len(text):,} characters)"
 
 
 def describe_file(size_bytes: int | None, etag: str | None, mtime: Any) -> dict[str, Any]:
-    """What is known of an image's file, and the version that follows: its etag, or its size and mtime."""
+    """Return the columns that describe a file; its image_version is the etag, or else its size and mtime."""
     modified = _timestamp(mtime)
-    known = [str(size_bytes)] if size_bytes is not None else []
-    known += [_shorten(mtime) if modified is None else modified.isoformat()] if mtime is not None else []
+    version = [str(size_bytes)] if size_bytes is not None else []
+    version += [_shorten(mtime) if modified is None else modified.isoformat()] if mtime is not None else []
     return {
         "size_bytes": size_bytes,
         "etag": etag,
         "mtime": modified,
-        "image_version": etag or " ".join(known) or None,
+        "image_version": etag or " ".join(version) or None,
     }
 
 
 def _row_prompts(row: dict[str, Any], prompts: tuple[str, ...], where: str) -> list[str]:
-    own = row.get("prompts")
-    if own is None:
-        own = row.get("prompt")
-    if own is None:
+    """Return the prompts of a row without repetitions, or the run's prompts if the row has none."""
+    row_prompts = row.get("prompts")
+    if row_prompts is None:
+        row_prompts = row.get("prompt")
+    if row_prompts is None:
         return list(prompts)
-    own = [own] if isinstance(own, str) else own
-    if not isinstance(own, list) or not own or not all(isinstance(prompt, str) for prompt in own):
-        raise ManifestError(f"{where}: prompts are {_shorten(own)}; they must be one text or a list of texts")
-    return list(dict.fromkeys(own))
+    row_prompts = [row_prompts] if isinstance(row_prompts, str) else row_prompts
+    is_list = isinstance(row_prompts, list) and all(isinstance(prompt, str) for prompt in row_prompts)
+    if not row_prompts or not is_list:
+        raise ManifestError(f"{where}: prompts are {_shorten(row_prompts)}; they must be one text or a list of texts")
+    return list(dict.fromkeys(row_prompts))
 
 
 def read_manifest_rows(uri: str) -> Iterator[dict[str, Any]]:
-    """The rows of a manifest as they are written.
+    """Yield the rows of a manifest as they are written, without checks of their values.
 
     Raises:
-        ManifestError: it cannot be read, or has no image_uri.
+        ManifestError: the manifest cannot be read, or has no column image_uri.
     """
     fs, path = storage.open_uri(uri)
     try:
@@ -126,7 +134,7 @@ def read_manifest_rows(uri: str) -> Iterator[dict[str, Any]]:
                 for batch in table.iter_batches(batch_size=4096):
                     yield from batch.to_pylist()
             elif uri.lower().endswith(".csv"):
-                # everything is text: an image_id of 007 stays 007, and only an empty cell is no value
+                # All cells are text: an image_id 007 stays 007. Only an empty cell means that there is no value.
                 reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
                 _check_columns(reader.fieldnames or [], uri)
                 yield from ({name: cell or None for name, cell in row.items()} for row in reader)
@@ -144,6 +152,7 @@ def _check_columns(names: Sequence[str], uri: str) -> None:
 
 
 def _json_record(line: bytes, where: str) -> dict[str, Any]:
+    """Return the object in a line of JSON; `where` names the line in messages."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -158,13 +167,13 @@ def _text(value: Any, strip: str = "") -> str | None:
 
 
 def _size(value: Any) -> int | None:
-    """A manifest's size_bytes: a whole number, written in a CSV or not; anything else is not known."""
+    """Return a size_bytes value, a whole number or its text, as int. Return None for any other value."""
     text = str(value)
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def _timestamp(value: Any) -> datetime.datetime | None:
-    """A time as stores and manifests tell it: seconds since 1970, ISO 8601, or a datetime; None for anything else."""
+    """Return a datetime for seconds since 1970, an ISO 8601 text or a datetime. Return None for any other value."""
     try:
         if isinstance(value, (int, float)):
             return datetime.datetime.fromtimestamp(value, datetime.UTC)

@@ -1,9 +1,9 @@
-"""NIfTI volumes to images, slice by slice, as a radiologist would look at them; and masks of slices back into volumes.
+"""Decodes the slices of NIfTI volumes to images in radiological view, and maps masks of slices back into volumes.
 
-A volume is turned to the closest canonical orientation (nibabel's: axes towards the patient's right, front and head)
-without resampling. Slices are shown with the patient's right on the left: axial ones from front to back, coronal ones
-from head to foot, sagittal ones from head to foot with the front on the left. They are counted in canonical order:
-axial ones from the feet, coronal ones from the back, sagittal ones from the patient's left.
+A volume is turned to the closest canonical orientation (nibabel: axes towards the patient's right, front and head)
+without resampling. Axial slices have the front on top and the patient's right on the left. Coronal slices have the head
+on top and the patient's right on the left. Sagittal slices have the head on top and the front on the left. Slices are
+counted in canonical order: axial from the feet, coronal from the back, sagittal from the patient's left.
 """
 
 import gzip
@@ -23,20 +23,21 @@ from vlsm.images.grey_levels import Window, as_rgb, scale_to_bytes, value_range,
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 _GZIP = b"\x1f\x8b"
-_MAX_RATIO = 1032  # the most that deflate can do
-_MAX_SLICES = 1_000_000  # of one file
-_NUM_SAMPLES = 1 << 20  # of a volume's values, for its percentiles
+_MAX_RATIO = 1032  # deflate compresses 1,032-fold at most
+_MAX_SLICES = 1_000_000  # in one file
+_NUM_SAMPLES = 1 << 20  # values of a volume that its percentiles are computed from
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 
 @dataclass(frozen=True, eq=False)
 class NiftiGrid:
-    """Where a NIfTI file's voxels are, and which slices it has.
+    """The geometry of a NIfTI file: shape, orientation and slices.
 
     Args:
-        shape: (X, Y, Z) as stored, and the number of such volumes in it.
-        affine: (4, 4), voxel indices to millimetres.
-        axis: "axial", "coronal" or "sagittal".
+        shape: (X, Y, Z) of a volume as stored, in voxels.
+        num_volumes: number of such volumes in the file.
+        affine: (4, 4), maps voxel indices to millimetres.
+        axis: the slices are "axial", "coronal" or "sagittal".
     """
 
     shape: tuple[int, int, int]
@@ -45,26 +46,26 @@ class NiftiGrid:
     axis: str
 
     def selectors(self) -> list[str]:
-        """The name of every slice, in order: "slice=17", or "volume=2,slice=17" where there are several volumes."""
+        """Return the selector of every slice, in order: "slice=17", or "volume=2,slice=17" with several volumes."""
         num_slices = self._turn(np.broadcast_to(np.uint8(0), self.shape)).shape[AXES[self.axis]]
         slices = [f"slice={number}" for number in range(num_slices)]
         if self.num_volumes == 1:
             return slices
-        return [f"volume={volume},{one}" for volume in range(self.num_volumes) for one in slices]
+        return [f"volume={volume},{selector}" for volume in range(self.num_volumes) for selector in slices]
 
     @property
     def slice_shape(self) -> tuple[int, int]:
-        """(height, width) of a slice, as it is shown."""
+        """The (height, width) of a shown slice in pixels."""
         empty = np.broadcast_to(np.uint8(0), self.shape)
         height, width = np.moveaxis(self._turn(empty), AXES[self.axis], 0).shape[:0:-1]
         return height, width
 
     def slice_of(self, volumes: np.ndarray, selector: str) -> np.ndarray:
-        """One slice as it is shown, a view into the volumes: what is written there is written to them.
+        """Return one slice as it is shown. It is a view: a write to it changes the volumes.
 
         Args:
             volumes: (X, Y, Z, V) of any type, as stored.
-            selector: as `selectors` names them.
+            selector: one that `selectors` returns.
 
         Returns:
             (H, W) of the same type.
@@ -77,44 +78,44 @@ class NiftiGrid:
         return plane.T[::-1, ::-1]
 
     def _turn(self, volume: np.ndarray) -> np.ndarray:
-        """A view of a volume (X, Y, Z) with its axes towards right, front and head."""
+        """Return a view of a volume (X, Y, Z) with its axes towards right, front and head."""
         return np.asarray(nib.apply_orientation(volume, _orientation(self.affine)))
 
 
 def _orientation(affine: np.ndarray) -> np.ndarray:
-    """For each stored axis the body's axis and direction; not finite where an affine gives it none."""
+    """Return the body axis and direction of each stored axis, (3, 2); not finite if the affine gives no direction."""
     with np.errstate(all="ignore"):
         return np.asarray(nib.io_orientation(affine))
 
 
 def parse_selector(selector: str) -> tuple[int, int]:
-    """The (volume, slice) that a selector means, each from 0.
+    """Return the (volume, slice) numbers of a selector, each from 0.
 
     Raises:
-        LookupError: it is none of a NIfTI file.
+        LookupError: it is not a selector of a NIfTI file.
     """
-    found = re.fullmatch(r"(?:volume=(\d{1,9}),)?slice=(\d{1,9})", selector)
-    if found is None:
-        raise LookupError(f"{selector!r} is no slice; it would be 'slice=17' or 'volume=2,slice=17'")
-    return int(found[1] or 0), int(found[2])
+    numbers = re.fullmatch(r"(?:volume=(\d{1,9}),)?slice=(\d{1,9})", selector)
+    if numbers is None:
+        raise LookupError(f"{selector!r} is no slice; it must be as 'slice=17' or 'volume=2,slice=17'")
+    return int(numbers[1] or 0), int(numbers[2])
 
 
 def read_grid(file: BinaryIO, name: str, axis: str) -> NiftiGrid:
-    """The grid of a .nii or .nii.gz file, from its header alone.
+    """Return the grid of a .nii or .nii.gz file, from its header.
 
     Args:
         file: at its start.
-        name: what error messages call it.
-        axis: along which it is sliced.
+        name: the file's name in error messages.
+        axis: the slices are "axial", "coronal" or "sagittal".
 
     Raises:
-        ImageError: "corrupt", or "too_large" for more slices than any file has.
+        ImageError: "corrupt", or "too_large" if there are more than 1,000,000 slices.
     """
     return _read_header(file, name, axis).grid
 
 
 def list_slices(file: BinaryIO, name: str, axis: str) -> list[str]:
-    """The selectors of a file's slices, from its header alone; arguments and errors as for `read_grid`."""
+    """Return the selectors of a file's slices, from its header; arguments and errors as for `read_grid`."""
     return read_grid(file, name, axis).selectors()
 
 
@@ -129,23 +130,24 @@ class _Header:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole file, uncompressed."""
+        """The size of the whole uncompressed file in bytes."""
         return self.offset + math.prod(self.grid.shape) * self.grid.num_volumes * self.dtype.itemsize
 
 
 class NiftiImages:
-    """The slices of one NIfTI file, each as a viewer would show it: RGB, 8 bits a channel.
+    """The slices of one NIfTI file, each as a viewer shows it: RGB, 8 bits per channel.
 
-    Values are scaled as the header tells; then black and white are the window's, or the header's (cal_min, cal_max), or
-    else the 0.5th and 99.5th percentile of the volume. What is not a finite number is black. Colours stay as they are.
+    Values are scaled by the header's slope and intercept. Black and white are the edges of the given window, else the
+    header's cal_min and cal_max, else the 0.5th and 99.5th percentile of the volume. Values that are not finite are
+    black. Colours stay unchanged.
 
     Args:
         data: the file's content, .nii or .nii.gz.
-        name: what error messages call it.
-        max_pixels: slices of more pixels are refused.
-        window: (center, width), or None.
-        axis: along which it is sliced.
-        max_bytes: files that hold more, uncompressed, are refused.
+        name: the file's name in error messages.
+        max_pixels: slices with more pixels are refused.
+        window: (center, width) in the scaled values' units, or None.
+        axis: the slices are "axial", "coronal" or "sagittal".
+        max_bytes: files with more uncompressed bytes are refused.
 
     Raises:
         ImageError: "corrupt" or "too_large".
@@ -164,11 +166,13 @@ class NiftiImages:
         header = self._header = _read_header(io.BytesIO(data), name, axis)
         self._ranges: dict[int, tuple[float, float]] = {}
         if header.num_bytes > max_bytes:
-            raise ImageError("too_large", f"{name} holds {header.num_bytes:,} bytes; the limit is {max_bytes:,}")
+            raise ImageError(
+                "too_large", f"{name} has {header.num_bytes:,} uncompressed bytes; max_image_bytes is {max_bytes:,}"
+            )
         if data[:2] == _GZIP:
             data = _unpack(data, header.num_bytes, name)
         if len(data) < header.num_bytes:
-            raise ImageError("corrupt", f"{name} ends early")
+            raise ImageError("corrupt", f"{name} has {len(data):,} bytes; its header needs {header.num_bytes:,}")
         shape = (*header.grid.shape, header.grid.num_volumes)
         self._volumes: np.ndarray = np.ndarray(shape, header.dtype, data, header.offset, order="F")
         height, width = self.size()
@@ -179,12 +183,12 @@ class NiftiImages:
             )
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of every slice, in pixels."""
+        """Return the (height, width) of every slice in pixels."""
         height, width = self._header.grid.slice_of(self._volumes, "slice=0").shape
         return height, width
 
     def decode(self, selector: str) -> np.ndarray:
-        """One slice, (H, W, 3) uint8.
+        """Return one slice as (H, W, 3) uint8 RGB.
 
         Args:
             selector: "slice=17", or "volume=2,slice=17".
@@ -202,6 +206,7 @@ class NiftiImages:
         return as_rgb(scale_to_bytes(self._scale(stored), *self._edges(volume)))
 
     def _scale(self, stored: np.ndarray) -> np.ndarray:
+        """Return stored values with the header's slope and intercept applied, float of the same shape."""
         exact = np.float32 if stored.dtype.itemsize <= 2 else np.float64
         with np.errstate(over="ignore", invalid="ignore"):
             values: np.ndarray = stored.astype(exact)
@@ -210,6 +215,7 @@ class NiftiImages:
         return values
 
     def _edges(self, volume: int) -> tuple[float, float]:
+        """Return the values that are shown (black, white) in a volume."""
         if self._window is not None:
             return window_edges(self._window)
         low, high = self._header.display_range
@@ -220,10 +226,10 @@ class NiftiImages:
         return self._ranges[volume]
 
     def _percentiles(self, volume: np.ndarray) -> tuple[float, float]:
-        """Of about a million values, evenly spaced; the range where nearly all are the same."""
-        flat = volume.ravel(order="F")  # a view, as the volume is stored this way
+        """Return the 0.5th and 99.5th percentile of a million evenly spaced values, or the range if both are equal."""
+        flat = volume.ravel(order="F")  # a view, because the volume is stored in this order
         step = -(-flat.size // _NUM_SAMPLES)
-        while step > 1 and math.gcd(step, flat.size) > 1:  # or the same few columns would be met again and again
+        while step > 1 and math.gcd(step, flat.size) > 1:  # a common divisor would sample the same few columns
             step += 1
         values = self._scale(flat[::step])
         finite = values[np.isfinite(values)]
@@ -234,6 +240,7 @@ class NiftiImages:
 
 
 def _read_header(file: BinaryIO, name: str, axis: str) -> _Header:
+    """Return the header of a file, checked against the file's size; errors as for `read_grid`."""
     if axis not in AXES:
         raise ValueError(f"unknown axis {axis!r}; known axes: {', '.join(AXES)}")
     try:
@@ -243,39 +250,39 @@ def _read_header(file: BinaryIO, name: str, axis: str) -> _Header:
         file.seek(0)
         block = (gzip.GzipFile(fileobj=file) if is_gzip else file).read(max(_HEADERS))
         header = _parse_header(block, axis)
-    except Exception as error:  # as many kinds as there is damage; their texts may quote values
+    except Exception as error:  # damage causes errors of any type; their texts may quote header values
         raise ImageError("corrupt", f"{name}: its NIfTI header is damaged ({type(error).__name__})") from None
     if header.num_bytes > num_bytes * (_MAX_RATIO if is_gzip else 1):
-        raise ImageError("corrupt", f"{name} has fewer bytes than its header tells")
+        raise ImageError("corrupt", f"{name} has {num_bytes:,} bytes, fewer than its header needs")
     if header.grid.num_volumes * max(header.grid.shape) > _MAX_SLICES:
         raise ImageError("too_large", f"{name} has more than {_MAX_SLICES:,} slices")
     return header
 
 
 def _parse_header(block: bytes, axis: str) -> _Header:
-    """What the first 540 bytes tell.
+    """Return the header in the first 540 bytes of a file.
 
     Raises:
-        Exception: of any kind, for damage.
+        Exception: of any type, for damage.
     """
     sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")} & _HEADERS.keys()
     (size,) = sizes
     header = _HEADERS[size](block[:size], check=False)
     if not bytes(header["magic"]).startswith(b"n+"):
-        raise ValueError("not a single file")
+        raise ValueError("the header and the data are not in one file")
     shape = [int(side) for side in header.get_data_shape()]
     if not 2 <= len(shape) <= 7 or min(shape) < 1:
-        raise ValueError("no volume")
+        raise ValueError("the shape is not that of a volume")
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf" and dtype.names not in (("R", "G", "B"), ("R", "G", "B", "A")):
-        raise ValueError("neither numbers nor colours")
+        raise ValueError("the values are neither real numbers nor colours")
     affine = np.asarray(header.get_best_affine(), np.float64)
     if not np.isfinite(_orientation(affine)).all():
-        raise ValueError("an axis without direction")
+        raise ValueError("an axis has no direction")
     slope, intercept = header.get_slope_inter()
     offset = int(header.get_data_offset())
     if offset < size:
-        raise ValueError("data inside of the header")
+        raise ValueError("the data begin inside the header")
     x, y, z = (*shape, 1)[:3]
     return _Header(
         NiftiGrid((x, y, z), math.prod(shape[3:]), affine, axis),
@@ -288,11 +295,11 @@ def _parse_header(block: bytes, axis: str) -> _Header:
 
 
 def _unpack(data: bytes, num_bytes: int, name: str) -> bytes:
-    """The beginning of a gzip file: never more of it than its header tells is there."""
+    """Return the first num_bytes of an unpacked gzip file; more is never unpacked."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             content = file.read(num_bytes)
-            file.read(1)  # at its end the checksum is looked at
+            file.read(1)  # gzip checks the checksum at the end of the file
     except (OSError, EOFError, zlib.error) as error:
         raise ImageError("corrupt", f"{name}: its compressed data are damaged ({type(error).__name__})") from None
     return content
