@@ -1,4 +1,4 @@
-"""What is there against what was planned, image by image: the proof that nothing is lost and nothing done twice."""
+"""Compares output rows with the plan, image by image, to prove that no row is missing and none is written twice."""
 
 import itertools
 import logging
@@ -21,12 +21,13 @@ _COLUMNS = ["image_id", "image_uri", "image_version", "prompt", "kind", "status"
 
 @dataclass(frozen=True)
 class ShardState:
-    """How the rows of a shard's part compare with its images in the plan.
+    """The comparison of a shard's part file with the plan.
 
     Attributes:
-        undone: positions of the images that have not exactly the rows that were planned.
-        num_extra: rows that are nobody's.
-        counts: of the other images: "ok", "failed", "vanished", "failed: REASON", and their "rows".
+        undone: positions in the shard of the images whose rows differ from the planned rows.
+        num_extra: number of rows whose image_id is not in the shard.
+        counts: numbers of the done images by status ("ok", "failed", "vanished") and by "failed: REASON"; and "rows",
+            the number of their rows.
     """
 
     undone: list[int]
@@ -36,11 +37,11 @@ class ShardState:
 
 @dataclass
 class RunState:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        pending: the shards that are to be done, and whether each has a part of which something may be kept.
-        counts: as for a shard, of all that is done.
+        pending: numbers of the unfinished shards; the value is whether a part file exists, whose good rows are reused.
+        counts: as `ShardState.counts`, for all shards.
     """
 
     pending: dict[int, bool] = field(default_factory=dict)
@@ -48,36 +49,36 @@ class RunState:
 
     @property
     def num_done(self) -> int:
-        """Images whose rows are as planned."""
+        """Number of images whose rows are as planned."""
         return self.counts["ok"] + self.counts["failed"] + self.counts["vanished"]
 
 
 def compare_shard(images: pa.Table, rows: pa.Table | None, kinds: list[str], retry_failed: bool = False) -> ShardState:
-    """Compare the rows of a part with the images planned for it.
+    """Compare the rows of a part file with the planned images of its shard.
 
-    An image is done where its rows are those of its prompts and kinds, once each and in their order, made from the file
-    that was planned; of one that has vanished they say so.
+    An image is done if it has one row per planned prompt and kind, in order, made from the planned version of its file.
+    The rows of a vanished image must have the status "vanished".
 
     Args:
-        images: of the shard, with the columns of MANIFEST_SCHEMA.
-        rows: of its part, or None where there is none.
-        kinds: of rows, as the plan has them.
+        images: the images of the shard, with the columns of MANIFEST_SCHEMA.
+        rows: the rows of the part file, or None if there is no valid one.
+        kinds: the kinds of rows of the plan.
         retry_failed: whether failed images count as undone.
     """
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    rows_by_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in [] if rows is None else rows.select(_COLUMNS).to_pylist():
-        found[row["image_id"]].append(row)
+        rows_by_image[row["image_id"]].append(row)
     undone, counts = [], Counter[str]()
     for position, image in enumerate(images.to_pylist()):
-        own = found.pop(image["image_id"], [])
-        if not _is_done(image, own, kinds, retry_failed):
+        image_rows = rows_by_image.pop(image["image_id"], [])
+        if not _is_done(image, image_rows, kinds, retry_failed):
             undone.append(position)
             continue
-        status, error = own[0]["status"], own[0]["error"]
-        counts.update({"rows": len(own), status: 1})
+        status, error = image_rows[0]["status"], image_rows[0]["error"]
+        counts.update({"rows": len(image_rows), status: 1})
         if status == "failed":
             counts["failed: " + error.partition(":")[0]] += 1
-    return ShardState(undone, sum(map(len, found.values())), counts)
+    return ShardState(undone, sum(map(len, rows_by_image.values())), counts)
 
 
 def _is_done(image: dict[str, Any], rows: list[dict[str, Any]], kinds: list[str], retry_failed: bool) -> bool:
@@ -93,7 +94,7 @@ def _is_done(image: dict[str, Any], rows: list[dict[str, Any]], kinds: list[str]
 
 
 def compare_run(output: str, plan: Plan, run_id: str, retry_failed: bool = False) -> RunState:
-    """Compare all parts with the plan, 64 shards in memory at a time; arguments as for `compare_shard`."""
+    """Compare all part files with the plan, 64 shards in memory at a time; arguments as for `compare_shard`."""
     names = set(storage.list_names(storage.join(output, "masks")))
     state = RunState()
 
@@ -104,15 +105,15 @@ def compare_run(output: str, plan: Plan, run_id: str, retry_failed: bool = False
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         for chunk in _chunks(enumerate(read_plan(output, plan)), SHARDS_PER_FILE):
-            for shard, found in pool.map(compare, chunk):
-                state.counts += found.counts
-                if found.undone or found.num_extra:
+            for shard, shard_state in pool.map(compare, chunk):
+                state.counts += shard_state.counts
+                if shard_state.undone or shard_state.num_extra:
                     state.pending[shard] = part_name(shard) in names
     return state
 
 
 def sample_run(output: str, plan: Plan, run_id: str, shards: Sequence[int]) -> Counter[str]:
-    """Counts, as of a RunState, of some shards alone: a look at a run that is too large to be read for it."""
+    """Return counts, as `RunState.counts`, of some shards only, for runs that are too large to read whole."""
 
     def compare(shard: int) -> Counter[str]:
         images, rows = read_shard(output, plan.id, shard), read_part(output, shard, run_id, _COLUMNS)

@@ -1,7 +1,7 @@
-"""The plan of a segment run: which images, in which shards. Written before any work, and the truth from then on.
+"""The plan of a segment run: its images, cut into shards. It is written before the work on its images begins.
 
-`OUTPUT/manifest/` holds files of up to SHARDS_PER_FILE row groups; a row group is a shard: a task reads just its own.
-A plan is never changed: an update writes another one beside it, and config.yaml tells which of them counts.
+`OUTPUT/manifest/` has Parquet files of up to SHARDS_PER_FILE row groups. A row group is a shard, so that a task reads
+only its own shard. A plan never changes: an update writes another plan beside it. config.yaml names the current plan.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ SHARDS_PER_FILE = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is planned: images, output rows, the shards that they are cut into, and the kinds of rows.
+    """The size of a plan: number of images, output rows and shards, and the kinds of output rows.
 
-    While the archive is still being listed it is not complete, and counts nothing.
+    While the archive is still being listed, the plan is not complete and all numbers are 0.
     """
 
     id: str
@@ -41,22 +41,25 @@ class Plan:
 
 
 def planned_keys(prompts: list[str], kinds: list[str]) -> list[tuple[str, str]]:
-    """Prompt and kind of each row of an image, in order; a label map has all prompts, as a JSON list."""
+    """Return (prompt, kind) of each output row of an image, in order. A label map has all prompts, as a JSON list."""
     keys = [(prompt, kind) for prompt in prompts for kind in kinds if kind != "labels"]
     return [*keys, (json.dumps(prompts, ensure_ascii=False), "labels")] if "labels" in kinds else keys
 
 
 def cut_shards(rows: Iterable[dict[str, Any]], shard_rows: int) -> Iterator[list[dict[str, Any]]]:
-    """Runs of images of so many prompts at most, each as often as an image has windows; one with more is alone."""
+    """Yield consecutive images as shards of at most shard_rows rows; an image with more rows gets its own shard.
+
+    An image counts prompts x windows rows here, because each window takes memory.
+    """
     shard: list[dict[str, Any]] = []
     num_rows = 0
     for row in rows:
-        own = len(row["prompts"]) * row.get("num_windows", 1)
-        if shard and num_rows + own > shard_rows:
+        image_rows = len(row["prompts"]) * row.get("num_windows", 1)
+        if shard and num_rows + image_rows > shard_rows:
             yield shard
             shard, num_rows = [], 0
         shard.append(row)
-        num_rows += own
+        num_rows += image_rows
     if shard:
         yield shard
 
@@ -64,13 +67,13 @@ def cut_shards(rows: Iterable[dict[str, Any]], shard_rows: int) -> Iterator[list
 def write_manifest(
     output: str, rows: Iterable[dict[str, Any]], shard_rows: int, kinds: list[str] | None = None
 ) -> Plan:
-    """Write the plan of a run and count it.
+    """Write the plan of a run and return its size.
 
     Args:
         output: the run's output folder.
         rows: dicts with the columns of MANIFEST_SCHEMA but `vanished`.
-        shard_rows: output rows a shard holds at most.
-        kinds: of rows; masks alone unless told.
+        shard_rows: most output rows of a shard.
+        kinds: kinds of output rows; None for masks only.
 
     Raises:
         ManifestError: two rows have the same image_id.
@@ -82,25 +85,26 @@ def write_manifest(
 
 
 def shard_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows of a shard as a table, none of them vanished unless a row says so."""
+    """Return the rows of a shard as a table; `vanished` is False if a row does not have it."""
     return pa.Table.from_pylist([{"vanished": False} | row for row in rows], schema=MANIFEST_SCHEMA)
 
 
 def new_plan_id() -> str:
-    """An id that no other plan has."""
+    """Return an id that no other plan has."""
     return uuid.uuid4().hex[:12]
 
 
 class ManifestWriter:
-    """Writes a plan shard by shard; no more of it is in memory than one file.
+    """Writes a plan shard by shard; at most one file is in memory.
 
-    A file is put where there is none and never again: of several jobs that write one plan, the first decides what is in
-    a file, and the others go on behind it. A file of less than SHARDS_PER_FILE shards, if need be of none, is the last.
+    A plan file is written once and never replaced. If several jobs write the same plan, the first job to write a file
+    decides its content, and the other jobs continue after it. The last file of a plan has fewer than SHARDS_PER_FILE
+    shards, and may have none.
 
     Attributes:
-        num_written: shards whose file is written.
-        last: the last image_uri and selector in them.
-        is_ended: whether the last file is written.
+        num_written: number of shards in written files.
+        last: image_uri and selector of the last image in them, or None.
+        is_ended: whether the last file of the plan is written.
     """
 
     def __init__(self, output: str, plan_id: str | None = None, kinds: list[str] | None = None) -> None:
@@ -114,11 +118,11 @@ class ManifestWriter:
 
     @property
     def num_images(self) -> int:
-        """In the files that are written."""
+        """Number of images in written files."""
         return len(self._id_hashes)
 
     def resume(self) -> None:
-        """Go on behind the files that are there: of a planning that was broken off, or of another job."""
+        """Continue after the plan files that an interrupted planner or another job has written."""
         while not self.is_ended and storage.exists(uri := self._next_uri()):
             parquet = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri, storage.PATIENT_S)))
             self._count([parquet.read_row_group(number) for number in range(parquet.num_row_groups)])
@@ -127,13 +131,14 @@ class ManifestWriter:
         """Add a shard, with the columns of MANIFEST_SCHEMA.
 
         Returns:
-            False where another job has written the file in which it would be: what is next is what follows `last`.
+            False if another job has written the file of this shard. The caller must then continue with the images
+            after `last`.
         """
         self._tables.append(shard)
         return len(self._tables) < SHARDS_PER_FILE or self.flush()
 
     def flush(self) -> bool:
-        """Write what was added since the last file, which ends the plan unless a file is full; returns as for `add`."""
+        """Write the shards added since the last file. A file that is not full ends the plan. Returns as `add`."""
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, MANIFEST_SCHEMA, compression="zstd") as writer:
             for table in self._tables:
@@ -149,7 +154,7 @@ class ManifestWriter:
         return _file_uri(self.output, self.plan_id, self.num_written // SHARDS_PER_FILE)
 
     def _count(self, shards: list[pa.Table]) -> None:
-        """Take in what the next file holds."""
+        """Count the shards of the next written file."""
         for shard in shards:
             self._id_hashes.extend(map(_hash, shard["image_id"].to_pylist()))
             num_labels = self._kinds.count("labels")
@@ -160,10 +165,10 @@ class ManifestWriter:
         self.is_ended = len(shards) < SHARDS_PER_FILE
 
     def finish(self) -> Plan:
-        """Write what is left.
+        """Write the remaining shards and return the complete plan.
 
         Raises:
-            ManifestError: two rows have the same image_id; what was written is removed.
+            ManifestError: two rows have the same image_id. The plan's files are removed first.
         """
         if not self.is_ended:
             self.flush()
@@ -177,7 +182,7 @@ class ManifestWriter:
 
 
 def read_shard(output: str, plan_id: str, shard: int, patience_s: float = storage.PATIENT_S) -> pa.Table:
-    """The manifest rows of one shard, as planned."""
+    """Return the planned images of one shard, a table with the columns of MANIFEST_SCHEMA."""
     file, row_group = divmod(shard, SHARDS_PER_FILE)
     uri = _file_uri(output, plan_id, file)
     fs, path = storage.open_uri(uri)
@@ -190,7 +195,7 @@ def read_shard(output: str, plan_id: str, shard: int, patience_s: float = storag
 
 
 def read_plan(output: str, plan: Plan) -> Iterator[pa.Table]:
-    """The manifest rows of all shards, in order, each file fetched once."""
+    """Yield the planned images of every shard, in order; each file is read once."""
     for file in range(-(-plan.num_shards // SHARDS_PER_FILE)):
         data = storage.read_bytes(_file_uri(output, plan.id, file), storage.PATIENT_S)
         parquet = pq.ParquetFile(io.BytesIO(data))
@@ -199,20 +204,21 @@ def read_plan(output: str, plan: Plan) -> Iterator[pa.Table]:
 
 
 def count_planned(output: str, plan_id: str) -> tuple[int, int]:
-    """Images and shards of a plan that is still being written, from its files' footers.
+    """Return (number of images, number of shards) of a plan that is still being written, from the footers of its files.
 
-    Of many files some are read: all but the last hold equally many shards, and about as many images.
+    If there are many files, the number of images is estimated from some of them: all files but the last have the same
+    number of shards, and about the same number of images.
     """
     folder = storage.join(output, "manifest")
     names = [name for name in storage.list_names(folder) if name.startswith(f"plan-{plan_id}-")]
     if not names:
         return 0, 0
     *full, last = names
-    read = full[:: -(-len(full) // SHARDS_PER_FILE) or 1]
+    sample = full[:: -(-len(full) // SHARDS_PER_FILE) or 1]
     with ThreadPoolExecutor(max_workers=16) as pool:
-        *found, end = pool.map(lambda name: _read_footer(storage.join(folder, name)), [*read, last])
-    num_images = sum(metadata.num_rows for metadata in found) * len(full) // max(1, len(read))
-    return num_images + end.num_rows, len(full) * SHARDS_PER_FILE + end.num_row_groups
+        *footers, last_footer = pool.map(lambda name: _read_footer(storage.join(folder, name)), [*sample, last])
+    num_images = sum(footer.num_rows for footer in footers) * len(full) // max(1, len(sample))
+    return num_images + last_footer.num_rows, len(full) * SHARDS_PER_FILE + last_footer.num_row_groups
 
 
 def _read_footer(uri: str) -> pq.FileMetaData:
@@ -226,13 +232,13 @@ def _read_footer(uri: str) -> pq.FileMetaData:
 
 
 def list_plans(output: str) -> set[str]:
-    """The ids of all plans of which there are files, whether they count or not."""
+    """Return the ids of all plans that have files, current or not."""
     names = storage.list_names(storage.join(output, "manifest"))
     return {name.split("-")[1] for name in names if name.startswith("plan-")}
 
 
 def remove_plan(output: str, plan_id: str) -> None:
-    """Remove a plan that does not count."""
+    """Remove the files of a plan that is not the current one."""
     folder = storage.join(output, "manifest")
     for name in storage.list_names(folder):
         if name.startswith(f"plan-{plan_id}-"):
@@ -248,9 +254,12 @@ def _hash(image_id: str) -> int:
 
 
 def _check_unique(output: str, plan: Plan, id_hashes: "array[int]") -> None:
-    """Equal hashes are rare enough to look the names up: 8 bytes an image instead of every id in memory."""
+    """Raise a ManifestError if an image_id stands twice in a plan.
+
+    Memory has 8 bytes of hash per image instead of all ids. Only ids with equal hashes, which are rare, are compared.
+    """
     values = np.frombuffer(id_hashes, dtype=np.uint64)
-    values.sort()  # in place: nothing is copied
+    values.sort()  # in place, without a copy
     suspects = set(values[1:][values[1:] == values[:-1]].tolist())
     if not suspects:
         return
@@ -259,7 +268,7 @@ def _check_unique(output: str, plan: Plan, id_hashes: "array[int]") -> None:
         for image_id in shard["image_id"].to_pylist():
             if image_id in seen:
                 raise ManifestError(
-                    f"image_id {image_id!r} stands twice in the manifest; each image is one row, "
+                    f"image_id {image_id!r} stands twice in INPUT; each image must be one row, "
                     "with a list in `prompts` for several prompts"
                 )
             if _hash(image_id) in suspects:

@@ -1,4 +1,4 @@
-"""A listing turned into a plan in a thread: work on an archive's first shards begins before its end is known."""
+"""Writes the plan in a thread while INPUT is still being listed, so that work on the first shards can begin."""
 
 import threading
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from vlsm.runs.plan import ManifestWriter, Plan, cut_shards, shard_table
 
 
 class Planner:
-    """Writes the plan of a listed archive, going on behind what is written of it, by an earlier job or one beside it.
+    """Writes the plan of a listed archive. It continues after plan files of an earlier or a simultaneous job.
 
     Args:
         output: the run's output folder.
-        plan: the incomplete one.
-        shard_rows: output rows a shard holds at most.
-        open_archive: the archive from its beginning, or from behind an image_uri and selector.
-        save: takes the complete plan before the thread ends, and what was listed for it here, if anything.
+        plan: the incomplete plan.
+        shard_rows: most output rows of a shard.
+        open_archive: opens the archive at its beginning (None), or after an image_uri and selector.
+        save: called at the end with the complete plan and the archive that this planner has listed, or None.
 
     Attributes:
-        is_resumed: whether some of it was written before.
+        is_resumed: whether plan files existed before.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class Planner:
 
     def __exit__(self, *error: object) -> None:
         self._stopped = True
-        self._thread.join(timeout=10)  # a store that is away may hold it for longer
+        self._thread.join(timeout=10)  # a store that is down may block the thread for longer
 
     @property
     def num_images(self) -> int:
-        """Planned so far."""
+        """Number of images planned so far."""
         return self._writer.num_images
 
     def wait(self, num_shards: int) -> int:
-        """How many shards are written, as soon as there are more than so many, or there will be no more.
+        """Wait until more than num_shards shards are written or the plan is complete. Returns the number written.
 
         Raises:
             VlsmError: the listing failed.
@@ -64,7 +64,7 @@ class Planner:
         return self._writer.num_written
 
     def result(self) -> Plan:
-        """The complete plan, once there is one; errors as for `wait`."""
+        """Wait for the complete plan and return it; errors as for `wait`."""
         self._thread.join()
         self._raise()
         return self._plan
@@ -79,7 +79,7 @@ class Planner:
             self._writer.resume()
             self.is_resumed = self._writer.num_written > 0
             while not self._writer.is_ended:
-                self._tell()
+                self._notify()
                 archive = self._open(self._writer.last)
                 if self._list(archive):
                     self._writer.flush()
@@ -88,23 +88,23 @@ class Planner:
             self._plan = self._writer.finish()
             self._save(self._plan, archive)
         except OSError as error:
-            self._error = StorageError(f"the archive could not be planned to its end: {error}")
-        except BaseException as error:  # whatever it is, the main thread is to know
+            self._error = StorageError(f"the archive could not be listed to its end: {error}")
+        except BaseException as error:  # the main thread raises it
             self._error = error
         finally:
             self._done = True
-            self._tell()
+            self._notify()
 
     def _list(self, archive: Archive) -> bool:
-        """Plan an archive to its end; False where it is to be listed again from behind the last file."""
+        """Plan an archive to its end. Returns False if it is stopped, or must be listed again after the last file."""
         for shard in cut_shards(archive.rows, self._shard_rows):
             before = self._writer.num_written
             if self._stopped or not self._writer.add(shard_table(shard)):
                 return False
             if self._writer.num_written > before:
-                self._tell()
+                self._notify()
         return True
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""The rows of a finished or unfinished run: part files, and reading them with their masks."""
+"""Writes and reads the part files of a run, and yields their rows with decoded masks."""
 
 import itertools
 import sys
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 _RUN_KEY = "vlsm.run"
 
 
-ALL_KINDS = None  # of rows: masks, members' own masks and label maps
+ALL_KINDS = None  # no filter by kind: masks, masks of ensemble members and label maps
 
 
 def part_name(shard: int) -> str:
-    """The name of a shard's part file: its presence means that the shard is done."""
+    """Return the name of a shard's part file. If the file exists, the shard is done."""
     return f"part-{shard:08d}.parquet"
 
 
 def write_part(output: str, shard: int, rows: list[dict[str, Any]], run_id: str, patience_s: float) -> None:
-    """Put a shard's part file in one atomic step, signed by its run.
+    """Write a shard's part file atomically, with the run's id in its metadata.
 
     Args:
         output: the run's output folder.
-        shard: its number.
+        shard: number of the shard.
         rows: dicts with the columns of RESULT_SCHEMA.
-        run_id: what an earlier run that was forgotten does not have.
-        patience_s: how long the store may be away.
+        run_id: id of this run. It tells its parts from those of an earlier run in the same folder.
+        patience_s: how long the store may be down, in seconds.
     """
     schema = RESULT_SCHEMA.with_metadata({_RUN_KEY: run_id})
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(rows, schema=schema)
-    pq.write_table(table, sink, compression="zstd", compression_level=9)  # a twentieth smaller for 0.02 ms a row
+    pq.write_table(table, sink, compression="zstd", compression_level=9)  # 5 % smaller, costs 0.02 ms per row
     storage.write_bytes(storage.join(output, "masks", part_name(shard)), sink.getvalue().to_pybytes(), patience_s)
 
 
@@ -52,7 +52,7 @@ def read_part(
     columns: list[str] | None = None,
     patience_s: float = storage.PATIENT_S,
 ) -> pa.Table | None:
-    """The rows of a shard's part file; None where it is missing, cannot be read, or belongs to another run."""
+    """Return the rows of a shard's part file, or None if it is missing, damaged or of another run."""
     try:
         data = storage.read_bytes(storage.join(output, "masks", part_name(shard)), patience_s)
     except FileNotFoundError:
@@ -63,18 +63,18 @@ def read_part(
         if metadata.get(_RUN_KEY.encode()) != run_id.encode() or parquet.schema_arrow != RESULT_SCHEMA:
             return None
         return parquet.read(columns)
-    except (pa.ArrowException, OSError):  # pyarrow has both for a file that is none
+    except (pa.ArrowException, OSError):  # pyarrow raises both for a file that is not Parquet
         return None
 
 
 def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a run's output one by one, each with its decoded mask.
+    """Yield the rows of a run's output one by one, each with its decoded mask.
 
     Args:
         uri: the run's OUTPUT folder, local or on an object store.
-        filters: as `pandas.read_parquet` takes them: [("status", "==", "ok"), ("confidence", "<", 0.6)] or a
-            `pyarrow.compute` expression. Nothing that does not match is decoded.
-        columns: those wanted beside `mask`; all unless told.
+        filters: as for `pandas.read_parquet`: [("status", "==", "ok"), ("confidence", "<", 0.6)] or a `pyarrow.compute`
+            expression. Only the masks of matching rows are decoded.
+        columns: the columns of each dict beside "mask"; None for all.
 
     Yields:
         A dict per row: the columns, and "mask", an array (height, width) uint8 of 0 and 1, or None for failed rows.
@@ -83,9 +83,9 @@ def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) 
         ConfigError: there are no masks at the location, or a column is unknown.
     """
     _check_columns(columns or ())
-    wanted = None if columns is None else [*dict.fromkeys([*columns, "mask_rle", "height", "width"])]
+    read_columns = None if columns is None else [*dict.fromkeys([*columns, "mask_rle", "height", "width"])]
     expression = pq.filters_to_expression(filters) if isinstance(filters, list) else filters
-    for batch in open_results(uri).to_batches(columns=wanted, filter=expression, batch_size=256):
+    for batch in open_results(uri).to_batches(columns=read_columns, filter=expression, batch_size=256):
         for row in batch.to_pylist():
             mask = None if row["mask_rle"] is None else decode_mask(row["mask_rle"], (row["height"], row["width"]))
             yield (row if columns is None else {name: row[name] for name in columns}) | {"mask": mask}
@@ -98,27 +98,27 @@ def read_ok_masks(
     columns: Sequence[str] = (),
     kinds: Sequence[str] | None = ("mask",),
 ) -> Iterator[dict[str, Any]]:
-    """The rows that have a mask, as `read_masks` yields them, with a bar on a terminal.
+    """Yield the rows with status "ok" as `read_masks` does, with a progress bar on a terminal.
 
     Args:
         output: the run's OUTPUT folder.
-        filters: which rows, as a list of (column, operator, value).
-        limit: rows at most.
-        columns: those wanted beside what names a row's file: image_id, image_uri, selector, prompt and kind.
-        kinds: of rows, where the filters name none.
+        filters: a list of (column, operator, value), or None for all rows.
+        limit: most rows to yield; None for no limit.
+        columns: columns of each dict beside image_id, image_uri, selector, prompt and kind, which name a row's file.
+        kinds: the kinds of rows, used if the filters have no kind; None for all.
 
     Raises:
-        ConfigError: as `read_masks` raises it.
+        ConfigError: there are no masks at the location, or a column is unknown.
     """
-    chosen = choose_rows(filters, kinds)
-    rows = read_masks(output, chosen, columns=["image_id", "image_uri", "selector", "prompt", "kind", *columns])
-    total = open_results(output).count_rows(filter=pq.filters_to_expression(chosen))
+    all_filters = choose_rows(filters, kinds)
+    rows = read_masks(output, all_filters, columns=["image_id", "image_uri", "selector", "prompt", "kind", *columns])
+    total = open_results(output).count_rows(filter=pq.filters_to_expression(all_filters))
     total = total if limit is None else min(total, limit)
     yield from tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty())
 
 
 def choose_rows(filters: list[tuple[str, str, Any]] | None, kinds: Sequence[str] | None) -> list[tuple[str, str, Any]]:
-    """Filters for rows that have a mask, of these kinds where the filters given name none.
+    """Return filters for rows with status "ok", and for the given kinds if `filters` has no kind.
 
     Raises:
         ConfigError: a filter's column is unknown.
@@ -135,12 +135,12 @@ def _check_columns(names: Iterable[str]) -> None:
 
 
 def open_results(uri: str) -> "ds.Dataset":
-    """The part files of a run's output as one Arrow dataset.
+    """Return the part files of a run's output as one Arrow dataset.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are no part files.
     """
-    import pyarrow.dataset as ds  # here: it imports pandas, and tasks only write parts
+    import pyarrow.dataset as ds  # not at the top: it imports pandas, which tasks that only write parts do not need
 
     fs, path = storage.open_uri(storage.join(storage.absolute(uri), "masks"))
     names = [

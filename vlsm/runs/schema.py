@@ -1,8 +1,8 @@
-"""The columns of everything that a segment run writes: the one definition of the output."""
+"""The columns of all tables that a segment run writes."""
 
 import pyarrow as pa
 
-# One row per image, in shards: a row group is a shard.
+# The plan: one row per image. A row group is a shard.
 MANIFEST_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -20,7 +20,7 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )
 
-# One row per (image, prompt), and on demand more: kind tells.
+# The output: one row per (image, prompt, kind). By default the only kind is "mask".
 RESULT_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),

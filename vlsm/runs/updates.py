@@ -1,4 +1,4 @@
-"""A plan brought up to date with its archive: what is new is added, what changed is planned again, the rest stays."""
+"""Updates a plan after its archive has changed: new images are added, changed ones planned again, the rest stays."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -9,12 +9,15 @@ import numpy as np
 
 from vlsm.runs.plan import ManifestWriter, Plan, cut_shards, read_plan, shard_table
 
-_CHUNK = 10_000  # rows that are looked up at once
+_CHUNK = 10_000  # rows per lookup
 
 
 @dataclass
 class Update:
-    """Images that are new, changed (their version, place or prompts) or vanished since the last plan."""
+    """Numbers of new, changed and vanished images since the last plan.
+
+    An image has changed if its version, location or prompts have changed, or if it was marked as vanished before.
+    """
 
     num_new: int = 0
     num_changed: int = 0
@@ -23,48 +26,57 @@ class Update:
 
 @dataclass
 class _Known:
-    """The images of a plan, in its order, by digests: 24 bytes an image instead of every row in memory."""
+    """The images of a plan as digests, in the plan's order: 24 bytes per image instead of all rows in memory.
 
-    ids: np.ndarray  # of image_ids
-    contents: np.ndarray  # of all that a row of the plan says
-    order: np.ndarray  # that sorts ids
+    Attributes:
+        ids: digests of the image_ids, (N,) of 16 bytes.
+        contents: digests of the columns that make an image a changed one, (N,) uint64.
+        order: the permutation that sorts `ids`, (N,).
+        seen: whether the archive still has the image, (N,) bool.
+        changed: the new row of each changed image, by its position in the plan.
+    """
+
+    ids: np.ndarray
+    contents: np.ndarray
+    order: np.ndarray
     seen: np.ndarray
     changed: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 def update_manifest(output: str, plan: Plan, rows: Iterable[dict[str, Any]], shard_rows: int) -> tuple[Plan, Update]:
-    """Write the plan that follows on another when the archive has changed; shards keep their numbers and images.
+    """Write a new plan for a changed archive; existing shards keep their numbers and images.
 
-    An image that is no longer there keeps its place, marked as vanished. Rows that are new are kept in memory until the
-    whole archive is listed, some 200 MB a million.
+    An image that the archive no longer has stays in the plan, marked as vanished. The rows of new images stay in memory
+    until the whole archive is listed: about 200 MB per million rows.
 
     Args:
         output: the run's output folder.
-        plan: the one that counts.
+        plan: the current plan.
         rows: the archive as it is now, as for `write_manifest`.
-        shard_rows: output rows a new shard holds at most.
+        shard_rows: most output rows of a new shard.
 
     Returns:
-        The new plan, and what is different; the old plan where nothing is.
+        The new plan, and the numbers of new, changed and vanished images.
 
     Raises:
         ManifestError: two rows have the same image_id.
     """
     known, update = _index(output, plan), Update()
-    new = [shard_table(shard) for shard in cut_shards(_compare(rows, known), shard_rows)]
-    update.num_new = sum(map(len, new))
+    new_shards = [shard_table(shard) for shard in cut_shards(_compare(rows, known), shard_rows)]
+    update.num_new = sum(map(len, new_shards))
     writer = ManifestWriter(output, kinds=plan.kinds)
     position = 0
     for shard in read_plan(output, plan):
         revised = [_revise(row, position + index, known, update) for index, row in enumerate(shard.to_pylist())]
         position += len(revised)
         writer.add(shard_table(revised))
-    for shard in new:
+    for shard in new_shards:
         writer.add(shard)
     return writer.finish(), update
 
 
 def _index(output: str, plan: Plan) -> _Known:
+    """Return the images of a plan as digests."""
     ids = np.zeros(plan.num_images, "S16")
     contents = np.zeros(plan.num_images, np.uint64)
     position = 0
@@ -76,7 +88,7 @@ def _index(output: str, plan: Plan) -> _Known:
 
 
 def _compare(rows: Iterable[dict[str, Any]], known: _Known) -> Iterator[dict[str, Any]]:
-    """The rows that no one knows; of the others it is noted that they were seen, and which have changed."""
+    """Yield the rows of new images; note in `known` which planned images are still there and which have changed."""
     chunk: list[dict[str, Any]] = []
     for row in rows:
         chunk.append(row)
@@ -87,11 +99,12 @@ def _compare(rows: Iterable[dict[str, Any]], known: _Known) -> Iterator[dict[str
 
 
 def _compare_chunk(rows: list[dict[str, Any]], known: _Known) -> Iterator[dict[str, Any]]:
-    wanted = np.array([_digest_id(row) for row in rows], "S16")
-    places = np.searchsorted(known.ids, wanted, sorter=known.order)
-    for row, digest, place in zip(rows, wanted, places, strict=True):
-        position = int(known.order[place]) if place < len(known.order) else -1
-        if position < 0 or known.ids[position] != digest or known.seen[position]:  # seen twice: its id is not unique
+    digests = np.array([_digest_id(row) for row in rows], "S16")
+    ranks = np.searchsorted(known.ids, digests, sorter=known.order)
+    for row, digest, rank in zip(rows, digests, ranks, strict=True):
+        position = int(known.order[rank]) if rank < len(known.order) else -1
+        # An id that is seen twice is kept as a new row, so that the writer reports it.
+        if position < 0 or known.ids[position] != digest or known.seen[position]:
             yield row
             continue
         known.seen[position] = True
@@ -100,6 +113,7 @@ def _compare_chunk(rows: list[dict[str, Any]], known: _Known) -> Iterator[dict[s
 
 
 def _revise(row: dict[str, Any], position: int, known: _Known, update: Update) -> dict[str, Any]:
+    """Return the row of the new plan for an image of the old plan, and count the difference in `update`."""
     if not known.seen[position]:
         update.num_vanished += not row["vanished"]
         return row | {"vanished": True}

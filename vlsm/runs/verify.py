@@ -1,4 +1,4 @@
-"""The proof of a run, from storage alone: every planned row is there once, and says what its mask says."""
+"""Proves a run from storage: every planned row exists once, and its columns agree with its mask."""
 
 import io
 import itertools
@@ -27,12 +27,12 @@ _SHARDS_AT_ONCE = 16
 
 @dataclass
 class Proof:
-    """What was found.
+    """The result of the verification of a run.
 
     Attributes:
-        plan: what was planned.
-        counts: of images: "ok", "failed", "vanished", "failed: REASON"; and "rows", "parts", "masks".
-        differences: all that is not as it should be, a sentence each; none in a finished run.
+        plan: the size of the run's plan.
+        counts: numbers of images by "ok", "failed", "vanished" and "failed: REASON", and of "rows", "parts", "masks".
+        differences: one sentence for each error in the run; empty for a finished run without errors.
     """
 
     plan: Plan
@@ -47,20 +47,20 @@ def verify_run(output: str) -> Iterator[Proof]:
         output: OUTPUT of a segment run, finished or not.
 
     Yields:
-        The same Proof after every few shards, so that a caller may show how far it is; it is whole after the last.
+        The same Proof object after every few shards, so that a caller can show progress. It is complete after the last.
 
     Raises:
         ConfigError: there is no run at OUTPUT.
     """
     record = read_record(output)
     if record is None or "run_id" not in record:
-        raise ConfigError(f"there is no segment run in {output!r}; it must be the OUTPUT of one")
+        raise ConfigError(f"there is no segment run in {output!r}; it must be the OUTPUT of a segment run")
     plan = Plan(**record["plan"])
     proof = Proof(plan)
     names = [name for name in storage.list_names(storage.join(output, "masks")) if not name.startswith(".")]
     planned = {part_name(shard) for shard in range(plan.num_shards)}
     proof.differences += [f"masks/{name} is no part of this run" for name in names if name not in planned]
-    ids = array("q")  # 8 bytes an image
+    ids = array("q")  # hashes of the image_ids: 8 bytes per image
     numbered = enumerate(read_plan(output, plan))
 
     def verify(item: tuple[int, pa.Table]) -> tuple[Counter[str], list[str]]:
@@ -68,9 +68,7 @@ def verify_run(output: str) -> Iterator[Proof]:
 
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         while chunk := list(itertools.islice(numbered, _SHARDS_AT_ONCE)):
-            for counts, differences in pool.map(
-                lambda item: _verify_shard(output, record["run_id"], plan.kinds, *item), chunk
-            ):
+            for counts, differences in pool.map(verify, chunk):
                 proof.counts += counts
                 proof.differences += differences
             for _, images in chunk:
@@ -83,6 +81,7 @@ def verify_run(output: str) -> Iterator[Proof]:
 def _verify_shard(
     output: str, run_id: str, kinds: list[str], shard: int, images: pa.Table
 ) -> tuple[Counter[str], list[str]]:
+    """Return the counts and the differences of one shard; see `Proof`."""
     rows = read_part(output, shard, run_id)
     name = f"masks/{part_name(shard)}"
     if rows is None:
@@ -91,8 +90,8 @@ def _verify_shard(
     differences = []
     if state.undone:
         ids = images["image_id"].take(pa.array(state.undone, pa.int64())).to_pylist()
-        shown = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
-        differences.append(f"{name}: {len(ids)} images have not exactly the rows that were planned: {shown}")
+        first_ids = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
+        differences.append(f"{name}: {len(ids)} images have not exactly the rows that were planned: {first_ids}")
     if state.num_extra:
         differences.append(f"{name}: {state.num_extra} rows were not planned")
     counts = state.counts + Counter(parts=1)
@@ -100,29 +99,30 @@ def _verify_shard(
         counts["masks"] += row["mask_rle"] is not None
         try:
             problem = _describe_problem(row)
-        except Exception as error:  # a row that somebody has damaged can raise anything
-            problem = f"it cannot be read: {type(error).__name__}: {error}"
+        except Exception as error:  # a damaged row can raise any error
+            problem = f"the row cannot be read: {type(error).__name__}: {error}"
         if problem:
             differences.append(f"{name}: {row['image_id']!r}, {row['prompt']!r}: {problem}")
     return counts, differences
 
 
 def _describe_problem(row: dict[str, Any]) -> str | None:
-    """What in a row contradicts itself, or None."""
+    """Return a description of the first contradiction between the columns of a row, or None."""
     if row["status"] == "failed" and (row["error"] or "").partition(": ")[0] not in ImageError.REASONS:
-        return f"it failed for no known reason: {row['error']!r}"
+        return f"status is failed, but error {row['error']!r} has no known reason"
     if row["mask_rle"] is None:
-        return "it is ok but has no mask" if row["status"] == "ok" else None
+        return "status is ok, but there is no mask" if row["status"] == "ok" else None
     mask = decode_mask(row["mask_rle"], (row["height"], row["width"]))
     if int(mask.sum()) != row["area_px"]:
-        return f"its mask has {int(mask.sum())} pixels, area_px is {row['area_px']}"
+        return f"area_px is {row['area_px']}, but the mask has {int(mask.sum())} pixels"
     if row["label_map"] is not None and ((np.asarray(Image.open(io.BytesIO(row["label_map"]))) > 0) != mask).any():
-        return "its label map is not its mask"
+        return "the foreground of the label map is not the mask"
     box = _bounding_box(mask)
-    return None if box == row["bbox"] else f"its mask lies in {box}, bbox is {row['bbox']}"
+    return None if box == row["bbox"] else f"bbox is {row['bbox']}, but the mask's bounding box is {box}"
 
 
 def _bounding_box(mask: np.ndarray) -> list[int] | None:
+    """Return [x, y, width, height] of the foreground in pixels, or None for an empty mask."""
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(ys):
         return None
@@ -130,20 +130,21 @@ def _bounding_box(mask: np.ndarray) -> list[int] | None:
 
 
 def _verify_counts(output: str, proof: Proof, num_ids: int) -> list[str]:
+    """Return the differences between the counted images and rows, the plan's size and summary.json."""
     plan, counts = proof.plan, proof.counts
     differences = []
     if num_ids != plan.num_images:
-        differences.append(f"the plan has {num_ids} different image_ids; planned were {plan.num_images} images")
+        differences.append(f"the plan has {num_ids} different image_ids; it should have {plan.num_images}")
     if counts["rows"] != plan.num_rows:
-        differences.append(f"{counts['rows']} rows are as planned; planned were {plan.num_rows}")
+        differences.append(f"{counts['rows']} rows are as planned; there should be {plan.num_rows}")
     try:
         summary = read_summary(output)
     except ResultError as error:
         return [*differences, str(error)]
     if summary is None:
         return [*differences, "summary.json is missing: the run is not finished"]
-    found = {"planned": plan.num_images} | {key: counts[key] for key in ("ok", "failed", "vanished", "rows")}
-    for key, value in (found | {"failed_by_reason": failed_by_reason(counts)}).items():
+    expected = {"planned": plan.num_images} | {key: counts[key] for key in ("ok", "failed", "vanished", "rows")}
+    for key, value in (expected | {"failed_by_reason": failed_by_reason(counts)}).items():
         if summary.get(key) != value:
-            differences.append(f"summary.json says {key} {summary.get(key)}; it is {value}")
+            differences.append(f"summary.json has {key} {summary.get(key)}; it should be {value}")
     return differences
