@@ -14,8 +14,7 @@ from pydicom.pixels.utils import as_pixel_options, pixel_array
 from vlsm.errors import ImageError
 from vlsm.images.codestreams import check_lossless, codestream_size
 
-# One decoder per transfer syntax: the strictest one for damaged data. GDCM is not strict; it is used where there is no
-# other.
+# One decoder per transfer syntax: the strictest one for damaged data. GDCM is not strict, but has no alternative.
 _PLUGINS = {
     uid.JPEGBaseline8Bit: "pillow",
     uid.JPEGExtended12Bit: "pillow",
