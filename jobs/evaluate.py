@@ -24,7 +24,7 @@ from vlsm.runs.record import SUMMARY_NAME
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from vlsm.evaluation.parts import Source
+    from vlsm.evaluation.parts import PredictionSource
     from vlsm.evaluation.planning import Evaluation
 
 _LOG_INTERVAL_S = 10.0
@@ -141,7 +141,7 @@ def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":
         raise VlsmError(f"scoring failed through its retries: {message}; the same command goes on") from error
 
 
-def _score_parts(sources: "list[Source]", parts: list[tuple[int, int]]) -> "pa.Table":
+def _score_parts(sources: "list[PredictionSource]", parts: list[tuple[int, int]]) -> "pa.Table":
     """A CPU task: the scores of some part files, told by the number of their source and their own."""
     import pyarrow as pa
     from PIL import Image

@@ -164,7 +164,8 @@ def test_masks_of_another_run_give_the_same_scores_and_are_joined_by_name(
     words = [tmp_path / "out", "--masks", f"old={tmp_path / 'masks'}", "--dataset", f"drawn={labelled}"]
     code, summary, log = run(*words)
     assert (code, summary["rows"], summary["failed"]) == (0, 12, 4)
-    assert "5 of 6 labelled images are there, 5 of them by their file's name; 1 are not; 1 images of the run" in log
+    counts = "5 of 6 labelled images, 5 of them matched by file name; 1 are missing; 1 images of the run have no label"
+    assert counts in log
     expected = by_key(
         [r for r in rows if r["system"] == bright_checkpoint.name and r["prompt_name"] == "text:lesion"], "record"
     )
@@ -179,12 +180,13 @@ def test_masks_of_an_evaluation_are_scored_by_another(evaluated, rows, labelled,
     name = bright_checkpoint.name
     words = [tmp_path / "out", "--masks", f"{name}={evaluated}/runs/{name}", "--dataset", f"drawn={labelled}"]
     code, _, log = run(*words, "--set", "prompts=[p1, text:elsewhere]")
-    assert code == 0 and "6 of 6 labelled images are there, 0 of them by their file's name" in log
+    assert code == 0 and "6 of 6 labelled images, 0 of them matched by file name" in log
     found = by_key(pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist(), "record", "prompt_name")
     for row in rows:
         if (row["system"], row["prompt_name"]) == (name, "p1"):
             assert found[row["record"], "p1"] == row
-    assert {found[key]["error"] for key in found if key[1] != "p1"} == {"missing: the run was not told 'elsewhere'"}
+    errors = {found[key]["error"] for key in found if key[1] != "p1"}
+    assert errors == {"missing: the segment run has no prompt 'elsewhere'"}
 
 
 def test_it_goes_on_where_it_was_interrupted_and_starts_over_when_told(

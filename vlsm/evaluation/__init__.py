@@ -1,1 +1,1 @@
-"""Masks against labels: which images and prompts, one mask against one target, and what the scores say together."""
+"""Scores of predicted masks against labels: image matching, prompts, scores per mask, and tables."""

@@ -1,4 +1,4 @@
-"""Records and the images of a segment run that knows nothing of them: which is which."""
+"""Match labelled records to the images of an existing segment run."""
 
 import logging
 from collections import defaultdict
@@ -14,36 +14,41 @@ logger = logging.getLogger("vlsm")
 
 
 def match_images(name: str, output: str, records: Sequence[Record]) -> list[str | None]:
-    """Of each record the image_id that its image has in a run, or None: by image_uri, else by the file's name.
+    """Return for each record the image_id of its image in a segment run, or None if the run has no such image.
 
-    A file's name counts where, among the images and records that no image_uri has joined, it is that of just one image.
-    What is joined by name alone, and what is not joined at all, is told.
+    Images match by image_uri. The remaining images match by file name, if exactly one remaining image of the run and
+    one remaining labelled image have that name. A log line counts images matched by file name and unmatched images.
 
     Args:
-        name: of the system, for messages.
-        output: of the segment run.
-        records: all that are scored.
+        name: name of the system, for log lines.
+        output: OUTPUT of the segment run.
+        records: all records to score.
     """
     columns = ["image_id", "image_uri"]
-    alone = pc.field("selector").is_null() & (pc.field("kind") == "mask")
-    rows = open_results(output).to_table(columns=columns, filter=alone).to_pylist()
-    images = {storage.absolute(row["image_uri"]): row["image_id"] for row in rows}
+    is_plain_mask = pc.field("selector").is_null() & (pc.field("kind") == "mask")
+    rows = open_results(output).to_table(columns=columns, filter=is_plain_mask).to_pylist()
+    image_ids = {storage.absolute(row["image_uri"]): row["image_id"] for row in rows}
     uris = [storage.absolute(record.image_uri) for record in records]
-    left = {uri for uri in uris if uri not in images}
-    rest = images.keys() - set(uris)
-    theirs, ours = _by_name(rest), _by_name(left)
-    named = {own[0]: theirs[file][0] for file, own in ours.items() if len(own) == len(theirs.get(file, ())) == 1}
-    num_missing, num_others = len(left) - len(named), len(rest) - len(named)
+    unmatched_uris = {uri for uri in uris if uri not in image_ids}
+    unmatched_run_uris = image_ids.keys() - set(uris)
+    run_uris_by_name = _group_by_name(unmatched_run_uris)
+    matches = {
+        same_name[0]: run_uris_by_name[file_name][0]
+        for file_name, same_name in _group_by_name(unmatched_uris).items()
+        if len(same_name) == len(run_uris_by_name.get(file_name, ())) == 1
+    }
+    num_missing, num_others = len(unmatched_uris) - len(matches), len(unmatched_run_uris) - len(matches)
     logger.info(
-        "masks %s: %d of %d labelled images are there, %d of them by their file's name; %d are not; "
-        "%d images of the run are none of them and are not scored",
-        *(name, len(set(uris)) - num_missing, len(set(uris)), len(named), num_missing, num_others),
+        "masks %s: the segment run has %d of %d labelled images, %d of them matched by file name; %d are missing; "
+        "%d images of the run have no label and are not scored",
+        *(name, len(set(uris)) - num_missing, len(set(uris)), len(matches), num_missing, num_others),
     )
-    return [images.get(named.get(uri, uri)) for uri in uris]
+    return [image_ids.get(matches.get(uri, uri)) for uri in uris]
 
 
-def _by_name(uris: Iterable[str]) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = defaultdict(list)
+def _group_by_name(uris: Iterable[str]) -> dict[str, list[str]]:
+    """Return the URIs in sorted order, grouped by their file name."""
+    groups: dict[str, list[str]] = defaultdict(list)
     for uri in sorted(uris):
-        names[uri.rsplit("/", 1)[-1]].append(uri)
-    return names
+        groups[uri.rsplit("/", 1)[-1]].append(uri)
+    return groups

@@ -1,4 +1,4 @@
-"""The rows of one part file of a segment run against the labels of their images."""
+"""Scores of one part file of a segment run: its masks compared with the labels of the images."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from vlsm.runs.results import part_name, read_part
 from vlsm.segmentation.masks import decode_mask, encode_mask
 from vlsm.training.datasets import Record
 
-_SCORES = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px")
+_SCORE_COLUMNS = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px")
 
 # One row per record, prompt and system.
 SCORES_SCHEMA = pa.schema(
@@ -41,7 +41,7 @@ SCORES_SCHEMA = pa.schema(
         pa.field("error", pa.string()),
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
-        *(pa.field(name, pa.float64()) for name in _SCORES),
+        *(pa.field(name, pa.float64()) for name in _SCORE_COLUMNS),
         pa.field("reference_dice", pa.float64()),
         pa.field("area_fraction", pa.float64()),
         pa.field("target_fraction", pa.float64()),
@@ -52,19 +52,20 @@ SCORES_SCHEMA = pa.schema(
         pa.field("target_rle", pa.string()),
     ]
 )
-_FROM_RUN = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle")
+_RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A finished segment run and the records whose images it has segmented.
+class PredictionSource:
+    """A finished segment run and the records of its images.
 
     Attributes:
-        system: whose masks they are.
-        output, run_id: of the run.
-        num_parts: of the run.
-        targets: by image_id.
-        settings: of the evaluation.
+        system: name of the system that made the masks.
+        output: OUTPUT of the segment run.
+        run_id: id of the segment run.
+        num_parts: number of part files of the segment run.
+        targets: records to score, by image_id.
+        settings: settings of the evaluation.
     """
 
     system: str
@@ -75,46 +76,49 @@ class Source:
     settings: EvaluateSettings
 
     def score_part(self, shard: int) -> pa.Table:
-        """The scores of one part file, with the columns of SCORES_SCHEMA.
+        """Return the scores of one part file, with the columns of SCORES_SCHEMA.
 
         Raises:
-            ResultError: the part is missing, damaged or of another run.
+            ResultError: the part file is missing, is damaged, or belongs to another run.
         """
         part = read_part(self.output, shard, self.run_id, patience_s=self.settings.run.outage_patience_s)
         if part is None:
-            raise ResultError(f"{part_name(shard)} in {self.output!r} is missing, damaged or of another run")
+            raise ResultError(
+                f"{part_name(shard)} in {self.output!r} is missing, is damaged, or belongs to another run; "
+                "run that segment job again"
+            )
         images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         for row in part.to_pylist():
             if row["kind"] == "mask" and row["image_id"] in self.targets:
                 images[row["image_id"]][row["prompt"]] = row
         rows = (
             row
-            for image_id, own in images.items()
+            for image_id, rows_by_prompt in images.items()
             for target in self.targets[image_id]
-            for row in _score_target(target, own, self)
+            for row in _score_target(target, rows_by_prompt, self)
         )
         return pa.Table.from_pylist(list(rows), schema=SCORES_SCHEMA)
 
 
-def open_source(system: System, settings: EvaluateSettings) -> Source:
-    """A system's segment run, which is finished.
+def open_source(system: System, settings: EvaluateSettings) -> PredictionSource:
+    """Return the finished segment run of a system.
 
     Raises:
-        ResultError: it is gone.
+        ResultError: the segment run no longer exists.
     """
     record = read_record(system.output)
     if record is None:
-        raise ResultError(f"the segment run in {system.output!r} is gone; run it again")
+        raise ResultError(f"the segment run in {system.output!r} no longer exists; run it again")
     targets: dict[str, list[Target]] = defaultdict(list)
     for target in system.targets:
         if target.image_id is not None:
             targets[target.image_id].append(target)
     num_parts = Plan(**record["plan"]).num_shards
-    return Source(system.name, system.output, record["run_id"], num_parts, dict(targets), settings)
+    return PredictionSource(system.name, system.output, record["run_id"], num_parts, dict(targets), settings)
 
 
 def missing_rows(system: System, settings: EvaluateSettings) -> pa.Table:
-    """Failed rows for the records whose image a run that knows nothing of them does not have."""
+    """Return failed rows for the records whose image is not in the system's segment run."""
     rows = [
         _describe(system.name, target, name, settings) | _failed(f"missing: {system.output} has no such image")
         for target in system.targets
@@ -125,7 +129,7 @@ def missing_rows(system: System, settings: EvaluateSettings) -> pa.Table:
 
 
 def _describe(system: str, target: Target, name: str, settings: EvaluateSettings) -> dict[str, Any]:
-    """The columns that are known before anything is scored."""
+    """Return the columns that do not depend on the mask."""
     record = target.record
     return {
         "system": system,
@@ -145,31 +149,33 @@ def _failed(error: str) -> dict[str, Any]:
     return {"status": "failed", "error": error}
 
 
-def _score_target(target: Target, own: dict[str, dict[str, Any]], source: Source) -> Iterator[dict[str, Any]]:
-    """The scores of one record, a row per prompt.
+def _score_target(
+    target: Target, rows_by_prompt: dict[str, dict[str, Any]], source: PredictionSource
+) -> Iterator[dict[str, Any]]:
+    """Yield the scores of one record, one row per prompt.
 
     Args:
         target: the record.
-        own: the rows of its image in the segment run, by prompt.
-        source: the run.
+        rows_by_prompt: the rows of the record's image in the segment run.
+        source: the segment run.
     """
     settings = source.settings
     label = _read_label(target.record, settings)
-    known: dict[str, Any] = {}
+    label_columns: dict[str, Any] = {}
     if not isinstance(label, str):
-        known = {"target_fraction": float(label.mean()), "target_rle": encode_mask(label)}
-    reference = _find(own, target, settings.prompts[0])
-    seen: dict[str | None, dict[str, Any]] = {}  # many prompts give the same mask
+        label_columns = {"target_fraction": float(label.mean()), "target_rle": encode_mask(label)}
+    reference = _find_row(rows_by_prompt, target, settings.prompts[0])
+    scores_by_mask: dict[str | None, dict[str, Any]] = {}  # many prompts give the same mask
     for name in target.texts:
-        row = _find(own, target, name)
-        scored = _describe(source.system, target, name, settings) | known
+        row = _find_row(rows_by_prompt, target, name)
+        scored = _describe(source.system, target, name, settings) | label_columns
         if isinstance(row, str):
             yield scored | _failed(row)
             continue
-        scored |= {"checkpoint": row["model"], "prompt": row["prompt"]} | {key: row[key] for key in _FROM_RUN}
-        if row["mask_rle"] not in seen:
-            seen[row["mask_rle"]] = _score_row(row, label, target.record.mask_uri)
-        scored |= seen[row["mask_rle"]]
+        scored |= {"checkpoint": row["model"], "prompt": row["prompt"]} | {key: row[key] for key in _RUN_COLUMNS}
+        if row["mask_rle"] not in scores_by_mask:
+            scores_by_mask[row["mask_rle"]] = _score_row(row, label, target.record.mask_uri)
+        scored |= scores_by_mask[row["mask_rle"]]
         if scored["prompt_class"] == ROBUSTNESS and scored["status"] == "ok" and not isinstance(reference, str):
             size = (row["height"], row["width"])
             scored["reference_dice"] = encoded_dice(row["mask_rle"], reference["mask_rle"], size)
@@ -177,7 +183,7 @@ def _score_target(target: Target, own: dict[str, dict[str, Any]], source: Source
 
 
 def _read_label(record: Record, settings: EvaluateSettings) -> np.ndarray | str:
-    """The target mask, (H, W) uint8 of 0 and 1; or why there is none."""
+    """Return the target mask, (H, W) uint8 of 0 and 1, or the error message if it cannot be read."""
     run = settings.run
     try:
         data = read_image_bytes(
@@ -189,7 +195,7 @@ def _read_label(record: Record, settings: EvaluateSettings) -> np.ndarray | str:
 
 
 def _score_row(row: dict[str, Any], label: np.ndarray | str, mask_uri: str) -> dict[str, Any]:
-    """How the mask of a row of the segment run agrees with the label; or why that cannot be said."""
+    """Return status, error and scores of one row of the segment run; a failed row has no scores."""
     if row["status"] != "ok":
         return _failed(row["error"] or row["status"])
     if isinstance(label, str):
@@ -201,9 +207,10 @@ def _score_row(row: dict[str, Any], label: np.ndarray | str, mask_uri: str) -> d
     return {"status": "ok", "error": None} | asdict(score_mask(decode_mask(row["mask_rle"], size), label))
 
 
-def _find(own: dict[str, dict[str, Any]], target: Target, name: str) -> dict[str, Any] | str:
-    """The row of a prompt among those of an image; or why there is none."""
+def _find_row(rows_by_prompt: dict[str, dict[str, Any]], target: Target, name: str) -> dict[str, Any] | str:
+    """Return an image's row for the prompt with this name, or the error message if there is none."""
     text = target.texts[name]
-    if name == OWN and len(own) == 1:  # the list of a run may have given its images other prompts than the run's
-        return next(iter(own.values()))
-    return own.get(text, f"missing: the run was not told {text!r}")
+    # The manifest of the segment run can give an image another prompt than the run's settings do.
+    if name == OWN and len(rows_by_prompt) == 1:
+        return next(iter(rows_by_prompt.values()))
+    return rows_by_prompt.get(text, f"missing: the segment run has no prompt {text!r}")

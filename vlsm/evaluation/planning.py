@@ -1,11 +1,11 @@
-"""An evaluation before and after its work: settings to plan, rows of scores to files.
+"""Plan an evaluation, and write its scores, tables and summary.
 
-OUTPUT/config.yaml       resolved settings, checkpoint digests, versions, git revision, what is planned
-OUTPUT/inputs/*.parquet  for each system the images and texts that it segments
-OUTPUT/runs/*/           its segment run
-OUTPUT/scores.parquet    the result, a row per record, prompt and system
-OUTPUT/table.csv, .md    what the rows say together
-OUTPUT/summary.json      written last: its presence means complete
+OUTPUT/config.yaml       resolved settings, checkpoint digests, versions, git revision, plan
+OUTPUT/inputs/*.parquet  images and prompts to segment, one file per system
+OUTPUT/runs/*/           segment runs, one folder per system
+OUTPUT/scores.parquet    scores, one row per record, prompt and system
+OUTPUT/table.csv, .md    summary tables of the scores
+OUTPUT/summary.json      written last: its presence means that the evaluation is complete
 """
 
 import io
@@ -35,22 +35,22 @@ SCORES_NAME, CSV_NAME, MARKDOWN_NAME = "scores.parquet", "table.csv", "table.md"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A planned evaluation: resolved settings and all systems."""
+    """A planned evaluation: resolved settings and all systems to score."""
 
     settings: EvaluateSettings
     systems: list[System]
 
     @property
     def num_rows(self) -> int:
-        """Scores that are planned."""
+        """Number of planned rows of scores."""
         return sum(system.num_rows for system in self.systems)
 
 
 def plan_evaluation(settings: EvaluateSettings) -> tuple[Evaluation, dict[str, Any]]:
-    """What is to be done, and what decides it beside the settings; nothing is written.
+    """Return the plan, and the facts besides the settings that decide the scores; write nothing.
 
     Raises:
-        VlsmError: a setting, a path, a dataset, a checkpoint or a segment run is of no use.
+        VlsmError: a setting, path, dataset, checkpoint or segment run cannot be used.
     """
     settings = name_systems(settings)
     systems, facts = plan_systems(settings)
@@ -58,32 +58,32 @@ def plan_evaluation(settings: EvaluateSettings) -> tuple[Evaluation, dict[str, A
 
 
 def prepare_evaluation(settings: EvaluateSettings) -> Evaluation:
-    """Plan an evaluation, or take it up again where OUTPUT holds its plan.
+    """Return the evaluation, and write its plan if OUTPUT has none yet.
 
     Raises:
         ConfigError: OUTPUT belongs to an evaluation with other settings.
-        VlsmError: as `plan_evaluation` raises it.
+        VlsmError: see `plan_evaluation`.
     """
     evaluation, facts = plan_evaluation(settings)
     settings, output = evaluation.settings, evaluation.settings.output
     with storage.name_errors("OUTPUT", output):
         record = read_record(output)
         if record is not None and settings.start_over:
-            _forget(output, record)
+            _remove_evaluation(output, record)
             record = None
         if record is None:
-            _plan(evaluation, facts)
+            _write_plan(evaluation, facts)
             record = read_record(output) or {}
     if differences := describe_differences(record, settings, facts):
         raise ConfigError(
             f"OUTPUT {output!r} belongs to an evaluation with other settings: {'; '.join(differences)}; "
-            "choose another OUTPUT, or --set start_over=true to forget that evaluation"
+            "choose another OUTPUT, or --set start_over=true to delete that evaluation"
         )
     return evaluation
 
 
-def _plan(evaluation: Evaluation, facts: dict[str, Any]) -> None:
-    """Put the lists of images, then the record, unless another job has put one at the same time."""
+def _write_plan(evaluation: Evaluation, facts: dict[str, Any]) -> None:
+    """Write the image lists, then config.yaml, unless another job has already written config.yaml."""
     output, runs = evaluation.settings.output, {}
     for system in evaluation.systems:
         if system.segment is not None:
@@ -95,8 +95,8 @@ def _plan(evaluation: Evaluation, facts: dict[str, Any]) -> None:
     create_record(output, make_record(evaluation.settings, facts, plan))
 
 
-def _forget(output: str, record: dict[str, Any]) -> None:
-    """Remove an earlier evaluation's files, and nothing else; its record, which names its runs, at last."""
+def _remove_evaluation(output: str, record: dict[str, Any]) -> None:
+    """Remove only the files of an earlier evaluation. Its config.yaml names its segment runs, so it goes after them."""
     runs = record["plan"].get("runs")
     if runs is None:
         raise ConfigError(f"OUTPUT {output!r} belongs to another job; choose another OUTPUT")
@@ -106,15 +106,15 @@ def _forget(output: str, record: dict[str, Any]) -> None:
 
 
 def finish_evaluation(evaluation: Evaluation, tables: Iterable[pa.Table], seconds: float) -> dict[str, Any]:
-    """Write scores, tables and at last summary.json, and return that, if every planned row is there once.
+    """Write scores, tables and last summary.json, and return the summary.
 
     Args:
         evaluation: the evaluation.
-        tables: its scores, with the columns of SCORES_SCHEMA, in any order.
-        seconds: how long it took.
+        tables: the scores, with the columns of SCORES_SCHEMA, in any order.
+        seconds: duration of the evaluation in seconds, for the summary.
 
     Raises:
-        ResultError: the rows are not those planned.
+        ResultError: a planned row is missing, or a row is repeated or not planned; nothing is written.
     """
     keys = [
         (system.name, target.record.dataset, target.record.where, name)
@@ -123,47 +123,47 @@ def finish_evaluation(evaluation: Evaluation, tables: Iterable[pa.Table], second
         for name in target.texts
     ]
     rows = pa.concat_tables(tables).to_pylist()
-    planned, found = Counter(keys), Counter(map(_key, rows))
-    if planned != found:
-        num_missing, num_extra = (planned - found).total(), (found - planned).total()
+    planned, received = Counter(keys), Counter(map(_key, rows))
+    if planned != received:
+        num_missing, num_extra = (planned - received).total(), (received - planned).total()
         raise ResultError(
-            f"{len(rows):,} scores are there, planned were {len(keys):,}: {num_missing:,} are missing, and "
-            f"{num_extra:,} are there twice or were not planned"
+            f"the evaluation has {len(rows):,} rows of scores; the plan has {len(keys):,}: {num_missing:,} rows are "
+            f"missing, {num_extra:,} rows are repeated or not planned"
         )
-    places = {key: place for place, key in enumerate(keys)}
-    rows.sort(key=lambda row: places[_key(row)])
+    positions = {key: position for position, key in enumerate(keys)}
+    rows.sort(key=lambda row: positions[_key(row)])
     telling = find_telling(rows)
     for row in rows:
         if row["prompt_class"] == HONEST and (row["dataset"], row["prompt_name"]) in telling:
             row["prompt_class"] = UPPER_BOUND
     for (dataset, name), reason in telling.items():
-        logger.info("dataset %s, prompt %s gives the answer away: %s", dataset, name, reason)
-    return _write(evaluation.settings, rows, telling, seconds)
+        logger.info("dataset %s: prompt %s reveals the answer: %s", dataset, name, reason)
+    return _write_results(evaluation.settings, rows, telling, seconds)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
     return row["system"], row["dataset"], row["record"], row["prompt_name"]
 
 
-def _write(
+def _write_results(
     settings: EvaluateSettings, rows: list[dict[str, Any]], telling: dict[tuple[str, str], str], seconds: float
 ) -> dict[str, Any]:
     output, sink = settings.output, io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCORES_SCHEMA), sink, compression="zstd")
     storage.write_bytes(storage.join(output, SCORES_NAME), sink.getvalue())
-    lines = compare(rows, settings.baseline or rows[0]["system"], settings.resamples, settings.seed)
-    storage.write_bytes(storage.join(output, CSV_NAME), format_csv(lines).encode())
-    table = format_markdown(lines, settings.baseline or rows[0]["system"], telling)
-    storage.write_bytes(storage.join(output, MARKDOWN_NAME), table.encode())
+    table_rows = compare(rows, settings.baseline or rows[0]["system"], settings.resamples, settings.seed)
+    storage.write_bytes(storage.join(output, CSV_NAME), format_csv(table_rows).encode())
+    markdown = format_markdown(table_rows, settings.baseline or rows[0]["system"], telling)
+    storage.write_bytes(storage.join(output, MARKDOWN_NAME), markdown.encode())
     statuses = Counter(row["status"] for row in rows)
     summary = {
         "rows": len(rows),
         **{status: statuses[status] for status in ("ok", "failed")},
         "gives_answer_away": [" ".join(key) for key in telling],
         "dice": [
-            {"dataset": line.dataset, "prompt": line.prompt_name, "system": line.system, "mean": line.dice_mean}
-            for line in lines
-            if line.prompt_class == HONEST
+            {"dataset": row.dataset, "prompt": row.prompt_name, "system": row.system, "mean": row.dice_mean}
+            for row in table_rows
+            if row.prompt_class == HONEST
         ],
         "seconds": round(seconds, 1),
     }

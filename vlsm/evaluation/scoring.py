@@ -1,7 +1,7 @@
-"""One mask against one target mask, at the image's own size.
+"""Scores of one mask against one target mask, at the image's original size.
 
-The rule for empty masks: where both are empty, the model is right, and every overlap is 1 and every distance 0; where
-just one is, every overlap is 0 and there is no distance (None), which a mean of distances leaves out.
+Empty masks: if both masks are empty, the prediction is correct: every overlap is 1 and every distance is 0. If exactly
+one mask is empty, every overlap is 0 and every distance is None; tables leave out None.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ _PERCENTILE = 95.0
 
 @dataclass(frozen=True)
 class Scores:
-    """How a mask agrees with its target; the column names of the scores.
+    """Scores of one mask; the attributes are also column names of SCORES_SCHEMA.
 
     Attributes:
-        dice, iou, precision, recall: of pixels, 0 to 1.
-        hd95_px: the larger of the two 95th percentiles of distances from one outline to the other, in pixels.
-        asd_px: the mean of all distances from either outline to the other, in pixels.
+        dice, iou, precision, recall: overlap of pixels, 0 to 1.
+        hd95_px: 95 % Hausdorff distance in pixels: 95th percentile of the distances from one outline to the other,
+            the larger of both directions.
+        asd_px: average symmetric surface distance in pixels: mean of the distances between outlines in both directions.
     """
 
     dice: float
@@ -31,17 +32,17 @@ class Scores:
 
 
 def score_mask(mask: np.ndarray, target_mask: np.ndarray) -> Scores:
-    """The scores of a mask.
+    """Return the scores of a mask.
 
     Args:
-        mask: (H, W) of 0 and 1.
-        target_mask: the same.
+        mask: (H, W) of 0 and 1, the prediction.
+        target_mask: (H, W) of 0 and 1, the ground truth.
 
     Raises:
-        ValueError: they are of different sizes.
+        ValueError: the masks differ in size.
     """
     if mask.shape != target_mask.shape:
-        raise ValueError(f"mask is {mask.shape}, target_mask {target_mask.shape}; they must be of one size")
+        raise ValueError(f"mask has shape {mask.shape}, target_mask {target_mask.shape}; both must have one size")
     mask, target_mask = mask.astype(bool), target_mask.astype(bool)
     area, target_area = np.count_nonzero(mask), np.count_nonzero(target_mask)
     if not area or not target_area:
@@ -58,22 +59,28 @@ def score_mask(mask: np.ndarray, target_mask: np.ndarray) -> Scores:
 
 
 def _distances(mask: np.ndarray, target_mask: np.ndarray) -> tuple[float, float]:
-    """hd95_px and asd_px of two masks that are not empty.
+    """Return hd95_px and asd_px of two masks that are not empty.
 
-    MONAI's functions find the same, but take a gigabyte and many seconds to load in each process.
+    MONAI's functions give the same values, but each process needs 1 GB of memory and many seconds to import MONAI.
     """
-    from scipy import ndimage  # here, so that what only plans an evaluation does not wait for it
+    from scipy import ndimage  # imported here because planning an evaluation does not need it
 
     rows, columns = (np.flatnonzero((mask | target_mask).any(axis=axis)) for axis in (1, 0))
-    part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    outlines = [one[part] & ~ndimage.binary_erosion(one[part]) for one in (mask, target_mask)]
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)  # the bounding box of both masks
+    outlines = [one[box] & ~ndimage.binary_erosion(one[box]) for one in (mask, target_mask)]
     to_target, to_mask = (ndimage.distance_transform_edt(~other)[one] for one, other in (outlines, outlines[::-1]))
     hd95 = max(np.percentile(to_target, _PERCENTILE), np.percentile(to_mask, _PERCENTILE))
     return float(hd95), float(np.concatenate([to_target, to_mask]).mean())
 
 
 def encoded_dice(mask_rle: str, other_rle: str, size: tuple[int, int]) -> float:
-    """Dice of two masks as COCO run lengths, none of them decoded; size is (height, width)."""
+    """Return the Dice of two masks, computed on their COCO run lengths without decoding them.
+
+    Args:
+        mask_rle: run lengths of one mask.
+        other_rle: run lengths of the other mask.
+        size: (height, width) of both masks in pixels.
+    """
     one, other = ({"size": list(size), "counts": rle.encode("ascii")} for rle in (mask_rle, other_rle))
     total = int(coco.area(one)) + int(coco.area(other))
     return 2 * int(coco.area(coco.merge([one, other], intersect=True))) / total if total else 1.0

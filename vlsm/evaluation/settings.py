@@ -1,4 +1,4 @@
-"""Settings of an evaluation: all that decides its scores, and under `run` how it is carried out."""
+"""Settings of an evaluation. `run` holds how the job executes; every other setting can change the scores."""
 
 from typing import Any, Literal, Self
 
@@ -16,33 +16,34 @@ from vlsm.config import (
     one_is_a_list,
 )
 
-_NOT_SHARED = {"output", "prompts", "start_over"}  # with a segment run, though of one name
-OWN = "own"  # the name of the prompt that a checkpoint brings with it
+_NOT_SHARED = {"output", "prompts", "start_over"}  # a segment run has settings of these names with other values
+OWN = "own"  # in `prompts`: the prompt that is stored in the checkpoint
 
 
 class EvaluateSettings(Settings):
-    """What is compared, on which labelled images, with which prompts."""
+    """Systems to compare, labelled images and prompts."""
 
     output: str
-    datasets: dict[str, str] = Field({}, description="by name, as --dataset gives them")
-    checkpoints: tuple[str, ...] = Field((), description="each a system of its own, as --checkpoint gives them")
+    datasets: dict[str, str] = Field({}, description="locations of labelled datasets by name, as in --dataset")
+    checkpoints: tuple[str, ...] = Field((), description="checkpoints, one system each, as in --checkpoint")
     systems: dict[str, tuple[MemberSettings, ...]] = Field(
         {}, description="ensembles by name: lists of members with checkpoint, weight, flip, prompts"
     )
-    masks: dict[str, str] = Field({}, description="OUTPUT of finished segment runs by name, as --masks gives them")
+    masks: dict[str, str] = Field({}, description="OUTPUT of finished segment runs by name, as in --masks")
     baseline: str | None = Field(
-        None, description="the system with which the others are compared; the first unless told"
+        None, description="the system that the other systems are compared with; default: the first system"
     )
-    split: Literal["train", "val", "test"] = Field("test", description="of the datasets")
-    limit: int | None = Field(None, ge=1, description="records of each dataset: the first so many")
+    split: Literal["train", "val", "test"] = Field("test", description="the split of the datasets to score")
+    limit: int | None = Field(None, ge=1, description="number of records to score per dataset, from its start")
     prompts: tuple[str, ...] = Field(
         (OWN,),
         min_length=1,
-        description="own (the checkpoint's), kinds that records have (p0, p1, ...; of several texts the first) or "
-        "text:WORDS; each gives every record a row",
+        description="prompts to score, one row per record and prompt: own (stored in the checkpoint), p0, p1, ... "
+        "(from the record; the first text if there are several) or text:WORDS",
     )
     prompt_robustness: bool = Field(
-        False, description="try the robustness_prompts as well, against the first of prompts"
+        False,
+        description="also score the robustness_prompts and compare their masks with those of the first of prompts",
     )
     robustness_prompts: dict[str, str] = Field(
         {
@@ -52,20 +53,22 @@ class EvaluateSettings(Settings):
             "paraphrase 1": "a picture of {prompt}",
             "paraphrase 2": "the area that shows {prompt}",
         },
-        description="by name; {prompt} is the first of prompts, {other} what another dataset's p1 is, or 'a car'",
+        description="templates by name; {prompt} is the first of prompts, {other} a p1 of another dataset, or 'a car'",
     )
     mask_threshold: int = Field(127, ge=0, le=254, description="brighter pixels of a label file are foreground")
-    combine: Literal["mean", "vote"] = Field("mean", description="of several members, as in segment")
-    threshold: float | None = Field(None, gt=0, lt=1, description="a probability; the checkpoint's own unless told")
+    combine: Literal["mean", "vote"] = Field("mean", description="how to combine the members, as in jobs.segment")
+    threshold: float | None = Field(
+        None, gt=0, lt=1, description="probability from which a pixel is foreground; default: stored in the checkpoint"
+    )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
-    max_pixels: int = Field(100_000_000, ge=1, description="larger images are refused before they are decoded")
-    max_image_bytes: int = Field(1 << 30, ge=1, description="larger files are refused before they are read")
-    shard_rows: int = Field(64, ge=1, description="masks of one part file at most: the unit of work and of resuming")
-    resamples: int = Field(2000, ge=100, description="of the bootstrap that gives intervals")
-    seed: int = Field(0, ge=0, description="of the bootstrap")
-    start_over: bool = Field(False, description="forget an earlier evaluation in OUTPUT, its masks included")
-    retry_failed: bool = Field(False, description="do failed images again, and score everything anew")
+    max_pixels: int = Field(100_000_000, ge=1, description="larger images fail before they are decoded")
+    max_image_bytes: int = Field(1 << 30, ge=1, description="larger files fail before they are read")
+    shard_rows: int = Field(64, ge=1, description="masks per part file at most; a rerun repeats incomplete part files")
+    resamples: int = Field(2000, ge=100, description="number of bootstrap samples for the intervals")
+    seed: int = Field(0, ge=0, description="random seed of the bootstrap")
+    start_over: bool = Field(False, description="delete an earlier evaluation in OUTPUT, including its masks")
+    retry_failed: bool = Field(False, description="segment failed images again, and score all images again")
     run: RunSettings = RunSettings()
 
     _list_prompts = field_validator("prompts", mode="before")(one_is_a_list)
@@ -74,7 +77,7 @@ class EvaluateSettings(Settings):
     @field_validator("datasets", "masks", "checkpoints")
     @classmethod
     def _make_absolute(cls, value: Any) -> Any:
-        """A rerun may start in another working directory."""
+        """Return absolute locations, because a rerun may start in another working directory."""
         if isinstance(value, dict):
             return {name: storage.absolute(uri) for name, uri in value.items()}
         return tuple(map(storage.absolute, value))
@@ -82,31 +85,31 @@ class EvaluateSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.datasets:
-            raise ValueError("there is nothing to score on: give --dataset NAME=URI once at least")
+            raise ValueError("there is no dataset to score on; give --dataset NAME=URI at least once")
         if not (self.checkpoints or self.systems or self.masks):
             raise ValueError(
-                "there is nothing to score: give --checkpoint DIR once at least, systems or --masks NAME=OUTPUT"
+                "there is no system to score; give --checkpoint DIR, --masks NAME=OUTPUT or systems at least once"
             )
         if empty := [name for name, members in self.systems.items() if not members]:
-            raise ValueError(f"systems: {empty[0]} has no members")
+            raise ValueError(f"systems: {empty[0]} has no members; give it one or more checkpoints")
         if "random" in self.prompts:
-            raise ValueError("prompts: random is for training; name the prompts that are to be scored")
+            raise ValueError("prompts: random is only for training; name the prompts to score")
         names = [*self.prompts, *(self.robustness_prompts if self.prompt_robustness else ())]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"prompts: {twice[0]} stands there twice")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"prompts: {repeated[0]} is repeated; list each prompt once")
         return self
 
     def segment_settings(
-        self, source: str, output: str, members: tuple[MemberSettings, ...], own: str
+        self, source: str, output: str, members: tuple[MemberSettings, ...], own_prompt: str
     ) -> SegmentSettings:
-        """Those of the segment run that makes a system's masks.
+        """Return the settings of the segment run that makes the masks of a system.
 
         Args:
-            source: its INPUT, a list that gives each image its prompts.
-            output: its OUTPUT.
-            members: the system's.
-            own: the system's own prompt.
+            source: INPUT of the segment run: a manifest with the prompts of each image.
+            output: OUTPUT of the segment run.
+            members: members of the system.
+            own_prompt: the prompt that is stored in the system's checkpoints.
         """
         shared = (EvaluateSettings.model_fields.keys() & SegmentSettings.model_fields.keys()) - _NOT_SHARED
         settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        return SegmentSettings(input=source, output=output, members=members, prompts=(own,), **settings)
+        return SegmentSettings(input=source, output=output, members=members, prompts=(own_prompt,), **settings)
