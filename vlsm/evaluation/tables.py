@@ -1,4 +1,4 @@
-"""What scores say together: a line per dataset, prompt and system, as CSV and Markdown."""
+"""Summary tables of scores: one row per dataset, prompt and system, as CSV and Markdown."""
 
 import csv
 import io
@@ -16,22 +16,25 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line of the table.
+class TableRow:
+    """A row of the table: one system on one dataset with one prompt.
 
     Attributes:
-        dataset, prompt_name, prompt_class, system: what it is of.
-        n, n_failed: records that have scores, and those that have none, which no mean counts.
-        dice_mean, dice_sd, dice_median: of the records; the standard deviation is the sample's.
+        dataset, prompt_name, prompt_class, system: identify the row.
+        n, n_failed: number of records with scores, and of failed records. Failed records are in no other number.
+        dice_mean, dice_sd, dice_median: over records; dice_sd is the sample standard deviation (n - 1).
         dice_low, dice_high: 95 % interval of the mean, by bootstrap over records.
-        iou_mean, precision_mean, recall_mean: of the records.
-        hd95_n, hd95_median, asd_n, asd_median: in pixels, of the records that have a distance.
-        difference: mean Dice less the baseline's, over the records that both have.
-        difference_n: how many these are.
-        p: of Wilcoxon's signed-rank test of their pairs, two-sided, not corrected for the number of comparisons.
-        review_n: of the records, whose masks the run says somebody should look at.
-        bad_n, bad_found: masks of a Dice below 0.7, and how many of them are to be looked at.
-        reference_dice_mean: of robustness prompts: between the masks for this prompt and those for the reference.
+        iou_mean, precision_mean, recall_mean: over records.
+        hd95_n, asd_n: number of records that have the distance.
+        hd95_median, asd_median: in pixels, over those records.
+        difference: mean Dice minus the baseline's mean Dice, over the records that both systems have scored.
+        difference_n: number of these records.
+        p: Wilcoxon's signed-rank test of these pairs, two-sided, not corrected for the number of comparisons.
+        review_n: number of masks that the column `review` marks for review.
+        bad_n: number of masks with a Dice below 0.7.
+        bad_found: number of these masks that are marked for review.
+        reference_dice_mean: for robustness prompts only: mean Dice between the masks for this prompt and the masks for
+            the reference prompt.
     """
 
     dataset: str
@@ -61,43 +64,44 @@ class Line:
     reference_dice_mean: float | None
 
 
-def compare(rows: Rows, baseline: str, resamples: int, seed: int) -> list[Line]:
-    """The lines of a table, in the order of the rows.
+def compare(rows: Rows, baseline: str, resamples: int, seed: int) -> list[TableRow]:
+    """Return the rows of the table, in the order in which datasets, prompts and systems first occur in the scores.
 
     Args:
         rows: scores, with the columns of SCORES_SCHEMA.
-        baseline: the system that others are compared with.
-        resamples: of the bootstrap.
-        seed: of the bootstrap; each line draws with it anew.
+        baseline: the system that the other systems are compared with.
+        resamples: number of bootstrap samples.
+        seed: random seed of the bootstrap; each table row starts with this seed.
     """
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["dataset"], row["prompt_name"], row["system"]].append(row)
-    datasets, prompts, systems = (list(dict.fromkeys(key[place] for key in groups)) for place in range(3))
+    datasets, prompts, systems = (list(dict.fromkeys(key[part] for key in groups)) for part in range(3))
     order = [(d, p, s) for d in datasets for p in prompts for s in systems if (d, p, s) in groups]
-    return [_line(key, groups[key], groups.get((*key[:2], baseline), []), (resamples, seed)) for key in order]
+    return [_summarize(key, groups[key], groups.get((*key[:2], baseline), []), (resamples, seed)) for key in order]
 
 
-def _line(key: tuple[str, str, str], rows: Rows, base: Rows, bootstrap: tuple[int, int]) -> Line:
-    good = [row for row in rows if row["status"] == "ok"]
-    dice = _values(good, "dice")
-    hd95, asd, references = (_values(good, name) for name in ("hd95_px", "asd_px", "reference_dice"))
+def _summarize(key: tuple[str, str, str], rows: Rows, baseline_rows: Rows, bootstrap: tuple[int, int]) -> TableRow:
+    scored = [row for row in rows if row["status"] == "ok"]
+    dice = _values(scored, "dice")
+    hd95, asd, references = (_values(scored, name) for name in ("hd95_px", "asd_px", "reference_dice"))
     low, high = _interval(dice, *bootstrap)
-    difference, difference_n, p = _paired(good, base) if rows is not base else (None, None, None)
+    is_baseline = rows is baseline_rows
+    difference, difference_n, p = (None, None, None) if is_baseline else _compare_pairs(scored, baseline_rows)
     dataset, prompt_name, system = key
-    return Line(
+    return TableRow(
         dataset=dataset,
         prompt_name=prompt_name,
         prompt_class=rows[0]["prompt_class"],
         system=system,
-        n=len(good),
-        n_failed=len(rows) - len(good),
+        n=len(scored),
+        n_failed=len(rows) - len(scored),
         dice_mean=_mean(dice),
         dice_sd=float(dice.std(ddof=1)) if len(dice) > 1 else None,
         dice_median=_median(dice),
         dice_low=low,
         dice_high=high,
-        **{f"{name}_mean": _mean(_values(good, name)) for name in ("iou", "precision", "recall")},
+        **{f"{name}_mean": _mean(_values(scored, name)) for name in ("iou", "precision", "recall")},
         hd95_n=len(hd95),
         hd95_median=_median(hd95),
         asd_n=len(asd),
@@ -105,9 +109,9 @@ def _line(key: tuple[str, str, str], rows: Rows, base: Rows, bootstrap: tuple[in
         difference=difference,
         difference_n=difference_n,
         p=p,
-        review_n=sum(row["review"] is not None for row in good),
+        review_n=sum(row["review"] is not None for row in scored),
         bad_n=int((dice < BAD_DICE).sum()),
-        bad_found=sum(row["review"] is not None and row["dice"] < BAD_DICE for row in good),
+        bad_found=sum(row["review"] is not None and row["dice"] < BAD_DICE for row in scored),
         reference_dice_mean=_mean(references),
     )
 
@@ -125,123 +129,129 @@ def _median(values: np.ndarray) -> float | None:
 
 
 def _interval(values: np.ndarray, resamples: int, seed: int) -> tuple[float | None, float | None]:
-    """The 95 % percentile interval of a mean; of less than two values there is none."""
+    """Return the 95 % percentile interval of a mean, or None for both ends if there are fewer than two values."""
     if len(values) < 2:
         return None, None
-    from scipy import stats  # here and below, so that what is wrong with settings is said in a second
+    from scipy import stats  # imported here and below, so that wrong settings fail within a second
 
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         (values,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=np.random.default_rng(seed)
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def _paired(rows: Rows, base: Rows) -> tuple[float | None, int | None, float | None]:
-    """Mean difference to the baseline, over how many records, and p."""
-    theirs = {row["record"]: row["dice"] for row in base if row["status"] == "ok"}
-    pairs = np.array([(row["dice"], theirs[row["record"]]) for row in rows if row["record"] in theirs], float)
+def _compare_pairs(rows: Rows, baseline_rows: Rows) -> tuple[float | None, int | None, float | None]:
+    """Return the mean difference of Dice to the baseline, the number of records in both, and p."""
+    baseline_dice = {row["record"]: row["dice"] for row in baseline_rows if row["status"] == "ok"}
+    pairs = np.array(
+        [(row["dice"], baseline_dice[row["record"]]) for row in rows if row["record"] in baseline_dice], float
+    )
     if not len(pairs):
-        return None, None if not base else 0, None
+        return None, None if not baseline_rows else 0, None
     from scipy import stats
 
     differences = pairs[:, 0] - pairs[:, 1]
-    # of pairs that are all equal nothing can be ranked, and nothing speaks for a difference
+    # Wilcoxon's test cannot rank differences that are all 0; there is no evidence of a difference then.
     p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
     return float(differences.mean()), len(pairs), p
 
 
-def format_csv(lines: Iterable[Line]) -> str:
-    """All lines with all columns; what there is not is empty."""
+def format_csv(rows: Iterable[TableRow]) -> str:
+    """Return the table as CSV with all columns; None becomes an empty cell."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, [field.name for field in fields(Line)], lineterminator="\n")
+    writer = csv.DictWriter(file, [field.name for field in fields(TableRow)], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(map(asdict, lines))
+    writer.writerows(map(asdict, rows))
     return file.getvalue()
 
 
 _RULES = """\
-Dice, IoU, precision and recall are means over records (an image and one of its labels) at the image's original size;
-`±` is the standard deviation, brackets hold the 95 % bootstrap interval of the mean. HD95 and ASD (average symmetric
-surface distance) are medians in pixels. Mask and label both empty: overlaps 1, distances 0. Just one of them empty:
-overlaps 0, no distance, so that HD95 and ASD are of the n records beside them. Failed records are in no figure; their
-number stands beside n. The difference is that of mean Dice to the baseline, `{baseline}`, over the records that both
-have; p is Wilcoxon's signed-rank test of these pairs, two-sided and **not corrected** for the number of comparisons.
-The best mean Dice of a dataset and prompt is bold. Review is how many masks the column `review` would have somebody
-look at; brackets hold the share of them with a Dice below 0.7, and the share of all such masks that is among them.
+Dice, IoU, precision and recall are means over records (a record is an image and one of its labels) at the image's
+original size. `±` is the standard deviation. Square brackets hold the 95 % bootstrap interval of the mean. HD95 (95 %
+Hausdorff distance) and ASD (average symmetric surface distance) are medians in pixels, over the number of records in
+parentheses. If mask and label are both empty, overlaps are 1 and distances are 0. If exactly one of them is empty,
+overlaps are 0 and there is no distance. Failed records are counted beside n and are in no other number. Difference is
+mean Dice minus the mean Dice of the baseline, `{baseline}`, over the records that both systems have scored. p is
+Wilcoxon's signed-rank test of these pairs, two-sided and **not corrected** for the number of comparisons. The best mean
+Dice of a dataset and prompt is bold. Review is the number of masks that the column `review` marks for review. The
+parentheses hold two shares: marked masks with a Dice below 0.7, among all marked masks; and the same masks, among all
+masks with a Dice below 0.7.
 """
 _HEADINGS = {
-    HONEST: "## Prompts that an unlabelled archive has as well",
-    UPPER_BOUND: "## Upper bound: prompts that tell of the answer\n\nNo unlabelled archive has these: they describe "
-    "the label, or differ where it is empty. They say how well a model listens, not how well it would do.",
-    ROBUSTNESS: "## Other words\n\nHow far masks move when the prompt is another: `Dice to reference` is the mean Dice "
-    "between the masks for this prompt and those for the first of `prompts`, Dice that to the label. For a paraphrase "
-    "1 is best; for no prompt, a generic or a wrong one 1 means that the model does not listen.",
+    HONEST: "## Prompts that are also available for an unlabelled archive",
+    UPPER_BOUND: "## Upper bound: prompts that reveal the answer\n\nThese prompts describe the label, or differ if the "
+    "label is empty, so that an unlabelled archive does not have them. The scores show how well a model follows its "
+    "prompt. They do not show how well it would segment an archive.",
+    ROBUSTNESS: "## Other words\n\nEffect of a different prompt on the masks. `Dice to reference` is the mean Dice "
+    "between the masks for this prompt and the masks for the first of `prompts`. Dice compares the masks with the "
+    "label. For a paraphrase, the best `Dice to reference` is 1. For an empty, generic or wrong prompt, 1 means that "
+    "the model ignores the prompt.",
 }
 _COLUMNS = "Dataset|Prompt|System|n (failed)|Dice|median|IoU|Precision|Recall|HD95 (n)|ASD (n)|Difference|p|Review"
 _ROBUSTNESS_COLUMNS = "Dataset|Prompt|System|n (failed)|Dice to reference|Dice"
 
 
-def format_markdown(lines: Sequence[Line], baseline: str, telling: Mapping[tuple[str, str], str]) -> str:
-    """The table for people: honest prompts, then what is an upper bound, then robustness.
+def format_markdown(rows: Sequence[TableRow], baseline: str, telling: Mapping[tuple[str, str], str]) -> str:
+    """Return the table as Markdown, in three sections: honest prompts, upper bounds, robustness.
 
     Args:
-        lines: from `compare`.
-        baseline: the system that others are compared with.
-        telling: the prompts that give the answer away, by dataset and name, and how.
+        rows: rows of the table, from `compare`.
+        baseline: the system that the other systems are compared with.
+        telling: prompts that reveal the answer, from `find_telling`.
     """
     sections = ["# Scores", _RULES.format(baseline=baseline).strip()]
     for prompt_class, heading in _HEADINGS.items():
-        own = [line for line in lines if line.prompt_class == prompt_class]
-        if not own:
+        section_rows = [row for row in rows if row.prompt_class == prompt_class]
+        if not section_rows:
             continue
         sections.append(heading)
         if prompt_class == UPPER_BOUND and telling:
             notes = [f"- {dataset}, {name}: {reason}" for (dataset, name), reason in telling.items()]
             sections.append(
-                "Prompts that give the answer away though their names do not say so:\n\n" + "\n".join(notes)
+                "These prompts reveal the answer, although their names do not show it:\n\n" + "\n".join(notes)
             )
-        columns = _ROBUSTNESS_COLUMNS if prompt_class == ROBUSTNESS else _COLUMNS
-        cells = [columns.split("|"), ["---"] * len(columns.split("|")), *(_cells(line, own) for line in own)]
-        sections.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+        columns = (_ROBUSTNESS_COLUMNS if prompt_class == ROBUSTNESS else _COLUMNS).split("|")
+        grid = [columns, ["---"] * len(columns), *(_cells(row, section_rows) for row in section_rows)]
+        sections.append("\n".join(f"| {' | '.join(cells)} |" for cells in grid))
     return "\n\n".join(sections) + "\n"
 
 
-def _cells(line: Line, lines: Sequence[Line]) -> list[str]:
-    names = [_escape(name) for name in (line.dataset, line.prompt_name, line.system)]
-    start = [*names, f"{line.n} ({line.n_failed})"]
-    dice = _number(line.dice_mean)
-    if _is_best(line, lines):
+def _cells(row: TableRow, section_rows: Sequence[TableRow]) -> list[str]:
+    names = [_escape(name) for name in (row.dataset, row.prompt_name, row.system)]
+    start = [*names, f"{row.n} ({row.n_failed})"]
+    dice = _number(row.dice_mean)
+    if _is_best(row, section_rows):
         dice = f"**{dice}**"
-    if line.dice_sd is not None:
-        dice += f" ± {_number(line.dice_sd)} [{_number(line.dice_low)}, {_number(line.dice_high)}]"
-    if line.prompt_class == ROBUSTNESS:
-        return [*start, _number(line.reference_dice_mean), dice]
-    means = map(_number, (line.dice_median, line.iou_mean, line.precision_mean, line.recall_mean))
+    if row.dice_sd is not None:
+        dice += f" ± {_number(row.dice_sd)} [{_number(row.dice_low)}, {_number(row.dice_high)}]"
+    if row.prompt_class == ROBUSTNESS:
+        return [*start, _number(row.reference_dice_mean), dice]
+    means = map(_number, (row.dice_median, row.iou_mean, row.precision_mean, row.recall_mean))
     distances = [
         f"{_number(median, '.1f')} ({count})"
-        for median, count in ((line.hd95_median, line.hd95_n), (line.asd_median, line.asd_n))
+        for median, count in ((row.hd95_median, row.hd95_n), (row.asd_median, row.asd_n))
     ]
-    return [*start, dice, *means, *distances, _number(line.difference, "+.3f"), _number(line.p, ".2g"), _review(line)]
+    return [*start, dice, *means, *distances, _number(row.difference, "+.3f"), _number(row.p, ".2g"), _review(row)]
 
 
-def _review(line: Line) -> str:
-    """How many masks are to be looked at, the share of bad ones among them, and the share of bad ones that is found."""
-    if not line.review_n:
+def _review(row: TableRow) -> str:
+    """Return the number of masks marked for review, then precision and recall of the marks for bad masks."""
+    if not row.review_n:
         return "0"
-    precision, recall = line.bad_found / line.review_n, line.bad_found / line.bad_n if line.bad_n else None
-    return f"{line.review_n} ({_number(precision, '.2f')}, {_number(recall, '.2f')})"
+    precision, recall = row.bad_found / row.review_n, row.bad_found / row.bad_n if row.bad_n else None
+    return f"{row.review_n} ({_number(precision, '.2f')}, {_number(recall, '.2f')})"
 
 
-def _is_best(line: Line, lines: Sequence[Line]) -> bool:
-    """Whether no other system is better in the digits that are shown; what is alone is not compared."""
+def _is_best(row: TableRow, section_rows: Sequence[TableRow]) -> bool:
+    """Return whether no other system has a higher mean Dice, rounded as shown; a single system is never the best."""
     rivals = [
         other
-        for other in lines
-        if (other.dataset, other.prompt_name) == (line.dataset, line.prompt_name) and other.dice_mean is not None
+        for other in section_rows
+        if (other.dataset, other.prompt_name) == (row.dataset, row.prompt_name) and other.dice_mean is not None
     ]
-    if line.dice_mean is None or len(rivals) < 2 or line.prompt_class == ROBUSTNESS:
+    if row.dice_mean is None or len(rivals) < 2 or row.prompt_class == ROBUSTNESS:
         return False
-    return round(line.dice_mean, 3) == max(round(other.dice_mean or 0, 3) for other in rivals)
+    return round(row.dice_mean, 3) == max(round(other.dice_mean or 0, 3) for other in rivals)
 
 
 def _number(value: float | None, form: str = ".3f") -> str:
