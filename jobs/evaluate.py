@@ -1,8 +1,8 @@
-"""Score checkpoints, ensembles and existing masks on labelled images, at the images' own sizes, and compare them.
+"""Score checkpoints, ensembles and existing masks on labelled images at their original sizes, and compare them.
 
-    plan -> a segment run per system -> tasks, each of some part files: masks against labels -> scores, tables
+    plan -> one segment run per system -> Ray tasks that compare the masks of part files with labels -> scores, tables
 
-Each system's masks come from `jobs.segment`, with its plan, its resuming and its proof; they lie in OUTPUT/runs.
+`jobs.segment` makes the masks of each system in OUTPUT/runs. It plans, resumes and checks them like any segment run.
 """
 
 import sys
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from vlsm.evaluation.planning import Evaluation
 
 _LOG_INTERVAL_S = 10.0
-_TASK_SCORES = 500  # of one task at least: some 15 s, as long as a process takes to import what it scores with
+_TASK_SCORES = 500  # minimum per task: about 15 s of work, as long as a process needs for its imports
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = make_parser("jobs.evaluate", str(__doc__).partition("\n")[0], EvaluateSettings)
     parser.add_argument("output", metavar="OUTPUT", help="folder for scores and tables; a rerun continues there")
     repeated: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="checkpoint directory; local or s3://; several are compared (for ensembles see `systems`)",
+        help="checkpoint directory, local or s3://; may be repeated to compare several (for ensembles see `systems`)",
         **repeated,
     )
     parser.add_argument(
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--masks",
         metavar="NAME=OUTPUT",
-        help="the OUTPUT of a finished segment run, whose masks are scored as they are; may be repeated",
+        help="the OUTPUT of a finished segment run; its masks are scored as they are; may be repeated",
         **repeated,
     )
     args = parser.parse_args(argv)
@@ -74,28 +74,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Run the job to its end and return its summary.
+    """Run the whole job and return its summary.
 
     Raises:
-        VlsmError: the settings or the data are wrong, or the run could not be finished; a rerun goes on.
+        VlsmError: the settings or the data are wrong, or the run failed; a rerun continues it.
     """
-    from vlsm.evaluation.planning import MARKDOWN_NAME, finish_evaluation, prepare_evaluation  # so that --help is quick
+    # Imported here so that --help is fast.
+    from vlsm.evaluation.planning import MARKDOWN_NAME, finish_evaluation, prepare_evaluation
 
     evaluation = prepare_evaluation(settings)
     settings = evaluation.settings
     summary_uri = storage.join(settings.output, SUMMARY_NAME)
     if summary := read_summary(settings.output):
         if not settings.retry_failed:
-            logger.info("%s is finished: there is nothing to do", settings.output)
+            logger.info("%s is already complete; there is nothing to do", settings.output)
             return summary
         storage.remove(summary_uri)
     started_s = time.monotonic()
-    logger.info("%d systems, %d scores are planned", len(evaluation.systems), evaluation.num_rows)
+    logger.info("the plan has %d systems and %d scores", len(evaluation.systems), evaluation.num_rows)
     with RaySession() as session:
         session.wait()
         for system in evaluation.systems:
             if system.segment is not None:
-                logger.info("masks of %s", system.name)
+                logger.info("segmenting with system %s", system.name)
                 segment(system.segment)
         tables = list(score(evaluation))
     summary = finish_evaluation(evaluation, tables, time.monotonic() - started_s)
@@ -105,7 +106,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def dry_run(settings: EvaluateSettings) -> None:
-    """Print the resolved settings and how much would be done; nothing is written, Ray is not started."""
+    """Print the resolved settings and the amount of work. Write nothing and do not start Ray."""
     from vlsm.evaluation.planning import plan_evaluation
     from vlsm.evaluation.systems import list_images
 
@@ -117,10 +118,10 @@ def dry_run(settings: EvaluateSettings) -> None:
 
 
 def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":
-    """The scores of all systems, from the part files of their segment runs, which are finished.
+    """Yield tables with the scores of all systems, from the part files of their finished segment runs.
 
     Raises:
-        VlsmError: a part is missing or damaged, or a task failed through its retries.
+        VlsmError: a part file is missing or damaged, or a task failed in all its attempts.
     """
     import ray
 
@@ -138,32 +139,37 @@ def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         message = str(cause).strip().splitlines()[-1]
-        raise VlsmError(f"scoring failed through its retries: {message}; the same command goes on") from error
+        raise VlsmError(f"scoring failed after retries: {message}; run the same command again to continue") from error
 
 
 def _score_parts(sources: "list[PredictionSource]", parts: list[tuple[int, int]]) -> "pa.Table":
-    """A CPU task: the scores of some part files, told by the number of their source and their own."""
+    """Return the scores of some part files; runs as a Ray task on one CPU.
+
+    Args:
+        sources: all segment runs.
+        parts: pairs of an index in `sources` and the number of a part file.
+    """
     import pyarrow as pa
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit
+    Image.MAX_IMAGE_PIXELS = None  # decode_image checks max_pixels instead
     return pa.concat_tables([sources[number].score_part(shard) for number, shard in parts])
 
 
 def _collect(pending: "Sequence[Any]") -> "Iterator[pa.Table]":
-    """What tasks return, as they end, with a bar on a terminal and else a line every ten seconds."""
+    """Yield the result of each task when it ends. Show a progress bar on a terminal, else a log line every 10 s."""
     import ray
 
     with tqdm(total=len(pending), unit="task", desc="scored", disable=not sys.stderr.isatty()) as bar:
-        said_s, num_all, num_done = time.monotonic(), len(pending), 0
+        logged_s, num_all, num_done = time.monotonic(), len(pending), 0
         while pending:
             ready, pending = ray.wait(pending, timeout=1.0)
             for reference in ready:
                 yield ray.get(reference)
                 num_done += 1
                 bar.update()
-            if bar.disable and time.monotonic() - said_s >= _LOG_INTERVAL_S:
-                said_s = time.monotonic()
+            if bar.disable and time.monotonic() - logged_s >= _LOG_INTERVAL_S:
+                logged_s = time.monotonic()
                 logger.info("scored: %d of %d tasks", num_done, num_all)
 
 

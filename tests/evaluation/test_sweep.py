@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from vlsm.errors import ConfigError
-from vlsm.evaluation.sweep import SweepSettings, plan_cells, read_models, tabulate, write_csv, write_markdown
+from vlsm.evaluation.sweep import SweepSettings, plan_trial_groups, read_models, tabulate, write_csv, write_markdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,16 +21,16 @@ def make_settings(**options):
 
 def test_every_model_is_trained_on_every_dataset_with_every_prompt_and_seed():
     settings = make_settings(prompts=["p0", "text:a b"], seeds=[0, 3], train={"optim": {"epochs": 7}})
-    cells = plan_cells(settings)
-    trials = [trial for cell in cells for trial in cell.trials]
-    assert len(cells) == 4 and len(trials) == 16
+    groups = plan_trial_groups(settings)
+    trials = [trial for group in groups for trial in group.trials]
+    assert len(groups) == 4 and len(trials) == 16
     assert len({trial.settings.output for trial in trials}) == 16
     for trial in trials:
         assert list(trial.settings.datasets) == [trial.dataset]
         assert (trial.settings.data.prompt, trial.settings.seed) == (trial.prompt, trial.seed)
         assert trial.settings.optim.epochs == 7
     assert trials[0].settings.options == {"image_size": 16}
-    first = cells[0].settings
+    first = groups[0].settings
     assert list(first.systems) == ["small, seed 0", "small, seed 3", "large, seed 0", "large, seed 3"]
     assert first.systems["large, seed 3"][0].checkpoint == f"{trials[3].settings.output}/checkpoint"
     assert (first.prompts, list(first.datasets)) == (("p0",), ["a"])
@@ -38,16 +38,16 @@ def test_every_model_is_trained_on_every_dataset_with_every_prompt_and_seed():
 
 def test_pooled_models_learn_all_datasets_and_are_scored_on_each():
     settings = make_settings(pooled=True, external={"c": "data/c"})
-    (cell,) = plan_cells(settings)
-    assert all(list(trial.settings.datasets) == ["a", "b"] for trial in cell.trials)
-    assert list(cell.settings.datasets) == ["a", "b", "c"]
+    (group,) = plan_trial_groups(settings)
+    assert all(list(trial.settings.datasets) == ["a", "b"] for trial in group.trials)
+    assert list(group.settings.datasets) == ["a", "b", "c"]
 
 
 def test_a_models_own_settings_come_before_those_of_all_and_of_its_file(tmp_path):
     (tmp_path / "m.yaml").write_text(yaml.safe_dump({"model": "unet_d", "optim": {"lr": 1, "epochs": 2}}))
     models = read_models({"m": {"config": "m.yaml", "optim": {"lr": 0.5}}}, str(tmp_path))
-    (cell, _) = plan_cells(make_settings(models=models, train={"optim": {"epochs": 9, "batch_size": 3}}))
-    optim = cell.trials[0].settings.optim
+    (group, _) = plan_trial_groups(make_settings(models=models, train={"optim": {"epochs": 9, "batch_size": 3}}))
+    optim = group.trials[0].settings.optim
     assert (optim.lr, optim.epochs, optim.batch_size) == (0.5, 2, 3)
 
 
@@ -56,7 +56,7 @@ def test_a_models_own_settings_come_before_those_of_all_and_of_its_file(tmp_path
     [
         ({"models": {}}, "models: there are none"),
         ({"baseline": "medium"}, "baseline is medium; models are small, large"),
-        ({"seeds": [1, 1]}, "seeds: one stands there twice"),
+        ({"seeds": [1, 1]}, "seeds: 1 is repeated"),
     ],
 )
 def test_what_is_wrong_is_said(options, message):
@@ -66,7 +66,7 @@ def test_what_is_wrong_is_said(options, message):
 
 def test_wrong_settings_of_a_model_name_it(tmp_path):
     with pytest.raises(ConfigError, match=r"models: x: unknown model 'unet_e'"):
-        plan_cells(make_settings(models={"x": {"model": "unet_e"}}))
+        plan_trial_groups(make_settings(models={"x": {"model": "unet_e"}}))
     with pytest.raises(ConfigError, match=r"models: x: .*lost\.yaml cannot be read"):
         read_models({"x": {"config": "lost.yaml"}}, str(tmp_path))
 
@@ -115,6 +115,6 @@ def test_the_matrices_that_come_along_are_understood(path):
     tree = yaml.safe_load(path.read_text())
     models = read_models(tree["models"], str(path.parent))
     settings = make_settings(**tree | {"models": models})
-    trials = [trial for cell in plan_cells(settings) for trial in cell.trials]
+    trials = [trial for group in plan_trial_groups(settings) for trial in group.trials]
     assert len(trials) == 2 * len(models) * len(settings.seeds)
     assert {trial.settings.model for trial in trials} == set(models)

@@ -1,4 +1,4 @@
-"""A matrix of trainings: models x datasets x prompts x seeds, and the table of what comes out."""
+"""A sweep: a matrix of trainings (models x datasets x prompts x seeds) and the table of its results."""
 
 import csv
 import io
@@ -18,34 +18,40 @@ from vlsm.errors import ConfigError
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.training.settings import TrainSettings
 
-POOLED = "all"  # what a model that is trained on all datasets together is said to be trained on
+POOLED = "all"  # value of the column trained_on for a model that is trained on all datasets together
 COLUMNS = ("trained_on", "dataset", "prompt", "prompt_class", "model", "num_seeds", "mean", "sd", "difference")
 
 
 class SweepRunSettings(Settings):
-    """How a sweep is carried out: it may differ when it is resumed."""
+    """Settings of the execution of a sweep; they may change when the sweep resumes."""
 
-    parallel: int | None = Field(None, ge=1, description="trainings at once; one per GPU of the cluster unless told")
+    parallel: int | None = Field(
+        None, ge=1, description="number of trainings at the same time; default: one per GPU of the cluster"
+    )
 
 
 class SweepSettings(Settings):
-    """Which models are trained on what, and how they are compared."""
+    """Models to train, training data, and the comparison of the models."""
 
     output: str
-    datasets: dict[str, str] = Field({}, description="by name; each model is trained on each of them")
-    pooled: bool = Field(False, description="each model is trained once, on all datasets together")
-    external: dict[str, str] = Field({}, description="datasets of which only the test split is used, for every model")
+    datasets: dict[str, str] = Field({}, description="locations by name; each model is trained on each dataset")
+    pooled: bool = Field(False, description="train each model once, on all datasets together")
+    external: dict[str, str] = Field({}, description="datasets for testing only; every model is scored on them")
     models: dict[str, dict[str, Any]] = Field(
-        {}, description="by name: settings of jobs.train; `config` names a file of such beside this one"
+        {}, description="settings of jobs.train by model name; `config` names a file with more, beside this file"
     )
     prompts: tuple[str, ...] = Field(
-        ("p1",), min_length=1, description="p0, p1, text:WORDS, ...: to train with, and to score with"
+        ("p1",), min_length=1, description="prompts to train with and to score with: p0, p1, text:WORDS, ..."
     )
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="of the trainings")
-    train: dict[str, Any] = Field({}, description="settings of jobs.train for all models, where theirs say nothing")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="random seeds of the trainings")
+    train: dict[str, Any] = Field(
+        {}, description="settings of jobs.train for all models; the settings of a model override them"
+    )
     evaluate: dict[str, Any] = Field({}, description="settings of jobs.evaluate")
-    baseline: str | None = Field(None, description="the model that others are compared with; the first unless told")
-    start_over: bool = Field(False, description="forget an earlier sweep in OUTPUT; what is trained stays")
+    baseline: str | None = Field(
+        None, description="the model that the other models are compared with; default: the first model"
+    )
+    start_over: bool = Field(False, description="delete an earlier sweep's tables in OUTPUT, but keep its trainings")
     run: SweepRunSettings = SweepRunSettings()
 
     @field_validator("datasets", "external")
@@ -57,18 +63,19 @@ class SweepSettings(Settings):
     def _check(self) -> Self:
         for name in ("datasets", "models"):
             if not getattr(self, name):
-                raise ValueError(f"{name}: there are none")
+                raise ValueError(f"{name}: there are none; give at least one")
         if self.baseline is not None and self.baseline not in self.models:
             raise ValueError(f"baseline is {self.baseline}; models are {', '.join(self.models)}")
         for name in ("prompts", "seeds"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name}: one stands there twice")
+            values = getattr(self, name)
+            if repeated := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"{name}: {repeated[0]} is repeated; list each value once")
         return self
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: its place in the matrix, and its settings."""
+    """One training: its position in the matrix, and its settings."""
 
     model: str
     dataset: str
@@ -78,74 +85,76 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """What the log calls it."""
+        """Name of the trial in log lines."""
         return f"{self.model} on {self.dataset}, {self.prompt}, seed {self.seed}"
 
     @property
     def system(self) -> str:
-        """What its evaluation calls it."""
+        """Name of the trial's system in the evaluation."""
         return f"{self.model}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """The trials that are compared with each other, and the evaluation that does it."""
+class TrialGroup:
+    """All trials with the same training data and prompt, and the settings of the evaluation that compares them."""
 
     trials: tuple[Trial, ...]
     settings: EvaluateSettings
 
 
 def read_models(models: dict[str, dict[str, Any]], folder: str) -> dict[str, dict[str, Any]]:
-    """The models' settings with the content of the files that `config` names, their own before it.
+    """Return the settings of the models, merged with the content of the files that `config` names.
+
+    The settings in `models` override the settings in the file.
 
     Args:
-        models: as a sweep's settings have them.
-        folder: that relative names start from.
+        models: settings by model name, as in SweepSettings.
+        folder: folder that relative file names start from.
 
     Raises:
         ConfigError: a file cannot be read, or holds no settings.
     """
-    found = {}
-    for name, own in models.items():
-        rest = {key: value for key, value in own.items() if key != "config"}
-        if "config" in own:
-            path = str(own["config"])
+    merged = {}
+    for name, model_settings in models.items():
+        tree = {key: value for key, value in model_settings.items() if key != "config"}
+        if "config" in model_settings:
+            path = str(model_settings["config"])
             uri = path if "://" in path or path.startswith("/") else storage.join(folder, path)
             try:
-                tree = yaml.safe_load(storage.read_bytes(uri))
+                file_tree = yaml.safe_load(storage.read_bytes(uri))
             except (OSError, yaml.YAMLError) as error:
                 raise ConfigError(f"models: {name}: {uri} cannot be read: {' '.join(str(error).split())}") from error
-            if not isinstance(tree, dict):
-                raise ConfigError(f"models: {name}: {uri} holds no settings")
-            rest = merge(tree, rest)
-        found[name] = rest
-    return found
+            if not isinstance(file_tree, dict):
+                raise ConfigError(f"models: {name}: {uri} holds no settings; it must hold settings of jobs.train")
+            tree = merge(file_tree, tree)
+        merged[name] = tree
+    return merged
 
 
-def plan_cells(settings: SweepSettings) -> list[Cell]:
-    """The whole matrix, cell by cell, in the order of the table.
+def plan_trial_groups(settings: SweepSettings) -> list[TrialGroup]:
+    """Return the whole matrix, one group per training dataset and prompt, in the order of the table.
 
     Raises:
         ConfigError: the settings of a training or of the evaluation are wrong.
     """
     names = [POOLED] if settings.pooled else list(settings.datasets)
-    cells = []
+    groups = []
     for dataset, prompt in itertools.product(names, settings.prompts):
         trials = tuple(
             Trial(model, dataset, prompt, seed, _train_settings(settings, model, dataset, prompt, seed))
             for model, seed in itertools.product(settings.models, settings.seeds)
         )
-        cells.append(Cell(trials, _evaluate_settings(settings, trials)))
-    return cells
+        groups.append(TrialGroup(trials, _evaluate_settings(settings, trials)))
+    return groups
 
 
 def _train_settings(settings: SweepSettings, model: str, dataset: str, prompt: str, seed: int) -> TrainSettings:
     tree = merge(settings.train, settings.models[model])
     tree = merge({"data": {"prompt": prompt}}, tree)
-    place = storage.join(settings.output, "trials", *map(_safe, (model, dataset, prompt)), f"seed-{seed}")
+    output = storage.join(settings.output, "trials", *map(_safe_name, (model, dataset, prompt)), f"seed-{seed}")
     datasets = settings.datasets if settings.pooled else {dataset: settings.datasets[dataset]}
     try:
-        return load_settings(TrainSettings, None, [], tree | {"output": place, "datasets": datasets, "seed": seed})
+        return load_settings(TrainSettings, None, [], tree | {"output": output, "datasets": datasets, "seed": seed})
     except ConfigError as error:
         raise ConfigError(f"models: {model}: {error}") from error
 
@@ -153,58 +162,57 @@ def _train_settings(settings: SweepSettings, model: str, dataset: str, prompt: s
 def _evaluate_settings(settings: SweepSettings, trials: tuple[Trial, ...]) -> EvaluateSettings:
     first = trials[0]
     systems = {trial.system: [{"checkpoint": storage.join(trial.settings.output, "checkpoint")}] for trial in trials}
-    own = settings.datasets if settings.pooled else {first.dataset: settings.datasets[first.dataset]}
-    place = storage.join(settings.output, "evaluations", _safe(first.dataset), _safe(first.prompt))
-    facts = {"output": place, "datasets": own | settings.external, "systems": systems}
+    datasets = settings.datasets if settings.pooled else {first.dataset: settings.datasets[first.dataset]}
+    output = storage.join(settings.output, "evaluations", _safe_name(first.dataset), _safe_name(first.prompt))
+    fixed = {"output": output, "datasets": datasets | settings.external, "systems": systems}
     tree = merge({"prompts": ["p1" if first.prompt == "random" else first.prompt]}, settings.evaluate)
     try:
-        return load_settings(EvaluateSettings, None, [], tree | facts)
+        return load_settings(EvaluateSettings, None, [], tree | fixed)
     except ConfigError as error:
         raise ConfigError(f"evaluate: {error}") from error
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A tree of settings with another put over it, group by group."""
-    both = {
+    """Return a tree of settings in which the values of `over` replace those of `base`, at every depth."""
+    in_both = {
         key: merge(base[key], value) if isinstance(value, dict) and isinstance(base[key], dict) else value
         for key, value in over.items()
         if key in base
     }
-    return base | over | both
+    return base | over | in_both
 
 
-def _safe(name: str) -> str:
+def _safe_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "none"
 
 
 def tabulate(rows: Iterable[dict[str, Any]], settings: SweepSettings) -> list[dict[str, Any]]:
-    """The table, a row per cell and model, with COLUMNS.
+    """Return the table: mean and standard deviation of Dice over seeds, and the difference to the baseline's mean.
+
+    A row stands for one model, training dataset, test dataset, prompt and prompt class. Its keys are COLUMNS.
 
     Args:
-        rows: of the evaluations: trained_on, dataset, prompt, prompt_class, model, seed, dice (the mean over images).
-        settings: of the sweep.
-
-    Returns:
-        Mean and standard deviation over seeds, and the difference to the baseline's mean.
+        rows: results of the evaluations: trained_on, dataset, prompt, prompt_class, model, dice (mean over records).
+        settings: settings of the sweep.
     """
-    cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    dice: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in rows:
-        place = tuple(str(row[name]) for name in COLUMNS[:4])
-        cells.setdefault(place, {}).setdefault(row["model"], []).append(float(row["dice"]))
+        key = tuple(str(row[name]) for name in COLUMNS[:4])
+        dice.setdefault(key, {}).setdefault(row["model"], []).append(float(row["dice"]))
     baseline = settings.baseline or next(iter(settings.models))
     table = []
-    for place, models in cells.items():
+    for key, models in dice.items():
         means = {model: statistics.fmean(values) for model, values in models.items()}
         for model, values in models.items():
             spread = statistics.stdev(values) if len(values) > 1 else None
             difference = means[model] - means[baseline] if baseline in means else None
-            facts = (model, len(values), means[model], spread, difference)
-            table.append(dict(zip(COLUMNS, (*place, *facts), strict=True)))
+            row_values = (*key, model, len(values), means[model], spread, difference)
+            table.append(dict(zip(COLUMNS, row_values, strict=True)))
     return table
 
 
 def write_csv(table: list[dict[str, Any]]) -> str:
-    """The table for programs."""
+    """Return the table as CSV."""
     sink = io.StringIO()
     writer = csv.DictWriter(sink, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -213,13 +221,16 @@ def write_csv(table: list[dict[str, Any]]) -> str:
 
 
 def write_markdown(table: list[dict[str, Any]], settings: SweepSettings) -> str:
-    """The table for people, in per cent, as the paper has it: a line per model, a column per dataset and prompt.
+    """Return the table as Markdown, in percent, as in the paper: a row per model, a column per dataset and prompt.
 
-    The best of a column is bold. Upper bounds, whose prompts tell of the mask, stand in a table of their own.
+    The best value of a column is bold. Upper bounds (prompts that describe the label) are in a separate table.
     """
-    parts = [f"Dice in per cent: mean and standard deviation over {len(settings.seeds)} seeds, and the difference to "]
+    parts = [f"Dice in percent: mean and standard deviation over {len(settings.seeds)} seeds, and the difference to "]
     parts[0] += f"{settings.baseline or next(iter(settings.models))}.\n"
-    for prompt_class, heading in (("honest", ""), ("upper_bound", "\n## Upper bound: the prompts tell of the mask\n")):
+    for prompt_class, heading in (
+        ("honest", ""),
+        ("upper_bound", "\n## Upper bound: prompts that reveal the answer\n"),
+    ):
         rows = [row for row in table if row["prompt_class"] == prompt_class]
         if rows:
             parts += [heading, *_grid(rows)] if heading else _grid(rows)
@@ -227,17 +238,17 @@ def write_markdown(table: list[dict[str, Any]], settings: SweepSettings) -> str:
 
 
 def _grid(rows: list[dict[str, Any]]) -> list[str]:
-    columns = list(dict.fromkeys((row["trained_on"], row["dataset"], row["prompt"]) for row in rows))
+    columns = list(dict.fromkeys(map(_column, rows)))
     models = list(dict.fromkeys(row["model"] for row in rows))
-    found = {(row["model"], (row["trained_on"], row["dataset"], row["prompt"])): row for row in rows}
+    rows_by_cell = {(row["model"], _column(row)): row for row in rows}
     best = {column: max(row["mean"] for row in rows if _column(row) == column) for column in columns}
-    heads = [
+    headings = [
         f"{dataset}, {prompt}" + ("" if trained_on == dataset else f" (trained on {trained_on})")
         for trained_on, dataset, prompt in columns
     ]
-    lines = ["| model | " + " | ".join(heads) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| model | " + " | ".join(headings) + " |", "|---" * (len(columns) + 1) + "|"]
     for model in models:
-        cells = [_cell(found.get((model, column)), best[column]) for column in columns]
+        cells = [_cell(rows_by_cell.get((model, column)), best[column]) for column in columns]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return lines
 
