@@ -87,7 +87,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     summary_uri = storage.join(settings.output, SUMMARY_NAME)
     if summary := read_summary(settings.output):
         if not settings.retry_failed:
-            logger.info("%s is already complete; there is nothing to do", settings.output)
+            logger.info("%s is finished: there is nothing to do", settings.output)
             return summary
         storage.remove(summary_uri)
     started_s = time.monotonic()

@@ -82,7 +82,7 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
                 "OUTPUT, or --set start_over=true, which keeps the finished trainings"
             )
     if summary := read_summary(output):
-        logger.info("%s is already complete; there is nothing to do", output)
+        logger.info("%s is finished: there is nothing to do", output)
         return summary
     started_s = time.monotonic()
     with RaySession(log_to_driver=False) as session:

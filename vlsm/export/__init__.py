@@ -1,4 +1,4 @@
-"""Masks of a run as files for other tools. The functions for scripts are named here."""
+"""Export the masks of a run as files for other tools. Scripts import the functions named here."""
 
 from vlsm.export.files import export_coco, export_masks, export_overlays
 

@@ -1,4 +1,4 @@
-"""The command: masks of a finished run as files that other tools read.
+"""The command that exports the masks of a segment run as files for other tools.
 
 `python -m vlsm.export OUTPUT DIR --format overlays`
 """
@@ -17,27 +17,27 @@ from vlsm.export.files import FORMATS
 
 
 def parse_filter(words: str) -> tuple[str, str, Any]:
-    """A filter such as "confidence < 0.6" as (column, operator, value); the value is read as YAML.
+    """Return a filter such as "confidence < 0.6" as (column, operator, value); the value is parsed as YAML.
 
     Raises:
-        ConfigError: it is not of this form.
+        ConfigError: the words do not have this form.
     """
-    found = re.fullmatch(r"\s*(\w+)\s*(==|=|!=|<=|>=|<|>)\s*(.+)", words)
-    if found is None:
+    match = re.fullmatch(r"\s*(\w+)\s*(==|=|!=|<=|>=|<|>)\s*(.+)", words)
+    if match is None:
         raise ConfigError(f"--filter {words!r} is not of the form 'column operator value', such as 'confidence < 0.6'")
-    return found[1], found[2], yaml.safe_load(found[3])
+    return match[1], match[2], yaml.safe_load(match[3])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the masks of a segment run as files."""
+    """Export the masks of a segment run as files."""
     parser = argparse.ArgumentParser(prog="python -m vlsm.export", description=main.__doc__)
     parser.add_argument("output", metavar="OUTPUT", help="the OUTPUT of a segment run; local or s3://")
     parser.add_argument("directory", metavar="DIR", help="a local folder for the files")
-    parser.add_argument("--format", choices=FORMATS, default="overlays", help="what to write (default: overlays)")
+    parser.add_argument("--format", choices=FORMATS, default="overlays", help="format of the files (default: overlays)")
     parser.add_argument(
-        "--filter", action="append", default=[], help="only such rows, such as 'confidence < 0.6'; repeatable"
+        "--filter", action="append", default=[], help="export only matching rows, e.g. 'confidence < 0.6'; repeatable"
     )
-    parser.add_argument("--limit", type=int, help="rows at most")
+    parser.add_argument("--limit", type=int, help="maximum number of rows to export")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     except (VlsmError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    what = "annotations in coco.json" if args.format == "coco" else "files"
-    print(f"{count:,} {what} below {args.directory}")
+    unit = "annotations in coco.json" if args.format == "coco" else "files"
+    print(f"{count:,} {unit} below {args.directory}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Masks of a finished run as files that other tools read: PNGs of masks and overlays, COCO, and the table of all."""
+"""Export the masks of a run as PNGs, overlays or COCO JSON, and the table of all export formats."""
 
 import importlib
 import io
@@ -27,19 +27,19 @@ Exporter = Callable[..., int]
 
 
 def export_masks(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write every mask as a PNG of 0 and 255, at `DIR/IMAGE_ID.PROMPT.png`.
+    """Write every mask as a PNG with values 0 and 255, at `DIR/IMAGE_ID.PROMPT.png`.
 
     Args:
-        output: OUTPUT of a segment run, local or on an object store.
-        directory: a local folder; it is made where it does not exist.
-        filters: which rows, as a list of (column, operator, value): [("confidence", "<", 0.6)].
-        limit: rows at most.
+        output: OUTPUT of a segment run, local or in an object store.
+        directory: a local folder; created if it does not exist.
+        filters: conditions that the rows must meet, as a list of (column, operator, value): [("confidence", "<", 0.6)].
+        limit: maximum number of rows.
 
     Returns:
-        How many files were written; failed rows have no mask and are passed over.
+        Number of written files. Failed rows have no mask and are skipped.
 
     Raises:
-        ConfigError: there are no masks at OUTPUT.
+        ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
     return sum(
         _write_png(file_path(directory, row), row["mask"] * 255) for row in read_ok_masks(output, filters, limit)
@@ -47,9 +47,9 @@ def export_masks(output: str, directory: str | Path, filters: Filters = None, li
 
 
 def export_overlays(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write every mask drawn on its image as a PNG; arguments, result and errors as for `export_masks`.
+    """Write every mask, drawn on its image, as a PNG; arguments, result and errors as for `export_masks`.
 
-    Images are read again from where they were. One that is no longer there is passed over with a warning.
+    The function reads the images again from their original location. It skips an unreadable image with a warning.
     """
     num_written, reader = 0, Reader(read_settings(output))
     for row in read_ok_masks(output, filters, limit):
@@ -60,33 +60,35 @@ def export_overlays(output: str, directory: str | Path, filters: Filters = None,
             logger.warning("no overlay: %s", error)
             continue
         if image.shape[:2] != row["mask"].shape:
-            logger.warning("no overlay: %s changed its size since it was segmented", row["image_id"])
+            logger.warning("no overlay: the size of %s changed after segmentation", row["image_id"])
             continue
         num_written += _write_png(file_path(directory, row), draw_overlay(image, row["mask"]))
     return num_written
 
 
 def export_coco(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write `DIR/coco.json`: an annotation per mask that is not empty, a category per prompt, `score` the confidence.
+    """Write `DIR/coco.json`: one category per prompt, one annotation per mask that is not empty; return their number.
 
-    Arguments and errors as for `export_masks`; the result counts annotations. Written as it is read, so that an archive
-    of millions needs no memory.
+    The field `score` is the confidence. Arguments and errors are as for `export_masks`. The function streams the rows,
+    so that its use of memory does not grow with the archive.
     """
     columns = ["image_id", "prompt", "height", "width", "mask_rle", "area_px", "bbox", "confidence"]
     prompts: dict[str, int] = {}
     Path(directory).mkdir(parents=True, exist_ok=True)
 
     def images() -> Iterator[dict[str, Any]]:
-        rows = _limited(_rows(output, filters, columns), limit)
-        for number, (image_id, same) in enumerate(itertools.groupby(rows, key=lambda row: row["image_id"]), start=1):
-            first = next(same)
+        rows = itertools.islice(_read_rows(output, filters, columns), limit)
+        by_image = itertools.groupby(rows, key=lambda row: row["image_id"])
+        for number, (image_id, image_rows) in enumerate(by_image, start=1):
+            first = next(image_rows)
             yield {"id": number, "file_name": image_id, "height": first["height"], "width": first["width"]}
 
     def annotations() -> Iterator[dict[str, Any]]:
-        rows = _limited(_rows(output, filters, columns), limit)
+        rows = itertools.islice(_read_rows(output, filters, columns), limit)
+        by_image = itertools.groupby(rows, key=lambda row: row["image_id"])
         numbers = itertools.count(1)
-        for image_number, (_, same) in enumerate(itertools.groupby(rows, key=lambda row: row["image_id"]), start=1):
-            for row in same:
+        for image_number, (_, image_rows) in enumerate(by_image, start=1):
+            for row in image_rows:
                 category = prompts.setdefault(row["prompt"], len(prompts) + 1)
                 if row["area_px"]:
                     yield {
@@ -110,8 +112,8 @@ def export_coco(output: str, directory: str | Path, filters: Filters = None, lim
     return num_written
 
 
-def _lazily(module: str, function: str) -> Exporter:
-    """A format whose libraries are loaded when it is wanted."""
+def _import_later(module: str, function: str) -> Exporter:
+    """Return an exporter that imports its module, and so its libraries, only when it is called."""
 
     def export(*args: Any) -> int:
         return int(getattr(importlib.import_module(module), function)(*args))
@@ -123,23 +125,20 @@ FORMATS: dict[str, Exporter] = {
     "masks": export_masks,
     "overlays": export_overlays,
     "coco": export_coco,
-    "labels": _lazily("vlsm.export.labels", "export_labels"),
-    "nifti": _lazily("vlsm.export.volumes", "export_nifti"),
-    "dicom-seg": _lazily("vlsm.export.dicom_seg", "export_dicom_seg"),
+    "labels": _import_later("vlsm.export.labels", "export_labels"),
+    "nifti": _import_later("vlsm.export.volumes", "export_nifti"),
+    "dicom-seg": _import_later("vlsm.export.dicom_seg", "export_dicom_seg"),
 }
 
 
-def _rows(output: str, filters: Filters, columns: list[str]) -> Iterator[dict[str, Any]]:
+def _read_rows(output: str, filters: Filters, columns: list[str]) -> Iterator[dict[str, Any]]:
     expression = pq.filters_to_expression(choose_rows(filters, ("mask",)))
     for batch in open_results(output).to_batches(columns=columns, filter=expression, batch_size=1024):
         yield from batch.to_pylist()
 
 
-def _limited(rows: Iterable[dict[str, Any]], limit: int | None) -> Iterator[dict[str, Any]]:
-    return itertools.islice(rows, limit)
-
-
 def _write_items(file: io.TextIOBase, items: Iterable[dict[str, Any]]) -> int:
+    """Write the items of a JSON list, without its brackets; return their number."""
     count = 0
     for item in items:
         file.write(("\n" if not count else ",\n") + json.dumps(item))

@@ -1,4 +1,4 @@
-"""Label maps: one PNG per image, 0 for background and k for the k-th class."""
+"""Export label maps: one PNG per image, in which 0 is background and k is the k-th class."""
 
 import io
 import itertools
@@ -21,30 +21,34 @@ logger = logging.getLogger("vlsm")
 
 
 def export_labels(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write a label map per image, and `DIR/labels.json`, which names the values.
+    """Write one label map per image, and `DIR/labels.json`, which names the values.
 
-    Where the run has label maps of its own (rows whose `kind` is "labels"), they are written as they are. Otherwise
-    they are made of its masks: 1 to n in the order of its prompts, the more confident one where masks overlap.
+    If the run has label maps (rows whose `kind` is "labels"), the function writes them unchanged. Otherwise it builds
+    them from the masks. The values are 1 to n in the order of the prompts. Where masks overlap, the mask with the
+    higher confidence is used.
 
     Args:
-        output: OUTPUT of a segment run, local or on an object store.
-        directory: a local folder; it is made where it does not exist.
-        filters: which rows, as a list of (column, operator, value).
-        limit: rows at most.
+        output: OUTPUT of a segment run, local or in an object store.
+        directory: a local folder; created if it does not exist.
+        filters: conditions that the rows must meet, as a list of (column, operator, value).
+        limit: maximum number of rows.
 
     Returns:
-        How many label maps were written.
+        Number of written label maps.
 
     Raises:
-        ConfigError: there are no masks at OUTPUT, or more than 255 prompts.
+        ConfigError: OUTPUT has no masks, or it has more than 255 prompts.
     """
-    of_labels = [("kind", "==", "labels"), *(filters or [])]
-    has_labels = open_results(output).count_rows(filter=pq.filters_to_expression(of_labels)) > 0
+    label_filters = [("kind", "==", "labels"), *(filters or [])]
+    has_labels = open_results(output).count_rows(filter=pq.filters_to_expression(label_filters)) > 0
     names: dict[str, int] = {}
-    pictures = _stored(output, of_labels, limit, names) if has_labels else _made(output, filters, limit, names)
+    if has_labels:
+        label_maps = _read_label_maps(output, label_filters, limit, names)
+    else:
+        label_maps = _build_label_maps(output, filters, limit, names)
     Path(directory).mkdir(parents=True, exist_ok=True)
     num_written = 0
-    for row, png in pictures:
+    for row, png in label_maps:
         path = file_path(directory, row | {"prompt": "", "kind": "labels"})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png)
@@ -55,40 +59,48 @@ def export_labels(output: str, directory: str | Path, filters: Filters = None, l
 
 
 def decode_labels(png: bytes) -> np.ndarray:
-    """A stored label map as (H, W) uint8, or uint16 where it tells more than 255 prompts apart."""
+    """Return a stored label map as (H, W) uint8, or uint16 if it has more than 255 prompts."""
     labels = np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)))
     return labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
 
 
 def class_names(row: dict[str, Any]) -> list[str]:
-    """The classes of a row of kind "labels", the first one's value 1."""
+    """Return the class names of a row of kind "labels", in the order of their values from 1."""
     return [str(name) for name in json.loads(row["prompt"])]
 
 
-def _stored(
+def _read_label_maps(
     output: str, filters: Filters, limit: int | None, names: dict[str, int]
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield the rows and the stored label maps as PNG; fill `names` with the value of each class."""
     for row in read_ok_masks(output, filters, limit, ["label_map"]):
-        found = {name: number for number, name in enumerate(class_names(row), start=1)}
-        if names and found != names:
-            logger.warning("%s has other classes than those before it; labels.json is not its", row["image_id"])
+        row_names = {name: number for number, name in enumerate(class_names(row), start=1)}
+        if names and row_names != names:
+            logger.warning(
+                "the classes of %s differ from those of earlier images; labels.json does not describe it",
+                row["image_id"],
+            )
         elif not names:
-            names.update(found)
+            names.update(row_names)
         yield row, row["label_map"]
 
 
-def _made(
+def _build_label_maps(
     output: str, filters: Filters, limit: int | None, names: dict[str, int]
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield one row per image and the label map of its masks as PNG; fill `names` with the value of each prompt."""
     numbering = Numbering(read_settings(output))
-    of_masks = [("kind", "==", "mask"), *(filters or [])]
-    rows = read_ok_masks(output, of_masks, limit, ["confidence"])
-    for _, same in itertools.groupby(rows, key=lambda row: row["image_id"]):
-        numbered = [(row["confidence"] or 0.0, -numbering[row["prompt"]], row) for row in same]
+    mask_filters = [("kind", "==", "mask"), *(filters or [])]
+    rows = read_ok_masks(output, mask_filters, limit, ["confidence"])
+    for _, image_rows in itertools.groupby(rows, key=lambda row: row["image_id"]):
+        numbered = [(row["confidence"] or 0.0, -numbering[row["prompt"]], row) for row in image_rows]
         if len(numbering.numbers) > 255:
-            raise ConfigError(f"there are {len(numbering.numbers)} prompts; a label map tells 255 apart: use --filter")
+            raise ConfigError(
+                f"there are {len(numbering.numbers)} prompts; a label map can hold 255; choose fewer with --filter"
+            )
         labels = np.zeros(numbered[0][2]["mask"].shape, np.uint8)
-        for _, negative, row in sorted(numbered, key=lambda item: item[:2]):  # the more confident is painted last
+        # Ascending order: the mask with the highest confidence is painted last. If equal, the first prompt is last.
+        for _, negative, row in sorted(numbered, key=lambda item: item[:2]):
             labels[row["mask"] > 0] = -negative
         sink = io.BytesIO()
         Image.fromarray(labels).save(sink, "PNG")
