@@ -34,7 +34,7 @@ class EvaluateSettings(Settings):
         None, description="the system that the other systems are compared with; default: the first system"
     )
     split: Literal["train", "val", "test"] = Field("test", description="the split of the datasets to score")
-    limit: int | None = Field(None, ge=1, description="number of records to score per dataset, from its start")
+    limit: int | None = Field(None, ge=1, description="number of records to score per dataset, the first of the split")
     prompts: tuple[str, ...] = Field(
         (OWN,),
         min_length=1,

@@ -1,4 +1,4 @@
-"""Masks of DICOM images as DICOM segmentations (SEG), which a PACS takes and a viewer lays over their source."""
+"""Export masks of DICOM images as DICOM segmentations (SEG), which a PACS stores and a viewer shows over the images."""
 
 import copy
 import datetime
@@ -24,7 +24,7 @@ from vlsm.export.origins import (
     Filters,
     Numbering,
     Row,
-    Source,
+    SourceFile,
     file_id,
     group_by_source,
     read_settings,
@@ -40,38 +40,39 @@ from vlsm.version import __version__
 
 logger = logging.getLogger("vlsm")
 
-_MAX_LABEL = 64  # characters of a DICOM LO
-_SERIES_NUMBER = 1000  # far from those of scanners
-# What must be there, if only as nothing (type 2), and is missing in files of careless makers.
-_EMPTY = (
+_MAX_LABEL = 64  # maximum characters of a DICOM value of type LO
+_SERIES_NUMBER = 1000  # scanners use much smaller numbers
+# Required attributes that may be empty (type 2). Some manufacturers leave them out.
+_TYPE_2_KEYWORDS = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName"),
 )
 
 
 def export_dicom_seg(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write a DICOM SEG for each DICOM file among the sources, at `DIR/FILE.seg.dcm`, with a segment per prompt.
+    """Write one DICOM SEG per DICOM source file, at `DIR/FILE.seg.dcm`, with one segment per prompt.
 
-    Each is of kind BINARY, refers to the frames of its source, and names the model as its algorithm; where the run has
-    label maps, their classes are the segments. As the standard demands, a SEG repeats its source's patient and study:
-    it is as confidential as that. UIDs follow from the source's, the model and the prompts, so that the same export
-    gives the same objects again.
+    The SEG has type BINARY. It refers to the frames of the source file and names the model as its algorithm. If the run
+    has label maps, the segments are their classes. UIDs are derived from the UIDs of the source file, the model and the
+    prompts, so that a repeated export writes identical objects.
+
+    A SEG repeats the patient and the study of its source file, as DICOM requires. Protect it like the source file.
 
     Args:
-        output: OUTPUT of a segment run, local or on an object store.
-        directory: a local folder; it is made where it does not exist.
-        filters: which rows, as a list of (column, operator, value).
-        limit: rows at most.
+        output: OUTPUT of a segment run, local or in an object store.
+        directory: a local folder; created if it does not exist.
+        filters: conditions that the rows must meet, as a list of (column, operator, value).
+        limit: maximum number of rows.
 
     Returns:
-        How many files were written. Images that are not DICOM are passed over and counted in a warning; so is a source
-        that is no longer there, or that lacks what a SEG needs.
+        Number of written files. The function skips files that are not DICOM, and a warning counts their masks. It also
+        skips, with a warning each, source files that cannot be read or that lack attributes which a SEG requires.
 
     Raises:
-        ConfigError: there are no masks at OUTPUT.
+        ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
     settings = read_settings(output)
-    made_at = _planned_at(output)
+    made_at = _read_planned_at(output)
     num_written, num_others, reader = 0, 0, Reader(settings)
 
     def read(chosen: Filters) -> Iterator[Row]:
@@ -79,14 +80,13 @@ def export_dicom_seg(output: str, directory: str | Path, filters: Filters = None
 
     for source, rows in group_by_source(read, filters):
         try:
-            header = _read_source(source, reader)
+            header = _read_header(source, reader)
             if header is None:
                 num_others += len(rows)
                 continue
             path = file_path(directory, {"image_id": file_id(rows[0]), "prompt": ""}, ".seg.dcm")
-            seg = _segment(
-                header, _segments(header, rows, Numbering(settings), source), rows[0]["model"], made_at, source
-            )
+            masks = _stack_masks(header, rows, Numbering(settings), source)
+            seg = _make_segmentation(header, masks, rows[0]["model"], made_at, source)
         except ImageError as error:
             logger.warning("no segmentation: %s", error)
             continue
@@ -94,12 +94,12 @@ def export_dicom_seg(output: str, directory: str | Path, filters: Filters = None
         seg.save_as(path)
         num_written += 1
     if num_others:
-        logger.warning("%d masks are of images that are not DICOM; no segmentation is written for them", num_others)
+        logger.warning("%d masks are of images that are not DICOM; they are not exported", num_others)
     return num_written
 
 
-def _read_source(source: Source, reader: Reader) -> Dataset | None:
-    """All of a DICOM file but its pixels; None for one of another kind."""
+def _read_header(source: SourceFile, reader: Reader) -> Dataset | None:
+    """Return a DICOM file without its pixels, or None for a file of another format."""
     if source.name.lower().endswith((*EXTENSIONS, ".nii", ".nii.gz")):
         return None
     data = source.read(reader)
@@ -113,14 +113,14 @@ def _read_source(source: Source, reader: Reader) -> Dataset | None:
             )
             header.NumberOfFrames = num_frames
             return header
-    except Exception as error:  # its text would quote values
+    except Exception as error:  # the text of the error can quote patient data
         raise ImageError("corrupt", f"{source.name}: its DICOM header is damaged ({type(error).__name__})") from None
 
 
-def _segments(
-    header: Dataset, rows: list[dict[str, Any]], numbering: Numbering, source: Source
+def _stack_masks(
+    header: Dataset, rows: list[dict[str, Any]], numbering: Numbering, source: SourceFile
 ) -> dict[str, np.ndarray]:
-    """For each prompt, in order, its masks of all frames: (frames, H, W) uint8."""
+    """Return for each prompt, in order, the masks of all frames: (frames, H, W) uint8."""
     has_labels = any(row["kind"] == "labels" for row in rows)
     masks: dict[str, np.ndarray] = {}
     size = int(header.NumberOfFrames), int(header.Rows), int(header.Columns)
@@ -129,8 +129,8 @@ def _segments(
             continue
         frame = int((source_of(row)[1] or "frame=0").partition("=")[2])
         if frame >= size[0] or row["mask"].shape != size[1:]:
-            raise ImageError("corrupt", f"{source.name} changed its shape since it was segmented")
-        for prompt, mask in _masks(row):
+            raise ImageError("corrupt", f"{source.name} changed its shape after segmentation")
+        for prompt, mask in _split_row(row):
             if prompt not in masks and (len(masks) + 1) * np.prod(size, dtype=np.int64) > MAX_EXPORT_BYTES:
                 raise ImageError(
                     "too_large", f"{source.name} has more than {MAX_EXPORT_BYTES:,} pixels in all segments"
@@ -140,72 +140,75 @@ def _segments(
     return {prompt: masks[prompt] for prompt in order}
 
 
-def _masks(row: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
+def _split_row(row: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
+    """Return the prompts and masks of a row: one pair for a mask, one pair per class for a label map."""
     if row["kind"] != "labels":
         return [(row["prompt"], row["mask"])]
     labels = decode_labels(row["label_map"])
     return [(name, labels == number) for number, name in enumerate(class_names(row), start=1)]
 
 
-def _segment(
-    header: Dataset, masks: dict[str, np.ndarray], model: str, made_at: datetime.datetime, source: Source
+def _make_segmentation(
+    header: Dataset, masks: dict[str, np.ndarray], model: str, made_at: datetime.datetime, source: SourceFile
 ) -> hd.seg.Segmentation:
+    """Return the SEG of one source file, also if its frames have no spatial position."""
     pixels = np.stack(list(masks.values()), axis=-1)  # (frames, H, W, segments)
     try:
         with quiet():
-            _mend(header)
+            _fill_missing_attributes(header)
             if hd.spatial.get_image_coordinate_system(header) is not None:
                 return _build_segmentation(header, pixels, list(masks), model, made_at)
-            kind, header.SOPClassUID = (
-                header.SOPClassUID,
-                SecondaryCaptureImageStorage,
-            )  # or functional groups are missed
+            # highdicom expects functional groups in files of a multi-frame class, and fails without them. A
+            # single-frame class avoids that; the loop below writes the true class.
+            sop_class_uid, header.SOPClassUID = header.SOPClassUID, SecondaryCaptureImageStorage
             seg = _build_segmentation(header, np.ones_like(pixels[:1]), list(masks), model, made_at)
-            _spread(seg, pixels)
+            _add_frames(seg, pixels)
             for element in seg.iterall():
                 if element.keyword == "ReferencedSOPClassUID" and element.value == SecondaryCaptureImageStorage:
-                    element.value = kind
+                    element.value = sop_class_uid
             return seg
-    except Exception as error:  # highdicom has many, and their texts quote values; the names of attributes are none
-        what = getattr(error, "name", None) or type(error).__name__
-        raise ImageError("corrupt", f"{source.name} lacks what a DICOM segmentation needs ({what})") from None
+    # highdicom raises many types of errors, and their texts can quote patient data. Attribute names are safe.
+    except Exception as error:
+        reason = getattr(error, "name", None) or type(error).__name__
+        raise ImageError("corrupt", f"{source.name} lacks what a DICOM segmentation needs ({reason})") from None
 
 
-def _mend(header: Dataset) -> None:
-    for keyword in _EMPTY:
+def _fill_missing_attributes(header: Dataset) -> None:
+    for keyword in _TYPE_2_KEYWORDS:
         if keyword not in header:
             setattr(header, keyword, "")
     if hd.spatial.get_image_coordinate_system(header) is None and "SliceThickness" not in header:
-        header.pop("PixelSpacing", None)  # highdicom writes one without the other, and does not read that again
+        header.pop("PixelSpacing", None)  # highdicom cannot read its own file with a spacing but no thickness
 
 
-def _spread(seg: hd.seg.Segmentation, pixels: np.ndarray) -> None:
-    """Put the masks of all frames into a segmentation of one, for what highdicom does not know: frames without places.
+def _add_frames(seg: hd.seg.Segmentation, pixels: np.ndarray) -> None:
+    """Replace the single frame of a SEG by the masks of all frames. highdicom cannot do this without frame positions.
 
-    Frames of an ultrasound loop, say, are told apart by their number in the source.
+    The frames of an ultrasound loop, for example, have no position; the SEG identifies them by their number in the
+    source file.
 
     Args:
-        seg: with one frame per segment.
+        seg: segmentation with one frame per segment.
         pixels: (frames, H, W, segments) of 0 and 1.
     """
-    chosen = [(s, f) for s in range(pixels.shape[3]) for f in range(pixels.shape[0]) if pixels[f, :, :, s].any()]
-    chosen = chosen or [(s, f) for s in range(pixels.shape[3]) for f in range(pixels.shape[0])]
+    pairs = [(s, f) for s in range(pixels.shape[3]) for f in range(pixels.shape[0])]
+    pairs = [(s, f) for s, f in pairs if pixels[f, :, :, s].any()] or pairs  # all pairs if every mask is empty
     templates, items = list(seg.PerFrameFunctionalGroupsSequence), []
-    for segment, frame in chosen:
+    for segment, frame in pairs:
         item = copy.deepcopy(templates[segment])
         item.FrameContentSequence[0].DimensionIndexValues = [segment + 1, frame + 1]
         item.FrameContentSequence[0].FrameLabel = f"source frame {frame + 1}"
         if len(pixels) > 1:
             item.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber = frame + 1
         items.append(item)
-    by_frame = copy.deepcopy(seg.DimensionIndexSequence[0])
-    by_frame.DimensionIndexPointer, by_frame.FunctionalGroupPointer = 0x00209453, 0x00209111
-    by_frame.DimensionDescriptionLabel = "Frame Label"
-    seg.DimensionIndexSequence.append(by_frame)
+    frame_dimension = copy.deepcopy(seg.DimensionIndexSequence[0])
+    frame_dimension.DimensionIndexPointer, frame_dimension.FunctionalGroupPointer = 0x00209453, 0x00209111
+    frame_dimension.DimensionDescriptionLabel = "Frame Label"
+    seg.DimensionIndexSequence.append(frame_dimension)
     seg.PerFrameFunctionalGroupsSequence = items
     seg.NumberOfFrames = len(items)
     bits = np.packbits(
-        np.stack([pixels[frame, :, :, segment] for segment, frame in chosen]), bitorder="little"
+        np.stack([pixels[frame, :, :, segment] for segment, frame in pairs]), bitorder="little"
     ).tobytes()
     seg.PixelData = bits + b"\0" * (len(bits) % 2)
     seg.SegmentsOverlap = "YES" if (pixels.sum(axis=3, dtype=np.uint16) > 1).any() else "NO"
@@ -224,12 +227,12 @@ def _build_segmentation(
         hd.seg.SegmentDescription(
             segment_number=number,
             segment_label=label,
-            segmented_property_category=codes.SCT.Tissue,  # what a prompt names is known to its reader alone
+            segmented_property_category=codes.SCT.Tissue,  # a free-text prompt has no code, so all segments are Tissue
             segmented_property_type=codes.SCT.Tissue,
             algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )
-        for number, label in enumerate(_labels(prompts), start=1)
+        for number, label in enumerate(_segment_labels(prompts), start=1)
     ]
     seg = hd.seg.Segmentation(
         source_images=[header],
@@ -247,18 +250,18 @@ def _build_segmentation(
         content_date=made_at.date(),
         content_time=made_at.time(),
     )
-    # the same export twice is the same object, byte for byte
+    # highdicom writes the current time and a random UID. Fixed values make repeated exports identical byte by byte.
     seg.InstanceCreationDate, seg.InstanceCreationTime = seg.ContentDate, seg.ContentTime
     for equipment in seg.get("ContributingEquipmentSequence", ()):
         equipment.ContributionDateTime = made_at.strftime("%Y%m%d%H%M%S")
-    dimensions = _uid("dimensions", header.SOPInstanceUID, model, *prompts)  # highdicom draws one
+    dimensions_uid = _uid("dimensions", header.SOPInstanceUID, model, *prompts)
     for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
-        item.DimensionOrganizationUID = dimensions
+        item.DimensionOrganizationUID = dimensions_uid
     return seg
 
 
-def _labels(prompts: list[str]) -> list[str]:
-    """The prompts as segment labels: of 64 characters at most, without backslashes, none twice."""
+def _segment_labels(prompts: list[str]) -> list[str]:
+    """Return unique segment labels for the prompts: at most 64 printable characters, no backslash."""
     labels: list[str] = []
     for prompt in prompts:
         short = "".join(letter if letter.isprintable() and letter != "\\" else "_" for letter in prompt).strip() or "_"
@@ -271,12 +274,12 @@ def _labels(prompts: list[str]) -> list[str]:
 
 
 def _uid(*facts: str) -> str:
-    """A UID that follows from the facts (DICOM PS3.5, B.2: derived from a UUID)."""
+    """Return a UID that is derived from the facts (DICOM PS3.5, B.2: UID from a UUID)."""
     return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, repr(facts)).int}"
 
 
-def _planned_at(output: str) -> datetime.datetime:
-    """When the run was planned: a date that stays the same, which each object has to have."""
+def _read_planned_at(output: str) -> datetime.datetime:
+    """Return the planning time of the run, as the content date of a SEG: it is the same in every export."""
     record = read_record(storage.absolute(output)) or {}
     try:
         return datetime.datetime.fromisoformat(str(record.get("planned_at")))

@@ -1,4 +1,4 @@
-"""Which file a row's image came from, for exports that put masks back beside their source."""
+"""Source files of a run's rows, for exports that write one file per source file."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -14,72 +14,81 @@ from vlsm.runs.record import read_record
 Filters = list[tuple[str, str, Any]] | None
 Row = dict[str, Any]
 
-MAX_EXPORT_BYTES = 1 << 31  # of the voxels that are written for one file
+MAX_EXPORT_BYTES = 1 << 31  # maximum number of voxels in one exported file, at one byte per voxel
 
 
 @dataclass(frozen=True)
-class Source:
-    """A file, packed into another or not: `member` is its name in the tar or zip at `uri`, if it is in one."""
+class SourceFile:
+    """A file that holds one or more images.
+
+    Attributes:
+        uri: location of the file, or of the tar or zip that contains it.
+        member: name of the file in the tar or zip, or None if the file is not in a container.
+    """
 
     uri: str
     member: str | None
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name of the file in messages."""
         return self.uri if self.member is None else f"{self.uri}#{self.member}"
 
     def read(self, reader: Reader) -> bytes:
-        """The file's content.
+        """Return the content of the file.
 
         Raises:
-            ImageError: it cannot be read, or is larger than the run allowed.
+            ImageError: the file cannot be read, or is larger than the run's limit.
         """
         return reader.open({"image_uri": self.uri, "selector": self.member})[0].data
 
 
-def source_of(row: dict[str, Any]) -> tuple[Source, str | None]:
-    """The file that a row's image is in, and which image of it ("frame=3"); None where it has one."""
-    member, inner = split_selector(row["image_uri"], row["selector"])
-    return Source(row["image_uri"], member), inner
+def source_of(row: dict[str, Any]) -> tuple[SourceFile, str | None]:
+    """Return the source file of a row, and the selector of the image in it ("frame=3"), None for a single image."""
+    member, image_selector = split_selector(row["image_uri"], row["selector"])
+    return SourceFile(row["image_uri"], member), image_selector
 
 
 def file_id(row: dict[str, Any]) -> str:
-    """The image_id without what tells one image of a file from another."""
-    inner = source_of(row)[1]
-    return str(row["image_id"]).removesuffix(f"#{inner}") if inner else str(row["image_id"])
+    """Return the image_id without the selector of the image in its file: one id for all images of a file."""
+    image_selector = source_of(row)[1]
+    return str(row["image_id"]).removesuffix(f"#{image_selector}") if image_selector else str(row["image_id"])
 
 
-def group_by_source(rows: Callable[[Filters], Iterable[Row]], filters: Filters) -> Iterator[tuple[Source, list[Row]]]:
-    """All rows of a file together, file by file; no more than one file's are held.
+def group_by_source(
+    read_rows: Callable[[Filters], Iterable[Row]], filters: Filters
+) -> Iterator[tuple[SourceFile, list[Row]]]:
+    """Yield each source file with its rows; only the rows of one file are in memory.
+
+    Rows of a file usually follow each other. After an update of a grown archive, a file can occur a second time. The
+    function then reads all rows of that file again, and yields the file a second time with all of its rows.
 
     Args:
-        rows: those that filters choose, mostly file by file. Where a file comes again, as after an update of an archive
-            that has grown, all of its rows are read anew.
-        filters: which rows, as a list of (column, operator, value).
+        read_rows: function that returns the rows which meet the given filters.
+        filters: conditions that the rows must meet, as a list of (column, operator, value).
     """
-    seen: set[Source] = set()
-    again: set[Source] = set()
-    for source, same in itertools.groupby(rows(filters), key=lambda row: source_of(row)[0]):
+    seen: set[SourceFile] = set()
+    repeated: set[SourceFile] = set()
+    for source, source_rows in itertools.groupby(read_rows(filters), key=lambda row: source_of(row)[0]):
         if source in seen:
-            again.add(source)
+            repeated.add(source)
         else:
             seen.add(source)
-            yield source, list(same)
-    for source in sorted(again, key=lambda source: source.name):
-        of_its_file = rows([*(filters or ()), ("image_uri", "==", source.uri)])
-        yield source, [row for row in of_its_file if source_of(row)[0] == source]
+            yield source, list(source_rows)
+    for source in sorted(repeated, key=lambda source: source.name):
+        file_rows = read_rows([*(filters or ()), ("image_uri", "==", source.uri)])
+        yield source, [row for row in file_rows if source_of(row)[0] == source]
 
 
 def read_settings(output: str) -> SegmentSettings:
-    """The settings of the run that wrote OUTPUT, as its config.yaml records them; the defaults where it tells none."""
+    """Return the settings in the config.yaml of the run at OUTPUT; settings that it lacks have their defaults."""
     config = (read_record(storage.absolute(output)) or {}).get("config") or {}
     known = {key: value for key, value in config.items() if key in SegmentSettings.model_fields and key != "run"}
     return SegmentSettings.model_validate({"input": "", "output": output, "members": [{"checkpoint": ""}]} | known)
 
 
 class Numbering:
-    """Prompts as label values from 1: those of the settings first, in their order; others as they are met."""
+    """Label values of prompts, from 1: first the prompts of the settings, then other prompts as they occur."""
 
     def __init__(self, settings: SegmentSettings) -> None:
         self.numbers = {prompt: number for number, prompt in enumerate(settings.prompts or settings.classes, start=1)}

@@ -1,4 +1,4 @@
-"""Pictures for people: masks drawn on images, and many of them on one sheet."""
+"""Pictures of masks drawn on their images, and contact sheets of such pictures."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ _MAGENTA = (255, 64, 200)
 
 
 def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.ndarray | None = None) -> np.ndarray:
-    """The image with the mask tinted and outlined in green, and the outline of a target mask in magenta.
+    """Return the image with the mask tinted and outlined in green, and the target mask outlined in magenta.
 
     Args:
         image: (H, W, 3) uint8.
-        mask: (H, W) of 0 and 1, or None for an image without one.
-        target_mask: the same, ground truth.
+        mask: (H, W) of 0 and 1, or None to draw no mask.
+        target_mask: (H, W) of 0 and 1, ground truth, or None to draw no target mask.
 
     Returns:
         (H, W, 3) uint8.
@@ -32,12 +32,12 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.nda
 
 
 def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, tile_px: int = 220) -> np.ndarray:
-    """One sheet of pictures with a caption each, row by row.
+    """Return one sheet of pictures with captions, filled row by row.
 
     Args:
         pictures: pairs of an image (H, W, 3) uint8 and its caption.
-        columns: pictures side by side.
-        tile_px: the side of the square that each is fitted into.
+        columns: number of pictures per row.
+        tile_px: side of the square that holds a picture, in pixels.
 
     Returns:
         (H, W, 3) uint8.
@@ -52,7 +52,7 @@ def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, til
         left, top = gap_px + column * step_x, gap_px + row * step_y
         tile = ImageOps.pad(Image.fromarray(picture), (tile_px, tile_px), color=(0, 0, 0))
         sheet.paste(tile, (left, top))
-        # Pillow's built-in font knows Latin letters only
+        # Pillow's built-in font has only Latin letters.
         pen.text(
             (left, top + tile_px + 1), caption.encode("latin-1", "replace").decode("latin-1")[:36], fill=(230, 230, 230)
         )
@@ -60,9 +60,17 @@ def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, til
 
 
 def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
-    """The pixels of a mask next to its rim: those that an erosion by `thickness` takes away."""
-    core = mask
+    """Return the outline of a mask: the pixels that an erosion by `thickness` pixels removes.
+
+    Args:
+        mask: (H, W) bool.
+        thickness: thickness of the outline in pixels.
+
+    Returns:
+        (H, W) bool.
+    """
+    eroded = mask
     for _ in range(thickness):
-        padded = np.pad(core, 1, constant_values=False)
-        core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~core
+        padded = np.pad(eroded, 1, constant_values=False)
+        eroded = eroded & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~eroded

@@ -1,4 +1,4 @@
-"""Masks of a finished run as NIfTI files: those of a NIfTI file's slices put back into its volume."""
+"""Export masks as NIfTI files. Masks of the slices of a NIfTI file become a volume with its shape and affine."""
 
 import io
 import logging
@@ -17,7 +17,7 @@ from vlsm.export.origins import (
     MAX_EXPORT_BYTES,
     Filters,
     Row,
-    Source,
+    SourceFile,
     file_id,
     group_by_source,
     read_settings,
@@ -35,22 +35,23 @@ _MAX_NIFTI1_SIDE = 32_767
 def export_nifti(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
     """Write masks as `DIR/FILE.PROMPT.nii.gz`, uint8 (uint16 for label maps of more than 255 prompts).
 
-    Masks of the slices of a NIfTI file become one volume per prompt (and per label map), with that file's shape and
-    affine; slices without a mask are 0 there, and told of. Any other mask is a volume of one slice: its voxel (x, y, 0)
-    is the pixel in column x and row y, with the identity as affine, so that what reads (z, y, x) arrays, as SimpleITK
-    does, sees the image as it is.
+    Masks of the slices of a NIfTI file become one volume per prompt and one per label map, with the shape and affine of
+    the source file. Slices without a mask are 0, and a warning counts them.
+
+    Any other mask becomes a volume of one slice: voxel (x, y, 0) is the pixel in column x and row y, and the affine is
+    the identity. A reader of (z, y, x) arrays, such as SimpleITK, then shows the image unchanged.
 
     Args:
-        output: OUTPUT of a segment run, local or on an object store.
-        directory: a local folder; it is made where it does not exist.
-        filters: which rows, as a list of (column, operator, value).
-        limit: rows at most.
+        output: OUTPUT of a segment run, local or in an object store.
+        directory: a local folder; created if it does not exist.
+        filters: conditions that the rows must meet, as a list of (column, operator, value).
+        limit: maximum number of rows.
 
     Returns:
-        How many files were written. A source that is no longer there costs its own, with a warning.
+        Number of written files. A NIfTI file that cannot be read again has no volumes, and a warning names it.
 
     Raises:
-        ConfigError: there are no masks at OUTPUT.
+        ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
     settings = read_settings(output)
     num_written, reader = 0, Reader(settings)
@@ -68,53 +69,57 @@ def export_nifti(output: str, directory: str | Path, filters: Filters = None, li
             num_written += _write_volumes(grid, rows, source, directory)
         else:
             for row in rows:
-                num_written += _write(_values(row).T[:, :, None], np.eye(4), directory, row)
+                num_written += _write_nifti(_decode(row).T[:, :, None], np.eye(4), directory, row)
     return num_written
 
 
-def _read_grid(source: Source, reader: Reader, axis: str) -> NiftiGrid:
+def _read_grid(source: SourceFile, reader: Reader, axis: str) -> NiftiGrid:
     grid = read_grid(io.BytesIO(source.read(reader)), source.name, axis)
     if math.prod(grid.shape) * grid.num_volumes > MAX_EXPORT_BYTES:
         raise ImageError("too_large", f"{source.name} has more than {MAX_EXPORT_BYTES:,} voxels")
     return grid
 
 
-def _write_volumes(grid: NiftiGrid, rows: list[dict[str, Any]], source: Source, directory: str | Path) -> int:
-    """One file for each prompt and kind among the rows of one NIfTI file."""
-    same: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def _write_volumes(grid: NiftiGrid, rows: list[dict[str, Any]], source: SourceFile, directory: str | Path) -> int:
+    """Write one file per prompt and kind of the rows of one NIfTI file. Return the number of files."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        same.setdefault((row["prompt"], row["kind"]), []).append(row)
-    return sum(_write_volume(grid, one, source, directory) for one in same.values())
+        groups.setdefault((row["prompt"], row["kind"]), []).append(row)
+    return sum(_write_volume(grid, group, source, directory) for group in groups.values())
 
 
-def _write_volume(grid: NiftiGrid, rows: list[dict[str, Any]], source: Source, directory: str | Path) -> int:
-    dtype = np.uint16 if any(_values(row).dtype == np.uint16 for row in rows) else np.uint8
+def _write_volume(grid: NiftiGrid, rows: list[dict[str, Any]], source: SourceFile, directory: str | Path) -> int:
+    """Write one volume from its slices. Return 1, or 0 if the shape of the source file has changed."""
+    dtype = np.uint16 if any(_decode(row).dtype == np.uint16 for row in rows) else np.uint8
     volumes = np.zeros((*grid.shape, grid.num_volumes), dtype, order="F")
     num_slices = len(grid.selectors())
     try:
         for row in rows:
-            place, values = grid.slice_of(volumes, source_of(row)[1] or ""), _values(row)
-            if place.shape != values.shape:
+            volume_slice, values = grid.slice_of(volumes, source_of(row)[1] or ""), _decode(row)
+            if volume_slice.shape != values.shape:
                 raise LookupError
-            place[...] = values
+            volume_slice[...] = values
     except LookupError:
-        logger.warning("no volume: %s changed its shape since it was segmented", source.name)
+        logger.warning("no volume: %s changed its shape after segmentation", source.name)
         return 0
     if len(rows) < num_slices:
-        missing = num_slices - len(rows)
-        prompt = rows[0]["prompt"]
-        logger.warning("%s: %d of %d slices have no mask of %r; they are 0", source.name, missing, num_slices, prompt)
-    one = volumes[..., 0] if grid.num_volumes == 1 else volumes
-    return _write(one, grid.affine, directory, rows[0] | {"image_id": file_id(rows[0])})
+        num_missing, prompt = num_slices - len(rows), rows[0]["prompt"]
+        logger.warning(
+            "%s: %d of %d slices have no mask of %r; they are 0", source.name, num_missing, num_slices, prompt
+        )
+    volume = volumes[..., 0] if grid.num_volumes == 1 else volumes
+    return _write_nifti(volume, grid.affine, directory, rows[0] | {"image_id": file_id(rows[0])})
 
 
-def _values(row: dict[str, Any]) -> np.ndarray:
+def _decode(row: dict[str, Any]) -> np.ndarray:
+    """Return the label map or the mask of a row, (H, W) uint8 or uint16."""
     return decode_labels(row["label_map"]) if row["kind"] == "labels" else np.asarray(row["mask"])
 
 
-def _write(volume: np.ndarray, affine: np.ndarray, directory: str | Path, row: dict[str, Any]) -> int:
-    kind = nib.Nifti1Image if max(volume.shape) <= _MAX_NIFTI1_SIDE else nib.Nifti2Image
-    image = kind(volume, affine, dtype=volume.dtype)
+def _write_nifti(volume: np.ndarray, affine: np.ndarray, directory: str | Path, row: dict[str, Any]) -> int:
+    """Write one NIfTI file and return 1, the number of files."""
+    image_class = nib.Nifti1Image if max(volume.shape) <= _MAX_NIFTI1_SIDE else nib.Nifti2Image
+    image = image_class(volume, affine, dtype=volume.dtype)
     image.header.set_xyzt_units("mm")
     path = file_path(directory, row, ".nii.gz")
     path.parent.mkdir(parents=True, exist_ok=True)
