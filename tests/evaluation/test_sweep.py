@@ -10,7 +10,7 @@ import yaml
 from vlsm.errors import ConfigError
 from vlsm.evaluation.sweep import SweepSettings, plan_trial_groups, read_models, tabulate, write_csv, write_markdown
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def make_settings(**options):

@@ -207,7 +207,7 @@ def test_the_command_needs_no_ray_and_prints_lines_or_json(tmp_path):
     code = "import sys; sys.modules['ray'] = None; from jobs.status import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     texts = [
-        subprocess.run([*command, *more], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        subprocess.run([*command, *more], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
         for more in ([], ["--json"])
     ]
     assert texts[0].stdout.startswith("state: not finished\nplanned: 40 images in 10 parts\n")
