@@ -116,7 +116,7 @@ def execute(
 
     from jobs.crash_watch import start_board
     from jobs.train_feed import keep_decoded
-    from jobs.train_group import TRAIN_WORKER, Board, Work, fit_in_background, group_size
+    from jobs.train_group import TRAIN_WORKER, TrainingBoard, Work, fit_in_background, group_size
     from vlsm.training.run import image_size
 
     nodes = ray.nodes()
@@ -126,7 +126,7 @@ def execute(
         "%s workers with %s CPUs and %s GPUs each", low if low == high else f"{low} to {high}", size.cpus, size.gpus
     )
     warn_if_none_fits(size.cpus, size.gpus, nodes)
-    board = start_board(Board, milestones or {"start": time.time()})
+    board = start_board(TrainingBoard, milestones or {"start": time.time()})
     decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
     ended = fit_in_background(work, size, worker or TRAIN_WORKER)

@@ -28,7 +28,7 @@ class Work:
         settings: of the run.
         run_id: the same when the run is taken up again.
         decoded: the examples where they are kept decoded.
-        board: a `Board` for what there is to say.
+        board: a `TrainingBoard` for what there is to say.
         num_threads: that torch may use.
     """
 
@@ -39,7 +39,7 @@ class Work:
     num_threads: int
 
 
-class Board(Milestones):
+class TrainingBoard(Milestones):
     """What workers have to say: lines for the log, and why the run cannot go on."""
 
     def __init__(self, milestones: Mapping[str, float] | None = None) -> None:

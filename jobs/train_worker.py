@@ -37,7 +37,7 @@ from vlsm.training.run import (
     read_state,
     write_metrics,
 )
-from vlsm.training.sampling import MicroBatch, Plan
+from vlsm.training.sampling import ExampleOrder, MicroBatch
 from vlsm.training.settings import TrainSettings
 from vlsm.training.trackers import open_trackers
 
@@ -86,12 +86,12 @@ class Worker:
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         prepare_streams(self.num_workers)
         self.records = read_examples(self.output)
-        self.plan = Plan(self.records, self.settings, self.rank, self.num_workers)
+        self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers)
         self.device = ray.train.torch.get_device()
         model = build_learning_model(self.settings)
         self.feed = Feed(self.records, self.settings.data, model.image_spec.size, work.decoded)
         self.features = self._open_features(work.run_id, context.get_local_world_size())
-        self.learner = Learner(model, self.settings, self.plan.num_steps, self.device, self.features)
+        self.learner = Learner(model, self.settings, self.order.num_steps, self.device, self.features)
         self.state = read_state(self.output)
         if self.state.weights is not None:
             self.learner.restore(self.state.weights, self.state.optimizer or {})
@@ -130,8 +130,8 @@ class Worker:
     def _rest(self) -> Iterator[MicroBatch]:
         first = self.state.epoch
         for epoch in range(first, self.settings.optim.epochs):
-            yield from self.plan.train(epoch, self.state.step if epoch == first else 0)
-            yield from self.plan.evaluate("val", epoch)
+            yield from self.order.train(epoch, self.state.step if epoch == first else 0)
+            yield from self.order.evaluate("val", epoch)
 
     def _is_over(self) -> bool:
         optim, epochs = self.settings.optim, self.state.epoch
@@ -155,9 +155,9 @@ class Worker:
         loss = sum(score.loss for score in scores) / max(1, len(scores))
         if line := self.clock.tick(batch.batch_size):
             epoch = f"epoch {batch.epoch + 1} of {self.settings.optim.epochs}"
-            self.say(f"{epoch}, step {self.state.step} of {self.plan.num_steps}, loss {loss:.4f}, {line}")
+            self.say(f"{epoch}, step {self.state.step} of {self.order.num_steps}, loss {loss:.4f}, {line}")
         often = self.settings.run.checkpoint_steps
-        if often and self.state.step % often == 0 and self.state.step < self.plan.num_steps:
+        if often and self.state.step % often == 0 and self.state.step < self.order.num_steps:
             self._save(self._all_train_scores())
 
     def _validate(self, batch: MicroBatch, images: torch.Tensor, masks: torch.Tensor) -> None:
@@ -233,9 +233,9 @@ class Worker:
         self.say(f"testing the checkpoint of epoch {best}")
         gather([])  # nobody reads before the first has written
         model = vlsm.load_checkpoint(storage.join(self.output, CHECKPOINT_NAME)).model
-        tester = Learner(model, self.settings, self.plan.num_steps, self.device)
+        tester = Learner(model, self.settings, self.order.num_steps, self.device)
         scores: list[Score] = []
-        for batch, images, masks in self.feed.stream(self.plan.evaluate("test", best)):
+        for batch, images, masks in self.feed.stream(self.order.evaluate("test", best)):
             scores += tester.evaluate(batch, torch.from_numpy(images), torch.from_numpy(masks))
         common = {"epoch": best, "step": self.state.steps, "lr": self.learner.lr, **self.clock.end_epoch()}
         return self._rows("test", self._all_once(scores, "test"), common)

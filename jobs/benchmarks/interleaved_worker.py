@@ -43,8 +43,8 @@ class _InTurns(Worker):
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         self._prompt_cache = PromptCache(self.learner.model)
-        self._train = self._keep(self.feed.stream(self.plan.train(0)))
-        self._val = self._keep(self.feed.stream(self.plan.evaluate("val", 0)))
+        self._train = self._keep(self.feed.stream(self.order.train(0)))
+        self._val = self._keep(self.feed.stream(self.order.evaluate("val", 0)))
         self._turns: list[dict[str, float]] = []
         self._started_s = time.perf_counter()
 

@@ -8,12 +8,12 @@ from PIL import Image
 from jobs.phantoms import draw_phantom
 from vlsm.training.datasets import read_dataset
 from vlsm.training.inspection import (
+    check_facts,
     describe_findings,
     digest_examples,
     examples_table,
     inspect_record,
-    judge,
-    read_records,
+    records_from_table,
 )
 from vlsm.training.settings import DataSettings
 
@@ -45,7 +45,7 @@ def dataset(tmp_path):
 
 
 def found(records, facts):
-    return [(finding.kind, finding.split, finding.where.rsplit(", ", 1)[-1]) for finding in judge(records, facts)]
+    return [(finding.kind, finding.split, finding.where.rsplit(", ", 1)[-1]) for finding in check_facts(records, facts)]
 
 
 def test_a_good_dataset_gives_no_findings(dataset):
@@ -69,7 +69,7 @@ def test_a_good_dataset_gives_no_findings(dataset):
 def test_a_broken_record_is_named_with_its_reason(dataset, spoil, message):
     spoil(dataset.folder)
     records, facts = dataset()
-    (finding,) = judge(records, facts)
+    (finding,) = check_facts(records, facts)
     assert finding.is_broken and finding.where.endswith("train.json, record 2") and "train1.png" in finding.message
     assert re.search(message, finding.message)
     lines = describe_findings(records, [finding])
@@ -98,7 +98,9 @@ def test_the_same_image_in_two_splits_is_told_and_in_one_it_is_fine(dataset):
     records, facts = dataset()
     assert ("in two splits", "test", "record 4") in found(records, facts)
     assert not [
-        finding for finding in judge(records, facts) if finding.kind == "in two splits" and finding.split == "train"
+        finding
+        for finding in check_facts(records, facts)
+        if finding.kind == "in two splits" and finding.split == "train"
     ]
 
 
@@ -109,7 +111,7 @@ def test_an_image_coded_again_is_alike(dataset):
     mask.resize((image.width // 2, image.height // 2)).save(dataset.folder / "masks" / "again.png")
     dataset.splits["val"].append(dataset.splits["val"][0] | {"img_name": "again.jpg", "mask_name": "again.png"})
     records, facts = dataset()
-    (finding,) = judge(records, facts)
+    (finding,) = check_facts(records, facts)
     assert (finding.kind, finding.split) == ("alike in two splits", "val")
     assert "again.jpg looks like" in finding.message and "train2.png in train of mine" in finding.message
 
@@ -117,7 +119,7 @@ def test_an_image_coded_again_is_alike(dataset):
 def test_records_survive_their_table_and_the_digest_is_of_contents(dataset):
     records, facts = dataset()
     table = examples_table(records, facts)
-    assert read_records(table) == records
+    assert records_from_table(table) == records
     digest = digest_examples(table)
     dataset.splits["train"][0]["prompts"]["p1"] = "polyp"
     assert digest_examples(examples_table(*dataset())) != digest

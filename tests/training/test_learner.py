@@ -13,7 +13,7 @@ from vlsm.errors import VlsmError
 from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import History, Row
 from vlsm.training.learner import Learner, NotFiniteError
-from vlsm.training.sampling import Plan
+from vlsm.training.sampling import ExampleOrder
 from vlsm.training.settings import TrainSettings
 
 RECORDS = make_records(train_a=10, val_a=3)
@@ -48,11 +48,11 @@ def draw(batch):
 
 
 def learn(settings, rank=0, num_workers=1, epochs=range(2), learner=None, history=None, **options):
-    plan = Plan(RECORDS, settings, rank, num_workers)
-    learner = learner or Learner(build(settings), settings, plan.num_steps, CPU, **options)
+    order = ExampleOrder(RECORDS, settings, rank, num_workers)
+    learner = learner or Learner(build(settings), settings, order.num_steps, CPU, **options)
     scores = []
     for epoch in epochs:
-        for batch in plan.train(epoch):
+        for batch in order.train(epoch):
             scores += learner.train(batch, *draw(batch), history or History())
     return learner, scores
 
@@ -178,10 +178,10 @@ def test_features_are_left_out_where_they_change(source, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_before_anything_is_learned_from_it(source):
     settings = make_settings(source, "unet_d")
-    plan = Plan(RECORDS, settings)
+    order = ExampleOrder(RECORDS, settings)
     learner, _ = learn(settings, epochs=[0])
     before = weights_of(learner)
-    batch = next(plan.train(1))
+    batch = next(order.train(1))
     with torch.no_grad():
         learner.model.network.head.bias.fill_(float("nan"))
     with pytest.raises(NotFiniteError, match=r"the loss of example \d is nan at epoch 2, step 1") as caught:
@@ -210,10 +210,10 @@ def make_history(dice):
 )
 def test_learning_rates(source, optim, dice, expected):
     settings = make_settings(source, "unet_d", optim=optim)
-    plan = Plan(RECORDS, settings)
-    learner = Learner(build(settings), settings, plan.num_steps, CPU)
+    order = ExampleOrder(RECORDS, settings)
+    learner = Learner(build(settings), settings, order.num_steps, CPU)
     rates = []
-    for batch in [*plan.train(0), *plan.train(1)]:
+    for batch in [*order.train(0), *order.train(1)]:
         learner.train(batch, *draw(batch), make_history(dice))
         rates.append(learner.lr / settings.optim.lr)
     assert rates == pytest.approx(expected, abs=1e-9)

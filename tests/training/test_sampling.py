@@ -1,4 +1,4 @@
-"""The plan of a training: what is seen, when, with which prompt."""
+"""The order in which a training sees its examples, and the prompt of each."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import pytest
 
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.training.datasets import Record
-from vlsm.training.sampling import Plan, choose_prompt, cut_batches
+from vlsm.training.sampling import ExampleOrder, choose_prompt, cut_batches
 from vlsm.training.settings import DataSettings, TrainSettings
 
 
@@ -38,11 +38,11 @@ def test_workers_share_the_same_steps_whatever_their_number(num_workers):
     records = make_records(train_a=37, val_a=11)
     settings = make_settings(optim={"batch_size": 8}, run={"micro_batch_size": 2})
     alone = {step: set() for step in range(5)}
-    for batch in Plan(records, settings).train(3):
+    for batch in ExampleOrder(records, settings).train(3):
         alone[batch.step] |= set(zip(batch.examples, batch.prompts, batch.seeds, strict=True))
     together = {step: set() for step in range(5)}
-    plans = [Plan(records, settings, rank, num_workers) for rank in range(num_workers)]
-    for batches in zip(*(plan.train(3) for plan in plans), strict=True):
+    orders = [ExampleOrder(records, settings, rank, num_workers) for rank in range(num_workers)]
+    for batches in zip(*(order.train(3) for order in orders), strict=True):
         assert len({(batch.step, batch.ends_step, batch.batch_size, len(batch.examples)) for batch in batches}) == 1
         for batch in batches:
             rows = zip(batch.examples, batch.prompts, batch.seeds, batch.weights, strict=True)
@@ -50,26 +50,27 @@ def test_workers_share_the_same_steps_whatever_their_number(num_workers):
     assert together == alone
     for split in ("train", "val"):
         batches = [
-            batch for plan in plans for batch in (plan.train(3) if split == "train" else plan.evaluate("val", 3))
+            batch for order in orders for batch in (order.train(3) if split == "train" else order.evaluate("val", 3))
         ]
         assert Counter(used(batches)) == Counter(i for i, record in enumerate(records) if record.split == split)
 
 
 def test_an_epoch_goes_on_from_any_step():
-    plan = Plan(make_records(train_a=37), make_settings(optim={"batch_size": 8}, data={"prompt": "random"}))
-    whole = list(plan.train(2))
-    assert plan.num_steps == 5
-    assert list(plan.train(2, first_step=3)) == [batch for batch in whole if batch.step >= 3]
+    order = ExampleOrder(make_records(train_a=37), make_settings(optim={"batch_size": 8}, data={"prompt": "random"}))
+    whole = list(order.train(2))
+    assert order.num_steps == 5
+    assert list(order.train(2, first_step=3)) == [batch for batch in whole if batch.step >= 3]
 
 
 def test_order_prompts_and_seeds_follow_from_the_seed_and_differ_between_epochs():
     records = make_records(train_a=30)
     settings = make_settings(data={"prompt": "p2"})
-    first, again, other = (list(Plan(records, settings).train(epoch)) for epoch in (0, 0, 1))
+    first, again, other = (list(ExampleOrder(records, settings).train(epoch)) for epoch in (0, 0, 1))
     assert first == again
     assert used(first) != used(other)
     assert {prompt for batch in first for prompt in batch.prompts} == {"flat polyp", "round polyp"}
-    assert used(Plan(records, make_settings(seed=1)).train(0)) != used(Plan(records, make_settings()).train(0))
+    orders = [ExampleOrder(records, make_settings(seed=seed)) for seed in (0, 1)]
+    assert used(orders[1].train(0)) != used(orders[0].train(0))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +84,8 @@ def test_order_prompts_and_seeds_follow_from_the_seed_and_differ_between_epochs(
 )
 def test_datasets_are_seen_as_often_as_sampling_says(sampling, expected):
     records = make_records(train_a=90, train_b=10)
-    plan = Plan(records, make_settings(data={"sampling": sampling}))
-    seen = used(plan.train(0))
+    order = ExampleOrder(records, make_settings(data={"sampling": sampling}))
+    seen = used(order.train(0))
     assert Counter(records[example].dataset for example in seen) == expected
     repeats = Counter(example for example in seen if records[example].dataset == "b").values()
     assert not repeats or max(repeats) - min(repeats) <= 1
@@ -96,9 +97,9 @@ def test_no_batch_is_a_single_image_left_over():
 
 
 def test_validation_prompts_stay_the_same():
-    plan = Plan(make_records(val_a=9), make_settings(data={"prompt": "random"}))
-    assert list(plan.evaluate("val", 0)) == [
-        batch.__class__(**batch.__dict__ | {"epoch": 0}) for batch in plan.evaluate("val", 5)
+    order = ExampleOrder(make_records(val_a=9), make_settings(data={"prompt": "random"}))
+    assert list(order.evaluate("val", 0)) == [
+        batch.__class__(**batch.__dict__ | {"epoch": 0}) for batch in order.evaluate("val", 5)
     ]
 
 

@@ -41,12 +41,12 @@ class RidgeRow:
 
 
 @dataclass(frozen=True)
-class Lines:
+class LineChart:
     """Values over epochs, or over what `x_label` says."""
 
     title: str
     height: int
-    lines: list["Line"]
+    lines: list["Curve"]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     bottom: float
@@ -55,7 +55,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """The `path` of an SVG, with a colour's number and whether it is dashed."""
 
     name: str
@@ -97,7 +97,7 @@ def draw_ridge(title: str, groups: Sequence[tuple[str, Distribution]]) -> Ridge:
     return Ridge(title, int(bottom + 24), rows, ticks, bottom)
 
 
-def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> Lines:
+def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> LineChart:
     """A column of metrics.parquet over the epochs, a colour per dataset, dashed in training."""
     rows = [row for row in metrics.to_pylist() if np.isfinite(row[name])]
     datasets = [name for name in dict.fromkeys(row["dataset"] for row in rows) if name != MEAN]
@@ -119,9 +119,9 @@ def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> Lin
             if own:
                 path = "M" + " L".join(f"{x} {y}" for x, y in own)
                 color = "mean" if dataset == MEAN else str(number % 6)
-                lines.append(Line(f"{dataset}, {split}", color, split == "train", path))
+                lines.append(Curve(f"{dataset}, {split}", color, split == "train", path))
     x_ticks = [tick for tick in MaxNLocator(6, integer=True).tick_values(first, last) if first <= tick <= last]
-    return Lines(
+    return LineChart(
         title,
         int(bottom) + 36,
         lines,
@@ -132,7 +132,7 @@ def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> Lin
     )
 
 
-def draw_reliability(title: str, rows: Sequence[tuple[float, float, float]]) -> Lines:
+def draw_reliability(title: str, rows: Sequence[tuple[float, float, float]]) -> LineChart:
     """A reliability diagram: the share of foreground over the probability, beside the line where both are equal.
 
     Args:
@@ -146,10 +146,10 @@ def draw_reliability(title: str, rows: Sequence[tuple[float, float, float]]) -> 
         return "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
 
     lines = [
-        Line("validation pixels", "0", False, path([(mean, share) for mean, share, _ in rows])),
-        Line("as often as it says", "mean", True, path([(0, 0), (1, 1)])),
+        Curve("validation pixels", "0", False, path([(mean, share) for mean, share, _ in rows])),
+        Curve("as often as it says", "mean", True, path([(0, 0), (1, 1)])),
     ]
     ticks = (0, 0.25, 0.5, 0.75, 1)
     x_ticks = [(_LEFT + tick * (WIDTH - _LEFT - _RIGHT), f"{tick:g}") for tick in ticks]
     y_ticks = [(bottom - tick * (bottom - top), f"{tick:g}") for tick in ticks]
-    return Lines(title, int(bottom) + 36, lines, x_ticks, y_ticks, bottom, x_label="probability of foreground")
+    return LineChart(title, int(bottom) + 36, lines, x_ticks, y_ticks, bottom, x_label="probability of foreground")

@@ -24,7 +24,7 @@ def evaluation_page(output: str, title: str) -> Page:
     Raises:
         ConfigError: OUTPUT has no config.yaml of a run.
     """
-    record, summary = parts.read_config(output), parts.read_summary(output)
+    record, summary = parts.read_config(output), parts.read_finished_summary(output)
     fs, path = storage.open_uri(storage.join(output, _SCORES_NAME))
 
     def open_files(paths: list[str]) -> ds.Dataset:

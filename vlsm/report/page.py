@@ -11,7 +11,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from vlsm.report.charts import Lines, Ridge
+from vlsm.report.charts import LineChart, Ridge
 from vlsm.report.pictures import Key, Picture, shorten
 from vlsm.report.survey import METRICS, row_key
 from vlsm.version import __version__
@@ -79,7 +79,7 @@ class Section:
     intro: str = ""
     tables: Sequence[Table] = ()
     ridges: Sequence[Ridge] = ()
-    lines: Sequence[Lines] = ()
+    lines: Sequence[LineChart] = ()
     groups: Sequence[tuple[str, str, list[Case]]] = ()
     has_legend: bool = False
 

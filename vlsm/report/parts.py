@@ -39,7 +39,7 @@ def read_config(output: str) -> dict[str, Any]:
     return record
 
 
-def read_summary(output: str) -> dict[str, Any] | None:
+def read_finished_summary(output: str) -> dict[str, Any] | None:
     """summary.json of a run, or None where it is not complete."""
     uri = storage.join(output, SUMMARY_NAME)
     return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None

@@ -19,7 +19,7 @@ def segmentation_page(output: str, title: str) -> Page:
     Raises:
         ConfigError: there is no run, or it has no masks yet.
     """
-    record, summary = parts.read_config(output), parts.read_summary(output)
+    record, summary = parts.read_config(output), parts.read_finished_summary(output)
     dataset, members = open_results(output), record["config"]["members"]
     survey = Survey(metric="confidence", group="prompt")
     ends = [

@@ -34,7 +34,7 @@ def training_page(output: str, title: str) -> Page:
     Raises:
         ConfigError: OUTPUT has no config.yaml of a run.
     """
-    record, summary = parts.read_config(output), parts.read_summary(output)
+    record, summary = parts.read_config(output), parts.read_finished_summary(output)
     config, metrics = record["config"], _read_metrics(output)
     fs, path = storage.open_uri(storage.join(output, _EXAMPLES_NAME))
     survey = Survey(metric="area_fraction", group="dataset")

@@ -84,7 +84,7 @@ def inspect_record(record: Record, settings: DataSettings) -> Facts:
     )
 
 
-def judge(records: Sequence[Record], facts: Sequence[Facts]) -> list[Finding]:
+def check_facts(records: Sequence[Record], facts: Sequence[Facts]) -> list[Finding]:
     """All that is wrong with records, or may be: each of the kinds below."""
     good = [index for index, fact in enumerate(facts) if not fact.error]
     found = [*_odd_files(records, facts), *_twice(records, facts, good), *_in_two_splits(records, facts, good)]
@@ -190,7 +190,7 @@ def examples_table(records: Sequence[Record], facts: Sequence[Facts]) -> pa.Tabl
     return pa.Table.from_pylist(rows, schema=EXAMPLES_SCHEMA)
 
 
-def read_records(table: pa.Table) -> list[Record]:
+def records_from_table(table: pa.Table) -> list[Record]:
     """The records of a table from `examples_table`."""
     return [
         Record(**row | {"prompts": {kind: tuple(texts) for kind, texts in row["prompts"]}})

@@ -29,8 +29,15 @@ from vlsm.models import build_model, parse_options
 from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
 from vlsm.training.datasets import Record, read_dataset
 from vlsm.training.history import History, Row
-from vlsm.training.inspection import Facts, describe_findings, digest_examples, examples_table, judge, read_records
-from vlsm.training.sampling import Plan, choose_prompt
+from vlsm.training.inspection import (
+    Facts,
+    check_facts,
+    describe_findings,
+    digest_examples,
+    examples_table,
+    records_from_table,
+)
+from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
 from vlsm.training.trackers import check_trackers
 
@@ -105,7 +112,7 @@ def check_examples(
     begin()
     build_learning_model(settings)  # before all files are read: its weights may be nowhere
     facts = inspect(records)
-    findings = judge(records, facts)
+    findings = check_facts(records, facts)
     table = examples_table(records, facts)
     return table, describe_findings(records, findings, num_shown), sum(finding.is_broken for finding in findings)
 
@@ -154,7 +161,7 @@ def prepare_training(
             folders = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
             forget_run(output, _NAMES, [(folder, "") for folder in folders])
         table = table.filter(pc.is_null(table["error"]))
-        records = read_records(table)
+        records = records_from_table(table)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         storage.write_bytes(storage.join(output, _EXAMPLES_NAME), sink.getvalue().to_pybytes())
@@ -203,14 +210,14 @@ def _plan(settings: TrainSettings, records: list[Record]) -> dict[str, Any]:
     counts = Counter((record.split, record.dataset) for record in records)
     return {
         "records": {f"{split} {dataset}": count for (split, dataset), count in sorted(counts.items())},
-        "steps_per_epoch": Plan(records, settings).num_steps,
+        "steps_per_epoch": ExampleOrder(records, settings).num_steps,
         "epochs": settings.optim.epochs,
     }
 
 
 def read_examples(output: str) -> list[Record]:
     """The examples of a planned run."""
-    return read_records(pq.read_table(io.BytesIO(storage.read_bytes(storage.join(output, _EXAMPLES_NAME)))))
+    return records_from_table(pq.read_table(io.BytesIO(storage.read_bytes(storage.join(output, _EXAMPLES_NAME)))))
 
 
 def default_prompt(records: Sequence[Record], settings: TrainSettings) -> str:

@@ -45,7 +45,7 @@ class MicroBatch:
     seeds: tuple[int, ...]
 
 
-class Plan:
+class ExampleOrder:
     """The micro-batches of one worker.
 
     Args:
