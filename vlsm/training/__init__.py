@@ -1,1 +1,1 @@
-"""Labelled data to a checkpoint: datasets, the order of examples, a model that learns, and its folder."""
+"""Training from labelled datasets to a checkpoint: datasets, order of the examples, learner, and the run's folder."""

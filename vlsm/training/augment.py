@@ -1,4 +1,4 @@
-"""Random changes of a training image and its mask together; torchvision does them."""
+"""Random changes of a training image together with its mask, made by torchvision."""
 
 import numpy as np
 
@@ -8,18 +8,18 @@ from vlsm.training.settings import AugmentSettings
 def augment_example(
     image: np.ndarray, target_mask: np.ndarray, settings: AugmentSettings, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An image and its mask, flipped, turned, scaled and recoloured; masks stay two-valued.
+    """Return an image and its mask, randomly flipped, rotated, scaled and recoloured. The mask stays binary.
 
     Args:
         image: (S, S, 3) uint8.
         target_mask: (S, S) uint8 of 0 and 1.
-        settings: how much of what.
-        seed: equal seeds change equally.
+        settings: kinds and strengths of the changes.
+        seed: equal seeds give equal changes.
 
     Returns:
-        Both in their shapes and types.
+        The image and the mask, with the shapes and dtypes of the arguments.
     """
-    import torch  # here, so that processes which only decode stay small
+    import torch  # here, so that processes that only decode do not load torch
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 

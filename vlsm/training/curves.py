@@ -1,4 +1,4 @@
-"""Curves of a training run as a picture."""
+"""Training curves as a picture."""
 
 import io
 from typing import Literal
@@ -7,7 +7,7 @@ from vlsm.training.history import MEAN, History
 
 
 def draw_curves(history: History) -> bytes:
-    """Loss and Dice over the epochs, train and val, a colour per dataset and black for their mean, as a PNG."""
+    """Return a PNG with loss and Dice of train and val per epoch. Each dataset has a colour; their mean is black."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""Labelled datasets as records: the layout that MedVLSM's splits use, or a manifest with masks."""
+"""Records of labelled datasets. A dataset is a folder with MedVLSM's layout, or a manifest with masks."""
 
 import json
 from collections.abc import Iterator
@@ -11,20 +11,20 @@ from vlsm.archive.manifest import MANIFEST_EXTENSIONS, read_manifest_rows
 from vlsm.errors import ConfigError, ManifestError
 
 SPLITS = ("train", "val", "test")
-_SHOWN = 10  # problems of a message
+_SHOWN = 10  # problems that one error message lists
 
 
 @dataclass(frozen=True)
 class Record:
-    """An image, one of its masks, and what to call it. An image with several findings has as many records.
+    """An image, one of its masks, and the prompts for that mask. An image with several findings has several records.
 
     Attributes:
         dataset: name of the dataset.
         split: one of SPLITS.
-        where: the file and position that it was read from, for messages.
-        image_uri: of the image.
-        mask_uri: of the mask.
-        prompts: alternative texts by the name of their kind, such as p1; one at least of each.
+        where: the annotation file and the position in it, for messages.
+        image_uri: location of the image.
+        mask_uri: location of the mask.
+        prompts: kinds of prompts, such as p1, each with at least one alternative text.
     """
 
     dataset: str
@@ -36,19 +36,20 @@ class Record:
 
 
 def read_dataset(name: str, uri: str) -> list[Record]:
-    """All records of a dataset, in the order of its files.
+    """Return all records of a dataset, in the order of its annotation files.
 
     Args:
-        name: what to call it.
+        name: name of the dataset.
         uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`, or a manifest (.parquet, .csv,
-            .jsonl) with `image_uri`, `mask_uri`, `split`, and optionally `prompt` or `prompts` and `dataset`; relative
-            locations start from the manifest's folder.
+            .jsonl) with `image_uri`, `mask_uri`, `split`, and optionally `prompt` or `prompts` and `dataset`. Relative
+            locations start at the manifest's folder.
 
     Raises:
         ConfigError: there is no dataset at the location.
-        ManifestError: a list cannot be read, or a record lacks what it needs or points outside its folder.
+        ManifestError: an annotation file cannot be read, a record lacks a required value, or a record names a file
+            outside the dataset's folder.
 
-    Source: the layout is MedVLSM's, MIDL 2024, arXiv 2308.07706.
+    Source: the folder layout comes from MedVLSM, MIDL 2024, arXiv 2308.07706.
     """
     uri = storage.absolute(uri)
     if uri.lower().endswith(MANIFEST_EXTENSIONS):
@@ -57,8 +58,8 @@ def read_dataset(name: str, uri: str) -> list[Record]:
         return _all_or_problems(name, list(_manifest_records(name, uri)))
     lists = [split for split in SPLITS if storage.exists(storage.join(uri, "anns", f"{split}.json"))]
     if not lists:
-        what = "has no anns/train.json, anns/val.json or anns/test.json" if storage.exists(uri) else "does not exist"
-        raise ConfigError(f"dataset {name}: {uri!r} {what}")
+        problem = "has no anns/train.json, anns/val.json or anns/test.json" if storage.exists(uri) else "does not exist"
+        raise ConfigError(f"dataset {name}: {uri!r} {problem}")
     return _all_or_problems(name, [item for split in lists for item in _layout_records(name, uri, split)])
 
 
@@ -71,7 +72,7 @@ def _all_or_problems(name: str, items: list[Record | ManifestError]) -> list[Rec
 
 
 def _layout_records(name: str, uri: str, split: str) -> Iterator[Record | ManifestError]:
-    """Records, and what is wrong with others."""
+    """Yield the record of each valid row, and the error of each invalid row."""
     location = storage.join(uri, "anns", f"{split}.json")
     try:
         rows = json.loads(storage.read_bytes(location))
@@ -93,7 +94,7 @@ def _layout_record(name: str, uri: str, split: str, row: Any, where: str) -> Rec
     image, mask = (_file_name(row, key, where) for key in ("img_name", "mask_name"))
     prompts = row.get("prompts")
     if not isinstance(prompts, dict):
-        raise ManifestError(f"{where}: prompts are {prompts!r}; they must be named, such as p1")
+        raise ManifestError(f"{where}: prompts are {prompts!r}; they must be named, as in {{'p1': 'polyp'}}")
     return Record(
         name,
         split,
@@ -105,7 +106,7 @@ def _layout_record(name: str, uri: str, split: str, row: Any, where: str) -> Rec
 
 
 def _manifest_records(name: str, uri: str) -> Iterator[Record | ManifestError]:
-    """Records, and what is wrong with others."""
+    """Yield the record of each valid row, and the error of each invalid row."""
     for number, row in enumerate(read_manifest_rows(uri), start=1):
         try:
             yield _manifest_record(name, uri.rsplit("/", 1)[0], row, f"{uri}, row {number}")
@@ -130,7 +131,7 @@ def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) ->
 
 
 def _file_name(row: dict[str, Any], key: str, where: str) -> str:
-    """A file below the dataset's folder; sub-folders are allowed, ways out of it are not."""
+    """Return a file name below the dataset's folder. Sub-folders are allowed; a path that leaves the folder is not."""
     name = row.get(key)
     if not isinstance(name, str) or not name:
         raise ManifestError(f"{where}: {key} is {name!r}; it must name a file")

@@ -1,4 +1,4 @@
-"""Frozen towers' activations on the local disk: computed in the first epoch, read in the others."""
+"""Activations of frozen towers on the local disk. The first epoch computes them; later epochs read them."""
 
 import os
 import uuid
@@ -13,12 +13,12 @@ from vlsm.models.contract import Features, SegmentationModel
 
 
 class FeatureCache:
-    """A folder with a file per example, shared by all processes of a node.
+    """A folder with one file per example. All processes of a node share it.
 
     Args:
-        folder: made where it does not exist; it must belong to one model and one list of examples.
-        max_bytes: of all files; examples beyond it are computed each time.
-        num_sharing: processes that write there, each its share of the bytes.
+        folder: must belong to one model and one list of examples; it is created if it does not exist.
+        max_bytes: limit for all files together; examples beyond it are computed again in each epoch.
+        num_sharing: number of processes that write to the folder; each may write an equal share of the free bytes.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, num_sharing: int = 1) -> None:
@@ -28,22 +28,23 @@ class FeatureCache:
 
     @torch.no_grad()
     def fetch(self, examples: Sequence[int], pixel_values: Tensor, model: SegmentationModel) -> Features:
-        """What `model.encode_towers` makes of the images, read where it is kept.
+        """Return the result of `model.encode_towers` for the images, read from the folder where possible.
 
         Args:
-            examples: B numbers.
-            pixel_values: (B, 3, S, S), of these examples.
-            model: whose towers are frozen.
+            examples: B positions in the list of examples.
+            pixel_values: (B, 3, S, S), the images of these examples.
+            model: a model with frozen towers.
         """
         kept = [self._read(example, pixel_values.device) for example in examples]
         missing = [index for index, features in enumerate(kept) if features is None]
         if missing:
             computed = model.encode_towers(pixel_values[missing])
             for row, index in enumerate(missing):
-                own = tuple(part[row] for part in computed)
-                kept[index] = own
-                self._write(examples[index], own)
-        return tuple(torch.stack(parts) for parts in zip(*(own for own in kept if own is not None), strict=True))
+                features = tuple(part[row] for part in computed)
+                kept[index] = features
+                self._write(examples[index], features)
+        complete = [features for features in kept if features is not None]
+        return tuple(torch.stack(parts) for parts in zip(*complete, strict=True))
 
     def _path(self, example: int) -> Path:
         return self.folder / f"{example}.safetensors"

@@ -1,4 +1,4 @@
-"""What a training run has shown so far, a row per epoch, split and dataset: judgements and pictures come from it."""
+"""Metrics of a training run, one row per epoch, split and dataset. The best epoch and the curves follow from them."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -7,23 +7,23 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-MEAN = "mean"  # over datasets: each counts the same, however large
+MEAN = "mean"  # over datasets: a large dataset has the same weight as a small one
 
 
 @dataclass(frozen=True)
 class Row:
-    """Of an epoch, a split and a dataset, or of their mean.
+    """Metrics of one dataset, or of the mean over datasets, in one split after one epoch.
 
     Attributes:
-        epoch: from 1.
-        step: optimiser steps of the run until then.
+        epoch: number of the epoch, from 1.
+        step: optimiser steps since the start of the run.
         split: "train", "val" or "test".
-        dataset: its name, or "mean" over the datasets that are learned from.
-        loss, dice: means over the examples; Dice of the masks at the model's size.
-        num_examples: how many uses of examples they are means of.
-        lr: the highest learning rate of the epoch's last step.
-        seconds: since the epoch began, training and evaluation.
-        finished_at: seconds since 1970.
+        dataset: name of the dataset, or "mean" for the mean over all datasets but the external ones.
+        loss, dice: means over the examples; Dice is measured at the model's image size.
+        num_examples: number of scores in these means; an example that was used twice counts twice.
+        lr: learning rate of the epoch's last step, the highest one of all parameter groups.
+        seconds: duration of the epoch, training and validation together; for test, duration of the test.
+        finished_at: time of the epoch's end, in seconds since 1970.
     """
 
     epoch: int
@@ -40,16 +40,16 @@ class Row:
 
 @dataclass
 class History:
-    """Rows in the order of their epochs."""
+    """Rows in the order of the epochs."""
 
     rows: list[Row] = field(default_factory=list)
 
     def monitored(self, monitor: Literal["dice", "loss"]) -> list[float]:
-        """The value that judges each epoch: of validation, the mean over datasets."""
+        """Return the monitored value of each epoch: validation Dice or loss, the mean over datasets."""
         return [getattr(row, monitor) for row in self.rows if (row.split, row.dataset) == ("val", MEAN)]
 
     def best_epoch(self, monitor: Literal["dice", "loss"]) -> int:
-        """The first epoch with the best value, from 1; 0 before there is one."""
+        """Return the first epoch with the best monitored value, counted from 1, or 0 if no epoch has ended."""
         values = np.array(self.monitored(monitor))
         if not len(values):
             return 0
@@ -57,7 +57,7 @@ class History:
         return int(np.where(np.isfinite(values), values, -np.inf).argmax()) + 1
 
     def table(self) -> pa.Table:
-        """The rows as metrics.parquet holds them."""
+        """Return the rows as a table with the columns of metrics.parquet."""
         types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
         schema = pa.schema([pa.field(column.name, types[column.type], nullable=False) for column in fields(Row)])  # type: ignore[index]
         return pa.Table.from_pylist([asdict(row) for row in self.rows], schema=schema)
@@ -69,29 +69,29 @@ def summarize(
     common: dict[str, Any],
     external: Collection[str] = (),
 ) -> list[Row]:
-    """A row per dataset, and one for the mean of those that were learned from.
+    """Return one row per dataset, then one row for the mean over the datasets that were trained on.
 
     Args:
-        scores: dataset, loss and Dice of each example.
-        datasets: their names, in order; one without a score is passed over.
-        common: the other fields of the rows.
-        external: names of datasets that nothing was learned from.
+        scores: dataset, loss and Dice of each use of an example.
+        datasets: names of the datasets, in the order of the rows; a dataset without scores gets no row.
+        common: the fields that all rows share.
+        external: names of datasets that were only tested, not trained on; the mean leaves them out.
     """
     rows = []
     for dataset in datasets:
-        own = np.array([score[1:] for score in scores if score[0] == dataset])
-        if len(own):
-            loss, dice = own.mean(axis=0)
-            rows.append(Row(dataset=dataset, loss=float(loss), dice=float(dice), num_examples=len(own), **common))
-    if own_rows := [row for row in rows if row.dataset not in external]:
-        loss, dice = (float(np.mean([getattr(row, name) for row in own_rows])) for name in ("loss", "dice"))
-        num_examples = sum(row.num_examples for row in own_rows)
+        pairs = np.array([score[1:] for score in scores if score[0] == dataset])  # (N, 2): loss, Dice
+        if len(pairs):
+            loss, dice = pairs.mean(axis=0)
+            rows.append(Row(dataset=dataset, loss=float(loss), dice=float(dice), num_examples=len(pairs), **common))
+    if trained_rows := [row for row in rows if row.dataset not in external]:
+        loss, dice = (float(np.mean([getattr(row, name) for row in trained_rows])) for name in ("loss", "dice"))
+        num_examples = sum(row.num_examples for row in trained_rows)
         rows.append(Row(dataset=MEAN, loss=loss, dice=dice, num_examples=num_examples, **common))
     return rows
 
 
 def describe_epoch(rows: list[Row], epochs: int, is_best: bool) -> str:
-    """An epoch's rows, of so many epochs, in a line for the log."""
+    """Return one log line that describes the rows of an epoch; `epochs` is the planned number of epochs."""
     train = next(row for row in rows if (row.split, row.dataset) == ("train", MEAN))
     val = [row for row in rows if row.split == "val"]
     shown = val if len(val) > 2 else val[:1]
