@@ -1,4 +1,4 @@
-"""Labelled datasets looked through before anything learns from them: what is broken, what is doubtful, what leaks."""
+"""Checks of labelled datasets before a training: broken files, doubtful masks, images that leak between splits."""
 
 import hashlib
 from collections import Counter
@@ -15,21 +15,22 @@ from vlsm.images.fetch import read_image_bytes
 from vlsm.training.datasets import Record
 from vlsm.training.settings import DataSettings
 
-# Of the 64 of a perceptual hash. 7 of ClinicDB's 61 test frames are so near to one of val, which come from the same
-# videos; 3 of Kvasir's 200 are; none of ClinicDB's to one of Kvasir's. At 10 bits every sixth image has such a twin.
+# Two images look alike if at most 6 of the 64 bits of their perceptual hashes differ. At this limit, 7 of ClinicDB's 61
+# test frames look like a val frame (they come from the same videos), 3 of Kvasir's 200 do, and no ClinicDB frame looks
+# like a Kvasir frame. At 10 bits, every sixth image looks like another one.
 _NEAR_BITS = 6
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one record's files are.
+    """Properties of one record's image file and mask file.
 
     Attributes:
-        error: why they are of no use, or None.
-        height, width: of the image in pixels.
-        image_sha256, mask_sha256: of the files.
-        area_fraction: the mask's share of the image.
-        image_hash: perceptual, 64 bits: alike for images that look alike.
+        error: why the files cannot be used, or None.
+        height, width: size of the image in pixels.
+        image_sha256, mask_sha256: SHA-256 of the two files.
+        area_fraction: share of the image that is foreground, from 0 to 1.
+        image_hash: perceptual hash of 64 bits; similar images have similar hashes.
     """
 
     error: str | None = None
@@ -43,7 +44,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong or doubtful: its kind, the dataset and split, the record, and what is to be said."""
+    """A problem of one record: its kind, the dataset and split, the position of the record, and a message."""
 
     kind: str
     dataset: str
@@ -53,16 +54,16 @@ class Finding:
 
     @property
     def is_broken(self) -> bool:
-        """Whether nothing can be learned from the record."""
+        """Whether the record cannot be used for training."""
         return self.kind == "broken"
 
 
 def inspect_record(record: Record, settings: DataSettings) -> Facts:
-    """Read and decode a record's two files."""
+    """Return the facts of a record after reading and decoding its image and its mask."""
     import imagehash
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit
+    Image.MAX_IMAGE_PIXELS = None  # decode_image checks the limit instead
     try:
         image_data = read_image_bytes(record.image_uri, None, settings.max_image_bytes)
         mask_data = read_image_bytes(record.mask_uri, None, settings.max_image_bytes)
@@ -72,7 +73,8 @@ def inspect_record(record: Record, settings: DataSettings) -> Facts:
         return Facts(error=str(error))
     if image.shape[:2] != mask.shape:
         sizes = " and ".join(f"{width} x {height}" for height, width in (image.shape[:2], mask.shape))
-        return Facts(error=f"size: {record.image_uri} and {record.mask_uri} are of different sizes, {sizes}")
+        problem = f"size: {record.image_uri} and {record.mask_uri} are of different sizes, {sizes}; they must be equal"
+        return Facts(error=problem)
     return Facts(
         None,
         mask.shape[0],
@@ -85,12 +87,12 @@ def inspect_record(record: Record, settings: DataSettings) -> Facts:
 
 
 def check_facts(records: Sequence[Record], facts: Sequence[Facts]) -> list[Finding]:
-    """All that is wrong with records, or may be: each of the kinds below."""
+    """Return every problem of the records. The functions below yield the kinds of problems."""
     good = [index for index, fact in enumerate(facts) if not fact.error]
-    found = [*_odd_files(records, facts), *_twice(records, facts, good), *_in_two_splits(records, facts, good)]
+    problems = [*_odd_files(records, facts), *_twice(records, facts, good), *_in_two_splits(records, facts, good)]
     return [
         Finding(kind, record.dataset, record.split, record.where, message)
-        for kind, record, message in ((kind, records[index], message) for kind, index, message in found)
+        for kind, record, message in ((kind, records[index], message) for kind, index, message in problems)
     ]
 
 
@@ -99,9 +101,9 @@ def _odd_files(records: Sequence[Record], facts: Sequence[Facts]) -> Iterable[tu
         if fact.error:
             yield "broken", index, fact.error
         elif not fact.area_fraction:
-            yield "empty mask", index, f"no pixel of {records[index].mask_uri} is above the threshold"
+            yield "empty mask", index, f"no pixel of {records[index].mask_uri} is above data.mask_threshold"
         elif fact.area_fraction == 1:
-            yield "full mask", index, f"every pixel of {records[index].mask_uri} is above the threshold"
+            yield "full mask", index, f"every pixel of {records[index].mask_uri} is above data.mask_threshold"
 
 
 def _twice(records: Sequence[Record], facts: Sequence[Facts], good: list[int]) -> Iterable[tuple[str, int, str]]:
@@ -110,7 +112,7 @@ def _twice(records: Sequence[Record], facts: Sequence[Facts], good: list[int]) -
         fact, record = facts[index], records[index]
         key = (record.dataset, record.split, fact.image_sha256, fact.mask_sha256, repr(record.prompts))
         if (first := firsts.setdefault(key, index)) != index:
-            yield "twice", index, f"{record.image_uri} and its mask are those of {records[first].where}"
+            yield "twice", index, f"{record.image_uri} and its mask are also the files of {records[first].where}"
 
 
 def _in_two_splits(
@@ -120,18 +122,23 @@ def _in_two_splits(
     for index in good:
         first = firsts.setdefault(facts[index].image_sha256, index)
         if records[first].split != records[index].split:
-            yield "in two splits", index, f"{records[index].image_uri} is {_place(records[first])} as well"
+            message = f"{records[index].image_uri} is the same file as {_describe_record(records[first])}"
+            yield "in two splits", index, message
     for index, twin, bits in _near_pairs(records, facts, good):
-        message = f"{records[index].image_uri} looks like {_place(records[twin])} ({bits} of 64 bits differ)"
+        message = f"{records[index].image_uri} looks like {_describe_record(records[twin])} ({bits} of 64 bits differ)"
         yield "alike in two splits", index, message
 
 
-def _place(record: Record) -> str:
+def _describe_record(record: Record) -> str:
     return f"{record.image_uri} in {record.split} of {record.dataset}"
 
 
 def _near_pairs(records: Sequence[Record], facts: Sequence[Facts], good: list[int]) -> Iterable[tuple[int, int, int]]:
-    """Each image of val and test with the nearest of an earlier split, where the two are near but not the same file."""
+    """Yield each image of val and test that looks like an image of an earlier split but is not the same file.
+
+    Yields:
+        Index of the image, index of the most similar earlier image, and number of bits that differ.
+    """
     by_split = {
         split: np.array([index for index in good if records[index].split == split], int)
         for split in ("train", "val", "test")
@@ -149,7 +156,7 @@ def _near_pairs(records: Sequence[Record], facts: Sequence[Facts], good: list[in
 
 
 def describe_findings(records: Sequence[Record], findings: Sequence[Finding], num_shown: int | None = 5) -> list[str]:
-    """Lines for people: counts per dataset and split, then what was found, of each kind the first few."""
+    """Return lines for the log: counts per dataset and split, then the first `num_shown` findings of each kind."""
     counts = Counter((record.dataset, record.split) for record in records)
     kinds = list(dict.fromkeys(finding.kind for finding in findings))
     of_kind = Counter((finding.dataset, finding.split, finding.kind) for finding in findings)
@@ -158,11 +165,11 @@ def describe_findings(records: Sequence[Record], findings: Sequence[Finding], nu
         notes = [f"{of_kind[dataset, split, kind]:,} {kind}" for kind in kinds if of_kind[dataset, split, kind]]
         lines.append(f"{dataset:16} {split:6} {count:8,} records" + "".join(f", {note}" for note in notes))
     for kind in kinds:
-        own = [finding for finding in findings if finding.kind == kind]
-        shown = own[:num_shown]
+        same_kind = [finding for finding in findings if finding.kind == kind]
+        shown = same_kind[:num_shown]
         lines += [f"{kind}: dataset {finding.dataset}, {finding.where}: {finding.message}" for finding in shown]
-        if len(own) > len(shown):
-            lines.append(f"{kind}: and {len(own) - len(shown):,} more")
+        if len(same_kind) > len(shown):
+            lines.append(f"{kind}: and {len(same_kind) - len(shown):,} more")
     return lines
 
 
@@ -182,7 +189,7 @@ EXAMPLES_SCHEMA = pa.schema(
 
 
 def examples_table(records: Sequence[Record], facts: Sequence[Facts]) -> pa.Table:
-    """Records and what is known of them, a row each."""
+    """Return a table with one row per record: the record and its facts."""
     rows: list[dict[str, Any]] = [
         asdict(record) | {"prompts": list(record.prompts.items())} | asdict(fact)
         for record, fact in zip(records, facts, strict=True)
@@ -191,7 +198,7 @@ def examples_table(records: Sequence[Record], facts: Sequence[Facts]) -> pa.Tabl
 
 
 def records_from_table(table: pa.Table) -> list[Record]:
-    """The records of a table from `examples_table`."""
+    """Return the records of a table that `examples_table` has made."""
     return [
         Record(**row | {"prompts": {kind: tuple(texts) for kind, texts in row["prompts"]}})
         for row in table.select(list(Record.__dataclass_fields__)).to_pylist()
@@ -199,7 +206,7 @@ def records_from_table(table: pa.Table) -> list[Record]:
 
 
 def digest_examples(table: pa.Table) -> str:
-    """SHA-256 over what is learned from: the contents of the files, their prompts, splits and datasets, in order."""
+    """Return a SHA-256 of the training data: file contents, prompts, splits and datasets, in their order."""
     digest = hashlib.sha256()
     for row in table.select(["dataset", "split", "image_sha256", "mask_sha256", "prompts"]).to_pylist():
         digest.update(repr(sorted(row.items())).encode())

@@ -1,6 +1,6 @@
-"""A model that learns, micro-batch by micro-batch: torch only, and indifferent to where examples come from.
+"""Training of a model, micro-batch by micro-batch. This module needs only torch and does not load any data.
 
-Every process of a group has a Learner; what they do together (a step, an epoch's end, a state) they all call.
+Every process of a group has a Learner. Collective work (a step, the end of an epoch, a state) needs a call in each one.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from vlsm.training.settings import TrainSettings
 
 
 class NotFiniteError(VlsmError):
-    """The loss of an example is no finite number; nothing was learned from its step."""
+    """The loss of an example is not finite. The optimiser has not made the step."""
 
     def __init__(self, example: int, loss: float, epoch: int, step: int) -> None:
         super().__init__(f"the loss of example {example} is {loss} at epoch {epoch + 1}, step {step + 1}")
@@ -38,7 +38,7 @@ class NotFiniteError(VlsmError):
 
 @dataclass(frozen=True)
 class Score:
-    """Of one use of one example: its number, its loss, its Dice at the model's size and threshold."""
+    """Result of one use of one example: its number, its loss, and its Dice at the model's image size and threshold."""
 
     example: int
     loss: float
@@ -50,10 +50,10 @@ class Learner:
 
     Args:
         model: in training mode, on the CPU, the same in every process.
-        settings: of the run.
+        settings: settings of the run.
         num_steps: optimiser steps of an epoch.
-        device: to train on.
-        features: where frozen towers' activations are kept, or None to compute them each time.
+        device: device to train on.
+        features: cache for the activations of frozen towers, or None to compute them each time.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class Learner:
         features: FeatureCache | None = None,
     ) -> None:
         self.settings, self.num_steps, self.device = settings, num_steps, device
-        # torch's shortcut for nn.MultiheadAttention makes attention maps; without it the attention is fused
+        # torch's fast path for nn.MultiheadAttention builds attention maps; the normal path uses fused attention
         torch.backends.mha.set_fastpath_enabled(False)
-        layout = torch.contiguous_format if settings.run.fsdp else torch.channels_last  # FSDP takes no other
+        layout = torch.contiguous_format if settings.run.fsdp else torch.channels_last  # FSDP supports no other
         self.model = model.to(device).to(memory_format=layout)
         self.network = parallelize(self.model, settings)
         self.features = features if model.has_frozen_towers and settings.data.augment.is_off else None
@@ -76,36 +76,36 @@ class Learner:
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._prompts = PromptCache(model)
-        self._pending: list[tuple[int, Tensor, Tensor]] = []  # of the step under way: example, loss, Dice
+        self._pending: list[tuple[int, Tensor, Tensor]] = []  # of the unfinished step: example, loss, Dice
 
     def train(self, batch: MicroBatch, images: Tensor, target_masks: Tensor, history: History) -> list[Score]:
-        """Learn from a micro-batch; the optimiser moves where it ends a step.
+        """Train on a micro-batch. If the micro-batch ends a step, the optimiser updates the weights.
 
-        The gradient of a step is that of the mean loss over its batch, whoever computed which part of it: the number of
-        workers and the size of micro-batches change it by float noise only (and by batch norms' own statistics).
+        The gradient of a step is the gradient of the mean loss over the whole batch. The number of workers and the size
+        of the micro-batches change it only by rounding errors, and by the batch statistics of batch norms.
 
         Args:
-            batch: which examples these are.
+            batch: numbers, weights and prompts of the examples.
             images: (B, S, S, 3) uint8.
             target_masks: (B, S, S) uint8 of 0 and 1.
-            history: of the run so far, which decides the learning rate.
+            history: metrics of the run so far; schedule "plateau" derives the learning rate from them.
 
         Returns:
-            The scores of this worker's share where it ends a step; before, nothing.
+            The scores of this worker's examples in the whole step if the micro-batch ends the step, else an empty list.
 
         Raises:
-            NotFiniteError: in every process, where a loss in any of them is not finite.
+            NotFiniteError: a loss is not finite in any process. Every process raises it.
         """
         self.network.train()
         rank = distributed.get_rank() if distributed.is_initialized() else 0
-        # dropout follows from the place in the run alone, so that a run taken up again is the same run
-        place = [self.settings.seed, batch.epoch, batch.step, len(self._pending), rank]
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        # dropout depends only on the position in the run, so that a resumed run gives the same result
+        position = [self.settings.seed, batch.epoch, batch.step, len(self._pending), rank]
+        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
         with contextlib.nullcontext() if batch.ends_step else self._without_sync():
             losses, dice = self._forward(batch, images, target_masks)
             weights = torch.tensor(batch.weights, device=self.device)
             losses = torch.where(weights > 0, losses, 0)
-            # workers' gradients are averaged: the sum over all workers is what a batch's mean is made of
+            # DDP and FSDP average gradients over workers; times world_size, the average is the sum over the workers
             self.scaler.scale(losses.sum() * world_size() / batch.batch_size).backward()  # type: ignore[no-untyped-call]
         self._pending += [
             (example, loss, score)
@@ -116,7 +116,7 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, images: Tensor, target_masks: Tensor) -> list[Score]:
-        """The scores of a micro-batch's examples; arguments as for `train`."""
+        """Return the scores of a micro-batch's examples. The arguments are those of `train`."""
         self.network.eval()
         losses, dice = self._forward(batch, images, target_masks)
         rows = zip(batch.examples, batch.weights, losses.tolist(), dice.tolist(), strict=True)
@@ -124,24 +124,25 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """The highest learning rate of the last step."""
+        """The highest learning rate of the last step, over all parameter groups."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def end_training(self) -> None:
-        """Before an evaluation: all processes take the first one's batch statistics."""
+        """Copy the first process's batch statistics to all processes. Call it before an evaluation."""
         broadcast_buffers(self.model)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a run is taken up from, whole in rank 0, on the CPU: learning weights, buffers, the optimiser's state.
+        """Return the state to resume from: trainable weights and buffers, and the state of the optimiser.
 
-        What never learns is left out: it is loaded again from where it came from.
+        The state is on the CPU and complete only in rank 0. Frozen weights are not in it; they are loaded from their
+        original source again.
         """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, optimizer = get_state_dict(self.network, self.optimizer, options=options)
         return cast(dict[str, Tensor], weights), dict(optimizer) | {"scaler": self.scaler.state_dict()}
 
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Go on from a state, the same in every process."""
+        """Continue from a state of `state`. Every process must pass the same state."""
         optimizer = dict(optimizer)
         self.scaler.load_state_dict(optimizer.pop("scaler"))
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -154,7 +155,7 @@ class Learner:
         )
 
     def _forward(self, batch: MicroBatch, images: Tensor, target_masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses and Dice, (B,) each."""
+        """Return losses and Dice, (B,) each."""
         optim = self.settings.optim
         pixel_values = normalize(images.to(self.device), self.model.image_spec)
         targets = target_masks.to(self.device)[:, None]
@@ -181,8 +182,8 @@ class Learner:
             group["lr"] = group["base_lr"] * self._lr_factor(batch, history)
         self.scaler.unscale_(self.optimizer)
         if optim.clip_norm is not None:
-            learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(learning, optim.clip_norm)
+            trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trainable, optim.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -190,7 +191,7 @@ class Learner:
 
     @staticmethod
     def _fetch(losses: Sequence[Tensor], dice: Sequence[Tensor]) -> tuple[list[float], list[float]]:
-        """Off the device, in one transfer each."""
+        """Return losses and Dice as numbers, with one transfer from the device for each list."""
         return (torch.stack(losses).tolist(), torch.stack(dice).tolist()) if losses else ([], [])  # type: ignore[arg-type]
 
     def _check_finite(self, batch: MicroBatch, scores: list[Score]) -> None:
@@ -200,10 +201,10 @@ class Learner:
             distributed.all_reduce(flag)
             if not flag.item():
                 return
-        found = gather(bad)
-        if found:
+        all_bad = gather(bad)
+        if all_bad:
             self.optimizer.zero_grad(set_to_none=True)
-            raise NotFiniteError(found[0].example, found[0].loss, batch.epoch, batch.step)
+            raise NotFiniteError(all_bad[0].example, all_bad[0].loss, batch.epoch, batch.step)
 
     def _lr_factor(self, batch: MicroBatch, history: History) -> float:
         optim = self.settings.optim
@@ -223,23 +224,26 @@ class Learner:
             if isinstance(part, Towers)
             for parameter in part.parameters()
         }
-        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optim = self.settings.optim
         groups = [
-            {"params": [parameter for parameter in learning if (id(parameter) in towers) == in_towers], "base_lr": lr}
+            {"params": [parameter for parameter in trainable if (id(parameter) in towers) == in_towers], "base_lr": lr}
             for in_towers, lr in ((True, optim.tower_lr or optim.lr), (False, optim.lr))
         ]
         return [group | {"lr": group["base_lr"]} for group in groups if group["params"]]
 
     def _without_sync(self) -> contextlib.AbstractContextManager[Any]:
-        """Gradients stay with each worker until the last micro-batch of a step."""
+        """Return a context in which each worker keeps its gradients. The last micro-batch of a step combines them."""
         if hasattr(self.network, "no_sync"):
             return self.network.no_sync()  # type: ignore[operator]
-        return contextlib.nullcontext()  # FSDP reduces each time; its sums are the same
+        return contextlib.nullcontext()  # FSDP combines gradients at each micro-batch; the sums are the same
 
 
 def _plateau_factor(history: History, settings: TrainSettings) -> float:
-    """What ReduceLROnPlateau makes of the epochs so far: a function of them, so that no state of it is to be kept."""
+    """Return the factor that ReduceLROnPlateau has reached.
+
+    It is computed from all epochs so far, so that the state of the scheduler need not be saved.
+    """
     optim = settings.optim
     unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     mode: Literal["max", "min"] = "max" if optim.monitor == "dice" else "min"

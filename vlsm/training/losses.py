@@ -1,30 +1,30 @@
-"""What training makes small."""
+"""Training losses."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-_SMOOTH = 1e-5  # MONAI's, above and below
+_SMOOTH = 1e-5  # added to numerator and denominator, as in MONAI
 
 
 def segmentation_losses(logits: Tensor, target_masks: Tensor, dice_weight: float, ce_weight: float) -> Tensor:
-    """The weighted sum of Dice loss and binary cross entropy of each example, each from its own pixels alone.
+    """Return the weighted sum of Dice loss and binary cross entropy of each example, from its own pixels alone.
 
-    Their mean is what MONAI's DiceCELoss gives with the sigmoid inside; importing that takes ten seconds and hundreds
-    of megabytes in every worker. MedVLSM weighs them 1 and 0.2 (its public code hands over probabilities where that
-    loss expects logits); UNet-D's BCE + Dice is 1 and 1.
+    The mean over the examples equals MONAI's DiceCELoss with sigmoid=True. MONAI is not used, because its import takes
+    ten seconds and hundreds of megabytes in every worker. MedVLSM uses the weights 1 and 0.2 (its public code passes
+    probabilities where that loss expects logits). UNet-D's BCE + Dice has the weights 1 and 1.
 
     Args:
-        logits: (B, 1, S, S), any float type; computed in float32.
-        target_masks: (B, 1, S, S) of 0 and 1.
-        dice_weight: of the Dice loss.
-        ce_weight: of the cross entropy.
+        logits: (B, 1, S, S), any float dtype; the losses are computed in float32.
+        target_masks: (B, 1, S, S), values 0 and 1.
+        dice_weight: weight of the Dice loss.
+        ce_weight: weight of the cross entropy.
 
     Returns:
-        (B,) float32.
+        (B,) float32, one loss per example.
 
-    Source: V-Net, 3DV 2016, arXiv 1606.04797, without its squares; the weights as in MedVLSM, MIDL 2024, arXiv
-        2308.07706, and VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
+    Source: Dice loss from V-Net, 3DV 2016, arXiv 1606.04797, without the squares of its denominator; weights from
+        MedVLSM, MIDL 2024, arXiv 2308.07706, and VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
     """
     logits, target_masks = logits.float(), target_masks.float()
     losses = torch.zeros(len(logits), device=logits.device)

@@ -1,4 +1,4 @@
-"""One model in several processes: torch's own DDP and FSDP, or neither where there is one process."""
+"""Training of one model in several processes, with torch's DDP or FSDP. A single process uses neither."""
 
 import inspect
 from typing import Any, TypeVar
@@ -16,19 +16,20 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def parallelize(model: SegmentationModel, settings: TrainSettings) -> nn.Module:
-    """What is called in place of the model, so that gradients are averaged over all processes.
+    """Return the module to call instead of the model. It averages gradients over all processes.
 
     Args:
-        model: on its device; batch norms may be replaced, and parameters become shards with fsdp.
+        model: a model on its device. It is changed in place: sync_batch_norm replaces its batch norms, fsdp shards its
+            parameters.
         settings: run.fsdp, run.compile, optim.sync_batch_norm.
 
     Raises:
-        VlsmError: what is asked for cannot be had on these devices.
+        VlsmError: the settings ask for sync_batch_norm without GPUs.
     """
     device = model.device
     if settings.optim.sync_batch_norm and world_size() > 1:
@@ -45,30 +46,30 @@ def parallelize(model: SegmentationModel, settings: TrainSettings) -> nn.Module:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
-    # batch statistics are taken from the first process at the end of each epoch, not before each step
+    # broadcast_buffers copies batch statistics at the end of each epoch; DDP need not do it before each step
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Take the first process's batch statistics in all processes."""
+    """Copy the buffers of the first process, such as batch statistics, to all processes."""
     if world_size() > 1:
         for buffer in model.buffers():
             distributed.broadcast(buffer, src=0)
 
 
 def gather(items: list[T]) -> list[T]:
-    """The lists of all processes, one after the other, in every process."""
+    """Return the lists of all processes as one list, the same in every process."""
     if world_size() == 1:
         return items
     lists: list[Any] = [None] * world_size()
     distributed.all_gather_object(lists, items)
-    return [item for own in lists for item in own]
+    return [item for process_items in lists for item in process_items]
 
 
 def _transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of towers: gathered one at a time, they are what sharding saves memory by."""
+    """Return the repeated layers of the towers. FSDP saves memory because it gathers only one of them at a time."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential))
     return [
         block
