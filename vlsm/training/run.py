@@ -1,11 +1,11 @@
-"""A training run's folder: what stands in it before, during and after the work, without a cluster.
+"""The folder of a training run: its files before, during and after the training. No cluster is needed here.
 
-OUTPUT/config.yaml        resolved settings, digest of the data, versions, git revision, what is planned
-OUTPUT/examples.parquet   every record with what is known of its files
-OUTPUT/last.safetensors   where the run is: learned weights, the optimiser, all metrics; one file, so that it is whole
-OUTPUT/checkpoint/        the best epoch's, for `jobs.segment`
-OUTPUT/metrics.parquet    a row per epoch, split and dataset; curves.png and tensorboard/ show the same
-OUTPUT/summary.json       written last: its presence means complete
+OUTPUT/config.yaml        resolved settings, digest of the data, versions, git revision, planned records and steps
+OUTPUT/examples.parquet   every record with the facts of its files
+OUTPUT/last.safetensors   state of the run: trained weights, optimiser, all metrics; one file, so that it is consistent
+OUTPUT/checkpoint/        checkpoint of the best epoch, for `jobs.segment`
+OUTPUT/metrics.parquet    one row per epoch, split and dataset; curves.png and tensorboard/ show the same values
+OUTPUT/summary.json       written last: if it exists, the run is complete
 """
 
 import io
@@ -57,15 +57,15 @@ Inspect = Callable[[Sequence[Record]], list[Facts]]
 
 @dataclass
 class State:
-    """Where a run is.
+    """The state of a run, from which it can be resumed.
 
     Attributes:
-        epoch: that is under way, from 0.
-        step: the next one of it.
+        epoch: current epoch, from 0.
+        step: next step of this epoch, from 0.
         steps: optimiser steps of the run so far.
-        scores: example, loss and Dice of the epoch's steps until then.
-        history: of the epochs before.
-        weights, optimizer: what a Learner's `state` gives.
+        scores: example, loss and Dice of this epoch's finished steps.
+        history: metrics of the finished epochs.
+        weights, optimizer: result of `Learner.state`, or None.
     """
 
     epoch: int = 0
@@ -78,11 +78,11 @@ class State:
 
 
 def read_all_records(settings: TrainSettings) -> list[Record]:
-    """The records of all datasets, the external ones' test splits last.
+    """Return the records of all datasets. The test splits of the external datasets come last.
 
     Raises:
-        ConfigError: a dataset is not there, or nothing is there to train on or to judge by.
-        ManifestError: a record is wrong, or lacks the prompt that is asked for.
+        ConfigError: a dataset does not exist, or there are no train records or no val records.
+        ManifestError: a record is invalid, or lacks the prompt that data.prompt asks for.
     """
     records: list[Record] = []
     for name, uri in settings.datasets.items():
@@ -91,11 +91,12 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
     for name, uri in settings.external.items():
         with storage.name_errors(f"dataset {name}", uri):
             records += [record for record in read_dataset(name, uri) if record.split == "test"]
-    for split, what in (("train", "train on"), ("val", "tell a good epoch by")):
+    for split, purpose in (("train", "train"), ("val", "choose the best epoch")):
         if not any(record.split == split for record in records):
-            found = ", ".join(f"{count} {name}" for name, count in Counter(record.split for record in records).items())
+            counts = Counter(record.split for record in records)
+            described = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none at all"
             names = ", ".join(settings.datasets)
-            raise ConfigError(f"no {split} records in {names} (there are {found or 'none at all'}): nothing to {what}")
+            raise ConfigError(f"no {split} records in {names} (there are {described}); they are needed to {purpose}")
     for record in records:
         choose_prompt(record, settings.data, None)
     return records
@@ -104,13 +105,20 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
 def check_examples(
     settings: TrainSettings, inspect: Inspect, num_shown: int | None = 20, begin: Callable[[], None] = lambda: None
 ) -> tuple[pa.Table, list[str], int]:
-    """All examples, looked through; lines that say what was found, so many of a kind; how many are broken.
+    """Read all examples and check them.
 
-    `begin` is called as soon as every path is known to be right, as by `prepare_training`.
+    Args:
+        settings: settings of the run.
+        inspect: returns the facts of records.
+        num_shown: findings of each kind that the lines list; None for all.
+        begin: called as soon as all paths are checked, as in `prepare_training`.
+
+    Returns:
+        The table of all examples, lines that describe the findings, and the number of broken records.
     """
     records = read_all_records(settings)
     begin()
-    build_learning_model(settings)  # before all files are read: its weights may be nowhere
+    build_learning_model(settings)  # before all files are read, since its weights may be missing
     facts = inspect(records)
     findings = check_facts(records, facts)
     table = examples_table(records, facts)
@@ -120,21 +128,21 @@ def check_examples(
 def prepare_training(
     settings: TrainSettings, inspect: Inspect, begin: Callable[[], None] = lambda: None
 ) -> list[Record]:
-    """Plan a run, or take it up again where OUTPUT already holds its plan; all that can be wrong is found here.
+    """Plan a run, or resume it if OUTPUT already holds its plan. All errors of settings and data are raised here.
 
     Args:
-        settings: of the run.
-        inspect: looks through the files of records.
-        begin: called where there is work to do, as soon as every path and setting is known to be right. The model is
-            built after that, so that something slow, such as a cluster, starts meanwhile.
+        settings: settings of the run.
+        inspect: returns the facts of records.
+        begin: called if there is work to do, as soon as all paths and settings are checked. The model is built after
+            that, so that something slow, such as a cluster, can start at the same time.
 
     Returns:
-        The examples.
+        The examples of the run.
 
     Raises:
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
-        CheckpointError: the model's options or the checkpoint to start from are of no use.
-        ManifestError: a record or its files are of no use.
+        CheckpointError: the model's options are invalid, or its weights or the checkpoint start_from cannot be loaded.
+        ManifestError: a record is invalid or its files are broken.
     """
     check_model(settings)
     output = settings.output
@@ -144,7 +152,7 @@ def prepare_training(
             if differences := describe_differences(record, settings, {}):
                 raise ConfigError(
                     f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
-                    "choose another OUTPUT, or --set start_over=true to forget that run"
+                    "choose another OUTPUT, or --set start_over=true to delete that run"
                 )
             if not storage.exists(storage.join(output, SUMMARY_NAME)):
                 begin()
@@ -154,8 +162,8 @@ def prepare_training(
             logger.info("%s", line)
         if num_broken and not settings.data.skip_broken:
             raise ManifestError(
-                f"{num_broken:,} of {len(table):,} records are broken, as listed above; mend them, "
-                "or --set data.skip_broken=true to do without"
+                f"{num_broken:,} of {len(table):,} records are broken, as listed above; repair them, "
+                "or --set data.skip_broken=true to leave them out"
             )
         if settings.start_over:
             folders = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
@@ -171,19 +179,26 @@ def prepare_training(
 
 
 def check_model(settings: TrainSettings) -> None:
-    """Nothing, or an error where the model or the trackers cannot be what is asked for, as far as is known at once."""
+    """Check the settings of the model and of the trackers without building the model.
+
+    Raises:
+        ConfigError: a tracker's package is missing, or options are given together with start_from.
+        CheckpointError: the model does not have such options, or there is no checkpoint at start_from.
+    """
     check_trackers(settings)
     if settings.start_from is not None:
         with storage.name_errors("start_from", settings.start_from):
             read_settings(settings.start_from)
         if settings.options:
-            raise ConfigError("options belong to a new model; start_from has a checkpoint's own")
+            raise ConfigError(
+                "options are set, and start_from too; a checkpoint already has its options, so leave them out"
+            )
     else:
         parse_options(str(settings.model), settings.options)
 
 
 def image_size(settings: TrainSettings) -> int:
-    """S of the model that is to learn, in pixels."""
+    """Return S of the model to train, in pixels."""
     if settings.start_from is not None:
         return read_settings(settings.start_from).image.size
     size = parse_options(str(settings.model), settings.options).image_size
@@ -191,7 +206,7 @@ def image_size(settings: TrainSettings) -> int:
 
 
 def build_learning_model(settings: TrainSettings) -> "SegmentationModel":
-    """The model that is to learn, in training mode on the CPU, equal in every process.
+    """Return the model to train, in training mode on the CPU, with equal weights in every process.
 
     Raises:
         CheckpointError: pretrained weights cannot be loaded.
@@ -216,18 +231,18 @@ def _plan(settings: TrainSettings, records: list[Record]) -> dict[str, Any]:
 
 
 def read_examples(output: str) -> list[Record]:
-    """The examples of a planned run."""
+    """Return the examples of a planned run."""
     return records_from_table(pq.read_table(io.BytesIO(storage.read_bytes(storage.join(output, _EXAMPLES_NAME)))))
 
 
 def default_prompt(records: Sequence[Record], settings: TrainSettings) -> str:
-    """What a checkpoint is to segment where nobody says: the most frequent prompt of what it learned from."""
+    """Return the default prompt of the checkpoint: the most frequent prompt of the train records."""
     texts = Counter(choose_prompt(record, settings.data, None) for record in records if record.split == "train")
     return texts.most_common(1)[0][0]
 
 
 def pack_state(state: State) -> bytes:
-    """What last.safetensors is to hold."""
+    """Return the bytes of last.safetensors."""
     import safetensors.torch
 
     optimizer = dict(state.optimizer or {})
@@ -240,7 +255,7 @@ def pack_state(state: State) -> bytes:
 
 
 def read_state(output: str) -> State:
-    """Where a run is, from last.safetensors; the beginning where there is none."""
+    """Return the state of a run from last.safetensors, or the initial state if the file does not exist."""
     import safetensors.torch
 
     uri = storage.join(output, _LAST_NAME)
@@ -267,12 +282,12 @@ def read_state(output: str) -> State:
 def copy_best(
     model: "SegmentationModel", prompt: str, weights: "dict[str, Tensor] | None" = None
 ) -> "tempfile.TemporaryDirectory[str]":
-    """The model as it is now, as a checkpoint in a folder of its own.
+    """Save the model as it is now as a checkpoint in a temporary folder, and return the folder.
 
     Args:
-        model: to copy.
-        prompt: of the checkpoint.
-        weights: all of the model's, where the model itself holds only shards of them.
+        model: model to copy.
+        prompt: default prompt of the checkpoint.
+        weights: the complete weights, if the model itself holds only shards of them.
     """
     folder = tempfile.TemporaryDirectory()
     save_checkpoint(model, folder.name, prompt, weights=weights)
@@ -280,9 +295,9 @@ def copy_best(
 
 
 def put_progress(output: str, packed: bytes, best: "tempfile.TemporaryDirectory[str] | None") -> None:
-    """Put a copy of the best model as OUTPUT/checkpoint, its checkpoint.yaml last, then last.safetensors.
+    """Write the best model to OUTPUT/checkpoint (checkpoint.yaml last), then write last.safetensors.
 
-    A run that dies in between does the epoch again and comes to the same.
+    If the run dies between the two writes, it repeats the epoch and gets the same result.
     """
     if best is not None:
         with best as folder:
@@ -294,7 +309,7 @@ def put_progress(output: str, packed: bytes, best: "tempfile.TemporaryDirectory[
 
 
 def write_metrics(output: str, history: History) -> None:
-    """Put metrics.parquet and the pictures of it."""
+    """Write metrics.parquet, curves.png and the TensorBoard events."""
     from vlsm.training.curves import draw_curves
     from vlsm.training.trackers import tensorboard_events
 

@@ -1,7 +1,7 @@
-"""What a training sees, and when: a plan that follows from the seed alone, however often a run is taken up again.
+"""The order in which a training sees its examples. It depends only on the seed, however often a run is resumed.
 
-An epoch is an order of examples, cut into the batches of its optimiser steps. Each worker takes its share of each
-batch, in micro-batches that fit its memory. The number of workers changes neither the order nor the batches.
+In each epoch the examples get an order, and the order is cut into one batch per optimiser step. Each worker takes its
+share of each batch, in micro-batches that fit its memory. The number of workers changes neither order nor batches.
 """
 
 import functools
@@ -15,23 +15,23 @@ from vlsm.errors import ManifestError
 from vlsm.training.datasets import Record
 from vlsm.training.settings import DataSettings, TrainSettings
 
-_EVALUATION = 2**31  # an epoch that no training reaches: what is drawn there is the same each time
+_EVALUATION = 2**31  # stands for an epoch in the seeds of evaluations; no training has so many epochs
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Examples that go through one worker's model at once.
+    """Examples that pass through the model of one worker together.
 
     Attributes:
         split: "train", "val" or "test".
-        epoch: from 0.
-        step: of the optimiser within the epoch, from 0; of evaluation within the split.
-        ends_step: whether the optimiser moves after it; within evaluation, whether the split is through.
-        batch_size: examples of the whole batch, over all workers.
-        examples: numbers in the list of examples.
-        weights: 1, or 0 where an example only fills up a share so that all workers' shares are of one length.
+        epoch: number of the epoch, from 0.
+        step: optimiser step within the epoch, or step of an evaluation within the split; from 0.
+        ends_step: whether the optimiser updates the weights after it; in an evaluation, whether it is the split's last.
+        batch_size: examples in the whole batch of all workers.
+        examples: positions in the list of examples.
+        weights: 1, or 0 for padding; padding makes the shares of all workers equally long.
         prompts: one per example.
-        seeds: of each example's augmentation.
+        seeds: seed of each example's augmentation.
     """
 
     split: Literal["train", "val", "test"]
@@ -46,13 +46,13 @@ class MicroBatch:
 
 
 class ExampleOrder:
-    """The micro-batches of one worker.
+    """The order of one worker's examples, as micro-batches.
 
     Args:
         records: the examples.
-        settings: of the run.
-        rank: of the worker, from 0.
-        num_workers: how many there are.
+        settings: settings of the run.
+        rank: number of the worker, from 0.
+        num_workers: number of workers.
     """
 
     def __init__(self, records: Sequence[Record], settings: TrainSettings, rank: int = 0, num_workers: int = 1) -> None:
@@ -65,18 +65,18 @@ class ExampleOrder:
 
     @functools.cached_property
     def num_steps(self) -> int:
-        """Optimiser steps of an epoch."""
+        """The number of optimiser steps of an epoch."""
         return len(cut_batches(self._by_split["train"], self.settings.optim.batch_size))
 
     def train(self, epoch: int, first_step: int = 0) -> Iterator[MicroBatch]:
-        """The micro-batches of an epoch from a step on."""
+        """Yield the micro-batches of an epoch, starting at a step."""
         order = draw_order(self.records, self._by_split["train"], self.settings, epoch)
         batches = cut_batches(order, self.settings.optim.batch_size)
         for step in range(first_step, len(batches)):
             yield from self._share("train", epoch, step, batches[step], is_last=True)
 
     def evaluate(self, split: Literal["val", "test"], epoch: int) -> Iterator[MicroBatch]:
-        """The micro-batches of a split, each example once over all workers."""
+        """Yield the micro-batches of a split. Each example has weight 1 in exactly one worker."""
         batches = cut_batches(self._by_split[split], self.settings.run.micro_batch_size * self.num_workers)
         for step, batch in enumerate(batches):
             yield from self._share(split, epoch, step, batch, is_last=step == len(batches) - 1)
@@ -84,32 +84,37 @@ class ExampleOrder:
     def _share(
         self, split: Literal["train", "val", "test"], epoch: int, step: int, batch: np.ndarray, is_last: bool
     ) -> Iterator[MicroBatch]:
-        places = np.arange(self.rank, -(-len(batch) // self.num_workers) * self.num_workers, self.num_workers)
-        draws = [self._draw(split, epoch, step, int(place), batch) for place in places]
+        positions = np.arange(self.rank, -(-len(batch) // self.num_workers) * self.num_workers, self.num_workers)
+        draws = [self._draw(split, epoch, step, int(position), batch) for position in positions]
         pieces = cut_batches(np.arange(len(draws)), self.settings.run.micro_batch_size)
         for piece in pieces:
             examples, weights, prompts, seeds = zip(*(draws[index] for index in piece), strict=True)
-            ends = is_last and piece is pieces[-1]
-            yield MicroBatch(split, epoch, step, ends, len(batch), examples, weights, prompts, seeds)
+            ends_step = is_last and piece is pieces[-1]
+            yield MicroBatch(split, epoch, step, ends_step, len(batch), examples, weights, prompts, seeds)
 
-    def _draw(self, split: str, epoch: int, step: int, place: int, batch: np.ndarray) -> tuple[int, int, str, int]:
-        example = int(batch[place % len(batch)])
-        training = split == "train"
-        source = (epoch, step, place) if training else (_EVALUATION, example, 0)
-        rng = np.random.default_rng([self.settings.seed, *source])
-        prompt = choose_prompt(self.records[example], self.settings.data, rng if training else None)
-        return example, int(place < len(batch)), prompt, int(rng.integers(2**31))
+    def _draw(self, split: str, epoch: int, step: int, position: int, batch: np.ndarray) -> tuple[int, int, str, int]:
+        """Return example, weight, prompt and augmentation seed at a position. Positions after the batch are padding."""
+        example = int(batch[position % len(batch)])
+        is_training = split == "train"
+        seeds = (epoch, step, position) if is_training else (_EVALUATION, example, 0)
+        rng = np.random.default_rng([self.settings.seed, *seeds])
+        prompt = choose_prompt(self.records[example], self.settings.data, rng if is_training else None)
+        return example, int(position < len(batch)), prompt, int(rng.integers(2**31))
 
 
 def cut_batches(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """As few batches of batch_size at most as there can be, even in size: batch norms suffer from a last one of one."""
+    """Cut an order into the fewest batches of at most batch_size examples, with sizes that differ by at most 1.
+
+    A last batch of only one example would harm batch norms.
+    """
     return np.array_split(order, -(-len(order) // batch_size)) if len(order) else []
 
 
 def draw_order(records: Sequence[Record], train: np.ndarray, settings: TrainSettings, epoch: int) -> np.ndarray:
-    """The examples of an epoch: as many as there are; with sampling other than proportional, of each dataset its share.
+    """Return the examples of an epoch in random order, as many as there are train examples.
 
-    A dataset that is to give more than it has is gone through again in another order; none repeats before that.
+    With data.sampling=proportional, each example comes once. Otherwise each dataset gets its share of the epoch. If the
+    share is larger than the dataset, its examples repeat in another order, but only after all of them were used.
     """
     rng = np.random.default_rng([settings.seed, epoch])
     sampling = settings.data.sampling
@@ -121,20 +126,20 @@ def draw_order(records: Sequence[Record], train: np.ndarray, settings: TrainSett
     bounds = np.round(np.cumsum(weights) / weights.sum() * len(train)).astype(int)
     drawn = []
     for name, count in zip(datasets, np.diff(bounds, prepend=0), strict=True):
-        own = train[np.array(names) == name]
-        rounds = [rng.permutation(own) for _ in range(-(-count // len(own)))]
-        drawn.append(np.concatenate([*rounds, own[:0]])[:count])
+        members = train[np.array(names) == name]
+        rounds = [rng.permutation(members) for _ in range(-(-count // len(members)))]
+        drawn.append(np.concatenate([*rounds, members[:0]])[:count])
     return rng.permutation(np.concatenate(drawn))
 
 
 def choose_prompt(record: Record, settings: DataSettings, rng: np.random.Generator | None) -> str:
-    """The prompt of one use of an example.
+    """Return the prompt for one use of an example.
 
     Args:
-        record: of the example.
-        settings: data.prompt of the dataset: a kind, of which one alternative is drawn; "random", any text of any kind
-            but p0 and empty ones; "text:WORDS".
-        rng: to draw with; without, the first is taken.
+        record: record of the example.
+        settings: data.prompt is used. A kind, such as p1, draws one of its alternatives; "random" draws any text that
+            is not empty, of any kind but p0; "text:WORDS" gives WORDS.
+        rng: generator for the draw; None takes the first text.
 
     Raises:
         ManifestError: the record has no such prompt.
@@ -145,25 +150,25 @@ def choose_prompt(record: Record, settings: DataSettings, rng: np.random.Generat
 
 
 def find_texts(record: Record, choice: str, setting: str) -> list[str]:
-    """The texts that a choice as of data.prompt leaves for a record, one at least.
+    """Return the texts of a record that match a choice of prompt, at least one.
 
     Args:
-        record: of the example.
-        choice: a kind of prompt, "random" or "text:WORDS".
-        setting: what messages call it.
+        record: record of the example.
+        choice: a kind of prompt, "random" or "text:WORDS", as in data.prompt.
+        setting: name of the setting, for the error message.
 
     Raises:
-        ManifestError: there are none.
+        ManifestError: the record has no such text.
     """
     if choice.startswith("text:"):
         return [choice.removeprefix("text:").strip()]
     if choice == "random":
-        texts = [text for kind, own in record.prompts.items() if kind != "p0" for text in own if text]
+        texts = [text for kind, prompts in record.prompts.items() if kind != "p0" for text in prompts if text]
     else:
         texts = list(record.prompts.get(choice, ()))
     if not texts:
         raise ManifestError(
             f"dataset {record.dataset}, {record.where}: there is no prompt for {setting}={choice}; it has "
-            f"{', '.join(record.prompts) or 'none'}, and text:WORDS needs none"
+            f"{', '.join(record.prompts) or 'none'}; text:WORDS works for every record"
         )
     return texts

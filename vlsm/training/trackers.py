@@ -1,4 +1,4 @@
-"""Metrics of a training run for the tools in which people compare runs."""
+"""Metrics of a training run for TensorBoard, MLflow, and Weights & Biases."""
 
 import importlib.util
 import os
@@ -15,24 +15,30 @@ from vlsm.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Tracker:
-    """One of them: what takes an epoch's rows, and what ends the run there when it is finished."""
+    """An open run in a tracking tool: `track` takes the rows of an epoch, `finish` ends the run in the tool."""
 
     track: Callable[[Sequence[Row]], None]
     finish: Callable[[], object]
 
 
 def check_trackers(settings: TrainSettings) -> None:
-    """Nothing, or a ConfigError where the package of a tracker that the settings name is not installed."""
+    """Check that the packages of the trackers are installed.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
     for package in ("mlflow", "wandb"):
         if getattr(settings.run, package) and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"run.{package} needs the package {package}: pip install it, here and where workers run")
+            raise ConfigError(
+                f"run.{package} needs the package {package}: pip install it, here and on all worker nodes"
+            )
 
 
 def tensorboard_events(history: History) -> bytes:
-    """An events file with all metrics so far.
+    """Return the content of a TensorBoard events file with all metrics so far.
 
-    Times are those of the epochs: the file of a later epoch begins as the one before it, so that a TensorBoard which
-    reads along goes on where it was, also after the run was taken up again.
+    Times are the times of the epochs, so the file of a later epoch starts with the same bytes as the earlier file. A
+    running TensorBoard can therefore continue at its last position, also after the run was resumed.
     """
     from tensorboardX import SummaryWriter
 
@@ -46,11 +52,11 @@ def tensorboard_events(history: History) -> bytes:
 
 
 def open_trackers(settings: TrainSettings, run_id: str) -> list[Tracker]:
-    """Those that the settings name.
+    """Open the trackers that the settings name.
 
     Args:
-        settings: run.mlflow and run.wandb.
-        run_id: the same when the run is taken up again.
+        settings: run.mlflow and run.wandb are used.
+        run_id: id of the run; a resumed run has the same id.
 
     Raises:
         ConfigError: a tracker's package is not installed.
@@ -67,14 +73,14 @@ def open_trackers(settings: TrainSettings, run_id: str) -> list[Tracker]:
 def _open_mlflow(uri: str, settings: TrainSettings, run_id: str) -> Tracker:
     from mlflow import MlflowClient
 
-    if "://" not in uri or uri.startswith("file:"):  # MLflow 3 wants to be told that plain files are wanted
+    if "://" not in uri or uri.startswith("file:"):  # MLflow 3 needs this before it writes plain files
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("vlsm")
     experiment_id = experiment.experiment_id if experiment else client.create_experiment("vlsm")
-    found = client.search_runs([experiment_id], f"tags.vlsm_run = '{run_id}'")
-    if found:
-        mlflow_id = found[0].info.run_id
+    earlier_runs = client.search_runs([experiment_id], f"tags.vlsm_run = '{run_id}'")
+    if earlier_runs:
+        mlflow_id = earlier_runs[0].info.run_id
     else:
         tags, name = {"vlsm_run": run_id, "output": settings.output}, settings.output.rsplit("/", 1)[-1]
         mlflow_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
