@@ -1,9 +1,10 @@
-"""Train a model on one or several labelled datasets, with as many workers as there are, into a checkpoint for segment.
+"""Train a model on one or several labelled datasets, with one or many workers, and write a checkpoint for jobs.segment.
 
-    check the data -> keep it decoded -> workers: stream, learn, validate -> the best checkpoint, tested
+    check the data -> keep it decoded -> workers: stream, train, validate -> best checkpoint -> test
 
-Where a run is stands in one file, OUTPUT/last.safetensors, which the first worker replaces in one atomic step. Whatever
-dies, workers, nodes or the driver, goes on from there: the plan of steps follows from the seed alone.
+The state of a run is one file, OUTPUT/last.safetensors, which the first worker replaces in one atomic step. After the
+death of a worker, a node or the driver, the run continues from this file: the order of the steps depends only on the
+seed.
 """
 
 import hashlib
@@ -24,13 +25,13 @@ from vlsm.training.datasets import Record
 from vlsm.training.inspection import Facts
 from vlsm.training.settings import TrainSettings
 
-_STARTING_S = 5.0  # without a word from the workers
+_STARTING_S = 5.0  # after this time without a log line from the workers, the driver logs that they are starting
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = make_parser("jobs.train", str(__doc__).partition("\n")[0], TrainSettings)
-    parser.add_argument("output", metavar="OUTPUT", help="folder for the checkpoint and all else; a rerun continues")
+    parser.add_argument("output", metavar="OUTPUT", help="folder for the checkpoint and other files; a rerun continues")
     parser.add_argument(
         "--dataset",
         action="append",
@@ -57,9 +58,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     """Run the job to its end and return its summary.
 
     Raises:
-        VlsmError: the settings or the data are wrong, or the run could not be finished; a rerun goes on.
+        VlsmError: the settings or the data are wrong, or the training failed. A rerun continues the run.
     """
-    from vlsm.training.run import prepare_training  # here, so that --help does not wait for it
+    from vlsm.training.run import prepare_training  # here, so that --help does not wait for this import
 
     with RaySession(log_to_driver=False) as session:
         records = prepare_training(settings, partial(_inspect, session, settings), session.start)
@@ -75,7 +76,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
 
 def dry_run(settings: TrainSettings) -> None:
-    """Print the resolved settings and what is to be said of the data; nothing is written, nothing is trained."""
+    """Print the resolved settings and all findings in the data. Write nothing and train nothing.
+
+    Raises:
+        VlsmError: the settings are wrong, or records are broken and data.skip_broken is false.
+    """
     from vlsm.training.run import check_examples, check_model
 
     check_model(settings)
@@ -85,7 +90,9 @@ def dry_run(settings: TrainSettings) -> None:
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print("\n".join(f"# {line}" for line in lines))
     if num_broken and not settings.data.skip_broken:
-        raise VlsmError(f"{num_broken:,} records are broken: mend them, or --set data.skip_broken=true to do without")
+        raise VlsmError(
+            f"{num_broken:,} records are broken: repair them, or --set data.skip_broken=true to leave them out"
+        )
 
 
 def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Record]) -> list[Facts]:
@@ -101,16 +108,16 @@ def execute(
     worker: str | None = None,
     milestones: Mapping[str, float] | None = None,
 ) -> None:
-    """Train with Ray Train until the summary is there.
+    """Train with Ray Train until the run has its summary.
 
     Args:
-        settings: of the run.
-        records: its examples.
-        worker: MODULE:NAME of what each worker calls, if not the usual.
-        milestones: when the run came to something, for the log, in seconds since 1970.
+        settings: settings of the run.
+        records: examples of the run.
+        worker: MODULE:NAME of the function that each worker calls; default: `train_worker`.
+        milestones: times of the milestones so far, in seconds since 1970, for the log.
 
     Raises:
-        VlsmError: what no repetition would mend, or more deaths than run.max_failures.
+        VlsmError: an error that another try cannot fix, or more worker deaths than run.max_failures.
     """
     import ray
 
@@ -145,13 +152,13 @@ def execute(
         raise VlsmError(message)
     if ended.error is not None:
         raise VlsmError(
-            f"training failed through run.max_failures={settings.run.max_failures} repetitions: {ended.error}; "
+            f"training failed after run.max_failures={settings.run.max_failures} repetitions: {ended.error}; "
             "the same command goes on from here"
         ) from ended.error
 
 
 def _run_id(output: str) -> str:
-    """The same when the run is taken up again, another when it is started over."""
+    """Return the id of a run. A resumed run has the same id; a run that is started over has another one."""
     record = read_record(output) or {}
     return hashlib.sha256(f"{output} {record.get('planned_at')}".encode()).hexdigest()[:16]
 

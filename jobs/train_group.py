@@ -1,6 +1,6 @@
-"""A group of training workers: how many, what each is told, what they say, and Ray Train that keeps them alive.
+"""The group of training workers: its size, its work, the board that collects its messages, and Ray Train that runs it.
 
-Ray Train's controller imports this module, so it imports no torch: `jobs.train_worker` is for the workers alone.
+Ray Train's controller imports this module, so it must not import torch. Only the workers import `jobs.train_worker`.
 """
 
 import pkgutil
@@ -22,14 +22,14 @@ TRAIN_WORKER = "jobs.train_worker:train_worker"
 
 @dataclass(frozen=True)
 class Work:
-    """What the driver tells each worker.
+    """The work that the driver gives to each worker.
 
     Attributes:
-        settings: of the run.
-        run_id: the same when the run is taken up again.
-        decoded: the examples where they are kept decoded.
-        board: a `TrainingBoard` for what there is to say.
-        num_threads: that torch may use.
+        settings: settings of the run.
+        run_id: id of the run; a resumed run has the same id.
+        decoded: the decoded examples in Ray's object store, or None if they are not kept there.
+        board: handle of the `TrainingBoard` actor.
+        num_threads: number of threads that torch may use.
     """
 
     settings: TrainSettings
@@ -40,7 +40,7 @@ class Work:
 
 
 class TrainingBoard(Milestones):
-    """What workers have to say: lines for the log, and why the run cannot go on."""
+    """The messages of the workers to the driver: milestones, log lines, and the error that ends the run."""
 
     def __init__(self, milestones: Mapping[str, float] | None = None) -> None:
         super().__init__(milestones)
@@ -48,33 +48,33 @@ class TrainingBoard(Milestones):
         self._failure: str | None = None
 
     def reach(self, name: str, time_s: float) -> None:
-        """Note a milestone. After the first step, the log gets a line with all milestones."""
+        """Record a milestone. The first step also adds a log line with all milestones."""
         is_first = name not in self._milestones
         super().reach(name, time_s)
         if is_first and name == FIRST_STEP:
             self.say(self.describe())
 
     def say(self, line: str) -> None:
-        """Add a line."""
+        """Add a log line."""
         self._lines.append(line)
 
     def take(self) -> list[str]:
-        """The lines since the last call."""
+        """Return the log lines since the last call."""
         lines, self._lines = self._lines, []
         return lines
 
     def fail(self, message: str) -> None:
-        """The run cannot go on; the first reason counts."""
+        """Record the error that ends the run. Only the first one is kept."""
         self._failure = self._failure or message
 
     def failure(self) -> str | None:
-        """Why the run cannot go on, or None."""
+        """Return the error that ends the run, or None."""
         return self._failure
 
 
 @dataclass(frozen=True)
 class GroupSize:
-    """What Ray is asked for: workers, the fewest and the most, and what each takes."""
+    """The smallest and the largest number of workers, and the CPUs, GPUs and torch threads of each worker."""
 
     num_workers: tuple[int, int]
     cpus: float
@@ -83,7 +83,10 @@ class GroupSize:
 
 
 def group_size(settings: TrainSettings, nodes: list[dict[str, Any]]) -> GroupSize:
-    """A worker per GPU, or one; a quarter of the CPUs is left to the tasks that feed them."""
+    """Return the size of the group: by default one worker per GPU, or one worker on CPUs.
+
+    Workers on CPUs take three quarters of them. The tasks that load examples use the rest.
+    """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = sum(node.get("GPU", 0) for node in resources)
     run = settings.run
@@ -97,18 +100,20 @@ def group_size(settings: TrainSettings, nodes: list[dict[str, Any]]) -> GroupSiz
 
 
 class Ended(threading.Event):
-    """That training has ended, and how."""
+    """An event that is set when the training has ended, with its error if it failed."""
 
     error: BaseException | None = None
 
 
 def fit_in_background(work: Work, size: GroupSize, worker: str = TRAIN_WORKER) -> Ended:
-    """Start Ray Train in a thread: in the main one it would take Ctrl-C for itself, and end with exit code 0.
+    """Start Ray Train in a thread and return the event of its end.
+
+    In the main thread, Ray Train would handle Ctrl-C itself and end the process with exit code 0.
 
     Args:
-        work: what each worker is told.
-        size: of the group.
-        worker: MODULE:NAME of the function that each calls with the work.
+        work: work for each worker.
+        size: size of the group.
+        worker: MODULE:NAME of the function that each worker calls with the work.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -124,7 +129,7 @@ def fit_in_background(work: Work, size: GroupSize, worker: str = TRAIN_WORKER) -
         ),
         run_config=RunConfig(
             name=f"{work.run_id}-{time.time_ns()}",
-            storage_path=tempfile.gettempdir(),  # nothing of ours goes there
+            storage_path=tempfile.gettempdir(),  # a required value; vlsm writes nothing there
             failure_config=FailureConfig(max_failures=work.settings.run.max_failures),
         ),
     )
@@ -133,7 +138,7 @@ def fit_in_background(work: Work, size: GroupSize, worker: str = TRAIN_WORKER) -
     def fit() -> None:
         try:
             trainer.fit()
-        except BaseException as error:  # whatever it is, the main thread is to know
+        except BaseException as error:  # the main thread handles every kind of error
             ended.error = error
         ended.set()
 

@@ -1,4 +1,4 @@
-"""What each worker of the train job does: Ray Train calls `train_worker` in all of them, and again after a death."""
+"""A worker of the train job. Ray Train calls `train_worker` in each worker, and again after the death of one."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ _PROGRESS_S = 10.0
 
 
 def train_worker(work: Work) -> None:
-    """Train to the end, or raise; what no repetition would mend is noted on the board and ends the run."""
+    """Train to the end, or raise. An error that another try cannot fix is put on the board and ends the run."""
     if ray.get(work.board.failure.remote()):
         return
     work.board.reach.remote("workers", time.time())
@@ -59,26 +59,26 @@ def train_worker(work: Work) -> None:
 
 
 def _explain(error: BaseException, settings: TrainSettings) -> str | None:
-    """Why the run cannot go on, or None where another try may succeed, as after a worker's death."""
+    """Return the message of an error that ends the run, or None if another try may succeed, as after a death."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, torch.cuda.OutOfMemoryError):
             run = settings.run
             return (
-                f"the GPU's memory is not enough: {chain}; lower run.micro_batch_size (now {run.micro_batch_size}; "
+                f"the GPU has too little memory: {chain}; lower run.micro_batch_size (now {run.micro_batch_size}; "
                 f"the result stays the same) or options.image_size, set optim.precision=bf16 (now "
                 f"{settings.optim.precision}), or with trainable=all run.fsdp=true (now {run.fsdp})"
             )
         if isinstance(chain, VlsmError):
             return str(chain)
         chain = getattr(chain, "cause", None) or chain.__cause__ or chain.__context__
-    # Ray and the processes' collectives fail when others die; anything else would fail again
-    passing = isinstance(error, ray.exceptions.RayError | RuntimeError | ConnectionError | TimeoutError)
-    return None if passing else f"{type(error).__name__}: {error}"
+    # Ray and torch's collectives raise these errors when other processes die; all other errors would come again
+    is_temporary = isinstance(error, ray.exceptions.RayError | RuntimeError | ConnectionError | TimeoutError)
+    return None if is_temporary else f"{type(error).__name__}: {error}"
 
 
 class Worker:
-    """One worker's part of a run."""
+    """The part of a run that one worker executes."""
 
     def __init__(self, work: Work) -> None:
         context = ray.train.get_context()
@@ -102,11 +102,11 @@ class Worker:
         self.train_scores: list[Score] = []
         self.val_scores: list[Score] = []
         self.clock = _Clock()
-        self.saver = ThreadPoolExecutor(1)  # a large model takes seconds to put, and much longer far away
+        self.saver = ThreadPoolExecutor(1)  # writing a large model takes seconds, and much longer to a remote store
         self.saving: Future[None] | None = None
 
     def run(self) -> None:
-        """From where the run is to its summary."""
+        """Train from the current state of the run to its end, test the best checkpoint, and write the summary."""
         stream = self.feed.stream(self._rest())
         try:
             while not self._is_over():
@@ -117,17 +117,18 @@ class Worker:
                 else:
                     self._validate(batch, pixels, targets)
         finally:
-            self.saver.shutdown()  # whatever ends it, the last good state is put first
+            self.saver.shutdown()  # also after an error: first the last good state is written
         stream.close()
         self.wait_until_saved()
         self._finish(self._test())
 
     def say(self, line: str) -> None:
-        """A line in the job's log."""
+        """Add a line to the job's log; only the first worker does so."""
         if self.rank == 0:
             self.board.say.remote(line)
 
     def _rest(self) -> Iterator[MicroBatch]:
+        """Yield the micro-batches from the current state to the end of the run."""
         first = self.state.epoch
         for epoch in range(first, self.settings.optim.epochs):
             yield from self.order.train(epoch, self.state.step if epoch == first else 0)
@@ -156,8 +157,8 @@ class Worker:
         if line := self.clock.tick(batch.batch_size):
             epoch = f"epoch {batch.epoch + 1} of {self.settings.optim.epochs}"
             self.say(f"{epoch}, step {self.state.step} of {self.order.num_steps}, loss {loss:.4f}, {line}")
-        often = self.settings.run.checkpoint_steps
-        if often and self.state.step % often == 0 and self.state.step < self.order.num_steps:
+        interval = self.settings.run.checkpoint_steps
+        if interval and self.state.step % interval == 0 and self.state.step < self.order.num_steps:
             self._save(self._all_train_scores())
 
     def _validate(self, batch: MicroBatch, images: torch.Tensor, masks: torch.Tensor) -> None:
@@ -168,7 +169,7 @@ class Worker:
             self.end_epoch(batch.epoch)
 
     def end_epoch(self, epoch: int) -> None:
-        """Score, save and tell an epoch, all workers together."""
+        """End an epoch in all workers together: compute its metrics, save the state, and log a line."""
         state, optim = self.state, self.settings.optim
         train, val = self._all_train_scores(), self._all_once(self.val_scores, "val")
         common = {"epoch": epoch + 1, "step": state.steps, "lr": self.learner.lr, **self.clock.end_epoch()}
@@ -197,41 +198,47 @@ class Worker:
         self.saving = self.saver.submit(put_progress, self.output, packed, best)
 
     def wait_until_saved(self) -> None:
-        """What is being put beside the training is there, or its error is raised."""
+        """Wait until the save in the background has ended, and raise its error if it failed."""
         if self.saving is not None:
             self.saving.result()
             self.saving = None
 
     def _all_train_scores(self) -> list[tuple[int, float, float]]:
-        own = gather([(score.example, score.loss, score.dice) for score in self.train_scores])
-        return self.state.scores + own
+        """Return the train scores of all workers in this epoch."""
+        new_scores = gather([(score.example, score.loss, score.dice) for score in self.train_scores])
+        return self.state.scores + new_scores
 
     def _all_once(self, scores: Sequence[Score], split: str) -> list[tuple[int, float, float]]:
-        """The scores of all workers, proved to be one per example of the split."""
-        found = gather([(score.example, score.loss, score.dice) for score in scores])
-        counts = Counter(score[0] for score in found)
-        wanted = Counter(number for number, record in enumerate(self.records) if record.split == split)
-        if counts != wanted:
+        """Return the scores of all workers after a check that each example of the split has exactly one.
+
+        Raises:
+            VlsmError: an example has no score or several.
+        """
+        all_scores = gather([(score.example, score.loss, score.dice) for score in scores])
+        counts = Counter(score[0] for score in all_scores)
+        expected = Counter(number for number, record in enumerate(self.records) if record.split == split)
+        if counts != expected:
             raise VlsmError(
-                f"{split} was to be scored once per example, {wanted.total()}; it was {counts.total()} times"
+                f"{split} has {counts.total()} scores of {len(counts)} examples; "
+                f"it must have one score of each of its {expected.total()} examples"
             )
-        return sorted(found)
+        return sorted(all_scores)
 
     def _rows(self, split: str, scores: list[tuple[int, float, float]], common: dict[str, Any]) -> list[Row]:
         named = [(self.records[example].dataset, loss, dice) for example, loss, dice in scores]
         datasets = [*self.settings.datasets, *self.settings.external]
-        own = dict.fromkeys(record.dataset for record in self.records)  # a manifest may name others
-        names = list(dict.fromkeys([*datasets, *own]))
+        named_in_records = [record.dataset for record in self.records]  # a manifest may name other datasets
+        names = list(dict.fromkeys([*datasets, *named_in_records]))
         return summarize(named, names, {"split": split, **common}, self.settings.external)
 
     def _test(self) -> list[Row]:
-        """Of the best checkpoint, as it will be used."""
+        """Return the test metrics of the best checkpoint, loaded in the same way as jobs.segment does it."""
         if not any(record.split == "test" for record in self.records):
             return []
         optim = self.settings.optim
         best = self.state.history.best_epoch(optim.monitor)
         self.say(f"testing the checkpoint of epoch {best}")
-        gather([])  # nobody reads before the first has written
+        gather([])  # wait until the first worker has written the checkpoint
         model = vlsm.load_checkpoint(storage.join(self.output, CHECKPOINT_NAME)).model
         tester = Learner(model, self.settings, self.order.num_steps, self.device)
         scores: list[Score] = []
@@ -244,7 +251,7 @@ class Worker:
         state, monitor = self.state, self.settings.optim.monitor
         best = state.history.best_epoch(monitor)
         if self.features is not None:
-            gather([])  # everybody is through with them
+            gather([])  # wait until no worker reads them any more
             shutil.rmtree(self.features.folder, ignore_errors=True)
         if self.rank:
             return
@@ -273,14 +280,14 @@ class Worker:
 
 
 class _Clock:
-    """How long epochs take, and when it is time for a line of progress."""
+    """The durations of epochs, and the time of the next progress line."""
 
     def __init__(self) -> None:
         self._epoch_s = self._said_s = time.monotonic()
         self._num_images = 0
 
     def tick(self, num_images: int) -> str | None:
-        """Images per second since the last line, where that is some seconds ago."""
+        """Count images; return images per second since the last progress line, or None for 10 s after that line."""
         self._num_images += num_images
         elapsed_s = time.monotonic() - self._said_s
         if elapsed_s < _PROGRESS_S:
@@ -290,7 +297,7 @@ class _Clock:
         return f"{rate:.1f} images/s"
 
     def end_epoch(self) -> dict[str, float]:
-        """What a row says of time."""
+        """Return the time fields of the epoch's rows, and start the next epoch."""
         seconds = time.monotonic() - self._epoch_s
         self._epoch_s = time.monotonic()
         return {"seconds": round(seconds, 3), "finished_at": time.time()}
