@@ -1,1 +1,1 @@
-"""What people are told of a run: its report, its status, its forecast, and the command that resumes it."""
+"""Information about runs for people: the report, the status, the forecast, and the command that resumes a run."""

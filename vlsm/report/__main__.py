@@ -1,4 +1,4 @@
-"""The command: the report of a run, one HTML file.
+"""The command that writes the report of a run as one HTML file.
 
 `python -m vlsm.report OUTPUT [FILE]`
 """
@@ -12,9 +12,9 @@ from vlsm.report.write import write_report
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write a run's report: one HTML file to open in a browser."""
+    """Write the report of a run: one HTML file to open in a browser."""
     parser = argparse.ArgumentParser(prog="python -m vlsm.report", description=main.__doc__)
-    parser.add_argument("output", metavar="OUTPUT", help="of a segment, train or evaluate run; local or s3://")
+    parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment, train or evaluate run; local or s3://")
     parser.add_argument("file", metavar="FILE", nargs="?", help="a local path (default: OUTPUT's name with .html)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

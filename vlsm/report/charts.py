@@ -1,4 +1,4 @@
-"""Charts as numbers in a drawing's own units; page.html draws them, page.css colours them for light and dark."""
+"""Charts as coordinates in SVG units. page.html draws them; page.css colours them for the light and the dark theme."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from vlsm.report.survey import Distribution
 from vlsm.training.history import MEAN
 
-WIDTH = 360  # of all charts: what a phone shows without making letters smaller
+WIDTH = 360  # of every chart; a phone shows this width without shrinking the letters
 _LEFT, _RIGHT = 38, 12
 _RIDGE_LEFT = 8
 _LIMITS = (0.05, 0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -18,7 +18,7 @@ _LIMITS = (0.05, 0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 @dataclass(frozen=True)
 class Ridge:
-    """Histograms below each other on one axis."""
+    """A chart of histograms, one below the other, with one common axis."""
 
     title: str
     height: int
@@ -29,7 +29,7 @@ class Ridge:
 
 @dataclass(frozen=True)
 class RidgeRow:
-    """The histogram of one group: bars of x, y, width, height and what they count; its median's place."""
+    """The histogram of one group: bars (x, y, width, height, text with range and count), and the line of its median."""
 
     label: str
     facts: str
@@ -42,7 +42,7 @@ class RidgeRow:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Values over epochs, or over what `x_label` says."""
+    """A chart of curves over epochs, or over the quantity in `x_label`."""
 
     title: str
     height: int
@@ -56,7 +56,7 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Curve:
-    """The `path` of an SVG, with a colour's number and whether it is dashed."""
+    """One curve: its name, the name of its colour in page.css, whether it is dashed, and its path in SVG syntax."""
 
     name: str
     color: str
@@ -65,16 +65,17 @@ class Curve:
 
 
 def draw_ridge(title: str, groups: Sequence[tuple[str, Distribution]]) -> Ridge:
-    """Histograms of groups, each as high as its own highest bar."""
-    limit = next(limit for limit in _LIMITS if limit >= min(1.0, max(found.highest for _, found in groups)))
+    """Return the histograms of groups. Each one is scaled to its own highest bar."""
+    highest = max(distribution.highest for _, distribution in groups)
+    limit = next(limit for limit in _LIMITS if limit >= min(1.0, highest))
     is_single = len(groups) == 1
-    step, room, number = (156, 112, 25) if is_single else (76, 40, 50)
+    step, max_height, num_bins = (156, 112, 25) if is_single else (76, 40, 50)
     width = WIDTH - _RIDGE_LEFT - _RIGHT
     rows = []
-    for place, (label, found) in enumerate(groups):
-        base, counts = place * step + step - 4.0, found.bins(limit, number)
-        heights = counts / max(1, counts.max()) * room
-        bar_width, edge = width / number, limit / number
+    for index, (label, distribution) in enumerate(groups):
+        base, counts = index * step + step - 4.0, distribution.bins(limit, num_bins)
+        heights = counts / max(1, counts.max()) * max_height
+        bar_width, edge = width / num_bins, limit / num_bins
         bars = [
             (
                 round(_RIDGE_LEFT + slot * bar_width + 0.5, 2),
@@ -88,17 +89,17 @@ def draw_ridge(title: str, groups: Sequence[tuple[str, Distribution]]) -> Ridge:
             )
             if count
         ]
-        median = found.median
-        facts = f"median {median:.2f} · mean {found.mean:.2f} · n {found.count:,}"
+        median = distribution.median
+        facts = f"median {median:.2f} · mean {distribution.mean:.2f} · n {distribution.count:,}"
         median_x = round(_RIDGE_LEFT + min(median / limit, 1) * width, 2)
-        rows.append(RidgeRow(label, facts, base - step + 20, base, bars, median_x, base - room - 4))
+        rows.append(RidgeRow(label, facts, base - step + 20, base, bars, median_x, base - max_height - 4))
     bottom = len(groups) * step - 4.0
     ticks = [(round(_RIDGE_LEFT + share * width, 2), f"{share * limit:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)]
     return Ridge(title, int(bottom + 24), rows, ticks, bottom)
 
 
 def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> LineChart:
-    """A column of metrics.parquet over the epochs, a colour per dataset, dashed in training."""
+    """Return a chart of one column of metrics.parquet over the epochs: one colour per dataset, train dashed."""
     rows = [row for row in metrics.to_pylist() if np.isfinite(row[name])]
     datasets = [name for name in dict.fromkeys(row["dataset"] for row in rows) if name != MEAN]
     shown = datasets if len(datasets) == 1 else [*datasets, MEAN]
@@ -108,16 +109,17 @@ def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> Lin
     y_ticks = [tick for tick in MaxNLocator(5).tick_values(0, highest) if tick >= 0]
     bottom, top = 200.0, 12.0
 
-    def place(epoch: float, value: float) -> tuple[float, float]:
+    def to_point(epoch: float, value: float) -> tuple[float, float]:
         x = _LEFT + (epoch - first) / (last - first) * (WIDTH - _LEFT - _RIGHT)
         return round(x, 1), round(bottom - value / y_ticks[-1] * (bottom - top), 1)
 
     lines = []
     for number, dataset in enumerate(shown):
         for split in ("train", "val"):
-            own = [place(row["epoch"], row[name]) for row in rows if (row["dataset"], row["split"]) == (dataset, split)]
-            if own:
-                path = "M" + " L".join(f"{x} {y}" for x, y in own)
+            chosen = [row for row in rows if (row["dataset"], row["split"]) == (dataset, split)]
+            if chosen:
+                points = [to_point(row["epoch"], row[name]) for row in chosen]
+                path = "M" + " L".join(f"{x} {y}" for x, y in points)
                 color = "mean" if dataset == MEAN else str(number % 6)
                 lines.append(Curve(f"{dataset}, {split}", color, split == "train", path))
     x_ticks = [tick for tick in MaxNLocator(6, integer=True).tick_values(first, last) if first <= tick <= last]
@@ -125,29 +127,29 @@ def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> Lin
         title,
         int(bottom) + 36,
         lines,
-        [(place(tick, 0)[0], f"{tick:.0f}") for tick in x_ticks],
-        [(place(first, tick)[1], f"{tick:.3g}") for tick in y_ticks],
+        [(to_point(tick, 0)[0], f"{tick:.0f}") for tick in x_ticks],
+        [(to_point(first, tick)[1], f"{tick:.3g}") for tick in y_ticks],
         bottom,
-        place(best_epoch, 0)[0] if best_epoch else None,
+        to_point(best_epoch, 0)[0] if best_epoch else None,
     )
 
 
 def draw_reliability(title: str, rows: Sequence[tuple[float, float, float]]) -> LineChart:
-    """A reliability diagram: the share of foreground over the probability, beside the line where both are equal.
+    """Return a reliability diagram: share of foreground over probability, and the diagonal where both are equal.
 
     Args:
-        title: of the chart.
-        rows: as `vlsm.calibration.reliability` gives them.
+        title: title of the chart.
+        rows: rows of `vlsm.calibration.reliability`.
     """
     bottom, top = 200.0, 12.0
 
     def path(points: Sequence[tuple[float, float]]) -> str:
-        places = [(_LEFT + x * (WIDTH - _LEFT - _RIGHT), bottom - y * (bottom - top)) for x, y in points]
-        return "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        scaled = [(_LEFT + x * (WIDTH - _LEFT - _RIGHT), bottom - y * (bottom - top)) for x, y in points]
+        return "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in scaled)
 
     lines = [
         Curve("validation pixels", "0", False, path([(mean, share) for mean, share, _ in rows])),
-        Curve("as often as it says", "mean", True, path([(0, 0), (1, 1)])),
+        Curve("perfect calibration", "mean", True, path([(0, 0), (1, 1)])),
     ]
     ticks = (0, 0.25, 0.5, 0.75, 1)
     x_ticks = [(_LEFT + tick * (WIDTH - _LEFT - _RIGHT), f"{tick:g}") for tick in ticks]

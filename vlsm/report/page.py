@@ -1,4 +1,4 @@
-"""A report as one HTML file that asks the network for nothing: its parts, and how they are put into page.html."""
+"""A report as one HTML file without network requests: the parts of the page, and the rendering with page.html."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ from vlsm.report.survey import METRICS, row_key
 from vlsm.version import __version__
 
 _CARD_WORDS = ("dataset", "split", "system", "prompt_name", "prompt", "status")
-_MAX_CONFIG = 100_000  # characters; a page stays small whatever its run was told
+_MAX_CONFIG = 100_000  # characters; the page stays small also if the run has many settings
 _MAX_TABLE_ROWS = 300
 
 
@@ -33,7 +33,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a table: its text, and of a mean its interval as shares of the width (low, mean, high)."""
+    """A cell of a table: its text, and for a mean its interval (low, mean, high) in percent of the width."""
 
     text: str
     is_number: bool = False
@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows."""
+    """A table: names of the columns, rows of cells, and a note below them."""
 
     head: list[str]
     rows: list[list[Cell]]
@@ -51,15 +51,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Case:
-    """A row that is shown: large in a section, small in the gallery.
+    """An output row with its picture, large in a section or small in the gallery.
 
     Attributes:
         title: the image_id.
-        uris: of its pictures.
-        problem: why there are none.
-        facts: label and text of its numbers.
-        words: what else is told of it, and of the gallery's filters.
-        numbers: of the gallery's ranges.
+        uris: data URIs of its pictures.
+        problem: why there is no picture, or None.
+        facts: label and text of each metric.
+        words: texts of the row, for display and for the gallery's filters.
+        numbers: metrics of the row, for the gallery's ranges.
     """
 
     title: str
@@ -72,7 +72,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: whatever of this it has."""
+    """A section of the page. Parts that are empty are not shown."""
 
     anchor: str
     title: str
@@ -86,19 +86,19 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """All of a report.
+    """The content of a report.
 
     Attributes:
-        kind: what is reported on.
-        title: of the page.
-        banner: what a reader must know first, such as that a run is not complete.
+        kind: kind of the run, such as "Training run".
+        title: title of the page.
+        banner: a warning above all else, such as "This run is not complete."; empty for none.
         stats: headline figures.
-        sections: in their order.
-        cards: of the gallery.
-        gallery_note: what the cards are chosen by.
-        outlines: names of those that are drawn: "prediction", "target".
-        record: config.yaml.
-        facts: label and text of where all this comes from.
+        sections: sections in the order of the page.
+        cards: cases of the gallery.
+        gallery_note: how the cards were chosen.
+        outlines: the outlines in the pictures: "prediction", "target".
+        record: content of config.yaml.
+        facts: label and text of each fact about the origin of the results.
     """
 
     kind: str
@@ -114,7 +114,7 @@ class Page:
 
 
 def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = False) -> Case:
-    """A row with its picture as a card, or as a large case."""
+    """Return a row with its picture as a card of the gallery, or as a large case."""
     words = {name: shorten(str(row[name])) for name in _CARD_WORDS if row.get(name) is not None}
     numbers = {name: float(row[name]) for name in METRICS if row.get(name) is not None}
     facts = [(METRICS[name], format_number(value)) for name, value in numbers.items()]
@@ -124,7 +124,7 @@ def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = 
 
 
 def as_table(rows: Iterable[dict[str, Any]], note: str = "") -> Table:
-    """Rows as a table with their own columns; `dice_mean` has the interval from `dice_low` to `dice_high` drawn."""
+    """Return rows as a table. Its columns are the keys of the first row. `dice_mean` gets a drawing of its interval."""
     rows = list(rows)
     head = list(rows[0]) if rows else []
     if len(rows) > _MAX_TABLE_ROWS:
@@ -148,12 +148,12 @@ def _as_cell(name: str, row: dict[str, Any]) -> Cell:
 
 
 def format_number(value: float) -> str:
-    """A number with three decimals, or two digits where those would not show it."""
+    """Return a number with three decimals, or with two significant digits if it is below 0.01."""
     return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
 
 
 def hide_places(tree: Any) -> Any:
-    """Settings without the folders of their paths: a page tells no more of places than ids do."""
+    """Return settings with the folders removed from all paths, since a report must not reveal storage locations."""
     if isinstance(tree, dict):
         return {key: hide_places(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -164,7 +164,7 @@ def hide_places(tree: Any) -> Any:
 
 
 def provenance(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """What of config.yaml says where results come from."""
+    """Return label and text of the facts in config.yaml about the origin of the results."""
     facts = [("Planned at", record.get("planned_at")), ("Git revision", record.get("git_revision"))]
     for name, value in record.items():
         if "digest" in name:
@@ -176,7 +176,7 @@ def provenance(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def render(page: Page) -> str:
-    """The page as HTML; everything that comes from data is escaped, and a policy forbids what it does not hold."""
+    """Return the page as HTML. All data are escaped; a security policy forbids scripts and sources from outside."""
     parts = {name: _read(f"page.{name}") for name in ("css", "js")}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

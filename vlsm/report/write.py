@@ -1,4 +1,4 @@
-"""A run to look at: one HTML file with figures, charts and pictures that needs no network."""
+"""The report of a run: one HTML file with figures, charts and pictures that needs no network."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from vlsm.report.trainings import training_page
 
 
 def write_report(output: str, file: str | Path | None = None) -> Path:
-    """Write the report of a run.
+    """Write the report of a run and return its path.
 
     Args:
         output: OUTPUT of a segment, train or evaluate run, finished or not, local or on an object store.
-        file: a local path; the name of OUTPUT with `.html`, in the current folder, unless told.
+        file: a local path; default: the name of OUTPUT with `.html`, in the current folder.
 
     Returns:
-        Where it was written.
+        Path of the report.
 
     Raises:
         ConfigError: there is no run at OUTPUT.
@@ -32,7 +32,7 @@ def write_report(output: str, file: str | Path | None = None) -> Path:
 
 
 def _page(output: str, title: str) -> Page:
-    """What is told of the run, by what its folder holds."""
+    """Return the page of a run. The files in OUTPUT tell the kind of the run."""
     with storage.name_errors("OUTPUT", output):
         names = storage.list_names(output)
     if "scores.parquet" in names:
