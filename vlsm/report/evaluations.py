@@ -15,14 +15,14 @@ from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import Extremes, Survey, scan
 
 _SCORES_NAME, _TABLE_NAME = "scores.parquet", "table.csv"
-_SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # names that a table may have as well
+_SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
 
 
 def evaluation_page(output: str, title: str) -> Page:
-    """All that is told of an evaluation.
+    """Return the report page of an evaluation.
 
     Raises:
-        ConfigError: OUTPUT has no config.yaml of a run.
+        ConfigError: there is no run at OUTPUT.
     """
     record, summary = parts.read_config(output), parts.read_finished_summary(output)
     fs, path = storage.open_uri(storage.join(output, _SCORES_NAME))
@@ -35,21 +35,21 @@ def evaluation_page(output: str, title: str) -> Page:
     for rows in scan(dataset):
         survey.add(rows)
     leader = _leader(table)
-    own, ends = _ends(dataset, leader)
+    leader_survey, ends = _ends(dataset, leader)
     painter = Painter(parts.open_reader(record["config"]), read_rle_masks)
     columns = ["mask_rle", "target_rle", "height", "width"]
     groups, cards = parts.show(ends, survey.sample, painter, columns, open_files)
-    of = f"Of {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
+    intro = f"From {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
     return Page(
         kind="Evaluation",
         title=title,
         banner="" if summary else "This evaluation is not complete.",
-        stats=_stats(table, leader, survey, own),
+        stats=_stats(table, leader, survey, leader_survey),
         sections=[
             *_scores(table),
-            *parts.distributions(survey, "scored rows, whatever the prompt"),
+            *parts.distributions(survey, "scored rows, of all prompts"),
             *parts.calibrations(_checkpoints(record["config"])),
-            Section("cases", "Cases to look at", shorten(of, 300), groups=groups, has_legend=True),
+            Section("cases", "Cases to look at", shorten(intro, 300), groups=groups, has_legend=True),
             *parts.failures(survey),
         ],
         cards=cards,
@@ -63,14 +63,14 @@ def evaluation_page(output: str, title: str) -> Page:
 
 
 def _checkpoints(config: dict[str, Any]) -> dict[str, str]:
-    """Where those of the systems are, by name."""
-    members = [member for own in config.get("systems", {}).values() for member in own]
+    """Return the locations of the systems' checkpoints by a short name."""
+    members = [member for system_members in config.get("systems", {}).values() for member in system_members]
     uris = [*config.get("checkpoints", ()), *(member["checkpoint"] for member in members)]
     return {"/".join(uri.rstrip("/").split("/")[-2:]): uri for uri in uris}
 
 
 def _read_table(output: str) -> list[dict[str, Any]]:
-    """The rows of table.csv, whatever columns it has; none where it is not written yet."""
+    """Return the rows of table.csv with all of its columns, or an empty list if the file does not exist yet."""
     uri = storage.join(output, _TABLE_NAME)
     if not storage.exists(uri):
         return []
@@ -83,7 +83,7 @@ def _read_table(output: str) -> list[dict[str, Any]]:
 
 
 def _scores(table: list[dict[str, Any]]) -> list[Section]:
-    """The table; what is the same in all of its rows is told once."""
+    """Return the section with the table. Texts that are equal in all rows become one line above it."""
     if not table:
         return []
     same = {
@@ -91,14 +91,17 @@ def _scores(table: list[dict[str, Any]]) -> list[Section]:
         for name, value in table[0].items()
         if len(table) > 1 and isinstance(value, str) and all(row[name] == value for row in table)
     }
-    told = "; ".join(f"{name.replace('_', ' ')}: {shorten(value)}" for name, value in same.items())
-    note = "The line beside a mean of Dice is its interval, on an axis from 0 to 1."
+    intro = "; ".join(f"{name.replace('_', ' ')}: {shorten(value)}" for name, value in same.items())
+    note = "The line beside a mean Dice shows its confidence interval on an axis from 0 to 1."
     rows = [{name: value for name, value in row.items() if name not in same} for row in table]
-    return [Section("scores", "Scores", told, tables=[as_table(rows, note)])]
+    return [Section("scores", "Scores", intro, tables=[as_table(rows, note)])]
 
 
 def _leader(table: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The system and prompt with the highest mean Dice over datasets, of prompts that tell nothing of the target."""
+    """Return the system and prompt with the highest mean Dice over datasets; None if there is no table.
+
+    Prompts that reveal the target are left out if there are others.
+    """
     wanted = {"system", "prompt_name", "dice_mean"}
     rows = [row for row in table if wanted <= row.keys() and isinstance(row["dice_mean"], float)]
     rows = [row for row in rows if row.get("prompt_class") in (None, "honest")] or rows
@@ -107,42 +110,48 @@ def _leader(table: list[dict[str, Any]]) -> dict[str, Any] | None:
         means.setdefault((row["system"], row["prompt_name"]), []).append(row["dice_mean"])
     if not means:
         return None
-    # a system that was not scored on all datasets cannot be compared with those that were
-    most = max(map(len, means.values()))
-    system, prompt_name = max((key for key in means if len(means[key]) == most), key=lambda key: sum(means[key]))
-    own = [row for row in rows if (row["system"], row["prompt_name"]) == (system, prompt_name)]
-    return {"system": system, "prompt_name": prompt_name, "rows": own}
+    # a system that was not scored on all datasets cannot be compared with systems that were
+    num_datasets = max(map(len, means.values()))
+    complete = [key for key in means if len(means[key]) == num_datasets]
+    system, prompt_name = max(complete, key=lambda key: sum(means[key]))
+    leader_rows = [row for row in rows if (row["system"], row["prompt_name"]) == (system, prompt_name)]
+    return {"system": system, "prompt_name": prompt_name, "rows": leader_rows}
 
 
 def _ends(dataset: ds.Dataset, leader: dict[str, Any] | None) -> tuple[Survey, parts.Ends]:
-    """Of the leader's rows, or all where there is none: what they say, and those at the ends of Dice and certainty."""
+    """Return a survey and the extreme cases of the leader's rows, or of all rows if there is no leader.
+
+    The cases have the highest, median and lowest Dice, and the lowest confidence and agreement.
+    """
     condition = None
     if leader:
         condition = pc.field("system") == leader["system"]
         condition &= pc.field("prompt_name") == leader["prompt_name"]
-    own = Survey(metric="dice", group="system")
+    survey = Survey(metric="dice", group="system")
     for table in scan(dataset, condition):
-        own.add(table)
-    dice = own.total("dice")
+        survey.add(table)
+    dice = survey.total("dice")
     ends = [
         ("Best", "highest Dice", Extremes("dice", is_highest=True)),
-        ("Median", "nearest to the median of Dice", Extremes("dice", around=dice.median if dice else 0.5)),
+        ("Median", "nearest to the median Dice", Extremes("dice", around=dice.median if dice else 0.5)),
         ("Worst", "lowest Dice", Extremes("dice")),
-        ("Least confident", "by the mean probability inside the mask", Extremes("confidence")),
-        ("Least agreement", "of the ensemble's members", Extremes("agreement")),
+        ("Least confident", "lowest mean probability inside the mask", Extremes("confidence")),
+        ("Least agreement", "between the ensemble's members", Extremes("agreement")),
     ]
     for table in scan(dataset, condition):
-        for *_, each in ends:
-            each.add(table)
-    return own, ends
+        for *_, extremes in ends:
+            extremes.add(table)
+    return survey, ends
 
 
-def _stats(table: list[dict[str, Any]], leader: dict[str, Any] | None, survey: Survey, own: Survey) -> list[Stat]:
+def _stats(
+    table: list[dict[str, Any]], leader: dict[str, Any] | None, survey: Survey, leader_survey: Survey
+) -> list[Stat]:
     stats = (
         [_lead(row, len(table) > 1) for row in leader["rows"][:3]] if leader else parts.metric_stats(survey, ("dice",))
     )
     if leader:
-        stats.append(Stat("Images", f"{own.num_rows:,}"))
+        stats.append(Stat("Images", f"{leader_survey.num_rows:,}"))
     counts = [(len(survey.values[name]), name) for name in ("system", "dataset")]
     several = ", ".join(f"{count:,} {name}s" for count, name in counts if count > 1)
     stats.append(Stat("Scores", f"{survey.num_rows:,}", several))
@@ -153,6 +162,6 @@ def _stats(table: list[dict[str, Any]], leader: dict[str, Any] | None, survey: S
 def _lead(row: dict[str, Any], is_best: bool) -> Stat:
     low, high = row.get("dice_low"), row.get("dice_high")
     interval = f"interval {low:.3f} to {high:.3f}; " if isinstance(low, float) and isinstance(high, float) else ""
-    what = " · ".join(str(row[name]) for name in ("dataset", "system", "prompt_name") if row.get(name))
+    origin = " · ".join(str(row[name]) for name in ("dataset", "system", "prompt_name") if row.get(name))
     label = "Mean Dice, the best of the table" if is_best else "Mean Dice"
-    return Stat(label, f"{row['dice_mean']:.3f}", interval + shorten(what), "lead")
+    return Stat(label, f"{row['dice_mean']:.3f}", interval + shorten(origin), "lead")

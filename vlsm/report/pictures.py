@@ -1,4 +1,4 @@
-"""Pictures of chosen rows, small enough for one page: outlines on the image, as data URIs."""
+"""Pictures of chosen rows as data URIs: images with outlines of the masks, small enough for one page."""
 
 import base64
 import io
@@ -21,9 +21,9 @@ from vlsm.images.reader import Reader
 from vlsm.report.survey import FILE, KEY, row_key
 from vlsm.segmentation import masks
 
-# Okabe and Ito's sky blue and orange: told apart with every kind of colour vision; dashes tell them apart without any.
+# Okabe and Ito's sky blue and orange differ for every kind of colour vision. The dashes also differ without colours.
 PREDICTION, TARGET = (86, 180, 233), (230, 159, 0)
-# A page is 30 cases of two pictures and 240 cards at most: 60 * 45 kB + 240 * 14 kB are 8.1 MB in base64.
+# A page has at most 30 cases with two pictures each, and 240 cards: 60 * 45 kB + 240 * 14 kB = 8.1 MB in base64.
 MAX_CASES, MAX_CARDS = 30, 240
 _CASE_PX, _CASE_BYTES = 600, 45_000
 _CARD_PX, _CARD_BYTES = 240, 14_000
@@ -37,12 +37,12 @@ Masks = tuple[np.ndarray | None, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Picture:
-    """What is seen of a row.
+    """The pictures of a row.
 
     Attributes:
-        card: a data URI of the image with outlines.
-        case: the same larger, and the image alone, for those that are shown large.
-        problem: why there are none.
+        card: data URI of the small image with outlines.
+        case: data URIs of the large image with outlines and without; empty if the row is shown only as a card.
+        problem: why there are no pictures, or None.
     """
 
     card: str = ""
@@ -51,11 +51,11 @@ class Picture:
 
 
 class Painter:
-    """Draws rows, each image read again from where it was.
+    """Draws rows. It reads each image again from its original location.
 
     Args:
-        reader: of the images.
-        read_masks: the row's prediction and target, (H, W) of 0 and 1 each, or None.
+        reader: reader of the images.
+        read_masks: returns a row's prediction and target, each (H, W) with values 0 and 1, or None.
     """
 
     def __init__(self, reader: Reader, read_masks: Callable[[dict[str, Any]], Masks]) -> None:
@@ -63,7 +63,7 @@ class Painter:
         self._away: set[str] = set()
 
     def draw(self, row: dict[str, Any], is_case: bool) -> Picture:
-        """A row as a card or as a case; where its image cannot be read, the reason."""
+        """Return the pictures of a row, with the large ones for a case; or the reason if its image cannot be read."""
         if row["status"] != "ok":
             return Picture(problem=describe_error(row) or str(row["status"]))
         store = str(row["image_uri"]).partition("://")[0] if "://" in str(row["image_uri"]) else ""
@@ -78,7 +78,7 @@ class Painter:
                 self._away.add(store)
             return Picture(problem=describe_error(row | {"error": str(error)}))
         if any(mask is not None and mask.shape != image.shape[:2] for mask in (prediction, target)):
-            return Picture(problem="its image has changed its size since")
+            return Picture(problem="the size of its image has changed since the run")
         return _as_picture(image, (prediction, target), is_case)
 
 
@@ -89,14 +89,14 @@ def paint(
     columns: Sequence[str],
     open_files: OpenFiles | None,
 ) -> dict[Key, Picture]:
-    """The pictures of rows by their keys; masks are read for one row at a time.
+    """Return the pictures of rows by row key. Only a few masks are in memory at a time.
 
     Args:
-        rows: as a survey chose them.
-        cases: keys of those that are shown large.
-        painter: draws one.
-        columns: what it needs beside a row's own.
-        open_files: makes a dataset of paths, those that rows were read from.
+        rows: rows that a survey has chosen.
+        cases: keys of the rows that are also shown large.
+        painter: draws a row.
+        columns: columns that the painter needs and the rows do not have.
+        open_files: opens the part files of the rows as a dataset; None if the rows have all columns already.
     """
     chosen = {row_key(row): row for row in rows}
     painted = {key: painter.draw(row, is_case=False) for key, row in chosen.items() if row["status"] != "ok"}
@@ -110,7 +110,7 @@ def paint(
 def _complete(
     chosen: dict[Key, dict[str, Any]], columns: Sequence[str], open_files: OpenFiles | None
 ) -> Iterator[dict[str, Any]]:
-    """The chosen rows with more of their columns, in the order of their files."""
+    """Yield the chosen rows with more columns, in the order of their files."""
     if open_files is None:
         yield from sorted(chosen.values(), key=lambda row: (row["image_uri"], row["selector"] or ""))
         return
@@ -121,30 +121,30 @@ def _complete(
         dataset = open_files([path])
         wanted = [name for name in (*KEY, "kind", *columns) if name in dataset.schema.names]
         condition = pc.field("image_id").isin([row["image_id"] for row in rows])
-        # masks may be of many megabytes: few rows at a time, and no files ahead of them
+        # masks may have many megabytes: read few rows at a time, and do not read ahead
         batches = dataset.to_batches(columns=wanted, filter=condition, batch_size=32, batch_readahead=1)
         for batch in batches:
             for more in batch.to_pylist():
-                if more.pop("kind", "mask") == "mask" and (found := chosen.get(row_key(more))) is not None:
-                    yield found | more
+                if more.pop("kind", "mask") == "mask" and (chosen_row := chosen.get(row_key(more))):
+                    yield chosen_row | more
 
 
 def describe_error(row: dict[str, Any]) -> str:
-    """A row's error without the folders of its file: a page tells no more of places than ids do."""
+    """Return a row's error with the folders removed, since a report must not reveal storage locations."""
     error = str(row.get("error") or "")
-    for name in ("image_uri", "mask_uri"):  # folders with spaces in their names, too
+    for name in ("image_uri", "mask_uri"):  # also folders with spaces in their names, which _FOLDERS does not match
         if folder := os.path.dirname(str(row.get(name) or "").partition("#")[0]):
             error = error.replace(f"{folder}/", "")
     return shorten(_FOLDERS.sub("", error), 300)
 
 
 def shorten(text: str, length: int = 160) -> str:
-    """A text of at most so many characters: what is left out of it is in the middle."""
+    """Return a text of at most `length` characters. A longer text loses its middle."""
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2 - 1) :]}"
 
 
 def read_rle_masks(row: dict[str, Any]) -> Masks:
-    """Prediction and target of a row that has them as run lengths."""
+    """Return prediction and target of a row that holds them as run lengths."""
     size = (row["height"], row["width"])
     prediction, target = (
         None if row.get(name) is None else masks.decode_mask(row[name], size) for name in ("mask_rle", "target_rle")
@@ -153,7 +153,7 @@ def read_rle_masks(row: dict[str, Any]) -> Masks:
 
 
 def read_target_file(row: dict[str, Any], threshold: int, max_pixels: int, max_bytes: int) -> Masks:
-    """The target of an example, whose mask is a file."""
+    """Return the target of a training example, read from its mask file; there is no prediction."""
     data = read_image_bytes(row["mask_uri"], None, max_bytes)
     return None, decode.decode_mask(data, row["mask_uri"], threshold, max_pixels)
 
@@ -167,9 +167,9 @@ def _as_picture(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:
 
 
 def _fit(image: np.ndarray, outlines: Masks, side: int) -> tuple[Image.Image, Image.Image]:
-    """The image with outlines and without, of at most so many pixels a side."""
+    """Return the image with outlines and without them, with at most `side` pixels on its longer side."""
     scale = side / max(image.shape[:2])
-    # small images are enlarged by whole numbers, so that their pixels can be seen
+    # small images are enlarged by an integer factor, so that their pixels stay visible
     factor = scale if scale < 1 else int(scale)
     size = tuple(max(1, round(edge * factor)) for edge in image.shape[1::-1])
     resampling = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
@@ -177,7 +177,7 @@ def _fit(image: np.ndarray, outlines: Masks, side: int) -> tuple[Image.Image, Im
     picture = np.array(plain)
     prediction, target = (None if mask is None else _shrink(mask, plain.size) for mask in outlines)
     thickness = 3 if side <= _CARD_PX else 4
-    # the one inside of its mask and the other around it: where they agree, both lines are seen
+    # the prediction's line is inside its mask, the target's line is outside: both are visible where the masks agree
     if target is not None:
         around = outline(np.pad(~target, thickness, constant_values=True), thickness)
         _draw_rim(picture, around[thickness:-thickness, thickness:-thickness], TARGET, is_dashed=True)
@@ -187,13 +187,13 @@ def _fit(image: np.ndarray, outlines: Masks, side: int) -> tuple[Image.Image, Im
 
 
 def _shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The mask at a picture's size (width, height), as bool; one of less than a pixel is shown as one."""
+    """Return the mask at a picture's size (width, height), as bool. A mask smaller than a pixel keeps one pixel."""
     share = np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BOX))
     return np.asarray(share >= min(128, max(1, int(share.max()))))
 
 
 def _draw_rim(picture: np.ndarray, rim: np.ndarray, color: tuple[int, int, int], is_dashed: bool) -> None:
-    """Colour the pixels of a rim, all or every other stretch of it as seen from its middle."""
+    """Colour the pixels of a rim. A dashed rim leaves gaps at regular angles around its centre."""
     rows, columns = np.nonzero(rim)
     if is_dashed and len(rows):
         turn = np.arctan2(rows - rows.mean(), columns - columns.mean()) / (2 * np.pi)
@@ -204,11 +204,11 @@ def _draw_rim(picture: np.ndarray, rim: np.ndarray, color: tuple[int, int, int],
 
 
 def _data_uri(picture: Image.Image, limit: int) -> str:
-    """The picture as WebP in at most so many bytes: of less quality first, then smaller."""
+    """Return the picture as WebP of at most `limit` bytes: reduce the quality first, then the size."""
     while True:
         for quality in (82, 60):
             buffer = io.BytesIO()
-            picture.save(buffer, "WEBP", quality=quality, method=2)  # half the time of the default, for 5 % more bytes
+            picture.save(buffer, "WEBP", quality=quality, method=2)  # half the time of the default, 5 % more bytes
             if (num_bytes := buffer.tell()) <= limit:
                 return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
         shrink = min(0.9, 0.95 * (limit / num_bytes) ** 0.5)

@@ -14,24 +14,24 @@ from vlsm.runs.schema import RESULT_SCHEMA
 
 
 def segmentation_page(output: str, title: str) -> Page:
-    """All that is told of a segment run.
+    """Return the report page of a segment run.
 
     Raises:
-        ConfigError: there is no run, or it has no masks yet.
+        ConfigError: there is no run at OUTPUT, or the run has no masks yet.
     """
     record, summary = parts.read_config(output), parts.read_finished_summary(output)
     dataset, members = open_results(output), record["config"]["members"]
     survey = Survey(metric="confidence", group="prompt")
     ends = [
-        ("Least confident", "by the mean probability inside the mask", Extremes("confidence")),
-        ("Least agreement", "of the ensemble's members", Extremes("agreement")),
+        ("Least confident", "lowest mean probability inside the mask", Extremes("confidence")),
+        ("Least agreement", "between the ensemble's members", Extremes("agreement")),
         ("Largest areas", "as a share of the image", Extremes("area_fraction", is_highest=True)),
-        ("At random", "from all masks", Extremes("priority")),
+        ("At random", "a random sample of all masks", Extremes("priority")),
     ]
     for table in scan(dataset, pc.field("kind") == "mask"):
         survey.add(table)
-        for *_, each in ends:
-            each.add(table)
+        for *_, extremes in ends:
+            extremes.add(table)
 
     def open_files(paths: list[str]) -> ds.Dataset:
         return ds.dataset(paths, schema=RESULT_SCHEMA, filesystem=dataset.filesystem, format="parquet")
@@ -63,31 +63,34 @@ def segmentation_page(output: str, title: str) -> Page:
 
 def _banner(record: dict[str, Any], survey: Survey) -> str:
     plan = record["plan"]
-    of = f" of {plan['num_images']:,} planned" if plan.get("is_complete", True) and "num_images" in plan else ""
-    return f"This run is not complete: {survey.images.total():,}{of} images are done so far."
+    is_counted = plan.get("is_complete", True) and "num_images" in plan
+    total = f" of {plan['num_images']:,} planned" if is_counted else ""
+    return f"This run is not complete: {survey.images.total():,}{total} images are done so far."
 
 
 def _stats(record: dict[str, Any], summary: dict[str, Any] | None, survey: Survey) -> list[Stat]:
     images = survey.images
     stats = [
-        Stat("Images", f"{images.total():,}", f"{survey.num_rows:,} rows, one for each prompt"),
+        Stat("Images", f"{images.total():,}", f"{survey.num_rows:,} rows, one per prompt"),
         Stat("Ok", f"{images['ok']:,}"),
         Stat("Failed", f"{images['failed']:,}", tone="warn" if images["failed"] else ""),
     ]
     if images["vanished"]:
         stats.append(Stat("Vanished", f"{images['vanished']:,}", "no longer in the archive"))
     if summary and summary.get("images_per_s"):
-        stats.append(Stat("Images a second", f"{summary['images_per_s']:,}", f"{summary['seconds']:,} s in all"))
+        stats.append(Stat("Images per second", f"{summary['images_per_s']:,}", f"{summary['seconds']:,} s in total"))
     return [*stats, *parts.metric_stats(survey, ("confidence", "agreement", "area_fraction"))]
 
 
 def _prompts(survey: Survey) -> list[Section]:
-    """A table of the prompts, where there are several."""
+    """Return a section with a table of the prompts, or no section if there is only one prompt."""
     rows = []
     for prompt, count in survey.values["prompt"].most_common(50):
-        found = {
+        by_metric = {
             name: survey.distributions.get((name, prompt)) for name in ("confidence", "agreement", "area_fraction")
         }
-        medians = {f"median {name}": each.median if each else None for name, each in found.items()}
+        medians = {
+            f"median {name}": distribution.median if distribution else None for name, distribution in by_metric.items()
+        }
         rows.append({"prompt": prompt, "rows": count} | medians)
     return [Section("prompts", "Prompts", tables=[as_table(rows)])] if len(rows) > 1 else []

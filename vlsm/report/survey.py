@@ -1,6 +1,6 @@
-"""One pass over the rows of a run, however many: counts, distributions, a sample, and what lies at the ends.
+"""One pass over all rows of a run: counts, distributions, a sample, and the extreme rows.
 
-Only columns without masks are read here, and only a bounded number of rows is kept.
+The pass does not read the mask columns, and it keeps only a bounded number of rows.
 """
 
 from collections import Counter, defaultdict
@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 METRICS = {"dice": "Dice", "confidence": "Confidence", "agreement": "Agreement", "area_fraction": "Area fraction"}
-KEY = ("dataset", "split", "system", "prompt_name", "prompt", "image_id", "mask_uri")  # of a row within its run
-FILE = "__filename"  # pyarrow's own column: the file that a row was read from
+KEY = ("dataset", "split", "system", "prompt_name", "prompt", "image_id", "mask_uri")  # unique in a run
+FILE = "__filename"  # a column that pyarrow adds: the file of the row
 _PLACES = ("image_id", "image_uri", "selector", "mask_uri")
 _WORDS = ("dataset", "split", "system", "prompt", "prompt_name", "prompt_class", "model", "status", "error")
 ROW = pa.schema(
@@ -24,8 +24,8 @@ ROW = pa.schema(
     + [pa.field(name, pa.float64()) for name in (*METRICS, "priority")]
 )
 _BATCH_ROWS = 1 << 14
-_FINE = 4000  # bins in which medians are looked up: they are right to 0.00025
-_MAX_VALUES = 1000  # distinct values of a column that are counted one by one; prompts may be as many as images
+_FINE = 4000  # bins of a distribution; a median is exact to 0.00025
+_MAX_VALUES = 1000  # distinct values that are counted separately; a run may have as many prompts as images
 _MAX_STRATA, _PER_STRATUM, _CANDIDATES = 200, 240, 512
 _OTHERS = "others"
 
@@ -35,15 +35,19 @@ def scan(
     condition: pc.Expression | None = None,
     computed: dict[str, pc.Expression] | None = None,
 ) -> Iterator[pa.Table]:
-    """The rows of a dataset in its order, in tables of some thousand rows with the columns of ROW.
+    """Yield the rows of a dataset in their order, in tables of some thousand rows with the columns of ROW.
 
-    A column that the dataset lacks is null; so is a number that is not finite. `priority` is drawn for each row from
-    its place alone, so that samples are the same each time. `computed` has columns that the
-    dataset lacks.
+    Missing columns and numbers that are not finite become null. `priority` is random, but depends only on the position
+    of the row, so that each scan gives the same samples.
+
+    Args:
+        dataset: rows of a run.
+        condition: filter of the rows, or None for all.
+        computed: expressions for columns that the dataset lacks.
     """
     known = set(dataset.schema.names)
     names = [name for name in ROW.names if name in known]
-    # pyarrow gives a file's name beside plain columns only
+    # pyarrow can add the file's name only to plain columns, not to expressions
     columns = {name: pc.field(name) for name in names} | computed if computed else [*names, FILE]
     batches: list[pa.RecordBatch] = []
     generator, num_rows = np.random.default_rng(0), 0
@@ -69,7 +73,7 @@ def _as_rows(table: pa.Table, generator: np.random.Generator) -> pa.Table:
             if pa.types.is_floating(column.type):
                 values = pc.if_else(pc.is_finite(values), values, None)
         columns.append(values)
-    # a record that no run knows has no id
+    # an evaluation's row has no image_id if no segment run has its image
     names = pc.replace_substring_regex(columns[ROW.get_field_index("image_uri")], ".*/", "")
     columns[0] = pc.coalesce(columns[0], names)
     return pa.table(columns, schema=ROW)
@@ -77,47 +81,47 @@ def _as_rows(table: pa.Table, generator: np.random.Generator) -> pa.Table:
 
 @dataclass
 class Distribution:
-    """Of values in [0, 1]; the mean is exact, the median that of bins so fine that nobody sees the difference."""
+    """The distribution of values in [0, 1]. Its mean is exact; its median comes from 4,000 bins."""
 
     fine: np.ndarray = field(default_factory=lambda: np.zeros(_FINE, np.int64))
     total: float = 0.0
     highest: float = 0.0
 
     def add(self, values: np.ndarray) -> None:
-        """Count more values."""
-        places = np.clip((values * _FINE).astype(np.int64), 0, _FINE - 1)
-        self.fine += np.bincount(places, minlength=_FINE)
+        """Add values."""
+        indices = np.clip((values * _FINE).astype(np.int64), 0, _FINE - 1)
+        self.fine += np.bincount(indices, minlength=_FINE)
         self.total += float(values.sum())
         self.highest = max(self.highest, float(values.max(initial=0.0)))
 
     @property
     def count(self) -> int:
-        """How many values there are."""
+        """The number of values."""
         return int(self.fine.sum())
 
     @property
     def mean(self) -> float:
-        """Of all values; there must be one."""
+        """The mean of all values. It needs at least one value."""
         return self.total / self.count
 
     @property
     def median(self) -> float:
-        """Of all values; there must be one."""
-        middle = [(self.count + 1) // 2, self.count // 2 + 1]  # one and the same where there is an odd number
+        """The median of all values. It needs at least one value."""
+        middle = [(self.count + 1) // 2, self.count // 2 + 1]  # equal if the count is odd
         return float(np.mean(np.searchsorted(self.fine.cumsum(), middle)) + 0.5) / _FINE
 
     def bins(self, limit: float, number: int) -> np.ndarray:
-        """How many values there are in each of so many equal parts of [0, limit]."""
+        """Return the number of values in each of `number` equal parts of [0, limit]."""
         return self.fine[: round(_FINE * limit)].reshape(number, -1).sum(axis=1)
 
 
 class Extremes:
-    """The rows whose value of a column is the lowest, the highest, or nearest to another one.
+    """The rows with the lowest or highest values of a column, or with the values nearest to a given one.
 
     Args:
-        column: of ROW.
-        is_highest: whether high values count.
-        around: the value to be near to, instead of low or high.
+        column: a column of ROW.
+        is_highest: keep the highest values instead of the lowest.
+        around: keep the values nearest to this one instead.
     """
 
     def __init__(self, column: str, is_highest: bool = False, around: float | None = None) -> None:
@@ -125,7 +129,7 @@ class Extremes:
         self._kept = ROW.append(pa.field("distance", pa.float64())).empty_table()
 
     def add(self, table: pa.Table) -> None:
-        """Look at more rows; those without a value are passed over."""
+        """Add rows. Rows without a value, or with a status other than ok, are ignored."""
         table = table.filter(pc.and_(pc.is_valid(table[self._column]), pc.equal(table["status"], "ok")))
         values = table[self._column]
         distance = values if self._around is None else pc.abs(pc.subtract(values, self._around))
@@ -135,7 +139,7 @@ class Extremes:
         self._kept = merged.take(pc.select_k_unstable(merged, min(_CANDIDATES, len(merged)), keys)).combine_chunks()
 
     def rows(self, number: int) -> list[dict[str, Any]]:
-        """The first of them, at most one of an image."""
+        """Return the first `number` rows, at most one per image."""
         first: dict[tuple[Any, Any], dict[str, Any]] = {}
         for row in self._kept.to_pylist():
             first.setdefault((row["dataset"], row["image_id"]), row)
@@ -143,7 +147,7 @@ class Extremes:
 
 
 class Sample:
-    """Rows drawn from each kind of row: of each dataset, system, prompt, status and range of the first metric."""
+    """A random sample, stratified by dataset, split, system, prompt, status and range of a metric."""
 
     def __init__(self, metric: str) -> None:
         self._metric = metric
@@ -151,24 +155,24 @@ class Sample:
         self._kept = ROW.append(pa.field("stratum", pa.int64())).empty_table()
 
     def add(self, table: pa.Table) -> None:
-        """Look at more rows."""
+        """Add rows."""
         band = pc.cast(pc.floor(pc.multiply(pc.fill_null(table[self._metric], -1.0), 4.999)), pa.string())
-        # prompts of evaluations have names; those of archives may be as many as images, and then share one stratum
+        # evaluations have names of prompts; an archive may have as many prompts as images, which then share one stratum
         names = pc.coalesce(table["prompt_name"], table["prompt"])
         parts = [pc.fill_null(column, "") for column in (table["dataset"], table["split"], table["system"], names)]
         texts = pc.binary_join_element_wise(*parts, table["status"], band, "\0")
         for text in pc.unique(texts).to_pylist():
             if len(self._strata) < _MAX_STRATA:
                 self._strata.setdefault(text, len(self._strata))
-        places = pc.fill_null(pc.index_in(texts, pa.array(list(self._strata), pa.string())), _MAX_STRATA)
-        merged = pa.concat_tables([self._kept, table.append_column("stratum", places.cast(pa.int64()))])
+        strata = pc.fill_null(pc.index_in(texts, pa.array(list(self._strata), pa.string())), _MAX_STRATA)
+        merged = pa.concat_tables([self._kept, table.append_column("stratum", strata.cast(pa.int64()))])
         merged = merged.sort_by([("stratum", "ascending"), ("priority", "ascending")])
         numbers = merged["stratum"].to_numpy()
         rank = np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
         self._kept = merged.filter(pa.array(rank < _PER_STRATUM)).combine_chunks()
 
     def rows(self, number: int) -> list[dict[str, Any]]:
-        """So many rows, as evenly from all strata as they allow: one of each, then another of each."""
+        """Return `number` rows, evenly from all strata: one of each stratum, then a second one of each, and so on."""
         numbers = self._kept["stratum"].to_numpy()
         rank = np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
         order = np.lexsort((self._kept["priority"].to_numpy(), rank))[:number]
@@ -177,16 +181,17 @@ class Sample:
 
 @dataclass
 class Survey:
-    """What all rows together say.
+    """Counts and distributions of all rows.
 
     Attributes:
-        metric: that the sample is spread over.
-        group: the column whose values have distributions of their own.
-        num_rows: all of them.
-        images: of each status, counting rows that follow each other and are of one image as one.
-        values: of some columns, how many rows have each value.
-        distributions: by metric and value of the group.
-        reasons: why rows failed, how many, and the first few image_ids of each.
+        metric: metric whose ranges stratify the sample.
+        group: column whose values get separate distributions.
+        num_rows: number of rows.
+        images: number of images by status; consecutive rows of one image count once.
+        values: number of rows by column and value, for some columns.
+        distributions: distributions by metric and value of the group column.
+        reasons: number of failed rows by reason.
+        examples: the first failed rows of each reason.
     """
 
     metric: str
@@ -203,20 +208,20 @@ class Survey:
         self.sample = Sample(self.metric)
 
     def total(self, metric: str) -> Distribution | None:
-        """The distribution of a metric over all groups; None where no row has it."""
-        own = [found for (name, _), found in self.distributions.items() if name == metric]
-        if not own:
+        """Return the distribution of a metric over all groups, or None if no row has the metric."""
+        by_group = [distribution for (name, _), distribution in self.distributions.items() if name == metric]
+        if not by_group:
             return None
-        fine, total = np.sum([each.fine for each in own], axis=0), sum(each.total for each in own)
-        return Distribution(fine, total, max(each.highest for each in own))
+        fine, total = np.sum([each.fine for each in by_group], axis=0), sum(each.total for each in by_group)
+        return Distribution(fine, total, max(each.highest for each in by_group))
 
     def groups(self, metric: str, number: int) -> list[tuple[str, Distribution]]:
-        """The distributions of a metric in the groups with the most values, as many as asked for."""
-        own = [(name, found) for (key, name), found in self.distributions.items() if key == metric]
-        return sorted(sorted(own, key=lambda pair: -pair[1].count)[:number], key=lambda pair: pair[0])
+        """Return the distributions of a metric in the `number` groups with the most values, by name."""
+        named = [(name, distribution) for (key, name), distribution in self.distributions.items() if key == metric]
+        return sorted(sorted(named, key=lambda pair: -pair[1].count)[:number], key=lambda pair: pair[0])
 
     def add(self, table: pa.Table) -> None:
-        """Look at more rows."""
+        """Add rows."""
         self.num_rows += len(table)
         self._count_images(table)
         for name in ("status", "dataset", "system", "split", "prompt", "model"):
@@ -241,12 +246,12 @@ class Survey:
         table = table.filter(pc.equal(table["status"], "ok"))
         groups = pc.fill_null(table[self.group], "")
         for metric in METRICS:
-            is_there = pc.is_valid(table[metric])
-            values, names = table[metric].filter(is_there), groups.filter(is_there)
+            has_value = pc.is_valid(table[metric])
+            values, names = table[metric].filter(has_value), groups.filter(has_value)
             for name in pc.unique(names).to_pylist():
                 known = (metric, name) in self.distributions or len(self.distributions) < 4 * _MAX_STRATA
-                place = self.distributions.setdefault((metric, name if known else _OTHERS), Distribution())
-                place.add(values.filter(pc.equal(names, name)).to_numpy())
+                distribution = self.distributions.setdefault((metric, name if known else _OTHERS), Distribution())
+                distribution.add(values.filter(pc.equal(names, name)).to_numpy())
 
     def _count_failures(self, failed: pa.Table) -> None:
         for row in failed.select(["image_id", "image_uri", "error"]).to_pylist():
@@ -258,5 +263,5 @@ class Survey:
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a row from all others of its run."""
+    """Return the key of a row, which is unique in its run."""
     return tuple(row.get(name) for name in KEY)

@@ -21,7 +21,7 @@ from vlsm.training.history import MEAN, History, Row
 from vlsm.training.run import CHECKPOINT_NAME
 
 _EXAMPLES_NAME, _METRICS_NAME = "examples.parquet", "metrics.parquet"
-# what a row of a survey has and an example does not
+# columns of a survey that examples.parquet lacks
 _COMPUTED = {
     "image_id": pc.replace_substring_regex(pc.field("image_uri"), pattern=".*/", replacement=""),
     "status": pc.scalar("ok"),
@@ -29,10 +29,10 @@ _COMPUTED = {
 
 
 def training_page(output: str, title: str) -> Page:
-    """All that is told of a training run.
+    """Return the report page of a training run.
 
     Raises:
-        ConfigError: OUTPUT has no config.yaml of a run.
+        ConfigError: there is no run at OUTPUT.
     """
     record, summary = parts.read_config(output), parts.read_finished_summary(output)
     config, metrics = record["config"], _read_metrics(output)
@@ -72,7 +72,7 @@ def training_page(output: str, title: str) -> Page:
 
 
 def _read_metrics(output: str) -> pa.Table:
-    """metrics.parquet; no rows before the first epoch's end."""
+    """Return metrics.parquet as a table. It has no rows before the end of the first epoch."""
     uri = storage.join(output, _METRICS_NAME)
     if not storage.exists(uri):
         return History().table()
@@ -85,11 +85,11 @@ def _stats(config: dict[str, Any], history: History, best: int, survey: Survey) 
         rows = [row for row in history.rows if (row.split, row.dataset) == (split, MEAN)]
         rows = [row for row in rows if row.epoch == best] or (rows if split == "test" else [])
         if rows:
-            stats.append(Stat(label, f"{rows[-1].dice:.3f}", "mean over datasets, of the best epoch", "lead"))
+            stats.append(Stat(label, f"{rows[-1].dice:.3f}", "mean over datasets, best epoch", "lead"))
     epochs = max((row.epoch for row in history.rows), default=0)
     model = str(config.get("model") or "a checkpoint's")
     stats += [
-        Stat("Model", model, f"what learns: {config.get('trainable', 'all')}"),
+        Stat("Model", model, f"trainable: {config.get('trainable', 'all')}"),
         Stat("Best epoch", f"{best}" if best else "–", f"of {epochs} done, {config['optim']['epochs']} planned"),
         Stat("Examples", f"{survey.num_rows:,}", "in all splits"),
     ]
@@ -105,13 +105,13 @@ def _curves(metrics: pa.Table, best: int) -> Section:
 
 
 def _scores(history: History, best: int) -> list[Section]:
-    """Loss and Dice of the best epoch, and of the test that follows the last one."""
+    """Return a section with loss and Dice of the best epoch, and of the test, or no section before the first epoch."""
     rows = [row for row in history.rows if row.split == "test" or row.epoch == best]
     named = [
         {"split": row.split, "dataset": row.dataset, "examples": row.num_examples, "Dice": row.dice, "loss": row.loss}
         for row in rows
     ]
-    note = "Training's own figures are of the images as they were changed at random, while the weights moved."
+    note = "The values of train are measured during the epoch, on augmented images, while the weights change."
     return [Section("scores", "The best epoch", tables=[as_table(named, note)])] if named else []
 
 
@@ -120,7 +120,7 @@ def _counts(record: dict[str, Any]) -> Table:
     splits = [split for split in ("train", "val", "test") if any(key[0] == split for key in counts)]
     external = record["config"].get("external") or {}
     rows = [
-        {"dataset": name, "learned from": "no" if name in external else "yes"}
+        {"dataset": name, "used for training": "no" if name in external else "yes"}
         | {split: counts.get((split, name), 0) for split in splits}
         for name in dict.fromkeys(name for _, name in counts)
     ]
@@ -128,7 +128,7 @@ def _counts(record: dict[str, Any]) -> Table:
 
 
 def _checkpoint_facts(output: str) -> list[tuple[str, str]]:
-    """What checkpoint.yaml says of the checkpoint that the run has made."""
+    """Return prompt and threshold from checkpoint.yaml of the run's checkpoint."""
     uri = storage.join(output, CHECKPOINT_NAME, SETTINGS_NAME)
     if not storage.exists(uri):
         return []
