@@ -1,4 +1,4 @@
-"""The command that goes on with a run, from its record."""
+"""The command that resumes a run, built from its config.yaml."""
 
 import json
 import shlex
@@ -9,13 +9,14 @@ from vlsm.config import MemberSettings, SegmentSettings, Settings
 
 
 def rerun_command(record: dict[str, Any], *more: str) -> str:
-    """The command line of a segment run or a training, as a shell takes it.
+    """Return the shell command that resumes a segment run or a training.
 
-    Settings are those that were resolved then, but for defaults: a rerun would refuse others.
+    The command has all resolved settings of the run that differ from the defaults. A rerun with other settings is
+    refused.
 
     Args:
-        record: of the run.
-        more: words such as "retry_failed=true", to be set as well.
+        record: content of the run's config.yaml.
+        more: further settings, such as "retry_failed=true".
     """
     config = dict(record["config"])
     output = config.pop("output")
@@ -36,7 +37,7 @@ def rerun_command(record: dict[str, Any], *more: str) -> str:
 
 
 def _defaults(settings: type[Settings]) -> dict[str, Any]:
-    """The tree of all settings that have a default, as plain values."""
+    """Return the default values of all settings that have one, as a tree of plain values."""
     tree: dict[str, Any] = {}
     for name, info in settings.model_fields.items():
         group = info.annotation
@@ -48,7 +49,10 @@ def _defaults(settings: type[Settings]) -> dict[str, Any]:
 
 
 def _changed(tree: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """What differs, as key=value; JSON is YAML, and a group of settings is told from a setting that is a mapping."""
+    """Yield each setting that differs from its default as key=value. Values are JSON, which is also valid YAML.
+
+    A dictionary whose default is empty is one setting, such as `options`, and not a group of settings.
+    """
     for key, value in tree.items():
         default = defaults.get(key)
         if isinstance(value, dict) and isinstance(default, dict) and default:

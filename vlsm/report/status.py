@@ -1,4 +1,4 @@
-"""How far a run is, from storage alone: while it runs, and after it has died."""
+"""The status of a run, read from storage alone: it works while the run is active and after it has died."""
 
 import datetime
 import io
@@ -20,26 +20,26 @@ from vlsm.runs.record import read_record
 from vlsm.runs.results import part_name
 from vlsm.training.history import History, Row
 
-_MOST_READ = 256  # parts, each a few hundred kilobytes: of more a sample is read unless all are asked for
-_RECENT_S = 600.0  # what a rate is taken over, and a run may be silent for
+_MOST_READ = 256  # parts of a few hundred kilobytes; of more parts only a sample is read, unless exact is asked for
+_RECENT_S = 600.0  # window of the rate; a run that writes nothing for this time seems dead
 
 
 @dataclass(frozen=True)
 class SegmentStatus:
-    """How far a segment run is.
+    """The status of a segment run.
 
     Attributes:
-        is_finished: whether its rows were counted against its plan.
-        is_listing: whether INPUT was not yet listed to its end: what is planned is what is planned so far.
-        is_exact: whether all parts were read, not a sample of them.
-        planned_images, planned_parts: of the plan.
-        parts: that are written.
-        rows, ok, failed, vanished: rows, and images by their status, in them.
-        failed_by_reason: images by why they failed.
-        images_per_s: over the last ten minutes; None where less than two parts were written then.
-        seconds_left: at that rate.
-        silent_s: since something was written last; None where nothing was.
-        next_steps: what to do, a sentence each.
+        is_finished: whether the run has compared its rows with its plan and written its summary.
+        is_listing: whether INPUT is still being listed, so that the plan is not complete.
+        is_exact: whether all parts were read; False if only a sample was read.
+        planned_images, planned_parts: images and parts of the plan so far.
+        parts: number of written parts.
+        rows, ok, failed, vanished: number of rows in the written parts, and of images by status.
+        failed_by_reason: number of failed images by reason.
+        images_per_s: rate of the last ten minutes, or None if fewer than two parts were written in this time.
+        seconds_left: remaining time at this rate, or None if the rate is unknown.
+        silent_s: seconds since the last write, or None if nothing was written.
+        next_steps: one sentence for each next step.
     """
 
     is_finished: bool
@@ -61,13 +61,13 @@ class SegmentStatus:
 
 @dataclass(frozen=True)
 class TrainingStatus:
-    """How far a training is; what is not named here is as of a segment run.
+    """The status of a training. Attributes that are not listed have the same meaning as in `SegmentStatus`.
 
     Attributes:
-        epochs, planned_epochs: done, and to be done.
-        monitor: what tells a good epoch, "dice" or "loss" of validation.
-        best_epoch, best: the best so far, from 1, and its value; None before there is one.
-        seconds_per_epoch: the median.
+        epochs, planned_epochs: finished epochs, and epochs of the plan.
+        monitor: validation metric that chooses the best epoch, "dice" or "loss".
+        best_epoch, best: number of the best epoch so far, from 1, and its value; None before the first epoch has ended.
+        seconds_per_epoch: median duration of an epoch.
     """
 
     is_finished: bool
@@ -83,15 +83,15 @@ class TrainingStatus:
 
 
 def read_status(output: str, exact: bool = False, now_s: float | None = None) -> SegmentStatus | TrainingStatus:
-    """How far a run is.
+    """Return the status of a run.
 
     Args:
         output: OUTPUT of a segment run or a training, finished or not.
-        exact: read all parts of a segment run, however many.
-        now_s: seconds since 1970; the clock's unless told.
+        exact: read all parts of a segment run, and not only a sample if there are many.
+        now_s: current time in seconds since 1970; default: the clock's time.
 
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: there is no segment run and no training at OUTPUT.
     """
     record, now_s = read_record(output), time.time() if now_s is None else now_s
     if record is not None and "run_id" in record:
@@ -134,19 +134,19 @@ def _segment_status(output: str, record: dict[str, Any], exact: bool, now_s: flo
 
 
 def _count(output: str, plan: Plan, run_id: str, written: list[int], exact: bool) -> dict[str, Any]:
-    """Rows and images of the parts, by the keys of a summary."""
+    """Return the counts of rows and images in the written parts, with the keys of a summary."""
     if exact:
         counts, scale = compare_run(output, plan, run_id).counts if written else {}, 1.0
     else:
         shards = written[:: -(-len(written) // _MOST_READ)]
         counts, scale = sample_run(output, plan, run_id, shards), len(written) / len(shards)
     scaled = {key: round(value * scale) for key, value in counts.items()}
-    found = {key: scaled.get(key, 0) for key in ("rows", "ok", "failed", "vanished")}
-    return found | {"failed_by_reason": failed_by_reason(scaled)}
+    totals = {key: scaled.get(key, 0) for key in ("rows", "ok", "failed", "vanished")}
+    return totals | {"failed_by_reason": failed_by_reason(scaled)}
 
 
 def _rate(times: Sequence[float], images_per_part: float, now_s: float) -> float | None:
-    """Images a second since the first of the recent parts, which was begun before: the others are what came since."""
+    """Return images per second since the oldest recent part. That part was begun earlier, so it is not counted."""
     recent = [time_s for time_s in times if time_s > now_s - _RECENT_S]
     if len(recent) < 2:
         return None
@@ -157,13 +157,13 @@ def _next_steps(
     record: dict[str, Any], is_finished: bool, num_failed: int, silent_s: float | None, patience_s: float = _RECENT_S
 ) -> Iterator[str]:
     if not is_finished:
-        alive = silent_s is not None and silent_s < patience_s
-        what = "it seems to run; if it does not" if alive else "it seems not to run; if so"
-        yield f"{what}, this goes on from here: {rerun_command(record)}"
+        is_alive = silent_s is not None and silent_s < patience_s
+        state = "it seems to run; if it does not" if is_alive else "it seems not to run; if so"
+        yield f"{state}, this command resumes it: {rerun_command(record)}"
     elif num_failed:
-        yield f"this does the failed images again: {rerun_command(record, 'retry_failed=true')}"
+        yield f"this command repeats the failed images: {rerun_command(record, 'retry_failed=true')}"
     elif "run_id" in record:
-        yield f"nothing is left to do; this proves it: python -m jobs.verify {record['config']['output']}"
+        yield f"nothing is left to do; this command verifies it: python -m jobs.verify {record['config']['output']}"
     else:
         yield f"nothing is left to do; the checkpoint is {storage.join(record['config']['output'], 'checkpoint')}"
 
@@ -197,10 +197,10 @@ def _training_status(output: str, record: dict[str, Any], now_s: float) -> Train
 
 
 def describe_status(status: SegmentStatus | TrainingStatus) -> list[str]:
-    """The same, for a person: a line each."""
+    """Return lines that describe a status to a person."""
     lines = _describe_segments(status) if isinstance(status, SegmentStatus) else _describe_training(status)
     if status.silent_s is not None:
-        lines.append(f"written last: {_duration(status.silent_s)} ago")
+        lines.append(f"last write: {_duration(status.silent_s)} ago")
     return [f"state: {'finished' if status.is_finished else 'not finished'}", *lines, *status.next_steps]
 
 
@@ -217,8 +217,8 @@ def _describe_segments(status: SegmentStatus) -> list[str]:
         f"{about}{status.vanished:,} vanished",
     ]
     if status.images_per_s and status.seconds_left is not None:
-        of = " for what is planned so far" if status.is_listing else ""
-        lines.append(f"rate: {status.images_per_s:,.1f} images/s, {_duration(status.seconds_left)} left{of}")
+        scope = " for the images planned so far" if status.is_listing else ""
+        lines.append(f"rate: {status.images_per_s:,.1f} images/s, {_duration(status.seconds_left)} left{scope}")
     return lines
 
 
@@ -228,7 +228,7 @@ def _describe_training(status: TrainingStatus) -> list[str]:
         lines.append(f"best: {status.monitor} {status.best:.4f} of validation, epoch {status.best_epoch}")
     if status.seconds_per_epoch is not None and status.seconds_left is not None:
         left = f", {_duration(status.seconds_left)} left" if not status.is_finished else ""
-        lines.append(f"time: {_duration(status.seconds_per_epoch)} an epoch{left}")
+        lines.append(f"time: {_duration(status.seconds_per_epoch)} per epoch{left}")
     return lines
 
 
