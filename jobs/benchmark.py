@@ -1,4 +1,4 @@
-"""What the README claims about speed, each figure a ratio of two things measured in one run.
+"""Measure every figure that the README states about speed. Each ratio compares two measurements of one run.
 
 python -m jobs.benchmark models --json models.json
 python -m jobs.benchmark gpu --json gpu.json
@@ -13,7 +13,8 @@ python -m jobs.benchmark scale --rows 10000 --rows 1000000
 python -m jobs.benchmark torture
 python -m jobs.benchmark section
 
-Each writes its figures with --json; `section` writes the README's tables of all such files in `jobs/measured`.
+With --json a benchmark writes its figures to a file. `section` writes the README's tables from the files in
+`jobs/measured`.
 """
 
 import json
@@ -26,25 +27,25 @@ from typing import Any
 from jobs.benchmarks.figures import name_machine
 
 BENCHMARKS = {
-    "models": "each model on CPUs against the plain way",
-    "gpu": "each model on one GPU; needs no ray",
-    "pipeline": "the segment job's steady state against the bare model loop",
-    "peers": "the segment job against the usual ways without it",
-    "decode": "files to the model's square, in several libraries",
-    "output": "masks in Parquet against PNG files",
-    "train": "the train job's loop against a bare one",
-    "nodes": "both jobs on two nodes against one",
-    "start": "from a command to its first image",
-    "scale": "the segment job as its archive grows",
-    "torture": "the segment job, disturbed in every way",
+    "models": "each model on CPUs, against the plain way",
+    "gpu": "each model on one GPU; needs no Ray",
+    "pipeline": "the steady state of the segment job, against the bare model loop",
+    "peers": "the segment job, against the usual ways to run CLIPSeg without it",
+    "decode": "decoding files and resizing them to the model input, in several libraries",
+    "output": "masks in Parquet, against PNG files",
+    "train": "the loop of the train job, against a bare loop",
+    "nodes": "both jobs on two nodes, against one node",
+    "start": "seconds from a command to its first image",
+    "scale": "the segment job over archives of growing size",
+    "torture": "the segment job under faults: killed processes, lost nodes, a failing store, a full disk",
 }
-MEASURED = Path(__file__).parent / "measured"  # figures that the README shows, as benchmarks have written them
+MEASURED = Path(__file__).parent / "measured"  # figures in the README, as the benchmarks write them
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = ArgumentParser(
         prog="python -m jobs.benchmark", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
@@ -52,13 +53,13 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     for name, about in BENCHMARKS.items():
         command = commands.add_parser(name, help=about)
-        if name in words[:1]:  # no other is imported: a machine need not have what all of them need
+        if name in words[:1]:  # import only this one: others may need packages that are not installed
             module = _module(name)
             command.description = module.measure.__doc__
             module.add_arguments(command)
-            command.add_argument("--json", metavar="FILE", help="where to write the figures too")
+            command.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
             command.set_defaults(measure=module.measure)
-    commands.add_parser("section", help="the README's section of measured figures").set_defaults(measure=None)
+    commands.add_parser("section", help="rewrite the README's section of measured figures").set_defaults(measure=None)
     args = parser.parse_args(argv)
     if args.measure is None:
         before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
@@ -69,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measured_section() -> str:
-    """The README's section of measured figures, from the files in `jobs/measured`.
+    """Return the README's section of measured figures as Markdown, from the files in `jobs/measured`.
 
-    What one benchmark has measured on one machine is one table; of several files the `runs` are joined.
+    Files of the same benchmark and machine make one table: their `runs` are joined.
     """
     tables: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(MEASURED.glob("*.json")):
@@ -82,8 +83,8 @@ def measured_section() -> str:
     lines = []
     for (name, machine), figures in tables.items():
         lines += [f"`python -m jobs.benchmark {name}` on {machine}:", "", *_module(name).tell(figures), ""]
-    owed = [f"`{name}`" for name in BENCHMARKS if name not in {name for name, _ in tables}]
-    lines += [f"Still to be measured: {', '.join(owed)}.", ""] if owed else []
+    missing = [f"`{name}`" for name in BENCHMARKS if name not in {name for name, _ in tables}]
+    lines += [f"Still to be measured: {', '.join(missing)}.", ""] if missing else []
     return "\n".join(lines)
 
 

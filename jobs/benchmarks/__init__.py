@@ -1,1 +1,1 @@
-"""What `python -m jobs.benchmark` measures: a module for each of its subcommands, and what they share."""
+"""The measurements of `python -m jobs.benchmark`: one module per subcommand, and the modules that they share."""

@@ -1,4 +1,4 @@
-"""Drawn archives: JPEG files, and manifests of any length that name them in turns."""
+"""Drawn archives: JPEG files, and manifests of any length whose rows repeat these files."""
 
 import io
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from PIL import Image
 
 from jobs.phantoms import draw_phantom
 
-SIDES_PX = (480, 640)  # what endoscopes and ultrasound archives hold
+SIDES_PX = (480, 640)  # usual sizes of endoscopy and ultrasound images
 SMALL_PX = (48, 49)
 
 
 def draw_file(seed: int, sides_px: tuple[int, int] = SIDES_PX) -> bytes:
-    """A drawn image as a JPEG; between sides_px height and width vary."""
+    """Return a drawn image as the bytes of a JPEG file; its height and width lie between the two values of sides_px."""
     image, _ = draw_phantom(np.random.default_rng(seed), sides_px)
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=90)
@@ -22,7 +22,7 @@ def draw_file(seed: int, sides_px: tuple[int, int] = SIDES_PX) -> bytes:
 
 
 def write_files(folder: Path, count: int, sides_px: tuple[int, int] = SIDES_PX) -> list[Path]:
-    """So many of them, all different, in a folder of their own."""
+    """Write `count` different JPEG files into a new folder, and return their paths."""
     folder.mkdir(parents=True)
     paths = [folder / f"{number:05d}.jpg" for number in range(count)]
     for number, path in enumerate(paths):
@@ -31,8 +31,8 @@ def write_files(folder: Path, count: int, sides_px: tuple[int, int] = SIDES_PX) 
 
 
 def write_manifest(path: Path, uris: Sequence[str], num_rows: int) -> None:
-    """A list of so many rows, which name the files in turns: as many rows as there are files are all different."""
-    import pyarrow as pa  # here, for a machine that has torch and the networks' libraries alone
+    """Write a manifest of `num_rows` rows that name `uris` in order, over and over: neighbouring rows differ."""
+    import pyarrow as pa  # imported here: the gpu benchmark must run without pyarrow
     import pyarrow.parquet as pq
 
     schema = pa.schema([("image_id", pa.string()), ("image_uri", pa.string())])

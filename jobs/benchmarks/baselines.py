@@ -1,4 +1,4 @@
-"""CLIPSeg over a folder of images in the ways that are usual without this package, each as its documentation has it.
+"""Usual ways to run CLIPSeg over a folder of images without this package, each written as its documentation shows.
 
 python -m jobs.benchmarks.baselines WAY IMAGES OUTPUT CLIPSEG PROMPT [PROMPT ...]
 """
@@ -22,21 +22,21 @@ BATCH_SIZE = 4
 
 
 def main(way: str, images: str, output: str, clipseg: str, *prompts: str) -> None:
-    """Masks of a folder of JPEGs at the images' own sizes, one for each prompt.
+    """Write the masks of a folder of JPEGs: one mask per image and prompt, at the size of the image.
 
     Args:
         way: one of WAYS.
-        images: the folder.
+        images: folder of JPEG files.
         output: folder for the masks.
-        clipseg: folder of model and processor as transformers' from_pretrained takes it.
-        prompts: texts.
+        clipseg: folder with the model and the processor, as from_pretrained of transformers reads it.
+        prompts: one text per mask.
     """
     torch.set_num_threads(os.cpu_count() or 1)
     WAYS[way](sorted(Path(images).iterdir()), Path(output), clipseg, list(prompts))
 
 
 def run_card(files: list[Path], output: Path, clipseg: str, prompts: list[str]) -> None:
-    """The processor and the model of transformers in a plain loop, as the model's card shows it."""
+    """Run the processor and the model of transformers in a plain loop, as the model card shows it; write PNG files."""
     predict = _Card(clipseg, prompts)
     for file in files:
         with Image.open(file) as image:
@@ -46,7 +46,7 @@ def run_card(files: list[Path], output: Path, clipseg: str, prompts: list[str]) 
 
 
 def run_loader(files: list[Path], output: Path, clipseg: str, prompts: list[str]) -> None:
-    """A DataLoader with two workers, the model batch by batch and prompt by prompt, masks as PNG."""
+    """Run the model per batch and prompt behind a DataLoader with two workers; write PNG files."""
     processor, model = _load(clipseg)
     texts = processor.tokenizer(prompts, padding="max_length", return_tensors="pt")
     for chosen, sizes, pixel_values in DataLoader(
@@ -56,34 +56,37 @@ def run_loader(files: list[Path], output: Path, clipseg: str, prompts: list[str]
             tokens = {key: value[number].expand(len(chosen), -1) for key, value in texts.items()}
             with torch.inference_mode():
                 logits = model(pixel_values=pixel_values, **tokens).logits.reshape(len(chosen), *pixel_values.shape[2:])
-            for file, size, own in zip(chosen, sizes, logits, strict=True):
-                _write_mask(_mask(own, size), output, file, number)
+            for file, size, image_logits in zip(chosen, sizes, logits, strict=True):
+                _write_mask(_mask(image_logits, size), output, file, number)
 
 
 def run_ray_data(files: list[Path], output: Path, clipseg: str, prompts: list[str]) -> None:
-    """Ray Data's read_images, map_batches with one actor and write_parquet.
+    """Run Ray Data: read_images, map_batches with one actor, and write_parquet.
 
-    Reading and writing ask for a part of a CPU: with a whole one each, nothing is written on two cores before all is
-    read.
+    The reading and the writing tasks each request a quarter of a CPU. With a whole CPU each, a machine of two cores
+    writes nothing until it has read all images.
     """
     import ray
 
-    a_part = {"num_cpus": 0.25}
+    quarter_cpu = {"num_cpus": 0.25}
     ray.init(include_dashboard=False)
     images = ray.data.read_images(
         [str(file) for file in files],
         mode="RGB",
         include_paths=True,
         override_num_blocks=len(files) // images_per_block(prompts),
-        ray_remote_args=a_part,
+        ray_remote_args=quarter_cpu,
     )
-    size = images_per_block(prompts)  # else a file would hold several blocks
+    size = images_per_block(prompts)  # otherwise one file holds several blocks
     masks = images.map_batches(_CardActor, fn_constructor_args=(clipseg, prompts), batch_size=size, concurrency=1)
-    masks.write_parquet(str(output), ray_remote_args=a_part)
+    masks.write_parquet(str(output), ray_remote_args=quarter_cpu)
 
 
 def images_per_block(prompts: list[str]) -> int:
-    """Of Ray Data, which writes a file for each: with ten prompts an image takes many seconds."""
+    """Return the images in a block of Ray Data.
+
+    Ray Data writes one file per block. With ten prompts one image takes many seconds, so a block is one image then.
+    """
     return BATCH_SIZE if len(prompts) == 1 else 1
 
 
@@ -95,7 +98,7 @@ WAYS: dict[str, Callable[[list[Path], Path, str, list[str]], None]] = {
 
 
 class _Card:
-    """Masks of an image, (H, W) bool for each prompt."""
+    """A callable from an image to its masks: one array (H, W) bool per prompt."""
 
     def __init__(self, clipseg: str, prompts: list[str]) -> None:
         self.processor, self.model = _load(clipseg)
@@ -108,25 +111,25 @@ class _Card:
         with torch.no_grad():
             logits = self.model(**inputs).logits
         logits = logits.reshape(len(self.prompts), *inputs["pixel_values"].shape[2:])
-        return [_mask(own, (image.height, image.width)) for own in logits]
+        return [_mask(prompt_logits, (image.height, image.width)) for prompt_logits in logits]
 
 
 class _CardActor(_Card):
-    """The same for Ray Data."""
+    """The same callable for batches of Ray Data."""
 
     def __init__(self, clipseg: str, prompts: list[str]) -> None:
-        torch.set_num_threads(os.cpu_count() or 1)  # Ray allows an actor of one CPU a single one
+        torch.set_num_threads(os.cpu_count() or 1)  # Ray sets one thread in an actor with one CPU
         super().__init__(clipseg, prompts)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        """PNGs of the masks, one for each image and prompt."""
-        found = [
+        """Return the masks as PNG bytes, one row per image and prompt."""
+        image_masks = [
             list(map(_encode, super(_CardActor, self).__call__(Image.fromarray(image)))) for image in batch["image"]
         ]
         return {
             "path": np.repeat(batch["path"], len(self.prompts)),
-            "prompt": self.prompts * len(found),
-            "mask": list(itertools.chain(*found)),
+            "prompt": self.prompts * len(image_masks),
+            "mask": list(itertools.chain(*image_masks)),
         }
 
 
@@ -154,8 +157,8 @@ def _load(clipseg: str) -> tuple[Any, Any]:
 
 
 def _mask(logits: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    enlarged = functional.interpolate(logits[None, None], size, mode="bilinear", antialias=True)
-    return (torch.sigmoid(enlarged)[0, 0] >= 0.5).numpy()
+    resized = functional.interpolate(logits[None, None], size, mode="bilinear", antialias=True)
+    return (torch.sigmoid(resized)[0, 0] >= 0.5).numpy()
 
 
 def _encode(mask: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""Files to the model's square: this path against other libraries, on one core."""
+"""Compare decoding and resizing in this package with other libraries, from file bytes to model input, on one core."""
 
 import functools
 import importlib.util
@@ -23,29 +23,31 @@ OURS = "vlsm"
 _FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",)}
 _PACKAGES = {"Pillow": "pillow", "OpenCV": "opencv-python-headless", "torchvision": "torchvision"}
 
-Way = Callable[[bytes, int], np.ndarray]  # a file's bytes and S to (S, S, 3) uint8
+Way = Callable[[bytes, int], np.ndarray]  # (file bytes, S) -> image (S, S, 3) uint8
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark decode`."""
-    parser.add_argument("--folder", action="append", metavar="DIR", help="of JPEGs and PNGs, recursive (drawn ones)")
-    parser.add_argument("--images", type=int, default=60, metavar="N", help="of each format (60)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="in turns; the median counts (5)")
+    """Add the arguments of `python -m jobs.benchmark decode`."""
+    parser.add_argument(
+        "--folder", action="append", metavar="DIR", help="JPEGs and PNGs, recursive; may be repeated (drawn images)"
+    )
+    parser.add_argument("--images", type=int, default=60, metavar="N", help="images per format (60)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="interleaved rounds; the median counts (5)")
 
 
 def measure(args: Namespace) -> int:
-    """Images per second and core, from the bytes of a file to the square that a model takes, in several ways.
+    """Measure images per second on one core, from file bytes to the model input (S, S, 3), in several libraries.
 
-    Differences are of levels of 255, from what Pillow gives: the largest of any pixel, and the mean.
+    It also compares the pixels with those of Pillow: largest and mean absolute difference, on a scale of 0 to 255.
     """
     torch.set_num_threads(1)
-    Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit
+    Image.MAX_IMAGE_PIXELS = None  # decode_image checks its limit itself
     with tempfile.TemporaryDirectory() as drawn:
         folders = [Path(folder) for folder in args.folder or [_draw(Path(drawn), args.images)]]
         files = {name: _read(folders, suffixes, args.images) for name, suffixes in _FORMATS.items()}
     ways, left_out = _ways()
     for name in left_out:
-        print(f"left out: {name}, which is not installed")
+        print(f"left out: {name} is not installed")
     print(f"{'format':6} {'size':>4} {'way':22} {'images/s':>9} {'to Pillow':>10} {'largest':>8} {'mean':>7}")
     rows = []
     for name, data in files.items():
@@ -57,17 +59,17 @@ def measure(args: Namespace) -> int:
         if data
     }
     versions = {way: version(package) for way, package in _PACKAGES.items() if way not in left_out}
-    told = {"files": described, "drawn": not args.folder, "repeats": args.repeats, "versions": versions}
-    write_json(args.json, "decode", told | {"left_out": left_out, "runs": rows})
+    setup = {"files": described, "drawn": not args.folder, "repeats": args.repeats, "versions": versions}
+    write_json(args.json, "decode", setup | {"left_out": left_out, "runs": rows})
     return 0
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     drawn = "drawn " if figures["drawn"] else ""
     files = " and ".join(
-        f"{told['images']} {drawn}{name}s of {told['megapixels']:.2f} megapixels"
-        for name, told in figures["files"].items()
+        f"{sample['images']} {drawn}{name}s of {sample['megapixels']:.2f} megapixels"
+        for name, sample in figures["files"].items()
     )
     columns = list(dict.fromkeys((row["format"], row["size"]) for row in figures["runs"]))
     lines = [
@@ -78,13 +80,13 @@ def tell(figures: dict[str, Any]) -> list[str]:
         f"|---{'|---' * (len(columns) + 2)}|",
     ]
     for way in dict.fromkeys(row["way"] for row in figures["runs"]):
-        own = {(row["format"], row["size"]): row for row in figures["runs"] if row["way"] == way}
+        way_rows = {(row["format"], row["size"]): row for row in figures["runs"] if row["way"] == way}
         cells = [
-            f"{own[column]['images_per_s']:,.0f} ({own[column]['to_pillow']:.2f}x)" if column in own else ""
-            for column in columns
+            f"{way_rows[key]['images_per_s']:,.0f} ({way_rows[key]['to_pillow']:.2f}x)" if key in way_rows else ""
+            for key in columns
         ]
-        largest = max(row["largest_difference"] for row in own.values())
-        mean = np.mean([row["mean_difference"] for row in own.values()])
+        largest = max(row["largest_difference"] for row in way_rows.values())
+        mean = np.mean([row["mean_difference"] for row in way_rows.values()])
         lines.append(f"| {way} | {' | '.join(cells)} | {largest} | {mean:.2f} |")
     return [
         *lines,
@@ -100,14 +102,14 @@ def _compare(name: str, data: list[bytes], size: int, ways: dict[str, Way], repe
     seconds = alternate(repeats, *(functools.partial(_do_all, call, data, size) for call in ways.values()))
     pillow_s = seconds[list(ways).index("Pillow")]
     rows = []
-    for (way, call), own_s in zip(ways.items(), seconds, strict=True):
+    for (way, call), way_s in zip(ways.items(), seconds, strict=True):
         differences = [np.abs(call(file, size) - other) for file, other in zip(data, expected, strict=True)]
         row: dict[str, Any] = {
             "format": name,
             "size": size,
             "way": way,
-            "images_per_s": round(len(data) / own_s, 1),
-            "to_pillow": round(pillow_s / own_s, 3),
+            "images_per_s": round(len(data) / way_s, 1),
+            "to_pillow": round(pillow_s / way_s, 3),
             "largest_difference": int(max(difference.max() for difference in differences)),
             "mean_difference": round(float(np.mean([difference.mean() for difference in differences])), 4),
         }
@@ -123,7 +125,7 @@ def _do_all(call: Way, data: list[bytes], size: int) -> None:
 
 
 def _ways() -> tuple[dict[str, Way], list[str]]:
-    """By name, and the names of what is not installed."""
+    """Return the ways by name, and the names of the libraries that are not installed."""
     ways: dict[str, Way] = {OURS: _ours, "Pillow": _pillow, "Pillow, draft mode": _pillow_draft}
     ways["simplejpeg and Pillow"] = lambda data, size: _shrink(decode_image(data, ""), size)
     ways["torchvision"] = _torchvision
@@ -151,7 +153,7 @@ def _pillow(data: bytes, size: int) -> np.ndarray:
 
 
 def _pillow_draft(data: bytes, size: int) -> np.ndarray:
-    """JPEGs decoded at a half, quarter or eighth of their size, where that is not below the square's."""
+    """Resize a JPEG that Pillow decodes at 1/2, 1/4 or 1/8 of its size, if that is still at least `size`."""
     with Image.open(io.BytesIO(data)) as image:
         image.draft("RGB", (size, size))
         return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
@@ -178,7 +180,7 @@ def _num_pixels(data: bytes) -> int:
 
 
 def _read(folders: list[Path], suffixes: tuple[str, ...], count: int) -> list[bytes]:
-    """Files of one format, evenly over the folders' own order."""
+    """Return up to `count` files of one format, evenly spaced over the sorted paths."""
     paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     count = min(count, len(paths))
     return [paths[len(paths) * number // count].read_bytes() for number in range(count)]

@@ -1,4 +1,4 @@
-"""How figures are taken and written."""
+"""Measure figures fairly, and write them with the machine they come from."""
 
 import contextlib
 import json
@@ -14,25 +14,26 @@ import torch
 
 
 def alternate(repeats: int, *calls: Callable[[], object]) -> list[float]:
-    """The median seconds of each call, measured in turns, after one round that does not count."""
+    """Return the median seconds of each call. The calls are interleaved; a first warm-up round does not count."""
     seconds: list[list[float]] = [[] for _ in calls]
     for repeat in range(repeats + 1):
-        for call, own in zip(calls, seconds, strict=True):
+        for call, call_s in zip(calls, seconds, strict=True):
             start_s = time.perf_counter()
             call()
             if repeat:
-                own.append(time.perf_counter() - start_s)
-    return [statistics.median(own) for own in seconds]
+                call_s.append(time.perf_counter() - start_s)
+    return [statistics.median(call_s) for call_s in seconds]
 
 
 T = TypeVar("T")
-_LONGEST_S = 90.0  # in which quiet rounds are waited for
+_LONGEST_S = 90.0  # time limit for quiet rounds
 
 
 def quietest(repeats: int, measure_round: Callable[[], T]) -> tuple[list[T], float]:
-    """The rounds of a measurement in which others did least on this machine, and the most cores that they then took.
+    """Return the `repeats` rounds with the least foreign CPU load, and the largest load among them in cores.
 
-    It is over when there are so many in which they took less than a tenth of a core, or so many and no time left.
+    Foreign load comes from processes other than this one and its children. Measuring stops after `repeats` rounds with
+    less than 0.1 foreign cores, or after 90 s if there are `repeats` rounds by then.
     """
     rounds: list[tuple[float, int, T]] = []
     deadline_s = time.monotonic() + _LONGEST_S
@@ -48,13 +49,13 @@ def quietest(repeats: int, measure_round: Callable[[], T]) -> tuple[list[T], flo
 
 
 def _foreign_core_s() -> float:
-    """Core seconds that were not this process's and its children's."""
-    import psutil  # here, for a machine that has torch and the networks' libraries alone
+    """Return the CPU seconds of all processes except this one and its children."""
+    import psutil  # imported here: the gpu benchmark must run without psutil
 
     total = psutil.cpu_times()
-    own = psutil.Process()
+    this_process = psutil.Process()
     spent = total.user + total.nice + total.system + total.irq + total.softirq + total.steal
-    for process in (own, *own.children(recursive=True)):
+    for process in (this_process, *this_process.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             spent -= times.user + times.system
@@ -62,7 +63,7 @@ def _foreign_core_s() -> float:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What figures depend on."""
+    """Return the CPU, its number of cores, and the versions of torch and Python."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -71,13 +72,13 @@ def describe_machine() -> dict[str, Any]:
 
 
 def name_machine(figures: dict[str, Any]) -> str:
-    """The machine that figures come from, in words."""
+    """Return the device, or the CPU, and the torch version of measured figures as text."""
     device = figures.get("device") or f"{figures['cores']} cores of {figures['cpu']}"
     return f"{device}, torch {figures['torch']}"
 
 
 def write_json(path: str | None, benchmark: str, figures: dict[str, Any]) -> None:
-    """Put the figures, and the machine they come from, where the user wants them."""
+    """Write the figures and the description of this machine to a JSON file, if the user named one with --json."""
     if path:
-        told = {"benchmark": benchmark} | describe_machine() | figures
-        Path(path).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        report = {"benchmark": benchmark} | describe_machine() | figures
+        Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

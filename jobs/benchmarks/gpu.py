@@ -1,4 +1,4 @@
-"""What one GPU does: images per second of each model, and the CPU cores that it takes to decode for it."""
+"""Images per second of each model on one GPU, and the number of CPU cores that decode images fast enough for it."""
 
 import copy
 import math
@@ -27,28 +27,29 @@ from vlsm.models.prompts import PromptCache
 from vlsm.segmentation.metrics import dice_scores
 
 _NUM_FILES = 8
-_ROUND_S = 0.2  # of calls between two looks at the clock
+_ROUND_S = 0.2  # minimum duration of one timed series of calls
 
 
 @dataclass(frozen=True)
 class GpuSpeed:
-    """Of one model at its published size, with one prompt whose text features are at hand.
+    """Speed of one model at its published size, with one prompt whose text features are computed beforehand.
 
     Attributes:
-        name: as in MODELS.
+        name: key of MODELS.
         image_size: side of the input in pixels.
-        gflop: an image, counted as in `python -m vlsm.models`.
-        fp32_per_s: images per second as the networks stand: eager, float32, channels first.
-        bf16_per_s: as the Segmenter runs them: batch norms folded, channels last, bfloat16.
-        compiled_per_s: the same compiled; None where that fails.
-        peak_share: of the card's bfloat16 rate, as measured, that the compiled one reaches.
-        compile_s: the first compiled call.
-        graph_breaks: places where the compiler hands back to Python.
-        largest_difference: of probabilities, compiled or else bfloat16 against float32.
-        mask_dice: of the same two where half of all pixels are foreground: random weights give no better threshold.
-        decoded_per_s: files of about 560 x 560 pixels that one CPU core decodes and resizes.
-        decode_cores: that keep the card busy.
-        error: why the model could not be compiled.
+        gflop: operations per image in 10^9, counted as in `python -m vlsm.models`.
+        fp32_per_s: images per second of the unchanged network: eager, float32, channels first.
+        bf16_per_s: images per second as the Segmenter runs it: batch norms folded, channels last, bfloat16.
+        compiled_per_s: images per second of the same, compiled; None if it cannot be compiled.
+        peak_share: fraction of the measured bfloat16 peak rate that the compiled model, or else bf16_per_s, reaches.
+        compile_s: seconds of the first compiled call.
+        graph_breaks: number of places where the compiler returns to Python.
+        largest_difference: largest absolute difference of probabilities between float32 and compiled (or bfloat16).
+        mask_dice: Dice of the masks of the same two. The threshold is the median probability, because random weights
+            suggest no better one.
+        decoded_per_s: files of about 560 x 560 pixels per second that one CPU core decodes and resizes.
+        decode_cores: number of CPU cores that keep the GPU busy.
+        error: reason why the model could not be compiled, or None.
     """
 
     name: str
@@ -68,34 +69,35 @@ class GpuSpeed:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark gpu`."""
-    parser.add_argument("--model", action="append", choices=MODELS, help="one of the table; all of them by default")
+    """Add the arguments of `python -m jobs.benchmark gpu`."""
+    parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated (default: all models)")
     parser.add_argument(
-        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="in turns; the median counts (5)"
+        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="rounds; the median counts (5)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=32, choices=range(1, 4097), metavar="N", help="images at once (32)"
+        "--batch-size", type=int, default=32, choices=range(1, 4097), metavar="N", help="images per batch (32)"
     )
-    parser.add_argument("--device", default="cuda", help="of torch (cuda); cpu to try the benchmark itself")
-    parser.add_argument("--seconds-limit", type=float, default=math.inf, metavar="S", help="begin no model after that")
+    parser.add_argument("--device", default="cuda", help="torch device (cuda); cpu tries the benchmark without a GPU")
+    parser.add_argument("--seconds-limit", type=float, default=math.inf, metavar="S", help="start no model after S s")
 
 
 def measure(args: Namespace) -> int:
-    """Images per second of each model at its published size on one GPU, and the CPU cores it takes to feed it.
+    """Measure images per second of each model on one GPU, and the CPU cores needed to decode for it.
 
-    Eager float32 against bfloat16 as the Segmenter runs it, and that compiled, in turns. Images are on the card as
-    bytes; compiling is not in the rates. The peak is a large bfloat16 matrix product in the same run. The JPEGs that
-    CPU cores decode are drawn, between 480 and 640 pixels a side. Weights are random.
+    Models have their published sizes and random weights. Three variants run interleaved: eager float32, bfloat16 as the
+    Segmenter runs it, and the same compiled. Images are on the GPU as uint8 before the measurement; the rates exclude
+    compile time. The peak rate is that of a large bfloat16 matrix product in the same run. The CPU cores decode drawn
+    JPEGs with sides of 480 to 640 pixels.
     """
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("error: torch sees no CUDA device here; --device cpu tries the benchmark without one", file=sys.stderr)
         return 2
     started_s = time.monotonic()
-    # torch's shortcut for nn.MultiheadAttention makes attention maps; without it the attention is fused
+    # the fast path of nn.MultiheadAttention computes attention maps; without it torch uses fused attention
     torch.backends.mha.set_fastpath_enabled(False)
     bench = _Bench(torch.device(args.device), args.batch_size, args.repeats)
     figures: dict[str, Any] = bench.describe() | {"runs": [], "failed": {}, "left_out": []}
-    print(f"{figures['device']}: {bench.peak_flop_s / 1e12:.1f} TFLOP/s in bfloat16, {bench.batch_size} images at once")
+    print(f"{figures['device']}: {bench.peak_flop_s / 1e12:.1f} TFLOP/s in bfloat16, batches of {bench.batch_size}")
     print(_HEAD)
     for name in args.model or MODELS:
         if time.monotonic() - started_s > args.seconds_limit:
@@ -103,7 +105,7 @@ def measure(args: Namespace) -> int:
             continue
         try:
             speed = bench.measure(name)
-        except Exception as error:  # whatever a driver, a kernel or too little memory can cause: others may run
+        except Exception as error:  # any error of a driver, a kernel or the allocator: continue with the next model
             figures["failed"][name] = _explain(error)
             print(f"{name:15} failed: {figures['failed'][name]}", flush=True)
         else:
@@ -117,7 +119,7 @@ def measure(args: Namespace) -> int:
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
         f"{figures['peak_tflop_s']:.0f} TFLOP/s of bfloat16 in a large matrix product, {figures['batch_size']} images "
         f"at once, one prompt, medians of {figures['repeats']}. Cores to decode are those that reading and resizing "
@@ -136,7 +138,7 @@ def tell(figures: dict[str, Any]) -> list[str]:
 
 
 class _Bench:
-    """A device, what it can do at best, and files to decode for it."""
+    """A device, its measured peak rate, and JPEG files to decode."""
 
     def __init__(self, device: torch.device, batch_size: int, repeats: int) -> None:
         self.device, self.batch_size, self.repeats = device, batch_size, repeats
@@ -145,7 +147,7 @@ class _Bench:
         self._decoded_per_s: dict[int, float] = {}
 
     def describe(self) -> dict[str, Any]:
-        """What figures depend on."""
+        """Return the device, its peak rate, and the settings of the measurement."""
         is_cuda = self.device.type == "cuda"
         return {
             "device": torch.cuda.get_device_name(self.device) if is_cuda else "CPU",
@@ -158,8 +160,8 @@ class _Bench:
 
     @torch.no_grad()
     def measure(self, name: str) -> GpuSpeed:
-        """One model."""
-        torch.compiler.reset()  # else the ninth model finds the compiler's patience at an end
+        """Return the speed of one model."""
+        torch.compiler.reset()  # otherwise the ninth model reaches the recompile limit
         gflop = measure_cost(name).image_gflop
         with tempfile.TemporaryDirectory() as folder:
             model = build_architecture(name, Path(folder), "cpu").to(self.device)
@@ -179,7 +181,7 @@ class _Bench:
             self._synchronize()
             compile_s = time.perf_counter() - start_s
             calls.append(self._timed(compiled, images))
-        except Exception as error:  # compilers meet networks with every error that there is
+        except Exception as error:  # the compiler raises errors of many classes
             compile_s, problem, compiled = time.perf_counter() - start_s, _explain(error), ours
         rates = [self.batch_size / seconds for seconds in self._alternate(calls)]
         difference, dice = _compare(compiled(images), plain(images))
@@ -202,21 +204,21 @@ class _Bench:
         )
 
     def _measure_peak(self) -> float:
-        """Operations per second of a large matrix product in bfloat16."""
+        """Return the floating-point operations per second of a large matrix product in bfloat16."""
         side = 8192 if self.device.type == "cuda" else 512
         factors = torch.randn(2, side, side, device=self.device).to(torch.bfloat16)  # zeros would be faster
         (seconds,) = self._alternate([self._timed(lambda pair: pair[0] @ pair[1], factors)])
         return 2 * side**3 / seconds
 
     def _load(self, size: int) -> Tensor:
-        """A batch of the drawn images on the device, (B, S, S, 3) uint8."""
+        """Return a batch of drawn images on the device, (B, S, S, 3) uint8."""
         images = [resize_image(decode_image(data, "drawn"), size) for data in self.files]
         return torch.from_numpy(np.stack([images[index % len(images)] for index in range(self.batch_size)])).to(
             self.device
         )
 
     def _decode_rate(self, size: int) -> float:
-        """Files per second of one core."""
+        """Return the files per second that one core decodes and resizes."""
         if size not in self._decoded_per_s:
             (seconds,) = alternate(
                 self.repeats, lambda: [resize_image(decode_image(data, "drawn"), size) for data in self.files]
@@ -225,7 +227,7 @@ class _Bench:
         return self._decoded_per_s[size]
 
     def _timed(self, run: Callable[[Tensor], Tensor], argument: Tensor) -> tuple[Callable[[], None], int]:
-        """What runs for so long that a clock can tell, and how many calls that are."""
+        """Return a function that repeats `run` for about 0.2 s, and its number of calls."""
         run(argument)
         self._synchronize()
         start_s = time.perf_counter()
@@ -241,7 +243,7 @@ class _Bench:
         return repeat, count
 
     def _alternate(self, calls: list[tuple[Callable[[], None], int]]) -> list[float]:
-        """The median seconds of one call of each."""
+        """Return the median seconds per single call, for each entry of `calls`."""
         medians = alternate(self.repeats, *(repeat for repeat, _ in calls))
         return [seconds / count for seconds, (_, count) in zip(medians, calls, strict=True)]
 
@@ -253,7 +255,7 @@ class _Bench:
 def _forward(
     model: SegmentationModel, text_features: Features, dtype: torch.dtype | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """Images as bytes to logits, in float32 or under autocast."""
+    """Return a function from images (B, S, S, 3) uint8 to logits, in float32 or with autocast to `dtype`."""
 
     def run(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
@@ -266,10 +268,10 @@ def _forward(
 
 
 def _compare(logits: Tensor, expected: Tensor) -> tuple[float, float]:
-    """The largest difference of probabilities, and the mean Dice of masks cut at the expected median."""
-    found, wanted = (torch.sigmoid(values.float()) for values in (logits, expected))
+    """Return the largest difference of probabilities, and the mean Dice of masks at the median expected probability."""
+    actual, wanted = (torch.sigmoid(values.float()) for values in (logits, expected))
     median = wanted.median()
-    return float((found - wanted).abs().max()), float(dice_scores(found >= median, wanted >= median).mean())
+    return float((actual - wanted).abs().max()), float(dice_scores(actual >= median, wanted >= median).mean())
 
 
 def _explain(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""A training worker that does an epoch of a bare loop after each of its own."""
+"""A training worker that runs one epoch of a bare loop after each epoch of its own."""
 
 import json
 import time
@@ -18,18 +18,18 @@ from vlsm.images.decode import normalize
 from vlsm.models.prompts import PromptCache
 from vlsm.training.losses import segmentation_losses
 
-TURNS_NAME = "turns.json"  # in OUTPUT: the seconds of both, epoch by epoch
+TURNS_NAME = "turns.json"  # file in OUTPUT: the seconds of both loops, per epoch
 
 
 def train_in_turns(work: Work) -> None:
-    """What `jobs.benchmarks.train` has its workers do."""
+    """Train with an interleaved bare loop. `jobs.benchmarks.train` passes this function to its workers."""
     torch.set_num_threads(work.num_threads)
-    _InTurns(work).run()
+    _InterleavedWorker(work).run()
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the bare loop has in memory of one micro-batch."""
+    """One micro-batch of the bare loop, in memory."""
 
     pixel_values: Tensor
     targets: Tensor
@@ -37,29 +37,30 @@ class _Batch:
     features: Any
 
 
-class _InTurns(Worker):
-    """A worker that does an epoch of the bare loop after each of its own."""
+class _InterleavedWorker(Worker):
+    """A worker that runs one epoch of the bare loop after each epoch of its own."""
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         self._prompt_cache = PromptCache(self.learner.model)
         self._train = self._keep(self.feed.stream(self.order.train(0)))
         self._val = self._keep(self.feed.stream(self.order.evaluate("val", 0)))
-        self._turns: list[dict[str, float]] = []
+        self._epochs_s: list[dict[str, float]] = []
         self._started_s = time.perf_counter()
 
     def end_epoch(self, epoch: int) -> None:
-        """The worker's own epoch ends here; a bare one follows when all of it is saved."""
+        """End the epoch of the worker, wait until it is saved, then run a bare epoch."""
         times_s = [self._started_s, time.perf_counter()]
-        for part in (lambda: super(_InTurns, self).end_epoch(epoch), self.wait_until_saved, self._train_barely):
-            part()
+        end_epoch = super().end_epoch
+        for step in (lambda: end_epoch(epoch), self.wait_until_saved, self._train_bare_epoch):
+            step()
             times_s.append(time.perf_counter())
         names = ("steps_s", "end_s", "beside_s", "bare_s")
-        self._turns.append(
+        self._epochs_s.append(
             {name: after - before for name, before, after in zip(names, times_s, times_s[1:], strict=False)}
         )
         if self.rank == 0:
-            Path(self.output, TURNS_NAME).write_text(json.dumps(self._turns), encoding="utf-8")
+            Path(self.output, TURNS_NAME).write_text(json.dumps(self._epochs_s), encoding="utf-8")
         self._started_s = time.perf_counter()
 
     def _keep(self, stream: Iterable[Loaded]) -> list[_Batch]:
@@ -73,7 +74,7 @@ class _InTurns(Worker):
         prompts = list(batch.prompts) if model.learns_text else self._prompt_cache.encode(batch.prompts)
         return _Batch(pixel_values, torch.from_numpy(masks)[:, None].float(), prompts, features)
 
-    def _train_barely(self) -> None:
+    def _train_bare_epoch(self) -> None:
         network, optimizer, optim = self.learner.network, self.learner.optimizer, self.settings.optim
         learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         network.train()

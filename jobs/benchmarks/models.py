@@ -1,4 +1,4 @@
-"""Each model on the CPU against the plain way."""
+"""Each model on the CPU: this package against the plain way."""
 
 import copy
 import sys
@@ -28,7 +28,7 @@ _PROMPTS = [
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """Seconds per image of one model, ours and the plain way, with one prompt and with ten."""
+    """Seconds per image of one model with one prompt and with ten: ours, and the plain way."""
 
     name: str
     image_size: int
@@ -40,20 +40,21 @@ class ModelSpeed:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark models`."""
-    parser.add_argument("--model", action="append", choices=MODELS, help="one of the table; all of them by default")
+    """Add the arguments of `python -m jobs.benchmark models`."""
+    parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated (default: all models)")
     parser.add_argument(
-        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="in turns; the median counts (5)"
+        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="rounds; the median counts (5)"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
 
 
 def measure(args: Namespace) -> int:
-    """Seconds per image of each model at its published size, on the CPU, against the plain way.
+    """Measure seconds per image of each model at its published size on the CPU, ours against the plain way.
 
-    The plain way runs the text tower for every image on prompts padded to its context, the whole model once per prompt,
-    with batch norms as they are and channels first. Ours is the Segmenter, its prompts encoded once before. Networks
-    that see no text answer all prompts at once. Fails where the logits of both ways differ by more than a thousandth.
+    The plain way pads prompts to the context length of the text tower, and runs the whole model, text tower included,
+    once per image and prompt, with unfolded batch norms and channels first. Ours is the Segmenter, with prompts encoded
+    beforehand; a network without text input runs once for all prompts. The two ways run interleaved. The benchmark
+    fails if their logits differ by 0.001 of the largest logit or more.
     """
     torch.set_num_threads(args.threads)
     speeds = []
@@ -72,12 +73,15 @@ def measure(args: Namespace) -> int:
     write_json(args.json, "models", figures)
     wrong = [speed.name for speed in speeds if not speed.largest_difference < 1e-3]
     if wrong:
-        print(f"error: the two ways disagree for {', '.join(wrong)}", file=sys.stderr)
+        print(
+            f"error: the logits of the two ways differ by 0.001 of the largest or more: {', '.join(wrong)}",
+            file=sys.stderr,
+        )
     return 1 if wrong else 0
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
         f"Seconds an image of the Segmenter and of the plain way, {figures['threads']} threads, medians of "
         f"{figures['repeats']}:",
@@ -122,7 +126,7 @@ def _measure_model(name: str, repeats: int) -> ModelSpeed:
 
 
 class _PaddingTokenizer:
-    """Prompts padded to the text tower's context, as the public code has them."""
+    """A tokenizer that pads prompts to the context length of the text tower, as the public code does."""
 
     def __init__(self, towers: Towers) -> None:
         self.tokenizer: Any = towers.tokenizer
