@@ -1,4 +1,4 @@
-"""Two nodes against one, of one CPU each, and the seconds from submitting a job to its first image."""
+"""Both jobs on two nodes against one node, one CPU per node, and the seconds from submission to the first image."""
 
 import contextlib
 import os
@@ -24,17 +24,17 @@ from jobs.phantoms import write_labelled
 from vlsm.errors import ConfigError, ResultError
 
 _ROOT = Path(__file__).parents[2]
-_STORE_BYTES = 400 << 20  # of each node
+_STORE_BYTES = 400 << 20  # object store of each node
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """Of one job.
+    """Speed of one job on one node and on two.
 
     Attributes:
-        name: of the job.
-        start_s: from submitting it to its first image on one node, in seconds.
-        one_per_s, two_per_s: images a second in the steady state on one node and on two.
+        name: "segment" or "train".
+        start_s: seconds from submission to the first image, on one node.
+        one_per_s, two_per_s: images per second in the steady state, on one node and on two.
     """
 
     name: str
@@ -44,24 +44,26 @@ class Scaling:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark nodes`."""
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="in turns; the median counts (5)")
+    """Add the arguments of `python -m jobs.benchmark nodes`."""
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="interleaved rounds; the median counts (5)")
     parser.add_argument(
-        "--images", type=int, default=192, metavar="N", help="to segment (192); an eighth as many to train on"
+        "--images", type=int, default=192, metavar="N", help="images to segment (192); training gets N / 8"
     )
-    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="of the model, in pixels (224)")
+    parser.add_argument(
+        "--image-size", type=int, default=224, metavar="N", help="input side of the model, pixels (224)"
+    )
 
 
 def measure(args: Namespace) -> int:
-    """Both jobs, submitted to clusters whose nodes are held to one core of this machine each, with a full UNet-D.
+    """Measure both jobs with a full UNet-D on clusters of one and of two nodes. Each node has one core of this machine.
 
     Raises:
-        ConfigError: there are fewer than two cores, or the package's extra `cluster` is not installed.
+        ConfigError: this process may use fewer than two cores, or the extra `cluster` is not installed.
     """
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2 or find_spec("opencensus") is None:
         raise ConfigError(
-            "two nodes need two cores, and submitting needs the package's extra: pip install '.[cluster]'"
+            f"this benchmark needs two cores (here: {len(cores)}) and the package's extra: pip install '.[cluster]'"
         )
     print(f"{'job':8} {'start, s':>9} {'1 node':>9} {'2 nodes, images/s':>18} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -84,13 +86,13 @@ def measure(args: Namespace) -> int:
                     f"{scaling.two_per_s / scaling.one_per_s:5.2f}x; {repeat + 1} of {args.repeats}",
                     flush=True,
                 )
-            shape = {"repeats": repeat + 1, "images": args.images, "image_size": args.image_size}
-            write_json(args.json, "nodes", shape | {"runs": [asdict(scaling) for scaling in scalings]})
+            setup = {"repeats": repeat + 1, "images": args.images, "image_size": args.image_size}
+            write_json(args.json, "nodes", setup | {"runs": [asdict(scaling) for scaling in scalings]})
     return 0
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     rounds = f"medians of {figures['repeats']} rounds" if figures["repeats"] > 1 else "one round"
     lines = [
         f"Both jobs with a full `unet_d` at {figures['image_size']} pixels, by `ray job submit` on clusters "
@@ -118,17 +120,17 @@ def _summarize(name: str, one: list[tuple[float, float]], two: list[tuple[float,
 
 @contextlib.contextmanager
 def _cluster(cores: list[int]) -> Iterator[str]:
-    """A head without CPUs and a node on each core; the address to submit to."""
+    """Start a head without CPUs and one node per core; yield the address for job submission."""
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_num_workers_soft_limit", "64")  # as cluster.yaml has it
+    os.environ.setdefault("RAY_num_workers_soft_limit", "64")  # as in cluster.yaml
     port = free_port()
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "object_store_memory": _STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     allowed = os.sched_getaffinity(0)
     try:
         for core in cores:
-            os.sched_setaffinity(0, {core})  # what is started here stays there
+            os.sched_setaffinity(0, {core})  # processes that start now inherit this core
             cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
             os.sched_setaffinity(0, allowed)
         yield f"http://127.0.0.1:{port}"
@@ -138,7 +140,7 @@ def _cluster(cores: list[int]) -> Iterator[str]:
 
 
 def _submit(address: str, *words: str) -> float:
-    """Submit a job and wait for its end; the time at which it was submitted, since 1970 in seconds."""
+    """Submit a job, wait for its end, and return the time of submission in seconds since 1970."""
     submitted_s = time.time()
     submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address]
     command = [*submit, "--working-dir", str(_ROOT), "--", sys.executable, "-m", *words]
@@ -149,9 +151,9 @@ def _submit(address: str, *words: str) -> float:
 
 
 def _segment(address: str, folder: Path, output: Path, args: Namespace, num_nodes: int) -> tuple[float, float]:
-    """Seconds to the first part of four images, and images per second in the second half of the parts.
+    """Return the seconds to the first part of four images, and the images per second over the second half of the parts.
 
-    The second node's model comes some seconds after the first's, and has parts waiting for it by then.
+    The model of the second node loads some seconds after the first; the second half of the parts excludes this time.
     """
     words = ["jobs.segment", str(folder / "images"), str(output), "--checkpoint", str(folder / "checkpoint")]
     settings = "shard_rows=4", "run.batch_size=4", f"run.actors={num_nodes}..{num_nodes}"
@@ -162,15 +164,16 @@ def _segment(address: str, folder: Path, output: Path, args: Namespace, num_node
 
 
 def _train(address: str, folder: Path, output: Path, args: Namespace, num_nodes: int) -> tuple[float, float]:
-    """Seconds to the first step, and images per second in the epochs after the first."""
+    """Return the seconds to the first step, and the images per second over all epochs after the first."""
     settings = ["model=unet_d", f"options.image_size={args.image_size}", "optim.batch_size=8", "optim.epochs=3"]
     settings.append(f"run.workers={num_nodes}")
     words = ["jobs.train", str(output), "--dataset", f"drawn={folder / 'labelled'}"]
     submitted_s = _submit(address, *words, *_set(settings))
     rows = pq.read_table(output / "metrics.parquet").to_pylist()
-    first, *later = (row for row in rows if (row["split"], row["dataset"]) == ("train", "mean"))
-    start_s = first["finished_at"] - first["seconds"] - submitted_s
-    return start_s, sum(row["num_examples"] for row in later) / sum(row["seconds"] for row in later)
+    first_epoch, *later_epochs = (row for row in rows if (row["split"], row["dataset"]) == ("train", "mean"))
+    start_s = first_epoch["finished_at"] - first_epoch["seconds"] - submitted_s
+    num_examples = sum(row["num_examples"] for row in later_epochs)
+    return start_s, num_examples / sum(row["seconds"] for row in later_epochs)
 
 
 def _set(settings: "tuple[str, ...] | list[str]") -> list[str]:

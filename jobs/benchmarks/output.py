@@ -1,4 +1,4 @@
-"""Masks on disk: run lengths in Parquet, as the job writes them, against PNG files and bitmaps."""
+"""Masks on disk: the run lengths in Parquet that the segment job writes, against PNG files and bitmaps."""
 
 import functools
 import hashlib
@@ -19,7 +19,7 @@ from vlsm.images.decode import EXTENSIONS, decode_mask, resize_mask
 from vlsm.runs.results import read_masks, write_part
 from vlsm.segmentation.masks import describe_mask, encode_mask
 
-SIDE = 352  # pixels of the square that masks are measured at beside their own size
+SIDE = 352  # masks are measured at their own size and at SIDE x SIDE pixels
 SHARD_ROWS = 256
 OURS = "run lengths in Parquet"
 
@@ -28,17 +28,19 @@ Load = Callable[[Path], list[np.ndarray]]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark output`."""
-    parser.add_argument("--folder", action="append", metavar="DIR", help="of mask files, recursive (drawn ones)")
-    parser.add_argument("--masks", type=int, default=256, metavar="N", help="of each folder (256)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="in turns; the median counts (5)")
+    """Add the arguments of `python -m jobs.benchmark output`."""
+    parser.add_argument(
+        "--folder", action="append", metavar="DIR", help="masks, recursive; may be repeated (drawn masks)"
+    )
+    parser.add_argument("--masks", type=int, default=256, metavar="N", help="masks per folder (256)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="interleaved rounds; the median counts (5)")
 
 
 def measure(args: Namespace) -> int:
-    """Bytes of a mask, and milliseconds to write and to read it: the job's part files against a file per mask.
+    """Measure bytes per mask, and milliseconds to write and read it: part files of the job against one file per mask.
 
-    A part has whole rows, with all that the job says of a mask, in shards of 256. PNGs are what vlsm.export writes,
-    8 bits a pixel, and the same with 1 bit; bitmaps are 1 bit a pixel and nothing else.
+    A part file has 256 rows with all columns of the job. The PNG files have 8 bits per pixel, as vlsm.export writes
+    them, or 1 bit. A bitmap has 1 bit per pixel and no header.
     """
     rows = []
     print(f"{'masks of':20} {'size':>5} {'as':24} {'bytes':>8} {'to PNG':>7} {'write, ms':>10} {'read, ms':>9}")
@@ -55,7 +57,7 @@ def measure(args: Namespace) -> int:
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     png, one_bit = "PNG", "PNG, 1 bit"
     lines = [
         f"A mask at its own size and at {SIDE} x {SIDE}, medians of {figures['repeats']}: the job's parts, with all "
@@ -67,13 +69,13 @@ def tell(figures: dict[str, Any]) -> list[str]:
     ]
     cases = dict.fromkeys((row["name"], row["masks"], row["size"]) for row in figures["runs"])
     for name, count, size in cases:
-        own = {row["as"]: row for row in figures["runs"] if (row["name"], row["size"]) == (name, size)}
-        num_bytes = {way: row["bytes"] for way, row in own.items()}
+        way_rows = {row["as"]: row for row in figures["runs"] if (row["name"], row["size"]) == (name, size)}
+        num_bytes = {way: row["bytes"] for way, row in way_rows.items()}
         lines.append(
             f"| {name} ({count}) | {size} | {' | '.join(f'{value:,.0f}' for value in num_bytes.values())} | "
             f"{num_bytes[OURS] / num_bytes[png]:.2f} | {num_bytes[OURS] / num_bytes[one_bit]:.2f} | "
-            f"{own[OURS]['write_ms']:.2f} | {own[png]['write_ms']:.2f} | "
-            f"{own[OURS]['read_ms']:.2f} | {own[png]['read_ms']:.2f} |"
+            f"{way_rows[OURS]['write_ms']:.2f} | {way_rows[png]['write_ms']:.2f} | "
+            f"{way_rows[OURS]['read_ms']:.2f} | {way_rows[png]['read_ms']:.2f} |"
         )
     lines += ["", "A mask of dozens of objects, such as of nuclei, is all outline: its runs hold little that repeats."]
     return lines
@@ -87,17 +89,17 @@ def _compare(name: str, size: str, masks: list[np.ndarray], folder: Path, repeat
         "PNG, 1 bit": (functools.partial(_save_pngs, mode="1"), _load_pngs),
         "bitmap": (_save_bitmaps, functools.partial(_load_bitmaps, shapes=shapes)),
     }
-    places = [folder / str(number) for number in range(len(ways))]
-    for place in places:
-        (place / "masks").mkdir(parents=True)
-    saves = [functools.partial(save, masks, place) for (save, _), place in zip(ways.values(), places, strict=True)]
+    folders = [folder / str(number) for number in range(len(ways))]
+    for way_folder in folders:
+        (way_folder / "masks").mkdir(parents=True)
+    saves = [functools.partial(save, masks, target) for (save, _), target in zip(ways.values(), folders, strict=True)]
     write_s = alternate(repeats, *saves)
-    loads = [functools.partial(load, place) for (_, load), place in zip(ways.values(), places, strict=True)]
+    loads = [functools.partial(load, way_folder) for (_, load), way_folder in zip(ways.values(), folders, strict=True)]
     for load in loads:
         for mask, loaded in zip(masks, load(), strict=True):
             np.testing.assert_array_equal(mask, loaded)
     read_s = alternate(repeats, *loads)
-    num_bytes = [sum(file.stat().st_size for file in place.rglob("*.*")) / len(masks) for place in places]
+    num_bytes = [sum(file.stat().st_size for file in way_folder.rglob("*.*")) / len(masks) for way_folder in folders]
     shutil.rmtree(folder)
     rows = []
     for number, way in enumerate(ways):
@@ -118,7 +120,7 @@ def _compare(name: str, size: str, masks: list[np.ndarray], folder: Path, repeat
 
 
 def _describe(mask: np.ndarray) -> dict[str, Any]:
-    """A row as the job would write it."""
+    """Return a row as the job writes it, without mask_rle."""
     digest = hashlib.sha256(mask.tobytes()).hexdigest()
     probability = np.random.default_rng(int(digest[:8], 16)).uniform(0.5, 1, mask.shape).astype(np.float32)
     return {

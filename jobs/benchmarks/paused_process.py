@@ -1,4 +1,4 @@
-"""A process that can be held still, so that something else is measured between two looks at its steady state."""
+"""A process that can be paused, so that the benchmark can measure something else between two measurements of it."""
 
 import contextlib
 import os
@@ -16,21 +16,22 @@ import psutil
 from vlsm.errors import ResultError
 
 _ROOT = Path(__file__).parents[2]
-_LONGEST_S = 300.0  # until the next file
-_EVEN = {"RAY_worker_niceness": "0"}  # else whatever stirs on the machine slows what runs on Ray and nothing else
+_LONGEST_S = 300.0  # time limit for the next file
+_EVEN = {"RAY_worker_niceness": "0"}  # otherwise Ray's workers have a lower priority than all other processes
 
 
 class Held:
-    """A program that writes a file for each or some images, over an archive that it does not get to the end of.
+    """A program that writes one file per fixed number of images, and can be paused between measurements.
 
-    It is looked at from its third file on, when all of its processes are there.
+    Its archive is so large that it never finishes. Measurements begin after its third file, when all of its processes
+    exist.
 
     Args:
-        module: `python -m` this.
-        arguments: of it.
-        outputs: the folder into which it writes.
-        images_per_file: how many images a file stands for.
-        environment: of it, beside this process's own.
+        module: module that `python -m` runs.
+        arguments: arguments of the module.
+        outputs: folder of its output files.
+        images_per_file: number of images per output file; may be a fraction.
+        environment: variables in addition to those of this process.
     """
 
     def __init__(
@@ -69,14 +70,14 @@ class Held:
         self._log.close()
 
     def measure(self, seconds: float) -> tuple[float, dict[str, float]]:
-        """Let it go on for so many seconds and until the next file.
+        """Resume the program for `seconds` and until its next file, then pause it.
 
         Returns:
-            Images per second between the first and the last file that it wrote meanwhile, and the core seconds that an
-            image took, by kind of process: "driver", and Ray's "model" actors, other "tasks" and daemons ("ray").
+            Images per second between the first and the last file of this time, and the CPU seconds per image by kind of
+            process: "driver", and of Ray "model" (actors), "tasks" (other workers) and "ray" (daemons).
         """
         self._release()
-        first, start_s = self._wait_for_files(1)  # which was under way
+        first, start_s = self._wait_for_files(1)  # the file that was in progress
         before = self._core_seconds()
         time.sleep(seconds)
         last, end_s = self._wait_for_files(1)
@@ -86,12 +87,13 @@ class Held:
         return num_images / (end_s - start_s), {kind: (after[kind] - before[kind]) / num_images for kind in after}
 
     def _wait_for_files(self, count: int) -> tuple[int, float]:
-        """Until there are so many more; how many there are then, and when the last one was written."""
+        """Wait until there are `count` more files; return the number of files, and the time of the last one."""
         wanted, deadline_s = len(self._files()) + count, time.monotonic() + _LONGEST_S
         while len(files := self._files()) < wanted:
             if self._process.poll() is not None or time.monotonic() > deadline_s:
                 self._log.seek(0)
-                raise ResultError(f"a measured process ended or stood still: {self._log.read()[-1500:]}")
+                log = self._log.read()[-1500:]
+                raise ResultError(f"a measured process ended, or wrote no file in {_LONGEST_S:.0f} s: {log}")
             time.sleep(0.01)
         return len(files), max(file.stat().st_mtime for file in files)
 
@@ -99,7 +101,7 @@ class Held:
         return list(self._outputs.glob("[!.]*.*"))
 
     def _hold(self) -> None:
-        """Nothing of it goes on, but for Ray's daemons, which have nothing to do then."""
+        """Suspend all of its processes, except for the daemons of Ray, which are idle then."""
         for process, kind in self._processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if kind != "ray":
@@ -114,11 +116,11 @@ class Held:
         if self._process.poll() is not None:
             return []
         driver = psutil.Process(self._process.pid)
-        found = [(driver, "driver")]
+        kinds = [(driver, "driver")]
         for child in driver.children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # some come and go
-                found.append((child, _kind(child)))
-        return found
+            with contextlib.suppress(psutil.NoSuchProcess):  # short-lived processes may end meanwhile
+                kinds.append((child, _kind(child)))
+        return kinds
 
     def _core_seconds(self) -> Counter[str]:
         seconds = Counter[str]()
@@ -130,11 +132,11 @@ class Held:
 
 
 def _kind(process: psutil.Process) -> str:
-    """Of a child of the driver."""
+    """Return the kind of a child process of the driver: model, tasks, ray, or driver."""
     title = " ".join(process.cmdline())
     if title.startswith("ray::"):
         return "model" if "Actor" in title else "tasks"
-    return "driver" if "jobs." in title else "ray"  # a process that the driver has forked
+    return "driver" if "jobs." in title else "ray"  # "driver": a fork of the driver
 
 
 def hold_job(
@@ -145,10 +147,9 @@ def hold_job(
     read_ahead_bytes: int = 100 << 20,
     num_prompts: int = 1,
 ) -> Held:
-    """The segment job as a user starts it, but for the size of Ray's object store.
+    """Start the segment job as a user does, but with a small object store of Ray.
 
-    What is read ahead of the models is then as much after some parts as it will be at any time: as much is read as is
-    used.
+    The small store fills after some parts. From then on the job reads images exactly as fast as the models use them.
     """
     words = [
         *arguments,
@@ -159,7 +160,7 @@ def hold_job(
         f"shard_rows={images_per_part * num_prompts}",
     ]
     weights_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    # the weights lie there as well, and Ray Data fills half of the store: with less of it all is spilled to disk
+    # the store also holds the weights, and Ray Data uses at most half of it; a smaller store spills to disk
     store_bytes = 2 * (weights_bytes + read_ahead_bytes)
     environment = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(store_bytes)}
     return Held("jobs.segment", words, output / "masks", images_per_part, environment)

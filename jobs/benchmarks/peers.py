@@ -1,4 +1,4 @@
-"""The segment job against the usual ways to run CLIPSeg over a folder: the same images, weights and cores."""
+"""The segment job against the usual ways to run CLIPSeg over a folder, with the same images, weights and cores."""
 
 import contextlib
 import io
@@ -22,32 +22,32 @@ from jobs.benchmarks.figures import quietest, write_json
 from jobs.benchmarks.paused_process import Held, hold_job
 from vlsm.models.untrained import write_clipseg
 
-NUM_FILES, NUM_IMAGES = 64, 4096  # each file has so many names that no run gets to the end of them
-CLIPSEG: dict[str, Any] = {}  # fields of its configuration that are not as published
+NUM_FILES, NUM_IMAGES = 64, 4096  # hard links make 4096 images of 64 files; no run reaches the last one
+CLIPSEG: dict[str, Any] = {}  # configuration fields that differ from the published ones
 _PROMPTS = [
     f"a {size} {shape} polyp" for size in ("small", "large") for shape in ("flat", "round", "bright", "left", "right")
 ]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark peers`."""
+    """Add the arguments of `python -m jobs.benchmark peers`."""
     parser.add_argument(
-        "--prompts", type=int, action="append", choices=range(1, 11), metavar="N", help="of each image (1, and then 10)"
+        "--prompts", type=int, action="append", choices=range(1, 11), metavar="N", help="prompts per image (1, then 10)"
     )
-    parser.add_argument("--way", action="append", choices=WAYS, help="to compare with; all of them by default")
+    parser.add_argument("--way", action="append", choices=WAYS, help="peer to measure; may be repeated (default: all)")
     parser.add_argument(
-        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="in turns; the median counts (5)"
+        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="rounds; the median counts (5)"
     )
-    parser.add_argument("--seconds", type=float, default=5, metavar="S", help="of one measurement at least (5)")
+    parser.add_argument("--seconds", type=float, default=5, metavar="S", help="minimum duration of one measurement (5)")
 
 
 def measure(args: Namespace) -> int:
-    """Images a second of the segment job against the usual ways to run CLIPSeg, each in its steady state, in turns.
+    """Measure images per second of the segment job against the usual ways to run CLIPSeg, in interleaved steady states.
 
-    They are: transformers' processor and model in a plain loop as the model's card shows it; a torch DataLoader, the
-    model and a writer of PNGs; Ray Data's read_images, map_batches with one actor and write_parquet. All write masks
-    at the images' own sizes, with all cores for torch. The model has the published size and random weights. Fails where
-    the masks differ by more than a hundredth of their pixels.
+    "card": processor and model of transformers in a plain loop, as the model card shows. "loader": a torch DataLoader,
+    the model, and PNG files. "ray data": read_images, map_batches with one actor, and write_parquet. All write masks at
+    the size of the image, and let torch use all cores. The model has its published size and random weights. The
+    benchmark fails if the Dice between the masks of two ways is below 0.99.
     """
     rows = []
     print(f"{'prompts':>7} {'way':10} {'images/s':>9} {'ours':>9} {'ratio':>7} {'Dice':>7}")
@@ -65,7 +65,7 @@ def measure(args: Namespace) -> int:
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
         f"Full-size CLIPSeg over JPEGs of 560 x 560 pixels, the {figures['repeats']} quietest times of all, in turns; "
         "Dice is of all masks of both ways:",
@@ -95,7 +95,7 @@ def _measure(folder: Path, prompts: list[str], args: Namespace) -> list[dict[str
     job = hold_job(words, folder / "checkpoint", ours, 2 * images_per_block(prompts), num_prompts=len(prompts))
     with contextlib.ExitStack() as stack:
         held = {"ours": stack.enter_context(job)}
-        for way in ways:  # one after the other, so that each has all cores until it is held
+        for way in ways:  # one after another: each has all cores until it is paused
             arguments = [way, str(images), str(folder / way), str(clipseg), *prompts]
             held[way] = stack.enter_context(Held("jobs.benchmarks.baselines", arguments, folder / way, per_file[way]))
         rounds, foreign_cores = quietest(
@@ -122,7 +122,7 @@ def _measure(folder: Path, prompts: list[str], args: Namespace) -> list[dict[str
 
 
 def _write_model(folder: Path) -> Path:
-    """CLIPSeg as transformers takes it, its processor beside it, and the same as a checkpoint of ours."""
+    """Write CLIPSeg in the format of transformers and as a checkpoint; return the folder of the transformers model."""
     torch.manual_seed(0)
     clipseg = write_clipseg(folder / "clipseg", **CLIPSEG)
     model = vlsm.build_model("clipseg", source=str(clipseg))
@@ -130,23 +130,23 @@ def _write_model(folder: Path) -> Path:
     spec = model.image_spec
     images = ViTImageProcessor(size={"height": spec.size, "width": spec.size}, image_mean=spec.mean, image_std=spec.std)
     longest = CLIPSegConfig.from_pretrained(clipseg).text_config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(clipseg, model_max_length=longest)  # to which the model's card pads
+    tokenizer = AutoTokenizer.from_pretrained(clipseg, model_max_length=longest)  # the model card pads to this length
     CLIPSegProcessor(images, tokenizer).save_pretrained(clipseg)
     return clipseg
 
 
 def _read_masks(folder: Path, prompts: list[str]) -> dict[tuple[str, str], np.ndarray]:
-    """What one of the other ways has written."""
+    """Return the masks of one of the usual ways by (name of the image, prompt), from its PNG or Parquet files."""
     pngs = [(file.stem[:5], prompts[int(file.stem[6:])], file.read_bytes()) for file in folder.glob("[!.]*.png")]
     for file in folder.glob("*.parquet"):
-        with contextlib.suppress(pa.ArrowInvalid):  # one that was being written when it was ended
+        with contextlib.suppress(pa.ArrowInvalid):  # a file that was incomplete when the program ended
             rows = pq.read_table(file).to_pylist()
             pngs += [(Path(row["path"]).stem, row["prompt"], row["mask"]) for row in rows]
     return {(stem, prompt): np.asarray(Image.open(io.BytesIO(png))) for stem, prompt, png in pngs}
 
 
 def _dice(one: dict[tuple[str, str], np.ndarray], other: dict[tuple[str, str], np.ndarray]) -> float:
-    """Of all pixels of the masks that both have."""
+    """Return the Dice over all pixels of the masks that both dicts contain, or 1.0 if all of these are empty."""
     both = total = 0
     for key in one.keys() & other.keys():
         both += int(np.count_nonzero((one[key] > 0) & other[key]))

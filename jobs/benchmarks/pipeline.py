@@ -1,4 +1,4 @@
-"""The segment job's steady state against the bare model loop."""
+"""The steady state of the segment job, against the bare model loop."""
 
 import contextlib
 import os
@@ -28,15 +28,15 @@ from vlsm.segmentation.segmenter import Segmenter
 
 @dataclass(frozen=True)
 class Case:
-    """What is run.
+    """Model and archive of one measurement.
 
     Attributes:
-        options: of the model, None for the published architecture.
-        batch_size: images at once.
-        shard_rows: images of a part.
-        num_rows: of the manifest; no run gets to its end.
-        num_files: that they name in turns, no fewer than a shard has.
-        sides_px: of them.
+        options: options of the model; None for the published architecture.
+        batch_size: images per batch.
+        shard_rows: images per part file.
+        num_rows: rows of the manifest; no run reaches the last one.
+        num_files: number of different files that the rows name in order; at least shard_rows.
+        sides_px: range of the height and width of the files.
     """
 
     options: dict[str, Any] | None
@@ -58,19 +58,20 @@ _READ_AHEAD_BYTES = {"cpu": 100 << 20, "cuda": 4 << 30}
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Of one case from one source.
+    """Measured efficiency of one case from one source.
 
     Attributes:
-        name, source: of the case; "disk" or "S3".
-        batch_size: images at once.
-        job_per_s, bare_per_s: images a second, medians.
-        efficiency: the median ratio of the two, each pair measured one after the other.
-        lowest, highest: of these ratios.
-        foreign_cores: that others took meanwhile on this machine, at most.
-        core_ms: of an image in the job, by kind of process.
-        bare_core_ms: of an image in the bare loop.
-        core_efficiency: the median ratio of the two, all processes of the job together. Where cores are shared with
-            others it tells more than the ratio of rates.
+        name: name of the case.
+        source: "disk" or "S3".
+        batch_size: images per batch.
+        job_per_s, bare_per_s: median images per second of the job and of the bare loop.
+        efficiency: median ratio job_per_s / bare_per_s; each pair is measured directly one after the other.
+        lowest, highest: lowest and highest of these ratios.
+        foreign_cores: largest CPU load of other programs on this machine during the measurement, in cores.
+        core_ms: CPU milliseconds per image in the job, by kind of process.
+        bare_core_ms: CPU milliseconds per image in the bare loop.
+        core_efficiency: median ratio of bare_core_ms to the sum of core_ms. It is more meaningful than `efficiency` if
+            other programs use the same cores.
     """
 
     name: str
@@ -88,21 +89,24 @@ class Efficiency:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark pipeline`."""
-    parser.add_argument("--model", action="append", choices=CASES, help="all of them by default")
-    parser.add_argument("--source", action="append", choices=("disk", "S3"), help="where images are; both by default")
+    """Add the arguments of `python -m jobs.benchmark pipeline`."""
+    parser.add_argument("--model", action="append", choices=CASES, help="may be repeated (default: all)")
     parser.add_argument(
-        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="in turns; the median counts (5)"
+        "--source", action="append", choices=("disk", "S3"), help="location of the images (default: both)"
     )
-    parser.add_argument("--seconds", type=float, default=5, metavar="S", help="of one measurement at least (5)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="rounds; the median counts (5)"
+    )
+    parser.add_argument("--seconds", type=float, default=5, metavar="S", help="minimum duration of one measurement (5)")
 
 
 def measure(args: Namespace) -> int:
-    """Images a second of the segment job against the bare model loop: the same model, batch size and threads.
+    """Measure images per second of the segment job and of the bare model loop: same model, batch size and threads.
 
-    The job runs as a user starts it, over a manifest that it does not get to the end of. Its start is left
-    out: it is looked at from its third part on, and held still while the bare loop runs on tensors that are in memory,
-    in turns. Both use the GPU where there is one. The S3 server runs on the same cores. Weights are random.
+    The job runs as a user starts it, over a manifest so long that it never finishes. Its start does not count: the
+    measurement begins after its third part. The job and the bare loop run interleaved; the job is paused while the bare
+    loop runs on tensors in memory. Both use the GPU if there is one. The S3 server runs on the same cores. Weights are
+    random.
     """
     figures: dict[str, Any] = {"repeats": args.repeats, "seconds": args.seconds}
     if torch.cuda.is_available():
@@ -118,13 +122,13 @@ def measure(args: Namespace) -> int:
             for source in args.source or ("disk", "S3"):
                 row = _measure(case, name, source, folder, files, args)
                 rows.append(asdict(row))
-                told = ", ".join(f"{kind} {ms:.2f}" for kind, ms in row.core_ms.items())
-                told += (
+                core_times = ", ".join(f"{kind} {ms:.2f}" for kind, ms in row.core_ms.items())
+                core_times += (
                     f"; bare {row.bare_core_ms:.2f}: {row.core_efficiency:.3f}; others {row.foreign_cores:.2f} cores"
                 )
                 print(
                     f"{name:10} {source:5} {row.job_per_s:9.2f} {row.bare_per_s:9.2f} {row.efficiency:6.3f} "
-                    f"({row.lowest:.3f} to {row.highest:.3f})  {told}",
+                    f"({row.lowest:.3f} to {row.highest:.3f})  {core_times}",
                     flush=True,
                 )
                 write_json(args.json, "pipeline", figures | {"runs": rows})
@@ -132,7 +136,7 @@ def measure(args: Namespace) -> int:
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
         f"The segment job's steady state against the bare model loop, the {figures['repeats']} quietest times of all, "
         "in turns, and the milliseconds of a core that an image costs in each process. The model's threads wait for "
@@ -162,7 +166,7 @@ def _save_model(name: str, directory: Path) -> None:
 
 
 def _case(name: str) -> Case:
-    """A GPU is fed in larger pieces; the null model is as on CPUs."""
+    """Return the case of a model; on a GPU all models but `pixel` get larger batches, shards and archives."""
     if name == "pixel" or not torch.cuda.is_available():
         return CASES[name]
     return replace(CASES[name], batch_size=32, shard_rows=128, num_rows=500_000, num_files=512)
@@ -181,7 +185,7 @@ def _measure(case: Case, name: str, source: str, folder: Path, files: list[Path]
             )
     bares, jobs = zip(*rounds, strict=True)
     (bare_rates, bare_s), (job_rates, spent_s) = zip(*bares, strict=True), zip(*jobs, strict=True)
-    efficiencies = [one / other for one, other in zip(job_rates, bare_rates, strict=True)]
+    efficiencies = [job_rate / bare_rate for job_rate, bare_rate in zip(job_rates, bare_rates, strict=True)]
     return Efficiency(
         name,
         source,
@@ -194,13 +198,13 @@ def _measure(case: Case, name: str, source: str, folder: Path, files: list[Path]
         foreign_cores,
         {kind: 1000 * statistics.median(spent[kind] for spent in spent_s) for kind in spent_s[0]},
         1000 * statistics.median(bare_s),
-        statistics.median(own_s / sum(spent.values()) for own_s, spent in zip(bare_s, spent_s, strict=True)),
+        statistics.median(one_bare_s / sum(spent.values()) for one_bare_s, spent in zip(bare_s, spent_s, strict=True)),
     )
 
 
 @contextlib.contextmanager
 def _archive(source: str, folder: Path, files: list[Path]) -> Iterator[list[str]]:
-    """The files' URIs, and the store that has them."""
+    """Yield the URIs of the files: local paths, or copies on an S3 server that runs meanwhile."""
     if source == "disk":
         yield [str(file) for file in files]
         return
@@ -209,7 +213,7 @@ def _archive(source: str, folder: Path, files: list[Path]) -> Iterator[list[str]
     server = S3Server(folder / "store")
     server.start()
     try:
-        os.environ.update(server.environment())  # which the job inherits
+        os.environ.update(server.environment())  # the job inherits it
         s3fs.S3FileSystem().put(f"{files[0].parent}/", f"{BUCKET}/files/", recursive=True)
         yield [f"s3://{BUCKET}/files/{file.name}" for file in files]
     finally:
@@ -217,7 +221,7 @@ def _archive(source: str, folder: Path, files: list[Path]) -> Iterator[list[str]
 
 
 class _BareLoop:
-    """The model as the job's actors run it, on tensors in memory: nothing read, decoded or written."""
+    """The model as the actors of the job run it, on tensors in memory: no reading, decoding or writing."""
 
     def __init__(self, checkpoint: Path, files: list[Path], batch_size: int) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
@@ -227,11 +231,11 @@ class _BareLoop:
         images = [resize_image(decode_image(file.read_bytes(), file.name), spec.size) for file in files[:batch_size]]
         self._pixel_values = normalize(torch.from_numpy(np.stack(images)).to(self.device), spec)
         self._text_features = PromptCache(self._segmenter.model).encode(["a small polyp"] * batch_size)
-        self.measure(0)  # else the first time chooses kernels as well
+        self.measure(0)  # warm-up: the first calls also choose kernels
 
     @torch.inference_mode()
     def measure(self, seconds: float) -> tuple[float, float]:
-        """Images per second, and core seconds an image."""
+        """Return images per second, and CPU seconds per image, measured for at least `seconds`."""
         model, num_images, start_s, before_s = self._segmenter.model, 0, time.monotonic(), time.process_time()
         while (passed_s := time.monotonic() - start_s) < seconds or not num_images:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):

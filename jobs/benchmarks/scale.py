@@ -1,4 +1,4 @@
-"""How the segment job grows with its archive: rows per second and the driver's memory, with a model of no cost."""
+"""The segment job over archives of growing size: rows per second and memory of the driver, with a trivial model."""
 
 import json
 import os
@@ -20,20 +20,20 @@ from jobs.benchmarks.figures import write_json
 from vlsm.errors import ResultError
 
 _ROOT = Path(__file__).parents[2]
-_NUM_FILES = 4096  # that the rows name in turns: all different within a shard
+_NUM_FILES = 4096  # different files; the rows name them in order, so the files of a shard of up to 4096 rows differ
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Of one run.
+    """Measurements of one run.
 
     Attributes:
-        num_rows: of its manifest.
-        rows_per_s: from the first to the last image.
-        planning_s: until config.yaml was there.
-        seconds: all in all, Ray's start included.
-        verify_s: of `jobs.verify`, which decodes every mask.
-        peak_mb: of the driver's resident memory, 10^6 bytes.
+        num_rows: rows of the manifest.
+        rows_per_s: rows per second from the first to the last image.
+        planning_s: seconds from the command until config.yaml exists.
+        seconds: seconds of the whole command, including the start of Ray.
+        verify_s: seconds of `jobs.verify`, which decodes every mask.
+        peak_mb: peak resident memory of the driver, in 10^6 bytes.
     """
 
     num_rows: int
@@ -45,16 +45,18 @@ class Growth:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark scale`."""
-    parser.add_argument("--rows", action="append", type=int, metavar="N", help="of the manifest (1000, 10000, 100000)")
-    parser.add_argument("--shard-rows", type=int, default=1024, metavar="N", help="of a part file (1024)")
-    parser.add_argument("--folder", metavar="DIR", help="where the runs are to be (a temporary folder)")
+    """Add the arguments of `python -m jobs.benchmark scale`."""
+    parser.add_argument(
+        "--rows", action="append", type=int, metavar="N", help="rows; may be repeated (1000, 10000, 100000)"
+    )
+    parser.add_argument("--shard-rows", type=int, default=1024, metavar="N", help="rows per shard (1024)")
+    parser.add_argument("--folder", metavar="DIR", help="folder of the runs (a temporary folder)")
 
 
 def measure(args: Namespace) -> int:
-    """Rows per second and the driver's peak memory of the segment job, with a model of four weights.
+    """Measure rows per second and peak driver memory of the segment job with a model of four weights.
 
-    The rows name small images on the local disk in turns; all of a shard are different.
+    The rows name small images on the local disk. The images of one shard differ, up to 4096 rows per shard.
     """
     print(f"{'rows':>11} {'rows/s':>9} {'planning, s':>12} {'all, s':>9} {'verify, s':>9} {'driver, MB':>11}")
     growths = []
@@ -72,7 +74,7 @@ def measure(args: Namespace) -> int:
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
         f"The segment job with a model of four weights over small images on the local disk, {figures['shard_rows']:,} "
         "rows a shard. Rows a second are from the first to the last, all seconds with Ray's start.",
@@ -85,18 +87,18 @@ def tell(figures: dict[str, Any]) -> list[str]:
             f"| {run['num_rows']:,} | {run['rows_per_s']:,.0f} | {run['planning_s']:.1f} | {run['seconds']:.0f} | "
             f"{run['verify_s']:.0f} | {run['peak_mb']:.0f} |"
         )
-    if len(after := [run for run in figures["runs"] if run["num_rows"] >= 10_000]) > 1:
-        few, many = after[0], after[-1]
+    if len(large := [run for run in figures["runs"] if run["num_rows"] >= 10_000]) > 1:
+        few, many = large[0], large[-1]
         grown = f"{many['peak_mb'] - few['peak_mb']:.0f} MB"
         lines += ["", f"From {few['num_rows']:,} to {many['num_rows']:,} rows the driver's memory grew by {grown}."]
     return lines
 
 
 def measure_growth(folder: Path, num_rows: int, shard_rows: int) -> Growth:
-    """Run the job over a manifest of so many rows.
+    """Run the job and `jobs.verify` over a manifest of `num_rows` rows, and return the measurements.
 
     Raises:
-        ResultError: it failed.
+        ResultError: the job failed, or its output differs from its plan.
     """
     files, checkpoint, output = folder / "files", folder / "checkpoint", folder / f"out_{num_rows}"
     if not files.exists():
@@ -118,7 +120,7 @@ def measure_growth(folder: Path, num_rows: int, shard_rows: int) -> Growth:
     started_verify_s, command = time.monotonic(), [sys.executable, "-m", "jobs.verify", str(output)]
     verified = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if verified.returncode:
-        raise ResultError(f"the run cannot be proved: {verified.stderr[-1500:]}")
+        raise ResultError(f"jobs.verify failed: {verified.stderr[-1500:]}")
     return Growth(
         num_rows,
         round(summary["images_per_s"], 1),
@@ -130,15 +132,15 @@ def measure_growth(folder: Path, num_rows: int, shard_rows: int) -> Growth:
 
 
 class _MemoryWatch:
-    """Looks at a process ten times a second."""
+    """Samples the memory of a process every 0.1 s, and notes when its config.yaml appears."""
 
     def __init__(self, pid: int, record: Path) -> None:
         self.peak_bytes, self.planned_s = 0, 0.0
         self._process, self._record, self._stop = psutil.Process(pid), record, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._stop.wait(0.1):
             try:
                 self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)
@@ -148,6 +150,6 @@ class _MemoryWatch:
                 self.planned_s = time.monotonic()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop sampling."""
         self._stop.set()
         self._thread.join()

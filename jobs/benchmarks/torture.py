@@ -1,7 +1,7 @@
-"""The segment job with everything that can break broken on purpose, and each time the proof by counting.
+"""The segment job under deliberate faults, with a check of every row after each scenario.
 
-Every scenario runs the job as a user does, disturbs it, runs it again until it is done, and then compares: planned rows
-are there once each, every mask says what its row says, and all equal those of a run that nobody disturbed.
+Every scenario runs the job as a user does, disturbs it, runs it again until it is done, and then checks the output:
+each planned row exists once, each mask matches its row, and all rows equal those of an undisturbed run.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from vlsm.errors import ResultError, VlsmError
 
 
 class CannotTortureError(VlsmError):
-    """This machine has not what a scenario needs."""
+    """This machine lacks something that a scenario needs."""
 
 
 def kill_driver(arena: Arena) -> dict[str, int]:
-    """The job is killed at random moments, again and again until it is done."""
+    """Kill the job at random moments and restart it, until it is done; return the number of kills."""
     output, kills = str(arena.folder / "kill_driver"), 0
     shards = num_parts(str(arena.folder / "undisturbed"))
     while True:
@@ -36,7 +36,7 @@ def kill_driver(arena: Arena) -> dict[str, int]:
         time.sleep(arena.random.uniform(0, 0.3))
         if (code := job.poll()) is not None:
             if code:
-                raise ResultError(f"the job ended by itself with exit code {code}")
+                raise ResultError(f"the job failed by itself with exit code {code}")
             break
         job.kill()
         kills += 1
@@ -46,57 +46,61 @@ def kill_driver(arena: Arena) -> dict[str, int]:
 
 
 def kill_actor(arena: Arena) -> dict[str, int]:
-    """The processes of model actors and of tasks are killed in the middle of their work."""
+    """Kill the processes of model actors and tasks during their work; return the number of kills."""
     output, kills = str(arena.folder / "kill_actor"), 0
     job = arena.start(output, "run.batch_size=1")
-    for what in ("SegmentActor", "fetch_shard", "SegmentActor", "write_masks"):
+    for title in ("SegmentActor", "fetch_shard", "SegmentActor", "write_masks"):
         arena.wait_for_parts(output, 1, job)
-        for process in _ray_processes(what):
+        for process in _ray_processes(title):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
                 kills += 1
     if job.wait(LONGEST_S):
-        raise ResultError("the job did not survive its workers")
+        raise ResultError("the job failed after its workers were killed")
     arena.prove(output)
     return {"kills": kills}
 
 
 def stop_actor(arena: Arena) -> dict[str, int]:
-    """One of two model actors stands still for as long as the other finds something to do."""
-    output, in_hand = str(arena.folder / "stop_actor"), 6  # shards that Ray gives to an actor in advance, and some
+    """Pause one of two model actors while the other one has work; return the shards that were written meanwhile."""
+    output, assigned = (
+        str(arena.folder / "stop_actor"),
+        6,
+    )  # shards that Ray assigns to an actor in advance, and a margin
     job = arena.start(output, "run.actors=2..2", "run.cpus_per_actor=0.5", "shard_rows=2", "run.batch_size=1")
     arena.wait_for_parts(output, 1, job)
     actors = _ray_processes("SegmentActor")
     if len(actors) < 2:
-        raise ResultError(f"there are {len(actors)} model actors and not two")
+        raise ResultError(f"there are {len(actors)} model actors; there should be 2")
     before = num_parts(output)
     actors[0].suspend()
     try:
-        arena.wait_for_parts(output, arena.num_images - in_hand - before, job)
+        arena.wait_for_parts(output, arena.num_images - assigned - before, job)
         meanwhile = num_parts(output) - before
     finally:
         actors[0].resume()
     if job.wait(LONGEST_S):
-        raise ResultError("the job did not survive an actor that stood still")
-    if before + meanwhile < arena.num_images - in_hand:
-        raise ResultError(f"only {meanwhile} of {arena.num_images - before} shards were done beside it")
+        raise ResultError("the job failed after an actor was paused")
+    if before + meanwhile < arena.num_images - assigned:
+        raise ResultError(f"the other actor wrote only {meanwhile} of {arena.num_images - before} shards meanwhile")
     arena.prove(output)
     return {"shards done beside it": meanwhile}
 
 
-def _ray_processes(what: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):  # of the cluster of this process or of its job
+def _ray_processes(title: str) -> list[psutil.Process]:
+    """Return the Ray workers below this process whose title contains `title`."""
+    processes = []
+    for process in psutil.Process().children(recursive=True):  # Ray runs below this process or below its job
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::") and any(what in word for word in process.cmdline()):
-                found.append(process)
-    return found
+            if process.name().startswith("ray::") and any(title in word for word in process.cmdline()):
+                processes.append(process)
+    return processes
 
 
 def kill_node(arena: Arena) -> dict[str, int]:
-    """Nodes of a cluster are lost with all that runs on them, and replaced: one that decodes and one with a model.
+    """Remove a node that decodes and a node with a model, and add new ones; return the number of removed nodes.
 
-    The head has no CPUs; the models stand where there is a GPU, as Ray sees it.
+    The head has no CPUs. The models run on the node that declares a GPU to Ray.
     """
     from ray.cluster_utils import Cluster
 
@@ -115,7 +119,7 @@ def kill_node(arena: Arena) -> dict[str, int]:
                 kills += 1
                 cluster.add_node(**kind, **store)
         if job.wait(LONGEST_S):
-            raise ResultError("the job did not survive its nodes")
+            raise ResultError("the job failed after nodes were lost")
     finally:
         cluster.shutdown()
     arena.prove(output)
@@ -124,7 +128,7 @@ def kill_node(arena: Arena) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _environment(names: dict[str, str]) -> Iterator[None]:
-    """Of this process, for a while."""
+    """Set environment variables of this process, and restore them at the end of the context."""
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
@@ -136,14 +140,14 @@ def _environment(names: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _store(arena: Arena, name: str) -> Iterator[tuple[S3Server, str, str]]:
-    """A store with the archive in it: the server, INPUT and OUTPUT."""
+    """Start a store that holds the archive; yield the server, INPUT and OUTPUT."""
     import s3fs
 
     server = S3Server(arena.folder / f"store of {name}")
     server.start()
     try:
         with _environment(server.environment()):
-            s3fs.S3FileSystem.clear_instance_cache()  # which lead to another server
+            s3fs.S3FileSystem.clear_instance_cache()  # cached clients use another server
             fs = s3fs.S3FileSystem()
             fs.put(f"{arena.archive}/", f"{BUCKET}/archive/", recursive=True)
             yield server, f"s3://{BUCKET}/archive", f"s3://{BUCKET}/{name}"
@@ -153,10 +157,10 @@ def _store(arena: Arena, name: str) -> Iterator[tuple[S3Server, str, str]]:
 
 
 def restart_store(arena: Arena) -> dict[str, int]:
-    """The object store's server is killed in the middle of a run, twice, and comes back after some seconds."""
+    """Kill the object store twice during a run, and start it again some seconds later; return the number of kills."""
     kills = 0
     with _store(arena, "restart_store") as (server, source, output):
-        # a cluster of the job's own: its workers take the store's address from its environment
+        # a new cluster for this job: workers take the address of the store from their environment
         job = arena.start(output, "run.batch_size=1", source=source, environment={"RAY_ADDRESS": "local"})
         for _ in range(2):
             time.sleep(arena.random.uniform(12, 18))
@@ -166,13 +170,13 @@ def restart_store(arena: Arena) -> dict[str, int]:
                 time.sleep(arena.random.uniform(2, 6))
                 server.start()
         if job.wait(LONGEST_S):
-            raise ResultError("the job did not survive its store")
+            raise ResultError("the job failed after its store was restarted")
         arena.prove(output)
     return {"kills": kills}
 
 
 def faulty_store(arena: Arena) -> dict[str, int]:
-    """A store that answers 500, 503, resets, stalls or ends bodies early, at some percent of requests."""
+    """Inject faults into about 9 % of the requests to the store; return the number of faults by name."""
     rates = {"error": 0.02, "slow_down": 0.02, "reset": 0.02, "lost": 0.01, "truncate": 0.02, "stall": 0.003}
     with _store(arena, "faulty_store") as (server, source, output):
         proxy = FaultyProxy(server.address, rates, arena.stall_s, arena.seed)
@@ -184,14 +188,14 @@ def faulty_store(arena: Arena) -> dict[str, int]:
 
 
 def fill_disk(arena: Arena) -> dict[str, int]:
-    """The disk of the output is full in the middle of a run; with room again the same command goes on."""
+    """Fill the disk of the output during a run, free it, and continue; return the number of parts before."""
     disk = arena.folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
-        raise CannotTortureError(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+        raise CannotTortureError(f"cannot mount a small disk (needs root): {mounted.stderr.strip()}")
     output = str(disk / "out")
     try:
         job = arena.start(output, "run.batch_size=1")
@@ -200,25 +204,25 @@ def fill_disk(arena: Arena) -> dict[str, int]:
             while filler.write(bytes(4096)):
                 pass
         if not job.wait(LONGEST_S):
-            raise ResultError("the job did not notice that the disk was full")
+            raise ResultError("the job ended with exit code 0 although the disk was full")
         if "No space left on device" not in (arena.folder / "jobs.log").read_text():
-            raise ResultError("the job did not say that the disk was full")
-        done = num_parts(output)
+            raise ResultError("the log of the job does not contain 'No space left on device'")
+        parts_before = num_parts(output)
         (disk / "filler").unlink()
         arena.finish(output)
         arena.prove(output)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
-    return {"parts before": done}
+    return {"parts before": parts_before}
 
 
 def run_twice(arena: Arena) -> dict[str, int]:
-    """The same job is started twice at the same time on one output: both end, and each row is there once."""
+    """Start the same job twice on one output at the same time; return the number of jobs."""
     output = str(arena.folder / "run_twice")
     jobs = [arena.start(output) for _ in range(2)]
     codes = [job.wait(LONGEST_S) for job in jobs]
     if any(codes):
-        raise ResultError(f"the jobs ended with exit codes {codes}")
+        raise ResultError(f"the jobs ended with exit codes {codes}; both should be 0")
     arena.prove(output)
     return {"jobs": len(jobs)}
 
@@ -239,38 +243,38 @@ SCENARIOS: dict[str, Callable[[Arena], dict[str, int]]] = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark torture`."""
-    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="all of them by default")
-    parser.add_argument("--images", type=int, default=1000, metavar="N", help="of the archive (1000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and moments (0)")
+    """Add the arguments of `python -m jobs.benchmark torture`."""
+    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="may be repeated (default: all)")
+    parser.add_argument("--images", type=int, default=1000, metavar="N", help="images in the archive (1000)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of images and times (0)")
 
 
 def measure(args: Namespace) -> int:
-    """The segment job, disturbed in every way; each scenario ends with the proof that no row is lost or done twice."""
+    """Disturb the segment job in several scenarios, and check after each that no row is missing, duplicate or wrong."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
         arena = Arena(Path(folder), args.images, seed=args.seed)
         arena.prepare()
         print(f"{len(arena.expected):,} rows, undisturbed: proved")
-        for name in args.scenario or SCENARIOS:
+        for scenario in args.scenario or SCENARIOS:
             started_s = time.monotonic()
             try:
-                disturbances, outcome = SCENARIOS[name](arena), "proved"
+                disturbances, outcome = SCENARIOS[scenario](arena), "proved"
             except CannotTortureError as error:
                 disturbances, outcome = {}, f"left out: {error}"
             except VlsmError as error:
                 disturbances, outcome = {}, f"FAILED: {error}"
                 arena.stop()
             seconds = time.monotonic() - started_s
-            told = ", ".join(f"{count} {what}" for what, count in disturbances.items())
-            print(f"{name:14} {seconds:7.0f} s  {told}: {outcome}", flush=True)
-            results.append({"scenario": name, "seconds": round(seconds, 1), **disturbances, "outcome": outcome})
+            counts = ", ".join(f"{count} {name}" for name, count in disturbances.items())
+            print(f"{scenario:14} {seconds:7.0f} s  {counts}: {outcome}", flush=True)
+            results.append({"scenario": scenario, "seconds": round(seconds, 1), **disturbances, "outcome": outcome})
     write_json(args.json, "torture", {"images": args.images, "seed": args.seed, "runs": results})
     return int(any(str(result["outcome"]).startswith("FAILED") for result in results))
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
         f"{figures['images']:,} images:",
         "",
@@ -278,7 +282,7 @@ def tell(figures: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for result in figures["runs"]:
-        about = {key: value for key, value in result.items() if key not in ("scenario", "seconds", "outcome")}
-        told = ", ".join(f"{count} {what}" for what, count in about.items())
-        lines.append(f"| {result['scenario']} | {result['seconds']:.0f} | {told} | {result['outcome']} |")
+        faults = {key: value for key, value in result.items() if key not in ("scenario", "seconds", "outcome")}
+        counts = ", ".join(f"{count} {name}" for name, count in faults.items())
+        lines.append(f"| {result['scenario']} | {result['seconds']:.0f} | {counts} | {result['outcome']} |")
     return lines

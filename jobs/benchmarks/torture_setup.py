@@ -1,4 +1,4 @@
-"""An archive, the segment job over it as a user starts it, and what it made of it when nobody disturbed it."""
+"""The archive of the torture, the segment job over it, and the expected rows from an undisturbed run."""
 
 import json
 import os
@@ -19,21 +19,21 @@ from vlsm.errors import ResultError
 from vlsm.runs.verify import verify_run
 
 _ROOT = Path(__file__).parents[2]
-LONGEST_S = 900.0  # one run of the job
+LONGEST_S = 900.0  # time limit for one run of the job
 _PROMPTS = ["polyp", "flat lesion"]
 
 
 @dataclass
 class Arena:
-    """An archive, a checkpoint, and the rows of a run that nobody disturbed.
+    """An archive, a checkpoint, and the rows of an undisturbed run.
 
     Attributes:
-        folder: for all files.
-        num_images: of the archive; some are broken, some are there twice.
-        shard_rows: of every run.
-        seed: of images and moments.
-        stall_s: for how long a faulty store stalls, in seconds.
-        environment: of every job, beside this process's own.
+        folder: folder of all files.
+        num_images: images in the archive; some are broken, some are duplicates.
+        shard_rows: rows per shard in every run.
+        seed: random seed of images and of the times of faults.
+        stall_s: delay of a stalled request to a faulty store, in seconds.
+        environment: variables of every job, in addition to those of this process.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class Arena:
         self._jobs: list[subprocess.Popen[str]] = []
 
     def prepare(self) -> None:
-        """Make images and checkpoint, and run the job undisturbed."""
+        """Write the images and the checkpoint, run the job undisturbed, and keep its rows in `expected`."""
         import torch
 
         _draw_archive(self.archive, self.num_images, self.seed)
@@ -63,7 +63,7 @@ class Arena:
     def start(
         self, output: str, *settings: str, source: str | None = None, environment: dict[str, str] | None = None
     ) -> "subprocess.Popen[str]":
-        """The job as a user starts it."""
+        """Start the job as a user does, and return its process. `source` replaces the archive as INPUT."""
         words = [source or str(self.archive), output, "--checkpoint", str(self.checkpoint)]
         for setting in (f"shard_rows={self.shard_rows}", f"prompts={json.dumps(_PROMPTS)}", *settings):
             words += ["--set", setting]
@@ -81,7 +81,7 @@ class Arena:
         return job
 
     def stop(self) -> None:
-        """End what a scenario that failed has left running."""
+        """Kill the jobs that a failed scenario left running."""
         for job in self._jobs:
             if job.poll() is None:
                 job.kill()
@@ -91,29 +91,33 @@ class Arena:
         """Run the job to its end.
 
         Raises:
-            ResultError: it failed.
+            ResultError: the job failed.
         """
         job = self.start(output, *settings, **options)
         if code := job.wait(LONGEST_S):
             log = (self.folder / "jobs.log").read_text()[-1500:]
-            raise ResultError(f"the job ended with exit code {code}: {log}")
+            raise ResultError(f"the job failed with exit code {code}: {log}")
 
     def wait_for_parts(self, output: str, count: int, job: "subprocess.Popen[str]") -> None:
-        """Until there are so many more parts than now, or the job has ended."""
+        """Wait until the output has `count` more parts than now, or the job ends, or 900 s pass."""
         wanted = num_parts(output) + count
         deadline_s = time.monotonic() + LONGEST_S
         while job.poll() is None and num_parts(output) < wanted and time.monotonic() < deadline_s:
             time.sleep(0.02)
 
     def prove(self, output: str) -> None:
-        """Nothing, where the output is as planned and as that of the undisturbed run; else a ResultError."""
+        """Check that the output matches its plan and the undisturbed run.
+
+        Raises:
+            ResultError: the output differs from one of them.
+        """
         *_, proof = verify_run(output)
         if proof.differences:
             raise ResultError("; ".join(proof.differences[:5]))
-        found = _read_rows(output)
-        if found != self.expected:
-            wrong = [key for key in self.expected.keys() | found.keys() if self.expected.get(key) != found.get(key)]
-            raise ResultError(f"{len(wrong)} rows differ from the undisturbed run's, such as {wrong[0]}")
+        rows = _read_rows(output)
+        if rows != self.expected:
+            wrong = [key for key in self.expected.keys() | rows.keys() if self.expected.get(key) != rows.get(key)]
+            raise ResultError(f"{len(wrong)} rows differ from those of the undisturbed run, such as {wrong[0]}")
 
 
 def _draw_archive(folder: Path, num_images: int, seed: int) -> None:
@@ -134,11 +138,11 @@ def _read_rows(output: str) -> dict[tuple[str, str], tuple[Any, ...]]:
     columns = ["image_id", "prompt", "status", "mask_rle", "confidence", "content_sha256", "error"]
     rows = {}
     for row in vlsm.read_masks(output, columns=columns):
-        reason = (row["error"] or "").partition(":")[0]  # what follows names the place
+        reason = (row["error"] or "").partition(":")[0]  # the rest of the message contains the URI
         rows[row["image_id"], row["prompt"]] = (row["status"], row["mask_rle"], row["content_sha256"], reason)
     return rows
 
 
 def num_parts(output: str) -> int:
-    """Part files in OUTPUT on a local disk."""
+    """Return the number of part files in OUTPUT, or 0 if OUTPUT is not a local folder."""
     return len(list(Path(output, "masks").glob("part-*")))

@@ -1,4 +1,4 @@
-"""The train job's loop against a bare loop over tensors in memory."""
+"""The loop of the train job, against a bare loop over tensors in memory."""
 
 import json
 import statistics
@@ -19,29 +19,35 @@ from vlsm.models.costs import build_architecture
 from vlsm.training.run import prepare_training
 from vlsm.training.settings import TrainSettings
 
-SETUPS = {"one worker": (1, 0), "two workers": (2, 0), "feature cache": (1, 1 << 40)}  # workers, bytes of the cache
+SETUPS = {
+    "one worker": (1, 0),
+    "two workers": (2, 0),
+    "feature cache": (1, 1 << 40),
+}  # (workers, bytes of the feature cache)
 _BATCH_SIZE = 8
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Those of `python -m jobs.benchmark train`."""
+    """Add the arguments of `python -m jobs.benchmark train`."""
     parser.add_argument(
-        "--model", default="biomedclipseg", choices=MODELS, help="at its published size (biomedclipseg)"
+        "--model", default="biomedclipseg", choices=MODELS, help="model, at its published size (biomedclipseg)"
     )
-    parser.add_argument("--setup", action="append", choices=SETUPS, help="all of them by default")
-    parser.add_argument("--examples", type=int, default=64, metavar="N", help="of an epoch, a quarter to validate (64)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="epochs in turns; the median counts (5)")
+    parser.add_argument("--setup", action="append", choices=SETUPS, help="may be repeated (default: all)")
+    parser.add_argument(
+        "--examples", type=int, default=64, metavar="N", help="examples per epoch, 1/4 of them validation (64)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="interleaved epochs; the median counts (5)")
 
 
 def measure(args: Namespace) -> int:
-    """Examples a second of the train job, and of a bare loop in the same process: an epoch of each in turns.
+    """Measure examples per second of the train job and of a bare loop in the same process, with interleaved epochs.
 
-    The job reads, learns, validates and scores; what it does at the end of an epoch is told apart: the seconds in which
-    nothing is learned, and those of saving beside the next epoch. The bare loop has the same batches in memory,
-    normalised, their prompts encoded, and with the feature cache what the frozen towers make of them; it learns, and
-    computes the validation's logits. The first turn does not count.
+    The job reads, trains, validates and scores. The end of an epoch is measured separately: the seconds without
+    training, and the seconds of saving during the next epoch. The bare loop has the same batches in memory, normalised
+    and with encoded prompts; with the feature cache it also has the features of the frozen towers. It trains, and
+    computes the logits of the validation examples. The first epoch of each does not count.
     """
-    told = {"model": args.model, "examples": args.examples, "batch_size": _BATCH_SIZE, "repeats": args.repeats}
+    parameters = {"model": args.model, "examples": args.examples, "batch_size": _BATCH_SIZE, "repeats": args.repeats}
     rows: list[dict[str, Any]] = []
     print(f"{'setup':14} {'job, examples/s':>16} {'bare':>8} {'ratio':>7} {'end, s':>7} {'beside, s':>10}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,12 +69,12 @@ def measure(args: Namespace) -> int:
                 "{end_s:7.2f} {beside_s:10.2f}".format(**row),
                 flush=True,
             )
-            write_json(args.json, "train", told | {"runs": rows})
+            write_json(args.json, "train", parameters | {"runs": rows})
     return 0
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """The README's lines of what was measured."""
+    """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
         f"Examples a second of training `{figures['model']}` at its published size, its towers frozen, in batches of "
         f"{figures['batch_size']}: the job against a bare loop over tensors in memory, with the feature cache over the "
@@ -89,7 +95,7 @@ def tell(figures: dict[str, Any]) -> list[str]:
 
 
 def _run(folder: Path, setup: str, repeats: int) -> list[dict[str, float]]:
-    """The seconds of the turns."""
+    """Train with one setup, and return the seconds of each pair of epochs (job and bare loop)."""
     workers, cache_bytes = SETUPS[setup]
     output = folder / setup
     settings = TrainSettings.model_validate(
