@@ -1,4 +1,4 @@
-"""What the commands have in common: arguments, logging, exit codes, and how Ray is started."""
+"""The parts that all commands share: arguments, logging, exit codes, and the start of Ray."""
 
 import argparse
 import contextlib
@@ -28,7 +28,7 @@ EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wro
 
 
 def make_parser(module: str, description: str, settings: type[Settings]) -> argparse.ArgumentParser:
-    """A parser with --config, --set and --dry-run, whose help lists every setting."""
+    """Return a parser with --config, --set and --dry-run. Its help lists every setting."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
@@ -44,10 +44,10 @@ def make_parser(module: str, description: str, settings: type[Settings]) -> argp
 
 
 def parse_pairs(flag: str, words: list[str]) -> dict[str, str]:
-    """NAME=URI words as names and locations.
+    """Return the names and absolute locations of NAME=URI words.
 
     Raises:
-        ConfigError: a word is not of this form, or a name stands there twice.
+        ConfigError: a word has another form, or a name is given twice.
     """
     pairs: dict[str, str] = {}
     for word in words:
@@ -55,15 +55,15 @@ def parse_pairs(flag: str, words: list[str]) -> dict[str, str]:
         if not (name and separator and uri):
             raise ConfigError(f"{flag} {word!r} is not of the form NAME=URI, such as kvasir=s3://bucket/kvasir")
         if name in pairs:
-            raise ConfigError(f"{flag} {name} is given twice; each has a name of its own")
+            raise ConfigError(f"{flag} {name} is given twice; each {flag} needs its own name")
         pairs[name] = storage.absolute(uri)
     return pairs
 
 
 def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
-    """Do a command's work and turn how it ends into an exit code; what it returns is one JSON line on stdout.
+    """Run the work of a command, print its result as one JSON line on stdout, and return the exit code.
 
-    Everything else goes to stderr. SIGTERM (`ray job stop`) ends a run as Ctrl-C does.
+    All other output goes to stderr. SIGTERM (`ray job stop`) ends the work as Ctrl-C does.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
@@ -88,22 +88,22 @@ def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
 
 
 class RaySession(contextlib.AbstractContextManager["RaySession"]):
-    """Ray for a while: the cluster of the environment (RAY_ADDRESS, a submitted job), or one started on this machine.
+    """A context with Ray: the cluster of the environment (RAY_ADDRESS, a submitted job), or a new one on this machine.
 
-    `start` returns at once, and Ray starts in a thread beside what the caller does; `wait` returns when Ray is there. A
-    session that the caller has already opened is used and left open.
+    `start` returns at once; a thread starts Ray while the caller continues. `wait` returns when Ray runs. If Ray
+    already runs in this process, the context uses it and does not shut it down.
 
     Args:
-        log_to_driver: whether what tasks and actors print stands in the job's log as well as in their own.
+        log_to_driver: if true, the output of tasks and actors also appears in the log of the job.
     """
 
     def __init__(self, log_to_driver: bool = True) -> None:
         self._log_to_driver = log_to_driver
-        self._there: Future[None] = Future()
-        self._is_imported, self._over = threading.Event(), threading.Event()
+        self._is_running: Future[None] = Future()
+        self._is_imported, self._is_closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self.milestones = {"start": _STARTED_S}  # when the run reached each milestone, in seconds since 1970
-        # stdout is the result's: what Ray and its processes print goes beside the log
+        self.milestones = {"start": _STARTED_S}  # time of each milestone, in seconds since 1970
+        # stdout holds only the JSON result; all other output, that of Ray included, goes to stderr
         self._stdout = contextlib.redirect_stdout(sys.stderr)
 
     def __enter__(self) -> Self:
@@ -111,22 +111,22 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         return self
 
     def start(self) -> None:
-        """Begin to start Ray; once is enough."""
+        """Start Ray in a thread. Further calls do nothing."""
         if self._thread is None:
             self.milestones["checked"] = time.time()
-            self._thread = threading.Thread(target=self._hold, name="ray")
+            self._thread = threading.Thread(target=self._run_ray, name="ray")
             self._thread.start()
-            self._is_imported.wait()  # two threads that import at once only take turns
+            self._is_imported.wait()  # two threads that import at the same time only wait for each other
 
     def wait(self) -> None:
-        """Wait until Ray runs, and silence Ray Data's progress. Raises the error with which Ray failed to start."""
+        """Wait until Ray runs, and switch off the progress output of Ray Data. Raises the error of a failed start."""
         self.start()
-        import_module("pandas")  # half of the time that `import ray.data` takes; Ray still starts meanwhile
-        self._there.result()
+        import_module("pandas")  # half of the import time of ray.data, while Ray still starts
+        self._is_running.result()
         self.milestones.setdefault("Ray", time.time())
         import ray.data
 
-        # warnings stay; what Ray Data says of its own progress would stand beside ours
+        # keep warnings; drop the progress lines of Ray Data, because the job prints its own
         for handler in logging.getLogger("ray.data").handlers:
             if isinstance(handler, logging.StreamHandler) and handler not in logging.root.handlers:
                 handler.setLevel(logging.WARNING)
@@ -135,34 +135,35 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         context.enable_progress_bars = False
         context.print_on_execution_start = False
 
-    def _hold(self) -> None:
-        """Start Ray, and end it when the session is over: its processes die with the thread that has started them."""
+    def _run_ray(self) -> None:
+        """Start Ray, and shut it down when the context ends: both in one thread, because Ray dies with it."""
         try:
-            is_opened = self._open()
+            has_started_ray = self._open()
         except BaseException as error:  # `wait` raises it in the main thread
-            self._there.set_exception(error)
+            self._is_running.set_exception(error)
             return
         finally:
             self._is_imported.set()
-        self._there.set_result(None)
-        self._over.wait()
-        if is_opened:
+        self._is_running.set_result(None)
+        self._is_closing.wait()
+        if has_started_ray:
             import ray
 
             ray.shutdown()
 
     def _open(self) -> bool:
-        import ray  # and not ray.data: two threads that import parts of one package can wait for each other
+        """Start Ray or join a cluster; return False if Ray already runs in this process."""
+        import ray  # not ray.data: two threads that import parts of one package can deadlock
 
         self._is_imported.set()
         if ray.is_initialized():
             return False
-        # of a cluster that starts here: ours are fractions of a CPU, and beyond the limit Ray ends processes that are
-        # idle for a second, to start others in the next; a third of a small machine went that way
+        # for a cluster that starts here: tasks use fractions of a CPU, so there are more workers than CPUs. Above this
+        # limit Ray ends workers that are idle for 1 s and starts new ones, which cost a third of a small machine
         os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * (os.cpu_count() or 1)))
-        # our workers do not ask for preemption notices, and the watcher process takes seconds to start
+        # training workers do not read preemption notices, and the watcher process takes seconds to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # outside of the main thread Ray warns that it sets no SIGTERM handler; `run_command` has set one
+        # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one
         ray.init(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=self._log_to_driver)
         logging.getLogger("ray").setLevel(logging.WARNING)
         return True
@@ -172,7 +173,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
     ) -> None:
         try:
             _release_frames(error)
-            self._over.set()
+            self._is_closing.set()
             if self._thread is not None:
                 self._thread.join()
         finally:
@@ -180,10 +181,10 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
 
 
 def _release_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold.
+    """Clear the local variables in the frames of an error and of its causes.
 
-    A stream that was interrupted between two rows lives on there; released after Ray has gone, it would start Ray anew
-    to cancel its tasks.
+    They may hold an interrupted stream of Ray Data. If Python deletes this stream after Ray has shut down, the stream
+    starts Ray again to cancel its tasks.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)

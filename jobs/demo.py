@@ -1,12 +1,12 @@
-"""The whole story in a few minutes: draw a labelled archive, train on it, segment another archive, score, look.
+"""Run the whole workflow in a few minutes: draw a labelled archive, train, segment another archive, score, report.
 
-labelled/        drawn images, each with a lesion and a stone, and a mask of each: `anns/ images/ masks/`
-clipseg/         a tiny CLIPSeg with random weights, in place of the published one
-training/        what `python -m jobs.train training --dataset drawn=labelled --set model=vlsm_b ...` makes
-archive/         other drawn images (and two broken files), as a bucket would hold them
-segmented/       what `python -m jobs.segment archive/images segmented --checkpoint training/checkpoint` makes
-overlays.png     some of the masks, drawn on their images
-report.html      what `python -m vlsm.report segmented report.html` makes: the run to look at in a browser
+labelled/        drawn images with a lesion and a stone each, and a mask of each object: `anns/ images/ masks/`
+clipseg/         a tiny CLIPSeg with random weights; it replaces the published one
+training/        output of `python -m jobs.train training --dataset drawn=labelled --set model=vlsm_b ...`
+archive/         other drawn images and two broken files, as in a real archive
+segmented/       output of `python -m jobs.segment archive/images segmented --checkpoint training/checkpoint`
+overlays.png     some of the masks, drawn over their images
+report.html      output of `python -m vlsm.report segmented report.html`: the report of the run, for a browser
 """
 
 import argparse
@@ -31,27 +31,29 @@ from vlsm.segmentation.metrics import dice_score
 from vlsm.training.settings import OptimSettings, TrainRunSettings, TrainSettings
 
 SPLITS, NUM_ARCHIVE = {"train": 240, "val": 20}, 60
-_SIDES_PX = (96, 256)  # between these height and width of images vary
-_IMAGE_SIZE, _WIDTH = 80, 8  # an eighth of the published UNet-D's width
+_SIDES_PX = (96, 256)  # range of the height and width of images
+_IMAGE_SIZE, _WIDTH = 80, 8  # 1/8 of the width of the published UNet-D
 _LAYERS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 OPTIM = OptimSettings(epochs=8, lr=4e-3, batch_size=8, ce_weight=1.0, clip_norm=1.0, warmup_epochs=1)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "output", nargs="?", default="demo-output", metavar="OUTPUT", help="a folder (default: demo-output)"
+        "output", nargs="?", default="demo-output", metavar="OUTPUT", help="output folder (default: demo-output)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn and learned (0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the images and the training (0)"
+    )
     args = parser.parse_args(argv)
     return run_command(lambda: tell(Path(args.output).resolve(), args.seed))
 
 
 def tell(output: Path, seed: int = 0) -> None:
-    """Run the story below a folder; what an earlier demo left there is replaced."""
+    """Run the workflow in the folder `output`, and replace the files of an earlier demo."""
     started_s = time.monotonic()
     training = TrainSettings(
         output=str(output / "training"),
@@ -72,7 +74,7 @@ def tell(output: Path, seed: int = 0) -> None:
         start_over=True,
     )
     with RaySession(log_to_driver=False) as session:
-        session.start()  # beside the drawing
+        session.start()  # Ray starts while the images are drawn
         draw(output, seed)
         session.wait()
         logger.info("python -m jobs.train %s --dataset drawn=%s", training.output, training.datasets["drawn"])
@@ -80,7 +82,7 @@ def tell(output: Path, seed: int = 0) -> None:
         words = segmentation.input, segmentation.output, segmentation.members[0].checkpoint
         logger.info("python -m jobs.segment %s %s --checkpoint %s", *words)
         summary = segment(segmentation)
-    from vlsm.report.write import write_report  # here: it imports what draws
+    from vlsm.report.write import write_report  # imported here: it imports matplotlib
 
     dice = score(output / "archive", segmentation.output, output / "overlays.png")
     report = write_report(segmentation.output, output / "report.html")
@@ -89,7 +91,7 @@ def tell(output: Path, seed: int = 0) -> None:
         f"mean Dice on images never seen: {', '.join(f'{kind} {value:.3f}' for kind, value in dice.items())}\n"
         f"curves    {training.output}/curves.png\n"
         f"masks     {segmentation.output}/masks/*.parquet\n"
-        f"overlays  {output / 'overlays.png'}: masks green, what was drawn magenta, the worst first\n"
+        f"overlays  {output / 'overlays.png'}: masks green, targets magenta, the worst first\n"
         f"summary   {segmentation.output}/summary.json\n"
         f"done in {time.monotonic() - started_s:.0f} s; open the report in a browser:\n"
         f"report    {report}"
@@ -97,7 +99,7 @@ def tell(output: Path, seed: int = 0) -> None:
 
 
 def draw(output: Path, seed: int) -> None:
-    """The labelled images, the archive with two broken files, and the tiny CLIPSeg."""
+    """Write the labelled images, the archive with two broken files, and the tiny CLIPSeg."""
     logger.info("drawing %d labelled and %d other images below %s", sum(SPLITS.values()), NUM_ARCHIVE, output)
     write_labelled(output / "labelled", SPLITS, seed, _SIDES_PX)
     write_labelled(output / "archive", {"test": NUM_ARCHIVE}, seed + 1000, _SIDES_PX)
@@ -108,7 +110,7 @@ def draw(output: Path, seed: int) -> None:
 
 
 def write_tiny_clipseg(folder: Path, seed: int) -> None:
-    """A CLIPSeg of four narrow layers with random weights, in the format of the published one."""
+    """Write a CLIPSeg of four narrow layers with random weights, in the format of the published one."""
     import torch
 
     from vlsm.models.untrained import write_clipseg
@@ -127,7 +129,7 @@ def write_tiny_clipseg(folder: Path, seed: int) -> None:
 
 
 def score(archive: Path, output: str, sheet: Path) -> dict[str, float]:
-    """The mean Dice of each kind's masks against the drawn ones; the worst and some others go on a sheet."""
+    """Return the mean Dice per kind of object, and draw the worst masks and some others into the image file `sheet`."""
     records = json.loads((archive / "anns" / "test.json").read_text(encoding="utf-8"))
     targets = {
         (record["img_name"], record["prompts"]["p1"]): archive / "masks" / record["mask_name"] for record in records
@@ -138,7 +140,7 @@ def score(archive: Path, output: str, sheet: Path) -> dict[str, float]:
         target_mask = decode_mask(path.read_bytes(), str(path), threshold=127)
         scored.append((dice_score(row["mask"], target_mask), row, target_mask))
     if len(scored) != len(records):
-        raise VlsmError(f"{len(scored)} masks for {len(records)} records")
+        raise VlsmError(f"the run has {len(scored)} masks; the archive has {len(records)} records")
     scored.sort(key=lambda entry: entry[0])
     shown = scored[:6] + scored[6 :: max(1, len(scored) // 18)][:18]
     pictures = []

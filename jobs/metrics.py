@@ -1,6 +1,6 @@
-"""What a segment run tells Prometheus through Ray, which puts ray_ before each name: how much is done, and how fast.
+"""The Prometheus metrics of a segment run: amount and speed of its work. Ray adds the prefix ray_ to each name.
 
-They count work: what is done twice counts twice. What is there is told by `jobs.status` and `jobs.verify`.
+The counters count work: a repeated shard counts twice. `jobs.status` and `jobs.verify` report the stored results.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """One of Ray's metrics; `tags` are what its values are told apart by, `boundaries` a histogram's, in seconds."""
+    """Definition of one Ray metric: `tags` are its label names, `boundaries` the buckets of a histogram in seconds."""
 
     kind: Literal["Counter", "Gauge", "Histogram"]
     description: str
@@ -21,27 +21,27 @@ class Metric:
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 METRICS = {
-    # of the driver, about the whole run
-    "vlsm_planned_images": Metric("Gauge", "images of the run, as far as they are known", ("output",)),
-    "vlsm_done_images": Metric("Gauge", "images whose rows are written, those of earlier runs too", ("output",)),
-    "vlsm_failed_images": Metric("Gauge", "failed ones among them", ("output",)),
-    # of tasks and actors, wherever they are
+    # set by the driver, for the whole run
+    "vlsm_planned_images": Metric("Gauge", "images in the run, as far as they are known", ("output",)),
+    "vlsm_done_images": Metric("Gauge", "images whose rows are written, including those of earlier runs", ("output",)),
+    "vlsm_failed_images": Metric("Gauge", "failed images among the done images", ("output",)),
+    # set by tasks and actors, on any node
     "vlsm_written_images": Metric("Counter", "images whose rows this cluster has written", ("status",)),
     "vlsm_written_parts": Metric("Counter", "part files this cluster has written"),
-    "vlsm_segmented_images": Metric("Counter", "images, or windows of large ones, through a pool's models", ("pool",)),
-    "vlsm_batch_seconds": Metric("Histogram", "of one batch in a pool's models", ("pool",), _SECONDS),
-    "vlsm_stage_seconds": Metric("Histogram", "of one shard in a stage", ("stage",), _SECONDS),
+    "vlsm_segmented_images": Metric("Counter", "images, or windows of large images, segmented by a pool", ("pool",)),
+    "vlsm_batch_seconds": Metric("Histogram", "seconds of one batch in the models of a pool", ("pool",), _SECONDS),
+    "vlsm_stage_seconds": Metric("Histogram", "seconds of one shard in a stage", ("stage",), _SECONDS),
 }
 
 
 def count(name: str, value: float, **tags: str) -> None:
-    """Add to a counter. It costs some microseconds and asks nobody."""
+    """Add a value to a counter. It takes microseconds and needs no network."""
     if value > 0:
         _metric(name).inc(value, tags)
 
 
 def show(name: str, value: float, **tags: str) -> None:
-    """Let a gauge have a value."""
+    """Set a gauge to a value."""
     _metric(name).set(value, tags)
 
 
@@ -52,7 +52,7 @@ def observe(name: str, value: float, **tags: str) -> None:
 
 @functools.cache
 def _metric(name: str) -> Any:
-    """Ray's own object, one per process; made when it is first used, so that planning needs no Ray."""
+    """Return the Ray metric of this name. Each process creates it at first use, so that planning needs no Ray."""
     from ray.util import metrics
 
     metric = METRICS[name]

@@ -1,4 +1,4 @@
-"""How far a run is: a live bar on a terminal, a line every ten seconds in a log."""
+"""Progress of a segment run: a live bar on a terminal, or a line every 10 s in a log."""
 
 import datetime
 import os
@@ -19,20 +19,20 @@ _BAR_INTERVAL_S = 0.5
 
 
 class Progress:
-    """Counts of images and what is printed of them on stderr, by a thread of its own.
+    """Counts the images of a run; a thread prints the counts to stderr.
 
     Args:
-        total: images of the whole run, as far as they are known.
-        done: images that an earlier run has done.
-        failed: failed ones among them.
+        total: returns the number of images in the whole run, as far as they are known.
+        done: number of images that earlier runs have finished.
+        failed: number of failed images among these.
         board: the `jobs.crash_watch.Board` of the run.
-        output: of the run, by which its metrics are told apart.
+        output: OUTPUT of the run; it labels the metrics.
     """
 
     def __init__(self, total: Callable[[], int], done: int, failed: int, board: Any, output: str) -> None:
         self._output = output
         self.total, self.done, self.failed = total, done, failed
-        self._before, self._is_starting = done, True
+        self._done_before, self._is_first_shard = done, True
         self._board = board
         self._started_s = time.monotonic()
         self._stop = threading.Event()
@@ -44,7 +44,7 @@ class Progress:
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> Self:
-        self._tell()
+        self._update_metrics()
         self._thread.start()
         return self
 
@@ -56,16 +56,16 @@ class Progress:
             self._bar.close()
 
     def finish_shard(self, shard: int, num_images: int, num_failed: int) -> None:
-        """Count a shard whose part file is written."""
-        if self._is_starting:
-            self._is_starting = False
+        """Count the images of a shard whose part file is written."""
+        if self._is_first_shard:
+            self._is_first_shard = False
             logger.info("%s", ray.get(self._board.describe.remote()))
         self._board.finish.remote(shard)
         self.done += num_images
         self.failed += num_failed
-        self._tell()
+        self._update_metrics()
 
-    def _tell(self) -> None:
+    def _update_metrics(self) -> None:
         values = {"planned": self.total(), "done": self.done, "failed": self.failed}
         for name, value in values.items():
             metrics.show(f"vlsm_{name}_images", value, output=self._output)
@@ -75,7 +75,7 @@ class Progress:
             try:
                 partial = ray.get(self._board.total.remote(), timeout=5)
             except ray.exceptions.RayError:
-                partial = 0  # a slow or ended cluster only costs this line its fraction of a shard
+                partial = 0  # a slow or ended cluster: show only finished shards
             self._show(min(self.total(), self.done + partial))
 
     def _show(self, done: int) -> None:
@@ -84,18 +84,18 @@ class Progress:
             self._bar.set_postfix(failed=self.failed)
             return
         elapsed_s = time.monotonic() - self._started_s
-        rate = (done - self._before) / elapsed_s
+        rate = (done - self._done_before) / elapsed_s
         total = self.total()
-        left = str(datetime.timedelta(seconds=round((total - done) / rate))) if rate else "unknown"
+        time_left = str(datetime.timedelta(seconds=round((total - done) / rate))) if rate else "unknown"
         share = 100 * done / max(1, total)
         print(
             f"{datetime.datetime.now():%H:%M:%S} {done:,} of {total:,} images ({share:.1f} %), "
-            f"{rate:.1f} images/s, {self.failed:,} failed, {left} left",
+            f"{rate:.1f} images/s, {self.failed:,} failed, {time_left} left",
             file=sys.stderr,
             flush=True,
         )
 
 
 def _has_columns() -> bool:
-    """Whether stderr is a terminal that a bar fits on; those of some containers are 0 columns wide."""
+    """Return whether stderr is a terminal with columns for a bar. Terminals of some containers have 0 columns."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0

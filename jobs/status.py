@@ -1,4 +1,4 @@
-"""How far a segment run or a training is, from storage alone: no Ray, no cluster, while it runs or after it died."""
+"""Print the progress of a segment run or a training from its files alone: without Ray, during the run or after it."""
 
 import argparse
 import sys
@@ -11,11 +11,11 @@ from vlsm.report.status import describe_status, read_status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jobs.status", description=__doc__, epilog=EXIT_CODES)
-    parser.add_argument("output", metavar="OUTPUT", help="the OUTPUT of a segment run or a training; local or s3://")
-    parser.add_argument("--json", action="store_true", help="one JSON line, for a program")
-    parser.add_argument("--exact", action="store_true", help="read all parts of a large run, not a sample of them")
+    parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment run or a training; local or s3://")
+    parser.add_argument("--json", action="store_true", help="print one JSON line, for programs")
+    parser.add_argument("--exact", action="store_true", help="read all part files of a large run, not only a sample")
     args = parser.parse_args(argv)
 
     def work() -> dict[str, Any] | None:

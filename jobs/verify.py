@@ -1,4 +1,4 @@
-"""Re-read everything of a segment run and prove it: one row for each planned image and prompt, each mask as it says."""
+"""Read all parts of a segment run, and check one row per planned image and prompt, and every mask against its row."""
 
 import argparse
 import sys
@@ -11,23 +11,23 @@ from vlsm import storage
 from vlsm.errors import ConfigError, ResultError
 from vlsm.runs.verify import Proof, verify_run
 
-_SHOWN = 100
+_NUM_PRINTED = 100
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jobs.verify", description=__doc__, epilog=EXIT_CODES)
-    parser.add_argument("output", metavar="OUTPUT", help="the OUTPUT of a segment run; local or s3://")
+    parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment run; local or s3://")
     args = parser.parse_args(argv)
     return run_command(lambda: verify(storage.absolute(args.output)))
 
 
 def verify(output: str) -> dict[str, Any]:
-    """The proof of a run, as figures.
+    """Check a run against its plan, and return the counts as a dict.
 
     Raises:
         ConfigError: there is no run at OUTPUT.
-        ResultError: it is not proved; the differences are printed before.
+        ResultError: the run differs from its plan. The first 100 differences are printed before.
     """
     proof: Proof | None = None
     with storage.name_errors("OUTPUT", output), tqdm(unit="row", disable=not sys.stderr.isatty()) as bar:
@@ -36,10 +36,10 @@ def verify(output: str) -> dict[str, Any]:
             bar.update(proof.counts["rows"] - bar.n)
     if proof is None:
         raise ConfigError(f"nothing is planned in {output!r}")
-    for difference in proof.differences[:_SHOWN]:
+    for difference in proof.differences[:_NUM_PRINTED]:
         print(difference)
-    if len(proof.differences) > _SHOWN:
-        print(f"... and {len(proof.differences) - _SHOWN:,} more")
+    if len(proof.differences) > _NUM_PRINTED:
+        print(f"... and {len(proof.differences) - _NUM_PRINTED:,} more")
     if proof.differences:
         raise ResultError(f"{len(proof.differences):,} differences between {output!r} and its plan")
     counts = proof.counts
