@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven over its debugging pipe: no driver, no package."""
+"""A page in headless Chromium, controlled over its debugging pipe, without a driver or a package."""
 
 import base64
 import fcntl
@@ -14,18 +14,18 @@ _FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-
 
 
 class Browser:
-    """One tab. `errors` collects what its console complains of, `requests` what it asks for beside its own file."""
+    """One browser tab. `errors` collects console errors and exceptions, `requests` all requested URLs but data URLs."""
 
     def __init__(self):
         self._folder = tempfile.mkdtemp()
-        (read_end, theirs_out), (theirs_in, write_end) = os.pipe(), os.pipe()
-        # far from 3 and 4, which Chromium reads and writes
-        theirs_in, theirs_out = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 64) for end in (theirs_in, theirs_out))
+        (read_end, chromium_out), (chromium_in, write_end) = os.pipe(), os.pipe()
+        # move them away from 3 and 4, which Chromium uses for its pipe
+        chromium_in, chromium_out = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 64) for end in (chromium_in, chromium_out))
         arguments = [CHROMIUM, *_FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
         quiet = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
-        ends = [(os.POSIX_SPAWN_DUP2, theirs_in, 3), (os.POSIX_SPAWN_DUP2, theirs_out, 4)]
+        ends = [(os.POSIX_SPAWN_DUP2, chromium_in, 3), (os.POSIX_SPAWN_DUP2, chromium_out, 4)]
         self._pid = os.posix_spawn(CHROMIUM, arguments, os.environ, file_actions=[*quiet, *ends], setpgroup=0)
-        os.close(theirs_in), os.close(theirs_out)
+        os.close(chromium_in), os.close(chromium_out)
         self._in, self._out = os.fdopen(read_end, "rb"), os.fdopen(write_end, "wb")
         self._number, self._buffer, self._session = 0, b"", None
         self.errors, self.requests = [], []
@@ -44,7 +44,7 @@ class Browser:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def send(self, method, **parameters):
-        """The result of a command of the DevTools protocol."""
+        """Send a command of the DevTools protocol, and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -58,7 +58,7 @@ class Browser:
         return answer["result"]
 
     def open(self, path, width=1440, height=900, dark=False):
-        """Show a file in a window of a size."""
+        """Open a local file in a window of `width` x `height` pixels, and wait until it is loaded."""
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
@@ -69,21 +69,21 @@ class Browser:
             pass
 
     def run(self, script):
-        """The value of an expression in the page."""
+        """Evaluate a JavaScript expression in the page, and return its value."""
         result = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
         return result["result"].get("value")
 
     def press(self, key):
-        """Press a key where the focus is."""
+        """Press a key on the focused element."""
         text = {"text": "\r"} if key == "Enter" else {}
         code = {"Enter": 13, "Escape": 27, "ArrowRight": 39}[key]
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
     def screenshot(self, path, **options):
-        """Write what is seen as a PNG."""
+        """Write the visible page as a PNG file."""
         data = self.send("Page.captureScreenshot", format="png", **options)["data"]
         Path(path).write_bytes(base64.b64decode(data))
 

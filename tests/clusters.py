@@ -1,4 +1,4 @@
-"""Clusters of several nodes on this machine, started as people start them, and the README's commands on them."""
+"""Clusters of several nodes on this machine, started as users start them, and the commands of the README on them."""
 
 import contextlib
 import copy
@@ -24,21 +24,21 @@ ROOT = Path(__file__).parents[1]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## On a cluster")[2].partition("\n## ")[0]
 SUBMISSIONS = re.findall(r"^ray job submit .*?(?<!\\)$", SECTION, re.M | re.S)
-STORE_BYTES = 300 << 20  # of each node
+STORE_BYTES = 300 << 20  # object store of each node
 _HERE = "127.0.0.1"
 _STARTING_S = 1200.0
-_BRIDGE, _SUBNET = "vlsm0", "10.77.0"  # of hosts that are launched
+_BRIDGE, _SUBNET = "vlsm0", "10.77.0"  # network of the hosts that `launched` makes
 
 
 @dataclass
 class Running:
-    """A cluster that runs.
+    """A running cluster.
 
     Attributes:
-        environment: that leads to it.
-        address: of its head, for Ray.
-        log: of its processes.
-        processes: that it is made of.
+        environment: variables with which commands reach it.
+        address: address of its head for Ray, host:port.
+        log: log file of its processes.
+        processes: its `ray start` processes.
     """
 
     environment: dict[str, str]
@@ -47,7 +47,7 @@ class Running:
     processes: list[subprocess.Popen]
 
     def call(self, command: str, timeout_s: float = 1200) -> tuple[int, str]:
-        """A line of the README in a clone: exit code and all that it printed."""
+        """Run a command of the README in the root of the repository; return its exit code and output."""
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=ROOT,
@@ -61,45 +61,48 @@ class Running:
         return done.returncode, done.stdout
 
     def wait_for_start(self) -> None:
-        """Until Ray says of each process that it has started."""
+        """Wait until the log says of each process that Ray has started."""
         deadline_s = time.monotonic() + _STARTING_S
         while self.log.read_text().count("Ray runtime started") < len(self.processes):
             if time.monotonic() > deadline_s or self.processes[-1].poll() is not None:
-                raise TimeoutError(f"no node has started: {self.log.read_text()[-4000:]}")
+                raise TimeoutError(
+                    f"a node has ended or did not start in {_STARTING_S:.0f} s: {self.log.read_text()[-4000:]}"
+                )
             time.sleep(0.2)
 
     def wait_for_nodes(self, wanted: dict[str, float]) -> None:
-        """Until the nodes that are alive have these resources together."""
+        """Wait until the total resources of the live nodes are `wanted`."""
         deadline_s = time.monotonic() + _STARTING_S
         while time.monotonic() < deadline_s and all(process.poll() is None for process in self.processes):
             _, out = self.call(f"timeout 30 ray status --address {self.address}")
-            found = {name: float(total) for total, name in re.findall(r"^ [\d.]+/([\d.]+) (\w+)$", out, re.M)}
-            if all(found.get(name, 0) == amount for name, amount in wanted.items()):
+            resources = {name: float(total) for total, name in re.findall(r"^ [\d.]+/([\d.]+) (\w+)$", out, re.M)}
+            if all(resources.get(name, 0) == amount for name, amount in wanted.items()):
                 return
             time.sleep(1)
         log = self.log.read_text()[-4000:] if self.log.exists() else ""
-        raise TimeoutError(f"no cluster with {wanted}: {out[-4000:]} {log}")
+        raise TimeoutError(f"the cluster does not have the resources {wanted}: {out[-4000:]} {log}")
 
 
-def _environment(home: Path, own: dict[str, str]) -> dict[str, str]:
-    """As after the README's first lines, with a home of its own, whose token is nobody else's."""
+def _environment(home: Path, extra: dict[str, str]) -> dict[str, str]:
+    """Return the environment after the first commands of the README, with a new home and its own Ray token."""
     home.mkdir(exist_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    told = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
-    told |= {"HOME": str(home), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"} | own
-    subprocess.run(["ray", "get-auth-token", "--generate"], env=told, capture_output=True, check=True)
-    return told
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+    environment |= {"HOME": str(home), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"} | extra
+    subprocess.run(["ray", "get-auth-token", "--generate"], env=environment, capture_output=True, check=True)
+    return environment
 
 
 @contextlib.contextmanager
 def started(environment: dict[str, str], *nodes: str, autoscaling: dict | None = None):
-    """`ray start --head`, and `ray start` once for each node with these arguments.
+    """Run `ray start --head`, and `ray start` once per entry of `nodes`; yield the cluster.
 
     Args:
-        environment: that its processes are to have.
-        autoscaling: the content of a cluster file whose provider starts nodes.
+        environment: additional variables of its processes.
+        nodes: arguments of `ray start`, one string per node.
+        autoscaling: content of a cluster file whose provider starts nodes.
     """
-    # short, since sockets stand there
+    # a short path, because it holds sockets and their paths are limited
     with tempfile.TemporaryDirectory(prefix="vlsm") as folder, contextlib.ExitStack() as stack:
         stack.callback(_end_all, folder)
         ports = {name: free_port() for name in ("port", "dashboard-port")}
@@ -120,34 +123,34 @@ def started(environment: dict[str, str], *nodes: str, autoscaling: dict | None =
         cluster = Running(environment, address, Path(folder, "log"), [])
         command = ["ray", "start", "--block", f"--node-ip-address={_HERE}", f"--object-store-memory={STORE_BYTES}"]
         joining = [(environment, [f"--address={address}", *node.split()]) for node in nodes]
-        for own, where in [(head, ["--head", *words]), *joining]:
-            cluster.processes.append(subprocess.Popen([*command, *where], env=own, stdout=log, stderr=log))
-            cluster.wait_for_start()  # one after another: together they start slowly, and Ray waits for 30 s
+        for variables, arguments in [(head, ["--head", *words]), *joining]:
+            cluster.processes.append(subprocess.Popen([*command, *arguments], env=variables, stdout=log, stderr=log))
+            cluster.wait_for_start()  # one after another: a simultaneous start is slow, and Ray waits only 30 s
         yield cluster
 
 
 def _end_all(folder: str) -> None:
-    """End the processes that name a folder which is theirs alone, and those that came of them."""
-    own = [
+    """Kill the processes whose command line contains this temporary folder, and their children."""
+    processes = [
         process
         for process in psutil.process_iter(["cmdline"])
         if any(folder in word for word in process.info["cmdline"] or ())
     ]
-    for process in own:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            own += process.children(recursive=True)
-    for process in own:
+            processes += process.children(recursive=True)
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(own, timeout=10)
+    psutil.wait_procs(processes, timeout=10)
 
 
 def autoscaled(max_gpus: int) -> dict:
-    """cluster.yaml, whose nodes are processes of one CPU on this machine, that Ray's autoscaler starts and ends."""
+    """Return cluster.yaml for nodes that Ray's autoscaler starts and ends as processes of one CPU on this machine."""
     from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
     config = copy.deepcopy(CLUSTER)
-    # by its module: the package lacks the file of defaults that the provider's own name asks for
+    # by module: the type "fake_multinode" needs a file of defaults that the package of Ray lacks
     module = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     provider = {"type": "external", "module": module, "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID}
     config |= {"provider": provider, "idle_timeout_minutes": 0.2, "head_node_type": FAKE_HEAD_NODE_TYPE}
@@ -164,7 +167,7 @@ def autoscaled(max_gpus: int) -> dict:
 
 
 def on_premises(head: str, workers: list[str], key: Path) -> dict:
-    """cluster.yaml, whose nodes are hosts that are there: of one CPU and what Ray takes for a GPU, the head of none."""
+    """Return cluster.yaml for existing hosts: workers that declare one CPU and one GPU, and a head with neither."""
     names = ("cluster_name", "upscaling_speed", "idle_timeout_minutes", "file_mounts", "rsync_exclude")
     config = {name: CLUSTER[name] for name in names}
     for role, cpus in ("head", "--num-cpus=0"), ("worker", "--num-cpus=1 --num-gpus=1"):
@@ -187,13 +190,13 @@ LAUNCHING = (
 
 
 def find_program(name: str) -> str | None:
-    """Where a program is, also of those that only root has on its path; sshd wants to be called so."""
+    """Return the absolute path of a program, also from /usr/sbin and /sbin; sshd requires a start by this path."""
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
 @contextlib.contextmanager
 def launched(num_workers: int):
-    """`ray up` over SSH, and `ray down`; needs root, and Debian's iproute2, openssh-server and rsync."""
+    """Run `ray up` over SSH, yield the cluster, and run `ray down`; needs root, iproute2, openssh-server and rsync."""
     with tempfile.TemporaryDirectory(prefix="vlsm") as folder, contextlib.ExitStack() as stack:
         environment = _environment(Path(folder, "home"), {})
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{folder}/key"], check=True)
@@ -205,7 +208,7 @@ def launched(num_workers: int):
         file = Path(folder, "cluster.yaml")
         file.write_text(yaml.safe_dump(on_premises(head, workers, Path(folder, "key"))))
         cluster = Running(environment, f"{head}:6379", Path(folder, "log"), [])
-        # the second version counts the head among min_workers where all nodes are of one type
+        # the second version of the autoscaler counts the head as one of min_workers if all nodes have one type
         environment["RAY_UP_enable_autoscaler_v2"] = "0"
         code, out = cluster.call(f"ray up -y {file}")
         assert code == 0, out
@@ -221,25 +224,25 @@ def launched(num_workers: int):
 
 @contextlib.contextmanager
 def _host(folder: Path, number: int):
-    """A machine as far as Linux can make one of this: an address, an SSH server, own processes and an own home."""
+    """Make a host from namespaces of this machine: an address, an SSH server, separate processes and a home."""
     name, address = f"vlsm{number}", f"{_SUBNET}.{number}"
     home = folder / f"home{number}"
     home.mkdir()
     options = shlex.split(" ".join(CLUSTER["docker"]["run_options"]))
-    told = [word for option, word in itertools.pairwise(options) if option == "--env"]  # for containers
-    told.append(f"PATH={os.path.dirname(sys.executable)}:/usr/bin:/bin")
-    (home / ".bashrc").write_text("".join(f"export {word}\n" for word in told))
+    variables = [word for option, word in itertools.pairwise(options) if option == "--env"]  # for containers
+    variables.append(f"PATH={os.path.dirname(sys.executable)}:/usr/bin:/bin")
+    (home / ".bashrc").write_text("".join(f"export {word}\n" for word in variables))
     settings = folder / f"sshd{number}"
     settings.write_text(
         f"HostKey {folder}/key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\nPermitRootLogin yes\n"
         "PidFile none\n"
     )
-    users = folder / f"passwd{number}"  # SSH takes homes from there
-    everybody = Path("/etc/passwd").read_text()
-    users.write_text(re.sub(r"^(root:.*):[^:]*:([^:]*)$", rf"\1:{home}:\2", everybody, flags=re.M))
-    # in a mount namespace of the host's own: Linux has these in the same places everywhere, and Ray its files
+    users = folder / f"passwd{number}"  # SSH reads the home folder from this file
+    accounts = Path("/etc/passwd").read_text()
+    users.write_text(re.sub(r"^(root:.*):[^:]*:([^:]*)$", rf"\1:{home}:\2", accounts, flags=re.M))
+    # in a separate mount namespace: these paths, and those of Ray, are the same on every host
     inside = "mount -t tmpfs tmpfs /run && mkdir -p /run/sshd /tmp/ray && mount -t tmpfs tmpfs /tmp/ray"
-    names = folder / f"hosts{number}"  # training workers find each other by the host's name
+    names = folder / f"hosts{number}"  # training workers find each other by host name
     names.write_text(f"127.0.0.1 localhost\n{address} {name}\n")
     inside += f" && mount --bind {users} /etc/passwd && mount --bind {names} /etc/hosts && hostname {name}"
     inside += f" && exec {find_program('sshd')} -D -e -f {settings}"
@@ -248,8 +251,8 @@ def _host(folder: Path, number: int):
         stack.callback(_ip, "netns del", name)
         _ip(f"link add {name} type veth peer name eth0 netns {name}")
         _ip(f"link set {name} master {_BRIDGE} up")
-        ways = f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"
-        for line in (*ways, f"route add default via {_SUBNET}.254"):
+        addresses = f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"
+        for line in (*addresses, f"route add default via {_SUBNET}.254"):
             _ip("-n", name, line)
         command = ["ip", "netns", "exec", name, "unshare", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
         process = subprocess.Popen([*command, "bash", "-c", inside])

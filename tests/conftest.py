@@ -1,4 +1,4 @@
-"""What tests share: tiny checkpoints in the real formats, drawn archives, one Ray cluster and one S3 server."""
+"""Shared fixtures: tiny checkpoints in the real formats, drawn archives, one Ray cluster and one S3 server."""
 
 import gc
 import os
@@ -9,14 +9,16 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # this process is measured, its children are not: they would take twice as long
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # measure coverage in this process only: child processes would take twice as long
     os.environ.pop("COVERAGE_PROCESS_START", None)
-os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster on loopback for a few minutes
+os.environ["RAY_AUTH_MODE"] = "disabled"  # a short-lived cluster on the loopback interface
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # or the other tests on these cores would always come first
-os.environ["RAY_num_workers_soft_limit"] = "16"  # several jobs at once: their idle processes need not be started anew
-os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away
-os.environ["OMP_NUM_THREADS"] = "1"  # of torch: pytest-xdist has a process for each core already
+os.environ["RAY_worker_niceness"] = "0"  # otherwise other tests on these cores always have priority
+os.environ["RAY_num_workers_soft_limit"] = "16"  # several jobs at once: keep their idle workers
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # this machine is not preemptible
+os.environ["OMP_NUM_THREADS"] = "1"  # threads of torch: pytest-xdist already runs one process per core
 
 import numpy as np
 import pytest
@@ -25,20 +27,20 @@ from PIL import Image
 from jobs.benchmarks.stores import BUCKET, S3Server
 
 SHARED = Path(__file__).parents[2] / "shared"
-LONG_S = 1200  # ends what hangs; nothing that works comes near it, on machines that are several times slower too
+LONG_S = 1200  # time limit for tests that hang; working tests stay far below it, even on much slower machines
 
 
-# the modules that take longest come first: no process is to wait for the other in the end
+# the slowest modules start first, so that both processes end at about the same time
 ORDER = "train failures torture demo segment resuming evaluate archives ensemble imports zoo learner".split()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Each module in one process, where its fixtures are made once; each process has one Ray cluster for all of its."""
+    """Run each module in one process, so that its fixtures exist once; each process has one Ray cluster."""
     with_ray = {item.path for item in items if "ray_cluster" in item.fixturenames}
     with_store = {item.path for item in items if "s3_server" in item.fixturenames} - with_ray
     for item in items:
-        # tests of resuming look at a run of the segment tests; one S3 server is enough
+        # tests of resuming read a run of the segment tests; tests with only the S3 server share one server
         module = str(item.path).replace("test_resuming", "test_segment")
         item.add_marker(pytest.mark.xdist_group("store" if item.path in with_store else module))
     order = {name: number for number, name in enumerate(ORDER)}
@@ -46,7 +48,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection():
-    """Switch the garbage collector off: imports create many objects, and all of them stay."""
+    """Switch the garbage collector off: imports create many objects, and none of them is garbage."""
     gc.disable()
 
 
@@ -58,7 +60,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
-    """A UNet-D small enough to run anywhere, with weights that give masks which are neither empty nor full."""
+    """A tiny UNet-D whose weights give masks that are neither empty nor full."""
     import torch
 
     import vlsm
@@ -71,7 +73,7 @@ def tiny_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bright_checkpoint(tmp_path_factory):
-    """A model that marks what is bright: its masks can be predicted by eye."""
+    """A model that marks bright pixels, so that tests know the expected mask."""
     import torch
 
     import vlsm
@@ -87,7 +89,7 @@ def bright_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory):
-    """Six drawn images of different sizes: a folder in the `anns/ images/ masks/` layout."""
+    """A folder with six drawn images of different sizes, in the layout `anns/ images/ masks/`."""
     from jobs.phantoms import write_labelled
 
     folder = tmp_path_factory.mktemp("drawn")
@@ -97,15 +99,15 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture
 def archive(drawn, tmp_path):
-    """The drawn images as an unlabelled archive of the test's own, with room beside it."""
+    """A copy of the drawn images as an unlabelled archive, in the temporary folder of the test."""
     return Path(shutil.copytree(drawn / "images", tmp_path / "archive"))
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_server):
-    """Two CPUs of Ray for all tests of this process, which subprocesses join through RAY_ADDRESS.
+    """A Ray cluster of two CPUs for all tests of this process; subprocesses join it through RAY_ADDRESS.
 
-    The S3 server comes first: workers inherit the environment of the time when Ray starts.
+    The S3 server starts first, because workers inherit the environment in which Ray starts.
     """
     import ray
 
@@ -118,7 +120,7 @@ def ray_cluster(s3_server):
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
-    """A SeaweedFS server with S3's own protocol; the standard AWS environment leads to it."""
+    """A SeaweedFS server that speaks the S3 protocol; the standard AWS variables point to it."""
     server = S3Server(tmp_path_factory.mktemp("weed"))
     server.start()
     environment = server.environment()
@@ -134,29 +136,29 @@ def s3_server(tmp_path_factory):
 
 @pytest.fixture
 def s3_folder(s3_server, request):
-    """A prefix of the test's own: emptied ones linger on some servers."""
+    """A new prefix for each test: some servers still list a prefix after its files are deleted."""
     return f"s3://{BUCKET}/{request.node.name}-{time.time_ns()}"
 
 
 def slow(*values):
-    """Parameters of a test that `.ci/nightly` runs."""
+    """Test parameters that only `.ci/nightly` runs."""
     return [pytest.param(value, marks=pytest.mark.slow, id=str(value)) for value in values]
 
 
 def read_mask_rows(output):
-    """Every row of a run's output, by (image_id, prompt); a pair that stands there twice fails."""
+    """Return every row of a run by (image_id, prompt); a duplicate pair fails."""
     from vlsm import read_masks
 
     rows = {}
     for row in read_masks(str(output)):
         key = (row["image_id"], row["prompt"])
-        assert key not in rows, f"{key} stands there twice"
+        assert key not in rows, f"{key} has two rows"
         rows[key] = row
     return rows
 
 
 def without_ray(*words):
-    """The segment job where importing ray fails: what it does before Ray starts."""
+    """Run the segment job in a process that cannot import ray, to test everything before the start of Ray."""
     code = (
         f"import sys; sys.modules['ray'] = None; from jobs.segment import main; sys.exit(main({[*map(str, words)]!r}))"
     )
@@ -166,7 +168,7 @@ def without_ray(*words):
 
 
 def save_square(path, size=(60, 90), corner="top left", **options):
-    """A dark image with a bright square in one corner: where the mask must be, in an upright picture."""
+    """Write a dark image with a bright square in one corner: the expected mask. Return its pixels."""
     height, width = size
     pixels = np.full((height, width, 3), 20, np.uint8)
     rows = slice(0, height // 3) if "top" in corner else slice(2 * height // 3, height)

@@ -1,4 +1,4 @@
-"""Tiny pretrained weights in their libraries' own formats, and every model of the table built on them."""
+"""Tiny weights in the formats of their libraries, and options to build every model with them."""
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,33 +19,33 @@ TINY_CLIPSEG = {
 
 
 def save_tiny_clipseg(folder):
-    """Five layers of width 32; 16 tokens of text."""
+    """Write a CLIPSeg with five layers of width 32 and 16 text tokens."""
     write_clipseg(folder, **TINY_CLIPSEG)
     return _stir(folder)
 
 
 def save_tiny_biomedclip(folder):
-    """timm's six-block vision transformer of width 64, and a BERT of two layers."""
+    """Write a BiomedCLIP with the six-block vision transformer of timm, width 64, and a BERT of two layers."""
     write_biomedclip(folder, image_tower=("test_vit", 160), num_hidden_layers=2, vocab_size=500, **_LAYERS)
     return _stir(folder)
 
 
 def save_tiny_clip_resnet(folder):
-    """One block a stage, eight channels wide."""
+    """Write a CLIP ResNet with one block per stage and eight channels."""
     vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
     write_clip_resnet(folder, embed_dim=32, vision_cfg=vision, text_cfg=_BYTE_PAIR_TEXT)
     return _stir(folder)
 
 
 def save_tiny_open_clip(folder):
-    """open_clip's own vision transformer of four blocks, with patches of 8 pixels."""
+    """Write an open_clip model with a vision transformer of four blocks and patches of 8 pixels."""
     vision = {"image_size": 64, "layers": 4, "width": 32, "patch_size": 8, "head_width": 8}
     write_open_clip(folder, {"embed_dim": 32, "vision_cfg": vision, "text_cfg": _BYTE_PAIR_TEXT})
     return _stir(folder)
 
 
 def save_tiny_sources(folder):
-    """One folder of each kind."""
+    """Write one folder per kind of weights."""
     save_tiny_clipseg(folder / "clipseg")
     save_tiny_biomedclip(folder / "biomedclip")
     save_tiny_clip_resnet(folder / "clip_resnet")
@@ -54,7 +54,7 @@ def save_tiny_sources(folder):
 
 
 def tiny_options(folder):
-    """For every model of the table, options that make it tiny; openclip_seg stands there with UNet-D as well."""
+    """Return options that make every model tiny; `openclip_seg+unet` is openclip_seg with a UNet-D."""
     clipseg = {"source": str(folder / "clipseg"), "image_size": 64}
     biomedclip = {"source": str(folder / "biomedclip"), "image_size": 64, "taps": [1, 2, 4]}
     both = {"biomedclip_source": biomedclip["source"], "clipseg_source": clipseg["source"]}
@@ -78,7 +78,7 @@ def tiny_options(folder):
 
 
 def _stir(folder):
-    """Weights larger than the usual initial ones, so that images and prompts matter, and statistics as if learned."""
+    """Add noise to all weights, so that logits depend on images and prompts, and to the batch-norm statistics."""
     (path,) = folder.glob("*.safetensors")
     generator = torch.Generator().manual_seed(7)
     state = load_file(path)
@@ -86,7 +86,7 @@ def _stir(folder):
         if value.is_floating_point():
             noise = torch.randn(value.shape, generator=generator) * 0.15
             if key.startswith("decoder.") and value.ndim > 1:
-                value = torch.zeros_like(value)  # transformers draws these with a standard deviation of 1
+                value = torch.zeros_like(value)  # transformers initialises these with a standard deviation of 1
             state[key] = value + (noise.abs() if key.endswith("running_var") else noise)
     save_file(state, path, metadata={"format": "pt"})
     return folder
