@@ -360,8 +360,8 @@ def test_names():
         "nifti",
         "tar",
         None,
-        "dicom?",
-        "dicom?",
+        "unnamed",
+        "unnamed",
     ]
     assert split_selector("x.tar", "a#b.png") == ("a#b.png", None)
     assert split_selector("x.zip", "a.dcm#frame=3") == ("a.dcm", "frame=3")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from vlsm.errors import ImageError
-from vlsm.images.formats import Inside, Look, Open, describe_other, is_archive, kind_of, list_frames
+from vlsm.images.formats import UNNAMED, Inside, Look, Open, describe_other, is_archive, kind_of, list_frames
 
 _LARGEST_READ = 1 << 26  # bytes; a tar header that asks for more is damaged
 _MOST_ZEROS = 1 << 27  # a tar with more consecutive zero bytes is damaged
@@ -43,7 +43,7 @@ def list_images(
         return images
     images = list_frames(open_file, name, size_bytes, look)
     if not images:
-        skipped[describe_other(name) + ("" if kind_of(name) == "dicom?" else " without pixels")] += 1
+        skipped[describe_other(name) + ("" if kind_of(name) == UNNAMED else " without pixels")] += 1
     return images
 
 

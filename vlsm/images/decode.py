@@ -4,11 +4,12 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images.resizing import resize_bilinear
 
@@ -19,6 +20,8 @@ except ImportError:  # a machine with torch and the networks' libraries alone: P
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vlsm.images.formats import Look
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
@@ -61,26 +64,12 @@ def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.nd
     Raises:
         ImageError: "too_large", or "corrupt" with the decoder's reason.
     """
-    with _damage(name), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        return _decode(image, name, max_pixels, data)
+    with decoder_errors(name), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        return decode_opened(image, name, max_pixels, data)
 
 
-class Pages:
-    """The pages of a TIFF; arguments and errors as for `decode_image`."""
-
-    def __init__(self, data: bytes, name: str, max_pixels: int) -> None:
-        self._name, self._max_pixels = name, max_pixels
-        with _damage(name):
-            self._image = Image.open(io.BytesIO(data), formats=("TIFF",))
-
-    def decode(self, page: int) -> np.ndarray:
-        """One page, counted from 0, as `decode_image` gives an image: (H, W, 3) uint8."""
-        with _damage(self._name):
-            self._image.seek(page)
-            return _decode(self._image, self._name, self._max_pixels)
-
-
-def _decode(image: Image.Image, name: str, max_pixels: int, data: bytes = b"") -> np.ndarray:
+def decode_opened(image: Image.Image, name: str, max_pixels: int, data: bytes = b"") -> np.ndarray:
+    """The page of an opened file that is selected, as `decode_image` gives an image; data is that of a whole JPEG."""
     width, height = image.size
     if height * width > max_pixels:
         raise ImageError(
@@ -106,7 +95,7 @@ def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
 
 
 @contextlib.contextmanager
-def _damage(name: str) -> Iterator[None]:
+def decoder_errors(name: str) -> Iterator[None]:
     """Whatever a decoder raises, as an ImageError."""
     try:
         yield
@@ -192,3 +181,16 @@ def normalize(images: "Tensor", spec: ImageSpec) -> "Tensor":
     mean = torch.tensor(spec.mean, device=images.device)
     std = torch.tensor(spec.std, device=images.device)
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def list_images(
+    file: BinaryIO, name: str, size_bytes: int | None, look: "Look"
+) -> tuple[list[str | None], tuple[int, int]]:
+    """One image and its size; see `vlsm.images.formats.FormatModule`."""
+    with decoder_errors(name), Image.open(file, formats=_FORMATS) as image:
+        return [None], (image.height, image.width)
+
+
+def open_images(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], np.ndarray]:
+    """The one image of the file; see `vlsm.images.formats.FormatModule`."""
+    return lambda selector: decode_image(data, name, settings.max_pixels)

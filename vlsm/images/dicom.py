@@ -6,8 +6,8 @@ patient data.
 
 import contextlib
 import io
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from pydicom import uid
@@ -17,6 +17,10 @@ from vlsm.errors import ImageError
 from vlsm.images.dicom_header import quiet, read_header
 from vlsm.images.dicom_pixels import paint_palette, read_frame
 from vlsm.images.grey_levels import Window, as_rgb, scale_to_bytes, value_range, window_edges
+
+if TYPE_CHECKING:
+    from vlsm.config import SegmentSettings
+    from vlsm.images.formats import Look
 
 PIXEL_DATA_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _HEADER_TAGS = [0x00080016, 0x00280002, 0x00280008, 0x00280010, 0x00280011, 0x00280100]
@@ -278,3 +282,22 @@ def _number(item: Dataset, keyword: str) -> float | None:
         value = value[0] if len(value) else None
     number = None if value in (None, "") else float(value)
     return number if number is not None and np.isfinite(number) else None
+
+
+def sniff(head: bytes) -> bool:
+    """Whether a file whose name tells nothing is a DICOM file; see `vlsm.images.formats.Format`."""
+    return is_dicom(head)
+
+
+def list_images(
+    file: BinaryIO, name: str, size_bytes: int | None, look: "Look"
+) -> tuple[list[str | None], tuple[int, int]]:
+    """The frames of an object, and their size; see `vlsm.images.formats.FormatModule`."""
+    count, height, width = read_shape(file, name, size_bytes)
+    return [f"frame={frame}" for frame in range(count)] if count > 1 else [None] * count, (height, width)
+
+
+def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], np.ndarray]:
+    """The frames of an object; see `vlsm.images.formats.FormatModule`."""
+    images = DicomImages(data, name, settings.max_pixels, settings.window, settings.max_image_bytes)
+    return lambda selector: images.decode(int(selector.partition("=")[2]) if selector else 0)

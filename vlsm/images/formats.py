@@ -1,34 +1,84 @@
-"""The images of one file, by its kind: one, or the frames, pages or slices of DICOM, TIFF and NIfTI.
+"""The table of file formats, and the images of one file: one, or the frames, pages or slices of DICOM, TIFF and NIfTI.
 
-A selector names one of several: "frame=3" of a DICOM file, "page=2" of a TIFF, "slice=17" of a volume. In a tar or zip
-it begins with the member's name: "a/b.png", "a/b.dcm#frame=3". An image that is alone in its file has none.
+A selector names one of several images: "frame=3" of a DICOM file, "page=2" of a TIFF, "slice=17" of a volume. In a tar
+or zip it begins with the member's name: "a/b.png", "a/b.dcm#frame=3". An image that is alone in its file has none.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from importlib import import_module
+from typing import BinaryIO, Protocol, cast
 
-from PIL import Image
+import numpy as np
 
-from vlsm.config import TileSettings
-from vlsm.errors import ImageError
+from vlsm.config import SegmentSettings, TileSettings
 from vlsm.images.decode import EXTENSIONS
 from vlsm.segmentation.tiles import count_windows
 
-_ENDINGS = {
-    "tiff": (".tif", ".tiff"),
-    "image": EXTENSIONS,
-    "dicom": (".dcm", ".dicom"),
-    "nifti": (".nii", ".nii.gz"),
-    "tar": (".tar", ".tar.gz", ".tgz"),
-    "zip": (".zip",),
-}
-_REDUCED_OR_MASK = 0b101  # TIFF 6.0, tag NewSubfileType
-_SUBFILE_TYPE = 254
-_FRAME = re.compile(r"(?:frame|page|slice)=\d+|volume=\d+,slice=\d+")
+HEAD_BYTES = 132  # of a file, by which a format knows it
 
 Open = Callable[[], BinaryIO]
+Decode = Callable[[str | None], np.ndarray]  # an image by its selector, (H, W, 3) uint8; raises ImageError
+
+
+class FormatModule(Protocol):
+    """What the module of a format defines. Every function raises ImageError for a damaged file."""
+
+    def list_images(
+        self, file: BinaryIO, name: str, size_bytes: int | None, look: "Look"
+    ) -> tuple[Sequence[str | None], tuple[int, int]]:
+        """Return the selector of each image, from the file's header, and (height, width) of the images in pixels.
+
+        A file with one image has the selector None. A file without pixels has no images.
+
+        Args:
+            file: at its start; it may read lazily.
+            name: of the file, for messages.
+            size_bytes: of the file; None if nobody knows it.
+            look: how the file is looked into.
+        """
+
+    def open_images(self, data: bytes, name: str, settings: SegmentSettings) -> Decode:
+        """Return the function that decodes the images of a file, by their selectors.
+
+        Args:
+            data: the content of the file.
+            name: of the file, for messages.
+            settings: limits, and how volumes and grey values are shown.
+        """
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format: a line of the table.
+
+    Attributes:
+        endings: of the files' names, in lower case.
+        module: a FormatModule by its name; it is imported when a file of the format is met.
+        selector: a regular expression for the selectors of its images.
+        is_sniffed: whether the module also has `sniff(head: bytes) -> bool`, for files whose names tell nothing. Its
+            argument is the first HEAD_BYTES bytes.
+    """
+
+    endings: tuple[str, ...]
+    module: str
+    selector: str = ""
+    is_sniffed: bool = False
+
+    def load(self) -> FormatModule:
+        """Import the module."""
+        return cast(FormatModule, import_module(self.module))
+
+
+FORMATS = {
+    "tiff": Format((".tif", ".tiff"), "vlsm.images.tiff", r"page=\d+"),
+    "image": Format(EXTENSIONS, "vlsm.images.decode"),
+    "dicom": Format((".dcm", ".dicom"), "vlsm.images.dicom", r"frame=\d+", is_sniffed=True),
+    "nifti": Format((".nii", ".nii.gz"), "vlsm.images.nifti", r"(?:volume=\d+,)?slice=\d+"),
+}
+_ARCHIVES = {"tar": (".tar", ".tar.gz", ".tgz"), "zip": (".zip",)}
+UNNAMED = "unnamed"  # the kind of a file whose name tells nothing
 
 
 @dataclass(frozen=True)
@@ -63,23 +113,32 @@ class Inside:
 
 
 def kind_of(name: str) -> str | None:
-    """What a file is by its name: "image", "tiff", "dicom", "nifti", "tar", "zip", or None for none of them.
+    """The kind of a file by its name: a key of FORMATS, "tar", "zip", UNNAMED, or None for a file of no known format.
 
-    "dicom?" is one whose name tells nothing, as scanners name theirs: no extension, or a number for it.
+    Scanners give names that tell nothing: without an extension, or with a number for it.
     """
     lower = name.rsplit("/", 1)[-1].lower()
     if not lower or lower.startswith("._"):  # what macOS leaves beside x.jpg on foreign disks
         return None
-    for kind, endings in _ENDINGS.items():
-        if lower.endswith(endings):
+    endings = {kind: known.endings for kind, known in FORMATS.items()} | _ARCHIVES
+    for kind, known_endings in endings.items():
+        if lower.endswith(known_endings):
             return kind
     suffix = lower.rpartition(".")[2]
-    return "dicom?" if suffix == lower or suffix.isdecimal() else None
+    return UNNAMED if suffix == lower or suffix.isdecimal() else None
+
+
+def sniff_kind(head: bytes) -> str | None:
+    """The kind of an UNNAMED file by its first HEAD_BYTES bytes, or None for a file of no known format."""
+    for kind, known in FORMATS.items():
+        if known.is_sniffed and import_module(known.module).sniff(head):
+            return kind
+    return None
 
 
 def is_archive(name: str) -> bool:
     """Whether a file of this name is a tar or zip, and its images are its members'."""
-    return kind_of(name) in ("tar", "zip")
+    return kind_of(name) in _ARCHIVES
 
 
 def split_selector(uri: str, selector: str | None) -> tuple[str | None, str | None]:
@@ -89,7 +148,8 @@ def split_selector(uri: str, selector: str | None) -> tuple[str | None, str | No
     if not is_archive(uri):
         return None, selector
     member, separator, frame = selector.rpartition("#")
-    return (member, frame) if separator and _FRAME.fullmatch(frame) else (selector, None)
+    is_frame = any(known.selector and re.fullmatch(known.selector, frame) for known in FORMATS.values())
+    return (member, frame) if separator and is_frame else (selector, None)
 
 
 def describe_other(name: str) -> str:
@@ -114,47 +174,10 @@ def list_frames(open_file: Open, name: str, size_bytes: int | None, look: Look) 
     if kind == "image" and look.tile.size is None:
         return [Inside()]
     with open_file() as file:
-        if kind == "nifti":
-            from vlsm.images.nifti import list_slices, read_grid
-
-            selectors: Sequence[str | None] = list_slices(file, name, look.axis)
+        if kind == UNNAMED:
+            if (kind := sniff_kind(file.read(HEAD_BYTES))) is None:
+                return []
             file.seek(0)
-            return _windowed(selectors, read_grid(file, name, look.axis).slice_shape, look)
-        if kind in ("dicom", "dicom?"):
-            return _list_dicom(file, name, size_bytes, look)
-        return _list_pages(file, name, look)
-
-
-def _windowed(selectors: Sequence[str | None], size: tuple[int, int], look: Look) -> list[Inside]:
+        selectors, size = FORMATS[kind or "image"].load().list_images(file, name, size_bytes, look)
     count = min(count_windows(size, look.tile.size, look.tile.overlap), look.tile.max_windows)
     return [Inside(selector, num_windows=count) for selector in selectors]
-
-
-def _list_dicom(file: BinaryIO, name: str, size_bytes: int | None, look: Look) -> list[Inside]:
-    from vlsm.images.dicom import is_dicom, read_shape
-
-    if kind_of(name) == "dicom?" and not is_dicom(file.read(132)):
-        return []
-    file.seek(0)
-    count, *size = read_shape(file, name, size_bytes)
-    selectors = [f"frame={frame}" for frame in range(count)] if count > 1 else [None] * count
-    return _windowed(selectors, (size[0], size[1]), look)
-
-
-def _list_pages(file: BinaryIO, name: str, look: Look) -> list[Inside]:
-    """An image, or the pages of a TIFF, but for masks and smaller copies of another page."""
-    try:
-        with Image.open(file) as image:
-            pages = [0]
-            if image.format == "TIFF":
-                pages = []
-                for page in range(getattr(image, "n_frames", 1)):
-                    image.seek(page)
-                    if not int(image.tag_v2.get(_SUBFILE_TYPE, 0)) & _REDUCED_OR_MASK:  # type: ignore[attr-defined]
-                        pages.append(page)
-                pages = pages or [0]
-                image.seek(pages[0])
-            size = image.height, image.width
-    except Exception as error:  # decoders meet damage with every error that there is
-        raise ImageError("corrupt", f"{name}: {error or type(error).__name__}") from error
-    return _windowed([None] if pages == [0] else [f"page={page}" for page in pages], size, look)

@@ -11,14 +11,19 @@ import io
 import math
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
 
 from vlsm.errors import ImageError
 from vlsm.images.grey_levels import Window, as_rgb, scale_to_bytes, value_range, window_edges
+
+if TYPE_CHECKING:
+    from vlsm.config import SegmentSettings
+    from vlsm.images.formats import Look
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
@@ -303,3 +308,16 @@ def _unpack(data: bytes, num_bytes: int, name: str) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise ImageError("corrupt", f"{name}: its compressed data are damaged ({type(error).__name__})") from None
     return content
+
+
+def list_images(file: BinaryIO, name: str, size_bytes: int | None, look: "Look") -> tuple[list[str], tuple[int, int]]:
+    """The slices of the file's volumes, and their size; see `vlsm.images.formats.FormatModule`."""
+    grid = read_grid(file, name, look.axis)
+    return grid.selectors(), grid.slice_shape
+
+
+def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], np.ndarray]:
+    """The slices of the file's volumes; see `vlsm.images.formats.FormatModule`."""
+    limits = settings.window, settings.slices, settings.max_image_bytes
+    images = NiftiImages(data, name, settings.max_pixels, *limits)
+    return lambda selector: images.decode(selector or "slice=0")

@@ -19,9 +19,18 @@ from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images.containers import check_zip_member, is_compressed_tar, list_images
-from vlsm.images.decode import Pages, decode_image
 from vlsm.images.fetch import check_size, image_errors, read_image_bytes, read_patiently
-from vlsm.images.formats import Look, is_archive, kind_of, split_selector
+from vlsm.images.formats import (
+    FORMATS,
+    HEAD_BYTES,
+    UNNAMED,
+    Decode,
+    Look,
+    is_archive,
+    kind_of,
+    sniff_kind,
+    split_selector,
+)
 
 _BLOCK = 1 << 20  # bytes that are asked of a store at once, of an archive that is read in order
 _FEWEST_KEPT, _MOST_BYTES_KEPT = 2, 1 << 28  # of files of which several images are wanted: they follow each other
@@ -54,33 +63,11 @@ class Content:
         Raises:
             ImageError: it cannot be decoded.
         """
-        if self.kind == "nifti":
-            return self._volume.decode(frame or "slice=0")
-        number = int(frame.partition("=")[2]) if frame else 0
-        if self.kind == "dicom":
-            return self._dicom.decode(number)
-        if frame is None:
-            return decode_image(self.data, self.name, self._settings.max_pixels)
-        return self._pages.decode(number)
+        return self._decode(frame)
 
     @functools.cached_property
-    def _volume(self) -> Any:
-        from vlsm.images.nifti import NiftiImages
-
-        settings = self._settings
-        how = settings.window, settings.slices, settings.max_image_bytes
-        return NiftiImages(self.data, self.name, settings.max_pixels, *how)
-
-    @functools.cached_property
-    def _pages(self) -> Pages:
-        return Pages(self.data, self.name, self._settings.max_pixels)
-
-    @functools.cached_property
-    def _dicom(self) -> Any:
-        from vlsm.images.dicom import DicomImages
-
-        settings = self._settings
-        return DicomImages(self.data, self.name, settings.max_pixels, settings.window, settings.max_image_bytes)
+    def _decode(self) -> Decode:
+        return FORMATS[self.kind or "image"].load().open_images(self.data, self.name, self._settings)
 
 
 class Reader:
@@ -144,10 +131,8 @@ class Reader:
                 data = read_patiently(lambda: self._read_in_order(row, member), uri, settings.run.outage_patience_s)
         name = uri if member is None else f"{uri}#{member}"
         kind = kind_of(member or uri)
-        if kind == "dicom?":
-            from vlsm.images.dicom import is_dicom
-
-            kind = "dicom" if is_dicom(data[:132]) else None
+        if kind == UNNAMED:
+            kind = sniff_kind(data[:HEAD_BYTES])
         return Content(data, name, kind, settings)
 
     def _read_in_order(self, row: Mapping[str, Any], member: str) -> bytes:
