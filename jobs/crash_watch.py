@@ -7,6 +7,9 @@ on killing without one ends the run.
 """
 
 import contextlib
+import faulthandler
+import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -118,8 +121,9 @@ class Watch:
         blamed: images that are to be left out, since they have killed the process at each try.
     """
 
-    def __init__(self, board: Any, stage: str, shard: int) -> None:
+    def __init__(self, board: Any, stage: str, shard: int, image_timeout_s: float) -> None:
         self._board, self._place, self._started_s = board, (stage, shard), time.monotonic()
+        self._image_timeout_s = image_timeout_s
         deaths, unexplained, blamed = self._ask("begin")
         if unexplained > _MOST_UNEXPLAINED:
             message = f"the process of {stage} died {unexplained} times at shard {shard}, and at no image of it"
@@ -146,6 +150,20 @@ class Watch:
         finally:  # an error is no death
             if self.is_careful:
                 self._ask("enter", None)
+
+    @contextlib.contextmanager
+    def time_limit(self) -> Iterator[None]:
+        """Around the decoding of one image: end this process if it takes longer than `run.image_timeout_s`.
+
+        A decoder that hangs in C code can only be stopped with its process, by a signal that no Python code handles.
+        The next try of the shard is careful. A timer of faulthandler's own would start a thread for each image.
+        """
+        faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
+        signal.setitimer(signal.ITIMER_REAL, self._image_timeout_s)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _ask(self, what: str, *words: Any) -> Any:
         import ray

@@ -58,8 +58,8 @@ def execute(  # noqa: PLR0913 - all that one stream of shards depends on
     context.retried_map_errors, context.max_map_retries = True, 2
     context.max_consecutive_actor_init_deaths = 3
     board = start_board(Board, session.milestones)
-    sizes = tuple(member.image_size for member in run.members)
-    task = Task(run.settings, run.run_id, run.plan.id, sizes, retry_failed, board)
+    squares = tuple(member.square for member in run.members)
+    task = Task(run.settings, run.run_id, run.plan.id, squares, retry_failed, board)
     # each node fetches the weights once from the object store, whether or not it could reach the directory itself
     weights = [
         ray.put({name: np.frombuffer(data, np.uint8) for name, data in member.files.items()}) for member in run.members
@@ -109,11 +109,12 @@ def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:
             SegmentActor,
             fn_constructor_args=(task, weights, pool.members, pool.num_threads),
             batch_size=1,
+            batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=pool.num_actors[0], max_size=pool.num_actors[1]),
             num_cpus=pool.num_cpus,
             num_gpus=pool.num_gpus,
         )
-    return rows.map_batches(write_masks, fn_args=(task,), batch_size=1, num_cpus=task_cpus)
+    return rows.map_batches(write_masks, fn_args=(task,), batch_size=1, batch_format="pyarrow", num_cpus=task_cpus)
 
 
 def _root_cause(error: BaseException) -> str:

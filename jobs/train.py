@@ -124,7 +124,7 @@ def execute(
     from jobs.crash_watch import start_board
     from jobs.train_feed import keep_decoded
     from jobs.train_group import TRAIN_WORKER, TrainingBoard, Work, fit_in_background, group_size
-    from vlsm.training.run import image_size
+    from vlsm.training.run import input_square
 
     nodes = ray.nodes()
     size = group_size(settings, nodes)
@@ -134,7 +134,7 @@ def execute(
     )
     warn_if_none_fits(size.cpus, size.gpus, nodes)
     board = start_board(TrainingBoard, milestones or {"start": time.time()})
-    decoded = keep_decoded(records, settings.data, image_size(settings), settings.run.cache_images)
+    decoded = keep_decoded(records, settings.data, input_square(settings), settings.run.cache_images)
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
     ended = fit_in_background(work, size, worker or TRAIN_WORKER)
     started_s, num_lines = time.monotonic(), 0

@@ -17,8 +17,9 @@ import ray
 
 from jobs.command import logger
 from vlsm.errors import VlsmError
-from vlsm.images.decode import decode_image, decode_mask, resize_image, resize_mask
+from vlsm.images.decode import decode_image, decode_mask
 from vlsm.images.fetch import read_image_bytes
+from vlsm.images.preprocess import Square
 from vlsm.training.augment import augment_example
 from vlsm.training.datasets import Record
 from vlsm.training.inspection import Facts, inspect_record
@@ -73,36 +74,38 @@ class Decoded:
         return [tuple(part[example % _CHUNK] for part in chunks[example // _CHUNK]) for example in examples]
 
 
-def keep_decoded(records: Sequence[Record], settings: DataSettings, size: int, wanted: bool | None) -> Decoded | None:
+def keep_decoded(
+    records: Sequence[Record], settings: DataSettings, square: Square, wanted: bool | None
+) -> Decoded | None:
     """All examples decoded in the object store, or None where that is not wanted or they would not fit.
 
     Args:
         records: the examples.
         settings: how to read them.
-        size: S of the model in pixels.
+        square: the model's input.
         wanted: None to keep them where they take less than a third of the cluster's object store.
     """
-    num_bytes, store_bytes = len(records) * size * size * 4, ray.cluster_resources().get("object_store_memory", 0)
+    num_bytes, store_bytes = len(records) * square.size**2 * 4, ray.cluster_resources().get("object_store_memory", 0)
     if wanted is False or (wanted is None and num_bytes > _CACHED_SHARE * store_bytes):
         logger.info("images are decoded anew in every epoch: they would take %.1f GB", num_bytes / 1e9)
         return None
     decode = ray.remote(num_cpus=2 * _TASK_CPUS, max_retries=-1)(_decode_chunk)  # lost nodes hold some
-    return Decoded([decode.remote(chunk, settings, size) for chunk in _batched(records, _CHUNK)])
+    return Decoded([decode.remote(chunk, settings, square) for chunk in _batched(records, _CHUNK)])
 
 
-def _decode_chunk(records: list[Record], settings: DataSettings, size: int) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [_decode(record.image_uri, record.mask_uri, settings, size) for record in records]
+def _decode_chunk(records: list[Record], settings: DataSettings, square: Square) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [_decode(record.image_uri, record.mask_uri, settings, square) for record in records]
     images, masks = zip(*pairs, strict=True)
     return np.stack(images), np.stack(masks)
 
 
-def _decode(image_uri: str, mask_uri: str, settings: DataSettings, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _decode(image_uri: str, mask_uri: str, settings: DataSettings, square: Square) -> tuple[np.ndarray, np.ndarray]:
     """An example in the model's square: (S, S, 3) uint8 and (S, S) uint8 of 0 and 1."""
     image = read_image_bytes(image_uri, None, settings.max_image_bytes)
     mask = read_image_bytes(mask_uri, None, settings.max_image_bytes)
     return (
-        resize_image(decode_image(image, image_uri, settings.max_pixels), size),
-        resize_mask(decode_mask(mask, mask_uri, settings.mask_threshold, settings.max_pixels), size),
+        square.resize_image(decode_image(image, image_uri, settings.max_pixels)),
+        square.resize_mask(decode_mask(mask, mask_uri, settings.mask_threshold, settings.max_pixels)),
     )
 
 
@@ -115,13 +118,13 @@ class Feed:
     Attributes:
         records: the examples.
         settings: how to read and augment them.
-        size: S of the model in pixels.
+        square: the model's input.
         decoded: the examples where they were kept.
     """
 
     records: Sequence[Record]
     settings: DataSettings
-    size: int
+    square: Square
     decoded: Decoded | None
 
     def stream(self, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
@@ -141,7 +144,7 @@ class Feed:
                 ray.data.from_items(rows, override_num_blocks=len(rows))
                 .map_batches(
                     _Loader,
-                    fn_constructor_args=(self.settings, self.size, self.decoded),
+                    fn_constructor_args=(self.settings, self.square, self.decoded),
                     batch_size=1,
                     num_cpus=_TASK_CPUS,
                     compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_MAX_LOADERS),
@@ -177,14 +180,14 @@ def _take(decoded: Decoded, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
 class _Loader:
     """A CPU actor that reads, decodes, resizes and augments, or takes what was kept decoded."""
 
-    def __init__(self, settings: DataSettings, size: int, decoded: Decoded | None) -> None:
-        self.settings, self.size, self.decoded = settings, size, decoded
+    def __init__(self, settings: DataSettings, square: Square, decoded: Decoded | None) -> None:
+        self.settings, self.square, self.decoded = settings, square, decoded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The images and masks of one micro-batch, augmented where they have seeds."""
         wanted = json.loads(batch["batch"][0])
         if self.decoded is None:
-            pairs = [_decode(image, mask, self.settings, self.size) for image, mask in wanted["files"]]
+            pairs = [_decode(image, mask, self.settings, self.square) for image, mask in wanted["files"]]
         else:
             pairs = self.decoded.fetch(wanted["examples"])
         augment = self.settings.augment

@@ -89,7 +89,7 @@ class Worker:
         self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers)
         self.device = ray.train.torch.get_device()
         model = build_learning_model(self.settings)
-        self.feed = Feed(self.records, self.settings.data, model.image_spec.size, work.decoded)
+        self.feed = Feed(self.records, self.settings.data, model.image_spec.square, work.decoded)
         self.features = self._open_features(work.run_id, context.get_local_world_size())
         self.learner = Learner(model, self.settings, self.order.num_steps, self.device, self.features)
         self.state = read_state(self.output)

@@ -11,7 +11,7 @@ from vlsm.calibration import calibrate, expected_error
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.report.parts import calibrations
 from vlsm.runs.lifecycle import resolve_settings
-from vlsm.segmentation.image_rows import judge
+from vlsm.segmentation.image_rows import review_reasons
 from vlsm.segmentation.masks import MaskRecord
 
 
@@ -68,8 +68,8 @@ def test_masks_of_little_confidence_are_found_where_they_are_bad():
     assert 0.5 < found.min_confidence < 1
     record = MaskRecord(mask_rle="", area_px=1, area_fraction=0.3, bbox=None, confidence=found.min_confidence - 0.01)
     rule = ReviewSettings(min_confidence=found.min_confidence, area_fraction=(0.1, 0.2))
-    assert judge(record, rule) == "low confidence, odd area"
-    assert judge(record, ReviewSettings()) is None
+    assert review_reasons(record, rule) == "low confidence, odd area"
+    assert review_reasons(record, ReviewSettings()) is None
 
 
 def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(drawn, bright_checkpoint, tmp_path, capsys):

@@ -18,9 +18,8 @@ from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration, build_checkpoint, read_checkpoint
 from vlsm.config import dump_yaml
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
-from vlsm.images.decode import decode_image, decode_mask, resize_image
+from vlsm.images.decode import decode_image, decode_mask
 from vlsm.images.fetch import read_image_bytes
-from vlsm.segmentation.masks import enlarge_logits
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.segmenter import Segmenter
 from vlsm.training.datasets import Record, read_dataset
@@ -140,7 +139,7 @@ def _sigmoid(values: Any) -> Any:
 
 def _predict(segmenter: Segmenter, records: list[Record], data: DataSettings, is_own: bool) -> Iterator[Labelled]:
     """Logits at the images' own sizes, and masks; images that cannot be read are told and left out."""
-    size = segmenter.model.image_spec.size
+    square = segmenter.model.image_spec.square
     for record in tqdm(records, unit="image", disable=not sys.stderr.isatty()):
         try:
             limits = data.max_image_bytes, data.max_pixels
@@ -153,8 +152,8 @@ def _predict(segmenter: Segmenter, records: list[Record], data: DataSettings, is
         except VlsmError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        logits = segmenter.predict_logits(resize_image(image, size)[None], [[prompt]])[0][0]
-        yield enlarge_logits(logits, mask.shape), mask
+        logits = segmenter.predict_logits(square.resize_image(image)[None], [[prompt]])[0][0]
+        yield square.enlarge_logits(logits, (mask.shape[0], mask.shape[1])), mask
 
 
 def calibrate_checkpoint(

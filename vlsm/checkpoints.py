@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 from vlsm import storage
 from vlsm.config import Settings, dump_yaml, explain, parse_assignments
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
-from vlsm.images.decode import ImageSpec
+from vlsm.images.preprocess import ImageSpec, Resize
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
 from vlsm.version import __version__
 
@@ -43,6 +43,12 @@ class _ImageSettings(Settings):
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resize: Resize = "squeeze"  # absent in checkpoints of version 0
+
+    @property
+    def spec(self) -> ImageSpec:
+        """The input of the model."""
+        return ImageSpec(**self.model_dump())
 
 
 class Calibration(Settings):
@@ -256,7 +262,7 @@ def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
             f"its {settings.model} takes {model.image_spec.size} pixels"
         )
     # the statistics travel with the weights: a checkpoint may be normalised otherwise than its model's default
-    model.image_spec = ImageSpec(**settings.image.model_dump())
+    model.image_spec = settings.image.spec
     return Checkpoint(model.eval(), settings, f"{settings.model}@{digest_files(files)[:12]}")
 
 

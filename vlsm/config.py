@@ -2,7 +2,7 @@
 
 import difflib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -161,6 +161,10 @@ class SegmentSettings(Settings):
     def has_member_rows(self) -> bool:
         """Whether each member of an ensemble has its own rows."""
         return self.member_rows and len(self.members) > 1
+
+    def texts_of(self, prompts: Sequence[str]) -> list[tuple[str, ...]]:
+        """The texts that the models see for each prompt."""
+        return [self.classes.get(prompt, (prompt,)) for prompt in prompts]
 
     @property
     def kinds(self) -> list[str]:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from jobs.benchmarks.figures import alternate, write_json
 from jobs.phantoms import draw_phantom
-from vlsm.images.decode import decode_image, resize_image
+from vlsm.images.decode import decode_image
+from vlsm.images.preprocess import Square
 
 SIZES = (224, 352)
 OURS = "vlsm"
@@ -140,7 +141,7 @@ def _ways() -> tuple[dict[str, Way], list[str]]:
 
 
 def _ours(data: bytes, size: int) -> np.ndarray:
-    return resize_image(decode_image(data, ""), size)
+    return Square(size).resize_image(decode_image(data, ""))
 
 
 def _shrink(image: np.ndarray, size: int) -> np.ndarray:

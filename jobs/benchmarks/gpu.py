@@ -18,7 +18,8 @@ from torch._dynamo.utils import counters
 
 from jobs.benchmarks.archives import draw_file
 from jobs.benchmarks.figures import alternate, write_json
-from vlsm.images.decode import decode_image, normalize, resize_image
+from vlsm.images.decode import decode_image
+from vlsm.images.preprocess import Square
 from vlsm.models import MODELS
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.costs import build_architecture, measure_cost
@@ -212,7 +213,7 @@ class _Bench:
 
     def _load(self, size: int) -> Tensor:
         """Return a batch of drawn images on the device, (B, S, S, 3) uint8."""
-        images = [resize_image(decode_image(data, "drawn"), size) for data in self.files]
+        images = [Square(size).resize_image(decode_image(data, "drawn")) for data in self.files]
         return torch.from_numpy(np.stack([images[index % len(images)] for index in range(self.batch_size)])).to(
             self.device
         )
@@ -221,7 +222,7 @@ class _Bench:
         """Return the files per second that one core decodes and resizes."""
         if size not in self._decoded_per_s:
             (seconds,) = alternate(
-                self.repeats, lambda: [resize_image(decode_image(data, "drawn"), size) for data in self.files]
+                self.repeats, lambda: [Square(size).resize_image(decode_image(data, "drawn")) for data in self.files]
             )
             self._decoded_per_s[size] = len(self.files) / seconds
         return self._decoded_per_s[size]
@@ -259,7 +260,7 @@ def _forward(
 
     def run(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            pixel_values = normalize(images, model.image_spec)
+            pixel_values = model.image_spec.normalize(images)
             if dtype is None:
                 pixel_values = pixel_values.contiguous()
             return model.decode(model.encode_images(pixel_values), text_features)

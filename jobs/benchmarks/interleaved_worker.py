@@ -14,7 +14,6 @@ from torch import Tensor
 from jobs.train_feed import Loaded
 from jobs.train_group import Work
 from jobs.train_worker import Worker
-from vlsm.images.decode import normalize
 from vlsm.models.prompts import PromptCache
 from vlsm.training.losses import segmentation_losses
 
@@ -69,7 +68,7 @@ class _InterleavedWorker(Worker):
     @torch.no_grad()
     def _prepare(self, batch: Any, images: np.ndarray, masks: np.ndarray) -> _Batch:
         model = self.learner.model
-        pixel_values = normalize(torch.from_numpy(images), model.image_spec)
+        pixel_values = model.image_spec.normalize(torch.from_numpy(images))
         features = model.encode_towers(pixel_values) if self.features is not None else None
         prompts = list(batch.prompts) if model.learns_text else self._prompt_cache.encode(batch.prompts)
         return _Batch(pixel_values, torch.from_numpy(masks)[:, None].float(), prompts, features)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from jobs.benchmarks.figures import alternate, write_json
 from vlsm.checkpoints import Checkpoint, CheckpointSettings
-from vlsm.images.decode import normalize
 from vlsm.models import MODELS
 from vlsm.models.costs import build_architecture
 from vlsm.models.openclip import OpenCLIPTowers
@@ -110,7 +109,7 @@ def _measure_model(name: str, repeats: int) -> ModelSpeed:
 
     def run_plain(prompts: list[str]) -> Tensor:
         with torch.inference_mode():
-            logits = [plain(normalize(torch.from_numpy(images), spec).contiguous(), [prompt]) for prompt in prompts]
+            logits = [plain(spec.normalize(torch.from_numpy(images)).contiguous(), [prompt]) for prompt in prompts]
         return torch.cat(logits)[:, 0]
 
     def run_ours(prompts: list[str]) -> np.ndarray:

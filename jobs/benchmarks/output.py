@@ -15,7 +15,8 @@ from PIL import Image
 
 from jobs.benchmarks.figures import alternate, write_json
 from jobs.phantoms import KINDS, write_labelled
-from vlsm.images.decode import EXTENSIONS, decode_mask, resize_mask
+from vlsm.images.decode import EXTENSIONS, decode_mask
+from vlsm.images.preprocess import Square
 from vlsm.runs.results import read_masks, write_part
 from vlsm.segmentation.masks import describe_mask, encode_mask
 
@@ -50,7 +51,7 @@ def measure(args: Namespace) -> int:
             masks = _read(folder, args.masks)
             name = folder.parent.name if folder.name == "masks" else folder.name
             for size in ("own", str(SIDE)):
-                sized = masks if size == "own" else [resize_mask(mask, SIDE) for mask in masks]
+                sized = masks if size == "own" else [Square(SIDE).resize_mask(mask) for mask in masks]
                 rows += _compare(name, size, sized, Path(temporary, "files"), args.repeats)
     write_json(args.json, "output", {"repeats": args.repeats, "runs": rows})
     return 0

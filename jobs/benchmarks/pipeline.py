@@ -20,7 +20,7 @@ from jobs.benchmarks.figures import quietest, write_json
 from jobs.benchmarks.paused_process import hold_job
 from jobs.benchmarks.stores import BUCKET, S3Server
 from vlsm.checkpoints import load_checkpoint
-from vlsm.images.decode import decode_image, normalize, resize_image
+from vlsm.images.decode import decode_image
 from vlsm.models.costs import build_architecture
 from vlsm.models.prompts import PromptCache
 from vlsm.segmentation.segmenter import Segmenter
@@ -228,8 +228,8 @@ class _BareLoop:
         self._segmenter = Segmenter(load_checkpoint(checkpoint), batch_size=batch_size)
         self.device = self._segmenter.device
         spec = self._segmenter.model.image_spec
-        images = [resize_image(decode_image(file.read_bytes(), file.name), spec.size) for file in files[:batch_size]]
-        self._pixel_values = normalize(torch.from_numpy(np.stack(images)).to(self.device), spec)
+        images = [spec.square.resize_image(decode_image(file.read_bytes(), file.name)) for file in files[:batch_size]]
+        self._pixel_values = spec.normalize(torch.from_numpy(np.stack(images)).to(self.device))
         self._text_features = PromptCache(self._segmenter.model).encode(["a small polyp"] * batch_size)
         self.measure(0)  # warm-up: the first calls also choose kernels
 

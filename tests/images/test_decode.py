@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from vlsm.errors import ImageError
-from vlsm.images.decode import ImageSpec, decode_image, normalize, resize_image
+from vlsm.images.decode import decode_image
+from vlsm.images.preprocess import ImageSpec, Square
 
 
 def encode(image, kind="PNG", **options):
@@ -157,12 +158,12 @@ def test_normalized_images_are_what_the_formula_says():
     images = np.random.default_rng(1).integers(0, 255, (2, 4, 4, 3), dtype=np.uint8)
     spec = ImageSpec(4, (0.5, 0.4, 0.3), (0.2, 0.1, 0.4))
     expected = ((images / 255 - np.array(spec.mean)) / np.array(spec.std)).transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(normalize(torch.from_numpy(images), spec).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(spec.normalize(torch.from_numpy(images)).numpy(), expected, atol=1e-5)
 
 
 def test_resizing_averages_instead_of_skipping_pixels():
     checkers = np.tile(np.array([[0, 255], [255, 0]], np.uint8), (64, 64))
-    resized = resize_image(np.dstack([checkers] * 3), 16)
+    resized = Square(16).resize_image(np.dstack([checkers] * 3))
     assert resized.shape == (16, 16, 3)
     assert np.abs(resized.astype(int) - 127).max() < 10
 
@@ -172,4 +173,4 @@ def test_resizing_averages_instead_of_skipping_pixels():
 def test_resized_images_are_a_level_from_pillows_at_most(shape, size):
     noise = np.random.default_rng(2).integers(0, 2, (*shape, 3), dtype=np.uint8) * 255
     expected = np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BILINEAR))
-    assert np.abs(resize_image(noise[:, ::-1][:, ::-1], size).astype(int) - expected).max() <= 1
+    assert np.abs(Square(size).resize_image(noise[:, ::-1][:, ::-1]).astype(int) - expected).max() <= 1

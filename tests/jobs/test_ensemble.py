@@ -9,8 +9,8 @@ import vlsm
 from jobs import segment
 from tests.conftest import read_mask_rows, slow
 from tests.tiny import save_tiny_clipseg
-from vlsm.images.decode import decode_image, resize_image
-from vlsm.segmentation.masks import enlarge_logits
+from vlsm.images.decode import decode_image
+from vlsm.images.preprocess import Square
 
 pytestmark = pytest.mark.ray
 
@@ -41,8 +41,11 @@ def probabilities(members, archive):
     found = {}
     segmenters = [vlsm.Segmenter(vlsm.load_checkpoint(member["checkpoint"]), device="cpu") for member in members]
 
+    def enlarge(logits, size):
+        return Square(len(logits)).enlarge_logits(logits, size)
+
     def predict(segmenter, image):
-        pixels = resize_image(image, segmenter.model.image_spec.size)[None]
+        pixels = segmenter.model.image_spec.square.resize_image(image)[None]
         (logits,) = segmenter.predict_logits(pixels, [["growth", "flat lesion"]])
         return 1 / (1 + np.exp(-logits))
 
@@ -50,7 +53,7 @@ def probabilities(members, archive):
         image = decode_image(path.read_bytes(), "")
         first = (predict(segmenters[0], image) + predict(segmenters[0], image[:, ::-1])[..., ::-1]) / 2
         found[path.name] = [
-            np.mean([1 / (1 + np.exp(-enlarge_logits(np.log(p / (1 - p)), image.shape[:2]))) for p in texts], axis=0)
+            np.mean([1 / (1 + np.exp(-enlarge(np.log(p / (1 - p)), image.shape[:2]))) for p in texts], axis=0)
             for texts in (first, predict(segmenters[1], image))
         ]
     return found

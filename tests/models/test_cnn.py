@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 import vlsm
 from vlsm.errors import CheckpointError
-from vlsm.images.decode import ImageSpec
+from vlsm.images.preprocess import ImageSpec
 
 
 @pytest.mark.parametrize("name", ["unet", "unetplusplus", "deeplabv3plus"])

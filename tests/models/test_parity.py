@@ -8,7 +8,7 @@ import torch
 
 import vlsm
 from tests.conftest import SHARED
-from vlsm.images.decode import ImageSpec
+from vlsm.images.preprocess import ImageSpec
 from vlsm.models.ensemble_a import EnsembleA
 from vlsm.models.options import EnsembleAOptions
 from vlsm.models.towers import Towers

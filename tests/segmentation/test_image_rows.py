@@ -9,10 +9,12 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from vlsm.config import CleanSettings, SegmentSettings, TileSettings
+from vlsm.images.preprocess import Square
+from vlsm.images.windows import count_windows, plan_windows
 from vlsm.segmentation.cleaning import clean_mask
 from vlsm.segmentation.image_rows import describe_image
-from vlsm.segmentation.masks import decode_mask, enlarge_logits, mask_from_logits
-from vlsm.segmentation.tiles import count_windows, plan_windows, probability_map
+from vlsm.segmentation.masks import decode_mask, mask_from_logits
+from vlsm.segmentation.tiles import probability_map
 
 
 def make_settings(weights=(1,), **options):
@@ -22,7 +24,8 @@ def make_settings(weights=(1,), **options):
 
 def describe(members, size, settings):
     """The rows of an image with one prompt and one window; a member's logits are (texts, S, S)."""
-    return list(describe_image([[logits[:, None] for logits in members]], size, settings))
+    squares = [Square(logits.shape[-1]) for logits in members]
+    return list(describe_image([[logits[:, None] for logits in members]], size, settings, squares))
 
 
 def members(rng, size=16):
@@ -31,7 +34,9 @@ def members(rng, size=16):
 
 
 def probabilities(logits, size):
-    return np.mean([1 / (1 + np.exp(-enlarge_logits(one, size).astype(np.float64))) for one in logits], axis=0)
+    return np.mean(
+        [1 / (1 + np.exp(-Square(len(one)).enlarge_logits(one, size).astype(np.float64))) for one in logits], axis=0
+    )
 
 
 def differing(found, mask):
@@ -43,7 +48,7 @@ def test_the_record_of_a_mask_is_what_pycocotools_reads():
     logits = np.full((1, 16, 16), -3.0)
     logits[0, 4:8, 2:14] = 2
     (record,) = describe([logits], (32, 48), make_settings())
-    mask = mask_from_logits(logits[0], (32, 48), 0.5)
+    mask = mask_from_logits(logits[0], (32, 48), 0.5, Square(len(logits[0])))
     theirs = coco.decode({"size": [32, 48], "counts": record.mask_rle})
     np.testing.assert_array_equal(mask, theirs)
     rows, columns = np.nonzero(mask)
@@ -95,7 +100,7 @@ def test_empty_masks_agree():
 def test_a_label_map_gives_each_pixel_to_the_most_probable_of_the_masks(weights):
     size, rng = (20, 30), np.random.default_rng(3)
     prompts = [[rng.normal(0, 2, (1, 1, 16, 16)) for _ in weights] for _ in range(3)]
-    *masks, found = describe_image(prompts, size, make_settings(weights, label_maps=True))
+    *masks, found = describe_image(prompts, size, make_settings(weights, label_maps=True), [Square(16)] * len(weights))
     assert len(masks) == 3
     means = [np.average([probabilities(own[0], size) for own in one], axis=0, weights=weights) for one in prompts]
     wanted = np.where(np.max(means, axis=0) >= 0.5, np.argmax(means, axis=0) + 1, 0)
@@ -126,11 +131,11 @@ def test_windows_are_joined_without_a_seam():
     ys, xs = np.mgrid[: size[0], : size[1]]
     truth = np.sin(ys / 30) * 3 + np.cos(xs / 25) * 2
     windows = plan_windows(size, TileSettings(size=64, overlap=0.5))
-    joined = probability_map(np.stack([window.cut(truth) for window in windows]), windows, size)
+    joined = probability_map(np.stack([window.cut(truth) for window in windows]), windows, size, Square(64))
     np.testing.assert_allclose(joined, 1 / (1 + np.exp(-truth)), atol=1e-5)
     # where two windows tell different things, the probability changes from one to the other and does not jump
     halves = plan_windows((64, 112), TileSettings(size=64))
-    joined = probability_map(np.stack([np.full((8, 8), -4.0), np.full((8, 8), 4.0)]), halves, (64, 112))
+    joined = probability_map(np.stack([np.full((8, 8), -4.0), np.full((8, 8), 4.0)]), halves, (64, 112), Square(8))
     assert joined[32, 0] < 0.02 and joined[32, -1] > 0.98
     assert 0 < np.diff(joined[32]).max() < 0.3
 

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
+from vlsm.images.preprocess import Square
 from vlsm.segmentation.masks import (
     decode_mask,
     encode_mask,
-    enlarge_logits,
     mask_from_logits,
     mirrored_mean,
 )
@@ -18,13 +18,13 @@ def test_enlarged_logits_equal_torchs_antialiased_bilinear(size):
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(logits)[None, None], size=size, mode="bilinear", align_corners=False, antialias=True
     )[0, 0].numpy()
-    np.testing.assert_allclose(enlarge_logits(logits, size), expected, atol=1e-4)
+    np.testing.assert_allclose(Square(len(logits)).enlarge_logits(logits, size), expected, atol=1e-4)
 
 
 def test_a_mask_stays_where_its_logits_are_in_a_wide_image():
     logits = np.full((16, 16), -5.0)
     logits[:4, 12:] = 5  # top right
-    mask = mask_from_logits(logits, (40, 200), 0.5)
+    mask = mask_from_logits(logits, (40, 200), 0.5, Square(len(logits)))
     assert mask.shape == (40, 200)
     assert mask[:8, 160:].all()
     assert not mask[12:].any()
@@ -33,9 +33,9 @@ def test_a_mask_stays_where_its_logits_are_in_a_wide_image():
 
 def test_the_threshold_is_a_probability_and_counts_as_foreground():
     logits = np.full((4, 4), np.log(0.3 / 0.7))
-    assert mask_from_logits(logits, (8, 8), 0.29).all()
-    assert not mask_from_logits(logits, (8, 8), 0.31).any()
-    assert mask_from_logits(np.zeros((4, 4)), (8, 8), 0.5).all()
+    assert mask_from_logits(logits, (8, 8), 0.29, Square(len(logits))).all()
+    assert not mask_from_logits(logits, (8, 8), 0.31, Square(len(logits))).any()
+    assert mask_from_logits(np.zeros((4, 4)), (8, 8), 0.5, Square(4)).all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (123, 77)])

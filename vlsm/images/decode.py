@@ -1,9 +1,8 @@
-"""Bytes to image to pixel_values: the one preprocessing that training, segmentation and evaluation share."""
+"""The bytes of common image files to RGB arrays, and mask files to masks."""
 
 import contextlib
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -11,7 +10,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.images.resizing import resize_bilinear
 
 try:
     import simplejpeg
@@ -19,8 +17,6 @@ except ImportError:  # a machine with torch and the networks' libraries alone: P
     simplejpeg = None
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vlsm.images.formats import Look
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
@@ -35,15 +31,6 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
     8: np.rot90,
 }  # EXIF 2.3, tag Orientation
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """What a model wants to see: a square of `size` pixels, normalised by mean and std per RGB channel (of 0 to 1)."""
-
-    size: int
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.ndarray:
@@ -128,21 +115,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """The image squeezed into the model's square, bilinear with antialias, aspect ratio not kept.
-
-    Levels are one of 255 away from Pillow's at most, which published models were trained with.
-
-    Args:
-        image: (H, W, 3) uint8.
-        size: S in pixels.
-
-    Returns:
-        (S, S, 3) uint8.
-    """
-    return resize_bilinear(image, (size, size))
-
-
 def decode_mask(data: bytes, name: str, threshold: int, max_pixels: int = 100_000_000) -> np.ndarray:
     """A mask file as a mask: 1 where the brightest channel is above the threshold, whatever noise its coding left.
 
@@ -159,28 +131,6 @@ def decode_mask(data: bytes, name: str, threshold: int, max_pixels: int = 100_00
         ImageError: as `decode_image` raises it.
     """
     return (decode_image(data, name, max_pixels).max(axis=2) > threshold).astype(np.uint8)
-
-
-def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """A mask (H, W) in the model's square, (S, S); the nearest pixel, never anything in between."""
-    return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-
-
-def normalize(images: "Tensor", spec: ImageSpec) -> "Tensor":
-    """Resized images as pixel_values, on the device they are on.
-
-    Args:
-        images: (B, S, S, 3) uint8.
-        spec: mean and std to normalise by.
-
-    Returns:
-        (B, 3, S, S) float32, channels last in memory.
-    """
-    import torch  # here, so that the many processes which only decode stay a quarter of the size
-
-    mean = torch.tensor(spec.mean, device=images.device)
-    std = torch.tensor(spec.std, device=images.device)
-    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def list_images(

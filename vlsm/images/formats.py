@@ -14,7 +14,7 @@ import numpy as np
 
 from vlsm.config import SegmentSettings, TileSettings
 from vlsm.images.decode import EXTENSIONS
-from vlsm.segmentation.tiles import count_windows
+from vlsm.images.windows import count_windows
 
 HEAD_BYTES = 132  # of a file, by which a format knows it
 

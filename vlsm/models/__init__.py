@@ -1,6 +1,7 @@
 """The table of models, and functions that build a model by its name."""
 
 import difflib
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,10 @@ def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any
     Raises:
         CheckpointError: the name or an option is unknown, or pretrained weights cannot be loaded.
     """
-    return find_model(name).build(parse_options(name, options)).set_trainable(trainable)
+    checked = parse_options(name, options)
+    model = find_model(name).build(checked)
+    model.image_spec = replace(model.image_spec, resize=checked.resize)
+    return model.set_trainable(trainable)
 
 
 def find_model(name: str) -> type["SegmentationModel"]:

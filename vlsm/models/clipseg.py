@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, CLIPSegConfig
 from transformers.models.clipseg.modeling_clipseg import CLIPSegModel
 
 from vlsm.errors import CheckpointError
-from vlsm.images.decode import ImageSpec
+from vlsm.images.preprocess import ImageSpec
 from vlsm.models.decoder import PromptDecoder, load_network
 from vlsm.models.options import CLIPSegOptions
 from vlsm.models.towers import Towers, cut_tokens, encode_by_length, explain_source

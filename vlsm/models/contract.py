@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlsm.config import Settings
 from vlsm.errors import CheckpointError
-from vlsm.images.decode import ImageSpec
+from vlsm.images.preprocess import ImageSpec
 from vlsm.models.towers import Towers, Trainable
 
 Features = tuple[Tensor, ...]

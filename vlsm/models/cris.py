@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlsm.errors import CheckpointError
-from vlsm.images.decode import ImageSpec
+from vlsm.images.preprocess import ImageSpec
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.openclip import OpenCLIPTowers
 from vlsm.models.options import CRISOptions

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vlsm.images.decode import ImageSpec
+from vlsm.images.preprocess import ImageSpec
 from vlsm.models.clipseg import CLIPSegTowers, load_towers, restore_towers
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.decoder import PromptDecoder, load_decoder

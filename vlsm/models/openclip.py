@@ -10,7 +10,7 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 from vlsm.errors import CheckpointError
-from vlsm.images.decode import ImageSpec
+from vlsm.images.preprocess import ImageSpec
 from vlsm.models.openclip_source import (
     CONFIG_NAME,
     build_architecture,

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from vlsm.config import Settings
+from vlsm.images.preprocess import Resize
 
 PUBLISHED = "CIDAS/clipseg-rd64-refined"
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
@@ -10,7 +11,15 @@ SOURCE_HELP = "hub id, local folder with open_clip_config.json, or open_clip's N
 DECODER_HELP = "CLIPSeg whose decoder is used, hub id or local folder; null: the decoder is untrained"
 
 
-class UNetDSettings(Settings):
+class InputOptions(Settings):
+    """How an image becomes the input of any model."""
+
+    resize: Resize = Field(
+        "squeeze", description="squeeze: stretch images to the square, as published; letterbox: keep the aspect ratio"
+    )
+
+
+class UNetDSettings(InputOptions):
     """Size and dropout of UNet-D. The published width is 64; a quarter of it trains on a laptop."""
 
     width: int = Field(
@@ -25,14 +34,14 @@ class UNetDOptions(UNetDSettings):
     image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
-class CLIPSegOptions(Settings):
+class CLIPSegOptions(InputOptions):
     """Source of the pretrained weights, and the input size."""
 
     source: str = Field(PUBLISHED, description="hub id or local folder, as for from_pretrained")
     image_size: int = Field(352, ge=16, description="side of the input square in pixels")
 
 
-class BiomedCLIPSegOptions(Settings):
+class BiomedCLIPSegOptions(InputOptions):
     """BiomedCLIP's towers and an untrained decoder.
 
     The default taps are the published ones, so that published results can be repeated. They are one block deeper than
@@ -92,7 +101,7 @@ class EnsembleCOptions(UNetDSettings):
     image_size: int = Field(224, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
-class CRISOptions(Settings):
+class CRISOptions(InputOptions):
     """Options of CRIS. It has no official weights: it starts from CLIP's towers and learns all other parts."""
 
     source: str = Field("RN50-quickgelu/openai", description=SOURCE_HELP)
@@ -103,7 +112,7 @@ class CRISOptions(Settings):
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout probability in the decoder")
 
 
-class CNNOptions(Settings):
+class CNNOptions(InputOptions):
     """Options of the CNN baselines. The defaults are MedVLSM's: ResNet-50 with ImageNet weights."""
 
     encoder: str = Field(
@@ -115,13 +124,13 @@ class CNNOptions(Settings):
     image_size: int = Field(352, ge=32, multiple_of=32, description="side of the input square in pixels")
 
 
-class PixelOptions(Settings):
+class PixelOptions(InputOptions):
     """The only option of the pixel model is its input size."""
 
     image_size: int = Field(32, ge=1, description="side of the input square in pixels")
 
 
-OPTIONS: dict[str, type[Settings]] = {
+OPTIONS: dict[str, type[InputOptions]] = {
     "clipseg": CLIPSegOptions,
     "biomedclipseg": BiomedCLIPSegOptions,
     "biomedclipseg_d": BiomedCLIPSegDOptions,

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlsm.images.decode import ImageSpec
+from vlsm.images.preprocess import ImageSpec
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Trainable = Literal["decoder", "lora", "all"]

@@ -1,27 +1,17 @@
 """How long a run would take and what it would cost, from a sample of its images that this machine segments."""
 
-import contextlib
-import itertools
 import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import Any
 
 from vlsm.config import SegmentSettings
-from vlsm.errors import ConfigError, ImageError
-from vlsm.images.decode import resize_image
-from vlsm.images.reader import open_images
+from vlsm.errors import ConfigError
 from vlsm.runs.lifecycle import Member
 from vlsm.segmentation.image_rows import describe_image
-from vlsm.segmentation.masks import mirrored_mean
-from vlsm.segmentation.tiles import check_windows, plan_windows
-
-if TYPE_CHECKING:
-    from vlsm.segmentation.segmenter import Segmenter
+from vlsm.segmentation.shard import Entry, ShardBatch, Unguarded, read_shard_images
 
 _NODES = (1, 2, 4, 8)
 
@@ -52,13 +42,6 @@ class Forecast:
         return max(cpu_s, self.model_s / self.num_gpus) if self.num_gpus else cpu_s + self.model_s
 
 
-@dataclass
-class _Image:
-    row: dict[str, Any]
-    size: tuple[int, int]  # height, width
-    pixels: dict[int, np.ndarray]  # (windows, S, S, 3) uint8 for each S that a member takes
-
-
 def keep_sample(rows: Iterable[dict[str, Any]], sample: list[dict[str, Any]], size: int) -> Iterator[dict[str, Any]]:
     """The rows as they are, so many of which are kept in the sample: each with the same chance, however many come."""
     chance = random.Random(0)
@@ -71,7 +54,7 @@ def keep_sample(rows: Iterable[dict[str, Any]], sample: list[dict[str, Any]], si
 
 
 def measure(settings: SegmentSettings, members: Sequence[Member], rows: Sequence[dict[str, Any]]) -> Forecast:
-    """Segment a sample and keep nothing but the time that it took.
+    """Segment a sample with the code of the job, and keep nothing but the time that it took.
 
     Args:
         settings: of the run, resolved.
@@ -83,85 +66,32 @@ def measure(settings: SegmentSettings, members: Sequence[Member], rows: Sequence
     """
     import torch
 
+    from vlsm.segmentation.predictor import Predictor
+
+    squares = [member.square for member in members]
+    texts = [settings.texts_of(row["prompts"]) for row in rows]
+    entries = [Entry(position, num_texts=sum(map(len, image_texts))) for position, image_texts in enumerate(texts)]
     started_s = time.perf_counter()
-    images = _read(settings, rows, {member.image_size for member in members})
+    batch = read_shard_images(ShardBatch(0, False, entries), rows, squares, settings, Unguarded())
     read_s = time.perf_counter() - started_s
-    if not images:
+    good = [entry for entry in batch.entries if entry.error is None]
+    if not good:
         raise ConfigError(f"none of the {len(rows)} images of the sample can be read; a run would fail")
-    segmenters = _build(settings, members)
-    _predict(settings, segmenters, images[: settings.run.batch_size])  # kernels are chosen, prompts encoded
+    predictor = Predictor(settings, {number: member.files for number, member in enumerate(members)})
+    predictor.warm_up()
+    first = min(good, key=lambda entry: entry.first_window)  # prompts are encoded, and kernels chosen, by its windows
+    predictor.predict(replace(batch, entries=[replace(first, first_logit=0)]), [texts[first.position]], Unguarded())
     started_s = time.perf_counter()
-    logits = _predict(settings, segmenters, images)
+    batch = predictor.predict(batch, texts, Unguarded())
     model_s = time.perf_counter() - started_s
     started_s = time.perf_counter()
-    for image, own in zip(images, logits, strict=True):
-        list(describe_image(own, image.size, settings))
+    for entry in good:
+        logits = batch.logits_of(entry, texts[entry.position])
+        list(describe_image(logits, (entry.height, entry.width), settings, squares))
     write_s = time.perf_counter() - started_s
     num_gpus = torch.cuda.device_count()
-    seconds = read_s / len(rows), model_s / len(images), write_s / len(images)
-    return Forecast(len(rows), len(rows) - len(images), *seconds, len(os.sched_getaffinity(0)), num_gpus)
-
-
-def _read(settings: SegmentSettings, rows: Sequence[dict[str, Any]], sizes: set[int]) -> list[_Image]:
-    """As a task of a run does it."""
-    images = []
-    for number, read in open_images(rows, settings):
-        with contextlib.suppress(ImageError):
-            content, frame = read()
-            pixels = content.decode(frame)
-            size = pixels.shape[0], pixels.shape[1]
-            check_windows(size, settings.tile, content.name)
-            cuts = [window.cut(pixels) for window in plan_windows(size, settings.tile)]
-            squares = {side: np.stack([resize_image(cut, side) for cut in cuts]) for side in sizes}
-            images.append(_Image(rows[number], size, squares))
-    return images
-
-
-def _build(settings: SegmentSettings, members: Sequence[Member]) -> "list[tuple[Segmenter, int]]":
-    """Each member's model on its device, and the side of its square."""
-    from vlsm.checkpoints import build_checkpoint
-    from vlsm.models.sharing import share_towers
-    from vlsm.segmentation.segmenter import Segmenter
-
-    built = [
-        (
-            Segmenter(build_checkpoint(member.files, own.checkpoint), batch_size=settings.run.batch_size),
-            member.image_size,
-        )
-        for member, own in zip(members, settings.members, strict=True)
-    ]
-    share_towers([segmenter.model for segmenter, _ in built])
-    return built
-
-
-def _predict(
-    settings: SegmentSettings, segmenters: "list[tuple[Segmenter, int]]", images: Sequence[_Image]
-) -> list[list[list[np.ndarray]]]:
-    """Of each image and prompt, each member's logits (texts, windows, S, S), batch by batch as a model actor does."""
-    texts: list[list[tuple[str, ...]]] = [
-        [settings.classes.get(prompt, (prompt,)) for prompt in image.row["prompts"]] for image in images
-    ]
-    counts = [len(next(iter(image.pixels.values()))) for image in images]
-    places = [(index, window) for index, count in enumerate(counts) for window in range(count)]
-    found: list[list[np.ndarray]] = [[] for _ in segmenters]  # of each member and place, (all texts, S, S)
-    for start in range(0, len(places), settings.run.batch_size):
-        batch = places[start : start + settings.run.batch_size]
-        for (segmenter, side), own, logits in zip(segmenters, settings.members, found, strict=True):
-            pixels = np.stack([images[index].pixels[side][window] for index, window in batch])
-            told = [
-                [own.prompts.get(text, text) for texts_of in texts[index] for text in texts_of] for index, _ in batch
-            ]
-            predicted = segmenter.predict_logits(pixels, told)
-            if own.flip:
-                flipped = segmenter.predict_logits(pixels[:, :, ::-1], told)
-                predicted = list(map(mirrored_mean, predicted, flipped))
-            logits += predicted
-    joined = []
-    for index, (start, end) in enumerate(itertools.pairwise(np.cumsum([0, *counts]).tolist())):
-        whole = [np.stack(logits[start:end], axis=1) for logits in found]  # (all texts, windows, S, S)
-        ends = np.cumsum([0, *map(len, texts[index])]).tolist()
-        joined.append([[own[begin:stop] for own in whole] for begin, stop in itertools.pairwise(ends)])
-    return joined
+    seconds = read_s / len(rows), model_s / len(good), write_s / len(good)
+    return Forecast(len(rows), len(rows) - len(good), *seconds, len(os.sched_getaffinity(0)), num_gpus)
 
 
 def describe_forecast(forecast: Forecast, num_images: int, node_price: float | None) -> list[str]:

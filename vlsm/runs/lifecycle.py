@@ -20,6 +20,7 @@ from vlsm.checkpoints import CheckpointSettings, digest_files, read_checkpoint, 
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.formats import Look
+from vlsm.images.preprocess import Square
 from vlsm.runs.compare import RunState
 from vlsm.runs.plan import Plan, list_plans, new_plan_id, remove_plan, write_manifest
 from vlsm.runs.planner import Planner
@@ -39,10 +40,10 @@ logger = logging.getLogger("vlsm")
 
 @dataclass(frozen=True)
 class Member:
-    """A checkpoint of a run as it was read: its files by name, and the side of its square in pixels."""
+    """A checkpoint of a run: its files by name, and the input of its model."""
 
     files: dict[str, bytes]
-    image_size: int
+    square: Square
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _read_members(settings: SegmentSettings, checkpoints: list[CheckpointSetting
     members: list[Member] = []
     for member, checkpoint in zip(settings.members, checkpoints, strict=True):
         with storage.name_errors("checkpoint", member.checkpoint):
-            members.append(Member(read_checkpoint(member.checkpoint), checkpoint.image.size))
+            members.append(Member(read_checkpoint(member.checkpoint), checkpoint.image.spec.square))
     return tuple(members)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as coco
 
-from vlsm.images.resizing import resize_bilinear
+from vlsm.images.preprocess import Square
 
 
 @dataclass(frozen=True)
@@ -22,31 +22,21 @@ class MaskRecord:
     label_map: bytes | None = None
 
 
-def enlarge_logits(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Logits at the image's own size, bilinear (with antialias where the image is smaller than the model's square).
+def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float, square: Square) -> np.ndarray:
+    """Return the binary mask at the image's own size.
 
-    Args:
-        logits: (S, S) float.
-        size: (height, width) in pixels.
-
-    Returns:
-        (height, width) float32, column-major in memory as COCO run lengths count, so that encoding needs no copy.
-    """
-    return resize_bilinear(logits.T.astype(np.float32), (size[1], size[0])).T
-
-
-def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float) -> np.ndarray:
-    """The binary mask at the image's own size; logits are enlarged first, so edges follow the image, not the model.
+    Logits are enlarged first, so that edges follow the image and not the model's grid.
 
     Args:
         logits: (S, S) float.
         size: (height, width) in pixels.
         threshold: probability in (0, 1); at or above it a pixel is foreground.
+        square: of the model's input.
 
     Returns:
         (height, width) uint8, 0 or 1.
     """
-    return (enlarge_logits(logits, size) >= logit(threshold)).view(np.uint8)
+    return (square.enlarge_logits(logits, size) >= logit(threshold)).view(np.uint8)
 
 
 def mirrored_mean(logits: np.ndarray, mirrored: np.ndarray) -> np.ndarray:

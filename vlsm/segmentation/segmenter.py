@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from vlsm.checkpoints import Checkpoint
-from vlsm.images.decode import normalize, resize_image
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
 from vlsm.segmentation.masks import mask_from_logits
@@ -67,11 +66,11 @@ class Segmenter:
         threshold = self.settings.threshold if threshold is None else threshold
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is {threshold}; it must be a probability between 0 and 1")
-        size = self.model.image_spec.size
-        resized = np.stack([resize_image(image, size) for image in images])
+        square = self.model.image_spec.square
+        resized = np.stack([square.resize_image(image) for image in images])
         all_logits = self.predict_logits(resized, [texts] * len(images))
         masks = [
-            np.stack([mask_from_logits(one, image.shape[:2], threshold) for one in logits])
+            np.stack([mask_from_logits(one, image.shape[:2], threshold, square) for one in logits])
             for image, logits in zip(images, all_logits, strict=True)
         ]
         return masks if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [mask[0] for mask in masks]
@@ -81,7 +80,7 @@ class Segmenter:
         """Logits at the model's own size, divided by the checkpoint's temperature where it is calibrated.
 
         Args:
-            images: (N, S, S, 3) uint8, resized by `vlsm.images.decode.resize_image`.
+            images: (N, S, S, 3) uint8, resized by the `square` of the model's `image_spec`.
             prompts: the texts of each image, one at least.
 
         Returns:
@@ -106,7 +105,7 @@ class Segmenter:
         distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         text_features = self._prompts.encode(list(distinct))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            pixel_values = normalize(torch.from_numpy(np.array(images)).to(self.device), self.model.image_spec)
+            pixel_values = self.model.image_spec.normalize(torch.from_numpy(np.array(images)).to(self.device))
             features = self.model.encode_images(pixel_values)
             pieces = []
             for start in range(0, len(owners), self.batch_size):

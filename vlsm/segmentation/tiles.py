@@ -1,88 +1,35 @@
-"""Large images in overlapping windows, each as the model's square, and their masks put together again."""
+"""The probabilities of overlapping windows, joined to those of the whole image."""
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from vlsm.config import TileSettings
-from vlsm.errors import ImageError
-from vlsm.segmentation.masks import enlarge_logits, probabilities
+from vlsm.images.preprocess import Square
+from vlsm.images.windows import Window
+from vlsm.segmentation.masks import probabilities
 
 _SIGMA = 0.125  # of a window's side, as nnU-Net and MONAI weigh windows (Isensee et al. 2021)
 _LEAST = 1e-3  # weight at the very corner: somewhere it is all that there is
 
 
-@dataclass(frozen=True)
-class Window:
-    """A part of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    def cut(self, image: np.ndarray) -> np.ndarray:
-        """This part of an array (H, W, ...)."""
-        return image[self.top : self.top + self.height, self.left : self.left + self.width]
-
-
-def plan_windows(size: tuple[int, int], tile: TileSettings) -> list[Window]:
-    """Windows that cover an image, row by row; just one where it is no larger, or where it is not to be cut.
+def probability_map(logits: np.ndarray, windows: Sequence[Window], size: tuple[int, int], square: Square) -> np.ndarray:
+    """Return probabilities at the image's own size; overlapping windows are averaged, their middles weigh most.
 
     Args:
+        logits: (T, S, S) float, one per window.
+        windows: T of them.
         size: (height, width) of the image in pixels.
-        tile: the side of a window, and the share of it that neighbours have in common at least.
-    """
-    if tile.size is None:
-        return [Window(0, 0, *size)]
-    tops, lefts = (_starts(length, tile.size, tile.overlap) for length in size)
-    height, width = (min(length, tile.size) for length in size)
-    return [Window(top, left, height, width) for top, left in itertools.product(tops, lefts)]
-
-
-def check_windows(size: tuple[int, int], tile: TileSettings, name: str) -> None:
-    """Nothing, or an ImageError ("too_large") for an image that would be cut into more windows than it may."""
-    if (count := count_windows(size, tile.size, tile.overlap)) > tile.max_windows:
-        raise ImageError(
-            "too_large", f"{name} would be cut into {count:,} windows; tile.max_windows is {tile.max_windows:,}"
-        )
-
-
-def count_windows(size: tuple[int, int], side: int | None, overlap: float) -> int:
-    """How many windows `plan_windows` gives; arguments as for it."""
-    return 1 if side is None else _count(size[0], side, overlap) * _count(size[1], side, overlap)
-
-
-def _count(length: int, side: int, overlap: float) -> int:
-    step = max(1, int(side * (1 - overlap)))
-    return 1 if length <= side else -(-(length - side) // step) + 1
-
-
-def _starts(length: int, side: int, overlap: float) -> list[int]:
-    """As few as cover the length, evenly spread."""
-    starts = np.linspace(0, max(0, length - side), _count(length, side, overlap))
-    return [round(start) for start in starts]
-
-
-def probability_map(logits: np.ndarray, windows: Sequence[Window], size: tuple[int, int]) -> np.ndarray:
-    """Probabilities at the image's own size; where windows overlap, their mean, by how near their middle it is.
-
-    Args:
-        logits: (T, S, S) float, of as many windows.
-        windows: of the image.
-        size: (height, width) of it in pixels.
+        square: of the model's input.
 
     Returns:
         (height, width) float32, column-major in memory.
     """
     if len(windows) == 1:
-        return probabilities(enlarge_logits(logits[0], size))
+        return probabilities(square.enlarge_logits(logits[0], size))
     total, weight = np.zeros(size, np.float32, order="F"), np.zeros(size, np.float32, order="F")
     share = np.outer(_bell(windows[0].height), _bell(windows[0].width)).astype(np.float32, order="F")
-    for one, window in zip(logits, windows, strict=True):
-        window.cut(total)[:] += share * probabilities(enlarge_logits(one, share.shape))
+    for window_logits, window in zip(logits, windows, strict=True):
+        window.cut(total)[:] += share * probabilities(square.enlarge_logits(window_logits, share.shape))
         window.cut(weight)[:] += share
     total /= weight
     return total

@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from vlsm.errors import VlsmError
-from vlsm.images.decode import normalize
 from vlsm.models.contract import SegmentationModel
 from vlsm.models.prompts import PromptCache
 from vlsm.models.towers import Towers
@@ -157,7 +156,7 @@ class Learner:
     def _forward(self, batch: MicroBatch, images: Tensor, target_masks: Tensor) -> tuple[Tensor, Tensor]:
         """Return losses and Dice, (B,) each."""
         optim = self.settings.optim
-        pixel_values = normalize(images.to(self.device), self.model.image_spec)
+        pixel_values = self.model.image_spec.normalize(images.to(self.device))
         targets = target_masks.to(self.device)[:, None]
         prompts = list(batch.prompts) if self.model.learns_text else self._prompts.encode(batch.prompts)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):

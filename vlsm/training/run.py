@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, load_checkpoint, read_settings, save_checkpoint
 from vlsm.errors import ConfigError, ManifestError
+from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
 from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
 from vlsm.training.datasets import Record, read_dataset
@@ -197,12 +198,14 @@ def check_model(settings: TrainSettings) -> None:
         parse_options(str(settings.model), settings.options)
 
 
-def image_size(settings: TrainSettings) -> int:
-    """Return S of the model to train, in pixels."""
+def input_square(settings: TrainSettings) -> Square:
+    """The input of the model that learns."""
     if settings.start_from is not None:
-        return read_settings(settings.start_from).image.size
-    size = parse_options(str(settings.model), settings.options).image_size
-    return int(size) if size is not None else build_learning_model(settings).image_spec.size
+        return read_settings(settings.start_from).image.spec.square
+    options = parse_options(str(settings.model), settings.options)
+    if options.image_size is None:  # the tower decides
+        return build_learning_model(settings).image_spec.square
+    return Square(options.image_size, options.resize)
 
 
 def build_learning_model(settings: TrainSettings) -> "SegmentationModel":

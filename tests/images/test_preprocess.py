@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+
+from vlsm.images.preprocess import ImageSpec, Square
+
+
+@pytest.mark.parametrize(("size", "content"), [((50, 100), (16, 48)), ((100, 50), (16, 48)), ((64, 64), (0, 64))])
+def test_letterboxing_keeps_the_aspect_ratio_and_pads_with_black(size, content):
+    square = Square(64, "letterbox")
+    image = np.full((*size, 3), 200, np.uint8)
+    resized = square.resize_image(image)
+    assert resized.shape == (64, 64, 3) and resized.dtype == np.uint8
+    if size[0] > size[1]:
+        resized = resized.swapaxes(0, 1)
+    start, stop = content
+    assert (resized[start:stop] == 200).all()
+    assert not resized[:start].any() and not resized[stop:].any()
+
+
+@pytest.mark.parametrize("size", [(40, 120), (120, 40), (1, 300), (77, 31), (500, 333)])
+@pytest.mark.parametrize("resize", ["squeeze", "letterbox"])
+def test_logits_come_back_to_where_the_image_was(size, resize):
+    """A region of the image is a region of the square, and the logits of that are the region again."""
+    square = Square(96, resize)
+    mask = np.zeros(size, np.uint8)
+    mask[: max(1, size[0] // 2), : max(1, size[1] // 3)] = 1
+    target = square.resize_mask(mask)
+    assert target.shape == (96, 96) and set(np.unique(target)) <= {0, 1}
+    logits = square.enlarge_logits(np.where(target, 5.0, -5.0), size)
+    assert logits.shape == size and logits.dtype == np.float32
+    assert np.mean((logits > 0) != mask) < 0.05
+
+
+def test_images_and_masks_are_resized_alike():
+    mask = np.zeros((60, 200), np.uint8)
+    mask[20:40, 50:150] = 1
+    square = Square(64, "letterbox")
+    image = square.resize_image(np.dstack([mask * 255] * 3))
+    assert np.mean((image[..., 0] > 127) != square.resize_mask(mask)) < 0.02
+
+
+def test_a_spec_has_its_square():
+    assert ImageSpec(48, resize="letterbox").square == Square(48, "letterbox")
+    assert ImageSpec(48).square == Square(48, "squeeze")

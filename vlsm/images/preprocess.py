@@ -1,0 +1,141 @@
+"""How an image becomes pixel_values, and how logits return to the image's own size: the one place for both.
+
+Training, segmentation, calibration and the forecast all resize by `Square` and normalise by `ImageSpec`, so that they
+cannot differ.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+try:
+    import cykooz_resizer as resizer
+except ImportError:  # there are no wheels for Linux on ARM
+    resizer = None
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Resize = Literal["squeeze", "letterbox"]
+
+
+class Square(NamedTuple):
+    """The input square of a model. Models with equal squares share the resized pixels of an image.
+
+    Attributes:
+        size: side S in pixels.
+        resize: "squeeze" stretches the image to the whole square, as published models do; "letterbox" keeps the aspect
+            ratio, centres the image and pads with black.
+    """
+
+    size: int
+    resize: Resize = "squeeze"
+
+    def resize_image(self, image: np.ndarray) -> np.ndarray:
+        """Return the image in the model's square, bilinear with antialias.
+
+        Levels differ from Pillow's, with which published models were trained, by at most 1 of 255.
+
+        Args:
+            image: (H, W, 3) uint8.
+
+        Returns:
+            (S, S, 3) uint8.
+        """
+        rows, columns = self._content(image.shape[:2])
+        content = resize_bilinear(image, (rows.stop - rows.start, columns.stop - columns.start))
+        if content.shape[:2] == (self.size, self.size):
+            return content
+        square = np.zeros((self.size, self.size, 3), np.uint8)
+        square[rows, columns] = content
+        return square
+
+    def resize_mask(self, mask: np.ndarray) -> np.ndarray:
+        """Return a mask (H, W) in the model's square, (S, S): the nearest pixel, and 0 in the padding."""
+        rows, columns = self._content(mask.shape)
+        size = columns.stop - columns.start, rows.stop - rows.start  # Pillow's order
+        square = np.zeros((self.size, self.size), mask.dtype)
+        square[rows, columns] = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        return square
+
+    def enlarge_logits(self, logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Return logits at the image's own size, bilinear (with antialias where the image is smaller than the square).
+
+        Args:
+            logits: (S, S) float.
+            size: (height, width) of the image in pixels.
+
+        Returns:
+            (height, width) float32, column-major in memory as COCO run lengths count, so that encoding needs no copy.
+        """
+        content = logits[self._content(size)]
+        return resize_bilinear(content.T.astype(np.float32), (size[1], size[0])).T
+
+    def _content(self, size: tuple[int, ...]) -> tuple[slice, slice]:
+        """The rows and columns of the square that hold an image of this (height, width)."""
+        if self.resize == "squeeze":
+            return slice(0, self.size), slice(0, self.size)
+        longest = max(size)
+        lengths = [max(1, round(length * self.size / longest)) for length in size]
+        starts = [(self.size - length) // 2 for length in lengths]
+        return slice(starts[0], starts[0] + lengths[0]), slice(starts[1], starts[1] + lengths[1])
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """The input of a model: a square, and the statistics by which it is normalised.
+
+    Attributes:
+        size, resize: of the square.
+        mean, std: per RGB channel, of levels from 0 to 1.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    resize: Resize = "squeeze"
+
+    @property
+    def square(self) -> Square:
+        """How an image is resized, and logits are enlarged."""
+        return Square(self.size, self.resize)
+
+    def normalize(self, images: "Tensor") -> "Tensor":
+        """Return resized images as pixel_values, on the device they are on.
+
+        Args:
+            images: (B, S, S, 3) uint8.
+
+        Returns:
+            (B, 3, S, S) float32, channels last in memory.
+        """
+        import torch  # here: the many processes that only decode stay a quarter of the size
+
+        mean = torch.tensor(self.mean, device=images.device)
+        std = torch.tensor(self.std, device=images.device)
+        return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return an array of another size, as Pillow resizes it, in less than half of its time.
+
+    Levels of 255 differ by at most 1 from Pillow's, floats by rounding.
+
+    Args:
+        pixels: (H, W, 3) uint8, or (H, W) float32.
+        size: (height, width) of the result.
+
+    Returns:
+        (height, width, 3) uint8 or (height, width) float32, not to be written to.
+    """
+    (old_height, old_width), (height, width) = pixels.shape[:2], size
+    if resizer is None:
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    kind = resizer.PixelType.U8x3 if pixels.ndim == 3 else resizer.PixelType.F32
+    resized = resizer.ImageData(width, height, kind)
+    bilinear = resizer.ResizeAlg.convolution(resizer.FilterType.bilinear)
+    options = resizer.ResizeOptions(resize_alg=bilinear)
+    resizer.Resizer().resize(resizer.ImageData(old_width, old_height, kind, pixels.tobytes()), resized, options)
+    return np.frombuffer(resized.get_buffer(), pixels.dtype).reshape(height, width, *pixels.shape[2:])

@@ -1,0 +1,312 @@
+"""The images of a shard on their way through the stages of a segment run: read, predicted, written.
+
+Every stage of the job passes a `ShardBatch` on, and so does the forecast. Between processes it travels as an Arrow
+table of one row (`SHARD_SCHEMA`). `pack` and `unpack` share the memory of the arrays.
+"""
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+
+from vlsm.config import SegmentSettings
+from vlsm.errors import ImageError
+from vlsm.images.preprocess import Square
+from vlsm.images.reader import Content, Opening, open_images
+from vlsm.images.windows import check_windows, plan_windows
+
+_ENTRY = pa.struct(
+    [
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("num_texts", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("first_window", pa.int32(), nullable=False),
+        pa.field("num_windows", pa.int32(), nullable=False),
+        pa.field("first_logit", pa.int32(), nullable=False),
+        pa.field("content_sha256", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+_SQUARE = pa.struct([pa.field("size", pa.int32(), nullable=False), pa.field("resize", pa.string(), nullable=False)])
+_MEMBER = pa.struct(
+    [
+        pa.field("number", pa.int32(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("size", pa.int32(), nullable=False),
+    ]
+)
+SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int64(), nullable=False),
+        pa.field("exists", pa.bool_(), nullable=False),
+        pa.field("entries", pa.list_(_ENTRY), nullable=False),
+        pa.field("squares", pa.list_(_SQUARE), nullable=False),
+        pa.field("pixels", pa.large_binary(), nullable=False),  # the squares' arrays, one after the other
+        pa.field("members", pa.list_(_MEMBER), nullable=False),
+        pa.field("logits", pa.large_binary(), nullable=False),  # the members' arrays, one after the other
+    ]
+)
+
+
+@dataclass
+class Entry:
+    """One image of a shard that is to be segmented.
+
+    Attributes:
+        position: its row in the shard's plan, from 0.
+        num_texts: texts that each model sees with it, over all its prompts.
+        height, width: of the original in pixels; 0 if the image cannot be read.
+        first_window, num_windows: its rows in `pixels`. Images of equal bytes have the same rows; 0 windows if the
+            image cannot be segmented.
+        first_logit: its first row in `logits`, of num_texts x num_windows: text by text, and window by window in each.
+        content_sha256: of the file's bytes, if they could be read.
+        error: why the image cannot be segmented: "REASON: message".
+    """
+
+    position: int
+    num_texts: int
+    height: int = 0
+    width: int = 0
+    first_window: int = 0
+    num_windows: int = 0
+    first_logit: int = 0
+    content_sha256: str | None = None
+    error: str | None = None
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of `logits`."""
+        return self.num_texts * self.num_windows
+
+
+@dataclass
+class Logits:
+    """What one member of the ensemble predicts for a shard.
+
+    Attributes:
+        name: of the member's model, as output rows state it.
+        values: (L, S, S) float16; L rows as `Entry.first_logit` counts them. Half precision halves the bytes to move
+            and is exact to 0.001 where a threshold decides.
+    """
+
+    name: str
+    values: np.ndarray
+
+
+@dataclass
+class ShardBatch:
+    """The images of a shard that are to be segmented, and what the stages have made of them so far.
+
+    Attributes:
+        shard: its number in the plan.
+        exists: whether an earlier run has written its part.
+        entries: one per image to be segmented, in any order of positions.
+        pixels: for each square of a member the resized windows of all images, (W, S, S, 3) uint8.
+        logits: by number of the member.
+    """
+
+    shard: int
+    exists: bool
+    entries: list[Entry]
+    pixels: dict[Square, np.ndarray] = field(default_factory=dict)
+    logits: dict[int, Logits] = field(default_factory=dict)
+
+    @property
+    def num_logits(self) -> int:
+        """L: rows of each member's logits."""
+        return sum(entry.num_logits for entry in self.entries)
+
+    def logits_of(self, entry: Entry, texts: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
+        """Return the logits of one image, for each prompt a list of the members' arrays (K, T, S, S).
+
+        Args:
+            entry: of the image.
+            texts: for each of its prompts the K texts that the models see.
+        """
+        prompts, start = [], entry.first_logit
+        for prompt_texts in texts:
+            stop = start + len(prompt_texts) * entry.num_windows
+            members = [self.logits[number].values[start:stop] for number in sorted(self.logits)]
+            shape = len(prompt_texts), entry.num_windows
+            prompts.append([values.reshape(*shape, *values.shape[1:]) for values in members])
+            start = stop
+        return prompts
+
+    def pack(self) -> pa.Table:
+        """Return the batch as a table of one row with SHARD_SCHEMA; large arrays are copied only to join several."""
+        squares = sorted(self.pixels)
+        members = [
+            {"number": number, "name": logits.name, "size": logits.values.shape[-1]}
+            for number, logits in sorted(self.logits.items())
+        ]
+        columns = {
+            "shard": [self.shard],
+            "exists": [self.exists],
+            "entries": [[vars(entry) for entry in self.entries]],
+            "squares": [[square._asdict() for square in squares]],
+            "pixels": _as_binary([self.pixels[square] for square in squares]),
+            "members": [members],
+            "logits": _as_binary([self.logits[member["number"]].values for member in members]),
+        }
+        return pa.table(columns, schema=SHARD_SCHEMA)
+
+    @classmethod
+    def unpack(cls, table: pa.Table) -> Self:
+        """Return the batch of a table that `pack` has made; its arrays are views that must not be written to."""
+        row = table.select(["shard", "exists", "entries", "squares", "members"]).to_pylist()[0]
+        entries = [Entry(**entry) for entry in row["entries"]]
+        squares = [Square(**square) for square in row["squares"]]
+        num_windows = max((entry.first_window + entry.num_windows for entry in entries), default=0)
+        num_logits = sum(entry.num_logits for entry in entries)
+        pixels = _split(table["pixels"], [(num_windows, square.size, square.size, 3) for square in squares], np.uint8)
+        shapes = [(num_logits, member["size"], member["size"]) for member in row["members"]]
+        logits = {
+            member["number"]: Logits(member["name"], values)
+            for member, values in zip(row["members"], _split(table["logits"], shapes, np.float16), strict=True)
+        }
+        return cls(row["shard"], row["exists"], entries, dict(zip(squares, pixels, strict=True)), logits)
+
+
+def _as_binary(arrays: Sequence[np.ndarray]) -> pa.Array:
+    """A large_binary array of one value, which shares the memory of a single array."""
+    joined = arrays[0] if len(arrays) == 1 else np.concatenate([array.reshape(-1) for array in arrays] or [np.zeros(0)])
+    data = pa.py_buffer(np.ascontiguousarray(joined).reshape(-1).view(np.uint8))
+    offsets = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+def _split(column: pa.ChunkedArray, shapes: Iterable[tuple[int, ...]], dtype: type) -> list[np.ndarray]:
+    """Views of the arrays in a column of `_as_binary`; `column[0]` would copy them."""
+    array = column.chunk(0)
+    _, offsets, data = array.buffers()
+    begin, end = np.frombuffer(offsets, np.int64)[array.offset : array.offset + 2]
+    values: np.ndarray = np.frombuffer(data, np.uint8)[begin:end].view(dtype)
+    arrays, start = [], 0
+    for shape in shapes:
+        stop = start + int(np.prod(shape))
+        arrays.append(values[start:stop].reshape(shape))
+        start = stop
+    return arrays
+
+
+class Guard(Protocol):
+    """Watches the work on each image: a broken file or a model may kill the process, or hang.
+
+    Attributes:
+        is_careful: whether images are to be done one at a time.
+        blamed: positions of images that are to be left out.
+    """
+
+    is_careful: bool
+    blamed: frozenset[int]
+
+    def image(self, position: int) -> contextlib.AbstractContextManager[None]:
+        """Enclose the work on one image."""
+
+    def time_limit(self) -> contextlib.AbstractContextManager[None]:
+        """Enclose the decoding of one image."""
+
+
+class Unguarded:
+    """A guard for work that may fail as a whole, such as a forecast."""
+
+    is_careful = False
+    blamed: frozenset[int] = frozenset()
+
+    def image(self, position: int) -> contextlib.AbstractContextManager[None]:
+        """Do nothing."""
+        return contextlib.nullcontext()
+
+    def time_limit(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing."""
+        return contextlib.nullcontext()
+
+
+def read_shard_images(
+    batch: ShardBatch,
+    rows: Sequence[Mapping[str, Any]],
+    squares: Iterable[Square],
+    settings: SegmentSettings,
+    guard: Guard,
+) -> ShardBatch:
+    """Return the batch with its images read, decoded, cut into windows and resized.
+
+    An image that fails gets an error and no windows. Images of equal bytes are decoded once.
+
+    Args:
+        batch: its entries have a position and a number of texts.
+        rows: of the plan, one for each entry.
+        squares: of the members.
+        settings: of the run.
+        guard: watches each image.
+
+    Raises:
+        StorageError: a store was away for longer than `run.outage_patience_s`.
+    """
+    wanted = sorted(set(squares))
+    windows: list[dict[Square, np.ndarray]] = []  # of each distinct image
+    numbers: dict[int, int] = {}  # of an entry in `windows`
+    firsts: dict[tuple[str, str | None], int] = {}
+
+    def read(index: int, opening: Opening) -> None:
+        entry = batch.entries[index]
+        try:
+            if entry.position in guard.blamed:
+                uri = rows[index]["image_uri"]
+                raise ImageError("crashed", f"{uri}: the process that read and decoded it died or hung each time")
+            with guard.image(entry.position):
+                decode(index, entry, *opening())
+        except ImageError as error:
+            entry.error = str(error)
+
+    def decode(index: int, entry: Entry, content: Content, frame: str | None) -> None:
+        entry.content_sha256 = content.digest(frame)
+        key = entry.content_sha256, content.kind  # equal bytes may be an image by one name and none by another
+        if (first := firsts.get(key)) is not None:
+            twin = batch.entries[first]
+            entry.height, entry.width, numbers[index] = twin.height, twin.width, numbers[first]
+            return
+        with guard.time_limit():
+            image = content.decode(frame)
+            size = image.shape[0], image.shape[1]
+            check_windows(size, settings.tile, content.name)
+            cuts = [window.cut(image) for window in plan_windows(size, settings.tile)]
+            resized = {square: np.stack([square.resize_image(cut) for cut in cuts]) for square in wanted}
+        entry.height, entry.width = size
+        firsts[key], numbers[index] = index, len(windows)
+        windows.append(resized)
+
+    for index, opening in open_images(rows, settings, one_by_one=guard.is_careful):
+        read(index, opening)
+    counts = [len(next(iter(resized.values()))) for resized in windows]
+    starts = np.cumsum([0, *counts]).tolist()
+    for index, number in numbers.items():
+        batch.entries[index].first_window, batch.entries[index].num_windows = starts[number], counts[number]
+    _count_logits(batch.entries)
+    return replace(batch, pixels=_join(windows, wanted, starts[-1]))
+
+
+def _count_logits(entries: Sequence[Entry]) -> None:
+    """Give each entry its rows in the logits."""
+    start = 0
+    for entry in entries:
+        entry.first_logit = start
+        start += entry.num_logits
+
+
+def _join(
+    windows: list[dict[Square, np.ndarray]], squares: Sequence[Square], num_windows: int
+) -> dict[Square, np.ndarray]:
+    """One array for each square; the windows of an image are let go as soon as they are copied."""
+    joined = {square: np.empty((num_windows, square.size, square.size, 3), np.uint8) for square in squares}
+    for square, pixels in joined.items():
+        first = 0
+        for resized in windows:
+            image_pixels = resized.pop(square)
+            pixels[first : first + len(image_pixels)] = image_pixels
+            first += len(image_pixels)
+    return joined
