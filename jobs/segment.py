@@ -7,7 +7,6 @@ number and it is put in one atomic step, so that its presence means done: a reru
 task that Ray retries, or that outlives its run, can only put the same rows again.
 """
 
-import contextlib
 import itertools
 import sys
 import time
@@ -17,12 +16,12 @@ from dataclasses import replace
 from typing import Any
 
 from jobs.command import RaySession, logger, make_parser, run_command
-from jobs.segment_pipeline import Wave, execute
+from jobs.segment_pipeline import Wave, stream_shards
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.report.forecast import describe_forecast, keep_sample, measure
-from vlsm.runs.compare import compare_run
-from vlsm.runs.lifecycle import finish_run, make_planner, open_input, prepare_run, read_summary, resolve_settings
+from vlsm.runs.compare import RunState, compare_run
+from vlsm.runs.lifecycle import Run, finish_run, make_planner, open_input, prepare_run, read_summary, resolve_settings
 from vlsm.runs.plan import planned_keys
 from vlsm.runs.planner import Planner
 from vlsm.runs.record import SUMMARY_NAME
@@ -76,41 +75,64 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
     """Run the job to its end and return its summary.
 
     Raises:
-        VlsmError: the settings are wrong, or the run could not be finished; a rerun goes on where it stopped.
+        VlsmError: the settings are wrong, or the run could not be finished; a rerun continues it.
     """
-    with contextlib.ExitStack() as stack:
-        session = stack.enter_context(RaySession())
+    with RaySession() as session:
         run = prepare_run(settings, session.start)
-        output = run.settings.output
-        if summary := read_summary(output):
-            if not (settings.retry_failed and summary["failed"]):
-                logger.info("%s is finished: there is nothing to do", output)
-                return summary
-            storage.remove(storage.join(output, SUMMARY_NAME))
-        started_s = time.monotonic()
+        if summary := _take_summary(run):
+            logger.info("%s is finished: there is nothing to do", run.settings.output)
+            return summary
         if settings.prompts is None:
             logger.info("the prompt is the checkpoint's own: %s", ", ".join(map(repr, run.settings.prompts or ())))
-        planner = None if run.plan.is_complete else stack.enter_context(make_planner(run))
-        known = run.plan if planner is None else replace(run.plan, num_shards=planner.wait(0))
-        state = compare_run(output, known, run.run_id, settings.retry_failed)
-        num_before = state.num_done
-        waves = _waves(state.pending.items())
-        if planner is None:
-            logger.info("%d of %d images are to be done", run.plan.num_images - num_before, run.plan.num_images)
-            execute(session, run, waves, state, lambda: run.plan.num_images, settings.retry_failed)
-        else:
-            names = set(storage.list_names(storage.join(output, "masks")))
-            waves = itertools.chain(waves, _planned_waves(planner, known.num_shards, names))
-            execute(session, run, waves, state, lambda: planner.num_images, settings.retry_failed)
-            run = replace(run, plan=planner.result())
-            if settings.update and planner.is_resumed:  # what has changed of that which was listed before
-                run = prepare_run(settings.model_copy(update={"start_over": False}))
-        for _ in range(_MORE_ROUNDS):
-            state = compare_run(output, run.plan, run.run_id)
-            if not state.pending:
-                break
-            execute(session, run, _waves(state.pending.items()), state, lambda: run.plan.num_images)
+        started_s = time.monotonic()
+        run, num_before = _stream_planned(session, run)
+        state = _stream_missing(session, run)
     return finish_run(run, state, num_before, time.monotonic() - started_s)
+
+
+def _take_summary(run: Run) -> dict[str, Any] | None:
+    """The summary of a finished run; it is removed, and None returned, if failed images are to be segmented again."""
+    summary = read_summary(run.settings.output)
+    if summary and run.settings.retry_failed and summary["failed"]:
+        storage.remove(storage.join(run.settings.output, SUMMARY_NAME))
+        return None
+    return summary
+
+
+def _stream_planned(session: RaySession, run: Run) -> tuple[Run, int]:
+    """Stream the shards that have no part yet, while a planner may still be listing the archive.
+
+    Returns:
+        The run with its complete plan, and the number of images that were done before.
+    """
+    settings = run.settings
+    if run.plan.is_complete:
+        state = compare_run(settings.output, run.plan, run.run_id, settings.retry_failed)
+        logger.info("%d of %d images are to be done", run.plan.num_images - state.num_done, run.plan.num_images)
+        waves = _waves(state.pending.items())
+        stream_shards(session, run, waves, state, lambda: run.plan.num_images, settings.retry_failed)
+        return run, state.num_done
+    with make_planner(run) as planner:
+        known = replace(run.plan, num_shards=planner.wait(0))
+        state = compare_run(settings.output, known, run.run_id, settings.retry_failed)
+        num_before = state.num_done
+        names = set(storage.list_names(storage.join(settings.output, "masks")))
+        waves = itertools.chain(_waves(state.pending.items()), _waves_of_planner(planner, known.num_shards, names))
+        stream_shards(session, run, waves, state, lambda: planner.num_images, settings.retry_failed)
+        run = replace(run, plan=planner.result())
+    if settings.update and planner.is_resumed:  # the earlier part of the listing may have changed since
+        run = prepare_run(settings.model_copy(update={"start_over": False}))
+    return run, num_before
+
+
+def _stream_missing(session: RaySession, run: Run) -> RunState:
+    """Count every row, and stream shards that lack some; a task that outlived a killed run may undo newer work."""
+    for _ in range(_MORE_ROUNDS):
+        state = compare_run(run.settings.output, run.plan, run.run_id)
+        if not state.pending:
+            break
+        stream_shards(session, run, _waves(state.pending.items()), state, lambda: run.plan.num_images)
+    return state
 
 
 def dry_run(settings: SegmentSettings, sample_size: int = 0, node_price: float | None = None) -> None:
@@ -143,8 +165,8 @@ def _waves(pending: Iterable[tuple[int, bool]]) -> Iterator[Wave]:
         yield wave
 
 
-def _planned_waves(planner: Planner, num_shards: int, names: set[str]) -> Iterator[Wave]:
-    """The shards behind so many, while they are being planned: each wave is what there is when the last one is done."""
+def _waves_of_planner(planner: Planner, num_shards: int, names: set[str]) -> Iterator[Wave]:
+    """The shards after the first `num_shards`, as they are planned; each wave has those that are planned by then."""
     while (end := planner.wait(num_shards)) > num_shards:
         yield from _waves((shard, part_name(shard) in names) for shard in range(num_shards, end))
         num_shards = end

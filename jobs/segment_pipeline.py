@@ -2,25 +2,23 @@
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from jobs.command import RaySession, logger
+from jobs.command import RaySession
 from jobs.segment_actor import SegmentActor
-from jobs.segment_pools import plan_pools, warn_if_none_fits
+from jobs.segment_pools import prepare_pools
 from jobs.segment_tasks import Task, fetch_shard, write_masks
 from vlsm.errors import VlsmError
 from vlsm.runs.compare import RunState
 from vlsm.runs.lifecycle import Run, check_failed_share
 
-_FEW_CPUS = 4  # of all nodes: with more there is room for a task beside what Ray Data reserves
 Wave = list[tuple[int, bool]]  # shards that are planned at once, and whether each has a part already
 
 
-def execute(  # noqa: PLR0913 - all that one stream of shards depends on
+def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
     session: RaySession,
     run: Run,
     waves: Iterator[Wave],
@@ -67,7 +65,7 @@ def execute(  # noqa: PLR0913 - all that one stream of shards depends on
     try:
         with Progress(count_images, state.num_done, state.counts["failed"], board, task.settings.output) as progress:
             for wave in itertools.chain([first], waves):
-                for part in _stream_parts(wave, task, weights).iter_rows():
+                for part in _plan_stream(wave, task, weights).iter_rows():
                     progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
                     if progress.done >= min(run.settings.run.judge_after, count_images()):
                         errors = json.loads(part["first_errors"])
@@ -80,41 +78,21 @@ def execute(  # noqa: PLR0913 - all that one stream of shards depends on
         raise VlsmError(f"a stage failed through its retries: {reason}; the same command goes on from here") from error
 
 
-def _stream_parts(wave: Wave, task: Task, weights: list[Any]) -> Any:
+def _plan_stream(wave: Wave, task: Task, weights: list[Any]) -> Any:
     """The pipeline as a lazy Ray dataset: a row per written part.
 
     One row is one shard and batch_size is 1 in every stage, so that no stage can merge or split shards.
     """
-    import ray
+    import ray.data
 
-    nodes = ray.nodes()
-    pools = plan_pools(task.settings, nodes)
-    task_cpus = pools[0].task_cpus
-    if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:
-        # Ray Data rounds down what nobody has asked for: of two CPUs a run has an actor's 1.25 and 0.18 for each of two
-        # tasks. It would reserve a sixth of that for fetching, more than one task, and leave less than one for writing:
-        # no part was written before the last fetch
-        share = (2 + len(pools)) * task_cpus / cpus
-        ray.data.DataContext.get_current().op_resource_reservation_ratio = min(0.5, share)
+    pools = prepare_pools(task.settings, len(wave))
     shards = [{"shard": shard, "exists": exists} for shard, exists in wave]
     rows: Any = ray.data.from_items(shards, override_num_blocks=len(shards))
-    rows = rows.map_batches(fetch_shard, fn_args=(task,), batch_size=1, num_cpus=task_cpus)
+    rows = rows.map_batches(fetch_shard, fn_args=(task,), **pools[0].task_options)
     for pool in pools:
-        logger.info(
-            "%d shards; up to %d actors of %d models with %s CPUs and %s GPUs each",
-            *(len(wave), pool.num_actors[1], len(pool.members), pool.num_cpus, pool.num_gpus),
-        )
-        warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
-        rows = rows.map_batches(
-            SegmentActor,
-            fn_constructor_args=(task, weights, pool.members, pool.num_threads),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=pool.num_actors[0], max_size=pool.num_actors[1]),
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-        )
-    return rows.map_batches(write_masks, fn_args=(task,), batch_size=1, batch_format="pyarrow", num_cpus=task_cpus)
+        actor = (task, weights, pool.members, pool.num_threads)
+        rows = rows.map_batches(SegmentActor, fn_constructor_args=actor, batch_format="pyarrow", **pool.actor_options)
+    return rows.map_batches(write_masks, fn_args=(task,), batch_format="pyarrow", **pools[0].task_options)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -8,6 +8,8 @@ from jobs.command import logger
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 from vlsm.errors import ConfigError
 
+_FEW_CPUS = 4  # of all nodes: with more there is room for a task beside what Ray Data reserves
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -27,6 +29,40 @@ class Pool:
     num_gpus: float
     task_cpus: float
     num_threads: int
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The arguments of `map_batches` for a stage of CPU tasks."""
+        return {"batch_size": 1, "num_cpus": self.task_cpus}
+
+    @property
+    def actor_options(self) -> dict[str, Any]:
+        """The arguments of `map_batches` for the stage of these actors."""
+        import ray.data
+
+        compute = ray.data.ActorPoolStrategy(min_size=self.num_actors[0], max_size=self.num_actors[1])
+        return {"batch_size": 1, "compute": compute, "num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+
+
+def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
+    """Plan the pools for the present cluster, log them, and let Ray Data reserve what its tasks need beside them."""
+    import ray.data
+
+    nodes = ray.nodes()
+    pools = plan_pools(settings, nodes)
+    for pool in pools:
+        logger.info(
+            "%d shards; up to %d actors of %d models with %s CPUs and %s GPUs each",
+            *(num_shards, pool.num_actors[1], len(pool.members), pool.num_cpus, pool.num_gpus),
+        )
+        warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
+    if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:
+        # Ray Data rounds down the CPUs that are left: of two CPUs a run has an actor's 1.25 and 0.18 for each of two
+        # tasks. It would reserve a sixth of that for fetching, more than one task, and leave less than one for writing:
+        # no part was written before the last fetch
+        share = (2 + len(pools)) * pools[0].task_cpus / cpus
+        ray.data.DataContext.get_current().op_resource_reservation_ratio = min(0.5, share)
+    return pools
 
 
 def plan_pools(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> list[Pool]:
