@@ -23,6 +23,7 @@ from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
 logger = logging.getLogger("vlsm")
 
 _STARTED_S = time.time()  # every command imports this module first
+_RAY_STARTS = 5
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wrong, 130 interrupted"
 
@@ -164,7 +165,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         # training workers do not read preemption notices, and the watcher process takes seconds to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one
-        ray.init(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=self._log_to_driver)
+        init_ray(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=self._log_to_driver)
         logging.getLogger("ray").setLevel(logging.WARNING)
         return True
 
@@ -178,6 +179,20 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
                 self._thread.join()
         finally:
             self._stdout.__exit__(kind, error, trace)
+
+
+def init_ray(*address: str, **options: Any) -> Any:
+    """Call `ray.init`, again if the node did not start within the 30 s that Ray allows: the machine may be busy."""
+    import ray
+
+    for attempt in range(1, _RAY_STARTS + 1):
+        try:
+            return ray.init(*address, **options)
+        except Exception as error:  # Ray's own is a bare Exception
+            if attempt == _RAY_STARTS or "timed out during startup" not in str(error):
+                raise
+            logger.warning("Ray did not start in time: try %d of %d failed", attempt, _RAY_STARTS)
+            ray.shutdown()
 
 
 def _release_frames(error: BaseException | None) -> None:

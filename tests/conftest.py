@@ -111,7 +111,9 @@ def ray_cluster(s3_server):
     """
     import ray
 
-    context = ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=600 * 2**20)
+    from jobs.command import init_ray
+
+    context = init_ray("local", num_cpus=2, include_dashboard=False, object_store_memory=600 * 2**20)
     os.environ["RAY_ADDRESS"] = context.address_info["address"]
     yield context
     del os.environ["RAY_ADDRESS"]
