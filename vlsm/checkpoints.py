@@ -25,7 +25,7 @@ from vlsm.config import Settings, dump_yaml, explain, parse_assignments
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.images.preprocess import ImageSpec, Resize
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
-from vlsm.version import __version__
+from vlsm.version import FORMAT, __version__, newer_format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +80,7 @@ class Calibration(Settings):
 class CheckpointSettings(Settings):
     """The content of checkpoint.yaml."""
 
+    format: int = 0
     model: str
     options: dict[str, Any]
     image: _ImageSettings
@@ -136,6 +137,7 @@ def save_checkpoint(
     kind = f"{type(model).__module__}:{type(model).__qualname__}"
     name = next(name for name, home in MODELS.items() if home == kind)
     settings = CheckpointSettings(
+        format=FORMAT,
         model=name,
         options=model.options.model_dump(mode="json"),
         image=_ImageSettings(**asdict(model.image_spec)),
@@ -210,7 +212,10 @@ def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
         CheckpointError: it is malformed, or the model or its options are unknown.
     """
     try:
-        settings = CheckpointSettings.model_validate(yaml.safe_load(files[SETTINGS_NAME]))
+        tree = yaml.safe_load(files[SETTINGS_NAME])
+        if message := newer_format(tree.get("format") if isinstance(tree, dict) else None, f"checkpoint {uri!r}"):
+            raise CheckpointError(message)
+        settings = CheckpointSettings.model_validate(tree)
     except (yaml.YAMLError, ValidationError) as error:
         why = explain(error, CheckpointSettings) if isinstance(error, ValidationError) else " ".join(str(error).split())
         raise CheckpointError(f"{SETTINGS_NAME} of checkpoint {uri!r}: {why}") from error

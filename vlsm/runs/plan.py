@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.errors import ManifestError
-from vlsm.runs.schema import MANIFEST_SCHEMA
+from vlsm.errors import ManifestError, ResultError
+from vlsm.runs.schema import MANIFEST_SCHEMA, check_format, complete, with_format
 
 SHARDS_PER_FILE = 64
 
@@ -125,7 +125,7 @@ class ManifestWriter:
         """Continue after the plan files that an interrupted planner or another job has written."""
         while not self.is_ended and storage.exists(uri := self._next_uri()):
             parquet = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri, storage.PATIENT_S)))
-            self._count([parquet.read_row_group(number) for number in range(parquet.num_row_groups)])
+            self._count([_read_group(parquet, number, uri) for number in range(parquet.num_row_groups)])
 
     def add(self, shard: pa.Table) -> bool:
         """Add a shard, with the columns of MANIFEST_SCHEMA.
@@ -140,7 +140,7 @@ class ManifestWriter:
     def flush(self) -> bool:
         """Write the shards added since the last file. A file that is not full ends the plan. Returns as `add`."""
         sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, MANIFEST_SCHEMA, compression="zstd") as writer:
+        with pq.ParquetWriter(sink, with_format(MANIFEST_SCHEMA), compression="zstd") as writer:
             for table in self._tables:
                 writer.write_table(table, row_group_size=len(table))
         tables, self._tables = self._tables, []
@@ -189,7 +189,7 @@ def read_shard(output: str, plan_id: str, shard: int, patience_s: float = storag
 
     def read() -> pa.Table:
         with fs.open(path, "rb") as opened:
-            return pq.ParquetFile(opened).read_row_group(row_group)
+            return _read_group(pq.ParquetFile(opened), row_group, uri)
 
     return storage.with_retries(read, uri, patience_s)
 
@@ -200,7 +200,16 @@ def read_plan(output: str, plan: Plan) -> Iterator[pa.Table]:
         data = storage.read_bytes(_file_uri(output, plan.id, file), storage.PATIENT_S)
         parquet = pq.ParquetFile(io.BytesIO(data))
         for row_group in range(parquet.num_row_groups):
-            yield parquet.read_row_group(row_group)
+            yield _read_group(parquet, row_group, f"a plan file of {output!r}")
+
+
+def _read_group(parquet: pq.ParquetFile, row_group: int, name: str) -> pa.Table:
+    """A shard of a plan file; columns that an earlier version did not write are null."""
+    check_format(parquet.schema_arrow, name)
+    table = complete(parquet.read_row_group(row_group), MANIFEST_SCHEMA)
+    if table is None:
+        raise ResultError(f"{name} has not the columns of a plan: {', '.join(parquet.schema_arrow.names)}")
+    return table
 
 
 def count_planned(output: str, plan_id: str) -> tuple[int, int]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from vlsm import storage
 from vlsm.config import Settings, dump_yaml, flatten
 from vlsm.errors import ConfigError
-from vlsm.version import __version__
+from vlsm.version import FORMAT, __version__, newer_format
 
 RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
@@ -35,6 +36,7 @@ def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any])
         plan: how much is to be done.
     """
     return {
+        "format": FORMAT,
         "config": settings.model_dump(mode="json", exclude=_ACTIONS),
         **facts,
         "plan": plan,
@@ -58,7 +60,7 @@ def read_record(output: str) -> dict[str, Any] | None:
     """What config.yaml says, or None where there is no planned run.
 
     Raises:
-        ConfigError: OUTPUT holds a config.yaml that is not a run's.
+        ConfigError: OUTPUT holds a config.yaml that is not a run's, or a newer version has written it.
     """
     uri = storage.join(output, RECORD_NAME)
     if not storage.exists(uri):
@@ -69,24 +71,35 @@ def read_record(output: str) -> dict[str, Any] | None:
         record = None
     if not isinstance(record, dict) or not {"config", "plan"} <= record.keys():
         raise ConfigError(f"{uri} is not the record of a run; choose another OUTPUT")
+    if message := newer_format(record.get("format"), uri):
+        raise ConfigError(message)
     return record
 
 
 def describe_differences(record: dict[str, Any], settings: Settings, facts: dict[str, Any]) -> list[str]:
     """What would change an output if this run went on there, one phrase per differing key; arguments as for a record.
 
-    How a run is carried out (`run`) may change, and a checkpoint may move: its content counts.
+    How a run is carried out (`run`) may change, and a checkpoint may move: its content counts. A setting or fact that
+    an earlier version did not record is not compared by its absence: the setting counts as its default.
     """
-    before, now = (
-        flatten(_deciding(tree)) for tree in (record["config"], settings.model_dump(mode="json", exclude=_ACTIONS))
-    )
-    before |= {key: record.get(key) for key in facts}
-    now |= facts
+    trees = _with_defaults(record["config"], type(settings)), settings.model_dump(mode="json", exclude=_ACTIONS)
+    before, now = (flatten(_deciding(tree)) for tree in trees)
+    known = {key: value for key, value in facts.items() if key in record}
+    before |= {key: record[key] for key in known}
+    now |= known
     return [
         f"{key} (there {before.get(key)!r}, now {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
+
+
+def _with_defaults(tree: dict[str, Any], settings: type[Settings]) -> dict[str, Any]:
+    """Recorded settings with the defaults of those that are absent; unchanged where they are not valid any more."""
+    try:
+        return settings.model_validate(tree).model_dump(mode="json", exclude=_ACTIONS)
+    except ValidationError:
+        return tree
 
 
 def _deciding(tree: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.errors import ConfigError
-from vlsm.runs.schema import RESULT_SCHEMA
+from vlsm.runs.schema import RESULT_SCHEMA, check_format, complete, with_format
 from vlsm.segmentation.masks import decode_mask
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def write_part(output: str, shard: int, rows: list[dict[str, Any]], run_id: str,
         run_id: id of this run. It tells its parts from those of an earlier run in the same folder.
         patience_s: how long the store may be down, in seconds.
     """
-    schema = RESULT_SCHEMA.with_metadata({_RUN_KEY: run_id})
+    schema = with_format(RESULT_SCHEMA, **{_RUN_KEY: run_id})
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(table, sink, compression="zstd", compression_level=9)  # 5 % smaller, costs 0.02 ms per row
@@ -52,17 +52,24 @@ def read_part(
     columns: list[str] | None = None,
     patience_s: float = storage.PATIENT_S,
 ) -> pa.Table | None:
-    """Return the rows of a shard's part file, or None if it is missing, damaged or of another run."""
+    """Return the rows of a shard's part file, or None if it is missing, damaged or of another run.
+
+    Columns that an earlier version did not write are null.
+
+    Raises:
+        ResultError: a newer version has written it.
+    """
     try:
         data = storage.read_bytes(storage.join(output, "masks", part_name(shard)), patience_s)
     except FileNotFoundError:
         return None
     try:
         parquet = pq.ParquetFile(pa.BufferReader(data))
-        metadata = parquet.schema_arrow.metadata or {}
-        if metadata.get(_RUN_KEY.encode()) != run_id.encode() or parquet.schema_arrow != RESULT_SCHEMA:
+        if (parquet.schema_arrow.metadata or {}).get(_RUN_KEY.encode()) != run_id.encode():
             return None
-        return parquet.read(columns)
+        check_format(parquet.schema_arrow, part_name(shard))
+        schema = RESULT_SCHEMA if columns is None else pa.schema([RESULT_SCHEMA.field(name) for name in columns])
+        return complete(parquet.read([name for name in schema.names if name in parquet.schema_arrow.names]), schema)
     except (pa.ArrowException, OSError):  # pyarrow raises both for a file that is not Parquet
         return None
 
@@ -139,6 +146,7 @@ def open_results(uri: str) -> "ds.Dataset":
 
     Raises:
         ConfigError: there are no part files.
+        ResultError: a newer version has written them.
     """
     import pyarrow.dataset as ds  # not at the top: it imports pandas, which tasks that only write parts do not need
 
@@ -148,4 +156,6 @@ def open_results(uri: str) -> "ds.Dataset":
     ]
     if not names:
         raise ConfigError(f"there are no masks in {uri!r}; it must be the OUTPUT of a segment run")
+    with fs.open(f"{path}/{names[0]}", "rb") as file:
+        check_format(pq.read_schema(file), names[0])
     return ds.dataset([f"{path}/{name}" for name in names], schema=RESULT_SCHEMA, filesystem=fs, format="parquet")

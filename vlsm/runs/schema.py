@@ -2,6 +2,11 @@
 
 import pyarrow as pa
 
+from vlsm.errors import ResultError
+from vlsm.version import FORMAT, newer_format
+
+_FORMAT_KEY = b"vlsm.format"
+
 # The plan: one row per image. A row group is a shard.
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -45,3 +50,36 @@ RESULT_SCHEMA = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+
+
+def with_format(schema: pa.Schema, **metadata: str) -> pa.Schema:
+    """The schema with the format version, and more, in its metadata."""
+    return schema.with_metadata({_FORMAT_KEY: str(FORMAT)} | metadata)
+
+
+def check_format(schema: pa.Schema, name: str) -> None:
+    """Do nothing if this version can read a file with such a schema.
+
+    Raises:
+        ResultError: the file has a newer format.
+    """
+    written = (schema.metadata or {}).get(_FORMAT_KEY)
+    if message := newer_format(None if written is None else int(written), name):
+        raise ResultError(message)
+
+
+def complete(table: pa.Table, schema: pa.Schema) -> pa.Table | None:
+    """Return a table of an earlier version with the columns of the present schema; absent ones are null.
+
+    Returns:
+        None if a column has another type, or one is absent that may not be null.
+    """
+    columns = []
+    for column in schema:
+        if column.name in table.column_names and table.schema.field(column.name).type == column.type:
+            columns.append(table[column.name])
+        elif column.name not in table.column_names and column.nullable:
+            columns.append(pa.nulls(len(table), column.type))
+        else:
+            return None
+    return pa.table(columns, schema=schema)

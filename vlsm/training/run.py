@@ -41,6 +41,7 @@ from vlsm.training.inspection import (
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
 from vlsm.training.trackers import check_trackers
+from vlsm.version import FORMAT, newer_format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -252,13 +253,18 @@ def pack_state(state: State) -> bytes:
     tensors = {f"weights {name}": value.contiguous() for name, value in (state.weights or {}).items()}
     for name, values in optimizer.pop("state", {}).items():
         tensors |= {f"optimizer {name} {key}": value.contiguous() for key, value in values.items()}
-    progress = {name: getattr(state, name) for name in ("epoch", "step", "steps", "scores")}
+    progress: dict[str, Any] = {name: getattr(state, name) for name in ("epoch", "step", "steps", "scores")}
+    progress["format"] = FORMAT
     progress |= {"history": [asdict(row) for row in state.history.rows], "optimizer": optimizer}
     return safetensors.torch.save(tensors, {"progress": json.dumps(progress)})
 
 
 def read_state(output: str) -> State:
-    """Return the state of a run from last.safetensors, or the initial state if the file does not exist."""
+    """Return the state of a run from last.safetensors, or the initial state if the file does not exist.
+
+    Raises:
+        ConfigError: a newer version has written it.
+    """
     import safetensors.torch
 
     uri = storage.join(output, _LAST_NAME)
@@ -267,6 +273,8 @@ def read_state(output: str) -> State:
     data = storage.read_bytes(uri)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     progress = json.loads(header["__metadata__"]["progress"])
+    if message := newer_format(progress.get("format"), uri):
+        raise ConfigError(message)
     state = State(**{name: progress[name] for name in ("epoch", "step", "steps")})
     state.scores = [(int(example), loss, dice) for example, loss, dice in progress["scores"]]
     state.history = History([Row(**row) for row in progress["history"]])
