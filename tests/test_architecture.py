@@ -9,6 +9,19 @@ from tests.conftest import LONG_S
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "vlsm").rglob("*.py"))
+# what vlsm/ holds, floor by floor: each imports from lower floors only
+FLOORS = (
+    {"errors", "version"},
+    {"storage"},
+    {"config"},
+    {"images"},
+    {"archive", "models"},
+    {"checkpoints"},
+    {"segmentation"},
+    {"runs"},
+    {"export", "training"},
+    {"calibration", "evaluation", "report"},
+)
 
 
 def imported(path):
@@ -17,6 +30,7 @@ def imported(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "vlsm")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -28,6 +42,25 @@ def test_the_library_imports_no_ray_and_no_job(path):
 def test_networks_come_in_through_the_models_only(path):
     if "models" not in path.parts:
         assert not [name for name in imported(path) if name.split(".")[0] in ("transformers", "open_clip", "timm")]
+
+
+def room_of(path):
+    return path.relative_to(ROOT / "vlsm").parts[0].removesuffix(".py")
+
+
+def test_the_top_floor_has_the_rooms_that_are_known():
+    assert {room_of(path) for path in MODULES} == {"__init__"}.union(*FLOORS)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if room_of(path) != "__init__"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_imports_lead_down(path):
+    """Late imports inside of functions count as well: nothing imports upwards, and there is no cycle."""
+    floor = next(number for number, rooms in enumerate(FLOORS) if room_of(path) in rooms)
+    allowed = {room_of(path)}.union(*FLOORS[:floor])
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("vlsm.")}
+    assert rooms <= allowed, f"{sorted(rooms - allowed)} stand beside {room_of(path)} or above it"
 
 
 def test_everything_but_the_jobs_works_where_ray_cannot_be_imported():
