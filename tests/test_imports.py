@@ -163,3 +163,35 @@ def test_the_processes_of_a_segment_run_import_what_they_do_and_no_more(
     _, modules = do(write_masks, logits)
     assert not modules & (NOTHING_HEAVY - {"ray", "pandas", "pyarrow.dataset"})
     assert len(list(read_masks(str(tmp_path / "out")))) == 6
+
+
+@pytest.mark.parametrize(
+    ("packages", "words", "extra"),
+    [
+        ("matplotlib", ["jobs.train", "OUT", "--dataset", "a=IN", "--set", "model=pixel", "--dry-run"], "train"),
+        (
+            "peft",
+            ["jobs.train", "OUT", "--dataset", "a=IN", "--set", "model=clipseg", "--set", "trainable=lora"],
+            "train",
+        ),
+        ("highdicom", ["vlsm.export", "OUT", "files", "--format", "dicom-seg"], "dicom-seg"),
+    ],
+)
+def test_a_missing_extra_is_one_sentence_that_names_the_command(tmp_path, packages, words, extra):
+    hide = f"""
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *more: None if name.split(".")[0] == {packages!r} else find(name, *more)
+import importlib
+module, *words = {words!r}
+module = importlib.import_module(module + (".__main__" if module.startswith("vlsm") else ""))
+sys.exit(module.main(words))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", hide], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=LONG_S,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    sentence = f"error: the package {packages} is not installed: uv pip install 'vlsm[{extra}]'"
+    assert sentence in done.stderr.splitlines()

@@ -1,5 +1,8 @@
 """The errors that vlsm raises. Each message says what is wrong, the value found, and what would be right."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class VlsmError(Exception):
     """The base class of all errors of this package. A job prints the message on one line and ends."""
@@ -55,3 +58,19 @@ class ImageError(VlsmError):
         )
         super().__init__(f"{reason}: {printable}")
         self.reason = reason
+
+
+@contextlib.contextmanager
+def optional_packages(extra: str) -> Iterator[None]:
+    """Enclose imports of packages that only an extra of vlsm installs.
+
+    Args:
+        extra: its name in pyproject.toml, such as "train".
+
+    Raises:
+        ConfigError: a package is not installed; the message names the command that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the package {error.name} is not installed: uv pip install 'vlsm[{extra}]'") from error

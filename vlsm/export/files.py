@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vlsm.errors import ImageError
+from vlsm.errors import ImageError, optional_packages
 from vlsm.export.naming import file_path
 from vlsm.export.origins import read_settings
 from vlsm.export.overlays import draw_overlay
@@ -116,7 +116,9 @@ def _import_later(module: str, function: str) -> Exporter:
     """Return an exporter that imports its module, and so its libraries, only when it is called."""
 
     def export(*args: Any) -> int:
-        return int(getattr(importlib.import_module(module), function)(*args))
+        with optional_packages("dicom-seg"):
+            home = importlib.import_module(module)
+        return int(getattr(home, function)(*args))
 
     return export
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vlsm.errors import optional_packages
 from vlsm.images.preprocess import ImageSpec
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -91,7 +92,8 @@ class Towers(nn.Module):
         self.trainable = trainable
         self.requires_grad_(trainable == "all")
         if trainable == "lora":
-            from peft import LoraConfig, LoraModel  # late import: it is slow, and inference does not need it
+            with optional_packages("train"):
+                from peft import LoraConfig, LoraModel  # late import: it is slow, and inference does not need it
 
             config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=self.lora_targets)
             self._adapters = [LoraModel(self.image_tower, config, "default")]

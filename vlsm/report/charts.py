@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from matplotlib.ticker import MaxNLocator
 
+from vlsm.errors import optional_packages
 from vlsm.report.survey import Distribution
 from vlsm.training.history import MEAN
 
@@ -100,6 +100,9 @@ def draw_ridge(title: str, groups: Sequence[tuple[str, Distribution]]) -> Ridge:
 
 def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> LineChart:
     """Return a chart of one column of metrics.parquet over the epochs: one colour per dataset, train dashed."""
+    with optional_packages("train"):
+        from matplotlib.ticker import MaxNLocator
+
     rows = [row for row in metrics.to_pylist() if np.isfinite(row[name])]
     datasets = [name for name in dict.fromkeys(row["dataset"] for row in rows) if name != MEAN]
     shown = datasets if len(datasets) == 1 else [*datasets, MEAN]

@@ -3,14 +3,16 @@
 import io
 from typing import Literal
 
+from vlsm.errors import optional_packages
 from vlsm.training.history import MEAN, History
 
 
 def draw_curves(history: History) -> bytes:
     """Return a PNG with loss and Dice of train and val per epoch. Each dataset has a colour; their mean is black."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    with optional_packages("train"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     datasets = list(dict.fromkeys(row.dataset for row in history.rows if row.dataset != MEAN))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlsm.errors import ConfigError
+from vlsm.errors import ConfigError, optional_packages
 from vlsm.training.history import History, Row
 from vlsm.training.settings import TrainSettings
 
@@ -22,11 +22,15 @@ class Tracker:
 
 
 def check_trackers(settings: TrainSettings) -> None:
-    """Check that the packages of the trackers are installed.
+    """Check that the packages for curves, adapters and trackers are installed.
 
     Raises:
         ConfigError: a package is missing.
     """
+    with optional_packages("train"):
+        for package in ("matplotlib", "tensorboardX", *(["peft"] if settings.trainable == "lora" else [])):
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(name=package)
     for package in ("mlflow", "wandb"):
         if getattr(settings.run, package) and importlib.util.find_spec(package) is None:
             raise ConfigError(
@@ -40,7 +44,8 @@ def tensorboard_events(history: History) -> bytes:
     Times are the times of the epochs, so the file of a later epoch starts with the same bytes as the earlier file. A
     running TensorBoard can therefore continue at its last position, also after the run was resumed.
     """
-    from tensorboardX import SummaryWriter
+    with optional_packages("train"):
+        from tensorboardX import SummaryWriter
 
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
