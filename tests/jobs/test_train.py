@@ -85,6 +85,13 @@ def training_workers():
     return found
 
 
+def hold(processes):
+    """Stop them, so that nothing goes on while the test looks; they can still be killed."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+
+
 def read_metrics(output):
     frame = pd.read_parquet(f"{output}/metrics.parquet")
     return frame.drop(columns=["seconds", "finished_at"])
@@ -193,19 +200,23 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
     def written(name):
         return fs.info(f"{output}/{name}")["LastModified"] if fs.exists(f"{output}/{name}") else None
 
+    def wait_for_steps():
+        before = written("last.safetensors")
+        wait_for(job, lambda: written("last.safetensors") != before)
+
     log = tmp_path / "log"
     job = start(log, *arguments)
     wait_for(job, lambda: written("metrics.parquet"))
+    first = set(training_workers())
     training_workers()[-1].kill()
+    wait_for(job, lambda: set(training_workers()) - first)
+    wait_for_steps()
+    hold(set(training_workers()) - first)  # the run is not to end before the log tells and the interrupt arrives
     wait_for(job, lambda: re.search(r"goes on at epoch \d+, step \d", log.read_text()))
     job.send_signal(signal.SIGINT)
     out, _ = job.communicate(timeout=LONG_S)
     assert (job.returncode, out) == (130, "")  # whatever Ray had to say of the death
     assert "interrupted; the same command goes on from here" in log.read_text()
-
-    def wait_for_steps():
-        before = written("last.safetensors")
-        wait_for(job, lambda: written("last.safetensors") != before)
 
     if loses_node:
         node = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -224,6 +235,7 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
     else:
         job = start(log, *arguments)
         wait_for_steps()
+        hold(training_workers())
         job.kill()
         job.communicate()
     assert not fs.exists(f"{output}/summary.json")
