@@ -55,7 +55,9 @@ def test_what_is_measured_is_what_a_run_does(archive, bright_checkpoint, monkeyp
     segmenter = vlsm.Segmenter(vlsm.load_checkpoint(bright_checkpoint))
     images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(archive.iterdir())]
     masks = segmenter.segment(images, ["polyp", "fold"])
-    assert sorted(areas) == sorted([int(mask.sum()) for mask in own] for own in masks)  # they are read in any order
+    whole = [[int(mask.sum()) for mask in image_masks] for image_masks in masks]
+    # they are read in any order, and logits travel as float16, as between the stages of the job
+    np.testing.assert_allclose(sorted(areas), sorted(whole), atol=2)
     assert len({tuple(own) for own in areas}) > 1
 
 
