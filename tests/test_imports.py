@@ -135,7 +135,8 @@ def test_the_processes_of_a_segment_run_import_what_they_do_and_no_more(
     members = (MemberSettings(checkpoint=str(tiny_checkpoint)),)
     run = prepare_run(SegmentSettings(input=str(archive), output=str(tmp_path / "out"), members=members))
     files = {name: np.frombuffer(data, np.uint8) for name, data in run.members[0].files.items()}
-    task = Task(run.settings, run.run_id, run.plan.id, (run.members[0].square,), False, start_board(Board, {"start": 0.0}))
+    board = start_board(Board, {"start": 0.0})
+    task = Task(run.settings, run.run_id, run.plan.id, (run.members[0].square,), False, board)
     if not run.plan.is_complete:
         from vlsm.runs.lifecycle import make_planner
 
