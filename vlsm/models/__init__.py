@@ -30,7 +30,7 @@ MODELS = {
     "pixel": "vlsm.models.pixel:Pixel",
     "vlsm_a": "vlsm.models.ensemble_a:EnsembleA",
     "vlsm_b": "vlsm.models.ensemble_b:EnsembleB",
-    "vlsm_c": "vlsm.models.ensembles:EnsembleC",
+    "vlsm_c": "vlsm.models.ensemble_c:EnsembleC",
 }
 
 
