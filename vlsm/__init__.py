@@ -1,6 +1,7 @@
 """Vision-language segmentation models: load a checkpoint, segment images, read and export the masks of an archive.
 
-The public names are imported on first use, so that `import vlsm` and a job's `--help` do not wait for torch.
+`__all__` has the public names. They are imported on first use, so that `import vlsm` and a job's `--help` do not wait
+for torch.
 """
 
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vlsm.version import __version__
 
 if TYPE_CHECKING:
+    from vlsm import export as export
     from vlsm.checkpoints import load_checkpoint as load_checkpoint
     from vlsm.checkpoints import save_checkpoint as save_checkpoint
     from vlsm.errors import VlsmError as VlsmError
@@ -25,7 +27,16 @@ _HOMES = {
     "save_checkpoint": "vlsm.checkpoints",
 }
 
-__all__ = ["Segmenter", "VlsmError", "__version__", "build_model", "load_checkpoint", "read_masks", "save_checkpoint"]
+__all__ = [
+    "Segmenter",
+    "VlsmError",
+    "__version__",
+    "build_model",
+    "export",
+    "load_checkpoint",
+    "read_masks",
+    "save_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:
