@@ -7,7 +7,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -156,7 +156,7 @@ def _score_parts(sources: "list[PredictionSource]", parts: list[tuple[int, int]]
     return pa.concat_tables([sources[number].score_part(shard) for number, shard in parts])
 
 
-def _collect(pending: "Sequence[Any]") -> "Iterator[pa.Table]":
+def _collect(pending: list[Any]) -> "Iterator[pa.Table]":
     """Yield the result of each task when it ends. Show a progress bar on a terminal, else a log line every 10 s."""
     import ray
 

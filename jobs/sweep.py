@@ -109,7 +109,8 @@ def _train_all(trials: list[Trial], settings: SweepSettings) -> list[str]:
     import ray
 
     waiting = [trial for trial in trials if read_summary(trial.settings.output) is None]
-    parallel = settings.run.parallel or max(1, int(ray.cluster_resources().get("GPU", 1)))
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    parallel = settings.run.parallel or max(1, int(resources.get("GPU", 1)))
     logger.info("training %d of %d trials, %d at a time", len(waiting), len(trials), parallel)
     task = ray.remote(num_cpus=0, max_retries=2)(_train)
     running: dict[Any, Trial] = {}

@@ -79,7 +79,8 @@ class _InterleavedWorker(Worker):
         network.train()
         for batch in self._train:
             logits = network(batch.pixel_values, batch.prompts, batch.features)
-            segmentation_losses(logits, batch.targets, optim.dice_weight, optim.ce_weight).mean().backward()
+            losses = segmentation_losses(logits, batch.targets, optim.dice_weight, optim.ce_weight)
+            losses.mean().backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(learning, optim.clip_norm or np.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -136,7 +136,7 @@ def _cluster(cores: list[int]) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         os.sched_setaffinity(0, allowed)
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _submit(address: str, *words: str) -> float:

@@ -105,8 +105,8 @@ def kill_node(arena: Arena) -> dict[str, int]:
     from ray.cluster_utils import Cluster
 
     output, kills = str(arena.folder / "kill_node"), 0
-    store = {"object_store_memory": 100 << 20}
-    kinds = {"num_cpus": 1}, {"num_cpus": 2, "num_gpus": 1}
+    store: dict[str, Any] = {"object_store_memory": 100 << 20}
+    kinds: list[dict[str, Any]] = [{"num_cpus": 1}, {"num_cpus": 2, "num_gpus": 1}]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
     try:
         nodes = [(cluster.add_node(**kind, **store), kind) for kind in kinds]
@@ -121,7 +121,7 @@ def kill_node(arena: Arena) -> dict[str, int]:
         if job.wait(LONGEST_S):
             raise ResultError("the job failed after nodes were lost")
     finally:
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
     arena.prove(output)
     return {"nodes lost": kills}
 
