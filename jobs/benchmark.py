@@ -1,4 +1,4 @@
-"""Measure every figure that the README states about speed. Each ratio compares two measurements of one run.
+"""Measurements of speed. Each figure is a ratio of two things that are measured in one run.
 
 python -m jobs.benchmark models --json models.json
 python -m jobs.benchmark gpu --json gpu.json
@@ -13,8 +13,7 @@ python -m jobs.benchmark scale --rows 10000 --rows 1000000
 python -m jobs.benchmark torture
 python -m jobs.benchmark section
 
-With --json a benchmark writes its figures to a file. `section` writes the README's tables from the files in
-`jobs/measured`.
+Each writes its figures with --json. `section` writes the tables of all files in `jobs/measured` to README.md there.
 """
 
 import json
@@ -39,9 +38,14 @@ BENCHMARKS = {
     "scale": "the segment job over archives of growing size",
     "torture": "the segment job under faults: killed processes, lost nodes, a failing store, a full disk",
 }
-MEASURED = Path(__file__).parent / "measured"  # figures in the README, as the benchmarks write them
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- measured -->\n", "<!-- end -->"
+MEASURED = Path(__file__).parent / "measured"  # figures, as benchmarks have written them
+PAGE = MEASURED / "README.md"
+_TITLE = """\
+# Measured
+
+`python -m jobs.benchmark section` writes this page from the files in this folder. The benchmarks write these files with
+`--json` ([jobs/README.md](../README.md#benchmarks) has their commands). Do not edit the page.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,20 +63,18 @@ def main(argv: list[str] | None = None) -> int:
             module.add_arguments(command)
             command.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
             command.set_defaults(measure=module.measure)
-    commands.add_parser("section", help="rewrite the README's section of measured figures").set_defaults(measure=None)
+    commands.add_parser("section", help="write jobs/measured/README.md").set_defaults(measure=None)
     args = parser.parse_args(argv)
     if args.measure is None:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        README.write_text(f"{before}{BEGIN}{measured_section()}{end}{after}", encoding="utf-8")
+        PAGE.write_text(measured_page(), encoding="utf-8")
         return 0
     return int(args.measure(args))
 
 
-def measured_section() -> str:
-    """Return the README's section of measured figures as Markdown, from the files in `jobs/measured`.
+def measured_page() -> str:
+    """Return the page of measured figures, from the files in `jobs/measured`.
 
-    Files of the same benchmark and machine make one table: their `runs` are joined.
+    A table holds the figures of one benchmark on one machine. If several files have them, their `runs` are joined.
     """
     tables: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(MEASURED.glob("*.json")):
@@ -80,10 +82,14 @@ def measured_section() -> str:
         table = tables.setdefault((figures["benchmark"], name_machine(figures)), figures)
         if table is not figures:
             table["runs"] += figures["runs"]
-    lines = []
-    for (name, machine), figures in tables.items():
-        lines += [f"`python -m jobs.benchmark {name}` on {machine}:", "", *_module(name).tell(figures), ""]
-    missing = [f"`{name}`" for name in BENCHMARKS if name not in {name for name, _ in tables}]
+    lines = [_TITLE]
+    measured = dict.fromkeys(name for name, _ in tables)
+    for name in measured:
+        lines += [f"## {name}", "", f"{BENCHMARKS[name][0].upper()}{BENCHMARKS[name][1:]}.", ""]
+        for (benchmark, machine), figures in tables.items():
+            if benchmark == name:
+                lines += [f"`python -m jobs.benchmark {name}` on {machine}:", "", *_module(name).tell(figures), ""]
+    missing = [f"`{name}`" for name in BENCHMARKS if name not in measured]
     lines += [f"Still to be measured: {', '.join(missing)}.", ""] if missing else []
     return "\n".join(lines)
 

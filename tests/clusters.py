@@ -1,4 +1,4 @@
-"""Clusters of several nodes on this machine, started as users start them, and the commands of the README on them."""
+"""Clusters of several nodes on this machine, started as users start them, and the commands of jobs/README.md on them."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ from jobs.benchmarks.stores import free_port
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## On a cluster")[2].partition("\n## ")[0]
+SECTION = (ROOT / "jobs" / "README.md").read_text("utf-8").partition("\n## On a cluster\n")[2].partition("\n## ")[0]
 SUBMISSIONS = re.findall(r"^ray job submit .*?(?<!\\)$", SECTION, re.M | re.S)
 STORE_BYTES = 300 << 20  # object store of each node
 _HERE = "127.0.0.1"
@@ -47,7 +47,7 @@ class Running:
     processes: list[subprocess.Popen]
 
     def call(self, command: str, timeout_s: float = 1200) -> tuple[int, str]:
-        """Run a command of the README in the root of the repository; return its exit code and output."""
+        """Run a command of jobs/README.md in the root of the repository; return its exit code and output."""
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=ROOT,
@@ -84,7 +84,7 @@ class Running:
 
 
 def _environment(home: Path, extra: dict[str, str]) -> dict[str, str]:
-    """Return the environment after the first commands of the README, with a new home and its own Ray token."""
+    """Return the environment after the first commands of jobs/README.md, with a new home and its own Ray token."""
     home.mkdir(exist_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}

@@ -3,7 +3,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+import vlsm
 from vlsm.checkpoints import Calibration
 from vlsm.evaluation.parts import SCORES_SCHEMA
 from vlsm.models import MODELS
@@ -13,7 +15,12 @@ from vlsm.runs.schema import RESULT_SCHEMA
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOUND = Calibration(
+JOBS = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
+LIBRARY = (ROOT / "vlsm" / "README.md").read_text(encoding="utf-8")
+MEASURED = (ROOT / "jobs" / "measured" / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", "jobs/README.md", "vlsm/README.md", "jobs/measured/README.md"]
+HABITS = [".github/CONTRIBUTING.md", ".github/CHANGELOG.md"]
+CALIBRATION = Calibration(
     temperature=1,
     threshold=0.5,
     num_images=1,
@@ -26,35 +33,95 @@ FOUND = Calibration(
     reliability=[],
 )
 STATUS = TrainingStatus(False, 0, 1, "dice", None, None, None, None, None, [])
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+def lines_of_shell(text):
+    return [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+
+
+def inline_commands(text):
+    """Commands inside of sentences: `python -m jobs.train --help`; a line of the text may end inside of them."""
+    texts = re.findall(r"(?<!`)`(python -m [^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.S))
+    return [" ".join(command.split()) for command in texts]
+
+
+def section(text, heading):
+    level = heading.split()[0]
+    return text.partition(f"\n{heading}\n")[2].partition(f"\n{level} ")[0]
+
+
+COMMANDS = lines_of_shell(README)
+ALL_COMMANDS = [
+    command
+    for text in (README, JOBS, LIBRARY, MEASURED)
+    for command in [*lines_of_shell(text), *inline_commands(text)]
+    if command.startswith("python -m") and "NAME" not in command.split()[2]
+]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 170
 
 
 def test_the_table_of_columns_is_the_schema():
-    section = README.partition("### What comes out")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (`.+?) \| ", section, re.M)
+    rows = re.findall(r"^\| (`.+?) \| ", section(LIBRARY, "## What a segment run writes"), re.M)
     assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == RESULT_SCHEMA.names
 
 
+def test_the_columns_that_the_readme_shows_are_in_the_schema():
+    heads = section(README, "### Segment an archive").partition("\n| ")[2].partition(" |\n")[0].split(" | ")
+    assert len(heads) > 3
+    assert set(heads) <= set(RESULT_SCHEMA.names)
+
+
 def test_the_columns_of_scores_are_the_schemas():
-    sentence = README.partition("The columns of `scores.parquet`:")[2].partition("\n\n")[0]
+    sentence = LIBRARY.partition("The columns of `scores.parquet`:")[2].partition("\n\n")[0]
     assert re.findall(r"`(\w+)`", re.sub(r" \([^)]*\)", "", sentence)) == SCORES_SCHEMA.names
 
 
-def test_the_table_of_models_is_the_codes():
-    section = README.partition("\n## Models")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (`.+?) \| ", section, re.M)
+@pytest.mark.parametrize("text", [README, LIBRARY], ids=["README.md", "vlsm/README.md"])
+def test_the_tables_of_models_are_the_codes(text):
+    rows = re.findall(r"^\| (`.+?) \| ", section(text, "## Models"), re.M)
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(MODELS)
 
 
-def test_the_map_names_every_module():
-    stated = set(re.findall(r"^ +(\w+\.py) ", README, re.M))
-    modules = [*ROOT.glob("jobs/**/*.py"), *ROOT.glob("vlsm/**/*.py")]
-    assert stated == {path.name for path in modules if path.name not in ("__init__.py", "__main__.py", "errors.py")}
+def test_the_public_names_are_those_of_the_package():
+    names = section(LIBRARY, "## What is public").partition("`vlsm.__all__`:")[2].partition("\n- ")[0]
+    assert re.findall(r"`(\w+)`", re.sub(r" \([^)]*\)", "", names)) == vlsm.__all__
+    assert all(getattr(vlsm, name) is not None for name in vlsm.__all__)
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python -m")])
-def test_every_command_is_understood_by_its_parser(command, monkeypatch):
-    from jobs import benchmark, evaluate, segment, status, sweep, train
+def test_python_snippets_use_public_names_alone():
+    names = re.findall(r"\bvlsm\.(\w+)", "".join(re.findall(r"```python\n(.*?)```", README + LIBRARY, re.S)))
+    assert names
+    assert set(names) <= set(vlsm.__all__)
+
+
+def modules_of_map(text):
+    """The files of a map, by their paths: a folder is a line that ends in a slash, or has one behind its name."""
+    folders, files = {}, set()
+    for line in section(text, "## What is where").partition("```\n")[2].partition("```")[0].splitlines():
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        assert len(line.split()) > 1 or name.endswith("/"), f"{name} is not described"
+        folders = {known: folder for known, folder in folders.items() if known < depth}
+        path = "".join(folders.values()) + name
+        if name.endswith("/"):
+            folders[depth] = name
+        else:
+            assert path not in files, f"{path} is there twice"
+            files.add(path)
+    return files
+
+
+@pytest.mark.parametrize(("folder", "text"), [("jobs", JOBS), ("vlsm", LIBRARY)], ids=["jobs", "vlsm"])
+def test_the_maps_name_every_module(folder, text):
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"}
+    assert modules_of_map(text) == modules
+
+
+@pytest.mark.parametrize("command", list(dict.fromkeys(ALL_COMMANDS)))
+def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_path):
+    from jobs import benchmark, demo, evaluate, segment, status, sweep, train, verify
     from vlsm import calibration, checkpoints
     from vlsm.export import __main__ as export
     from vlsm.models import __main__ as models
@@ -65,18 +132,21 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
     monkeypatch.setattr(segment, "segment", lambda settings: seen.append(settings))
     monkeypatch.setattr(segment, "dry_run", lambda *args: seen.append(args))
     monkeypatch.setattr(status, "read_status", lambda *args: seen.append(args) or STATUS)
+    monkeypatch.setattr(verify, "verify", lambda output: seen.append(output))
     monkeypatch.setattr(train, "train", lambda settings: seen.append(settings))
     monkeypatch.setattr(train, "dry_run", lambda settings: seen.append(settings))
     monkeypatch.setattr(sweep, "sweep", lambda settings: seen.append(settings))
     monkeypatch.setattr(evaluate, "evaluate", lambda settings: seen.append(settings))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
-    monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *args: seen.append(args) or FOUND)
+    monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *args: seen.append(args) or CALIBRATION)
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
     monkeypatch.setattr(report, "write_report", lambda *args: seen.append(args) or ROOT / "README.md")
     for name in benchmark.BENCHMARKS:
         monkeypatch.setattr(f"jobs.benchmarks.{name}.measure", lambda args: seen.append(args) or 0)
+    monkeypatch.setattr(benchmark, "measured_page", lambda: seen.append(words) or "")
+    monkeypatch.setattr(benchmark, "PAGE", tmp_path / "README.md")
     monkeypatch.setattr("vlsm.models.costs.measure_costs", lambda: seen.append(words) or [])
     monkeypatch.setattr(models, "describe_settings", lambda options: seen.append(options) or [])
     mains = {
@@ -85,21 +155,30 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch):
         "jobs.evaluate": evaluate.main,
         "jobs.sweep": sweep.main,
         "jobs.status": status.main,
+        "jobs.verify": verify.main,
         "jobs.benchmark": benchmark.main,
+        "jobs.demo": demo.main,
         "vlsm.export": export.main,
         "vlsm.calibration": calibration.main,
         "vlsm.report": report.main,
         "vlsm.checkpoints": checkpoints.main,
         "vlsm.models": models.main,
     }
-    assert mains[module](words) == 0
-    assert seen
+    if "--help" in words:
+        with pytest.raises(SystemExit) as end:
+            mains[module](words)
+        assert end.value.code == 0
+    elif words or f"`{command}`" not in JOBS + LIBRARY:  # a command alone in a sentence is a name
+        assert mains[module](words) == 0
+        assert seen
+    else:
+        assert module in mains
 
 
 def test_the_reasons_are_those_of_the_code():
     from vlsm.errors import ImageError
 
-    assert f"reasons: {', '.join(ImageError.REASONS)}" in README
+    assert f"reasons: {', '.join(ImageError.REASONS)}" in LIBRARY
 
 
 def test_ci_runs_the_test_command():
@@ -107,6 +186,23 @@ def test_ci_runs_the_test_command():
     ci = (ROOT / ".ci" / "run").read_text()
     assert f"uv pip install -q {install}" in ci
     assert test in ci
+
+
+@pytest.mark.parametrize(("name", "commands"), [("ci", [".ci/run"]), ("nightly", [".ci/run", ".ci/nightly"])])
+def test_workflows_run_the_files_of_ci(name, commands):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == commands
+    assert all((ROOT / command).stat().st_mode & 0o100 for command in commands)
+
+
+def test_hooks_before_a_commit_run_the_linters_of_ci_and_download_nothing():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert {repo["repo"] for repo in config["repos"]} == {"local"}
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    linters = [line.removesuffix(" --check") for line in (ROOT / ".ci" / "run").read_text().splitlines()[-3:]]
+    assert sorted(hook["entry"].removesuffix(" --force-exclude") for hook in hooks) == sorted(linters)
 
 
 def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
@@ -134,7 +230,7 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
     }
     write_part(str(tmp_path / "OUTPUT"), 0, [*rows, failed | {"error": "corrupt: bad.png is no image"}], "run", 0)
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```sql\n(.*?)```", README, re.S)
+    (block,) = re.findall(r"```sql\n(.*?)```", "\n".join((README, JOBS, LIBRARY, MEASURED)), re.S)
     uncertain, reasons = (duckdb.sql(query).fetchall() for query in block.split(";") if query.strip())
     wanted = sorted((row for row in rows if row["area_fraction"] > 0.05), key=lambda row: row["confidence"])[:50]
     assert [row[0] for row in uncertain] == [row["image_id"] for row in wanted]
@@ -142,6 +238,43 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
 
 
 def test_the_measured_figures_are_those_of_the_files():
-    from jobs.benchmark import BEGIN, END, measured_section
+    from jobs.benchmark import measured_page
 
-    assert README.partition(BEGIN)[2].partition(END)[0] == measured_section()
+    assert MEASURED == measured_page()
+
+
+def anchors(text):
+    """The anchors that code hosts give to headings: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS + HABITS)
+def test_every_link_leads_somewhere(name):
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S))
+    for link in links:
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), f"{name}: {link} leads to no file"
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{name}: {link} leads to no heading"
+    assert links or name.endswith("CHANGELOG.md")
+
+
+def test_every_document_can_be_reached_from_the_readme():
+    assert all(f"({name})" in README for name in (*DOCUMENTS[1:], *HABITS))
+
+
+def test_the_top_of_the_repository_holds_what_people_look_for():
+    import subprocess
+
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode or not listing.stdout:
+        pytest.skip("not a clone")
+    top = {line.partition("/")[0] for line in listing.stdout.splitlines()}
+    visible = {name for name in top if not name.startswith(".")}
+    assert visible == {"LICENSE", "README.md", "cluster.yaml", "jobs", "pyproject.toml", "tests", "vlsm"}

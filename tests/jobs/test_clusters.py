@@ -1,4 +1,4 @@
-"""The README's commands on clusters of several nodes: `pytest -m slow`, with the package's `cluster` extra."""
+"""The commands of jobs/README.md on clusters of several nodes: `pytest -m slow`, with the package's `cluster` extra."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def _submits():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Scans, a checkpoint and labelled polyps, as the README's commands name them."""
+    """Scans, a checkpoint and labelled polyps, as the commands of jobs/README.md name them."""
     folder = tmp_path_factory.mktemp("bucket")
     write_labelled(folder / "polyps", {"train": 12, "val": 4, "test": 2}, seed=2)
     shutil.copytree(folder / "polyps" / "images", folder / "scans")
@@ -51,7 +51,7 @@ def bucket(s3_server, folder, request):
 
 
 def there(command, bucket, *settings):
-    """The README's command, as it stands there but for the bucket."""
+    """The command of jobs/README.md, as it stands there but for the bucket."""
     return command.replace("s3://bucket", bucket) + "".join(f" --set {setting}" for setting in settings)
 
 
