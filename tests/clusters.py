@@ -1,4 +1,4 @@
-"""Clusters of several nodes on this machine, started as users start them, and the commands of jobs/README.md on them."""
+"""Clusters of several nodes on this machine, started as users start them, for the commands of jobs/README.md."""
 
 import contextlib
 import copy

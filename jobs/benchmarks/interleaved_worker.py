@@ -52,7 +52,7 @@ class _InterleavedWorker(Worker):
         times_s = [self._started_s, time.perf_counter()]
         end_epoch = super().end_epoch
         for step in (lambda: end_epoch(epoch), self.wait_until_saved, self._train_bare_epoch):
-            step()
+            step()  # type: ignore[no-untyped-call]  # the lambda has no types
             times_s.append(time.perf_counter())
         names = ("steps_s", "end_s", "beside_s", "bare_s")
         self._epochs_s.append(
