@@ -85,11 +85,15 @@ def training_workers():
     return found
 
 
-def hold(processes):
-    """Stop them, so that nothing goes on while the test looks; they can still be killed."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.suspend()
+@contextlib.contextmanager
+def held(processes):
+    """Stop processes while the test looks, so that the run cannot end meanwhile; then kill them."""
+    for act in ("suspend", "kill"):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(process, act)()
+        if act == "suspend":
+            yield
 
 
 def read_metrics(output):
@@ -211,9 +215,9 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
     training_workers()[-1].kill()
     wait_for(job, lambda: set(training_workers()) - first)
     wait_for_steps()
-    hold(set(training_workers()) - first)  # the run is not to end before the log tells and the interrupt arrives
-    wait_for(job, lambda: re.search(r"goes on at epoch \d+, step \d", log.read_text()))
-    job.send_signal(signal.SIGINT)
+    with held(set(training_workers()) - first):
+        wait_for(job, lambda: re.search(r"goes on at epoch \d+, step \d", log.read_text()))
+        job.send_signal(signal.SIGINT)
     out, _ = job.communicate(timeout=LONG_S)
     assert (job.returncode, out) == (130, "")  # whatever Ray had to say of the death
     assert "interrupted; the same command goes on from here" in log.read_text()
@@ -235,9 +239,9 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
     else:
         job = start(log, *arguments)
         wait_for_steps()
-        hold(training_workers())
-        job.kill()
-        job.communicate()
+        with held(training_workers()):
+            job.kill()
+            job.communicate()
     assert not fs.exists(f"{output}/summary.json")
 
     job = start(log, *arguments)
