@@ -18,7 +18,7 @@ from jobs import segment, verify
 from tests.conftest import LONG_S, save_square, slow
 from vlsm.config import SegmentSettings
 from vlsm.runs.lifecycle import open_input, prepare_run
-from vlsm.runs.plan import ManifestWriter, cut_shards, shard_table
+from vlsm.runs.plan import PlanWriter, cut_shards, shard_table
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -149,7 +149,7 @@ def test_what_changed_behind_a_listing_that_broke_off_is_followed_too(archive, b
         "members": [{"checkpoint": str(bright_checkpoint)}],
     }
     run = prepare_run(SegmentSettings(**arguments, shard_rows=1))
-    writer = ManifestWriter(run.settings.output, run.plan.id)
+    writer = PlanWriter(run.settings.output, run.plan.id)
     for shard in itertools.islice(cut_shards(open_input(run.settings).rows, 1), 65):
         writer.add(shard_table(shard))  # the job dies, with a file of 64 shards written
     save_square(archive / "a00.png")

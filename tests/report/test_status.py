@@ -19,7 +19,7 @@ from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.errors import ConfigError
 from vlsm.report import status as core
 from vlsm.report.rerun import rerun_command
-from vlsm.runs.plan import ManifestWriter, Plan, cut_shards, new_plan_id, shard_table, write_manifest
+from vlsm.runs.plan import Plan, PlanWriter, cut_shards, new_plan_id, shard_table, write_plan
 from vlsm.runs.record import make_record, read_record, write_record
 from vlsm.runs.results import part_name, write_part
 from vlsm.training.history import History, Row
@@ -41,7 +41,7 @@ def settings_of(output, *words):
 
 def write_run(output, num_images, num_parts, per_shard=4, seconds=1.0):
     """A run of which some parts are written, one a second until now; each has a failed image."""
-    plan = write_manifest(str(output), plan_rows(num_images), per_shard)
+    plan = write_plan(str(output), plan_rows(num_images), per_shard)
     write_record(str(output), make_record(settings_of(output), {"run_id": "run"}, asdict(plan)))
     for shard in range(num_parts):
         images = plan_rows(num_images)[shard * per_shard : (shard + 1) * per_shard]
@@ -104,7 +104,7 @@ def test_of_many_parts_a_sample_is_read_unless_all_are_asked_for(tmp_path, monke
 
 
 def test_a_plan_that_is_still_being_written_tells_so(tmp_path):
-    writer = ManifestWriter(str(tmp_path), new_plan_id())
+    writer = PlanWriter(str(tmp_path), new_plan_id())
     for shard in cut_shards(plan_rows(600), 4):
         writer.add(shard_table(shard))  # 150 shards, of which two files of 64 are written
     plan = Plan(writer.plan_id, is_complete=False)

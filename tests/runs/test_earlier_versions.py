@@ -25,7 +25,7 @@ from vlsm.report.status import read_status
 from vlsm.report.write import write_report
 from vlsm.runs.record import describe_differences, read_record, write_record
 from vlsm.runs.results import open_results, part_name, read_part
-from vlsm.runs.schema import MANIFEST_SCHEMA, RESULT_SCHEMA, complete
+from vlsm.runs.schema import PLAN_SCHEMA, RESULT_SCHEMA, complete
 from vlsm.runs.verify import verify_run
 from vlsm.training.run import pack_state, read_examples, read_state
 from vlsm.version import FORMAT
@@ -79,11 +79,11 @@ def test_a_new_setting_with_a_default_and_a_new_column_orphan_nothing(stored):
 
 
 def test_a_column_that_may_not_be_null_or_has_another_type_is_no_older_version():
-    table = MANIFEST_SCHEMA.empty_table()
-    assert complete(table, MANIFEST_SCHEMA).schema == MANIFEST_SCHEMA
-    assert complete(table.drop_columns(["image_id"]), MANIFEST_SCHEMA) is None
+    table = PLAN_SCHEMA.empty_table()
+    assert complete(table, PLAN_SCHEMA).schema == PLAN_SCHEMA
+    assert complete(table.drop_columns(["image_id"]), PLAN_SCHEMA) is None
     wrong = table.set_column(5, "problem", pa.array([], pa.int64()))
-    assert complete(wrong, MANIFEST_SCHEMA) is None
+    assert complete(wrong, PLAN_SCHEMA) is None
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "pixel", "clipseg"])

@@ -1,7 +1,7 @@
 import pytest
 
 from vlsm.errors import ManifestError
-from vlsm.runs.plan import cut_shards, planned_keys, read_plan, read_shard, write_manifest
+from vlsm.runs.plan import cut_shards, planned_keys, read_plan, read_shard, write_plan
 
 
 def make_rows(counts):
@@ -18,7 +18,7 @@ def test_shards_hold_as_many_images_as_their_rows_allow():
 
 def test_every_shard_reads_back_as_planned_across_files(tmp_path):
     rows = make_rows([1] * 150)
-    plan = write_manifest(str(tmp_path), iter(rows), shard_rows=1)
+    plan = write_plan(str(tmp_path), iter(rows), shard_rows=1)
     assert (plan.num_images, plan.num_rows, plan.num_shards) == (150, 150, 150)
     assert len(list((tmp_path / "manifest").iterdir())) == 3
     shards = [read_shard(str(tmp_path), plan.id, shard) for shard in range(plan.num_shards)]
@@ -29,7 +29,7 @@ def test_every_shard_reads_back_as_planned_across_files(tmp_path):
 
 def test_rows_of_several_kinds_are_planned(tmp_path):
     kinds = ["mask", "member 1", "member 2", "labels"]
-    plan = write_manifest(str(tmp_path), make_rows([2, 1]), shard_rows=4, kinds=kinds)
+    plan = write_plan(str(tmp_path), make_rows([2, 1]), shard_rows=4, kinds=kinds)
     assert (plan.num_rows, plan.kinds) == (2 * 3 + 1 + 3 + 1, kinds)
     assert planned_keys(["a", "é"], ["mask", "labels"]) == [("a", "mask"), ("é", "mask"), ('["a", "é"]', "labels")]
     assert len(planned_keys(["a", "é"], kinds)) + len(planned_keys(["a"], kinds)) == plan.num_rows
@@ -45,5 +45,5 @@ def test_an_id_that_stands_twice_is_named(tmp_path):
     rows = make_rows([1] * 40)
     rows[33]["image_id"] = "i2"
     with pytest.raises(ManifestError, match="'i2' stands twice"):
-        write_manifest(str(tmp_path), rows, shard_rows=4)
+        write_plan(str(tmp_path), rows, shard_rows=4)
     assert not list((tmp_path / "manifest").iterdir())

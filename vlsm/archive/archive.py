@@ -22,7 +22,7 @@ class Archive:
     """The images of an archive.
 
     Attributes:
-        rows: a stream of dicts with the columns of MANIFEST_SCHEMA but `vanished`.
+        rows: a stream of dicts with the columns of PLAN_SCHEMA but `vanished`.
         is_listed: whether INPUT is a folder, prefix or glob, not a manifest.
         skipped: number of skipped files, by extension or description; complete once `rows` is exhausted.
     """

@@ -25,7 +25,7 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
     """Yield rows of images, with `selector`, `offset`, `length` and `problem`, from rows of files in the same order.
 
     Args:
-        rows: rows of files, with the other columns of MANIFEST_SCHEMA.
+        rows: rows of files, with the other columns of PLAN_SCHEMA.
         look: options for listing the images in a file.
         skipped: counter of skipped files and members, by description; this function adds to it.
         is_list: whether a manifest names every file. A file without images then gives a row, which fails later.

@@ -20,7 +20,7 @@ _MAX_TEXT_BYTES = 8192  # limit for an image_id, a location, an etag and a promp
 
 
 def read_image_list(uri: str, prompts: tuple[str, ...], allow: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the images of a manifest as rows with columns of MANIFEST_SCHEMA; arguments as for `open_archive`.
+    """Yield the images of a manifest as rows with columns of PLAN_SCHEMA; arguments as for `open_archive`.
 
     Raises:
         ManifestError: the manifest cannot be read, lacks a column or a value, or has an image_uri that is not allowed.

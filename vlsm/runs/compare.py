@@ -60,7 +60,7 @@ def compare_shard(images: pa.Table, rows: pa.Table | None, kinds: list[str], ret
     The rows of a vanished image must have the status "vanished".
 
     Args:
-        images: the images of the shard, with the columns of MANIFEST_SCHEMA.
+        images: the images of the shard, with the columns of PLAN_SCHEMA.
         rows: the rows of the part file, or None if there is no valid one.
         kinds: the kinds of rows of the plan.
         retry_failed: whether failed images count as undone.

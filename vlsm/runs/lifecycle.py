@@ -22,7 +22,7 @@ from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.formats import Look
 from vlsm.images.preprocess import Square
 from vlsm.runs.compare import RunState
-from vlsm.runs.plan import Plan, list_plans, new_plan_id, remove_plan, write_manifest
+from vlsm.runs.plan import Plan, list_plans, new_plan_id, remove_plan, write_plan
 from vlsm.runs.planner import Planner
 from vlsm.runs.record import (
     SUMMARY_NAME,
@@ -33,7 +33,7 @@ from vlsm.runs.record import (
     read_record,
     write_record,
 )
-from vlsm.runs.updates import update_manifest
+from vlsm.runs.updates import update_plan
 
 logger = logging.getLogger("vlsm")
 
@@ -187,7 +187,7 @@ def _plan_run(settings: SegmentSettings, facts: dict[str, Any], archive: Archive
     if archive.is_listed:
         plan = Plan(new_plan_id(), is_complete=False, kinds=settings.kinds)
     else:  # it is quickly read, and what is wrong with it is to be said before anything is begun
-        plan = write_manifest(output, archive.rows, settings.shard_rows, settings.kinds)
+        plan = write_plan(output, archive.rows, settings.shard_rows, settings.kinds)
     record = make_record(settings, {"run_id": uuid.uuid4().hex, **facts}, asdict(plan))
     others = list_plans(output) - {plan.id}
     if not create_record(output, record):
@@ -224,7 +224,7 @@ def _update_plan(settings: SegmentSettings, record: dict[str, Any]) -> dict[str,
     """The record with a plan of the archive as it is now; the same record where the archive is as it was."""
     output, before = settings.output, Plan(**record["plan"])
     archive = open_input(settings)
-    plan, update = update_manifest(output, before, archive.rows, settings.shard_rows)
+    plan, update = update_plan(output, before, archive.rows, settings.shard_rows)
     logger.info("since the last plan %d images are new, %d changed, %d vanished", *asdict(update).values())
     if not any(asdict(update).values()):
         remove_plan(output, plan.id)

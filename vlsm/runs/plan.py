@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.errors import ManifestError, ResultError
-from vlsm.runs.schema import MANIFEST_SCHEMA, check_format, complete, with_format
+from vlsm.runs.schema import PLAN_SCHEMA, check_format, complete, with_format
 
 SHARDS_PER_FILE = 64
 
@@ -64,21 +64,19 @@ def cut_shards(rows: Iterable[dict[str, Any]], shard_rows: int) -> Iterator[list
         yield shard
 
 
-def write_manifest(
-    output: str, rows: Iterable[dict[str, Any]], shard_rows: int, kinds: list[str] | None = None
-) -> Plan:
+def write_plan(output: str, rows: Iterable[dict[str, Any]], shard_rows: int, kinds: list[str] | None = None) -> Plan:
     """Write the plan of a run and return its size.
 
     Args:
         output: the run's output folder.
-        rows: dicts with the columns of MANIFEST_SCHEMA but `vanished`.
+        rows: dicts with the columns of PLAN_SCHEMA but `vanished`.
         shard_rows: most output rows of a shard.
         kinds: kinds of output rows; None for masks only.
 
     Raises:
         ManifestError: two rows have the same image_id.
     """
-    writer = ManifestWriter(output, kinds=kinds)
+    writer = PlanWriter(output, kinds=kinds)
     for shard in cut_shards(rows, shard_rows):
         writer.add(shard_table(shard))
     return writer.finish()
@@ -86,7 +84,7 @@ def write_manifest(
 
 def shard_table(rows: list[dict[str, Any]]) -> pa.Table:
     """Return the rows of a shard as a table; `vanished` is False if a row does not have it."""
-    return pa.Table.from_pylist([{"vanished": False} | row for row in rows], schema=MANIFEST_SCHEMA)
+    return pa.Table.from_pylist([{"vanished": False} | row for row in rows], schema=PLAN_SCHEMA)
 
 
 def new_plan_id() -> str:
@@ -94,7 +92,7 @@ def new_plan_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-class ManifestWriter:
+class PlanWriter:
     """Writes a plan shard by shard; at most one file is in memory.
 
     A plan file is written once and never replaced. If several jobs write the same plan, the first job to write a file
@@ -128,7 +126,7 @@ class ManifestWriter:
             self._count([_read_group(parquet, number, uri) for number in range(parquet.num_row_groups)])
 
     def add(self, shard: pa.Table) -> bool:
-        """Add a shard, with the columns of MANIFEST_SCHEMA.
+        """Add a shard, with the columns of PLAN_SCHEMA.
 
         Returns:
             False if another job has written the file of this shard. The caller must then continue with the images
@@ -140,7 +138,7 @@ class ManifestWriter:
     def flush(self) -> bool:
         """Write the shards added since the last file. A file that is not full ends the plan. Returns as `add`."""
         sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, with_format(MANIFEST_SCHEMA), compression="zstd") as writer:
+        with pq.ParquetWriter(sink, with_format(PLAN_SCHEMA), compression="zstd") as writer:
             for table in self._tables:
                 writer.write_table(table, row_group_size=len(table))
         tables, self._tables = self._tables, []
@@ -182,7 +180,7 @@ class ManifestWriter:
 
 
 def read_shard(output: str, plan_id: str, shard: int, patience_s: float = storage.PATIENT_S) -> pa.Table:
-    """Return the planned images of one shard, a table with the columns of MANIFEST_SCHEMA."""
+    """Return the planned images of one shard, a table with the columns of PLAN_SCHEMA."""
     file, row_group = divmod(shard, SHARDS_PER_FILE)
     uri = _file_uri(output, plan_id, file)
     fs, path = storage.open_uri(uri)
@@ -206,7 +204,7 @@ def read_plan(output: str, plan: Plan) -> Iterator[pa.Table]:
 def _read_group(parquet: pq.ParquetFile, row_group: int, name: str) -> pa.Table:
     """A shard of a plan file; columns that an earlier version did not write are null."""
     check_format(parquet.schema_arrow, name)
-    table = complete(parquet.read_row_group(row_group), MANIFEST_SCHEMA)
+    table = complete(parquet.read_row_group(row_group), PLAN_SCHEMA)
     if table is None:
         raise ResultError(f"{name} has not the columns of a plan: {', '.join(parquet.schema_arrow.names)}")
     return table

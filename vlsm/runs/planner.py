@@ -6,7 +6,7 @@ from typing import Self
 
 from vlsm.archive.archive import Archive
 from vlsm.errors import StorageError
-from vlsm.runs.plan import ManifestWriter, Plan, cut_shards, shard_table
+from vlsm.runs.plan import Plan, PlanWriter, cut_shards, shard_table
 
 
 class Planner:
@@ -31,7 +31,7 @@ class Planner:
         open_archive: Callable[[tuple[str, str | None] | None], Archive],
         save: Callable[[Plan, Archive | None], None],
     ) -> None:
-        self._writer = ManifestWriter(output, plan.id, plan.kinds)
+        self._writer = PlanWriter(output, plan.id, plan.kinds)
         self._shard_rows, self._open, self._save = shard_rows, open_archive, save
         self._changed = threading.Condition()
         self._stopped = self._done = self.is_resumed = False

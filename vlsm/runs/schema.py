@@ -8,7 +8,7 @@ from vlsm.version import FORMAT, newer_format
 _FORMAT_KEY = b"vlsm.format"
 
 # The plan: one row per image. A row group is a shard.
-MANIFEST_SCHEMA = pa.schema(
+PLAN_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image_uri", pa.string(), nullable=False),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vlsm.runs.plan import ManifestWriter, Plan, cut_shards, read_plan, shard_table
+from vlsm.runs.plan import Plan, PlanWriter, cut_shards, read_plan, shard_table
 
 _CHUNK = 10_000  # rows per lookup
 
@@ -43,7 +43,7 @@ class _Known:
     changed: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
-def update_manifest(output: str, plan: Plan, rows: Iterable[dict[str, Any]], shard_rows: int) -> tuple[Plan, Update]:
+def update_plan(output: str, plan: Plan, rows: Iterable[dict[str, Any]], shard_rows: int) -> tuple[Plan, Update]:
     """Write a new plan for a changed archive; existing shards keep their numbers and images.
 
     An image that the archive no longer has stays in the plan, marked as vanished. The rows of new images stay in memory
@@ -52,7 +52,7 @@ def update_manifest(output: str, plan: Plan, rows: Iterable[dict[str, Any]], sha
     Args:
         output: the run's output folder.
         plan: the current plan.
-        rows: the archive as it is now, as for `write_manifest`.
+        rows: the archive as it is now, as for `write_plan`.
         shard_rows: most output rows of a new shard.
 
     Returns:
@@ -64,7 +64,7 @@ def update_manifest(output: str, plan: Plan, rows: Iterable[dict[str, Any]], sha
     known, update = _index(output, plan), Update()
     new_shards = [shard_table(shard) for shard in cut_shards(_compare(rows, known), shard_rows)]
     update.num_new = sum(map(len, new_shards))
-    writer = ManifestWriter(output, kinds=plan.kinds)
+    writer = PlanWriter(output, kinds=plan.kinds)
     position = 0
     for shard in read_plan(output, plan):
         revised = [_revise(row, position + index, known, update) for index, row in enumerate(shard.to_pylist())]
