@@ -18,8 +18,7 @@ from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.errors import VlsmError
 from vlsm.evaluation.settings import EvaluateSettings
-from vlsm.runs.lifecycle import read_summary
-from vlsm.runs.record import SUMMARY_NAME
+from vlsm.runs.record import SUMMARY_NAME, read_summary
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,10 +1,10 @@
 """Segment an archive of images into a Parquet dataset of masks, one row per image and prompt.
 
-    plan -> fetch and decode -> model actors -> masks at the image's own size -> one Parquet part per shard
+    plan -> fetch and decode -> model actors -> masks at the image's original size -> one Parquet part per shard
 
-A shard of the plan is one row that flows through Ray Data and one part file at the end. The part's name is the shard's
-number and it is put in one atomic step, so that its presence means done: a rerun does the shards that have none, and a
-task that Ray retries, or that outlives its run, can only put the same rows again.
+A shard of the plan is one row in Ray Data and one part file in the output. The part is named after the shard's number
+and is written in one atomic step, so a part that exists is complete. A rerun segments the shards without a part. A task
+that Ray retries, or that outlives its run, can only write the same rows again.
 """
 
 import itertools
@@ -21,18 +21,18 @@ from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.report.forecast import describe_forecast, keep_sample, measure
 from vlsm.runs.compare import RunState, compare_run
-from vlsm.runs.lifecycle import Run, finish_run, make_planner, open_input, prepare_run, read_summary, resolve_settings
+from vlsm.runs.lifecycle import Run, finish_run, make_planner, open_input, prepare_run, resolve_settings
 from vlsm.runs.plan import planned_keys
 from vlsm.runs.planner import Planner
-from vlsm.runs.record import SUMMARY_NAME
+from vlsm.runs.record import SUMMARY_NAME, read_summary
 from vlsm.runs.results import part_name
 
-_WAVE = 2048  # shards that Ray Data plans at once: some hundreds a second
-_MORE_ROUNDS = 3  # a task that outlived a killed run may still undo what an update has planned anew
+_WAVE = 2048  # shards in one Ray dataset: Ray Data plans some hundreds a second
+_MORE_ROUNDS = 3  # of counting and repair: a task that outlived a killed run may overwrite an updated part
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = make_parser("jobs.segment", str(__doc__).partition("\n")[0], SegmentSettings)
     parser.add_argument(
         "input", metavar="INPUT", help="folder or prefix (recursive), glob, image, archive or manifest; local or s3://"
@@ -43,18 +43,20 @@ def main(argv: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="DIR",
-        help="checkpoint directory; local or s3://; several make an ensemble",
+        help="checkpoint directory, local or s3://; several are an ensemble",
     )
     parser.add_argument(
         "--sample",
         type=int,
         metavar="N",
-        help="with --dry-run: segment so many images on this machine, without Ray, and tell how long all would take",
+        help="with --dry-run: segment N images on this machine, without Ray, and estimate the time for all images",
     )
-    parser.add_argument("--node-price", type=float, metavar="X", help="with --sample: what such a node costs an hour")
+    parser.add_argument(
+        "--node-price", type=float, metavar="X", help="with --sample: price per hour of a node like this machine"
+    )
     args = parser.parse_args(argv)
     if args.sample is not None and not (args.dry_run and args.sample > 0):
-        parser.error("--sample is a number of images, 1 or more, and goes with --dry-run")
+        parser.error(f"--sample is {args.sample}; it must be 1 or more, and goes with --dry-run")
     if args.node_price is not None and not args.sample:
         parser.error("--node-price goes with --sample")
 
@@ -75,23 +77,29 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
     """Run the job to its end and return its summary.
 
     Raises:
-        VlsmError: the settings are wrong, or the run could not be finished; a rerun continues it.
+        VlsmError: the settings are wrong, or the run could not be finished. A rerun continues it.
     """
     with RaySession() as session:
         run = prepare_run(settings, session.start)
-        if summary := _take_summary(run):
+        if summary := _final_summary(run):
             logger.info("%s is finished: there is nothing to do", run.settings.output)
             return summary
         if settings.prompts is None:
-            logger.info("the prompt is the checkpoint's own: %s", ", ".join(map(repr, run.settings.prompts or ())))
+            logger.info(
+                "no prompt is set: the checkpoint's prompt is used, %s",
+                ", ".join(map(repr, run.settings.prompts or ())),
+            )
         started_s = time.monotonic()
-        run, num_before = _stream_planned(session, run)
+        if run.plan.is_complete:
+            num_before = _stream_plan(session, run)
+        else:
+            run, num_before = _stream_while_planning(session, run)
         state = _stream_missing(session, run)
     return finish_run(run, state, num_before, time.monotonic() - started_s)
 
 
-def _take_summary(run: Run) -> dict[str, Any] | None:
-    """The summary of a finished run; it is removed, and None returned, if failed images are to be segmented again."""
+def _final_summary(run: Run) -> dict[str, Any] | None:
+    """Return the summary of a finished run; if its failed images must be retried, remove it and return None."""
     summary = read_summary(run.settings.output)
     if summary and run.settings.retry_failed and summary["failed"]:
         storage.remove(storage.join(run.settings.output, SUMMARY_NAME))
@@ -99,19 +107,29 @@ def _take_summary(run: Run) -> dict[str, Any] | None:
     return summary
 
 
-def _stream_planned(session: RaySession, run: Run) -> tuple[Run, int]:
-    """Stream the shards that have no part yet, while a planner may still be listing the archive.
+def _stream_plan(session: RaySession, run: Run) -> int:
+    """Segment the unfinished shards of a complete plan. Returns the number of images that were done before."""
+    settings, num_images = run.settings, run.plan.num_images
+    state = compare_run(settings.output, run.plan, run.run_id, settings.retry_failed)
+    logger.info("%d of %d images are not done yet", num_images - state.num_done, num_images)
+    stream_shards(session, run, _waves(state.pending.items()), state, lambda: num_images, settings.retry_failed)
+    return state.num_done
+
+
+def _waves(pending: Iterable[tuple[int, bool]]) -> Iterator[Wave]:
+    """Yield unfinished shards in waves that Ray Data can plan in some seconds."""
+    iterator = iter(pending)
+    while wave := list(itertools.islice(iterator, _WAVE)):
+        yield wave
+
+
+def _stream_while_planning(session: RaySession, run: Run) -> tuple[Run, int]:
+    """Segment the shards of a plan while a planner still lists the archive.
 
     Returns:
         The run with its complete plan, and the number of images that were done before.
     """
     settings = run.settings
-    if run.plan.is_complete:
-        state = compare_run(settings.output, run.plan, run.run_id, settings.retry_failed)
-        logger.info("%d of %d images are to be done", run.plan.num_images - state.num_done, run.plan.num_images)
-        waves = _waves(state.pending.items())
-        stream_shards(session, run, waves, state, lambda: run.plan.num_images, settings.retry_failed)
-        return run, state.num_done
     with make_planner(run) as planner:
         known = replace(run.plan, num_shards=planner.wait(0))
         state = compare_run(settings.output, known, run.run_id, settings.retry_failed)
@@ -120,13 +138,20 @@ def _stream_planned(session: RaySession, run: Run) -> tuple[Run, int]:
         waves = itertools.chain(_waves(state.pending.items()), _waves_of_planner(planner, known.num_shards, names))
         stream_shards(session, run, waves, state, lambda: planner.num_images, settings.retry_failed)
         run = replace(run, plan=planner.result())
-    if settings.update and planner.is_resumed:  # the earlier part of the listing may have changed since
+    if settings.update and planner.is_resumed:  # an earlier job has listed the first images; they may have changed
         run = prepare_run(settings.model_copy(update={"start_over": False}))
     return run, num_before
 
 
+def _waves_of_planner(planner: Planner, num_shards: int, names: set[str]) -> Iterator[Wave]:
+    """Yield the shards after the first num_shards in waves; each wave has the shards that are planned so far."""
+    while (end := planner.wait(num_shards)) > num_shards:
+        yield from _waves((shard, part_name(shard) in names) for shard in range(num_shards, end))
+        num_shards = end
+
+
 def _stream_missing(session: RaySession, run: Run) -> RunState:
-    """Count every row, and stream shards that lack some; a task that outlived a killed run may undo newer work."""
+    """Count all rows and segment shards that lack rows, until no row is missing. Returns the last count."""
     for _ in range(_MORE_ROUNDS):
         state = compare_run(run.settings.output, run.plan, run.run_id)
         if not state.pending:
@@ -136,40 +161,27 @@ def _stream_missing(session: RaySession, run: Run) -> RunState:
 
 
 def dry_run(settings: SegmentSettings, sample_size: int = 0, node_price: float | None = None) -> None:
-    """Print the resolved settings and how much would be done; nothing is written, Ray is not started.
+    """Print the resolved settings and the numbers of images and rows. Write nothing and do not start Ray.
 
     Args:
-        settings: of the run.
-        sample_size: images that are segmented here, to tell how long all of them would take.
-        node_price: of a node like this machine, an hour.
+        settings: settings of the run.
+        sample_size: number of images to segment on this machine, to estimate the time for all images.
+        node_price: price per hour of a node like this machine.
     """
     settings, members = resolve_settings(settings)
     archive = open_input(settings)
-    rows = Counter(images=0, rows=0)
+    counts = Counter(images=0, rows=0)
     sample: list[dict[str, Any]] = []
     for row in keep_sample(archive.rows, sample, sample_size):
-        rows.update(images=1, rows=len(planned_keys(row["prompts"], settings.kinds)))
+        counts.update(images=1, rows=len(planned_keys(row["prompts"], settings.kinds)))
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print(
-        f"# {rows['images']:,} images, {rows['rows']:,} output rows; passed over: {dict(archive.skipped) or 'nothing'}"
+        f"# {counts['images']:,} images, {counts['rows']:,} output rows; "
+        f"skipped files: {dict(archive.skipped) or 'none'}"
     )
     if sample:
-        for line in describe_forecast(measure(settings, members, sample), rows["images"], node_price):
+        for line in describe_forecast(measure(settings, members, sample), counts["images"], node_price):
             print(f"# {line}")
-
-
-def _waves(pending: Iterable[tuple[int, bool]]) -> Iterator[Wave]:
-    """Pending shards, as many at a time as Ray Data plans in some seconds."""
-    iterator = iter(pending)
-    while wave := list(itertools.islice(iterator, _WAVE)):
-        yield wave
-
-
-def _waves_of_planner(planner: Planner, num_shards: int, names: set[str]) -> Iterator[Wave]:
-    """The shards after the first `num_shards`, as they are planned; each wave has those that are planned by then."""
-    while (end := planner.wait(num_shards)) > num_shards:
-        yield from _waves((shard, part_name(shard) in names) for shard in range(num_shards, end))
-        num_shards = end
 
 
 if __name__ == "__main__":

@@ -27,8 +27,15 @@ from vlsm.evaluation.sweep import (
     write_csv,
     write_markdown,
 )
-from vlsm.runs.lifecycle import read_summary
-from vlsm.runs.record import SUMMARY_NAME, create_record, describe_differences, forget_run, make_record, read_record
+from vlsm.runs.record import (
+    SUMMARY_NAME,
+    create_record,
+    describe_differences,
+    forget_run,
+    make_record,
+    read_record,
+    read_summary,
+)
 
 _LOG_INTERVAL_S = 30.0
 

@@ -19,8 +19,7 @@ from jobs.segment_pools import warn_if_none_fits
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.errors import VlsmError
-from vlsm.runs.lifecycle import read_summary
-from vlsm.runs.record import read_record
+from vlsm.runs.record import read_record, read_summary
 from vlsm.training.datasets import Record
 from vlsm.training.inspection import Facts
 from vlsm.training.settings import TrainSettings
@@ -68,7 +67,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
             logger.info("%s is finished: there is nothing to do", settings.output)
             return summary
         session.wait()
-        execute(settings, records, milestones=session.milestones)
+        train_with_ray(settings, records, milestones=session.milestones)
     summary = read_summary(settings.output)
     if summary is None:
         raise VlsmError("the workers ended without a summary; the same command goes on from here")
@@ -102,7 +101,7 @@ def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Rec
     return inspect_records(records, settings.data)
 
 
-def execute(
+def train_with_ray(
     settings: TrainSettings,
     records: Sequence[Record],
     worker: str | None = None,

@@ -12,7 +12,7 @@ from jobs.benchmarks.figures import write_json
 from jobs.benchmarks.interleaved_worker import TURNS_NAME
 from jobs.command import RaySession
 from jobs.phantoms import KINDS, write_labelled
-from jobs.train import execute
+from jobs.train import train_with_ray
 from jobs.train_feed import inspect_records
 from vlsm.models import MODELS
 from vlsm.models.costs import build_architecture
@@ -115,5 +115,5 @@ def _run(folder: Path, setup: str, repeats: int) -> list[dict[str, float]]:
     with RaySession(log_to_driver=False) as session:
         session.wait()
         records = prepare_training(settings, lambda records: inspect_records(records, settings.data))
-        execute(settings, records, "jobs.benchmarks.interleaved_worker:train_in_turns")
+        train_with_ray(settings, records, "jobs.benchmarks.interleaved_worker:train_in_turns")
     return list(json.loads((output / TURNS_NAME).read_text(encoding="utf-8")))

@@ -131,7 +131,7 @@ def test_too_many_failures_stop_the_run_and_it_goes_on_when_the_cause_is_mended(
     assert start(*words, "--set", "run.judge_after=2") == 1
     message = capfd.readouterr().err
     assert "2 of 2 images failed, more than run.max_failed_fraction 0.5: empty: " in message
-    assert "mend the cause and --set retry_failed=true" in message
+    assert "repair the cause and --set retry_failed=true" in message
     for name, data in good.items():
         (archive / name).write_bytes(data)
     assert start(*words, "--set", "retry_failed=true") == 0

@@ -17,8 +17,8 @@ from vlsm.errors import ConfigError
 from vlsm.evaluation.matching import match_images
 from vlsm.evaluation.prompts import texts_of
 from vlsm.evaluation.settings import OWN, EvaluateSettings
-from vlsm.runs.lifecycle import read_summary, resolve_settings
-from vlsm.runs.record import read_record
+from vlsm.runs.lifecycle import resolve_settings
+from vlsm.runs.record import read_record, read_summary
 from vlsm.training.datasets import Record, read_dataset
 
 logger = logging.getLogger("vlsm")

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 from vlsm import storage
 from vlsm.errors import ConfigError
 from vlsm.report.rerun import rerun_command
-from vlsm.runs.compare import compare_run, sample_run
-from vlsm.runs.lifecycle import failed_by_reason, read_summary
+from vlsm.runs.compare import compare_run, failed_by_reason, sample_run
 from vlsm.runs.plan import Plan, count_planned
-from vlsm.runs.record import read_record
+from vlsm.runs.record import read_record, read_summary
 from vlsm.runs.results import part_name
 from vlsm.training.history import History, Row
 

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +121,11 @@ def sample_run(output: str, plan: Plan, run_id: str, shards: Sequence[int]) -> C
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         return sum(pool.map(compare, shards), Counter[str]())
+
+
+def failed_by_reason(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of failed images by reason, from counts as in `RunState.counts`."""
+    return {key.partition(": ")[2]: counts[key] for key in sorted(counts) if key.startswith("failed: ")}
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -1,16 +1,16 @@
-"""A segment run from its settings to its proof: what comes before and after the work, without a cluster.
+"""Prepares a segment run before the work on its images, and proves it complete after the work. It needs no cluster.
 
-OUTPUT/config.yaml       resolved settings, checkpoint digest, versions, what is planned
-OUTPUT/manifest/         the plan itself
-OUTPUT/masks/part-*      the result
-OUTPUT/summary.json      written last: its presence means complete
+OUTPUT/config.yaml       resolved settings, checkpoint digests, versions, the size of the plan
+OUTPUT/manifest/         the plan
+OUTPUT/masks/part-*      the masks
+OUTPUT/summary.json      written last: a run that has it is complete
 """
 
 import itertools
 import json
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.formats import Look
 from vlsm.images.preprocess import Square
-from vlsm.runs.compare import RunState
+from vlsm.runs.compare import RunState, failed_by_reason
 from vlsm.runs.plan import Plan, list_plans, new_plan_id, remove_plan, write_plan
 from vlsm.runs.planner import Planner
 from vlsm.runs.record import (
@@ -40,7 +40,7 @@ logger = logging.getLogger("vlsm")
 
 @dataclass(frozen=True)
 class Member:
-    """A checkpoint of a run: its files by name, and the input of its model."""
+    """A checkpoint of a run: the content of its files by name, and the input square of its model."""
 
     files: dict[str, bytes]
     square: Square
@@ -48,54 +48,68 @@ class Member:
 
 @dataclass(frozen=True)
 class Run:
-    """A planned run: resolved settings, each member's files and image size in pixels, how much there is to do.
+    """A planned run.
 
-    `run_id` is the same as long as OUTPUT is this run's: it signs the parts. While its plan is not complete, a planner
-    is to go on with it.
+    Attributes:
+        settings: resolved settings.
+        members: the checkpoints, one or an ensemble.
+        plan: the size of the plan. If it is not complete, `make_planner` continues it.
+        run_id: marks the parts of this run. It changes only if OUTPUT is started over.
     """
 
     settings: SegmentSettings
-    members: tuple["Member", ...]
+    members: tuple[Member, ...]
     plan: Plan
     run_id: str
 
 
 def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[Member, ...]]:
-    """The settings with the checkpoints' prompt and threshold where none were given, and the checkpoints.
+    """Return the settings and the checkpoints; the checkpoints decide the prompt and threshold that are not set.
 
     Raises:
-        CheckpointError: there is no usable checkpoint.
-        ConfigError: the members' prompts or thresholds differ, and none were given.
+        CheckpointError: a checkpoint is missing or cannot be used.
+        ConfigError: the prompt or threshold is not set, and the members have different ones.
     """
     settings, checkpoints = _resolve(settings)
     return settings, _read_members(settings, checkpoints)
 
 
 def _resolve(settings: SegmentSettings) -> tuple[SegmentSettings, list[CheckpointSettings]]:
-    """The resolved settings and each member's checkpoint.yaml; no weights are read."""
-    own: list[CheckpointSettings] = []
+    """Return the resolved settings and the checkpoint.yaml of each member; read no weights."""
+    checkpoints: list[CheckpointSettings] = []
     for uri in (member.checkpoint for member in settings.members):
         with storage.name_errors("checkpoint", uri):
-            own.append(read_settings(uri))
+            checkpoints.append(read_settings(uri))
     resolved: dict[str, Any] = {}
     prompts = settings.prompts or tuple(settings.classes) or None
     for key, given in (("prompt", prompts), ("threshold", settings.threshold)):
-        found = list(dict.fromkeys(getattr(checkpoint, key) for checkpoint in own))
-        if key == "threshold" and all(checkpoint.calibration for checkpoint in own):  # each has one of its own
+        values = list(dict.fromkeys(getattr(checkpoint, key) for checkpoint in checkpoints))
+        if key == "threshold" and all(checkpoint.calibration for checkpoint in checkpoints):
+            # thresholds of calibrated members are expected to differ: take their weighted mean
             weights = [member.weight for member in settings.members]
-            found = [round(sum(w * c.threshold for w, c in zip(weights, own, strict=True)) / sum(weights), 4)]
-        if given is None and len(found) > 1:
+            total = sum(weight * c.threshold for weight, c in zip(weights, checkpoints, strict=True))
+            values = [round(total / sum(weights), 4)]
+        if given is None and len(values) > 1:
             raise ConfigError(
-                f"the members have the {key}s {', '.join(map(repr, found))}: say which counts, --set "
-                + (f"'prompts=[{found[0]}]'" if key == "prompt" else f"threshold={found[0]}")
+                f"the members have different {key}s: {', '.join(map(repr, values))}; choose one, --set "
+                + (f"'prompts=[{values[0]}]'" if key == "prompt" else f"threshold={values[0]}")
             )
-        resolved[key] = found[0]
+        resolved[key] = values[0]
     update = {
         "prompts": prompts or (resolved["prompt"],),
         "threshold": settings.threshold or resolved["threshold"],
-        "review": _resolve_review(settings.review, own),
+        "review": _resolve_review(settings.review, checkpoints),
     }
-    return settings.model_copy(update=update), own
+    return settings.model_copy(update=update), checkpoints
+
+
+def _resolve_review(review: ReviewSettings, checkpoints: list[CheckpointSettings]) -> ReviewSettings:
+    """Return the review settings; the calibration of a single checkpoint decides the values that are not set."""
+    calibration = checkpoints[0].calibration
+    if len(checkpoints) > 1 or calibration is None:  # one model's limits do not fit the confidence of an ensemble
+        return review
+    known = {"min_confidence": calibration.min_confidence, "area_fraction": calibration.area_fraction}
+    return review.model_copy(update={key: value for key, value in known.items() if getattr(review, key) is None})
 
 
 def _read_members(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> tuple[Member, ...]:
@@ -106,17 +120,12 @@ def _read_members(settings: SegmentSettings, checkpoints: list[CheckpointSetting
     return tuple(members)
 
 
-def _resolve_review(review: ReviewSettings, checkpoints: list[CheckpointSettings]) -> ReviewSettings:
-    """With what a single checkpoint's calibration tells; what holds for its confidence does not for an ensemble's."""
-    calibration = checkpoints[0].calibration
-    if len(checkpoints) > 1 or calibration is None:
-        return review
-    known = {"min_confidence": calibration.min_confidence, "area_fraction": calibration.area_fraction}
-    return review.model_copy(update={key: value for key, value in known.items() if getattr(review, key) is None})
-
-
 def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None = None) -> Archive:
-    """The archive of a run, found to hold one image at least, or what of it follows an image_uri and selector.
+    """Return the archive of a run, which has at least one image.
+
+    Args:
+        settings: settings of the run.
+        after: image_uri and selector of an image; return only the images after it, of which there may be none.
 
     Raises:
         ConfigError: INPUT does not exist, or holds no images.
@@ -141,17 +150,21 @@ def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None =
     return archive
 
 
+def _describe_skipped(archive: Archive) -> str:
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in archive.skipped.most_common(5))
+
+
 def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: None) -> Run:
-    """Plan a run, or take it up again where OUTPUT already holds its plan; all that can be wrong is found here.
+    """Check all inputs, and return a new run, or the run that OUTPUT already has.
 
     Args:
-        settings: of the run.
-        begin: called where there is work to do, as soon as every path and setting is known to be right. The weights are
-            read and the archive is planned after that, so that something slow, such as a cluster, starts meanwhile.
+        settings: settings of the run.
+        begin: called if there is work to do, once all paths and settings are checked. The weights are read and the
+            archive is planned afterwards. A slow start, such as a cluster's, can run in parallel.
 
     Raises:
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
-        CheckpointError, ManifestError: the checkpoint or the manifest is of no use.
+        CheckpointError, ManifestError: the checkpoint or the manifest cannot be used.
     """
     settings, checkpoints = _resolve(settings)
     output = settings.output
@@ -173,55 +186,41 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
                 "choose another OUTPUT, or --set start_over=true to forget that run"
             )
         if settings.update and not is_new and record["plan"]["is_complete"]:
-            record = _update_plan(settings, record)
+            record = _update_run(settings, record)
     return Run(settings, members, Plan(**record["plan"]), record["run_id"])
 
 
 def _plan_run(settings: SegmentSettings, facts: dict[str, Any], archive: Archive) -> dict[str, Any]:
-    """The record of a new plan, or of the one that another job has made at the same time."""
+    """Plan a new run and return its record, or another job's record if that job has planned it at the same time."""
     output = settings.output
     if settings.start_over:
         forget_run(output, folders=(("masks", "part-"), ("manifest", "plan-")))
     elif any(name.startswith("part-") for name in storage.list_names(storage.join(output, "masks"))):
-        raise ConfigError(f"OUTPUT {output!r} holds masks of a run without config.yaml; choose another OUTPUT")
+        raise ConfigError(f"OUTPUT {output!r} holds masks but no config.yaml; choose another OUTPUT")
     if archive.is_listed:
         plan = Plan(new_plan_id(), is_complete=False, kinds=settings.kinds)
-    else:  # it is quickly read, and what is wrong with it is to be said before anything is begun
+    else:  # a manifest is read quickly, and its errors must be reported before any work starts
         plan = write_plan(output, archive.rows, settings.shard_rows, settings.kinds)
     record = make_record(settings, {"run_id": uuid.uuid4().hex, **facts}, asdict(plan))
     others = list_plans(output) - {plan.id}
     if not create_record(output, record):
         remove_plan(output, plan.id)
-        logger.info("another job has planned this run at the same time: its plan counts")
+        logger.info("another job has planned this run at the same time: its plan is used")
         return read_record(output) or record
-    for plan_id in others:  # of jobs that died, or that are a moment late and will find this one
+    for plan_id in others:  # plans of dead jobs, or of slower jobs, which will use this plan
         remove_plan(output, plan_id)
     if plan.is_complete:
         _describe_plan(plan, archive)
     return record
 
 
-def make_planner(run: Run) -> Planner:
-    """What goes on with the incomplete plan of a run, and puts it into its record in the end."""
-    settings = run.settings
-
-    def save(plan: Plan, archive: Archive | None) -> None:
-        record = read_record(settings.output)
-        if record is None or record["plan"]["id"] != plan.id:
-            raise ResultError(f"another job has planned {settings.output!r} anew meanwhile; run it again")
-        write_record(settings.output, record | {"plan": asdict(plan)})
-        _describe_plan(plan, archive or Archive(rows=()))
-
-    return Planner(settings.output, run.plan, settings.shard_rows, lambda after: open_input(settings, after), save)
-
-
 def _describe_plan(plan: Plan, archive: Archive) -> None:
-    skipped = f"; passed over {_describe_skipped(archive)}" if archive.skipped else ""
+    skipped = f"; skipped {_describe_skipped(archive)}" if archive.skipped else ""
     logger.info("planned %d images, %d rows%s", plan.num_images, plan.num_rows, skipped)
 
 
-def _update_plan(settings: SegmentSettings, record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a plan of the archive as it is now; the same record where the archive is as it was."""
+def _update_run(settings: SegmentSettings, record: dict[str, Any]) -> dict[str, Any]:
+    """Plan the archive again and return the new record, or the same record if the archive has not changed."""
     output, before = settings.output, Plan(**record["plan"])
     archive = open_input(settings)
     plan, update = update_plan(output, before, archive.rows, settings.shard_rows)
@@ -236,57 +235,43 @@ def _update_plan(settings: SegmentSettings, record: dict[str, Any]) -> dict[str,
     return record
 
 
-def check_failed_share(settings: SegmentSettings, num_images: int, num_failed: int, first_errors: list[str]) -> None:
-    """Nothing, or a VlsmError where too large a share of the images failed, with some of their reasons."""
-    if num_failed > settings.run.max_failed_fraction * num_images:
-        raise VlsmError(
-            f"{num_failed:,} of {num_images:,} images failed, more than run.max_failed_fraction "
-            f"{settings.run.max_failed_fraction}: {'; '.join(first_errors) or 'see the rows with status failed'}; "
-            "mend the cause and --set retry_failed=true (of archives, --set update=true as well), or allow more"
-        )
+def make_planner(run: Run) -> Planner:
+    """Return a planner that continues the incomplete plan of a run, and writes the complete plan into its record."""
+    settings = run.settings
 
+    def save(plan: Plan, archive: Archive | None) -> None:
+        record = read_record(settings.output)
+        if record is None or record["plan"]["id"] != plan.id:
+            raise ResultError(
+                f"another job has planned {settings.output!r} again in the meantime; run the command again"
+            )
+        write_record(settings.output, record | {"plan": asdict(plan)})
+        _describe_plan(plan, archive or Archive(rows=()))
 
-def read_summary(output: str) -> dict[str, Any] | None:
-    """The summary of a finished run, or None where it is not finished.
-
-    Raises:
-        ResultError: there is one that somebody has damaged.
-    """
-    uri = storage.join(output, SUMMARY_NAME)
-    if not storage.exists(uri):
-        return None
-    try:
-        return dict(json.loads(storage.read_bytes(uri)))
-    except (ValueError, TypeError) as error:
-        raise ResultError(f"{uri} is damaged; without it the same command counts all rows again: {error}") from error
-
-
-def failed_by_reason(counts: Mapping[str, int]) -> dict[str, int]:
-    """Of the counts of a run (`RunState.counts`): how many images failed for which reason."""
-    return {key.partition(": ")[2]: counts[key] for key in sorted(counts) if key.startswith("failed: ")}
+    return Planner(settings.output, run.plan, settings.shard_rows, lambda after: open_input(settings, after), save)
 
 
 def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> dict[str, Any]:
-    """Write summary.json and return it, if every planned row is there once.
+    """Check that every planned row is written once, then write summary.json and return it.
 
     Args:
         run: the run.
-        state: its parts as they are now, compared with the plan.
-        num_before: images that were done when this run of the job began.
-        seconds: how long it took.
+        state: the comparison of all its parts with the plan.
+        num_before: number of images that were done before this job.
+        seconds: duration of this job.
 
     Raises:
-        ResultError: the rows are not those planned, or another job has planned anew.
-        VlsmError: too large a share of the images failed; all rows are there.
+        ResultError: the rows differ from the planned rows, or another job has planned the run again.
+        VlsmError: all rows are written, but the fraction of failed images is too large.
     """
     output, plan, counts = run.settings.output, run.plan, state.counts
     if state.pending or (state.num_done, counts["rows"]) != (plan.num_images, plan.num_rows):
         raise ResultError(
-            f"{counts['rows']} rows of {state.num_done} images are there; planned were {plan.num_rows} of "
-            f"{plan.num_images}; run it again"
+            f"{output!r} has {counts['rows']} rows of {state.num_done} images; it must have {plan.num_rows} rows of "
+            f"{plan.num_images} images; run the command again"
         )
     if (record := read_record(output)) is None or record["plan"] != asdict(plan):
-        raise ResultError(f"another job has planned {output!r} anew meanwhile; run it again")
+        raise ResultError(f"another job has planned {output!r} again in the meantime; run the command again")
     check_failed_share(run.settings, state.num_done, counts["failed"], [])
     summary = {
         "planned": plan.num_images,
@@ -302,5 +287,12 @@ def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> di
     return summary
 
 
-def _describe_skipped(archive: Archive) -> str:
-    return ", ".join(f"{count:,} {suffix}" for suffix, count in archive.skipped.most_common(5))
+def check_failed_share(settings: SegmentSettings, num_images: int, num_failed: int, first_errors: list[str]) -> None:
+    """Raise a VlsmError with some reasons if the fraction of failed images is above `run.max_failed_fraction`."""
+    if num_failed > settings.run.max_failed_fraction * num_images:
+        raise VlsmError(
+            f"{num_failed:,} of {num_images:,} images failed, more than run.max_failed_fraction "
+            f"{settings.run.max_failed_fraction}: {'; '.join(first_errors) or 'see the rows with status failed'}; "
+            "repair the cause and --set retry_failed=true (for a repaired tar or zip file, --set update=true as well), "
+            "or set a higher run.max_failed_fraction"
+        )

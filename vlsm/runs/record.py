@@ -1,10 +1,11 @@
-"""config.yaml of a run: what was asked, with which checkpoint or data and software, and what was planned.
+"""Reads and writes config.yaml, the record of a run: settings, checkpoint or data, software versions and the plan.
 
-It is written after the plan and before any work: its presence means that the plan is complete, so that a rerun goes on
-with that plan instead of listing the archive again.
+It is written before any work on the images starts. A rerun reads it and continues with the same plan. summary.json is
+written last, so a run that has it is finished.
 """
 
 import datetime
+import json
 import os
 import subprocess
 from collections.abc import Iterable
@@ -17,23 +18,23 @@ from pydantic import ValidationError
 
 from vlsm import storage
 from vlsm.config import Settings, dump_yaml, flatten
-from vlsm.errors import ConfigError
+from vlsm.errors import ConfigError, ResultError
 from vlsm.version import FORMAT, __version__, newer_format
 
 RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
-_ACTIONS = {"start_over", "retry_failed", "update"}  # what is to be done now, no part of what a run is
+_ACTIONS = {"start_over", "retry_failed", "update"}  # settings of one command, not of the run
 _POOL_KEYS = ("actors", "_per_actor")
 _PACKAGES = "ray torch torchvision transformers pillow simplejpeg cykooz-resizer pyarrow fsspec s3fs scipy".split()
 
 
 def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.yaml.
+    """Return the content of config.yaml.
 
     Args:
-        settings: resolved: nothing that decides a result is left to a checkpoint any more.
-        facts: what else decides the results, such as a checkpoint's digest.
-        plan: how much is to be done.
+        settings: resolved settings, with the values that a checkpoint would decide.
+        facts: other values that decide the results, such as a checkpoint's digest.
+        plan: the size of the plan.
     """
     return {
         "format": FORMAT,
@@ -47,20 +48,20 @@ def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any])
 
 
 def create_record(output: str, record: dict[str, Any]) -> bool:
-    """Put config.yaml where there is none; whether this call has put it, of all that try at once."""
+    """Write config.yaml if there is none. Returns whether this call has written it; of several jobs, only one does."""
     return storage.create_bytes(storage.join(output, RECORD_NAME), dump_yaml(record).encode())
 
 
 def write_record(output: str, record: dict[str, Any]) -> None:
-    """Put config.yaml into the output folder."""
+    """Write config.yaml into the output folder, or replace it."""
     storage.write_bytes(storage.join(output, RECORD_NAME), dump_yaml(record).encode())
 
 
 def read_record(output: str) -> dict[str, Any] | None:
-    """What config.yaml says, or None where there is no planned run.
+    """Return the content of config.yaml, or None if there is no planned run.
 
     Raises:
-        ConfigError: OUTPUT holds a config.yaml that is not a run's, or a newer version has written it.
+        ConfigError: config.yaml is not the record of a run, or a newer version has written it.
     """
     uri = storage.join(output, RECORD_NAME)
     if not storage.exists(uri):
@@ -76,11 +77,34 @@ def read_record(output: str) -> dict[str, Any] | None:
     return record
 
 
-def describe_differences(record: dict[str, Any], settings: Settings, facts: dict[str, Any]) -> list[str]:
-    """What would change an output if this run went on there, one phrase per differing key; arguments as for a record.
+def read_summary(output: str) -> dict[str, Any] | None:
+    """Return the content of summary.json, or None if the run is not finished.
 
-    How a run is carried out (`run`) may change, and a checkpoint may move: its content counts. A setting or fact that
-    an earlier version did not record is not compared by its absence: the setting counts as its default.
+    Raises:
+        ResultError: summary.json is damaged.
+    """
+    uri = storage.join(output, SUMMARY_NAME)
+    if not storage.exists(uri):
+        return None
+    try:
+        return dict(json.loads(storage.read_bytes(uri)))
+    except (ValueError, TypeError) as error:
+        raise ResultError(f"{uri} is damaged: {error}; remove it, and the same command writes it again") from error
+
+
+def describe_differences(record: dict[str, Any], settings: Settings, facts: dict[str, Any]) -> list[str]:
+    """Return the differences between a recorded run and a new command that would change the results.
+
+    Settings under `run` may differ. A checkpoint may move: its content is compared, not its location. If an earlier
+    version did not record a setting, the setting's default is compared. A fact that it did not record is not compared.
+
+    Args:
+        record: the record of the run.
+        settings: settings of the new command, as for `make_record`.
+        facts: facts of the new command, as for `make_record`.
+
+    Returns:
+        One phrase per differing key.
     """
     trees = _with_defaults(record["config"], type(settings)), settings.model_dump(mode="json", exclude=_ACTIONS)
     before, now = (flatten(_deciding(tree)) for tree in trees)
@@ -95,7 +119,7 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
 
 
 def _with_defaults(tree: dict[str, Any], settings: type[Settings]) -> dict[str, Any]:
-    """Recorded settings with the defaults of those that are absent; unchanged where they are not valid any more."""
+    """Return recorded settings with the defaults of absent settings, or unchanged if they are no longer valid."""
     try:
         return settings.model_validate(tree).model_dump(mode="json", exclude=_ACTIONS)
     except ValidationError:
@@ -103,7 +127,7 @@ def _with_defaults(tree: dict[str, Any], settings: type[Settings]) -> dict[str, 
 
 
 def _deciding(tree: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a record that decide what comes out, and not where and how."""
+    """Return the recorded settings that decide the results."""
     deciding = {key: value for key, value in tree.items() if key not in ("run", "output", "members", "systems")}
     groups = {name: list(map(_deciding_member, members)) for name, members in tree.get("systems", {}).items()}
     members = list(map(_deciding_member, tree.get("members", ())))
@@ -115,38 +139,38 @@ def _deciding_member(member: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget_run(output: str, names: Iterable[str] = (), folders: Iterable[tuple[str, str]] = ()) -> None:
-    """Remove an earlier run's files, and nothing else, from an output folder; its record first.
+    """Remove the files of an earlier run from an output folder, the record first. All other files stay.
 
     Args:
-        output: the folder.
-        names: of files besides the record and the summary.
-        folders: pairs of a folder and what the names of its files begin with.
+        output: the output folder.
+        names: names of files besides the record and the summary.
+        folders: pairs of a folder and the prefix of its files' names.
     """
     for name in (RECORD_NAME, SUMMARY_NAME, *names):
         storage.remove(storage.join(output, name))
     for folder, prefix in folders:
         for name in storage.list_names(storage.join(output, folder)):
-            if name.startswith((prefix, f".{prefix}")):  # the second: what a killed process has not put in place
+            if name.startswith((prefix, f".{prefix}")):  # ".": a temporary file of a killed process
                 storage.remove(storage.join(output, folder, name))
 
 
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # some are not on every platform
+    except PackageNotFoundError:  # some packages do not exist on every platform
         return None
 
 
 def _git_revision() -> str | None:
-    """The commit of the source that runs, with "-dirty" where it was changed since.
+    """Return the git commit of the running source, with "-dirty" if the source was changed after it, or None.
 
-    A submitted job's source travels without its history: whoever submits it tells the commit in VLSM_GIT_REVISION.
+    The source of a submitted job has no git history. The submitter can set the commit in VLSM_GIT_REVISION.
     """
-    if told := os.environ.get("VLSM_GIT_REVISION"):
-        return told
+    if revision := os.environ.get("VLSM_GIT_REVISION"):
+        return revision
     command = ["git", "-C", str(Path(__file__).parent), *"describe --always --dirty --abbrev=40 --exclude=*".split()]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None

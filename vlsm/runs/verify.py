@@ -15,10 +15,9 @@ from PIL import Image
 
 from vlsm import storage
 from vlsm.errors import ConfigError, ImageError, ResultError
-from vlsm.runs.compare import compare_shard
-from vlsm.runs.lifecycle import failed_by_reason, read_summary
+from vlsm.runs.compare import compare_shard, failed_by_reason
 from vlsm.runs.plan import Plan, read_plan
-from vlsm.runs.record import read_record
+from vlsm.runs.record import read_record, read_summary
 from vlsm.runs.results import part_name, read_part
 from vlsm.segmentation.masks import decode_mask
 
