@@ -1,9 +1,9 @@
-"""What tasks and actors tell each other while a run lasts: how far they are, and what they were doing when one died.
+"""Finds the images that kill the processes of a segment run, and holds the run's progress and milestones.
 
-Ray does a shard again whose process has died, for ever. If an image has killed it, the second try goes carefully, one
-image at a time, each noted before it is begun; an image that was under way at two such deaths is left out and recorded
-as failed. A death that has another cause, such as a lost node, hardly strikes the same image twice; a shard that goes
-on killing without one ends the run.
+If a process dies, Ray repeats its shard, without a limit. An image may be the cause. The second attempt is therefore
+careful: it takes one image at a time, and notes each image on the board before the work on it starts. An image that was
+under way at two deaths is skipped and recorded as failed. A death with another cause, such as a lost node, rarely hits
+the same image twice. A shard whose processes die too often outside any image ends the run.
 """
 
 import contextlib
@@ -14,28 +14,23 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from jobs import metrics
 from vlsm.errors import VlsmError
 
-_DEATHS_TO_BLAME = 2
-_MOST_UNEXPLAINED = 10  # deaths at one shard in one stage: more are no accidents
-
-
-@dataclass
-class _Tries:
-    """Of one stage's work on one shard."""
-
-    count: int = 0
-    under_way: int | None = None
-    deaths: Counter[int] = field(default_factory=Counter)
+_DEATHS_TO_BLAME = 2  # an image that was under way at so many deaths is skipped
+_MOST_UNEXPLAINED = 10  # deaths of one stage on one shard outside any image; more are not accidents
 
 
 def start_board(kind: type, milestones: Mapping[str, float]) -> Any:
-    """Start a board as an actor, with the milestones that the run has reached already.
+    """Start a board as an actor on this node, and return its handle.
 
-    It lives where this process does, so that no other node's loss ends it.
+    The loss of another node does not end an actor on this node.
+
+    Args:
+        kind: the class of the board.
+        milestones: the milestones that the run has already reached, as for `Milestones`.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -49,114 +44,150 @@ class Milestones:
     """The times at which a run reaches its milestones for the first time, in seconds since 1970.
 
     Args:
-        milestones: those that are reached already; the first is the start.
+        milestones: times of the milestones that are already reached; the earliest is the start.
     """
 
     def __init__(self, milestones: Mapping[str, float] | None = None) -> None:
         self._milestones = dict(milestones or {})
 
     def reach(self, name: str, time_s: float) -> None:
-        """A milestone is reached; the first time counts."""
+        """Record the time of a milestone; later calls for the same milestone change nothing."""
         self._milestones.setdefault(name, time_s)
 
     def describe(self) -> str:
-        """Each milestone with the seconds from the start to it."""
+        """Return a log line with the seconds from the start to each milestone."""
         (_, start_s), *reached = sorted(self._milestones.items(), key=lambda item: item[1])
         return f"seconds from the start: {', '.join(f'{name} {time_s - start_s:.1f}' for name, time_s in reached)}"
 
 
-class Board(Milestones):
-    """The one place that outlives tasks and actors."""
+class EarlierAttempts(NamedTuple):
+    """Earlier attempts of a stage on a shard that ended with the death of their process.
+
+    Attributes:
+        num_deaths: number of all such attempts.
+        num_unexplained: number of those that died outside any image.
+        blamed: positions in the shard of the images to skip.
+    """
+
+    num_deaths: int
+    num_unexplained: int
+    blamed: list[int]
+
+
+@dataclass
+class _Attempts:
+    """The attempts of one stage on one shard.
+
+    Attributes:
+        count: number of attempts that started.
+        under_way: position of the image that the current attempt works on, or None.
+        deaths: number of deaths by position of the image that was under way.
+    """
+
+    count: int = 0
+    under_way: int | None = None
+    deaths: Counter[int] = field(default_factory=Counter)
+
+
+class CrashBoard(Milestones):
+    """The shared state of a segment run. Tasks and actors may die; the board survives them."""
 
     def __init__(self, milestones: Mapping[str, float] | None = None) -> None:
         super().__init__(milestones)
         self._images: dict[int, int] = {}
-        self._tries: dict[tuple[str, int], _Tries] = {}
+        self._attempts: dict[tuple[str, int], _Attempts] = {}
         self._errors: dict[tuple[str, int], str] = {}
 
     def note(self, shard: int, num_images: int) -> None:
-        """So many images of an unfinished shard are done; a retry overwrites its first try's note."""
+        """Record the number of done images of an unfinished shard; a retry overwrites the earlier number."""
         self.reach("first image", time.time())
         self._images[shard] = num_images
 
     def finish(self, shard: int) -> None:
-        """A shard is written and counts as a whole."""
+        """Forget the done images of a shard, because its part file is written and `Progress` counts them."""
         self._images.pop(shard, None)
 
     def total(self) -> int:
-        """Images done in shards that are not written yet."""
+        """Return the number of done images in shards that are not written yet."""
         return sum(self._images.values())
 
-    def begin(self, stage: str, shard: int) -> tuple[int, int, list[int]]:
-        """A try begins: how many there were before that nobody ended, of them at no image, and whom to blame."""
-        tries = self._tries.setdefault((stage, shard), _Tries())
-        if tries.under_way is not None:
-            tries.deaths[tries.under_way] += 1
-            tries.under_way = None
-        tries.count += 1
-        blamed = [image for image, deaths in tries.deaths.items() if deaths >= _DEATHS_TO_BLAME]
-        return tries.count - 1, tries.count - 1 - tries.deaths.total(), blamed
+    def begin(self, stage: str, shard: int) -> EarlierAttempts:
+        """Start an attempt and return its earlier deaths. An earlier attempt that never called `end` has died."""
+        attempts = self._attempts.setdefault((stage, shard), _Attempts())
+        if attempts.under_way is not None:
+            attempts.deaths[attempts.under_way] += 1
+            attempts.under_way = None
+        attempts.count += 1
+        blamed = [image for image, deaths in attempts.deaths.items() if deaths >= _DEATHS_TO_BLAME]
+        num_deaths = attempts.count - 1
+        return EarlierAttempts(num_deaths, num_deaths - attempts.deaths.total(), blamed)
 
     def enter(self, stage: str, shard: int, image: int | None) -> None:
-        """An image is under way, or none is."""
-        self._tries.setdefault((stage, shard), _Tries()).under_way = image
+        """Record the position of the image that is under way, or None if no image is."""
+        self._attempts.setdefault((stage, shard), _Attempts()).under_way = image
 
     def end(self, stage: str, shard: int, error: str | None) -> None:
-        """A try has ended otherwise than by death, and why where it has failed."""
-        self._tries.pop((stage, shard), None)
-        self._errors.pop((stage, shard), None)  # what was got over explains nothing
+        """End an attempt whose process is still alive; `error` is its reason if it has failed."""
+        self._attempts.pop((stage, shard), None)
+        self._errors.pop((stage, shard), None)  # a retry has replaced the failed attempt: its error is obsolete
         if error:
             self._errors[stage, shard] = error
 
     def last_error(self) -> str | None:
-        """Why the last try that failed has failed: what Ray says of it is long, and the reason lost in it."""
+        """Return the reason of the last failed attempt. Ray's own message is long and hides the reason."""
         return next(reversed(self._errors.values()), None)
 
 
 class Watch:
-    """One try of one stage at one shard, noted on the board.
+    """One attempt of one stage on one shard, recorded on the board.
 
     Attributes:
-        is_careful: whether an earlier try has died, so that images are to be done one at a time, each within `image`.
-        blamed: images that are to be left out, since they have killed the process at each try.
+        is_careful: whether an earlier attempt died. The images must then be done one at a time, each within `image`.
+        blamed: positions of the images to skip, because they were under way at repeated deaths.
+
+    Raises:
+        VlsmError: too many attempts on this shard died outside any image.
     """
 
     def __init__(self, board: Any, stage: str, shard: int, image_timeout_s: float) -> None:
-        self._board, self._place, self._started_s = board, (stage, shard), time.monotonic()
+        self._board, self._stage, self._shard, self._started_s = board, stage, shard, time.monotonic()
         self._image_timeout_s = image_timeout_s
-        deaths, unexplained, blamed = self._ask("begin")
-        if unexplained > _MOST_UNEXPLAINED:
-            message = f"the process of {stage} died {unexplained} times at shard {shard}, and at no image of it"
-            self._ask("end", message)
+        earlier: EarlierAttempts = self._call_board("begin")
+        if earlier.num_unexplained > _MOST_UNEXPLAINED:
+            message = (
+                f"the {stage} process died {earlier.num_unexplained} times on shard {shard} outside any image; "
+                f"at most {_MOST_UNEXPLAINED} such deaths are tolerated"
+            )
+            self._call_board("end", message)
             raise VlsmError(message)
-        self.is_careful, self.blamed = deaths > 0, frozenset(blamed)
+        self.is_careful, self.blamed = earlier.num_deaths > 0, frozenset(earlier.blamed)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        metrics.observe("vlsm_stage_seconds", time.monotonic() - self._started_s, stage=self._place[0])
-        # only an Exception is a reason; Ray cancels the other tasks of a failed run by interrupts
+        metrics.observe("vlsm_stage_seconds", time.monotonic() - self._started_s, stage=self._stage)
+        # only an Exception is a reason: Ray cancels the other tasks of a failed run with interrupts
         failed = isinstance(error, Exception)
-        self._ask("end", f"{type(error).__name__}: {' '.join(str(error).split())}" if failed else None)
+        self._call_board("end", f"{type(error).__name__}: {' '.join(str(error).split())}" if failed else None)
 
     @contextlib.contextmanager
     def image(self, position: int) -> Iterator[None]:
-        """Around the work on one image."""
-        if self.is_careful:  # the note must have arrived before the work can kill
-            self._ask("enter", position)
+        """Enclose the work on one image; its position is in the shard."""
+        if self.is_careful:  # the board must know the image before the work can kill this process
+            self._call_board("enter", position)
         try:
             yield
-        finally:  # an error is no death
+        finally:  # after an error this process is still alive, so the image has not killed it
             if self.is_careful:
-                self._ask("enter", None)
+                self._call_board("enter", None)
 
     @contextlib.contextmanager
     def time_limit(self) -> Iterator[None]:
-        """Around the decoding of one image: end this process if it takes longer than `run.image_timeout_s`.
+        """Enclose the decoding of one image; end this process if it takes longer than `run.image_timeout_s`.
 
-        A decoder that hangs in C code can only be stopped with its process, by a signal that no Python code handles.
-        The next try of the shard is careful. A timer of faulthandler's own would start a thread for each image.
+        A decoder that hangs in C code stops only with its process, by a signal that no Python code handles. The next
+        attempt on the shard is careful. `faulthandler.dump_traceback_later` would start a thread for each image.
         """
         faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
         signal.setitimer(signal.ITIMER_REAL, self._image_timeout_s)
@@ -165,7 +196,8 @@ class Watch:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def _ask(self, what: str, *words: Any) -> Any:
+    def _call_board(self, method: str, *args: Any) -> Any:
+        """Call a method of the board for this stage and shard, and wait for its result."""
         import ray
 
-        return ray.get(getattr(self._board, what).remote(*self._place, *words))
+        return ray.get(getattr(self._board, method).remote(self._stage, self._shard, *args))

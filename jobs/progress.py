@@ -25,7 +25,7 @@ class Progress:
         total: returns the number of images in the whole run, as far as they are known.
         done: number of images that earlier runs have finished.
         failed: number of failed images among these.
-        board: the `jobs.crash_watch.Board` of the run.
+        board: the `jobs.crash_watch.CrashBoard` of the run.
         output: OUTPUT of the run; it labels the metrics.
     """
 

@@ -1,4 +1,4 @@
-"""The segment job's pipeline on Ray: shards flow through its stages until each has its part file."""
+"""The segment job's pipeline on Ray Data: each shard passes all stages and ends as a part file."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from vlsm.errors import VlsmError
 from vlsm.runs.compare import RunState
 from vlsm.runs.lifecycle import Run, check_failed_share
 
-Wave = list[tuple[int, bool]]  # shards that are planned at once, and whether each has a part already
+Wave = list[tuple[int, bool]]  # shards for one Ray dataset: number, and whether a part file exists
 
 
 def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
@@ -26,18 +26,18 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
     count_images: Callable[[], int],
     retry_failed: bool = False,
 ) -> None:
-    """Stream shards through Ray, wave by wave; where there is none, nothing waits for Ray.
+    """Segment shards with Ray, wave by wave. Without any wave, return without waiting for Ray.
 
     Args:
-        session: where Ray is, or is about to be.
-        run: the run.
-        waves: what is to be done, asked for one at a time.
-        state: what is done already.
-        count_images: of the whole run, as far as they are known.
-        retry_failed: whether images that have failed are to be done again.
+        session: Ray, running or starting.
+        run: the planned run.
+        waves: the shards to segment; the next wave is requested when the last one is written.
+        state: the progress of the run so far.
+        count_images: returns the number of images of the run that are planned so far.
+        retry_failed: whether to segment failed images again.
 
     Raises:
-        VlsmError: too large a share of the images failed, or a stage failed through its retries.
+        VlsmError: the fraction of failed images is too large, or a stage failed in all its retries.
         CheckpointError: the actors could not build the checkpoint's model.
     """
     first = next(waves, None)
@@ -46,19 +46,14 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
     session.wait()
     import ray.data
 
-    from jobs.crash_watch import Board, start_board
+    from jobs.crash_watch import CrashBoard, start_board
     from jobs.progress import Progress
-    from vlsm.checkpoints import build_checkpoint
 
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = None  # a shard stays one block, however large
-    context.max_errored_blocks = 0
-    context.retried_map_errors, context.max_map_retries = True, 2
-    context.max_consecutive_actor_init_deaths = 3
-    board = start_board(Board, session.milestones)
+    _configure_ray_data()
+    board = start_board(CrashBoard, session.milestones)
     squares = tuple(member.square for member in run.members)
     task = Task(run.settings, run.run_id, run.plan.id, squares, retry_failed, board)
-    # each node fetches the weights once from the object store, whether or not it could reach the directory itself
+    # each node gets the weights from Ray's object store, once, and need not reach the checkpoint directory
     weights = [
         ray.put({name: np.frombuffer(data, np.uint8) for name, data in member.files.items()}) for member in run.members
     ]
@@ -71,17 +66,25 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
                         errors = json.loads(part["first_errors"])
                         check_failed_share(run.settings, progress.done, progress.failed, errors)
     except ray.exceptions.RayError as error:
-        # an actor that could not load its checkpoint dies without a word of why
-        for member, own in zip(run.members, run.settings.members, strict=True):
-            build_checkpoint(member.files, own.checkpoint)
+        _check_checkpoints(run)
         reason = ray.get(board.last_error.remote()) or _root_cause(error)
-        raise VlsmError(f"a stage failed through its retries: {reason}; the same command goes on from here") from error
+        raise VlsmError(f"a stage failed in all its retries: {reason}; the same command goes on from here") from error
+
+
+def _configure_ray_data() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None  # a shard stays one block of any size
+    context.max_errored_blocks = 0
+    context.retried_map_errors, context.max_map_retries = True, 2
+    context.max_consecutive_actor_init_deaths = 3
 
 
 def _plan_stream(wave: Wave, task: Task, weights: list[Any]) -> Any:
-    """The pipeline as a lazy Ray dataset: a row per written part.
+    """Return the pipeline as a lazy Ray dataset with one row per written part.
 
-    One row is one shard and batch_size is 1 in every stage, so that no stage can merge or split shards.
+    A row is a shard, and every stage has batch_size 1, so that no stage can merge or split shards.
     """
     import ray.data
 
@@ -93,6 +96,14 @@ def _plan_stream(wave: Wave, task: Task, weights: list[Any]) -> Any:
         actor = (task, weights, pool.members, pool.num_threads)
         rows = rows.map_batches(SegmentActor, fn_constructor_args=actor, batch_format="pyarrow", **pool.actor_options)
     return rows.map_batches(write_masks, fn_args=(task,), batch_format="pyarrow", **pools[0].task_options)
+
+
+def _check_checkpoints(run: Run) -> None:
+    """Raise a CheckpointError if a model cannot be built: an actor that fails to build it dies without a reason."""
+    from vlsm.checkpoints import build_checkpoint
+
+    for member, member_settings in zip(run.members, run.settings.members, strict=True):
+        build_checkpoint(member.files, member_settings.checkpoint)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -125,7 +125,7 @@ def test_the_processes_of_a_segment_run_import_what_they_do_and_no_more(
     import numpy as np
     import ray
 
-    from jobs.crash_watch import Board, start_board
+    from jobs.crash_watch import CrashBoard, start_board
     from jobs.segment_actor import SegmentActor
     from jobs.segment_tasks import Task, fetch_shard, write_masks
     from vlsm.config import MemberSettings, SegmentSettings
@@ -135,7 +135,7 @@ def test_the_processes_of_a_segment_run_import_what_they_do_and_no_more(
     members = (MemberSettings(checkpoint=str(tiny_checkpoint)),)
     run = prepare_run(SegmentSettings(input=str(archive), output=str(tmp_path / "out"), members=members))
     files = {name: np.frombuffer(data, np.uint8) for name, data in run.members[0].files.items()}
-    board = start_board(Board, {"start": 0.0})
+    board = start_board(CrashBoard, {"start": 0.0})
     task = Task(run.settings, run.run_id, run.plan.id, (run.members[0].square,), False, board)
     if not run.plan.is_complete:
         from vlsm.runs.lifecycle import make_planner

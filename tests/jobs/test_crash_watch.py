@@ -1,11 +1,11 @@
-"""What is concluded from the deaths of processes."""
+"""The conclusions from the deaths of processes."""
 
-from jobs.crash_watch import Board
+from jobs.crash_watch import CrashBoard, EarlierAttempts
 
 
 def test_an_image_under_way_at_two_deaths_is_blamed_and_other_deaths_are_counted():
-    board = Board()
-    assert board.begin("fetch", 7) == (0, 0, [])
+    board = CrashBoard()
+    assert board.begin("fetch", 7) == EarlierAttempts(num_deaths=0, num_unexplained=0, blamed=[])
     assert board.begin("fetch", 7) == (1, 1, [])  # the first try names no images
     board.enter("fetch", 7, 3)
     assert board.begin("fetch", 7) == (2, 1, [])
@@ -20,7 +20,7 @@ def test_an_image_under_way_at_two_deaths_is_blamed_and_other_deaths_are_counted
 
 
 def test_the_last_error_is_one_that_was_not_got_over():
-    board = Board()
+    board = CrashBoard()
     board.end("fetch", 1, "OSError: away")
     board.end("write", 2, "OSError: full")
     assert board.last_error() == "OSError: full"
