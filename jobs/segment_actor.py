@@ -1,4 +1,4 @@
-"""The model actors of the segment job, between its CPU tasks."""
+"""The model actors of the segment job. They run between its fetching and writing tasks."""
 
 import time
 from typing import Any
@@ -11,13 +11,13 @@ from vlsm.segmentation.shard import ShardBatch
 
 
 class SegmentActor:
-    """Models on their device, which turn the pixels of a shard into logits.
+    """Models on their device. They turn the pixels of a shard into logits.
 
     Args:
-        task: what every stage knows of the run.
-        weights: a reference to the checkpoint files of each member of the run.
-        members: the numbers of the members that this actor holds.
-        num_threads: for torch.
+        task: the data of the run.
+        weights: Ray references to the checkpoint files of each member of the run: arrays of bytes by file name.
+        members: numbers of the members that this actor runs.
+        num_threads: number of torch threads.
     """
 
     def __init__(self, task: Task, weights: list[Any], members: tuple[int, ...], num_threads: int) -> None:
@@ -38,7 +38,7 @@ class SegmentActor:
         task.board.reach.remote("model", time.time())
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Take and return a packed ShardBatch; the last pool drops the pixels and adds the last logits."""
+        """Return a packed ShardBatch with the logits of this pool; the last pool removes the pixels."""
         batch = ShardBatch.unpack(table)
         with self._task.watch(f"segment {self._pool}", batch.shard) as watch:
             texts = self._task.texts_of(self._task.read_images(batch.shard), batch.entries)

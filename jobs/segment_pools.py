@@ -1,4 +1,4 @@
-"""Where a run's models stand: the pools of actors that it has, and what Ray is asked for each."""
+"""Plans the pools of model actors of a segment run, and the CPUs and GPUs that each pool requests from Ray."""
 
 import math
 from dataclasses import dataclass
@@ -8,19 +8,20 @@ from jobs.command import logger
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 from vlsm.errors import ConfigError
 
-_FEW_CPUS = 4  # of all nodes: with more there is room for a task beside what Ray Data reserves
+_FEW_CPUS = 4  # in the cluster; with more CPUs, a writing task has room beside Ray Data's reservations
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors with the same members of the ensemble, and the CPU tasks before and after them.
+    """Actors that run the same members of the ensemble, with the CPU tasks before and after them.
 
     Attributes:
-        members: numbers of the members that each actor holds.
-        num_actors: the fewest and the most, between which the pool follows the work.
-        num_cpus, num_gpus: that Ray is asked for an actor.
-        task_cpus: that Ray is asked for a task.
-        num_threads: that torch uses in an actor.
+        members: numbers of the members that each actor runs.
+        num_actors: minimum and maximum number of actors; Ray Data scales the pool between them.
+        num_cpus: CPUs that an actor requests from Ray.
+        num_gpus: GPUs that an actor requests from Ray.
+        task_cpus: CPUs that a task requests from Ray.
+        num_threads: number of torch threads in an actor.
     """
 
     members: tuple[int, ...]
@@ -32,12 +33,12 @@ class Pool:
 
     @property
     def task_options(self) -> dict[str, Any]:
-        """The arguments of `map_batches` for a stage of CPU tasks."""
+        """Arguments of `map_batches` for a stage of CPU tasks."""
         return {"batch_size": 1, "num_cpus": self.task_cpus}
 
     @property
     def actor_options(self) -> dict[str, Any]:
-        """The arguments of `map_batches` for the stage of these actors."""
+        """Arguments of `map_batches` for the stage of these actors."""
         import ray.data
 
         compute = ray.data.ActorPoolStrategy(min_size=self.num_actors[0], max_size=self.num_actors[1])
@@ -45,7 +46,7 @@ class Pool:
 
 
 def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
-    """Plan the pools for the present cluster, log them, and let Ray Data reserve what its tasks need beside them."""
+    """Plan the pools for the current cluster, log them, and set the share of the CPUs that Ray Data reserves."""
     import ray.data
 
     nodes = ray.nodes()
@@ -57,56 +58,50 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
         )
         warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
     if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:
-        # Ray Data rounds down the CPUs that are left: of two CPUs a run has an actor's 1.25 and 0.18 for each of two
-        # tasks. It would reserve a sixth of that for fetching, more than one task, and leave less than one for writing:
-        # no part was written before the last fetch
+        # Ray Data rounds down the remaining CPUs. With two CPUs, an actor takes 1.25 and each of two tasks 0.18. By
+        # default Ray Data reserves a sixth of the CPUs for fetching, more than one task needs, and less than one task
+        # is left for writing: no part would be written before the last fetch.
         share = (2 + len(pools)) * pools[0].task_cpus / cpus
         ray.data.DataContext.get_current().op_resource_reservation_ratio = min(0.5, share)
     return pools
 
 
 def plan_pools(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> list[Pool]:
-    """One pool of all members, or one for each (placement "apart"), which share what the cluster has.
+    """Return one pool of all members, or one pool per member (placement "apart") that share the cluster.
 
-    As many actors as the cluster has GPUs, or nodes; CPU tasks keep room beside them.
+    There are as many actors as GPUs in the cluster, or as nodes if it has no GPUs. CPU tasks keep room beside them.
 
-    Without GPUs the models have as many threads as a node has CPUs, but ask Ray for less, so that fetching and writing
-    can always run beside them: with room for two tasks, Ray Data held all writing back until the last fetch. They ask
-    for more than half a node, so that the actors of two jobs can never take all of it and both wait for their tasks.
+    Without GPUs, a model has as many threads as a node has CPUs, but requests fewer CPUs from Ray, so that fetching and
+    writing always run beside it. With room for only two tasks, Ray Data held back all writing until the last fetch. An
+    actor requests more than half a node. Otherwise the actors of two jobs could fill a node, and both jobs would wait
+    for room for their tasks.
+
+    Raises:
+        ConfigError: no node has CPUs yet, and the settings do not state the resources of an actor.
     """
-    everybody = tuple(range(len(settings.members)))
+    numbers = tuple(range(len(settings.members)))
     if settings.run.placement == "together":
-        return [_pool(everybody, settings.run, nodes, 1)]
-    count = len(everybody)
-    return [_pool((number,), _merge(settings.run, settings.members[number]), nodes, count) for number in everybody]
-
-
-def warn_if_none_fits(num_cpus: float, num_gpus: float, nodes: list[dict[str, Any]]) -> None:
-    """Say what a run waits for, where no node of the cluster has room for one of its actors or workers."""
-    resources = [node["Resources"] for node in nodes if node["Alive"]]
-    if not any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in resources):
-        logger.warning(
-            "no node has %g CPUs and %g GPUs yet: the run waits until one is started; if none will be, ask for less",
-            *(num_cpus, num_gpus),
-        )
+        return [_pool(numbers, settings.run, nodes, 1)]
+    count = len(numbers)
+    return [_pool((number,), _merge(settings.run, settings.members[number]), nodes, count) for number in numbers]
 
 
 def _merge(run: RunSettings, member: MemberSettings) -> RunSettings:
-    """What a run asks for an actor, where its member does not say otherwise."""
-    own = {name: getattr(member, name) for name in ("actors", "gpus_per_actor", "cpus_per_actor")}
-    return run.model_copy(update={name: value for name, value in own.items() if value is not None})
+    """Return the run's settings with the number and resources of actors that a member sets itself."""
+    member_settings = {name: getattr(member, name) for name in ("actors", "gpus_per_actor", "cpus_per_actor")}
+    return run.model_copy(update={name: value for name, value in member_settings.items() if value is not None})
 
 
 def _pool(members: tuple[int, ...], run: RunSettings, nodes: list[dict[str, Any]], num_pools: int) -> Pool:
-    # a head may have no CPUs, and be all that there is until the autoscaler has seen what is asked for
+    # a head node may have no CPUs, and may be the only node until the autoscaler sees the requests
     resources = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU")]
     gpus = sum(node.get("GPU", 0) for node in resources)
     cpus = min((node["CPU"] for node in resources), default=math.inf)
     num_gpus = run.gpus_per_actor
     if not resources and not num_gpus and not run.cpus_per_actor:
         raise ConfigError(
-            "no node of the cluster has CPUs yet: tell what those that are to be started have, "
-            "--set run.gpus_per_actor=1 or --set run.cpus_per_actor=4, and how many actors, --set run.actors=1..8"
+            "no node of the cluster has CPUs yet: state the resources of an actor on the nodes to be started, "
+            "--set run.gpus_per_actor=1 or --set run.cpus_per_actor=4, and the number of actors, --set run.actors=1..8"
         )
     if num_gpus is None:
         num_gpus = min(1.0, int(100 * gpus / num_pools) / 100) if gpus else 0.0
@@ -118,7 +113,17 @@ def _pool(members: tuple[int, ...], run: RunSettings, nodes: list[dict[str, Any]
     )
     if ".." not in str(run.actors):
         num_actors = 1, num_actors[1]
-    # unequal CPUs keep Ray from fusing the fetching tasks into the actors, which would decode on the model's time
+    # with equal CPUs, Ray would fuse the fetching tasks into the actors, and the model would wait for the decoding
     task_cpus = 0.75 if num_gpus else min(0.25, 0.09 * cpus)
     task_cpus = task_cpus / 2 if task_cpus == num_cpus else task_cpus
     return Pool(members, num_actors, num_cpus, num_gpus, task_cpus, num_threads)
+
+
+def warn_if_none_fits(num_cpus: float, num_gpus: float, nodes: list[dict[str, Any]]) -> None:
+    """Log a warning if no node of the cluster has room for an actor or worker, because the run then waits."""
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in resources):
+        logger.warning(
+            "no node has %g CPUs and %g GPUs yet: the run waits for such a node; if none will start, request less",
+            *(num_cpus, num_gpus),
+        )

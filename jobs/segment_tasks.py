@@ -1,6 +1,6 @@
-"""The CPU tasks of the segment job, before and after its model actors.
+"""The CPU tasks of the segment job: fetching before the model actors, and writing after them.
 
-They import no torch: there are many of them, and each stays a quarter of the size.
+They do not import torch. There are many task processes, and torch would make each four times as large.
 """
 
 import json
@@ -21,21 +21,22 @@ from vlsm.runs.results import read_part, write_part
 from vlsm.segmentation.image_rows import describe_image
 from vlsm.segmentation.shard import Entry, ShardBatch, read_shard_images
 
-_PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that a row has from the plan
+_PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that an output row copies from the plan
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every stage knows of the run.
+    """The data of the run that every stage needs.
 
     Attributes:
-        settings: resolved.
-        run_id, plan_id: as config.yaml states them.
-        squares: the input of each member.
-        retry_failed: whether images that have failed are segmented again.
-        board: a `jobs.crash_watch.Board`.
+        settings: resolved settings.
+        run_id: id of the run in config.yaml.
+        plan_id: id of the plan in config.yaml.
+        squares: the input square of each member's model.
+        retry_failed: whether to segment failed images again.
+        board: handle of the `jobs.crash_watch.CrashBoard` actor.
     """
 
     settings: SegmentSettings
@@ -46,30 +47,30 @@ class Task:
     board: Any
 
     def watch(self, stage: str, shard: int) -> Watch:
-        """A watch over one stage's work on a shard."""
+        """Return the watch for one attempt of a stage on a shard."""
         return Watch(self.board, stage, shard, self.settings.run.image_timeout_s)
 
     def read_images(self, shard: int) -> pa.Table:
-        """The planned images of a shard."""
+        """Return the planned images of a shard, with the columns of PLAN_SCHEMA."""
         return read_shard(self.settings.output, self.plan_id, shard, self.settings.run.outage_patience_s)
 
     def read_rows(self, shard: int, exists: bool) -> pa.Table | None:
-        """The rows of a shard that an earlier run has written."""
+        """Return the output rows in the existing part file of a shard, or None if there is no valid one."""
         if not exists:
             return None
         return read_part(self.settings.output, shard, self.run_id, patience_s=self.settings.run.outage_patience_s)
 
     def texts_of(self, images: pa.Table, entries: Sequence[Entry]) -> list[list[tuple[str, ...]]]:
-        """The texts that the models see, for each image and each of its prompts."""
+        """Return the texts that the models see, for each entry and each of its prompts."""
         positions = pa.array([entry.position for entry in entries], pa.int64())
         return [self.settings.texts_of(prompts) for prompts in images["prompts"].take(positions).to_pylist()]
 
 
 def fetch_shard(batch: Mapping[str, np.ndarray], task: Task) -> pa.Table:
-    """A CPU task: the images of one shard, read, decoded and resized. Returns a packed ShardBatch."""
+    """Read, decode and resize the undone images of one shard, in a CPU task. Returns a packed ShardBatch."""
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit; Pillow's own would forbid to raise it
+    Image.MAX_IMAGE_PIXELS = None  # decode_image checks max_pixels; Pillow's limit would forbid a higher one
     shard, exists = int(batch["shard"][0]), bool(batch["exists"][0])
     with task.watch("fetch", shard) as watch:
         images = task.read_images(shard)
@@ -84,7 +85,12 @@ def fetch_shard(batch: Mapping[str, np.ndarray], task: Task) -> pa.Table:
 
 
 def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
-    """A CPU task: masks at the images' own sizes, and the shard's part file in one atomic put."""
+    """Make masks at the images' original sizes and write the shard's part file atomically, in a CPU task.
+
+    Returns:
+        One row for the driver: the numbers of images that this task has done and of the failed ones, and the errors of
+        the first three as JSON.
+    """
     batch, settings = ShardBatch.unpack(table), task.settings
     with task.watch("write", batch.shard) as watch:
         images = task.read_images(batch.shard)
@@ -100,7 +106,7 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
             if position in undone and image["vanished"]:
                 image_rows = _vanished_rows(image, image_rows, segmented.model, settings.kinds)
             elif position in undone:
-                # none: the part has changed since the images were fetched; counting the run finds what is missing
+                # an image without rows was not fetched: the part has changed since; the final count finds the gap
                 image_rows = segmented.rows(position, image) or image_rows
             rows += image_rows
         write_part(settings.output, batch.shard, rows, task.run_id, settings.run.outage_patience_s)
@@ -117,7 +123,11 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
 
 
 class _SegmentedShard:
-    """The images of a shard as output rows."""
+    """A segmented shard that gives the output rows of each image.
+
+    Attributes:
+        model: names of the models, joined by " + ".
+    """
 
     def __init__(self, batch: ShardBatch, texts: list[list[tuple[str, ...]]], task: Task, watch: Watch) -> None:
         self._batch, self._settings, self._squares, self._watch = batch, task.settings, task.squares, watch
@@ -127,7 +137,7 @@ class _SegmentedShard:
         }
 
     def rows(self, position: int, image: Row) -> list[Row]:
-        """The rows of one image; none if it was not fetched."""
+        """Return the output rows of one image, or no rows if it was not fetched."""
         if position not in self._images:
             return []
         entry, texts = self._images[position]
@@ -151,10 +161,10 @@ class _SegmentedShard:
 
 
 def _vanished_rows(image: Row, old: Sequence[Row], model: str, kinds: list[str]) -> list[Row]:
-    """The rows of an image that is no longer there: its masks as they were, marked."""
+    """Return the rows of an image that the archive no longer has: its old masks, with status "vanished"."""
     known = {(row["prompt"], row["kind"]): row for row in old}
-    bare = {name: image[name] for name in _PLANNED} | {"model": model}
+    empty = {name: image[name] for name in _PLANNED} | {"model": model}
     return [
-        known.get((prompt, kind), bare | {"prompt": prompt, "kind": kind}) | {"status": "vanished"}
+        known.get((prompt, kind), empty | {"prompt": prompt, "kind": kind}) | {"status": "vanished"}
         for prompt, kind in planned_keys(image["prompts"], kinds)
     ]

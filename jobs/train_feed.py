@@ -1,7 +1,7 @@
-"""How examples reach training workers: Ray's CPU tasks inspect, read, decode, resize and augment them.
+"""Feeds examples to training workers: Ray tasks and actors on CPUs inspect, read, decode, resize and augment them.
 
-A micro-batch of a worker's plan is one row that flows through Ray Data, in the order of the plan. Each worker streams
-its own: Ray Train's way of splitting a dataset deals out blocks as workers ask for them, and no run could be repeated.
+A micro-batch of a worker's plan is one row in Ray Data, in the order of the plan. Each worker has its own stream. Ray
+Train can split one dataset, but it gives the next block to the first worker that asks, so no run could be repeated.
 """
 
 import itertools
@@ -26,35 +26,35 @@ from vlsm.training.inspection import Facts, inspect_record
 from vlsm.training.sampling import MicroBatch
 from vlsm.training.settings import DataSettings
 
-_TASK_CPUS = 0.25  # they mostly wait for storage; half of a small machine is the workers'
-_MOST_DEATHS = 5  # of processes that look through the same records: more are no accidents
-_CHUNK = 32  # images of one object: 16 MB at 352 pixels
-_MAX_LOADERS = 16  # per worker; Ray Data starts as many as keep up
-_WAVE = 512  # micro-batches of one stream: Ray Data plans some hundreds of blocks a second
-_CACHED_SHARE = 0.3  # of the object store: the rest is for batches under way
+_TASK_CPUS = 0.25  # a task mostly waits for storage; on a small machine the workers need half of the CPUs
+_MOST_DEATHS = 5  # of processes that inspect the same records; more are not accidents
+_CHUNK = 32  # images in one object of Ray's store: 16 MB at 352 pixels
+_MAX_LOADERS = 16  # per worker; Ray Data starts only as many as it needs
+_WAVE = 512  # micro-batches in one Ray dataset: Ray Data plans some hundreds of blocks a second
+_CACHED_SHARE = 0.3  # of the object store; the rest is for batches in transit
 
 T = TypeVar("T")
-Loaded = tuple[MicroBatch, np.ndarray, np.ndarray]
+Loaded = tuple[MicroBatch, np.ndarray, np.ndarray]  # with images and target masks, as in `Feed.stream`
 
 
 def inspect_records(records: Sequence[Record], settings: DataSettings) -> list[Facts]:
-    """What is to be known of the files of records, in their order.
+    """Return the facts about the files of each record, in the order of the records.
 
     Raises:
-        VlsmError: a task failed, or its process died each time.
+        VlsmError: a task failed, or its process died in every attempt.
     """
-    logger.info("looking through %d records", len(records))
+    logger.info("inspecting %d records", len(records))
     inspect = ray.remote(num_cpus=1, max_retries=_MOST_DEATHS)(_inspect_chunk)
     chunks = list(_batched(records, max(_CHUNK, len(records) // 4000)))
-    found: list[Facts] = []
-    for chunk, facts in zip(chunks, [inspect.remote(chunk, settings) for chunk in chunks], strict=True):
+    all_facts: list[Facts] = []
+    for chunk, result in zip(chunks, [inspect.remote(chunk, settings) for chunk in chunks], strict=True):
         try:
-            found += ray.get(facts)
+            all_facts += ray.get(result)
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             where = f"{chunk[0].where} to {chunk[-1].where}"
-            raise VlsmError(f"records {where} could not be looked through: {reason}") from error
-    return found
+            raise VlsmError(f"records {where} could not be inspected: {reason}") from error
+    return all_facts
 
 
 def _inspect_chunk(records: list[Record], settings: DataSettings) -> list[Facts]:
@@ -63,12 +63,16 @@ def _inspect_chunk(records: list[Record], settings: DataSettings) -> list[Facts]
 
 @dataclass(frozen=True)
 class Decoded:
-    """Decoded examples in Ray's object store, in chunks of some; a lost chunk is decoded again by Ray."""
+    """Decoded examples in Ray's object store. Ray decodes a lost chunk again.
+
+    Attributes:
+        chunks: Ray references to chunks of 32 examples each: images (N, S, S, 3) and target masks (N, S, S), uint8.
+    """
 
     chunks: list[Any]
 
     def fetch(self, examples: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Image and mask of each example, without a copy where they lie on this node."""
+        """Return image and target mask of each example by its number; chunks on this node are not copied."""
         wanted = list(dict.fromkeys(example // _CHUNK for example in examples))
         chunks = dict(zip(wanted, ray.get([self.chunks[number] for number in wanted]), strict=True))
         return [tuple(part[example % _CHUNK] for part in chunks[example // _CHUNK]) for example in examples]
@@ -77,19 +81,24 @@ class Decoded:
 def keep_decoded(
     records: Sequence[Record], settings: DataSettings, square: Square, wanted: bool | None
 ) -> Decoded | None:
-    """All examples decoded in the object store, or None where that is not wanted or they would not fit.
+    """Decode all examples into the object store. Returns None if this is not wanted or they do not fit.
 
     Args:
         records: the examples.
-        settings: how to read them.
-        square: the model's input.
-        wanted: None to keep them where they take less than a third of the cluster's object store.
+        settings: settings to read and decode them.
+        square: the input square of the model.
+        wanted: whether to keep them decoded; None: only if they take less than 30 % of the cluster's object store.
     """
     num_bytes, store_bytes = len(records) * square.size**2 * 4, ray.cluster_resources().get("object_store_memory", 0)
     if wanted is False or (wanted is None and num_bytes > _CACHED_SHARE * store_bytes):
-        logger.info("images are decoded anew in every epoch: they would take %.1f GB", num_bytes / 1e9)
+        logger.info(
+            "images are decoded again in every epoch; all decoded images would take %.1f GB",
+            num_bytes / 1e9,
+        )
         return None
-    decode = ray.remote(num_cpus=2 * _TASK_CPUS, max_retries=-1)(_decode_chunk)  # lost nodes hold some
+    decode = ray.remote(num_cpus=2 * _TASK_CPUS, max_retries=-1)(
+        _decode_chunk
+    )  # nodes that hold chunks may be lost at any time
     return Decoded([decode.remote(chunk, settings, square) for chunk in _batched(records, _CHUNK)])
 
 
@@ -100,7 +109,7 @@ def _decode_chunk(records: list[Record], settings: DataSettings, square: Square)
 
 
 def _decode(image_uri: str, mask_uri: str, settings: DataSettings, square: Square) -> tuple[np.ndarray, np.ndarray]:
-    """An example in the model's square: (S, S, 3) uint8 and (S, S) uint8 of 0 and 1."""
+    """Return an example in the model's square: image (S, S, 3) uint8, and target mask (S, S) uint8 of 0 and 1."""
     image = read_image_bytes(image_uri, None, settings.max_image_bytes)
     mask = read_image_bytes(mask_uri, None, settings.max_image_bytes)
     return (
@@ -111,15 +120,15 @@ def _decode(image_uri: str, mask_uri: str, settings: DataSettings, square: Squar
 
 @dataclass(frozen=True)
 class Feed:
-    """Where a worker's micro-batches come from: what is kept decoded, else a pool of actors.
+    """The source of a worker's micro-batches: the decoded examples in the object store, or a pool of loading actors.
 
-    Actors and not tasks, since Ray ends tasks' processes after an idle second.
+    Loading uses actors, not tasks, because Ray ends the process of a task after one idle second.
 
     Attributes:
         records: the examples.
-        settings: how to read and augment them.
-        square: the model's input.
-        decoded: the examples where they were kept.
+        settings: settings to read and augment them.
+        square: the input square of the model.
+        decoded: the decoded examples, or None if they are not kept.
     """
 
     records: Sequence[Record]
@@ -128,15 +137,15 @@ class Feed:
     decoded: Decoded | None
 
     def stream(self, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
-        """Micro-batches in their order, each with images (B, S, S, 3) uint8 and target masks (B, S, S) uint8."""
+        """Yield micro-batches in order, with images (B, S, S, 3) uint8 and target masks (B, S, S) uint8 of 0 and 1."""
         if self.decoded is not None and self.settings.augment.is_off:
             yield from _take(self.decoded, batches)
         else:
             yield from self._load(batches)
 
     def _load(self, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
-        """Micro-batches that actors read, decode and augment."""
-        import ray.data  # here and below: tasks that inspect and decode need none of it, and it imports pandas
+        """Yield micro-batches that actors read, decode and augment."""
+        import ray.data  # here and below, not above: it imports pandas, and inspecting and decoding tasks need neither
 
         for wave in _batched(batches, _WAVE):
             rows = [{"batch": json.dumps(self._describe(batch))} for batch in wave]
@@ -155,7 +164,7 @@ class Feed:
                 yield batch, np.array(row["images"]), np.array(row["masks"])
 
     def _describe(self, batch: MicroBatch) -> dict[str, Any]:
-        """What a task needs to know."""
+        """Return the description of a micro-batch from which an actor loads it."""
         files = [(self.records[example].image_uri, self.records[example].mask_uri) for example in batch.examples]
         return {"examples": batch.examples, "files": files, "seeds": batch.seeds if batch.split == "train" else None}
 
@@ -178,23 +187,23 @@ def _take(decoded: Decoded, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
 
 
 class _Loader:
-    """A CPU actor that reads, decodes, resizes and augments, or takes what was kept decoded."""
+    """A CPU actor that reads, decodes and resizes examples, or fetches decoded ones, and augments them."""
 
     def __init__(self, settings: DataSettings, square: Square, decoded: Decoded | None) -> None:
         self.settings, self.square, self.decoded = settings, square, decoded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The images and masks of one micro-batch, augmented where they have seeds."""
-        wanted = json.loads(batch["batch"][0])
+        """Return the images and target masks of one micro-batch, augmented if it has seeds."""
+        description = json.loads(batch["batch"][0])
         if self.decoded is None:
-            pairs = [_decode(image, mask, self.settings, self.square) for image, mask in wanted["files"]]
+            pairs = [_decode(image, mask, self.settings, self.square) for image, mask in description["files"]]
         else:
-            pairs = self.decoded.fetch(wanted["examples"])
+            pairs = self.decoded.fetch(description["examples"])
         augment = self.settings.augment
-        if wanted["seeds"] is not None and not augment.is_off:
+        if description["seeds"] is not None and not augment.is_off:
             pairs = [
                 augment_example(image, mask, augment, seed)
-                for (image, mask), seed in zip(pairs, wanted["seeds"], strict=True)
+                for (image, mask), seed in zip(pairs, description["seeds"], strict=True)
             ]
         images, masks = zip(*pairs, strict=True)
         return {"images": np.stack(images)[None], "masks": np.stack(masks)[None]}
@@ -207,7 +216,10 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def prepare_streams(num_workers: int) -> None:
-    """Ray Data in this worker: in order, quiet, and with its share of the object store of so many workers."""
+    """Set up Ray Data in this worker: rows in order, no progress output, and an equal share of the object store.
+
+    All num_workers workers together may use 30 % of it, and the decoded examples another 30 %.
+    """
     import ray.data
 
     context = ray.data.DataContext.get_current()
