@@ -96,9 +96,8 @@ def keep_decoded(
             num_bytes / 1e9,
         )
         return None
-    decode = ray.remote(num_cpus=2 * _TASK_CPUS, max_retries=-1)(
-        _decode_chunk
-    )  # nodes that hold chunks may be lost at any time
+    # retries without limit: a lost node takes its chunks with it
+    decode = ray.remote(num_cpus=2 * _TASK_CPUS, max_retries=-1)(_decode_chunk)
     return Decoded([decode.remote(chunk, settings, square) for chunk in _batched(records, _CHUNK)])
 
 
