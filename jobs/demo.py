@@ -25,7 +25,7 @@ from jobs.train import train
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.errors import VlsmError
 from vlsm.export.overlays import draw_overlay, draw_sheet
-from vlsm.images.decode import decode_image, decode_mask
+from vlsm.images.decode import decode_image, decode_mask_file
 from vlsm.runs.results import read_masks
 from vlsm.segmentation.metrics import dice_score
 from vlsm.training.settings import OptimSettings, TrainRunSettings, TrainSettings
@@ -137,7 +137,7 @@ def score(archive: Path, output: str, sheet: Path) -> dict[str, float]:
     scored = []
     for row in read_masks(output, [("status", "==", "ok")], columns=["image_id", "image_uri", "prompt"]):
         path = targets[row["image_id"], row["prompt"]]
-        target_mask = decode_mask(path.read_bytes(), str(path), threshold=127)
+        target_mask = decode_mask_file(path.read_bytes(), str(path), threshold=127)
         scored.append((dice_score(row["mask"], target_mask), row, target_mask))
     if len(scored) != len(records):
         raise VlsmError(f"the run has {len(scored)} masks; the archive has {len(records)} records")

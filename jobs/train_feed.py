@@ -17,7 +17,7 @@ import ray
 
 from jobs.command import logger
 from vlsm.errors import VlsmError
-from vlsm.images.decode import decode_image, decode_mask
+from vlsm.images.decode import decode_image, decode_mask_file
 from vlsm.images.fetch import read_image_bytes
 from vlsm.images.preprocess import Square
 from vlsm.training.augment import augment_example
@@ -113,7 +113,7 @@ def _decode(image_uri: str, mask_uri: str, settings: DataSettings, square: Squar
     mask = read_image_bytes(mask_uri, None, settings.max_image_bytes)
     return (
         square.resize_image(decode_image(image, image_uri, settings.max_pixels)),
-        square.resize_mask(decode_mask(mask, mask_uri, settings.mask_threshold, settings.max_pixels)),
+        square.resize_mask(decode_mask_file(mask, mask_uri, settings.mask_threshold, settings.max_pixels)),
     )
 
 

@@ -18,7 +18,7 @@ from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration, build_checkpoint, read_checkpoint
 from vlsm.config import dump_yaml
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
-from vlsm.images.decode import decode_image, decode_mask
+from vlsm.images.decode import decode_image, decode_mask_file
 from vlsm.images.fetch import read_image_bytes
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.segmenter import Segmenter
@@ -145,7 +145,7 @@ def _predict(segmenter: Segmenter, records: list[Record], data: DataSettings, is
             limits = data.max_image_bytes, data.max_pixels
             image = decode_image(read_image_bytes(record.image_uri, None, limits[0]), record.image_uri, limits[1])
             content = read_image_bytes(record.mask_uri, None, limits[0])
-            mask = decode_mask(content, record.mask_uri, data.mask_threshold, limits[1])
+            mask = decode_mask_file(content, record.mask_uri, data.mask_threshold, limits[1])
             prompt = segmenter.settings.prompt if is_own else choose_prompt(record, data, None)
             if image.shape[:2] != mask.shape:
                 raise ManifestError(f"{record.mask_uri} has another size than its image")

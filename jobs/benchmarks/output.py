@@ -15,7 +15,7 @@ from PIL import Image
 
 from jobs.benchmarks.figures import alternate, write_json
 from jobs.phantoms import KINDS, write_labelled
-from vlsm.images.decode import EXTENSIONS, decode_mask
+from vlsm.images.decode import EXTENSIONS, decode_mask_file
 from vlsm.images.preprocess import Square
 from vlsm.runs.results import read_masks, write_part
 from vlsm.segmentation.masks import describe_mask, encode_mask
@@ -175,7 +175,7 @@ def _read(folder: Path, count: int) -> list[np.ndarray]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     count = min(count, len(paths))
     chosen = [paths[len(paths) * number // count] for number in range(count)]
-    return [decode_mask(path.read_bytes(), path.name, 127) for path in chosen]
+    return [decode_mask_file(path.read_bytes(), path.name, 127) for path in chosen]
 
 
 def _draw(folder: Path, count: int) -> Path:

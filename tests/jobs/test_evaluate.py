@@ -18,8 +18,8 @@ import vlsm
 from jobs import evaluate, segment
 from tests.conftest import LONG_S
 from vlsm import storage
-from vlsm.images.decode import decode_image, decode_mask
-from vlsm.segmentation.masks import decode_mask as decode_rle
+from vlsm.images.decode import decode_image, decode_mask_file
+from vlsm.segmentation.masks import decode_mask
 from vlsm.segmentation.metrics import dice_score
 from vlsm.training.datasets import read_dataset
 
@@ -98,13 +98,13 @@ def test_scores_are_those_of_the_library(rows, labelled, bright_checkpoint):
         if row["status"] == "failed":
             continue
         image = decode_image(Path(record.image_uri).read_bytes(), "")
-        target = decode_mask(Path(record.mask_uri).read_bytes(), "", 127)
+        target = decode_mask_file(Path(record.mask_uri).read_bytes(), "", 127)
         (mask,) = segmenter.segment([image], row["prompt"])
         assert (row["height"], row["width"]) == image.shape[:2]
         assert row["dice"] == pytest.approx(dice_score(mask, target), abs=0.01)  # float16 on the way
         size = row["height"], row["width"]
-        assert row["dice"] == dice_score(decode_rle(row["mask_rle"], size), decode_rle(row["target_rle"], size))
-        np.testing.assert_array_equal(decode_rle(row["target_rle"], size), target)
+        assert row["dice"] == dice_score(decode_mask(row["mask_rle"], size), decode_mask(row["target_rle"], size))
+        np.testing.assert_array_equal(decode_mask(row["target_rle"], size), target)
         assert row["target_fraction"] == target.mean()
         num_compared += 1
     assert num_compared == 10

@@ -135,7 +135,7 @@ def test_a_run_leaves_what_the_readme_says(undisturbed, labelled):
 
 def test_a_checkpoint_is_what_was_judged(undisturbed, labelled):
     """The val Dice of the best epoch, scored anew with the checkpoint that segment takes."""
-    from vlsm.images.decode import decode_image, decode_mask
+    from vlsm.images.decode import decode_image, decode_mask_file
     from vlsm.segmentation.metrics import dice_score
     from vlsm.training.datasets import read_dataset
     from vlsm.training.sampling import choose_prompt
@@ -146,7 +146,7 @@ def test_a_checkpoint_is_what_was_judged(undisturbed, labelled):
     scores = []
     for record in (record for record in read_dataset("drawn", str(labelled)) if record.split == "val"):
         image = square.resize_image(decode_image(Path(record.image_uri).read_bytes(), ""))
-        target = square.resize_mask(decode_mask(Path(record.mask_uri).read_bytes(), "", 127))
+        target = square.resize_mask(decode_mask_file(Path(record.mask_uri).read_bytes(), "", 127))
         (mask,) = segmenter.segment([image], choose_prompt(record, DataSettings(), None))
         scores.append(dice_score(mask, target))
     summary = json.loads((undisturbed / "summary.json").read_text())

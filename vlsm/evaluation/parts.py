@@ -13,7 +13,7 @@ from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
 from vlsm.evaluation.settings import OWN, EvaluateSettings
 from vlsm.evaluation.systems import System, Target
-from vlsm.images.decode import decode_mask as decode_label
+from vlsm.images.decode import decode_mask_file
 from vlsm.images.fetch import read_image_bytes
 from vlsm.runs.plan import Plan
 from vlsm.runs.record import read_record
@@ -189,7 +189,7 @@ def _read_label(record: Record, settings: EvaluateSettings) -> np.ndarray | str:
         data = read_image_bytes(
             record.mask_uri, None, settings.max_image_bytes, run.image_timeout_s, run.outage_patience_s
         )
-        return decode_label(data, record.mask_uri, settings.mask_threshold, settings.max_pixels)
+        return decode_mask_file(data, record.mask_uri, settings.mask_threshold, settings.max_pixels)
     except ImageError as error:
         return str(error)
 

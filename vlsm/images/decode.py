@@ -115,7 +115,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_mask(data: bytes, name: str, threshold: int, max_pixels: int = 100_000_000) -> np.ndarray:
+def decode_mask_file(data: bytes, name: str, threshold: int, max_pixels: int = 100_000_000) -> np.ndarray:
     """A mask file as a mask: 1 where the brightest channel is above the threshold, whatever noise its coding left.
 
     Args:

@@ -155,7 +155,7 @@ def read_rle_masks(row: dict[str, Any]) -> Masks:
 def read_target_file(row: dict[str, Any], threshold: int, max_pixels: int, max_bytes: int) -> Masks:
     """Return the target of a training example, read from its mask file; there is no prediction."""
     data = read_image_bytes(row["mask_uri"], None, max_bytes)
-    return None, decode.decode_mask(data, row["mask_uri"], threshold, max_pixels)
+    return None, decode.decode_mask_file(data, row["mask_uri"], threshold, max_pixels)
 
 
 def _as_picture(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:

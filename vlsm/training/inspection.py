@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from vlsm.errors import ImageError
-from vlsm.images.decode import decode_image, decode_mask
+from vlsm.images.decode import decode_image, decode_mask_file
 from vlsm.images.fetch import read_image_bytes
 from vlsm.training.datasets import Record
 from vlsm.training.settings import DataSettings
@@ -67,7 +67,7 @@ def inspect_record(record: Record, settings: DataSettings) -> Facts:
         image_data = read_image_bytes(record.image_uri, None, settings.max_image_bytes)
         mask_data = read_image_bytes(record.mask_uri, None, settings.max_image_bytes)
         image = decode_image(image_data, record.image_uri, settings.max_pixels)
-        mask = decode_mask(mask_data, record.mask_uri, settings.mask_threshold, settings.max_pixels)
+        mask = decode_mask_file(mask_data, record.mask_uri, settings.mask_threshold, settings.max_pixels)
     except ImageError as error:
         return Facts(error=str(error))
     if image.shape[:2] != mask.shape:
