@@ -1,1 +1,1 @@
-"""Pixels to masks: the models on a device, and what an output row says of a mask."""
+"""From pixels to masks: the models on a device, and the output rows of an image."""

@@ -1,4 +1,4 @@
-"""Logits to masks at the image's own size, and masks to COCO run lengths and statistics."""
+"""Convert logits to masks at the original size of the image, and masks to COCO run lengths and statistics."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from vlsm.images.preprocess import Square
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """What an output row says of one mask; the column names of `vlsm.runs.schema`."""
+    """One mask and its statistics, as in an output row. The fields are columns of `vlsm.runs.schema`."""
 
     mask_rle: str
     area_px: int
@@ -23,15 +23,15 @@ class MaskRecord:
 
 
 def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float, square: Square) -> np.ndarray:
-    """Return the binary mask at the image's own size.
+    """Return the binary mask at the original size of the image.
 
-    Logits are enlarged first, so that edges follow the image and not the model's grid.
+    Logits are enlarged before thresholding, so that edges follow the image and not the model's grid.
 
     Args:
         logits: (S, S) float.
-        size: (height, width) in pixels.
+        size: (height, width) of the image in pixels.
         threshold: probability in (0, 1); at or above it a pixel is foreground.
-        square: of the model's input.
+        square: the input square of the model.
 
     Returns:
         (height, width) uint8, 0 or 1.
@@ -40,30 +40,30 @@ def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float
 
 
 def mirrored_mean(logits: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Logits of the mean probability of an image and of its mirror image.
+    """Return the logits of the mean probability over an image and its mirror image.
 
     Args:
         logits: (..., S, S) float, of the image.
-        mirrored: the same of the image with left and right exchanged.
+        mirrored: logits of the image with left and right exchanged, of the same shape.
 
     Returns:
         (..., S, S) float64.
     """
-    one, other = (np.asarray(each, np.float64) for each in (logits, mirrored[..., ::-1]))
-    mean = (probabilities(one) + probabilities(other)) / 2
+    plain, flipped_back = (np.asarray(values, np.float64) for values in (logits, mirrored[..., ::-1]))
+    mean = (probabilities(plain) + probabilities(flipped_back)) / 2
     return np.log(mean) - np.log1p(-np.minimum(mean, 1 - 1e-12))
 
 
 def describe_mask(mask: np.ndarray, probability: np.ndarray) -> MaskRecord:
-    """A mask as run lengths, with what can be said of it.
+    """Return a mask as run lengths, with its statistics.
 
     Args:
         mask: (H, W) bool, column-major in memory.
-        probability: (H, W) float, or just those inside of the mask.
+        probability: (H, W) float, or one-dimensional with only the values inside the mask.
 
     Returns:
-        Run lengths and statistics; bbox is [x, y, width, height] in pixels, confidence the mean probability inside the
-        mask; both are None where the mask is empty.
+        Run lengths and statistics. bbox is [x, y, width, height] in pixels. confidence is the mean probability inside
+        the mask. Both are None if the mask is empty.
     """
     encoded = coco.encode(mask.view(np.uint8))
     area_px = int(coco.area(encoded))
@@ -78,20 +78,20 @@ def describe_mask(mask: np.ndarray, probability: np.ndarray) -> MaskRecord:
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Of logits, in their own precision and memory layout."""
+    """Return the probabilities of logits, in the same precision and memory layout."""
     return np.asarray(1 / (1 + np.exp(-np.clip(logits, -80, None))))
 
 
 def logit(probability: float) -> float:
-    """The logit of a probability in (0, 1)."""
+    """Return the logit of a probability in (0, 1)."""
     return float(np.log(probability / (1 - probability)))
 
 
 def encode_mask(mask: np.ndarray) -> str:
-    """COCO compressed run lengths of a mask, (H, W) of 0 and 1."""
+    """Return the COCO compressed run lengths of a mask, (H, W) of 0 and 1."""
     return str(coco.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode("ascii"))
 
 
 def decode_mask(mask_rle: str, size: tuple[int, int]) -> np.ndarray:
-    """The mask of COCO compressed run lengths: (H, W) uint8, 0 or 1; size is (height, width)."""
+    """Return the mask of COCO compressed run lengths: (H, W) uint8, 0 or 1. size is (height, width)."""
     return np.asarray(coco.decode({"size": list(size), "counts": mask_rle.encode("ascii")}))

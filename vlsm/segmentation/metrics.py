@@ -1,4 +1,4 @@
-"""Agreement of masks, from counts of pixels."""
+"""Agreement of two masks, from counts of pixels."""
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -7,18 +7,18 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-BAD_DICE = 0.7  # below it a mask is one that somebody should look at
+BAD_DICE = 0.7  # a mask with a lower Dice is bad: a person should review it
 
 ArrayT = TypeVar("ArrayT", np.ndarray, "Tensor")
 
 
 def dice_scores(masks: ArrayT, target_masks: ArrayT) -> ArrayT:
-    """Twice the overlap over the sum of both areas, 0 to 1, of each pair of masks.
+    """Return the Dice of each pair of masks, 0 to 1: twice the overlap, divided by the sum of both areas.
 
-    Two empty masks agree fully (1.0); an empty one and one that is not disagree fully (0.0).
+    The Dice of two empty masks is 1.0. The Dice of an empty mask and a mask with foreground is 0.0.
 
     Args:
-        masks: (B, ...) of 0 and 1, of numpy or torch, integers or booleans.
+        masks: (B, ...) of 0 and 1, integer or bool, numpy or torch.
         target_masks: the same shape.
 
     Returns:
@@ -28,7 +28,7 @@ def dice_scores(masks: ArrayT, target_masks: ArrayT) -> ArrayT:
         ValueError: the shapes differ.
     """
     if masks.shape != target_masks.shape:
-        raise ValueError(f"mask is {masks.shape}, target_mask {target_masks.shape}; they must be of one size")
+        raise ValueError(f"mask is {masks.shape}, target_mask is {target_masks.shape}; they must be of one size")
     axes = tuple(range(1, masks.ndim))
     overlap, total = (masks & target_masks).sum(axes), masks.sum(axes) + target_masks.sum(axes)
     empty = total == 0
@@ -36,5 +36,5 @@ def dice_scores(masks: ArrayT, target_masks: ArrayT) -> ArrayT:
 
 
 def dice_score(mask: np.ndarray, target_mask: np.ndarray) -> float:
-    """`dice_scores` of one pair, (H, W) each."""
+    """Return the Dice of one pair of masks, (H, W) each, as `dice_scores` defines it."""
     return float(dice_scores(mask[None].astype(bool), target_mask[None].astype(bool))[0])
