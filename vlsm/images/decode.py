@@ -1,4 +1,4 @@
-"""The bytes of common image files to RGB arrays, and mask files to masks."""
+"""Decode common image files to RGB arrays, and mask files to masks."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from vlsm.errors import ImageError
 
 try:
     import simplejpeg
-except ImportError:  # a machine with torch and the networks' libraries alone: Pillow gives the same pixels
+except ImportError:  # machines with only torch and the model libraries lack it: Pillow returns the same pixels
     simplejpeg = None
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.ndarray:
-    """An image as a person sees it: RGB, upright, 8 bits a channel.
+    """Return an image as a person sees it: RGB, upright, 8 bits per channel.
 
-    EXIF orientation is applied and alpha dropped; palette, grey and CMYK are converted. 16-bit grey is scaled by its
-    full range (65,535 is white); 32-bit integer and float images, whose range no header tells, from their minimum to
-    their maximum. Of an animation the first frame counts.
+    EXIF orientation is applied and alpha is dropped. Palette, grey and CMYK images are converted. 16-bit grey is scaled
+    by its full range (65,535 is white). 32-bit integer and float images are scaled from their minimum to their maximum,
+    because no header states their range. Of an animation only the first frame is used.
 
     Args:
-        data: the file's content: JPEG, PNG, TIFF, BMP or WebP.
-        name: what error messages call it.
-        max_pixels: images of more pixels are refused before they are decoded.
+        data: the content of a JPEG, PNG, TIFF, BMP or WebP file.
+        name: the name of the file in error messages.
+        max_pixels: images with more pixels are refused before they are decoded.
 
     Returns:
         (H, W, 3) uint8.
@@ -56,11 +56,24 @@ def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.nd
 
 
 def decode_opened(image: Image.Image, name: str, max_pixels: int, data: bytes = b"") -> np.ndarray:
-    """The page of an opened file that is selected, as `decode_image` gives an image; data is that of a whole JPEG."""
+    """Return the selected page of an opened file, as `decode_image` does.
+
+    Args:
+        image: the file, opened by Pillow, at the page to decode.
+        name: the name of the file in error messages.
+        max_pixels: images with more pixels are refused before they are decoded.
+        data: the content of a JPEG file, for its faster decoder.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ImageError: "too_large".
+    """
     width, height = image.size
     if height * width > max_pixels:
         raise ImageError(
-            "too_large", f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}"
+            "too_large", f"{name} has {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}"
         )
     pixels = _decode_jpeg(data, (height, width)) if image.format == "JPEG" and image.mode in ("L", "RGB") else None
     if pixels is None:
@@ -71,7 +84,7 @@ def decode_opened(image: Image.Image, name: str, max_pixels: int, data: bytes = 
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
-    """The pixels that Pillow gives, in half of its time; None where something is odd, of which Pillow is to judge."""
+    """Return the same pixels as Pillow in half of its time, or None if only Pillow can handle the file."""
     if simplejpeg is None:
         return None
     try:
@@ -83,7 +96,7 @@ def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def decoder_errors(name: str) -> Iterator[None]:
-    """Whatever a decoder raises, as an ImageError."""
+    """Translate every error of a decoder to an ImageError."""
     try:
         yield
     except UnidentifiedImageError as error:
@@ -92,15 +105,18 @@ def decoder_errors(name: str) -> Iterator[None]:
         raise ImageError("too_large", f"{name}: {error}") from error
     except ImageError:
         raise
-    except Exception as error:  # decoders meet damage with every error that there is
+    except Exception as error:  # a damaged file can raise any type of error
         raise ImageError("corrupt", f"{name}: {error or type(error).__name__}") from error
 
 
 def _orientation(image: Image.Image) -> int:
-    """As EXIF says. Pillow's own exif_transpose also writes the rest of EXIF anew, and fails where that is damaged."""
+    """Return the EXIF orientation, 1 (upright) by default.
+
+    Pillow's exif_transpose is no alternative: it also rewrites the other EXIF tags, and fails if they are damaged.
+    """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever damage can cause; like any viewer, show such an image as it is stored
+    except Exception:  # damaged EXIF can raise any type of error; viewers also show such an image as it is stored
         return 1
     return orientation if isinstance(orientation, int) else 1
 
@@ -116,19 +132,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_mask_file(data: bytes, name: str, threshold: int, max_pixels: int = 100_000_000) -> np.ndarray:
-    """A mask file as a mask: 1 where the brightest channel is above the threshold, whatever noise its coding left.
+    """Return the mask of a mask file: 1 if the brightest channel of a pixel is above the threshold, else 0.
+
+    The threshold removes noise of a lossy encoding.
 
     Args:
-        data: the file's content, as for `decode_image`.
-        name: what error messages call it.
-        threshold: 0 to 254, of 8 bits.
-        max_pixels: masks of more pixels are refused before they are decoded.
+        data: the content of the file, as for `decode_image`.
+        name: the name of the file in error messages.
+        threshold: 0 to 254, compared with 8-bit levels.
+        max_pixels: masks with more pixels are refused before they are decoded.
 
     Returns:
         (H, W) uint8 of 0 and 1.
 
     Raises:
-        ImageError: as `decode_image` raises it.
+        ImageError: as for `decode_image`.
     """
     return (decode_image(data, name, max_pixels).max(axis=2) > threshold).astype(np.uint8)
 
@@ -136,11 +154,11 @@ def decode_mask_file(data: bytes, name: str, threshold: int, max_pixels: int = 1
 def list_images(
     file: BinaryIO, name: str, size_bytes: int | None, look: "Look"
 ) -> tuple[list[str | None], tuple[int, int]]:
-    """One image and its size; see `vlsm.images.formats.FormatModule`."""
+    """Return one image and its size; see `vlsm.images.formats.FormatModule`."""
     with decoder_errors(name), Image.open(file, formats=_FORMATS) as image:
         return [None], (image.height, image.width)
 
 
 def open_images(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], np.ndarray]:
-    """The one image of the file; see `vlsm.images.formats.FormatModule`."""
+    """Return the decoder of the one image of the file; see `vlsm.images.formats.FormatModule`."""
     return lambda selector: decode_image(data, name, settings.max_pixels)

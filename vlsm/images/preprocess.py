@@ -1,7 +1,7 @@
-"""How an image becomes pixel_values, and how logits return to the image's own size: the one place for both.
+"""Preprocessing: an image becomes pixel_values, and logits return to the original size of the image.
 
-Training, segmentation, calibration and the forecast all resize by `Square` and normalise by `ImageSpec`, so that they
-cannot differ.
+Training, segmentation, calibration and the forecast all resize with `Square` and normalise with `ImageSpec`. So their
+preprocessing cannot differ.
 """
 
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ class Square(NamedTuple):
 
     Attributes:
         size: side S in pixels.
-        resize: "squeeze" stretches the image to the whole square, as published models do; "letterbox" keeps the aspect
-            ratio, centres the image and pads with black.
+        resize: "squeeze" stretches the image to the whole square, as for published models. "letterbox" keeps the aspect
+            ratio, centres the image and pads it with black.
     """
 
     size: int
     resize: Resize = "squeeze"
 
     def resize_image(self, image: np.ndarray) -> np.ndarray:
-        """Return the image in the model's square, bilinear with antialias.
+        """Return the image in the model's square, resized bilinearly with antialiasing.
 
-        Levels differ from Pillow's, with which published models were trained, by at most 1 of 255.
+        Published models were trained with images that Pillow resized. Levels differ from Pillow's by at most 1 of 255.
 
         Args:
             image: (H, W, 3) uint8.
@@ -53,7 +53,7 @@ class Square(NamedTuple):
         return square
 
     def resize_mask(self, mask: np.ndarray) -> np.ndarray:
-        """Return a mask (H, W) in the model's square, (S, S): the nearest pixel, and 0 in the padding."""
+        """Return a mask (H, W) in the model's square, (S, S), by nearest neighbour; the padding is 0."""
         rows, columns = self._content(mask.shape)
         size = columns.stop - columns.start, rows.stop - rows.start  # Pillow's order
         square = np.zeros((self.size, self.size), mask.dtype)
@@ -61,20 +61,22 @@ class Square(NamedTuple):
         return square
 
     def enlarge_logits(self, logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Return logits at the image's own size, bilinear (with antialias where the image is smaller than the square).
+        """Return logits at the original size of the image, resized bilinearly.
+
+        Antialiasing applies if the image is smaller than the square.
 
         Args:
             logits: (S, S) float.
             size: (height, width) of the image in pixels.
 
         Returns:
-            (height, width) float32, column-major in memory as COCO run lengths count, so that encoding needs no copy.
+            (height, width) float32, column-major in memory as COCO run lengths are, so that encoding needs no copy.
         """
         content = logits[self._content(size)]
         return resize_bilinear(content.T.astype(np.float32), (size[1], size[0])).T
 
     def _content(self, size: tuple[int, ...]) -> tuple[slice, slice]:
-        """The rows and columns of the square that hold an image of this (height, width)."""
+        """Return the rows and columns of the square that an image of this (height, width) fills."""
         if self.resize == "squeeze":
             return slice(0, self.size), slice(0, self.size)
         longest = max(size)
@@ -85,11 +87,11 @@ class Square(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The input of a model: a square, and the statistics by which it is normalised.
+    """The input of a model: a square, and the mean and standard deviation for its normalisation.
 
     Attributes:
-        size, resize: of the square.
-        mean, std: per RGB channel, of levels from 0 to 1.
+        size, resize: as in `Square`.
+        mean, std: per RGB channel, for levels from 0 to 1.
     """
 
     size: int
@@ -99,11 +101,11 @@ class ImageSpec:
 
     @property
     def square(self) -> Square:
-        """How an image is resized, and logits are enlarged."""
+        """The input square, which resizes images and enlarges logits."""
         return Square(self.size, self.resize)
 
     def normalize(self, images: "Tensor") -> "Tensor":
-        """Return resized images as pixel_values, on the device they are on.
+        """Return resized images as normalised pixel_values, on the device of the images.
 
         Args:
             images: (B, S, S, 3) uint8.
@@ -111,7 +113,7 @@ class ImageSpec:
         Returns:
             (B, 3, S, S) float32, channels last in memory.
         """
-        import torch  # here: the many processes that only decode stay a quarter of the size
+        import torch  # here: processes that only decode need a quarter of the memory without torch
 
         mean = torch.tensor(self.mean, device=images.device)
         std = torch.tensor(self.std, device=images.device)
@@ -119,16 +121,16 @@ class ImageSpec:
 
 
 def resize_bilinear(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return an array of another size, as Pillow resizes it, in less than half of its time.
+    """Return an array of another size, like Pillow's bilinear resize, in less than half of its time.
 
-    Levels of 255 differ by at most 1 from Pillow's, floats by rounding.
+    8-bit levels differ from Pillow's by at most 1, floats only by rounding.
 
     Args:
         pixels: (H, W, 3) uint8, or (H, W) float32.
         size: (height, width) of the result.
 
     Returns:
-        (height, width, 3) uint8 or (height, width) float32, not to be written to.
+        (height, width, 3) uint8 or (height, width) float32. The array is read-only.
     """
     (old_height, old_width), (height, width) = pixels.shape[:2], size
     if resizer is None:

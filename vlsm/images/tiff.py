@@ -1,4 +1,4 @@
-"""The pages of TIFF files, but for masks and smaller copies of another page."""
+"""The pages of TIFF files, except masks and reduced copies of other pages."""
 
 import io
 from typing import Any, BinaryIO
@@ -17,9 +17,9 @@ _SUBFILE_TYPE = 254
 def list_images(
     file: BinaryIO, name: str, size_bytes: int | None, look: Look
 ) -> tuple[list[str | None], tuple[int, int]]:
-    """The pages, and the size of the first; see `vlsm.images.formats.FormatModule`.
+    """Return the pages, and the size of the first page; see `vlsm.images.formats.FormatModule`.
 
-    A file of another format that is named as a TIFF has one image.
+    A file of another format with the name of a TIFF has one image.
     """
     with decoder_errors(name), Image.open(file) as image:
         pages = _list_pages(image) if image.format == "TIFF" else [0]
@@ -37,7 +37,7 @@ def _list_pages(image: Any) -> list[int]:
 
 
 def open_images(data: bytes, name: str, settings: SegmentSettings) -> Decode:
-    """The pages by their selectors; see `vlsm.images.formats.FormatModule`."""
+    """Return the decoder of the pages, by their selectors; see `vlsm.images.formats.FormatModule`."""
     opened: list[Image.Image] = []
 
     def decode(selector: str | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The geometry of sliding windows: how a large image is cut into overlapping parts, each one the model's square."""
+"""The geometry of sliding windows: a large image is cut into overlapping parts, each an input of the model."""
 
 import itertools
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from vlsm.errors import ImageError
 
 @dataclass(frozen=True)
 class Window:
-    """A part of an image, in pixels."""
+    """A rectangle of an image, in pixels."""
 
     top: int
     left: int
@@ -19,16 +19,18 @@ class Window:
     width: int
 
     def cut(self, image: np.ndarray) -> np.ndarray:
-        """This part of an array (H, W, ...)."""
+        """Return a view of this part of an array (H, W, ...)."""
         return image[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
 def plan_windows(size: tuple[int, int], tile: TileSettings) -> list[Window]:
-    """Windows that cover an image, row by row; just one where it is no larger, or where it is not to be cut.
+    """Return windows that cover an image, row by row.
+
+    An image that fits in one window, or is not tiled, has one window.
 
     Args:
         size: (height, width) of the image in pixels.
-        tile: the side of a window, and the share of it that neighbours have in common at least.
+        tile: the side of a window, and the smallest fraction of it that neighbours share.
     """
     if tile.size is None:
         return [Window(0, 0, *size)]
@@ -38,15 +40,19 @@ def plan_windows(size: tuple[int, int], tile: TileSettings) -> list[Window]:
 
 
 def check_windows(size: tuple[int, int], tile: TileSettings, name: str) -> None:
-    """Nothing, or an ImageError ("too_large") for an image that would be cut into more windows than it may."""
+    """Raise an ImageError ("too_large") for an image with more windows than `tile.max_windows`."""
     if (count := count_windows(size, tile.size, tile.overlap)) > tile.max_windows:
-        raise ImageError(
-            "too_large", f"{name} would be cut into {count:,} windows; tile.max_windows is {tile.max_windows:,}"
-        )
+        raise ImageError("too_large", f"{name} needs {count:,} windows; tile.max_windows is {tile.max_windows:,}")
 
 
 def count_windows(size: tuple[int, int], side: int | None, overlap: float) -> int:
-    """How many windows `plan_windows` gives; arguments as for it."""
+    """Return the number of windows that `plan_windows` returns.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        side: of a window in pixels; None if images are not tiled.
+        overlap: the smallest fraction of a side that neighbours share.
+    """
     return 1 if side is None else _count(size[0], side, overlap) * _count(size[1], side, overlap)
 
 
@@ -56,6 +62,6 @@ def _count(length: int, side: int, overlap: float) -> int:
 
 
 def _starts(length: int, side: int, overlap: float) -> list[int]:
-    """As few as cover the length, evenly spread."""
+    """Return evenly spaced starts of the fewest windows that cover the length."""
     starts = np.linspace(0, max(0, length - side), _count(length, side, overlap))
     return [round(start) for start in starts]

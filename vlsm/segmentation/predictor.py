@@ -1,4 +1,4 @@
-"""The members of an ensemble on one device: the windows of a shard to logits."""
+"""The members of an ensemble on one device: they turn the windows of a shard into logits."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +15,18 @@ from vlsm.segmentation.masks import mirrored_mean
 from vlsm.segmentation.segmenter import Segmenter
 from vlsm.segmentation.shard import Entry, Guard, Logits, ShardBatch
 
-_LARGEST = 60_000.0  # float16 ends at 65,504
+_MAX_LOGIT = 60_000.0  # the largest float16 is 65,504
 
-Texts = Sequence[Sequence[Sequence[str]]]  # of each image, of each of its prompts: what the models see
-Report = Callable[[int, int, float], None]  # images of the shard that are done, windows of the batch, its seconds
+Texts = Sequence[Sequence[Sequence[str]]]  # for each image, for each of its prompts: the texts for the models
+Report = Callable[[int, int, float], None]  # finished images of the shard, windows of the batch, seconds of the batch
 
 
 class Predictor:
-    """Some members of a run's ensemble, built and ready.
+    """Some members of a run's ensemble, built and on the device.
 
     Args:
-        settings: of the run, resolved.
-        files: of each member that is built here, by its number in the run: the files of its checkpoint.
+        settings: the resolved settings of the run.
+        files: the checkpoint files of each member to build, by the member's number in the run.
 
     Raises:
         CheckpointError: a checkpoint cannot be used.
@@ -45,11 +45,11 @@ class Predictor:
 
     @property
     def squares(self) -> dict[int, Square]:
-        """The input of each member."""
+        """The input square of each member, by its number in the run."""
         return {number: segmenter.model.image_spec.square for number, (_, segmenter) in self._members.items()}
 
     def warm_up(self) -> None:
-        """Let a GPU choose its kernels, before a shard waits for it."""
+        """Predict black images on a GPU, so that it chooses its kernels before the first shard."""
         settings = self._settings
         texts = [text for prompt in settings.prompts or () for text in settings.classes.get(prompt, (prompt,))]
         for number, (_, segmenter) in self._members.items():
@@ -61,12 +61,12 @@ class Predictor:
     def predict(
         self, batch: ShardBatch, texts: Texts, guard: Guard, report: Report = lambda done, windows, seconds: None
     ) -> ShardBatch:
-        """Return the batch with the logits of these members; an image that the guard blames gets an error.
+        """Return the batch with the logits of these members. An image that the guard blames gets an error.
 
         Args:
-            batch: with the pixels that the members take.
+            batch: it holds pixels for the square of each member.
             texts: one item for each entry.
-            guard: watches each image.
+            guard: watches the work on each image.
             report: called after each batch of windows.
         """
         for entry in batch.entries:
@@ -82,7 +82,8 @@ class Predictor:
             chosen = work[begin : begin + step]
             rows = [item.row for item in chosen]
             started_s = time.monotonic()
-            for number, square in self.squares.items():  # all see a batch before the next: they may share its features
+            # every member sees a batch before the next one: members may share its features
+            for number, square in self.squares.items():
                 with guard.image(chosen[0].entries[0].position):
                     predicted = self._predict(number, batch.pixels[square][rows], [item.texts for item in chosen])
                 for item, window_logits in zip(chosen, predicted, strict=True):
@@ -93,7 +94,10 @@ class Predictor:
         return replace(batch, logits=batch.logits | logits)
 
     def _predict(self, number: int, pixels: np.ndarray, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Of each window the logits (T, S, S) of one member, which may see other texts and the mirrored image too."""
+        """Return the logits (T, S, S) of one member for each window.
+
+        The member's settings may replace texts, and may average over the image and its mirror image.
+        """
         member, segmenter = self._members[number]
         member_texts = [[member.prompts.get(text, text) for text in window_texts] for window_texts in texts]
         logits = segmenter.predict_logits(pixels, member_texts)
@@ -103,22 +107,23 @@ class Predictor:
 
 
 class _Window(NamedTuple):
-    """A window that goes through the models with some texts: images of equal bytes and equal texts share it."""
+    """A window and its texts, an input of the models. Images with equal bytes and equal texts share it."""
 
-    row: int  # of the pixels
-    window: int  # of the image
+    row: int  # in the pixels of the shard
+    window: int  # number in the image, from 0
     texts: tuple[str, ...]
     entries: list[Entry]
 
     def store(self, values: np.ndarray, logits: np.ndarray) -> None:
-        """Put its logits (T, S, S) where each entry has them."""
-        clipped = np.clip(logits, -_LARGEST, _LARGEST)
+        """Write logits (T, S, S) of this window to the rows of each of its entries."""
+        clipped = np.clip(logits, -_MAX_LOGIT, _MAX_LOGIT)
         for entry in self.entries:
             stop = entry.first_logit + entry.num_logits
             values[entry.first_logit + self.window : stop : entry.num_windows] = clipped
 
 
 def _distinct_windows(batch: ShardBatch, texts: Texts) -> list[_Window]:
+    """Return the windows to predict, without images that have an error. Equal images with equal texts come once."""
     groups: dict[tuple[int, tuple[str, ...]], list[Entry]] = {}
     for entry, prompts in zip(batch.entries, texts, strict=True):
         if entry.error is None:

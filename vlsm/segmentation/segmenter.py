@@ -1,4 +1,4 @@
-"""Segment images with a checkpoint: arrays in, arrays out, no cluster needed."""
+"""Segment images with a checkpoint: arrays in, arrays out, without a cluster."""
 
 from collections.abc import Sequence
 
@@ -13,23 +13,25 @@ from vlsm.segmentation.masks import mask_from_logits
 
 
 class Segmenter:
-    """A checkpoint on a device. Each distinct prompt is encoded once, each image goes through the image tower once.
+    """A checkpoint on a device. Each distinct prompt and each image is encoded once.
 
-    The checkpoint's model is taken over: its batch norms are folded for speed. Load it anew to train or save it.
+    The Segmenter changes the model of the checkpoint: it folds the batch norms for speed. To train or save that model,
+    load the checkpoint again.
 
     Args:
         checkpoint: from `vlsm.load_checkpoint`.
-        device: "cpu", "cuda", "cuda:1"; the GPU if there is one unless told.
-        batch_size: images, and then (image, prompt) pairs, that go through the model at once. It changes speed only.
+        device: such as "cpu", "cuda" or "cuda:1". Default: the GPU if there is one, else the CPU.
+        batch_size: images per batch of the encoder, and (image, prompt) pairs per batch of the decoder. It affects only
+            speed.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str | None = None, batch_size: int = 8) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(checkpoint, Checkpoint):
-            raise TypeError(f"a Segmenter takes what load_checkpoint gives, not a {type(checkpoint).__name__}")
+            raise TypeError(f"checkpoint is a {type(checkpoint).__name__}; pass the result of vlsm.load_checkpoint")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
-        # torch's shortcut for nn.MultiheadAttention makes attention maps; without it the attention is fused
+        # torch's fast path for nn.MultiheadAttention computes attention maps; without it, torch uses fused attention
         torch.backends.mha.set_fastpath_enabled(False)
         fold_batch_norms(checkpoint.model)
         self.model = checkpoint.model.to(self.device).to(memory_format=torch.channels_last)
@@ -44,23 +46,23 @@ class Segmenter:
         prompts: str | Sequence[str] | None = None,
         threshold: float | None = None,
     ) -> list[np.ndarray]:
-        """One mask per image and prompt, at the image's own size.
+        """Return one mask per image and prompt, at the original size of the image.
 
         Args:
-            images: arrays (H, W, 3) uint8, each of its own size.
-            prompts: one text or several, for every image; the checkpoint's own unless told.
-            threshold: a probability; the checkpoint's own unless told.
+            images: arrays (H, W, 3) uint8; their sizes may differ.
+            prompts: one text or several, for every image. Default: the stored prompt of the checkpoint.
+            threshold: a probability in (0, 1). Default: the stored threshold of the checkpoint.
 
         Returns:
             One array per image: (H, W) uint8 of 0 and 1 for one text, (T, H, W) for a sequence of T texts.
 
         Raises:
-            ValueError: an image is not (H, W, 3) uint8, there is no prompt, or the threshold is no probability.
+            ValueError: an image is not (H, W, 3) uint8, there is no prompt, or the threshold is not in (0, 1).
         """
         texts = [prompts] if isinstance(prompts, str) else [self.settings.prompt] if prompts is None else list(prompts)
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise ValueError(f"an image is {image.dtype} of shape {image.shape}; images are uint8 (H, W, 3)")
+                raise ValueError(f"an image is {image.dtype} of shape {image.shape}; it must be uint8 (H, W, 3)")
         if len(images) == 0:
             return []
         threshold = self.settings.threshold if threshold is None else threshold
@@ -70,28 +72,28 @@ class Segmenter:
         resized = np.stack([square.resize_image(image) for image in images])
         all_logits = self.predict_logits(resized, [texts] * len(images))
         masks = [
-            np.stack([mask_from_logits(one, image.shape[:2], threshold, square) for one in logits])
-            for image, logits in zip(images, all_logits, strict=True)
+            np.stack([mask_from_logits(logits, image.shape[:2], threshold, square) for logits in image_logits])
+            for image, image_logits in zip(images, all_logits, strict=True)
         ]
         return masks if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [mask[0] for mask in masks]
 
     @torch.inference_mode()
     def predict_logits(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        """Logits at the model's own size, divided by the checkpoint's temperature where it is calibrated.
+        """Return logits at the model's size S. If the checkpoint is calibrated, they are divided by its temperature.
 
         Args:
             images: (N, S, S, 3) uint8, resized by the `square` of the model's `image_spec`.
-            prompts: the texts of each image, one at least.
+            prompts: the texts of each image, at least one.
 
         Returns:
-            One array per image: (T, S, S) float32, T the number of its texts.
+            One array per image: (T, S, S) float32 for its T texts.
 
         Raises:
             ValueError: images and prompts disagree on N, or an image has no prompt.
         """
         if len(images) != len(prompts) or not all(prompts):
             raise ValueError(
-                f"{len(images)} images and {len(prompts)} lists of prompts; each image needs one prompt or more"
+                f"{len(images)} images come with {len(prompts)} lists of prompts; each image needs one prompt or more"
             )
         logits: list[np.ndarray] = []
         for start in range(0, len(images), self.batch_size):
@@ -100,24 +102,25 @@ class Segmenter:
         return logits
 
     def _predict_batch(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        owners = [index for index, texts in enumerate(prompts) for _ in texts]
-        texts = [text for own in prompts for text in own]
+        image_indices = [index for index, image_prompts in enumerate(prompts) for _ in image_prompts]
+        texts = [text for image_prompts in prompts for text in image_prompts]
         distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         text_features = self._prompts.encode(list(distinct))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             pixel_values = self.model.image_spec.normalize(torch.from_numpy(np.array(images)).to(self.device))
             features = self.model.encode_images(pixel_values)
             pieces = []
-            for start in range(0, len(owners), self.batch_size):
+            for start in range(0, len(texts), self.batch_size):
                 batch = slice(start, start + self.batch_size)
-                wanted = _take(text_features, [distinct[text] for text in texts[batch]])
-                pieces.append(self.model.decode(_take(features, owners[batch]), wanted)[:, 0].float().cpu())
+                batch_texts = _take(text_features, [distinct[text] for text in texts[batch]])
+                batch_images = _take(features, image_indices[batch])
+                pieces.append(self.model.decode(batch_images, batch_texts)[:, 0].float().cpu())
         logits = (torch.cat(pieces) / self._temperature).numpy()  # (sum of T, S, S)
-        return np.split(logits, np.cumsum([len(own) for own in prompts])[:-1])
+        return np.split(logits, np.cumsum([len(image_prompts) for image_prompts in prompts])[:-1])
 
 
 def _take(features: tuple[Tensor, ...], rows: list[int]) -> tuple[Tensor, ...]:
-    """Rows of every tensor, without a copy where one image has all the prompts, or each image one."""
+    """Return these rows of every tensor, without a copy if all rows are equal or consecutive."""
     if len(set(rows)) == 1:
         return tuple(part[rows[0]].expand(len(rows), *part.shape[1:]) for part in features)
     if rows == [*range(rows[0], rows[0] + len(rows))]:

@@ -1,7 +1,7 @@
-"""The images of a shard on their way through the stages of a segment run: read, predicted, written.
+"""The images of a shard as they pass through the stages of a segment run: read, predict, write.
 
-Every stage of the job passes a `ShardBatch` on, and so does the forecast. Between processes it travels as an Arrow
-table of one row (`SHARD_SCHEMA`). `pack` and `unpack` share the memory of the arrays.
+The stages of the job pass on a `ShardBatch`. The forecast uses it too. Processes exchange it as an Arrow table of one
+row (`SHARD_SCHEMA`). `pack` and `unpack` share the memory of the arrays.
 """
 
 import contextlib
@@ -45,25 +45,26 @@ SHARD_SCHEMA = pa.schema(
         pa.field("exists", pa.bool_(), nullable=False),
         pa.field("entries", pa.list_(_ENTRY), nullable=False),
         pa.field("squares", pa.list_(_SQUARE), nullable=False),
-        pa.field("pixels", pa.large_binary(), nullable=False),  # the squares' arrays, one after the other
+        pa.field("pixels", pa.large_binary(), nullable=False),  # the arrays of the squares, joined
         pa.field("members", pa.list_(_MEMBER), nullable=False),
-        pa.field("logits", pa.large_binary(), nullable=False),  # the members' arrays, one after the other
+        pa.field("logits", pa.large_binary(), nullable=False),  # the arrays of the members, joined
     ]
 )
 
 
 @dataclass
 class Entry:
-    """One image of a shard that is to be segmented.
+    """One image to segment in a shard.
 
     Attributes:
         position: its row in the shard's plan, from 0.
-        num_texts: texts that each model sees with it, over all its prompts.
+        num_texts: number of texts for each model, over all prompts of the image.
         height, width: of the original in pixels; 0 if the image cannot be read.
         first_window, num_windows: its rows in `pixels`. Images of equal bytes have the same rows; 0 windows if the
             image cannot be segmented.
-        first_logit: its first row in `logits`, of num_texts x num_windows: text by text, and window by window in each.
-        content_sha256: of the file's bytes, if they could be read.
+        first_logit: its first row in `logits`. It has num_texts x num_windows rows: all windows of the first text, then
+            all windows of the second text, and so on.
+        content_sha256: `Content.digest` of the image, if its file could be read.
         error: why the image cannot be segmented: "REASON: message".
     """
 
@@ -79,7 +80,7 @@ class Entry:
 
     @property
     def num_logits(self) -> int:
-        """Rows of `logits`."""
+        """Number of its rows in `logits`."""
         return self.num_texts * self.num_windows
 
 
@@ -88,9 +89,9 @@ class Logits:
     """What one member of the ensemble predicts for a shard.
 
     Attributes:
-        name: of the member's model, as output rows state it.
-        values: (L, S, S) float16; L rows as `Entry.first_logit` counts them. Half precision halves the bytes to move
-            and is exact to 0.001 where a threshold decides.
+        name: the name of the member's model in output rows.
+        values: (L, S, S) float16; `Entry.first_logit` numbers the L rows. Half precision halves the bytes to move. Near
+            a threshold its error is at most 0.001.
     """
 
     name: str
@@ -99,14 +100,14 @@ class Logits:
 
 @dataclass
 class ShardBatch:
-    """The images of a shard that are to be segmented, and what the stages have made of them so far.
+    """The images to segment in a shard, with the results of the stages so far.
 
     Attributes:
         shard: its number in the plan.
         exists: whether an earlier run has written its part.
-        entries: one per image to be segmented, in any order of positions.
-        pixels: for each square of a member the resized windows of all images, (W, S, S, 3) uint8.
-        logits: by number of the member.
+        entries: one per image to segment, in any order of positions.
+        pixels: the resized windows of all images, (W, S, S, 3) uint8, by square. Members with equal squares share them.
+        logits: by the member's number in the run.
     """
 
     shard: int
@@ -117,15 +118,15 @@ class ShardBatch:
 
     @property
     def num_logits(self) -> int:
-        """L: rows of each member's logits."""
+        """L, the number of rows in the logits of each member."""
         return sum(entry.num_logits for entry in self.entries)
 
     def logits_of(self, entry: Entry, texts: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
-        """Return the logits of one image, for each prompt a list of the members' arrays (K, T, S, S).
+        """Return the logits of one image: for each prompt one array (K, T, S, S) per member.
 
         Args:
-            entry: of the image.
-            texts: for each of its prompts the K texts that the models see.
+            entry: the image.
+            texts: for each of its prompts the K texts for the models.
         """
         prompts, start = [], entry.first_logit
         for prompt_texts in texts:
@@ -137,7 +138,7 @@ class ShardBatch:
         return prompts
 
     def pack(self) -> pa.Table:
-        """Return the batch as a table of one row with SHARD_SCHEMA; large arrays are copied only to join several."""
+        """Return the batch as a table of one row with SHARD_SCHEMA. Arrays are copied only to join several."""
         squares = sorted(self.pixels)
         members = [
             {"number": number, "name": logits.name, "size": logits.values.shape[-1]}
@@ -156,7 +157,7 @@ class ShardBatch:
 
     @classmethod
     def unpack(cls, table: pa.Table) -> Self:
-        """Return the batch of a table that `pack` has made; its arrays are views that must not be written to."""
+        """Return the batch of a table from `pack`. Its arrays are read-only views of the table."""
         row = table.select(["shard", "exists", "entries", "squares", "members"]).to_pylist()[0]
         entries = [Entry(**entry) for entry in row["entries"]]
         squares = [Square(**square) for square in row["squares"]]
@@ -172,7 +173,7 @@ class ShardBatch:
 
 
 def _as_binary(arrays: Sequence[np.ndarray]) -> pa.Array:
-    """A large_binary array of one value, which shares the memory of a single array."""
+    """Return a large_binary array with one value: the joined arrays. A single array is not copied."""
     joined = arrays[0] if len(arrays) == 1 else np.concatenate([array.reshape(-1) for array in arrays] or [np.zeros(0)])
     data = pa.py_buffer(np.ascontiguousarray(joined).reshape(-1).view(np.uint8))
     offsets = pa.py_buffer(np.array([0, data.size], np.int64))
@@ -180,7 +181,7 @@ def _as_binary(arrays: Sequence[np.ndarray]) -> pa.Array:
 
 
 def _split(column: pa.ChunkedArray, shapes: Iterable[tuple[int, ...]], dtype: type) -> list[np.ndarray]:
-    """Views of the arrays in a column of `_as_binary`; `column[0]` would copy them."""
+    """Return views of the arrays in a column from `_as_binary`. `column[0]` would copy them."""
     array = column.chunk(0)
     _, offsets, data = array.buffers()
     begin, end = np.frombuffer(offsets, np.int64)[array.offset : array.offset + 2]
@@ -194,25 +195,25 @@ def _split(column: pa.ChunkedArray, shapes: Iterable[tuple[int, ...]], dtype: ty
 
 
 class Guard(Protocol):
-    """Watches the work on each image: a broken file or a model may kill the process, or hang.
+    """Watches the work on each image, because a broken file or a model may kill the process or hang.
 
     Attributes:
-        is_careful: whether images are to be done one at a time.
-        blamed: positions of images that are to be left out.
+        is_careful: whether to process one image at a time.
+        blamed: positions of the images to skip.
     """
 
     is_careful: bool
     blamed: frozenset[int]
 
     def image(self, position: int) -> contextlib.AbstractContextManager[None]:
-        """Enclose the work on one image."""
+        """Return a context for the work on one image."""
 
     def time_limit(self) -> contextlib.AbstractContextManager[None]:
-        """Enclose the decoding of one image."""
+        """Return a context for the decoding of one image."""
 
 
 class Unguarded:
-    """A guard for work that may fail as a whole, such as a forecast."""
+    """A guard that watches nothing, for work that may fail as a whole, such as a forecast."""
 
     is_careful = False
     blamed: frozenset[int] = frozenset()
@@ -235,22 +236,22 @@ def read_shard_images(
 ) -> ShardBatch:
     """Return the batch with its images read, decoded, cut into windows and resized.
 
-    An image that fails gets an error and no windows. Images of equal bytes are decoded once.
+    An image that fails gets an error and no windows. Images with equal bytes are decoded once.
 
     Args:
         batch: its entries have a position and a number of texts.
-        rows: of the plan, one for each entry.
-        squares: of the members.
+        rows: rows of the plan, one for each entry.
+        squares: the input squares of the members.
         settings: of the run.
-        guard: watches each image.
+        guard: watches the work on each image.
 
     Raises:
-        StorageError: a store was away for longer than `run.outage_patience_s`.
+        StorageError: a store was unavailable for longer than `run.outage_patience_s`.
     """
-    wanted = sorted(set(squares))
-    windows: list[dict[Square, np.ndarray]] = []  # of each distinct image
-    numbers: dict[int, int] = {}  # of an entry in `windows`
-    firsts: dict[tuple[str, str | None], int] = {}
+    distinct_squares = sorted(set(squares))
+    windows: list[dict[Square, np.ndarray]] = []  # one item for each distinct image
+    numbers: dict[int, int] = {}  # index of an entry: index of its image in `windows`
+    firsts: dict[tuple[str, str | None], int] = {}  # digest and kind of an image: index of its first entry
 
     def read(index: int, opening: Opening) -> None:
         entry = batch.entries[index]
@@ -265,7 +266,7 @@ def read_shard_images(
 
     def decode(index: int, entry: Entry, content: Content, frame: str | None) -> None:
         entry.content_sha256 = content.digest(frame)
-        key = entry.content_sha256, content.kind  # equal bytes may be an image by one name and none by another
+        key = entry.content_sha256, content.kind  # whether equal bytes are an image can depend on the file name
         if (first := firsts.get(key)) is not None:
             twin = batch.entries[first]
             entry.height, entry.width, numbers[index] = twin.height, twin.width, numbers[first]
@@ -275,7 +276,7 @@ def read_shard_images(
             size = image.shape[0], image.shape[1]
             check_windows(size, settings.tile, content.name)
             cuts = [window.cut(image) for window in plan_windows(size, settings.tile)]
-            resized = {square: np.stack([square.resize_image(cut) for cut in cuts]) for square in wanted}
+            resized = {square: np.stack([square.resize_image(cut) for cut in cuts]) for square in distinct_squares}
         entry.height, entry.width = size
         firsts[key], numbers[index] = index, len(windows)
         windows.append(resized)
@@ -287,11 +288,11 @@ def read_shard_images(
     for index, number in numbers.items():
         batch.entries[index].first_window, batch.entries[index].num_windows = starts[number], counts[number]
     _count_logits(batch.entries)
-    return replace(batch, pixels=_join(windows, wanted, starts[-1]))
+    return replace(batch, pixels=_join(windows, distinct_squares, starts[-1]))
 
 
 def _count_logits(entries: Sequence[Entry]) -> None:
-    """Give each entry its rows in the logits."""
+    """Set `first_logit` of each entry."""
     start = 0
     for entry in entries:
         entry.first_logit = start
@@ -301,7 +302,7 @@ def _count_logits(entries: Sequence[Entry]) -> None:
 def _join(
     windows: list[dict[Square, np.ndarray]], squares: Sequence[Square], num_windows: int
 ) -> dict[Square, np.ndarray]:
-    """One array for each square; the windows of an image are let go as soon as they are copied."""
+    """Return one array for each square. The windows of an image are freed as soon as they are copied."""
     joined = {square: np.empty((num_windows, square.size, square.size, 3), np.uint8) for square in squares}
     for square, pixels in joined.items():
         first = 0

@@ -1,4 +1,4 @@
-"""The probabilities of overlapping windows, joined to those of the whole image."""
+"""Join the probabilities of overlapping windows to one map of the whole image."""
 
 from collections.abc import Sequence
 
@@ -8,18 +8,20 @@ from vlsm.images.preprocess import Square
 from vlsm.images.windows import Window
 from vlsm.segmentation.masks import probabilities
 
-_SIGMA = 0.125  # of a window's side, as nnU-Net and MONAI weigh windows (Isensee et al. 2021)
-_LEAST = 1e-3  # weight at the very corner: somewhere it is all that there is
+_SIGMA = 0.125  # times a window's side: the weights of nnU-Net and MONAI (Isensee et al. 2021)
+_MIN_WEIGHT = 1e-3  # more than 0: some pixels of the image lie only near the edge of a window
 
 
 def probability_map(logits: np.ndarray, windows: Sequence[Window], size: tuple[int, int], square: Square) -> np.ndarray:
-    """Return probabilities at the image's own size; overlapping windows are averaged, their middles weigh most.
+    """Return probabilities at the original size of the image.
+
+    Overlapping windows are averaged. The middle of a window has the largest weight.
 
     Args:
         logits: (T, S, S) float, one per window.
-        windows: T of them.
+        windows: the T windows of the image.
         size: (height, width) of the image in pixels.
-        square: of the model's input.
+        square: the input square of the model.
 
     Returns:
         (height, width) float32, column-major in memory.
@@ -36,5 +38,6 @@ def probability_map(logits: np.ndarray, windows: Sequence[Window], size: tuple[i
 
 
 def _bell(length: int) -> np.ndarray:
+    """Return Gaussian weights along one side of a window, (length,) float."""
     distance = (np.arange(length) - (length - 1) / 2) / (_SIGMA * length)
-    return np.asarray(np.maximum(np.exp(-0.5 * distance**2), _LEAST))
+    return np.asarray(np.maximum(np.exp(-0.5 * distance**2), _MIN_WEIGHT))
