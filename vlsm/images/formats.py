@@ -1,7 +1,7 @@
-"""The table of file formats, and the images of one file: one, or the frames, pages or slices of DICOM, TIFF and NIfTI.
+"""The table of file formats, and the images of one file: a single image, or frames, pages or slices.
 
-A selector names one of several images: "frame=3" of a DICOM file, "page=2" of a TIFF, "slice=17" of a volume. In a tar
-or zip it begins with the member's name: "a/b.png", "a/b.dcm#frame=3". An image that is alone in its file has none.
+A selector names one of several images in a file: "frame=3" in DICOM, "page=2" in TIFF, "slice=17" in a NIfTI volume. In
+a tar or zip it begins with the member's name: "a/b.png", "a/b.dcm#frame=3". The only image of a file has no selector.
 """
 
 import re
@@ -16,14 +16,14 @@ from vlsm.config import SegmentSettings, TileSettings
 from vlsm.images.decode import EXTENSIONS
 from vlsm.images.windows import count_windows
 
-HEAD_BYTES = 132  # of a file, by which a format knows it
+HEAD_BYTES = 132  # at the start of a file, enough to recognise a format
 
 Open = Callable[[], BinaryIO]
 Decode = Callable[[str | None], np.ndarray]  # an image by its selector, (H, W, 3) uint8; raises ImageError
 
 
 class FormatModule(Protocol):
-    """What the module of a format defines. Every function raises ImageError for a damaged file."""
+    """The functions that the module of a format defines. Each raises ImageError for a damaged file."""
 
     def list_images(
         self, file: BinaryIO, name: str, size_bytes: int | None, look: "Look"
@@ -33,10 +33,10 @@ class FormatModule(Protocol):
         A file with one image has the selector None. A file without pixels has no images.
 
         Args:
-            file: at its start; it may read lazily.
+            file: opened at its start. It may read lazily.
             name: of the file, for messages.
-            size_bytes: of the file; None if nobody knows it.
-            look: how the file is looked into.
+            size_bytes: of the file; None if unknown.
+            look: how to slice volumes and tile images.
         """
 
     def open_images(self, data: bytes, name: str, settings: SegmentSettings) -> Decode:
@@ -45,19 +45,19 @@ class FormatModule(Protocol):
         Args:
             data: the content of the file.
             name: of the file, for messages.
-            settings: limits, and how volumes and grey values are shown.
+            settings: limits, and how to slice volumes and map grey values to 8 bits.
         """
 
 
 @dataclass(frozen=True)
 class Format:
-    """A file format: a line of the table.
+    """A file format, a row of the table FORMATS.
 
     Attributes:
-        endings: of the files' names, in lower case.
-        module: a FormatModule by its name; it is imported when a file of the format is met.
+        endings: endings of file names, in lower case.
+        module: name of its FormatModule, which is imported at the first file of the format.
         selector: a regular expression for the selectors of its images.
-        is_sniffed: whether the module also has `sniff(head: bytes) -> bool`, for files whose names tell nothing. Its
+        is_sniffed: whether the module also has `sniff(head: bytes) -> bool`, for files whose names state no format. Its
             argument is the first HEAD_BYTES bytes.
     """
 
@@ -78,16 +78,16 @@ FORMATS = {
     "nifti": Format((".nii", ".nii.gz"), "vlsm.images.nifti", r"(?:volume=\d+,)?slice=\d+"),
 }
 _ARCHIVES = {"tar": (".tar", ".tar.gz", ".tgz"), "zip": (".zip",)}
-UNNAMED = "unnamed"  # the kind of a file whose name tells nothing
+UNNAMED = "unnamed"  # the kind of a file whose name states no format
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a file is looked into.
+    """Settings for listing the images of a file.
 
     Attributes:
-        axis: along which volumes are sliced: "axial", "coronal" or "sagittal".
-        tile: how images are cut into windows; without, their sizes do not matter.
+        axis: the axis along which volumes are sliced: "axial", "coronal" or "sagittal".
+        tile: how images are cut into windows. Without a tile size, the sizes of images do not matter.
     """
 
     axis: str = "axial"
@@ -99,10 +99,10 @@ class Inside:
     """One image of a file.
 
     Attributes:
-        selector: which one; None where it is alone.
-        offset, length: where a tar has the member's bytes (after unpacking, where it is compressed).
-        problem: why this, or what else the file may hold, cannot be read: "REASON: message".
-        num_windows: into which it is cut, as far as its header tells.
+        selector: of the image; None if it is the only image of the file.
+        offset, length: position and number of the member's bytes in a tar (after decompression).
+        problem: why this image, or the rest of the file, cannot be read: "REASON: message".
+        num_windows: number of its windows, according to the file's header.
     """
 
     selector: str | None = None
@@ -113,12 +113,12 @@ class Inside:
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of a file by its name: a key of FORMATS, "tar", "zip", UNNAMED, or None for a file of no known format.
+    """Return the kind of a file by its name: a key of FORMATS, "tar", "zip", UNNAMED, or None for an unknown format.
 
-    Scanners give names that tell nothing: without an extension, or with a number for it.
+    UNNAMED is for names without an extension or with a number as extension. Scanners write such names.
     """
     lower = name.rsplit("/", 1)[-1].lower()
-    if not lower or lower.startswith("._"):  # what macOS leaves beside x.jpg on foreign disks
+    if not lower or lower.startswith("._"):  # macOS writes ._x.jpg beside x.jpg on foreign disks
         return None
     endings = {kind: known.endings for kind, known in FORMATS.items()} | _ARCHIVES
     for kind, known_endings in endings.items():
@@ -129,7 +129,7 @@ def kind_of(name: str) -> str | None:
 
 
 def sniff_kind(head: bytes) -> str | None:
-    """The kind of an UNNAMED file by its first HEAD_BYTES bytes, or None for a file of no known format."""
+    """Return the kind of an UNNAMED file by its first HEAD_BYTES bytes, or None for an unknown format."""
     for kind, known in FORMATS.items():
         if known.is_sniffed and import_module(known.module).sniff(head):
             return kind
@@ -137,12 +137,12 @@ def sniff_kind(head: bytes) -> str | None:
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file of this name is a tar or zip, and its images are its members'."""
+    """Return whether a file of this name is a tar or zip, so that its images are in its members."""
     return kind_of(name) in _ARCHIVES
 
 
 def split_selector(uri: str, selector: str | None) -> tuple[str | None, str | None]:
-    """The member of a tar or zip, and the frame, page or slice in it or in the file itself."""
+    """Return the member of a tar or zip (or None), and the frame, page or slice in that member or file (or None)."""
     if selector is None:
         return None, None
     if not is_archive(uri):
@@ -153,22 +153,22 @@ def split_selector(uri: str, selector: str | None) -> tuple[str | None, str | No
 
 
 def describe_other(name: str) -> str:
-    """What a count of files that are passed over calls one of this name."""
+    """Return the label of a skipped file for counting: its extension, or "no extension"."""
     base = name.rsplit("/", 1)[-1]
     return "." + base.rsplit(".", 1)[-1].lower() if "." in base else "no extension"
 
 
 def list_frames(open_file: Open, name: str, size_bytes: int | None, look: Look) -> list[Inside]:
-    """The images of a file that is no archive, from its header; none where it holds no pixels.
+    """Return the images of a file that is not an archive, from its header. A file without pixels has no images.
 
     Args:
-        open_file: opens it; the file may read lazily, and is not read whole where its format allows it.
-        name: its name, which tells its kind, for messages too.
-        size_bytes: of it; the file is asked where None.
-        look: how it is looked into.
+        open_file: opens the file, which may read lazily. If the format allows it, only a part is read.
+        name: of the file. It determines the kind, and appears in error messages.
+        size_bytes: of the file; None if unknown, then the opened file is asked.
+        look: how to slice volumes and tile images.
 
     Raises:
-        ImageError: it cannot be read as what its name says.
+        ImageError: the file is not a valid file of the format that its name states.
     """
     kind = kind_of(name)
     if kind == "image" and look.tile.size is None:

@@ -1,4 +1,4 @@
-"""Planned images as pixels, wherever they are: in a file of their own, in a tar or zip, or one of many in a file."""
+"""Read planned images as pixels: from single-image files, tar and zip archives, and files with several images."""
 
 import functools
 import gzip
@@ -32,18 +32,19 @@ from vlsm.images.formats import (
     split_selector,
 )
 
-_BLOCK = 1 << 20  # bytes that are asked of a store at once, of an archive that is read in order
-_FEWEST_KEPT, _MOST_BYTES_KEPT = 2, 1 << 28  # of files of which several images are wanted: they follow each other
+_BLOCK = 1 << 20  # bytes per request to a store, for an archive that is read in order
+# files with several images stay in memory, because these images follow each other in the plan
+_MIN_KEPT_FILES, _MAX_KEPT_BYTES = 2, 1 << 28
 
 
 class Content:
-    """The bytes of a file or of an archive's member, of which one image is wanted or several.
+    """The bytes of a file or of a member of an archive, with one or several images.
 
     Attributes:
         data: the bytes.
-        name: what messages call it.
-        kind: of file, as `kind_of` tells it.
-        sha256: of the bytes.
+        name: its name in error messages.
+        kind: the kind of the file, as for `kind_of`.
+        sha256: SHA-256 of the bytes, in hexadecimal.
     """
 
     def __init__(self, data: bytes, name: str, kind: str | None, settings: SegmentSettings) -> None:
@@ -51,17 +52,17 @@ class Content:
         self.sha256 = hashlib.sha256(data).hexdigest()
 
     def digest(self, frame: str | None) -> str:
-        """What is equal for equal images: the SHA-256 of the bytes, or of that and the frame."""
+        """Return a digest that is equal for equal images: the SHA-256 of the bytes, or of that digest and the frame."""
         return self.sha256 if frame is None else hashlib.sha256(f"{self.sha256}#{frame}".encode()).hexdigest()
 
     def decode(self, frame: str | None) -> np.ndarray:
-        """One image as `decode_image` gives it, (H, W, 3) uint8.
+        """Return one image, (H, W, 3) uint8, as `decode_image` does.
 
         Args:
-            frame: such as "frame=3"; None where the file holds just one.
+            frame: such as "frame=3"; None if the file has only one image.
 
         Raises:
-            ImageError: it cannot be decoded.
+            ImageError: the image cannot be decoded.
         """
         return self._decode(frame)
 
@@ -71,9 +72,9 @@ class Content:
 
 
 class Reader:
-    """Reads the images of planned rows, an archive or a file that holds several of them once.
+    """Reads the images of planned rows. A file with several images is read once, an archive in order is opened once.
 
-    Threads may share it.
+    Threads may share a Reader.
     """
 
     def __init__(self, settings: SegmentSettings) -> None:
@@ -83,11 +84,14 @@ class Reader:
         self._archive: tuple[str, Any] | None = None
 
     def open(self, row: Mapping[str, Any]) -> tuple[Content, str | None]:
-        """What holds the image of a row of the plan or of the result, and which one of it.
+        """Return the content with the image of a row, and the frame in it, or None if it has only one image.
+
+        Args:
+            row: of the plan or of the results.
 
         Raises:
-            ImageError: it cannot be read.
-            StorageError: its store was away for longer than `run.outage_patience_s`.
+            ImageError: the image cannot be read.
+            StorageError: the store was unavailable for longer than `run.outage_patience_s`.
         """
         if row.get("problem"):
             reason, _, message = row["problem"].partition(": ")
@@ -98,7 +102,7 @@ class Reader:
         return self._share((row["image_uri"], member), lambda: self._read(row, member)), frame
 
     def _share(self, key: tuple[str, str | None], read: Callable[[], Content]) -> Content:
-        """What the first thread that asks for it reads, for all of them."""
+        """Return the content of this key. The first thread that asks for it reads it for all threads."""
         with self._contents_lock:
             if is_first := key not in self._contents:
                 self._contents[key] = Future()
@@ -106,17 +110,17 @@ class Reader:
         if is_first:
             try:
                 future.set_result(read())
-            except BaseException as error:  # whatever it is, the others wait for it
+            except BaseException as error:  # every type of error: the other threads wait for the result
                 future.set_exception(error)
             self._forget()
         return future.result()
 
     def _forget(self) -> None:
-        """Let go of the oldest, but for the last few."""
+        """Drop the oldest contents, except the last _MIN_KEPT_FILES, until _MAX_KEPT_BYTES suffice."""
         with self._contents_lock:
             done = [key for key, future in self._contents.items() if future.done()]
             sizes = {key: _size(self._contents[key]) for key in done}
-            while len(done) > _FEWEST_KEPT and sum(sizes[key] for key in done) > _MOST_BYTES_KEPT:
+            while len(done) > _MIN_KEPT_FILES and sum(sizes[key] for key in done) > _MAX_KEPT_BYTES:
                 del self._contents[done.pop(0)]
 
     def _read(self, row: Mapping[str, Any], member: str | None) -> Content:
@@ -136,7 +140,7 @@ class Reader:
         return Content(data, name, kind, settings)
 
     def _read_in_order(self, row: Mapping[str, Any], member: str) -> bytes:
-        """A member of an archive that has to be unpacked."""
+        """Return the bytes of a member of a zip or compressed tar."""
         patience_s = min(storage.QUICK_S, self._settings.run.outage_patience_s)
         with image_errors(row["image_uri"]):
             return storage.with_retries(lambda: self._unpack(row, member), row["image_uri"], patience_s)
@@ -152,16 +156,16 @@ class Reader:
                 check_size(name, length, self._settings.max_image_bytes)
                 archive.seek(offset)
                 if len(data := archive.read(length)) < length:
-                    raise EOFError("it breaks off")
+                    raise EOFError(f"the archive ends after {len(data):,} of its {length:,} bytes")
         except ImageError:
             raise
         except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, KeyError) as error:
             self._archive = None
             raise ImageError("corrupt", f"{name}: {error}") from error
-        except (RuntimeError, NotImplementedError) as error:  # encrypted, or compressed in a way of its own
+        except (RuntimeError, NotImplementedError) as error:  # encrypted, or compressed by an unsupported method
             raise ImageError("unreadable", f"{name}: {error}") from error
         except Exception:
-            self._archive = None  # the next try opens it anew
+            self._archive = None  # the next attempt opens it again
             raise
         return data
 
@@ -179,15 +183,17 @@ Opening = Callable[[], tuple[Content, str | None]]
 def open_images(
     rows: Sequence[Mapping[str, Any]], settings: SegmentSettings, one_by_one: bool = False
 ) -> Iterator[tuple[int, Opening]]:
-    """The images of planned rows, each as soon as it is read, while others are being read.
+    """Yield the images of planned rows as soon as each is read, while threads read others.
 
     Args:
         rows: of the plan.
-        settings: `run.fetch_threads` of them are read, or wait to be taken: so many files, and one more, are in memory.
-        one_by_one: read each only when it is asked for.
+        settings: of the run. At most `run.fetch_threads` images are being read or wait for the caller. So at most one
+            file more than that is in memory.
+        one_by_one: read each image only when its function is called.
 
     Yields:
-        The number of a row, and what gives its image or raises as `Reader.open` does. Their order is any.
+        The number of a row, and a function that returns the same as `Reader.open`, or raises the same. The rows come in
+        any order.
     """
     reader = Reader(settings)
     openings = [functools.partial(reader.open, row) for row in rows]
@@ -215,7 +221,7 @@ def open_images(
 
 
 def _is_read_in_order(rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether several threads would only get into each other's way: the images are in archives that have no index."""
+    """Return whether one thread must read the images in order, because they are in zips or compressed tars."""
     return any(
         is_archive(uri := row["image_uri"]) and (kind_of(uri) == "zip" or is_compressed_tar(uri)) for row in rows
     )
@@ -228,7 +234,7 @@ def _unzip(archive: zipfile.ZipFile, member: str, name: str, max_bytes: int) -> 
     with archive.open(info) as file:
         data = file.read(info.file_size)
     if len(data) < info.file_size:
-        raise EOFError("it breaks off")
+        raise EOFError(f"the member ends after {len(data):,} of its {info.file_size:,} bytes")
     return data
 
 
@@ -242,17 +248,21 @@ def _open(uri: str) -> Any:
 
 
 def _span(row: Mapping[str, Any], axis: str) -> tuple[int, int]:
-    """Where a tar has a member's bytes: the plan tells; rows of a result have to look."""
+    """Return the offset and length of a member's bytes in a tar.
+
+    Rows of the plan state them. For rows of the results the tar is searched.
+    """
     if row.get("offset") is not None:
         return row["offset"], row["length"]
-    found = _members(row["image_uri"], axis).get(split_selector(row["image_uri"], row["selector"])[0])
-    if found is None:
+    span = _spans(row["image_uri"], axis).get(split_selector(row["image_uri"], row["selector"])[0])
+    if span is None:
         raise ImageError("missing", f"there is no {row['selector']} in {row['image_uri']}")
-    return found
+    return span
 
 
 @functools.lru_cache(maxsize=2)
-def _members(uri: str, axis: str) -> dict[str | None, tuple[int, int]]:
+def _spans(uri: str, axis: str) -> dict[str | None, tuple[int, int]]:
+    """Return the offset and length of each member of a tar, by the member's name."""
     fs, path = storage.open_uri(uri)
     images = list_images(
         lambda: fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead"), uri, Look(axis), Counter()

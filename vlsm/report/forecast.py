@@ -1,4 +1,4 @@
-"""How long a run would take and what it would cost, from a sample of its images that this machine segments."""
+"""Forecast the time and cost of a run from a sample of its images, which this machine segments."""
 
 import os
 import random
@@ -18,12 +18,13 @@ _NODES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Forecast:
-    """What was measured.
+    """The measurements on a sample.
 
     Attributes:
-        num_measured, num_failed: images of the sample, and those of them that could not be read.
-        read_s, write_s: seconds an image takes one CPU, to be read, decoded and resized, and to become masks.
-        model_s: seconds it takes one GPU in all models, or where there is none all CPUs.
+        num_measured, num_failed: images in the sample, and images of the sample that cannot be read.
+        read_s: seconds per image on one CPU to read, decode and resize it.
+        model_s: seconds per image in all models, on one GPU, or on all CPUs if there is no GPU.
+        write_s: seconds per image on one CPU to make its masks.
         num_cpus, num_gpus: of this machine.
     """
 
@@ -37,29 +38,40 @@ class Forecast:
 
     @property
     def seconds_per_image(self) -> float:
-        """Of one node like this: CPUs work beside GPUs, and for the models as well where there are none."""
+        """Seconds per image on one node like this machine.
+
+        CPUs work in parallel with GPUs. Without a GPU, they also run the models.
+        """
         cpu_s = (self.read_s + self.write_s) / self.num_cpus
         return max(cpu_s, self.model_s / self.num_gpus) if self.num_gpus else cpu_s + self.model_s
 
 
 def keep_sample(rows: Iterable[dict[str, Any]], sample: list[dict[str, Any]], size: int) -> Iterator[dict[str, Any]]:
-    """The rows as they are, so many of which are kept in the sample: each with the same chance, however many come."""
+    """Yield all rows unchanged, and keep a random sample of them in a list.
+
+    Every row has the same chance, although the number of rows is unknown (reservoir sampling).
+
+    Args:
+        rows: of the plan.
+        sample: an empty list, which receives the sample while the rows are read.
+        size: number of rows in the sample.
+    """
     chance = random.Random(0)
     for number, row in enumerate(rows):
         if number < size:
             sample.append(row)
-        elif (place := chance.randrange(number + 1)) < size:
-            sample[place] = row
+        elif (index := chance.randrange(number + 1)) < size:
+            sample[index] = row
         yield row
 
 
 def measure(settings: SegmentSettings, members: Sequence[Member], rows: Sequence[dict[str, Any]]) -> Forecast:
-    """Segment a sample with the code of the job, and keep nothing but the time that it took.
+    """Segment a sample with the code of the job, and return only the measured times.
 
     Args:
-        settings: of the run, resolved.
-        members: its checkpoints.
-        rows: of the plan.
+        settings: the resolved settings of the run.
+        members: the checkpoints of the run.
+        rows: the rows of the sample, from the plan.
 
     Raises:
         ConfigError: none of the images can be read.
@@ -76,10 +88,11 @@ def measure(settings: SegmentSettings, members: Sequence[Member], rows: Sequence
     read_s = time.perf_counter() - started_s
     good = [entry for entry in batch.entries if entry.error is None]
     if not good:
-        raise ConfigError(f"none of the {len(rows)} images of the sample can be read; a run would fail")
+        raise ConfigError(f"none of the {len(rows)} images of the sample can be read; a run needs readable images")
     predictor = Predictor(settings, {number: member.files for number, member in enumerate(members)})
     predictor.warm_up()
-    first = min(good, key=lambda entry: entry.first_window)  # prompts are encoded, and kernels chosen, by its windows
+    # before the measurement: this image makes the models encode its prompts and choose kernels
+    first = min(good, key=lambda entry: entry.first_window)
     predictor.predict(replace(batch, entries=[replace(first, first_logit=0)]), [texts[first.position]], Unguarded())
     started_s = time.perf_counter()
     batch = predictor.predict(batch, texts, Unguarded())
@@ -95,20 +108,20 @@ def measure(settings: SegmentSettings, members: Sequence[Member], rows: Sequence
 
 
 def describe_forecast(forecast: Forecast, num_images: int, node_price: float | None) -> list[str]:
-    """The same for a person: what was measured, what follows for the whole archive, and what is assumed.
+    """Return lines for a person: the measurements, the forecast for the whole archive, and the assumptions.
 
     Args:
-        forecast: of a sample.
-        num_images: of the archive.
-        node_price: of one node like this, an hour.
+        forecast: measurements on a sample.
+        num_images: number of images in the archive.
+        node_price: price of one node like this machine per hour; None for no costs.
     """
     device = f"{forecast.num_gpus} GPUs" if forecast.num_gpus else "no GPU"
-    beside = "go on beside the models" if forecast.num_gpus else "share the CPUs with the models"
+    beside = "run in parallel with the models" if forecast.num_gpus else "share the CPUs with the models"
     lines = [
         f"measured on {forecast.num_measured:,} images, of which {forecast.num_failed:,} could not be read, "
         f"on this machine with {forecast.num_cpus} CPUs and {device}:",
-        f"  {forecast.read_s:.4f} s an image to read and decode it, {forecast.write_s:.4f} s to write it, on one CPU",
-        f"  {forecast.model_s:.4f} s in the models, on {'one GPU' if forecast.num_gpus else 'all CPUs'}",
+        f"  {forecast.read_s:.4f} s per image to read and decode it, {forecast.write_s:.4f} s to write it, on one CPU",
+        f"  {forecast.model_s:.4f} s per image in the models, on {'one GPU' if forecast.num_gpus else 'all CPUs'}",
     ]
     for num_nodes in _NODES:
         hours = num_images * forecast.seconds_per_image / num_nodes / 3600
@@ -116,10 +129,11 @@ def describe_forecast(forecast: Forecast, num_images: int, node_price: float | N
         cost = hours * num_nodes * (node_price or 0)
         price = "" if node_price is None else f", costs {cost:,.2f}" if cost >= 1 else f", costs {cost:.4f}"
         rate = num_nodes / forecast.seconds_per_image
-        what = "node" if num_nodes == 1 else "nodes"
-        lines.append(f"  {num_nodes} {what} like this one: {time_taken} at {rate:,.1f} images/s{price}")
+        noun = "node" if num_nodes == 1 else "nodes"
+        lines.append(f"  {num_nodes} {noun} like this one: {time_taken} at {rate:,.1f} images/s{price}")
     return [
         *lines,
-        f"assumed: reading, decoding and writing {beside}, a task on each CPU; nodes add up;",
-        "  the store keeps up; the other images are like these; starting run and nodes and counting rows are not in it",
+        f"assumed: reading, decoding and writing {beside}, one task per CPU; speed grows in proportion to the nodes;",
+        "  the store is fast enough; the other images are like the sample; no time to start the run and its nodes, or to",
+        "  count rows",
     ]
