@@ -134,6 +134,6 @@ def describe_forecast(forecast: Forecast, num_images: int, node_price: float | N
     return [
         *lines,
         f"assumed: reading, decoding and writing {beside}, one task per CPU; speed grows in proportion to the nodes;",
-        "  the store is fast enough; the other images are like the sample; no time to start the run and its nodes, or to",
-        "  count rows",
+        "  the store is fast enough; the other images are like the sample. The time to start the run and its nodes",
+        "  and to count rows is not included",
     ]
