@@ -1,10 +1,10 @@
-"""Checkpoint directories: all that a model needs to be used, and nothing that could run code.
+"""Checkpoint directories: all files that a model needs, and no file that could run code.
 
     checkpoint.yaml     model name, options, image size, mean and std, threshold, prompt, versions
-    model.safetensors   every weight
-    clipseg/...         what the model's own library needs besides, such as its configuration and tokenizer
+    model.safetensors   all weights
+    clipseg/...         other files of the model's library, such as its configuration and tokenizer
 
-`python -m vlsm.checkpoints DIR --model clipseg` makes one from pretrained weights.
+`python -m vlsm.checkpoints DIR --model clipseg` writes one from pretrained weights.
 """
 
 import argparse
@@ -47,22 +47,22 @@ class _ImageSettings(Settings):
 
     @property
     def spec(self) -> ImageSpec:
-        """The input of the model."""
+        """The input of the model, as an ImageSpec."""
         return ImageSpec(**self.model_dump())
 
 
 class Calibration(Settings):
-    """What was found on validation images (`vlsm.calibration`).
+    """The result of a calibration on validation images (`vlsm.calibration`).
 
     Attributes:
-        temperature: by which logits are divided.
-        threshold: a probability, after that.
-        num_images: that were used.
-        error_before, error_after: expected calibration error, without and with the temperature.
-        dice_at_half, dice: mean over the images, at a threshold of 0.5 and at the one found.
-        min_confidence: below it masks are mostly bad; None where there were no bad ones.
-        area_fraction: between which nearly all masks lie.
-        reliability: mean probability, share of foreground and share of all pixels, bin by bin.
+        temperature: logits are divided by it.
+        threshold: a probability, compared after that division.
+        num_images: number of validation images.
+        error_before, error_after: expected calibration error without and with the temperature.
+        dice_at_half, dice: mean Dice over the images, at a threshold of 0.5 and at `threshold`.
+        min_confidence: masks with a lower confidence are mostly bad; None if all masks were bad, or none.
+        area_fraction: (low, high); the area fractions of nearly all target masks lie between them.
+        reliability: for each bin the mean probability, the share of foreground and the share of all pixels.
     """
 
     temperature: float = Field(gt=0)
@@ -92,9 +92,9 @@ class CheckpointSettings(Settings):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model ready for inference with what it was saved with.
+    """A model that is ready for inference, with its settings.
 
-    `name` is the model's name and the beginning of the checkpoint's digest: it tells two trainings of one model apart.
+    `name` is the model's name and the start of the checkpoint's digest, so two trainings of one model have two names.
     """
 
     model: "SegmentationModel"
@@ -109,33 +109,35 @@ def save_checkpoint(
     threshold: float | None = None,
     weights: "dict[str, Tensor] | None" = None,
 ) -> None:
-    """Write a checkpoint directory on the local disk; checkpoint.yaml last, so that its presence means complete.
+    """Write a checkpoint directory on the local disk. checkpoint.yaml comes last: its presence means complete.
 
     Args:
-        model: one of `vlsm.models.MODELS`; LoRA adapters are merged into the weights that are written.
-        directory: made where it does not exist; a checkpoint there is replaced.
-        prompt: what to segment where a run names no prompt.
-        threshold: a probability; at or above it a pixel is foreground; the published model's own unless told.
-        weights: all of the model's, where it holds only shards of them itself.
+        model: one of `vlsm.models.MODELS`. The written weights contain its merged LoRA adapters.
+        directory: created if missing; a checkpoint in it is replaced.
+        prompt: default prompt for runs without prompts.
+        threshold: a probability in (0, 1); at or above it a pixel is foreground. Default: the model's threshold.
+        weights: all weights, if the model holds only shards of them.
 
     Raises:
-        CheckpointError: the threshold is no probability, the directory is a file or not on the local disk, or the model
-            was prepared for inference only.
+        CheckpointError: the threshold is not in (0, 1), the directory is a file or not on the local disk, or a
+            Segmenter has changed the model.
     """
     import safetensors.torch
 
     from vlsm.models.towers import merged_copy
 
     if model.is_folded:
-        raise CheckpointError("a Segmenter has folded the model's batch norms; save it before, or load it anew")
+        raise CheckpointError("a Segmenter has folded the model's batch norms; load the checkpoint again to save it")
     if "://" in str(directory):
-        raise CheckpointError(f"{directory} is not on the local disk; write it there, then copy the directory")
+        raise CheckpointError(
+            f"{directory} is not on the local disk; write the checkpoint to the local disk, then copy it"
+        )
     folder = Path(directory)
     threshold = model.threshold if threshold is None else threshold
     if not 0 < threshold < 1:
         raise CheckpointError(f"threshold is {threshold}; it must be a probability between 0 and 1")
     kind = f"{type(model).__module__}:{type(model).__qualname__}"
-    name = next(name for name, home in MODELS.items() if home == kind)
+    name = next(name for name, class_path in MODELS.items() if class_path == kind)
     settings = CheckpointSettings(
         format=FORMAT,
         model=name,
@@ -150,32 +152,32 @@ def save_checkpoint(
     model = merged_copy(model)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS_NAME).unlink(missing_ok=True)
-    for stale in _TOWER_FOLDERS:  # of a checkpoint that is replaced
+    for stale in _TOWER_FOLDERS:  # of the replaced checkpoint
         shutil.rmtree(folder / stale, ignore_errors=True)
     model.save_files(folder)
     weights = model.state_dict() if weights is None else weights
     state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     safetensors.torch.save_file(state, folder / _WEIGHTS_NAME)
-    # written last; the weights get its mode, since safetensors writes for the owner alone
+    # written last; the weights get the mode of this file, because safetensors lets only the owner read them
     (folder / SETTINGS_NAME).write_text(dump_yaml(settings.model_dump(mode="json")), encoding="utf-8")
     shutil.copymode(folder / SETTINGS_NAME, folder / _WEIGHTS_NAME)
 
 
 def read_checkpoint(uri: str) -> dict[str, bytes]:
-    """The files of a checkpoint directory, by their names within it.
+    """Return the content of each file of a checkpoint directory, by its path within the directory.
 
     Raises:
-        CheckpointError: there is no checkpoint at the location, or a file in it is of a kind that none needs.
+        CheckpointError: there is no checkpoint at the location, or it has a file of a kind that is not allowed.
     """
     uri = storage.absolute(uri)
     return {name: storage.read_bytes(storage.join(uri, name)) for name in _list_files(uri)}
 
 
 def read_settings(uri: str) -> CheckpointSettings:
-    """What checkpoint.yaml says, checked without reading the weights.
+    """Return the checked content of checkpoint.yaml, without reading the weights.
 
     Raises:
-        CheckpointError: as `read_checkpoint` and `parse_settings` raise it.
+        CheckpointError: as for `read_checkpoint` and `parse_settings`.
     """
     uri = storage.absolute(uri)
     files = dict.fromkeys(_list_files(uri), b"")
@@ -183,21 +185,21 @@ def read_settings(uri: str) -> CheckpointSettings:
 
 
 def _list_files(uri: str) -> list[str]:
-    """The names of a checkpoint's files, sorted."""
+    """Return the sorted paths of a checkpoint's files within its directory."""
     fs, path = storage.open_uri(uri)
     if not fs.exists(f"{path}/{SETTINGS_NAME}"):
         raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {SETTINGS_NAME}")
-    names = sorted(found.removeprefix(path).lstrip("/") for found in fs.find(path))
+    names = sorted(file_path.removeprefix(path).lstrip("/") for file_path in fs.find(path))
     for name in names:
         if not name.endswith(_SUFFIXES):
             raise CheckpointError(
-                f"checkpoint {uri!r} holds {name!r}; only {', '.join(_SUFFIXES)} are allowed (a pickle could run code)"
+                f"checkpoint {uri!r} has {name!r}; only {', '.join(_SUFFIXES)} are allowed (a pickle could run code)"
             )
     return names
 
 
 def digest_files(files: dict[str, bytes]) -> str:
-    """SHA-256 over names and contents: equal digests, equal checkpoints, wherever they lie."""
+    """Return the SHA-256 of names and contents. Copies of a checkpoint have the same digest."""
     digest = hashlib.sha256()
     for name, data in sorted(files.items()):
         digest.update(f"{name}\0{len(data)}\0".encode())
@@ -206,10 +208,10 @@ def digest_files(files: dict[str, bytes]) -> str:
 
 
 def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
-    """What checkpoint.yaml says, checked without building the model.
+    """Return the checked content of checkpoint.yaml, without building the model.
 
     Raises:
-        CheckpointError: it is malformed, or the model or its options are unknown.
+        CheckpointError: the file is malformed or of a newer format, the model is unknown, or the weights are missing.
     """
     try:
         tree = yaml.safe_load(files[SETTINGS_NAME])
@@ -217,28 +219,28 @@ def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
             raise CheckpointError(message)
         settings = CheckpointSettings.model_validate(tree)
     except (yaml.YAMLError, ValidationError) as error:
-        why = explain(error, CheckpointSettings) if isinstance(error, ValidationError) else " ".join(str(error).split())
-        raise CheckpointError(f"{SETTINGS_NAME} of checkpoint {uri!r}: {why}") from error
+        reason = (
+            explain(error, CheckpointSettings) if isinstance(error, ValidationError) else " ".join(f"{error}".split())
+        )
+        raise CheckpointError(f"{SETTINGS_NAME} of checkpoint {uri!r}: {reason}") from error
     check_name(settings.model)
     if _WEIGHTS_NAME not in files:
-        raise CheckpointError(f"checkpoint {uri!r} has no {_WEIGHTS_NAME}")
+        raise CheckpointError(f"checkpoint {uri!r} has no {_WEIGHTS_NAME}; copy the whole directory")
     return settings
 
 
 def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
-    """The model of a checkpoint's files, on the CPU, in eval mode.
+    """Return the checkpoint of these files, its model on the CPU in eval mode.
 
     Raises:
-        CheckpointError: the settings are wrong, or the weights do not fit the model.
+        CheckpointError: the settings or other files are invalid, or the weights do not fit the model.
     """
-    import safetensors.torch  # the driver of a run reads checkpoints without loading torch
+    import safetensors.torch  # here: the driver of a run reads checkpoints without loading torch
 
     settings = parse_settings(files, uri)
     for name, data in files.items():
         if name.endswith(".json") and b'"auto_map"' in data:
-            raise CheckpointError(
-                f"{name} of checkpoint {uri!r} has an auto_map, which asks to run code from elsewhere"
-            )
+            raise CheckpointError(f"{name} of checkpoint {uri!r} has an auto_map, which asks to run code; remove it")
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             if name != _WEIGHTS_NAME:
@@ -266,13 +268,13 @@ def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
             f"{SETTINGS_NAME} of checkpoint {uri!r}: image.size is {settings.image.size}; "
             f"its {settings.model} takes {model.image_spec.size} pixels"
         )
-    # the statistics travel with the weights: a checkpoint may be normalised otherwise than its model's default
+    # the checkpoint's mean and std may differ from the default of its model
     model.image_spec = settings.image.spec
     return Checkpoint(model.eval(), settings, f"{settings.model}@{digest_files(files)[:12]}")
 
 
 def load_checkpoint(uri: str | Path) -> Checkpoint:
-    """A checkpoint directory, local or on an object store, as a model ready for inference.
+    """Return a checkpoint, ready for inference, from a local directory or an object store.
 
     Raises:
         CheckpointError: there is no usable checkpoint at the location.
@@ -281,18 +283,19 @@ def load_checkpoint(uri: str | Path) -> Checkpoint:
 
 
 def _check_weights(model: "SegmentationModel", weights: dict[str, Any], uri: str) -> None:
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in weights.items()}
-    wrong = [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
+    """Raise a CheckpointError if names or shapes of the weights differ from the model's."""
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    model_shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    wrong = [key for key in sorted(model_shapes.keys() | shapes.keys()) if model_shapes.get(key) != shapes.get(key)]
     if wrong:
         shown = "; ".join(
-            f"{key}: {found.get(key, 'none')} instead of {expected.get(key, 'none')}" for key in wrong[:3]
+            f"{key}: {shapes.get(key, 'none')} instead of {model_shapes.get(key, 'none')}" for key in wrong[:3]
         )
         raise CheckpointError(f"the weights of checkpoint {uri!r} do not fit its model in {len(wrong)} places: {shown}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make a checkpoint directory: pretrained towers as far as there are any, the rest untrained."""
+    """Write a checkpoint directory with pretrained towers, if the model has any; all other weights are untrained."""
     parser = argparse.ArgumentParser(prog="python -m vlsm.checkpoints", description=main.__doc__)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint directory to write")
     parser.add_argument("--model", required=True, metavar="NAME", help="`python -m vlsm.models` lists them")
@@ -303,9 +306,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="key=value",
         help="an option of the model; `python -m vlsm.models NAME` lists them",
     )
-    parser.add_argument("--prompt", default="", help="what to segment where a run names no prompt")
-    parser.add_argument("--threshold", type=float, help="a probability (default: the published model's, mostly 0.5)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    parser.add_argument("--prompt", default="", help="default prompt for runs without prompts")
+    parser.add_argument("--threshold", type=float, help="a probability (default: the model's threshold, mostly 0.5)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     args = parser.parse_args(argv)
     try:
         if Path(args.directory, SETTINGS_NAME).exists() and not args.overwrite:
