@@ -84,7 +84,7 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
         if summary := _final_summary(run):
             logger.info("%s is finished: there is nothing to do", run.settings.output)
             return summary
-        if settings.prompts is None:
+        if settings.prompts is None and not settings.classes:
             logger.info(
                 "no prompt is set: the checkpoint's prompt is used, %s",
                 ", ".join(map(repr, run.settings.prompts or ())),

@@ -77,6 +77,7 @@ class Predictor:
             for number, square in self.squares.items()
         }
         work = _distinct_windows(batch, texts)
+        done: set[int] = set()  # images, by their first windows
         step = 1 if guard.is_careful else self._settings.run.batch_size
         for begin in range(0, len(work), step):
             chosen = work[begin : begin + step]
@@ -88,8 +89,8 @@ class Predictor:
                     predicted = self._predict(number, batch.pixels[square][rows], [item.texts for item in chosen])
                 for item, window_logits in zip(chosen, predicted, strict=True):
                     item.store(values[number], window_logits)
-            num_done = len({item.row - item.window for item in work[: begin + len(chosen)]})
-            report(num_done, len(chosen), time.monotonic() - started_s)
+            done.update(item.row - item.window for item in chosen)
+            report(len(done), len(chosen), time.monotonic() - started_s)
         logits = {number: Logits(self.names[number], member_values) for number, member_values in values.items()}
         return replace(batch, logits=batch.logits | logits)
 
