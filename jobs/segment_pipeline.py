@@ -77,14 +77,15 @@ def _configure_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None  # a shard stays one block of any size
     context.max_errored_blocks = 0
-    context.retried_map_errors, context.max_map_retries = True, 2
+    context.retried_map_errors, context.max_map_retries = True, 2  # of exceptions; deaths of processes have no limit
     context.max_consecutive_actor_init_deaths = 3
 
 
 def _plan_stream(wave: Wave, task: Task, weights: list[Any]) -> Any:
     """Return the pipeline as a lazy Ray dataset with one row per written part.
 
-    A row is a shard, and every stage has batch_size 1, so that no stage can merge or split shards.
+    A row is a shard, and every stage has batch_size 1, so that no stage can merge or split shards. At first a row has its
+    number and whether it has a part file, then it is a packed ShardBatch, and at the end it counts what was written.
     """
     import ray.data
 

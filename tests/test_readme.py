@@ -1,5 +1,6 @@
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from vlsm.models import MODELS
 from vlsm.report.status import TrainingStatus
 from vlsm.runs.results import write_part
 from vlsm.runs.schema import RESULT_SCHEMA
+from vlsm.training.history import Row
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,6 +79,12 @@ def test_the_columns_that_the_readme_shows_are_in_the_schema():
 def test_the_columns_of_scores_are_the_schemas():
     sentence = LIBRARY.partition("The columns of `scores.parquet`:")[2].partition("\n\n")[0]
     assert re.findall(r"`(\w+)`", re.sub(r" \([^)]*\)", "", sentence)) == SCORES_SCHEMA.names
+
+
+def test_the_columns_of_metrics_are_the_codes():
+    sentence = LIBRARY.partition("The columns of `metrics.parquet`:")[2].partition("\n\n")[0]
+    stated = re.findall(r"`(\w+)`", re.sub(r" \([^)]*\)", "", sentence))
+    assert stated == [column.name for column in fields(Row)]
 
 
 @pytest.mark.parametrize("text", [README, LIBRARY], ids=["README.md", "vlsm/README.md"])

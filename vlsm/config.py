@@ -45,7 +45,7 @@ def each_one_is_a_list(value: Any) -> Any:
 
 
 class RunSettings(Settings):
-    """How a run is executed. These settings cannot change a row, so a resumed run may have other values."""
+    """How a run is executed. These settings cannot change a mask, so a resumed run may have other values."""
 
     placement: Literal["together", "apart"] = Field(
         "together", description="all ensemble members in each actor, or one pool of actors per member"
@@ -146,7 +146,9 @@ class SegmentSettings(Settings):
     )
     max_pixels: int = Field(100_000_000, ge=1, description="refuse images with more pixels, before decoding")
     max_image_bytes: int = Field(1 << 30, ge=1, description="refuse files with more bytes, before reading")
-    shard_rows: int = Field(256, ge=1, description="most output rows in a part file, the unit of work and resuming")
+    shard_rows: int = Field(
+        256, ge=1, description="most masks in a part file, the unit of work and resuming; windows count"
+    )
     start_over: bool = Field(False, description="discard the earlier run in OUTPUT")
     retry_failed: bool = Field(False, description="segment the failed images of the run in OUTPUT again")
     update: bool = Field(

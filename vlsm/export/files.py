@@ -112,11 +112,17 @@ def export_coco(output: str, directory: str | Path, filters: Filters = None, lim
     return num_written
 
 
-def _import_later(module: str, function: str) -> Exporter:
-    """Return an exporter that imports its module, and so its libraries, only when it is called."""
+def _import_later(module: str, function: str, extra: str = "all") -> Exporter:
+    """Return an exporter that imports its module, and so its libraries, only when it is called.
+
+    Args:
+        module: the module.
+        function: its exporter.
+        extra: the extra of vlsm that installs the libraries.
+    """
 
     def export(*args: Any) -> int:
-        with optional_packages("dicom-seg"):
+        with optional_packages(extra):
             home = importlib.import_module(module)
         return int(getattr(home, function)(*args))
 
@@ -129,7 +135,7 @@ FORMATS: dict[str, Exporter] = {
     "coco": export_coco,
     "labels": _import_later("vlsm.export.labels", "export_labels"),
     "nifti": _import_later("vlsm.export.volumes", "export_nifti"),
-    "dicom-seg": _import_later("vlsm.export.dicom_seg", "export_dicom_seg"),
+    "dicom-seg": _import_later("vlsm.export.dicom_seg", "export_dicom_seg", extra="dicom-seg"),
 }
 
 

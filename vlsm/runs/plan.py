@@ -206,7 +206,7 @@ def _read_group(parquet: pq.ParquetFile, row_group: int, name: str) -> pa.Table:
     check_format(parquet.schema_arrow, name)
     table = complete(parquet.read_row_group(row_group), PLAN_SCHEMA)
     if table is None:
-        raise ResultError(f"{name} has not the columns of a plan: {', '.join(parquet.schema_arrow.names)}")
+        raise ResultError(f"{name} does not have the columns of a plan: {', '.join(parquet.schema_arrow.names)}")
     return table
 
 

@@ -71,7 +71,7 @@ class Predictor:
         """
         for entry in batch.entries:
             if entry.position in guard.blamed:
-                entry.error = "crashed: the process that ran the model on this image died each time"
+                entry.error = "crashed: the process that ran the model on the image died each time"
         values = {
             number: np.zeros((batch.num_logits, square.size, square.size), np.float16)
             for number, square in self.squares.items()

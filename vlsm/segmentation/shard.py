@@ -104,7 +104,7 @@ class ShardBatch:
 
     Attributes:
         shard: its number in the plan.
-        exists: whether an earlier run has written its part.
+        exists: whether the shard has a part file already, which may lack rows.
         entries: one per image to segment, in any order of positions.
         pixels: the resized windows of all images, (W, S, S, 3) uint8, by square. Members with equal squares share them.
         logits: by the member's number in the run.
