@@ -84,8 +84,8 @@ def _configure_ray_data() -> None:
 def _plan_stream(wave: Wave, task: Task, weights: list[Any]) -> Any:
     """Return the pipeline as a lazy Ray dataset with one row per written part.
 
-    A row is a shard, and every stage has batch_size 1, so that no stage can merge or split shards. At first a row has the
-    shard's number and whether a part file exists. Then it is a packed ShardBatch. At the end it has counts.
+    A row is a shard, and every stage has batch_size 1, so that no stage can merge or split shards. At first, a row has
+    the shard's number and whether a part file exists. Then it is a packed ShardBatch. At the end, it has counts.
     """
     import ray.data
 

@@ -30,16 +30,16 @@ original = builtins.__import__
 def patched(name, *words, **options):
     module = original(name, *words, **options)
     segmenter = sys.modules.get("vlsm.segmentation.segmenter")
-    sources = sys.modules.get("vlsm.images.reader")
-    if sources is not None and hasattr(sources, "Reader") and not hasattr(sources, "poisoned"):
-        sources.poisoned, decode = True, sources.decode_image
+    decoder = sys.modules.get("vlsm.images.decode")
+    if decoder is not None and hasattr(decoder, "open_images") and not hasattr(decoder, "poisoned"):
+        decoder.poisoned, decode = True, decoder.decode_image
         def poisoned(data, *words):
             if b"POISON" in data:
                 os.abort()
             while b"HANG" in data:
                 time.sleep(1)
             return decode(data, *words)
-        sources.decode_image = poisoned
+        decoder.decode_image = poisoned
     if segmenter is not None and hasattr(segmenter, "Segmenter") and not hasattr(segmenter, "poisoned"):
         segmenter.poisoned, predict = True, segmenter.Segmenter.predict_logits
         def poisoned(self, images, prompts):
