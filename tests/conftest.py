@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # otherwise other tests on these cores always have priority
 os.environ["RAY_num_workers_soft_limit"] = "16"  # several jobs at once: keep their idle workers
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # this machine is not preemptible
+# a shell without job control starts background commands with SIGINT ignored; the jobs of the tests would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # threads of torch: pytest-xdist already runs one process per core
 
 import numpy as np
