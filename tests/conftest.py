@@ -10,17 +10,14 @@ import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # measure coverage in this process only: child processes would take twice as long
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # measure coverage in this process only: child processes would take twice as long
     os.environ.pop("COVERAGE_PROCESS_START", None)
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a short-lived cluster on the loopback interface
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # otherwise other tests on these cores always have priority
 os.environ["RAY_num_workers_soft_limit"] = "16"  # several jobs at once: keep their idle workers
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # this machine is not preemptible
-# a shell without job control starts background commands with SIGINT ignored; the jobs of the tests would inherit that
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # threads of torch: pytest-xdist already runs one process per core
 
 import numpy as np
@@ -28,6 +25,9 @@ import pytest
 from PIL import Image
 
 from jobs.benchmarks.stores import BUCKET, S3Server
+
+# a shell without job control starts background commands with SIGINT ignored; the jobs of the tests would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).parents[2] / "shared"
 LONG_S = 1200  # time limit for tests that hang; working tests stay far below it, even on much slower machines
