@@ -189,7 +189,7 @@ class Watch:
         A decoder that hangs in C code stops only with its process, by a signal that no Python code handles. The next
         attempt on the shard is careful. `faulthandler.dump_traceback_later` would start a thread for each image.
         """
-        faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
+        faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)  # type: ignore[arg-type]
         signal.setitimer(signal.ITIMER_REAL, self._image_timeout_s)
         try:
             yield

@@ -49,7 +49,7 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
     """Plan the pools for the current cluster, log them, and set the share of the CPUs that Ray Data reserves."""
     import ray.data
 
-    nodes = ray.nodes()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
     pools = plan_pools(settings, nodes)
     for pool in pools:
         logger.info(
@@ -57,7 +57,7 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
             *(num_shards, pool.num_actors[1], len(pool.members), pool.num_cpus, pool.num_gpus),
         )
         warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
-    if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:
+    if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:  # type: ignore[no-untyped-call]
         # Ray Data rounds down the remaining CPUs. With two CPUs, an actor takes 1.25 and each of two tasks 0.18. By
         # default Ray Data reserves a sixth of the CPUs for fetching, more than one task needs, and less than one task
         # is left for writing: no part would be written before the last fetch.

@@ -125,7 +125,7 @@ def train_with_ray(
     from jobs.train_group import TRAIN_WORKER, TrainingBoard, Work, fit_in_background, group_size
     from vlsm.training.run import input_square
 
-    nodes = ray.nodes()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
     size = group_size(settings, nodes)
     low, high = size.num_workers
     logger.info(

@@ -49,7 +49,7 @@ def inspect_records(records: Sequence[Record], settings: DataSettings) -> list[F
     all_facts: list[Facts] = []
     for chunk, result in zip(chunks, [inspect.remote(chunk, settings) for chunk in chunks], strict=True):
         try:
-            all_facts += ray.get(result)
+            all_facts += ray.get(result)  # type: ignore[arg-type]
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             where = f"{chunk[0].where} to {chunk[-1].where}"
@@ -89,7 +89,7 @@ def keep_decoded(
         square: the input square of the model.
         wanted: whether to keep them decoded; None: only if they take less than 30 % of the cluster's object store.
     """
-    num_bytes, store_bytes = len(records) * square.size**2 * 4, ray.cluster_resources().get("object_store_memory", 0)
+    num_bytes, store_bytes = len(records) * square.size**2 * 4, ray.cluster_resources().get("object_store_memory", 0)  # type: ignore[no-untyped-call]
     if wanted is False or (wanted is None and num_bytes > _CACHED_SHARE * store_bytes):
         logger.info(
             "images are decoded again in every epoch; all decoded images would take %.1f GB",
@@ -226,5 +226,5 @@ def prepare_streams(num_workers: int) -> None:
     context.print_on_execution_start = False
     options = context.execution_options
     options.preserve_order = True
-    store_bytes = ray.cluster_resources().get("object_store_memory", 0)
+    store_bytes = ray.cluster_resources().get("object_store_memory", 0)  # type: ignore[no-untyped-call]
     options.resource_limits = options.resource_limits.copy(object_store_memory=0.3 * store_bytes / num_workers)

@@ -123,7 +123,7 @@ def fit_in_background(work: Work, size: GroupSize, worker: str = TRAIN_WORKER) -
         _train,
         train_loop_config={"work": work, "worker": worker},
         scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),
+            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=size.gpus > 0,
             resources_per_worker={"CPU": size.cpus} | ({"GPU": size.gpus} if size.gpus else {}),
         ),

@@ -118,7 +118,7 @@ class Worker:
                     self._validate(batch, pixels, targets)
         finally:
             self.saver.shutdown()  # also after an error: first the last good state is written
-        stream.close()
+        stream.close()  # type: ignore[attr-defined]
         self.wait_until_saved()
         self._finish(self._test())
 
