@@ -73,4 +73,6 @@ def optional_packages(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "vlsm":  # ours: no extra installs it
+            raise
         raise ConfigError(f"the package {error.name} is not installed: uv pip install 'vlsm[{extra}]'") from error

@@ -25,7 +25,7 @@ from vlsm.report.status import read_status
 from vlsm.report.write import write_report
 from vlsm.runs.record import describe_differences, read_record, write_record
 from vlsm.runs.results import open_results, part_name, read_part
-from vlsm.runs.schema import PLAN_SCHEMA, RESULT_SCHEMA, complete
+from vlsm.runs.schema import PLAN_SCHEMA, RESULT_SCHEMA, check_format, complete
 from vlsm.runs.verify import verify_run
 from vlsm.training.run import pack_state, read_examples, read_state
 from vlsm.version import FORMAT
@@ -173,6 +173,12 @@ def test_a_newer_format_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "last.safetensors").write_bytes(packed)
     with pytest.raises(ConfigError, match=sentence):
         read_state(str(tmp_path))
+
+
+@pytest.mark.parametrize("stated", [b"", b"one", b"-1", b"1.5", b"\xff", b"9" * 100])
+def test_a_part_whose_format_is_no_number_is_refused_too(stated):
+    with pytest.raises(ResultError, match="part has the format .*: install a newer vlsm"):
+        check_format(RESULT_SCHEMA.with_metadata({"vlsm.format": stated}), "part")
 
 
 def test_what_is_written_now_states_its_format(tmp_path):

@@ -120,9 +120,11 @@ def kind_of(name: str) -> str | None:
     lower = name.rsplit("/", 1)[-1].lower()
     if not lower or lower.startswith("._"):  # macOS writes ._x.jpg beside x.jpg on foreign disks
         return None
-    endings = {kind: known.endings for kind, known in FORMATS.items()} | _ARCHIVES
-    for kind, known_endings in endings.items():
-        if lower.endswith(known_endings):
+    for kind, known in FORMATS.items():  # every listed file comes here: nothing is built for it
+        if lower.endswith(known.endings):
+            return kind
+    for kind, endings in _ARCHIVES.items():
+        if lower.endswith(endings):
             return kind
     suffix = lower.rpartition(".")[2]
     return UNNAMED if suffix == lower or suffix.isdecimal() else None
@@ -148,8 +150,9 @@ def split_selector(uri: str, selector: str | None) -> tuple[str | None, str | No
     if not is_archive(uri):
         return None, selector
     member, separator, frame = selector.rpartition("#")
-    is_frame = any(known.selector and re.fullmatch(known.selector, frame) for known in FORMATS.values())
-    return (member, frame) if separator and is_frame else (selector, None)
+    if separator and any(known.selector and re.fullmatch(known.selector, frame) for known in FORMATS.values()):
+        return member, frame
+    return selector, None
 
 
 def describe_other(name: str) -> str:

@@ -61,10 +61,12 @@ def check_format(schema: pa.Schema, name: str) -> None:
     """Do nothing if this version can read a file with such a schema.
 
     Raises:
-        ResultError: the file has a newer format.
+        ResultError: the file has a newer format, or states none that is a number.
     """
-    written = (schema.metadata or {}).get(_FORMAT_KEY)
-    if message := newer_format(None if written is None else int(written), name):
+    stated = (schema.metadata or {}).get(_FORMAT_KEY)
+    if stated is not None:
+        stated = int(stated) if stated.isdigit() else stated.decode(errors="replace")
+    if message := newer_format(stated, name):
         raise ResultError(message)
 
 
