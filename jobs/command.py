@@ -182,17 +182,29 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
 
 
 def init_ray(*address: str, **options: Any) -> Any:
-    """Call `ray.init`, again if the node did not start within the 30 s that Ray allows: the machine may be busy."""
+    """Call `ray.init`, again if the node did not start in time; see `start_patiently`."""
     import ray
 
+    return start_patiently(lambda: ray.init(*address, **options), ray.shutdown)
+
+
+def start_patiently(start: Callable[[], Any], clean_up: Callable[[], object] = lambda: None) -> Any:
+    """Return the result of a function that starts a Ray node. Call it again if the node did not start in time.
+
+    Ray allows 30 s, and no setting changes that. A busy machine needs longer.
+
+    Args:
+        start: starts the node.
+        clean_up: is called before each further try.
+    """
     for attempt in range(1, _RAY_STARTS + 1):
         try:
-            return ray.init(*address, **options)
+            return start()
         except Exception as error:  # Ray's own is a bare Exception
-            if attempt == _RAY_STARTS or "timed out during startup" not in str(error):
+            if attempt == _RAY_STARTS or "imed out" not in str(error):
                 raise
             logger.warning("Ray did not start in time: try %d of %d failed", attempt, _RAY_STARTS)
-            ray.shutdown()
+            clean_up()
 
 
 def _release_frames(error: BaseException | None) -> None:

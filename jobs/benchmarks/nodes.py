@@ -20,6 +20,7 @@ import vlsm
 from jobs.benchmarks.archives import write_files
 from jobs.benchmarks.figures import write_json
 from jobs.benchmarks.stores import free_port
+from jobs.command import start_patiently
 from jobs.phantoms import write_labelled
 from vlsm.errors import ConfigError, ResultError
 
@@ -126,17 +127,17 @@ def _cluster(cores: list[int]) -> Iterator[str]:
     os.environ.setdefault("RAY_num_workers_soft_limit", "64")  # as in cluster.yaml
     port = free_port()
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "object_store_memory": _STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
     allowed = os.sched_getaffinity(0)
     try:
         for core in cores:
             os.sched_setaffinity(0, {core})  # processes that start now inherit this core
-            cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
+            start_patiently(lambda: cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES))
             os.sched_setaffinity(0, allowed)
         yield f"http://127.0.0.1:{port}"
     finally:
         os.sched_setaffinity(0, allowed)
-        cluster.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()
 
 
 def _submit(address: str, *words: str) -> float:

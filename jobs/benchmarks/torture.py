@@ -19,6 +19,7 @@ import psutil
 from jobs.benchmarks.figures import write_json
 from jobs.benchmarks.stores import BUCKET, FaultyProxy, S3Server
 from jobs.benchmarks.torture_setup import LONGEST_S, Arena, num_parts
+from jobs.command import start_patiently
 from vlsm.errors import ResultError, VlsmError
 
 
@@ -107,9 +108,13 @@ def kill_node(arena: Arena) -> dict[str, int]:
     output, kills = str(arena.folder / "kill_node"), 0
     store: dict[str, Any] = {"object_store_memory": 100 << 20}
     kinds: list[dict[str, Any]] = [{"num_cpus": 1}, {"num_cpus": 2, "num_gpus": 1}]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
+    cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store}))
+
+    def add(kind: dict[str, Any]) -> Any:
+        return start_patiently(lambda: cluster.add_node(**kind, **store))
+
     try:
-        nodes = [(cluster.add_node(**kind, **store), kind) for kind in kinds]
+        nodes = [(add(kind), kind) for kind in kinds]
         settings = "run.batch_size=1", "run.gpus_per_actor=1", "run.actors=1..2"
         job = arena.start(output, *settings, environment={"RAY_ADDRESS": cluster.address})
         for node, kind in nodes:
@@ -117,11 +122,11 @@ def kill_node(arena: Arena) -> dict[str, int]:
             if job.poll() is None:
                 cluster.remove_node(node, allow_graceful=False)
                 kills += 1
-                cluster.add_node(**kind, **store)
+                add(kind)
         if job.wait(LONGEST_S):
             raise ResultError("the job failed after nodes were lost")
     finally:
-        cluster.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()
     arena.prove(output)
     return {"nodes lost": kills}
 

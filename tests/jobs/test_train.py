@@ -196,6 +196,8 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
     import s3fs
     from ray.cluster_utils import Cluster
 
+    from jobs.command import start_patiently
+
     fs = s3fs.S3FileSystem(use_listings_cache=False)
     fs.put(f"{labelled}/", f"{s3_folder}/drawn/", recursive=True)
     output = f"{s3_folder}/out"
@@ -224,13 +226,13 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
 
     if loses_node:
         node = {"num_cpus": 1, "object_store_memory": 100 << 20}
-        cluster = Cluster(initialize_head=True, head_node_args=node | {"num_cpus": 0})
+        cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=node | {"num_cpus": 0}))
         try:
-            nodes = [cluster.add_node(**node) for _ in range(2)]
+            nodes = [start_patiently(lambda: cluster.add_node(**node)) for _ in range(2)]
             job = start(log, *arguments, RAY_ADDRESS=cluster.address)
             wait_for_steps()
             cluster.remove_node(nodes[0], allow_graceful=False)
-            cluster.add_node(**node)
+            start_patiently(lambda: cluster.add_node(**node))
             wait_for_steps()
             job.kill()
             job.communicate()
