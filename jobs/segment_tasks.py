@@ -153,7 +153,7 @@ class _SegmentedShard:
         with self._watch.image(position):
             logits = self._batch.logits_of(entry, texts)
             records = list(describe_image(logits, size, self._settings, self._squares))
-        common |= {"status": "ok", "height": entry.height, "width": entry.width}
+        common |= {"status": "ok", "height": entry.height, "width": entry.width, "grey_rule": entry.grey_rule}
         return [
             common | {"prompt": prompt, "kind": kind, **vars(record)}
             for (prompt, kind), record in zip(keys, records, strict=True)

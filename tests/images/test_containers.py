@@ -57,7 +57,7 @@ def read(row, **options):
     settings = SegmentSettings(input="", output="", members=[{"checkpoint": ""}], **options)
     try:
         content, frame = Reader(settings).open(row)
-        return int(content.decode(frame)[4, 6, 0])
+        return int(content.decode(frame).pixels[4, 6, 0])
     except ImageError as error:
         return str(error).partition(":")[0]
 

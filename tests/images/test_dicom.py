@@ -70,7 +70,7 @@ def items(**elements):
 
 def decode(dataset, frame=0, window=None):
     data = dataset if isinstance(dataset, bytes) else save(dataset)
-    image = DicomImages(data, "x.dcm", 10_000_000, window).decode(frame)
+    image = DicomImages(data, "x.dcm", 10_000_000, window).decode(frame).pixels
     assert image.dtype == np.uint8
     return image
 
@@ -232,7 +232,7 @@ def test_frames_are_decoded_one_by_one():
     assert images.size() == (4, 5)
     for frame in (2, 0, 1):
         np.testing.assert_array_equal(
-            (FRAMES[frame] * (255 / 6000) + 0.5).astype(np.uint8), images.decode(frame)[..., 0]
+            (FRAMES[frame] * (255 / 6000) + 0.5).astype(np.uint8), images.decode(frame).pixels[..., 0]
         )
     for outside in (3, -1):
         with pytest.raises(ImageError, match=r"^corrupt: x has 3 frames and no frame"):
@@ -562,7 +562,7 @@ def test_mutated_objects_are_pictures_or_errors_of_ours(kind, changes, end, in_h
     data = mutate(data, changes, end)
     try:
         assert count_frames(io.BytesIO(data)) >= 0
-        image = DicomImages(data, "x", 100_000, None, max_bytes=1 << 20).decode(0)
+        image = DicomImages(data, "x", 100_000, None, max_bytes=1 << 20).decode(0).pixels
     except ImageError as error:
         assert error.reason in ("corrupt", "too_large")
     else:

@@ -18,6 +18,7 @@ from vlsm.images.reader import open_images
 MODULE = """
 import numpy as np
 from vlsm.errors import ImageError
+from vlsm.images.grey_levels import Decoded
 
 def sniff(head):
     return head[:4] == b"FILM"
@@ -31,7 +32,7 @@ def list_images(file, name, size_bytes, look):
 def open_images(data, name, settings):
     def decode(selector):
         pixels = np.frombuffer(data[7:], np.uint8).reshape(data[4], data[5], data[6])
-        return np.dstack([pixels[int(selector.partition("=")[2])]] * 3)
+        return Decoded(np.dstack([pixels[int(selector.partition("=")[2])]] * 3), "stored")
     return decode
 """
 
@@ -78,7 +79,7 @@ def test_an_added_format_is_listed_and_decoded_everywhere(films):
                 opening()
             continue
         content, frame = opening()
-        pixels = content.decode(frame)
+        pixels = content.decode(frame).pixels
         assert pixels.shape == (8, 12, 3)
         levels[names[number]] = int(pixels[0, 0, 0])
     assert [levels[name] for name in names if name in levels] == [0, 1, 2, 50, 51, 52, 0, 1, 2]

@@ -55,7 +55,7 @@ def export_overlays(output: str, directory: str | Path, filters: Filters = None,
     for row in read_ok_masks(output, filters, limit):
         try:
             content, frame = reader.open(row)
-            image = content.decode(frame)
+            image = content.decode(frame).pixels
         except ImageError as error:
             logger.warning("no overlay: %s", error)
             continue

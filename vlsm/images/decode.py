@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
+from vlsm.images.grey_levels import STORED, Decoded
 
 try:
     import simplejpeg
@@ -159,6 +160,6 @@ def list_images(
         return [None], (image.height, image.width)
 
 
-def open_images(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], np.ndarray]:
+def open_images(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], Decoded]:
     """Return the decoder of the one image of the file; see `vlsm.images.formats.FormatModule`."""
-    return lambda selector: decode_image(data, name, settings.max_pixels)
+    return lambda selector: Decoded(decode_image(data, name, settings.max_pixels), STORED)

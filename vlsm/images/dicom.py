@@ -16,7 +16,18 @@ from pydicom.dataset import Dataset
 from vlsm.errors import ImageError
 from vlsm.images.dicom_header import quiet, read_header
 from vlsm.images.dicom_pixels import paint_palette, read_frame
-from vlsm.images.grey_levels import Window, as_rgb, scale_to_bytes, value_range, window_edges
+from vlsm.images.grey_levels import (
+    CONTRAST,
+    DECLARED,
+    STORED,
+    Decoded,
+    Range,
+    Window,
+    as_rgb,
+    choose_levels,
+    scale_to_bytes,
+    show,
+)
 
 if TYPE_CHECKING:
     from vlsm.config import SegmentSettings
@@ -127,8 +138,7 @@ class DicomImages:
 
     Grey values first go through the modality lookup table or the rescale slope. Then they go through the given window,
     or else through the object's lookup table or first window; a table or window of the frame has priority. Without any
-    window, 8-bit values stay unchanged, and other values are scaled from the frame's minimum to its maximum without
-    padding. MONOCHROME1 is inverted.
+    window, `vlsm.images.grey_levels` states the rule; padding does not count. MONOCHROME1 is inverted.
 
     Args:
         data: the file's content.
@@ -162,8 +172,8 @@ class DicomImages:
         """Return the (height, width) of every frame in pixels."""
         return self._size
 
-    def decode(self, frame: int) -> np.ndarray:
-        """Return one frame as (H, W, 3) uint8 RGB.
+    def decode(self, frame: int) -> Decoded:
+        """Return one frame.
 
         Args:
             frame: its number, from 0.
@@ -181,32 +191,31 @@ class DicomImages:
         except Exception as error:  # decoders raise errors of any type for damage; their texts quote values
             kind = type(error).__name__
             raise ImageError("corrupt", f"{self._name}: frame {frame} cannot be decoded ({kind})") from None
-        if image.shape != (*self._size, 3):
+        if image.pixels.shape != (*self._size, 3):
             raise ImageError("corrupt", f"{self._name}: the size of frame {frame} is not that of its header")
         return image
 
-    def _show(self, stored: np.ndarray, frame: int) -> np.ndarray:
-        """Return stored values, (H, W) or (H, W, 3), as (H, W, 3) uint8 RGB."""
+    def _show(self, stored: np.ndarray, frame: int) -> Decoded:
+        """Return the image of stored values, (H, W) or (H, W, 3)."""
         kind = self._dataset.PhotometricInterpretation
         if kind == "PALETTE COLOR":
-            return paint_palette(stored, self._dataset)
+            return Decoded(paint_palette(stored, self._dataset), STORED)
         if stored.ndim == 3:
-            return (stored >> max(self._dataset.BitsStored - 8, 0)).astype(np.uint8)[..., :3]
-        grey = self._show_grey(stored, frame)
-        return as_rgb(255 - grey if kind == "MONOCHROME1" else grey)
+            return Decoded((stored >> max(self._dataset.BitsStored - 8, 0)).astype(np.uint8)[..., :3], STORED)
+        grey, rule = self._show_grey(stored, frame)
+        return Decoded(as_rgb(255 - grey if kind == "MONOCHROME1" else grey), rule)
 
-    def _show_grey(self, stored: np.ndarray, frame: int) -> np.ndarray:
-        """Return stored grey values (H, W) as uint8, before the inversion of MONOCHROME1."""
+    def _show_grey(self, stored: np.ndarray, frame: int) -> tuple[np.ndarray, str]:
+        """Return stored grey values (H, W) as uint8, before the inversion of MONOCHROME1, and the rule."""
         voi = self._macro("FrameVOILUTSequence", frame)
-        has_voi = bool(voi.get("VOILUTSequence")) or (_number(voi, "WindowWidth") or 0) > 0
         values, is_rescaled = self._rescale(stored, frame)
-        if self._window is not None:
-            return scale_to_bytes(values, *window_edges(self._window))
-        if has_voi:
-            return _apply_voi(values, voi)
-        if stored.dtype == np.uint8 and self._dataset.BitsStored == 8 and not is_rescaled:
-            return stored
-        return scale_to_bytes(values, *value_range(values[~self._is_padding(stored)]))
+        is_padding = self._is_padding(stored)
+        levels = choose_levels(values[~is_padding], self._window, _declared_range(voi))
+        if self._window is None and (voi.get("VOILUTSequence") or levels.rule == DECLARED):
+            return _apply_voi(values, voi), DECLARED
+        if levels.rule == CONTRAST and stored.dtype == np.uint8 and self._dataset.BitsStored == 8 and not is_rescaled:
+            return stored, STORED
+        return show(values, levels), levels.rule
 
     def _rescale(self, stored: np.ndarray, frame: int) -> tuple[np.ndarray, bool]:
         """Return the values in the modality's units, (H, W) float, and whether they differ from the stored values."""
@@ -240,6 +249,12 @@ class DicomImages:
         return self._dataset
 
 
+def _declared_range(voi: Dataset) -> Range | None:
+    """Return the values (black, white) of an object's window, or None if it has none."""
+    center, width = _number(voi, "WindowCenter") or 0.0, _number(voi, "WindowWidth") or 0.0
+    return (center - width / 2, center + width / 2) if width > 0 else None
+
+
 def _apply_voi(values: np.ndarray, voi: Dataset) -> np.ndarray:
     """Return the values after the object's VOI lookup table or window, (H, W) uint8.
 
@@ -258,8 +273,8 @@ def _apply_voi(values: np.ndarray, voi: Dataset) -> np.ndarray:
         with np.errstate(over="ignore"):
             return scale_to_bytes(1 / (1 + np.exp(-4 * (values - center) / width)), 0, 1)
     if function == "LINEAR" and width >= 1:
-        return scale_to_bytes(values, *window_edges((center - 0.5, width - 1)))
-    return scale_to_bytes(values, *window_edges((center, width)))
+        center, width = center - 0.5, width - 1
+    return scale_to_bytes(values, center - width / 2, center + width / 2)
 
 
 def _look_up(values: np.ndarray, item: Dataset) -> tuple[np.ndarray, int]:
@@ -297,7 +312,7 @@ def list_images(
     return [f"frame={frame}" for frame in range(count)] if count > 1 else [None] * count, (height, width)
 
 
-def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], np.ndarray]:
+def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], Decoded]:
     """The frames of an object; see `vlsm.images.formats.FormatModule`."""
     images = DicomImages(data, name, settings.max_pixels, settings.window, settings.max_image_bytes)
     return lambda selector: images.decode(int(selector.partition("=")[2]) if selector else 0)

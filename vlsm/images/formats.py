@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import BinaryIO, Protocol, cast
 
-import numpy as np
-
 from vlsm.config import SegmentSettings, TileSettings
 from vlsm.images.decode import EXTENSIONS
+from vlsm.images.grey_levels import Decoded
 from vlsm.images.windows import count_windows
 
 HEAD_BYTES = 132  # at the start of a file, enough to recognise a format
 
 Open = Callable[[], BinaryIO]
-Decode = Callable[[str | None], np.ndarray]  # an image by its selector, (H, W, 3) uint8; raises ImageError
+Decode = Callable[[str | None], Decoded]  # an image by its selector; raises ImageError
 
 
 class FormatModule(Protocol):

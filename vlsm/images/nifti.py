@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 
 from vlsm.errors import ImageError
-from vlsm.images.grey_levels import Window, as_rgb, scale_to_bytes, value_range, window_edges
+from vlsm.images.grey_levels import STORED, Decoded, Levels, Window, as_rgb, choose_levels, sample_values, show
 
 if TYPE_CHECKING:
     from vlsm.config import SegmentSettings
@@ -30,7 +30,6 @@ AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 _GZIP = b"\x1f\x8b"
 _MAX_RATIO = 1032  # deflate compresses 1,032-fold at most
 _MAX_SLICES = 1_000_000  # in one file
-_NUM_SAMPLES = 1 << 20  # values of a volume that its percentiles are computed from
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 
 
@@ -142,9 +141,8 @@ class _Header:
 class NiftiImages:
     """The slices of one NIfTI file, each as a viewer shows it: RGB, 8 bits per channel.
 
-    Values are scaled by the header's slope and intercept. Black and white are the edges of the given window, else the
-    header's cal_min and cal_max, else the 0.5th and 99.5th percentile of the volume. Values that are not finite are
-    black. Colours stay unchanged.
+    Values are scaled by the header's slope and intercept. `vlsm.images.grey_levels` states the rule for black and
+    white; the header declares cal_min and cal_max. All slices of a volume have the same levels. Colours stay unchanged.
 
     Args:
         data: the file's content, .nii or .nii.gz.
@@ -169,7 +167,7 @@ class NiftiImages:
     ) -> None:
         self._name, self._window = name, window
         header = self._header = _read_header(io.BytesIO(data), name, axis)
-        self._ranges: dict[int, tuple[float, float]] = {}
+        self._levels: dict[int, Levels] = {}
         if header.num_bytes > max_bytes:
             raise ImageError(
                 "too_large", f"{name} has {header.num_bytes:,} uncompressed bytes; max_image_bytes is {max_bytes:,}"
@@ -192,8 +190,8 @@ class NiftiImages:
         height, width = self._header.grid.slice_of(self._volumes, "slice=0").shape
         return height, width
 
-    def decode(self, selector: str) -> np.ndarray:
-        """Return one slice as (H, W, 3) uint8 RGB.
+    def decode(self, selector: str) -> Decoded:
+        """Return one slice.
 
         Args:
             selector: "slice=17", or "volume=2,slice=17".
@@ -207,8 +205,9 @@ class NiftiImages:
         except LookupError:
             raise ImageError("corrupt", f"{self._name} has no {selector!r}") from None
         if stored.dtype.names:
-            return np.stack([stored[channel] for channel in "RGB"], axis=-1)
-        return as_rgb(scale_to_bytes(self._scale(stored), *self._edges(volume)))
+            return Decoded(np.stack([stored[channel] for channel in "RGB"], axis=-1), STORED)
+        levels = self._levels_of(volume)
+        return Decoded(as_rgb(show(self._scale(stored), levels)), levels.rule)
 
     def _scale(self, stored: np.ndarray) -> np.ndarray:
         """Return stored values with the header's slope and intercept applied, float of the same shape."""
@@ -219,29 +218,11 @@ class NiftiImages:
             values += self._header.intercept
         return values
 
-    def _edges(self, volume: int) -> tuple[float, float]:
-        """Return the values that are shown (black, white) in a volume."""
-        if self._window is not None:
-            return window_edges(self._window)
-        low, high = self._header.display_range
-        if np.isfinite(high - low) and high > low:
-            return low, high
-        if volume not in self._ranges:
-            self._ranges[volume] = self._percentiles(self._volumes[..., volume])
-        return self._ranges[volume]
-
-    def _percentiles(self, volume: np.ndarray) -> tuple[float, float]:
-        """Return the 0.5th and 99.5th percentile of a million evenly spaced values, or the range if both are equal."""
-        flat = volume.ravel(order="F")  # a view, because the volume is stored in this order
-        step = -(-flat.size // _NUM_SAMPLES)
-        while step > 1 and math.gcd(step, flat.size) > 1:  # a common divisor would sample the same few columns
-            step += 1
-        values = self._scale(flat[::step])
-        finite = values[np.isfinite(values)]
-        if not finite.size:
-            return 0.0, 0.0
-        low, high = (float(edge) for edge in np.percentile(finite, (0.5, 99.5)))
-        return (low, high) if high > low else value_range(finite)
+    def _levels_of(self, volume: int) -> Levels:
+        if volume not in self._levels:
+            values = self._scale(sample_values(self._volumes[..., volume]))
+            self._levels[volume] = choose_levels(values, self._window, self._header.display_range)
+        return self._levels[volume]
 
 
 def _read_header(file: BinaryIO, name: str, axis: str) -> _Header:
@@ -316,7 +297,7 @@ def list_images(file: BinaryIO, name: str, size_bytes: int | None, look: "Look")
     return grid.selectors(), grid.slice_shape
 
 
-def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], np.ndarray]:
+def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], Decoded]:
     """The slices of the file's volumes; see `vlsm.images.formats.FormatModule`."""
     limits = settings.window, settings.slices, settings.max_image_bytes
     images = NiftiImages(data, name, settings.max_pixels, *limits)

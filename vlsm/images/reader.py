@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
 from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
@@ -31,6 +29,7 @@ from vlsm.images.formats import (
     sniff_kind,
     split_selector,
 )
+from vlsm.images.grey_levels import Decoded
 
 _BLOCK = 1 << 20  # bytes per request to a store, for an archive that is read in order
 # files with several images stay in memory, because these images follow each other in the plan
@@ -55,8 +54,8 @@ class Content:
         """Return a digest that is equal for equal images: the SHA-256 of the bytes, or of that digest and the frame."""
         return self.sha256 if frame is None else hashlib.sha256(f"{self.sha256}#{frame}".encode()).hexdigest()
 
-    def decode(self, frame: str | None) -> np.ndarray:
-        """Return one image, (H, W, 3) uint8, as `decode_image` does.
+    def decode(self, frame: str | None) -> Decoded:
+        """Return one image.
 
         Args:
             frame: such as "frame=3"; None if the file has only one image.

@@ -3,12 +3,12 @@
 import io
 from typing import Any, BinaryIO
 
-import numpy as np
 from PIL import Image
 
 from vlsm.config import SegmentSettings
 from vlsm.images.decode import decode_image, decode_opened, decoder_errors
 from vlsm.images.formats import Decode, Look
+from vlsm.images.grey_levels import STORED, Decoded
 
 _REDUCED_OR_MASK = 0b101  # TIFF 6.0, tag NewSubfileType
 _SUBFILE_TYPE = 254
@@ -40,13 +40,13 @@ def open_images(data: bytes, name: str, settings: SegmentSettings) -> Decode:
     """Return the decoder of the pages, by their selectors; see `vlsm.images.formats.FormatModule`."""
     opened: list[Image.Image] = []
 
-    def decode(selector: str | None) -> np.ndarray:
+    def decode(selector: str | None) -> Decoded:
         if selector is None:
-            return decode_image(data, name, settings.max_pixels)
+            return Decoded(decode_image(data, name, settings.max_pixels), STORED)
         with decoder_errors(name):
             if not opened:
                 opened.append(Image.open(io.BytesIO(data), formats=("TIFF",)))
             opened[0].seek(int(selector.partition("=")[2]))
-            return decode_opened(opened[0], name, settings.max_pixels)
+            return Decoded(decode_opened(opened[0], name, settings.max_pixels), STORED)
 
     return decode

@@ -71,7 +71,7 @@ class Painter:
             return Picture(problem="unavailable: its store does not answer")
         try:
             content, frame = self._reader.open(row)
-            image = content.decode(frame)
+            image = content.decode(frame).pixels
             prediction, target = self._read_masks(row)
         except VlsmError as error:
             if isinstance(error, StorageError):

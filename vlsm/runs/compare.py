@@ -16,7 +16,7 @@ from vlsm.runs.results import part_name, read_part
 
 logger = logging.getLogger("vlsm")
 
-_COLUMNS = ["image_id", "image_uri", "image_version", "prompt", "kind", "status", "error"]
+_COLUMNS = ["image_id", "image_uri", "image_version", "prompt", "kind", "status", "error", "grey_rule"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class ShardState:
     Attributes:
         undone: positions in the shard of the images whose rows differ from the planned rows.
         num_extra: number of rows whose image_id is not in the shard.
-        counts: numbers of the done images by status ("ok", "failed", "vanished") and by "failed: REASON"; and "rows",
-            the number of their rows.
+        counts: numbers of the done images by status ("ok", "failed", "vanished"), by "failed: REASON" and by
+            "levels: RULE" (`vlsm.images.grey_levels`); and "rows", the number of their rows.
     """
 
     undone: list[int]
@@ -78,6 +78,8 @@ def compare_shard(images: pa.Table, rows: pa.Table | None, kinds: list[str], ret
         counts.update({"rows": len(image_rows), status: 1})
         if status == "failed":
             counts["failed: " + error.partition(":")[0]] += 1
+        if rule := image_rows[0]["grey_rule"]:
+            counts["levels: " + rule] += 1
     return ShardState(undone, sum(map(len, rows_by_image.values())), counts)
 
 
@@ -125,7 +127,16 @@ def sample_run(output: str, plan: Plan, run_id: str, shards: Sequence[int]) -> C
 
 def failed_by_reason(counts: Mapping[str, int]) -> dict[str, int]:
     """Return the number of failed images by reason, from counts as in `RunState.counts`."""
-    return {key.partition(": ")[2]: counts[key] for key in sorted(counts) if key.startswith("failed: ")}
+    return _counts_by("failed", counts)
+
+
+def images_by_rule(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of images by the rule for their grey levels, from counts as in `RunState.counts`."""
+    return _counts_by("levels", counts)
+
+
+def _counts_by(kind: str, counts: Mapping[str, int]) -> dict[str, int]:
+    return {key.partition(": ")[2]: counts[key] for key in sorted(counts) if key.startswith(kind + ": ")}
 
 
 def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

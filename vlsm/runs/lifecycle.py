@@ -20,8 +20,9 @@ from vlsm.checkpoints import CheckpointSettings, digest_files, read_checkpoint, 
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.formats import Look
+from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
-from vlsm.runs.compare import RunState, failed_by_reason
+from vlsm.runs.compare import RunState, failed_by_reason, images_by_rule
 from vlsm.runs.plan import Plan, list_plans, new_plan_id, remove_plan, write_plan
 from vlsm.runs.planner import Planner
 from vlsm.runs.record import (
@@ -277,12 +278,19 @@ def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> di
         "planned": plan.num_images,
         **{status: counts[status] for status in ("ok", "failed", "vanished")},
         "failed_by_reason": failed_by_reason(counts),
+        "grey_levels": images_by_rule(counts),
         "rows": counts["rows"],
         "parts": plan.num_shards,
         "done_before": num_before,
         "seconds": round(seconds, 1),
         "images_per_s": round((state.num_done - num_before) / seconds, 2),
     }
+    if rules := {rule: count for rule, count in images_by_rule(counts).items() if rule != STORED}:
+        logger.info(
+            "deep grey values became 8 bits by these rules: %s; vlsm/images/grey_levels.py explains them, and the "
+            "setting `window` replaces them",
+            ", ".join(f"{rule} ({count:,} images)" for rule, count in rules.items()),
+        )
     storage.write_bytes(storage.join(output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
     return summary
 

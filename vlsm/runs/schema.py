@@ -37,6 +37,7 @@ RESULT_SCHEMA = pa.schema(
         pa.field("kind", pa.string(), nullable=False),
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
+        pa.field("grey_rule", pa.string()),
         pa.field("mask_rle", pa.string()),
         pa.field("label_map", pa.binary()),
         pa.field("area_px", pa.int64()),

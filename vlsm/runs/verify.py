@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlsm import storage
 from vlsm.errors import ConfigError, ImageError, ResultError
-from vlsm.runs.compare import compare_shard, failed_by_reason
+from vlsm.runs.compare import compare_shard, failed_by_reason, images_by_rule
 from vlsm.runs.plan import Plan, read_plan
 from vlsm.runs.record import read_record, read_summary
 from vlsm.runs.results import part_name, read_part
@@ -142,8 +142,13 @@ def _verify_counts(output: str, proof: Proof, num_ids: int) -> list[str]:
         return [*differences, str(error)]
     if summary is None:
         return [*differences, "summary.json is missing: the run is not finished"]
-    expected = {"planned": plan.num_images} | {key: counts[key] for key in ("ok", "failed", "vanished", "rows")}
-    for key, value in (expected | {"failed_by_reason": failed_by_reason(counts)}).items():
+    expected: dict[str, Any] = {"planned": plan.num_images} | {
+        key: counts[key] for key in ("ok", "failed", "vanished", "rows")
+    }
+    expected["failed_by_reason"] = failed_by_reason(counts)
+    if "grey_levels" in summary:  # earlier versions did not count them
+        expected["grey_levels"] = images_by_rule(counts)
+    for key, value in expected.items():
         if summary.get(key) != value:
             differences.append(f"summary.json has {key} {summary.get(key)}; it should be {value}")
     return differences

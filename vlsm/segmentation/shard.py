@@ -28,6 +28,7 @@ _ENTRY = pa.struct(
         pa.field("num_windows", pa.int32(), nullable=False),
         pa.field("first_logit", pa.int32(), nullable=False),
         pa.field("content_sha256", pa.string()),
+        pa.field("grey_rule", pa.string()),
         pa.field("error", pa.string()),
     ]
 )
@@ -65,6 +66,7 @@ class Entry:
         first_logit: its first row in `logits`. It has num_texts x num_windows rows: all windows of the first text, then
             all windows of the second text, and so on.
         content_sha256: `Content.digest` of the image, if its file could be read.
+        grey_rule: the rule that gave its 8-bit levels, as in `vlsm.images.grey_levels`; None if it cannot be read.
         error: why the image cannot be segmented: "REASON: message".
     """
 
@@ -76,6 +78,7 @@ class Entry:
     num_windows: int = 0
     first_logit: int = 0
     content_sha256: str | None = None
+    grey_rule: str | None = None
     error: str | None = None
 
     @property
@@ -269,15 +272,16 @@ def read_shard_images(
         key = entry.content_sha256, content.kind  # whether equal bytes are an image can depend on the file name
         if (first := firsts.get(key)) is not None:
             twin = batch.entries[first]
-            entry.height, entry.width, numbers[index] = twin.height, twin.width, numbers[first]
+            entry.height, entry.width, entry.grey_rule = twin.height, twin.width, twin.grey_rule
+            numbers[index] = numbers[first]
             return
         with guard.time_limit():
-            image = content.decode(frame)
+            image, rule = content.decode(frame)
             size = image.shape[0], image.shape[1]
             check_windows(size, settings.tile, content.name)
             cuts = [window.cut(image) for window in plan_windows(size, settings.tile)]
             resized = {square: np.stack([square.resize_image(cut) for cut in cuts]) for square in distinct_squares}
-        entry.height, entry.width = size
+        (entry.height, entry.width), entry.grey_rule = size, rule
         firsts[key], numbers[index] = index, len(windows)
         windows.append(resized)
 
