@@ -1,11 +1,15 @@
 import io
+import struct
+import zlib
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlsm.errors import ImageError
-from vlsm.images.decode import decode_image
+from vlsm.images.decode import decode_image, decode_mask_file, decode_picture, list_images
+from vlsm.images.formats import Look
 from vlsm.images.preprocess import ImageSpec, Square
 
 
@@ -150,6 +154,102 @@ def test_the_pixel_limit_is_the_callers():
     assert decode_image(image, "x", max_pixels=2000).shape == (40, 50, 3)
     with pytest.raises(ImageError, match=r"50 x 40 = 2,000 pixels; max_pixels is 1,999"):
         decode_image(image, "x", max_pixels=1999)
+
+
+DEEP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG2000"])
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [(DEEP * 16, "full range"), (DEEP, "contrast"), (DEEP + 20_000, "contrast"), (DEEP >> 2, "contrast")],
+)
+def test_16_bits_with_a_narrow_range_have_contrast(kind, values, rule):
+    picture = decode_picture(encode(Image.fromarray(values), kind), "x")
+    assert picture.rule == rule
+    span = 65535 if rule == "full range" else values.max() - values.min()
+    expected = (values - (0 if rule == "full range" else values.min())) / span * 255
+    assert np.abs(picture.pixels[..., 0] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bit_png_colours_are_not_cut_to_their_high_byte(channels):
+    values = np.stack([DEEP, DEEP.T, DEEP[::-1], np.full_like(DEEP, 7)], axis=-1)[..., :channels]
+    if channels == 2:
+        values = np.stack([DEEP, np.full_like(DEEP, 7)], axis=-1)
+    pixels = decode_image(imagecodecs.png_encode(np.ascontiguousarray(values.squeeze())), "x")
+    expected = (values[..., :3] if channels > 2 else np.dstack([DEEP] * 3)) / 4095 * 255
+    assert np.abs(pixels - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["GIF", "AVIF", "JPEG2000"])
+def test_more_formats_that_pillow_reads(picture, kind):
+    options = {"GIF": {}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}, "JPEG2000": {"irreversible": False}}[kind]
+    decoded = decode_image(encode(Image.fromarray(picture), kind, **options), "x")
+    assert np.abs(decoded.astype(int) - picture).max() <= (6 if kind == "AVIF" else 0)
+
+
+def chunk(kind, content, is_damaged=False):
+    checksum = zlib.crc32(kind + content) ^ is_damaged
+    return struct.pack(">I4s", len(content), kind) + content + struct.pack(">I", checksum)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"tEXt", b"Comment\0text", is_damaged=True),
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3 << 20))),
+        chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20))),
+        chunk(b"iTXt", b"Comment\0\1\0\0\0" + b"no zlib data"),
+        chunk(b"iCCP", b"profile\0\0" + b"no zlib data"),
+        chunk(b"pHYs", b"\0"),
+        chunk(b"gAMA", b"\0", is_damaged=True),
+    ],
+    ids=lambda extra: extra[4:8].decode(),
+)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_damage_in_ancillary_chunks_of_a_png_leaves_the_pixels(depth, extra, place):
+    data = encode(Image.fromarray(DEEP if depth == 16 else (DEEP >> 4).astype(np.uint8)))
+    at = 33 if place == "before" else data.index(b"IEND") - 4
+    expected = decode_image(data, "x")
+    damaged = data[:at] + extra + data[at:]
+    np.testing.assert_array_equal(expected, decode_image(damaged, "x"))
+    assert list_images(io.BytesIO(damaged), "x.png", None, Look())[1] == (64, 64)
+    broken = bytearray(damaged)
+    broken[broken.index(b"IDAT") + 20] ^= 255
+    with pytest.raises(ImageError, match="^corrupt"):
+        decode_image(bytes(broken), "x")
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 2}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_lacks_only_its_end_marker_or_is_corrupt(mode, options):
+    noise = np.random.default_rng(3).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise).resize((160, 120)).convert(mode), "JPEG", **options)
+    assert data.endswith(b"\xff\xd9")
+    for end in (-2, -1):
+        np.testing.assert_array_equal(decode_image(data, "x"), decode_image(data[:end], "x"))
+    for end in (-6, -40, -len(data) // 3):
+        with pytest.raises(ImageError, match="^corrupt"):
+            decode_image(data[:end], "x")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG2000"])
+def test_labels_of_16_bits_are_compared_as_they_are_stored(kind):
+    labels = np.array([[0, 1, 127, 200, 256, 300, 65535]] * 8, np.uint16)
+    for threshold in (0, 127, 200):
+        np.testing.assert_array_equal(
+            labels > threshold, decode_mask_file(encode(Image.fromarray(labels), kind), "x", threshold)
+        )
+
+
+def test_black_and_white_masks_are_255_and_palettes_count_by_colour():
+    values = np.array([[0, 1, 1, 0]] * 4, bool)
+    np.testing.assert_array_equal(values, decode_mask_file(encode(Image.fromarray(values)), "x", 127))
+    palette = Image.fromarray(values.astype(np.uint8), mode="P")
+    palette.putpalette([0, 0, 0, 0, 200, 0])
+    np.testing.assert_array_equal(values, decode_mask_file(encode(palette), "x", 127))
 
 
 def test_normalized_images_are_what_the_formula_says():

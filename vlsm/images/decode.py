@@ -1,16 +1,16 @@
 """Decode common image files to RGB arrays, and mask files to masks."""
 
-import contextlib
 import io
+import struct
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from vlsm.config import SegmentSettings
-from vlsm.errors import ImageError
-from vlsm.images.grey_levels import STORED, Decoded
+from vlsm.images.grey_levels import Decoded, Window
+from vlsm.images.stored import Stored, check_pixels, decoder_errors, full_range
 
 try:
     import simplejpeg
@@ -20,72 +20,155 @@ except ImportError:  # machines with only torch and the model libraries lack it:
 if TYPE_CHECKING:
     from vlsm.images.formats import Look
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
+# `vlsm.images.tiff` reads TIFF
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".j2k", ".avif"),
+)
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "JPEG2000", "AVIF")
 
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda pixels: np.rot90(pixels, 2),
-    4: np.flipud,
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: np.rot90(pixels, -1),
-    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
-    8: np.rot90,
-}  # EXIF 2.3, tag Orientation
+_TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF 6.0, and BigTIFF
+_PNG_HEAD, _JPEG_HEAD, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
+_PNG_KEPT = (b"tRNS", b"eXIf")  # ancillary chunks that can change the picture
 
 
-def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000) -> np.ndarray:
-    """Return an image as a person sees it: RGB, upright, 8 bits per channel.
-
-    EXIF orientation is applied and alpha is dropped. Palette, grey and CMYK images are converted. 16-bit grey is scaled
-    by its full range (65,535 is white). 32-bit integer and float images are scaled from their minimum to their maximum,
-    because no header states their range. Of an animation only the first frame is used.
-
-    Args:
-        data: the content of a JPEG, PNG, TIFF, BMP or WebP file.
-        name: the name of the file in error messages.
-        max_pixels: images with more pixels are refused before they are decoded.
+def decode_image(data: bytes, name: str, max_pixels: int = 100_000_000, window: Window | None = None) -> np.ndarray:
+    """Return an image as a person sees it: RGB, upright, 8 bits per channel; see `decode_picture`.
 
     Returns:
         (H, W, 3) uint8.
+    """
+    return decode_picture(data, name, max_pixels, window).pixels
+
+
+def decode_picture(data: bytes, name: str, max_pixels: int = 100_000_000, window: Window | None = None) -> Decoded:
+    """Return an image as a person sees it: RGB, upright, 8 bits per channel.
+
+    EXIF orientation is applied and alpha is dropped. Palette, grey and CMYK images are converted. Deeper values become
+    8 bits by the rule of `vlsm.images.grey_levels`. Of an animation, and of a TIFF with several pages, only the first
+    image is used. Damage beside the pixels does not matter: a PNG's ancillary chunks, a JPEG without its end marker.
+
+    Args:
+        data: the content of a JPEG, PNG, TIFF, BMP, WebP, GIF, JPEG 2000 or AVIF file. Its bytes determine the format.
+        name: the name of the file in error messages.
+        max_pixels: images with more pixels are refused before they are decoded.
+        window: the (center, width) of the grey values to show, for more than 8 bits; None for the rule.
 
     Raises:
         ImageError: "too_large", or "corrupt" with the decoder's reason.
     """
-    with decoder_errors(name), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        return decode_opened(image, name, max_pixels, data)
+    return read_stored(data, name, max_pixels).show(window)
 
 
-def decode_opened(image: Image.Image, name: str, max_pixels: int, data: bytes = b"") -> np.ndarray:
-    """Return the selected page of an opened file, as `decode_image` does.
+def decode_mask_file(data: bytes, name: str, threshold: int, max_pixels: int = 100_000_000) -> np.ndarray:
+    """Return the mask of a mask file: 1 where the stored value is above the threshold, else 0.
+
+    Labels are never scaled: of 16- and 32-bit files the integer itself is compared. Of colours and palettes, the
+    brightest channel counts. Black-and-white files (1 bit) have the values 0 and 255. The threshold removes noise of a
+    lossy encoding.
 
     Args:
-        image: the file, opened by Pillow, at the page to decode.
+        data: the content of the file, as for `decode_picture`.
         name: the name of the file in error messages.
-        max_pixels: images with more pixels are refused before they are decoded.
-        data: the content of a JPEG file, for its faster decoder.
+        threshold: 0 to 254.
+        max_pixels: masks with more pixels are refused before they are decoded.
 
     Returns:
-        (H, W, 3) uint8.
+        (H, W) uint8 of 0 and 1.
 
     Raises:
-        ImageError: "too_large".
+        ImageError: as for `decode_picture`.
     """
-    width, height = image.size
-    if height * width > max_pixels:
-        raise ImageError(
-            "too_large", f"{name} has {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}"
-        )
-    pixels = _decode_jpeg(data, (height, width)) if image.format == "JPEG" and image.mode in ("L", "RGB") else None
-    if pixels is None:
+    values = read_stored(data, name, max_pixels).values
+    return ((values if values.ndim == 2 else values.max(axis=2)) > threshold).astype(np.uint8)
+
+
+def read_stored(data: bytes, name: str, max_pixels: int) -> Stored:
+    """Return the values of an image file; arguments and errors as for `decode_picture`."""
+    if is_tiff(data):
+        from vlsm.images.tiff import TiffPages  # imports more than the other formats need
+
+        return TiffPages(data, name, max_pixels).read(None)
+    with decoder_errors(name), _open(io.BytesIO(data)) as image:
+        check_pixels((image.height, image.width), name, max_pixels)
+        return (_read_deep(image, data) or Stored(_read_levels(image, data))).upright(_orientation(image))
+
+
+def is_tiff(head: bytes) -> bool:
+    """Return whether the bytes of a file begin as a TIFF does."""
+    return head[:4] in _TIFF_HEADS
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """Return an opened file. If damage of a PNG stops Pillow, open it again without its ancillary chunks."""
+    try:
+        return Image.open(file, formats=_FORMATS)
+    except Exception:  # the decoder can raise any error
+        file.seek(0)
+        if not (data := file.read()).startswith(_PNG_HEAD):
+            raise
+        return Image.open(io.BytesIO(_without_ancillary_chunks(data)), formats=_FORMATS)
+
+
+def _read_deep(image: Image.Image, data: bytes) -> Stored | None:
+    """Return the values of an image with more than 8 bits, or None. Pillow would round colours to 8 bits."""
+    if image.format == "PNG" and data[24] == 16:  # bit depth, in the header chunk
+        import imagecodecs
+
+        values = _decode(image, data, imagecodecs.png_decode)
+        return Stored(_without_alpha(values), full_range(values.dtype, 16))
+    if image.format == "JPEG2000" and image.mode.startswith("I"):
+        import imagecodecs
+
+        values = imagecodecs.jpeg2k_decode(data)
+        return Stored(_without_alpha(values), full_range(values.dtype, _jpeg2000_bits(data)))
+    return None
+
+
+def _decode(image: Image.Image, data: bytes, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    try:
+        return decode(data)
+    except RuntimeError:
+        return decode(_without_ancillary_chunks(data))
+
+
+def _without_alpha(values: np.ndarray) -> np.ndarray:
+    """Return (H, W) or (H, W, 3) values of an image that may have an alpha channel."""
+    if values.ndim == 2 or values.shape[2] == 3:
+        return values
+    return values[..., 0] if values.shape[2] < 3 else values[..., :3]
+
+
+def _jpeg2000_bits(data: bytes) -> int:
+    """Return the bits of the first component (ISO/IEC 15444-1, A.5.1, Ssiz)."""
+    return (data[data.index(b"\xff\x4f\xff\x51") + 42] & 0x7F) + 1
+
+
+def _read_levels(image: Image.Image, data: bytes) -> np.ndarray:
+    """Return an image of 8 bits, (H, W) or (H, W, 3) uint8."""
+    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        if (pixels := _decode_jpeg(data, (image.height, image.width))) is not None:
+            return pixels
+    try:
         image.load()
-        pixels = np.asarray(_to_rgb(image))
-    turn = _UPRIGHT.get(_orientation(image))
-    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+    except Exception:  # the decoder can raise any error
+        if (
+            image.format == "JPEG"
+            and (pixels := _decode_jpeg(data + _JPEG_END, (image.height, image.width))) is not None
+        ):
+            return pixels
+        if image.format != "PNG" or len(kept := _without_ancillary_chunks(data)) == len(data):
+            raise
+        image = Image.open(io.BytesIO(kept), formats=("PNG",))
+    if image.mode in ("1", "L", "LA", "La"):
+        return np.asarray(image.convert("L"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
-    """Return the same pixels as Pillow in half of its time, or None if only Pillow can handle the file."""
+    """Return the same pixels as Pillow in half of its time, or None if the file is damaged or only Pillow can read it.
+
+    The decoder is strict: pixels that are missing are an error.
+    """
     if simplejpeg is None:
         return None
     try:
@@ -95,19 +178,23 @@ def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
     return pixels if pixels.shape == (*size, 3) else None
 
 
-@contextlib.contextmanager
-def decoder_errors(name: str) -> Iterator[None]:
-    """Translate every error of a decoder to an ImageError."""
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        raise ImageError("corrupt", f"{name} is not a {', '.join(_FORMATS)} image") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError("too_large", f"{name}: {error}") from error
-    except ImageError:
-        raise
-    except Exception as error:  # a damaged file can raise any type of error
-        raise ImageError("corrupt", f"{name}: {error or type(error).__name__}") from error
+def _without_ancillary_chunks(data: bytes) -> bytes:
+    """Return a PNG with only the chunks that its pixels need. Damage elsewhere, as in texts and profiles, is gone.
+
+    Source: PNG (W3C, 3rd edition), 5.4: the first letter of an ancillary chunk is in lower case.
+    """
+    return _PNG_HEAD + b"".join(
+        chunk for kind, chunk in _png_chunks(data) if not kind[:1].islower() or kind in _PNG_KEPT
+    )
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the type of each chunk and all of its bytes."""
+    position = len(_PNG_HEAD)
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        yield kind, data[position : position + 12 + length]
+        position += 12 + length
 
 
 def _orientation(image: Image.Image) -> int:
@@ -122,44 +209,20 @@ def _orientation(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = values.min(), values.max()
-        return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
-
-
-def decode_mask_file(data: bytes, name: str, threshold: int, max_pixels: int = 100_000_000) -> np.ndarray:
-    """Return the mask of a mask file: 1 if the brightest channel of a pixel is above the threshold, else 0.
-
-    The threshold removes noise of a lossy encoding.
-
-    Args:
-        data: the content of the file, as for `decode_image`.
-        name: the name of the file in error messages.
-        threshold: 0 to 254, compared with 8-bit levels.
-        max_pixels: masks with more pixels are refused before they are decoded.
-
-    Returns:
-        (H, W) uint8 of 0 and 1.
-
-    Raises:
-        ImageError: as for `decode_image`.
-    """
-    return (decode_image(data, name, max_pixels).max(axis=2) > threshold).astype(np.uint8)
-
-
 def list_images(
     file: BinaryIO, name: str, size_bytes: int | None, look: "Look"
 ) -> tuple[list[str | None], tuple[int, int]]:
     """Return one image and its size; see `vlsm.images.formats.FormatModule`."""
-    with decoder_errors(name), Image.open(file, formats=_FORMATS) as image:
+    head = file.read(4)
+    file.seek(0)
+    if is_tiff(head):
+        from vlsm.images import tiff
+
+        return [None], tiff.list_images(file, name, size_bytes, look)[1]
+    with decoder_errors(name), _open(file) as image:
         return [None], (image.height, image.width)
 
 
 def open_images(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], Decoded]:
     """Return the decoder of the one image of the file; see `vlsm.images.formats.FormatModule`."""
-    return lambda selector: Decoded(decode_image(data, name, settings.max_pixels), STORED)
+    return lambda selector: decode_picture(data, name, settings.max_pixels, settings.window)

@@ -15,6 +15,7 @@ contrast    otherwise from the lowest to the highest value: 12 bits in 16 and fl
 Only finite values count, without the values that a file declares as padding or "no data".
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ Range = tuple[float, float]
 STORED, WINDOW, DECLARED, FULL_RANGE, CONTRAST = RULES = "stored", "window", "declared", "full range", "contrast"
 
 _TRIMMED = 0.005  # fraction of the values at each end that may be extreme
+_FEWEST = 100  # values of an image in which some count as extreme
 _NUM_SAMPLES = 1 << 20  # values of an image or volume that are looked at for extreme values
 _NO_VALUE = 3.4e38  # software writes the largest float32 where it has no value
 
@@ -123,6 +125,8 @@ def as_rgb(grey: np.ndarray) -> np.ndarray:
 
 
 def _is_value(values: np.ndarray) -> np.ndarray:
+    if values.dtype.itemsize < 4:
+        return np.isfinite(values)
     with np.errstate(invalid="ignore"):
         is_value: np.ndarray = np.abs(values) < _NO_VALUE
     return is_value
@@ -149,9 +153,9 @@ def _covers(declared: Range, values: np.ndarray) -> bool:
 def _without_extremes(values: np.ndarray, low: float, high: float) -> Range:
     """Return (low, high), or the ends of the middle 99 % of the values if these are less than half as far apart."""
     sample = _finite(sample_values(values)).ravel()
-    num_trimmed = max(1, round(_TRIMMED * sample.size))
-    if sample.size <= 2 * num_trimmed:
+    if sample.size < _FEWEST:
         return low, high
+    num_trimmed = math.ceil(_TRIMMED * sample.size)
     ends = num_trimmed, sample.size - 1 - num_trimmed
     inner_low, inner_high = (float(value) for value in np.partition(sample, ends)[list(ends)])
     return (inner_low, inner_high) if 0 < inner_high - inner_low < (high - low) / 2 else (low, high)

@@ -1,17 +1,233 @@
 """The pages of TIFF files, except masks and reduced copies of other pages."""
 
 import io
+import logging
+import struct
 from typing import Any, BinaryIO
 
+import imagecodecs
+import numpy as np
+import tifffile
 from PIL import Image
 
 from vlsm.config import SegmentSettings
-from vlsm.images.decode import decode_image, decode_opened, decoder_errors
+from vlsm.errors import ImageError
+from vlsm.images import decode
+from vlsm.images.codestreams import codestream_size
 from vlsm.images.formats import Decode, Look
-from vlsm.images.grey_levels import STORED, Decoded
+from vlsm.images.stored import Stored, check_pixels, decoder_errors, full_range
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its warnings name no file; what matters is an error here
 
 _REDUCED_OR_MASK = 0b101  # TIFF 6.0, tag NewSubfileType
-_SUBFILE_TYPE = 254
+_MAX_PAGES = 1_000_000
+_GREY, _RGB, _PALETTE, _MASK, _CMYK, _YCBCR, _LAB = (0, 1), 2, 3, 4, 5, 6, 8  # TIFF 6.0, tag PhotometricInterpretation
+_OLD_JPEG, _JPEG, _JPEG_2000 = 6, 7, (33003, 33004, 33005, 34712)
+_KEEPS_YCBCR = (1, 5, 8, 32946, 32773)  # compressions whose YCbCr values tifffile does not convert
+# Byte-wise compressions: the decoder, and how many bytes one byte can become.
+_UNPACKERS = {
+    5: (imagecodecs.lzw_decode, 4096),
+    8: (imagecodecs.zlib_decode, 1032),
+    32946: (imagecodecs.zlib_decode, 1032),
+    32773: (imagecodecs.packbits_decode, 64),
+    34925: (imagecodecs.lzma_decode, 1 << 14),
+    50000: (imagecodecs.zstd_decode, 1 << 15),
+}
+_IMAGE_CODECS = (2, 3, 4, _OLD_JPEG, _JPEG, 34887, 50001, 50002, *_JPEG_2000)
+_GDAL_NO_DATA = 42113
+_HARMLESS_BYTES = 64 << 20  # a strip or tile that cannot become larger is not checked
+
+
+class TiffPages:
+    """The pages of a TIFF file that is in memory.
+
+    Args:
+        data: the content of the file.
+        name: the name of the file in error messages.
+        max_pixels: pages with more pixels are refused before they are decoded.
+
+    Raises:
+        ImageError: "corrupt".
+    """
+
+    def __init__(self, data: bytes, name: str, max_pixels: int) -> None:
+        self._data, self._name, self._max_pixels = data, name, max_pixels
+        with decoder_errors(name):
+            self._tiff = tifffile.TiffFile(io.BytesIO(data), name=name)
+
+    def read(self, page: int | None) -> Stored:
+        """Return the values of a page; None for the first one that is no mask and no reduced copy.
+
+        Raises:
+            ImageError: "too_large", "corrupt", or "unreadable" if the kind of page is not supported.
+        """
+        with decoder_errors(self._name):
+            number = list_pages(self._tiff)[0] if page is None else page
+            stored, orientation = self._read(number, self._tiff.pages[number])
+            return stored.upright(orientation)
+
+    def _read(self, number: int, page: Any) -> tuple[Stored, int]:
+        check_pixels((page.imagelength, page.imagewidth), self._name, self._max_pixels)
+        orientation = int(page.tags.valueof(274, 1))
+        if _needs_pillow(page):
+            with Image.open(io.BytesIO(self._data), formats=("TIFF",)) as image:
+                image.seek(number)
+                return Stored(np.asarray(image.convert("RGB"))), orientation
+        if problem := _describe_unsupported(page):
+            raise ImageError("unreadable", f"{self._name} is a TIFF {problem}; this is not supported")
+        _check_segments(page, self._data)
+        values = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # (separate samples, H, W, joined samples)
+        values = values[..., 0].transpose(1, 2, 0) if values.shape[0] > 1 else values[0]
+        return _to_stored(page, values), orientation
+
+
+def _needs_pillow(page: Any) -> bool:
+    """Return whether a page has colours that only Pillow (libtiff) converts."""
+    is_ycbcr = page.photometric == _YCBCR and page.compression in _KEEPS_YCBCR
+    return page.compression == _OLD_JPEG or is_ycbcr or (page.photometric == _LAB and page.bitspersample == 8)
+
+
+def _describe_unsupported(page: Any) -> str | None:
+    """Return why a page cannot be shown, such as "with 5 channels", or None."""
+    photometric, samples = page.photometric, page.samplesperpixel
+    extra = page.extrasamples
+    is_alpha = len(extra) == 1 and (extra[0] in (1, 2) or photometric in (_RGB, _CMYK, _YCBCR))
+    channels = samples - is_alpha
+    expected = {_RGB: (3,), _YCBCR: (3,), _CMYK: (4,)}.get(photometric, (1,))
+    if photometric in _GREY:
+        expected = 1, 3  # three channels without a colour space are shown as RGB
+    if photometric not in (*_GREY, _RGB, _PALETTE, _MASK, _CMYK, _YCBCR):
+        return f"with colours of the kind {getattr(photometric, 'name', photometric)}"
+    if page.compression not in (1, *_UNPACKERS, *_IMAGE_CODECS):
+        return f"with the compression {getattr(page.compression, 'name', page.compression)}"
+    if channels not in expected:
+        return f"with {channels} channels"
+    if page.imagedepth > 1:
+        return f"with {page.imagedepth} planes in a page"
+    if page.dtype is None or page.dtype.kind not in "buif":
+        kind = "complex" if page.sampleformat in (5, 6) else f"{page.bitspersample}-bit"
+        return f"with {kind} values"
+    return None
+
+
+def _check_segments(page: Any, data: bytes) -> None:
+    """Refuse strips and tiles that are missing, incomplete or far larger than the page once they are unpacked.
+
+    Raises:
+        ValueError: the page is damaged.
+        Exception: any error of a decoder.
+    """
+    offsets, sizes = page.dataoffsets, page.databytecounts
+    num_segments = int(np.prod(page.chunked))
+    if min(len(offsets), len(sizes)) < num_segments:
+        raise ValueError(f"it has {min(len(offsets), len(sizes))} of {num_segments} strips or tiles")
+    may_be_absent = page.tags.get(_GDAL_NO_DATA) is not None  # GDAL leaves out tiles without data
+    for offset, size in zip(offsets[:num_segments], sizes[:num_segments], strict=True):
+        if size == 0 and may_be_absent:
+            continue
+        if size <= 0 or offset + size > len(data):
+            raise ValueError("a strip or tile lies outside of the file")
+        _check_unpacked_size(page, data[offset : offset + size])
+
+
+def _check_unpacked_size(page: Any, segment: bytes) -> None:
+    """Refuse a strip or tile that unpacks to far more than its place in the page."""
+    num_values = max(int(np.prod(page.chunks)), 1 << 16)
+    if page.compression in (_JPEG, *_JPEG_2000):
+        shape = codestream_size(segment)
+        if shape is not None and int(np.prod(shape)) > 4 * num_values:
+            raise ValueError("a strip or tile is larger than its page")
+    elif page.compression in _UNPACKERS:
+        unpack, ratio = _UNPACKERS[page.compression]
+        if len(segment) * ratio > _HARMLESS_BYTES:
+            if page.fillorder == 2:
+                segment = imagecodecs.bitorder_decode(segment)
+            most = max(num_values * 16, _HARMLESS_BYTES)
+            if len(unpack(segment, out=most)) >= most:  # some decoders stop there, others raise an error
+                raise ValueError("a strip or tile unpacks to more than its page holds")
+
+
+def _to_stored(page: Any, values: np.ndarray) -> Stored:
+    """Return the values (H, W, channels) of a page with its meaning: palette, photometric interpretation, bits."""
+    if page.photometric == _PALETTE:
+        return Stored(_paint(values[..., 0], np.asarray(page.colormap)))
+    if page.photometric == _CMYK:
+        levels = values if values.dtype == np.uint8 else (values // 257).astype(np.uint8)
+        return Stored(np.asarray(Image.fromarray(np.ascontiguousarray(levels[..., :4]), "CMYK").convert("RGB")))
+    values = values[..., :3] if values.shape[-1] > 2 else values[..., 0]
+    is_white_zero = page.photometric == 0
+    bits = int(page.bitspersample)
+    if values.dtype.kind in "bu" and bits < 8:
+        values = (values.astype(np.uint8) * (255 // (2**bits - 1))).astype(np.uint8)
+    elif values.dtype.kind == "u" and bits == 8:
+        values = values.astype(np.uint8, copy=False)
+    if bits == 1 and is_white_zero:
+        return Stored(255 - values)
+    return Stored(values, full_range(values.dtype, bits), is_white_zero, _no_data(page))
+
+
+def _no_data(page: Any) -> float | None:
+    """Return the value of pixels without data, by GDAL's tag."""
+    try:
+        return float(str(page.tags.valueof(_GDAL_NO_DATA)).strip("\0 "))
+    except ValueError:
+        return None
+
+
+def _paint(indices: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Return the colours (H, W, 3) uint8 of palette indices (H, W); the palette is (3, N) uint16."""
+    if colours.max(initial=0) > 255:  # some software writes entries of 8 bits
+        colours = colours >> 8
+    return colours.T.astype(np.uint8)[indices.astype(np.intp)]
+
+
+def list_pages(tiff: Any) -> list[int]:
+    """Return the numbers of the pages that are images.
+
+    Raises:
+        ValueError: the list of pages is damaged.
+    """
+    pages = [(number, tiff.pages[number]) for number in range(_count_pages(tiff))]
+    pages = [(number, page) for number, page in pages if not int(page.tags.valueof(254, 0)) & _REDUCED_OR_MASK]
+    num_levels = _count_levels([page for _, page in pages])
+    return [number for number, _ in pages[:1] + pages[num_levels:]] or [0]
+
+
+def _count_pages(tiff: Any) -> int:
+    """Return the number of pages, up to one that is listed twice.
+
+    tifffile alone would run in such a circle, and would take a damaged list, or a store that fails, for the end.
+    """
+    sizes, file = tiff.tiff, tiff.filehandle
+    offset, offsets = tiff.pages[0].offset, set[int]()
+    while offset and offset not in offsets:
+        offsets.add(offset)
+        file.seek(offset)
+        count = file.read(sizes.tagnosize)
+        if len(count) == sizes.tagnosize:
+            file.seek(offset + sizes.tagnosize + struct.unpack(sizes.tagnoformat, count)[0] * sizes.tagsize)
+        if len(following := file.read(sizes.offsetsize)) < sizes.offsetsize or len(offsets) > _MAX_PAGES:
+            raise ValueError(f"its list of pages breaks off after page {len(offsets) - 1}")
+        (offset,) = struct.unpack(sizes.offsetformat, following)
+    return len(offsets)
+
+
+def _count_levels(pages: list[Any]) -> int:
+    """Return how many of the first pages are one image and reduced copies of it that no tag marks; at least 1.
+
+    Such a pyramid has three levels or more, or tiles. Each level is the first page divided by a growing whole number.
+    """
+    shapes = [(page.imagelength, page.imagewidth, page.samplesperpixel, page.bitspersample) for page in pages]
+    count, last_factor = 1, 1
+    for height, width, *kind in shapes[1:]:
+        factor = round(shapes[0][0] / max(height, 1))
+        matches = all(
+            abs(side - full / max(factor, 1)) < 1 for side, full in zip((height, width), shapes[0], strict=False)
+        )
+        if factor <= last_factor or not matches or kind != list(shapes[0][2:]):
+            break
+        count, last_factor = count + 1, factor
+    return count if count > 2 or (count > 1 and pages[0].is_tiled) else 1
 
 
 def list_images(
@@ -21,32 +237,19 @@ def list_images(
 
     A file of another format with the name of a TIFF has one image.
     """
-    with decoder_errors(name), Image.open(file) as image:
-        pages = _list_pages(image) if image.format == "TIFF" else [0]
-        image.seek(pages[0])
-        return [None] if pages == [0] else [f"page={page}" for page in pages], (image.height, image.width)
-
-
-def _list_pages(image: Any) -> list[int]:
-    pages = []
-    for page in range(getattr(image, "n_frames", 1)):
-        image.seek(page)
-        if not int(image.tag_v2.get(_SUBFILE_TYPE, 0)) & _REDUCED_OR_MASK:
-            pages.append(page)
-    return pages or [0]
+    head = file.read(4)
+    file.seek(0)
+    if not decode.is_tiff(head):
+        return decode.list_images(file, name, size_bytes, look)
+    with decoder_errors(name), tifffile.TiffFile(file, name=name) as tiff:
+        pages = list_pages(tiff)
+        first = tiff.pages[pages[0]]
+        return [None] if pages == [0] else [f"page={page}" for page in pages], (first.imagelength, first.imagewidth)
 
 
 def open_images(data: bytes, name: str, settings: SegmentSettings) -> Decode:
     """Return the decoder of the pages, by their selectors; see `vlsm.images.formats.FormatModule`."""
-    opened: list[Image.Image] = []
-
-    def decode(selector: str | None) -> Decoded:
-        if selector is None:
-            return Decoded(decode_image(data, name, settings.max_pixels), STORED)
-        with decoder_errors(name):
-            if not opened:
-                opened.append(Image.open(io.BytesIO(data), formats=("TIFF",)))
-            opened[0].seek(int(selector.partition("=")[2]))
-            return Decoded(decode_opened(opened[0], name, settings.max_pixels), STORED)
-
-    return decode
+    if not decode.is_tiff(data):
+        return decode.open_images(data, name, settings)
+    pages = TiffPages(data, name, settings.max_pixels)
+    return lambda selector: pages.read(int(selector.partition("=")[2]) if selector else None).show(settings.window)

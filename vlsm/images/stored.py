@@ -1,0 +1,95 @@
+"""An image as its file stores it, and the picture that is shown of it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vlsm.errors import ImageError
+from vlsm.images.grey_levels import STORED, Decoded, Range, Window, as_rgb, choose_levels, show
+
+KNOWN = "JPEG, PNG, TIFF, BMP, WebP, GIF, JPEG 2000 or AVIF"
+
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}  # EXIF 2.3 and TIFF 6.0, tag Orientation
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The values of an image, upright.
+
+    Attributes:
+        values: (H, W) grey values or labels, or (H, W, 3) RGB, of any integer or float type. Only uint8 values are
+            levels already.
+        full: the lowest and highest value that the bits of a deep image can hold; None if no one knows, as for floats.
+        is_white_zero: whether the lowest grey value is white.
+        no_data: the value of pixels without data; None if there is none.
+    """
+
+    values: np.ndarray
+    full: Range | None = None
+    is_white_zero: bool = False
+    no_data: float | None = None
+
+    def upright(self, orientation: int | None) -> "Stored":
+        """Return the image turned as its tag Orientation says. An unknown number turns nothing."""
+        turn = _UPRIGHT.get(orientation or 1)
+        return self if turn is None else replace(self, values=np.ascontiguousarray(turn(self.values)))
+
+    def show(self, window: Window | None = None) -> Decoded:
+        """Return the picture, by the rule of `vlsm.images.grey_levels`.
+
+        Args:
+            window: the setting (center, width), for grey values of more than 8 bits.
+        """
+        pixels, rule = self._show_deep(window) if self.values.dtype != np.uint8 else (self.values, STORED)
+        if self.is_white_zero:
+            pixels = 255 - pixels
+        return Decoded(pixels if pixels.ndim == 3 else as_rgb(pixels), rule)
+
+    def _show_deep(self, window: Window | None) -> tuple[np.ndarray, str]:
+        has_data = None if self.no_data is None else self.values != self.no_data
+        valid = self.values if has_data is None else self.values[has_data]
+        levels = choose_levels(valid, window if self.values.ndim == 2 else None, None, self.full)
+        pixels = show(self.values, levels)
+        return pixels if has_data is None else np.where(has_data, pixels, np.uint8(0)), levels.rule
+
+
+def full_range(dtype: np.dtype, num_bits: int) -> Range | None:  # type: ignore[type-arg]
+    """Return the lowest and highest value of an integer type of which only some bits are used; None for floats."""
+    if dtype.kind == "u":
+        return 0.0, float(2**num_bits - 1)
+    return (float(-(2 ** (num_bits - 1))), float(2 ** (num_bits - 1) - 1)) if dtype.kind == "i" else None
+
+
+def check_pixels(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    """Raise ImageError "too_large" if an image of this (height, width) has more than max_pixels."""
+    height, width = size
+    if height * width > max_pixels:
+        raise ImageError(
+            "too_large", f"{name} has {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}"
+        )
+
+
+@contextlib.contextmanager
+def decoder_errors(name: str) -> Iterator[None]:
+    """Translate every error of a decoder to an ImageError."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise ImageError("corrupt", f"{name} is not a {KNOWN} image") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", f"{name}: {error}") from error
+    except ImageError:
+        raise
+    except Exception as error:  # a damaged file can raise any type of error
+        raise ImageError("corrupt", f"{name}: {error or type(error).__name__}") from error
