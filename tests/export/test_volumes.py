@@ -15,11 +15,10 @@ from pydicom.data import get_testdata_file
 
 from tests.images.test_dicom import FRAMES, SECRET, items, make
 from tests.images.test_dicom import save as save_dicom
-from tests.images.test_nifti import BODY, STORED, store
+from tests.images.test_nifti import BODY, STORED, read_grid, store
 from tests.images.test_nifti import save as save_nifti
 from vlsm.export.__main__ import main
 from vlsm.export.origins import file_id, source_of
-from vlsm.images.nifti import read_grid
 from vlsm.runs.results import write_part
 from vlsm.segmentation.masks import encode_mask
 

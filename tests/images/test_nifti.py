@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_hostile import edits, mutate
+from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.images.nifti import NiftiImages, list_slices, read_grid
+from vlsm.images.formats import Look
+from vlsm.images.nifti import data_files, list_images, open_images, read_header
 
 RAS = np.diag([1.0, 1, 1, 1])
 
@@ -23,8 +25,22 @@ def save(array, affine=RAS, kind=nib.Nifti1Image, slope=None, cal=(0, 0)):
     return image.to_bytes()
 
 
+def limits(axis="axial", window=None, max_pixels=100_000, max_bytes=1 << 31):
+    run = SegmentSettings(input="", output="", members=[{"checkpoint": "x"}])
+    changed = {"slices": axis, "window": window, "max_pixels": max_pixels, "max_image_bytes": max_bytes}
+    return run.model_copy(update=changed)
+
+
 def decode(data, selector="slice=0", axis="axial", window=None):
-    return NiftiImages(data, "x.nii", 100_000, window, axis).decode(selector).pixels
+    return open_images(data, "x.nii", limits(axis, window))(selector).pixels
+
+
+def read_grid(file, name, axis):
+    return read_header(file, name, axis).grid
+
+
+def list_slices(file, name, axis):
+    return read_grid(file, name, axis).selectors()
 
 
 def grey(*args, **options):
@@ -173,7 +189,7 @@ def test_a_large_volume_is_sampled_evenly_and_the_same_each_time():
 def test_no_float_copy_of_a_volume_is_made():
     data = save(np.zeros((256, 256, 128), np.uint16))
     tracemalloc.start()
-    NiftiImages(data, "x", 100_000, (0, 1), "sagittal").decode("slice=5")
+    open_images(data, "x", limits("sagittal", (0, 1)))("slice=5")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10 << 20
@@ -210,12 +226,10 @@ def header(**fields):
         (header(dim=[3, -2, 3, 4, 1, 1, 1, 1]), "corrupt"),
         (header(dim=[0] * 8), "corrupt"),
         (header(datatype=77), "corrupt"),
-        (header(datatype=32), "corrupt"),  # complex
+        (header(datatype=1), "corrupt"),  # bits
         (header(vox_offset=np.nan), "corrupt"),
         (header(vox_offset=0), "corrupt"),
         (header(vox_offset=1e9), "corrupt"),
-        (header(sform_code=1, srow_x=[np.nan] * 4), "corrupt"),
-        (header(sform_code=1, srow_x=[0] * 4), "corrupt"),
         (save(np.zeros((400, 300, 1), np.uint8)), "too_large"),
         (gzip.compress(save(np.zeros((1, 1, 1_500_000), np.uint8), kind=nib.Nifti2Image)), "too_large"),
         (gzip.compress(save(np.zeros((300, 300, 300), np.uint8))), "too_large"),
@@ -224,7 +238,7 @@ def header(**fields):
 )
 def test_what_is_damaged_or_too_large_is_an_error_of_ours(data, reason):
     with pytest.raises(ImageError, match=rf"^{reason}: x\.nii") as caught:
-        NiftiImages(data, "x.nii", 100_000, None, "axial", max_bytes=20_000_000).decode("slice=0")
+        open_images(data, "x.nii", limits(max_bytes=20_000_000))("slice=0")
     assert caught.value.__cause__ is None
 
 
@@ -234,9 +248,101 @@ def test_a_bomb_is_not_unpacked():
     tracemalloc.start()
     assert grey(bomb).shape == (3, 2)  # what the header does not tell of is not looked at
     with pytest.raises(ImageError, match="too_large"):
-        NiftiImages(large, "x", 10**6, None, "axial", 1 << 20)
+        open_images(large, "x", limits(max_pixels=10**6, max_bytes=1 << 20))
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+TURNED = np.array([[0, 0, -2.0, 5], [-3, 0, 0, 6], [0, 4, 0, 7], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "affine"),
+    [
+        ({"sform_code": 1, "srow_x": [0] * 4, "qform_code": 1}, TURNED),
+        ({"sform_code": 1, "srow_y": [np.nan] * 4, "qform_code": 3}, TURNED),
+        ({"sform_code": 4, "srow_x": [1, 0, 0, 0], "srow_y": [1, 0, 0, 0], "qform_code": 1}, TURNED),  # rank 2
+        ({"sform_code": 2, "srow_z": [np.inf, 0, 0, 0], "qform_code": 0}, None),
+        ({"sform_code": 0, "qform_code": 1, "quatern_b": np.nan}, None),
+        ({"sform_code": 0, "qform_code": 1, "quatern_b": 7}, None),  # no rotation
+        ({"sform_code": 0, "qform_code": 1, "pixdim": [1, 2, 0, 0, 0, 0, 0, 0]}, TURNED),
+        ({"sform_code": 0, "qform_code": 1, "pixdim": [1, np.nan, -3, np.inf, 0, 0, 0, 0]}, TURNED),
+        ({"sform_code": 0, "qform_code": 0, "pixdim": [0] * 8}, None),
+        ({"sform_code": 2, "qform_code": 0, "qoffset_x": np.nan}, TURNED),
+        ({"sform_code": 2, "srow_x": [*TURNED[0, :3], np.nan]}, TURNED),  # a place that is none; the directions count
+    ],
+    ids=str,
+)
+def test_an_affine_that_is_none_is_passed_over_for_the_next_one(fields, affine):
+    """sform, then qform, then the voxel sizes, as ITK does for zeros; sizes of 0 are 1, as nibabel and ITK do."""
+    image = nib.Nifti1Image(BODY, TURNED)
+    image.header.set_qform(TURNED, 1)
+    image.header.set_sform(TURNED, 1)
+    data = bytearray(image.to_bytes())
+    head = nib.Nifti1Header(bytes(data[:348]), check=False)
+    for name, value in fields.items():
+        head[name] = value
+    data[:348] = head.binaryblock
+    expected = nib.Nifti1Image(BODY, affine)  # without an affine, nibabel takes the voxel sizes
+    for axis in ("axial", "coronal", "sagittal"):
+        np.testing.assert_array_equal(grey(bytes(data), axis=axis), grey(expected.to_bytes(), axis=axis))
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128, ">c8"])
+def test_complex_numbers_are_shown_as_their_magnitude(dtype):
+    values = (LINE * np.exp(1j * LINE / 30)).astype(dtype)
+    data = save(values)
+    magnitude = np.abs(np.asarray(nib.Nifti1Image.from_bytes(data).dataobj))
+    assert column(data) == column(save(magnitude))
+    assert column(data, window=(100, 200)) == [0, 64, 128, 191, 255]
+
+
+PAIRS = {
+    "nifti1": nib.Nifti1Pair,
+    "nifti2": nib.Nifti2Pair,
+    "analyze": nib.AnalyzeImage,
+    "spm99": nib.Spm99AnalyzeImage,
+    "spm2": nib.Spm2AnalyzeImage,
+}
+
+
+def save_pair(kind, array, affine=None):
+    """The (header, values) of a pair."""
+    image = PAIRS[kind](array, affine)
+    image.file_map = {name: nib.FileHolder(fileobj=io.BytesIO()) for name in image.file_map}
+    image.to_file_map()
+    return tuple(image.file_map[name].fileobj.getvalue() for name in ("header", "image"))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_pair_is_one_volume(kind, is_packed):
+    affine = TURNED if kind.startswith("nifti") else None
+    header, values = save_pair(kind, BODY.astype(np.int16), affine)
+    expected = save(BODY.astype(np.int16), affine)
+    if is_packed:
+        values = gzip.compress(values)
+    for content, name in ((header, "x.hdr"), (gzip.compress(header), "x.hdr.gz")):
+        assert list_slices(io.BytesIO(content), name, "axial") == list_slices(io.BytesIO(expected), "x.nii", "axial")
+        decode_pair = open_images(content, name, limits(), values)
+        for selector in list_slices(io.BytesIO(content), name, "axial"):
+            np.testing.assert_array_equal(decode_pair(selector).pixels[..., 0], grey(expected, selector))
+        with pytest.raises(ImageError, match="corrupt: x.hdr"):
+            open_images(content, name, limits(), values[:-3])
+
+
+def test_the_names_of_the_second_file_follow_the_first():
+    header, _ = save_pair("nifti1", BODY)
+    assert data_files(header, "a/x.hdr") == ("x.img", "x.img.gz")
+    assert data_files(gzip.compress(header), "x.hdr.gz") == ("x.img.gz", "x.img")
+    assert data_files(header, "X.HDR") == ("X.IMG", "X.IMG.gz")
+    assert data_files(save(BODY), "x.hdr") == ()  # a whole file of another name
+    assert data_files(save(BODY), "x.nii") == ()
+
+
+@pytest.mark.parametrize("content", [b"#?RADIANCE\nFORMAT", b"ENVI\nsamples = 3"])
+def test_headers_of_other_formats_hold_no_images(content):
+    assert list_images(io.BytesIO(content), "x.hdr", None, Look()) == ([], (0, 0))
 
 
 @pytest.mark.parametrize("selector", ["slice=4", "volume=1,slice=0", "frame=0", "slice=-1", "slice=1x", ""])
@@ -249,6 +355,7 @@ FILES = {
     "nii": save(BODY.astype(np.int16), slope=(2, -1000)),
     "gz": gzip.compress(save(BODY)),
     "nii2": save(BODY.astype(np.float32), kind=nib.Nifti2Image),
+    "complex": save(BODY.astype(np.complex64)),
 }
 
 
@@ -259,7 +366,7 @@ def test_mutated_volumes_are_pictures_or_errors_of_ours(kind, changes, end):
     data = mutate(FILES[kind], changes, end)
     try:
         selectors = list_slices(io.BytesIO(data), "x", "axial")
-        image = NiftiImages(data, "x", 100_000, None, "axial", max_bytes=1 << 20).decode(selectors[-1]).pixels
+        image = open_images(data, "x", limits(max_bytes=1 << 20))(selectors[-1]).pixels
     except ImageError as error:
         assert error.reason in ("corrupt", "too_large")
     else:

@@ -1,7 +1,7 @@
 """Expands container files into one row per image while the listing continues."""
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -11,11 +11,12 @@ from vlsm import storage
 from vlsm.errors import ImageError, StorageError
 from vlsm.images.containers import list_images
 from vlsm.images.fetch import image_errors
-from vlsm.images.formats import Inside, Look, is_archive, kind_of
+from vlsm.images.formats import Inside, Look, data_uris, header_of, is_archive, is_header, kind_of
 
 _AHEAD = 32  # files whose headers are read in parallel, because stores answer slowly
 _ARCHIVES_AHEAD = 4  # fewer for tar and zip: each may hold a hundred thousand images
 _ARCHIVE_BLOCK, _HEADER_BLOCK = 1 << 20, 1 << 16  # bytes per request to a store
+_MAX_HEADER_BYTES = 1 << 20  # of a file whose values are in a second file
 
 Row = dict[str, Any]
 Found = tuple[list[Inside], Counter[str]]  # the images in a file, and its skipped members
@@ -38,7 +39,7 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
     pool = ThreadPoolExecutor(_AHEAD)
     weight = 0
     try:
-        for row in rows:
+        for row in map(_name_header, rows) if is_list else rows:
             kind = kind_of(row["image_uri"])
             is_plain = kind is None or (kind == "image" and look.tile.size is None)
             waiting.append((row, None if is_plain else pool.submit(_look_into, row, look)))
@@ -51,6 +52,12 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
             yield from _images_of(*waiting.popleft(), skipped, is_list)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _name_header(row: Row) -> Row:
+    """Return the row of a pair by its header: a list may name either of its files."""
+    header = header_of(row["image_uri"])
+    return row if header is None else row | {"image_uri": header, "size_bytes": None}
 
 
 def _weight(row: Row) -> int:
@@ -76,7 +83,8 @@ def _look_into(row: Row, look: Look) -> Found:
             return opened[-1]
 
         try:
-            return list_images(open_file, uri, look, skipped, size_bytes)
+            images = list_images(open_file, uri, look, skipped, size_bytes)
+            return _check_pair(images, open_file, uri) if is_header(uri) else images
         finally:  # a decoder may report an error of the store as damage of the file
             if error := next((file.error for file in opened if file.error), None):
                 raise error
@@ -88,6 +96,17 @@ def _look_into(row: Row, look: Look) -> Found:
         if error.reason == "unavailable":
             raise StorageError(str(error)) from error
         return [Inside(problem=str(error))], skipped
+
+
+def _check_pair(images: list[Inside], open_file: Callable[[], Any], uri: str) -> list[Inside]:
+    """Return the images of a header, or a problem if its second file is missing: one row instead of one per slice."""
+    if not images:
+        return []
+    with open_file() as file:
+        uris = data_uris(file.read(_MAX_HEADER_BYTES), uri)
+    if uris and not any(storage.exists(data_uri) for data_uri in uris):
+        return [Inside(problem=f"missing: there is no file {uris[0]}")]
+    return images
 
 
 class _Watched:

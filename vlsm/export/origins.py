@@ -8,7 +8,7 @@ from typing import Any
 from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.images.formats import split_selector
-from vlsm.images.reader import Reader
+from vlsm.images.reader import Content, Reader
 from vlsm.runs.record import read_record
 
 Filters = list[tuple[str, str, Any]] | None
@@ -34,13 +34,17 @@ class SourceFile:
         """Name of the file in messages."""
         return self.uri if self.member is None else f"{self.uri}#{self.member}"
 
-    def read(self, reader: Reader) -> bytes:
+    def open(self, reader: Reader) -> Content:
         """Return the content of the file.
 
         Raises:
             ImageError: the file cannot be read, or is larger than the run's limit.
         """
-        return reader.open({"image_uri": self.uri, "selector": self.member})[0].data
+        return reader.open({"image_uri": self.uri, "selector": self.member})[0]
+
+    def read(self, reader: Reader) -> bytes:
+        """Return the bytes of the file; errors as for `open`."""
+        return self.open(reader).data
 
 
 def source_of(row: dict[str, Any]) -> tuple[SourceFile, str | None]:

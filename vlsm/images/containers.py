@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from vlsm.errors import ImageError
-from vlsm.images.formats import UNNAMED, Inside, Look, Open, describe_other, is_archive, kind_of, list_frames
+from vlsm.images.formats import UNNAMED, Inside, Look, Open, describe_other, is_archive, is_header, kind_of, list_frames
 
 _LARGEST_READ = 1 << 26  # bytes; a tar header that asks for more is damaged
 _MOST_ZEROS = 1 << 27  # a tar with more consecutive zero bytes is damaged
@@ -81,7 +81,16 @@ def _list_member(look_into: Callable[[], list[Inside]], member: str, skipped: Co
         images = [Inside(problem=str(ImageError("corrupt", f"{member}: {error or type(error).__name__}")))]
     if not images:
         skipped[describe_other(member)] += 1
+    elif is_header(member) and images[0].problem is None:
+        images = [Inside(problem=f"unreadable: {whole_member(member)}")]
     return [replace(image, selector=f"{member}#{image.selector}" if image.selector else member) for image in images]
+
+
+def whole_member(member: str) -> str:
+    """Return the sentence that refuses a member whose values are in another member."""
+    return (
+        f"{member} keeps its values in a second file, which is not read inside a tar or zip; unpack it before the run"
+    )
 
 
 def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> list[Inside]:

@@ -48,6 +48,23 @@ class FormatModule(Protocol):
         """
 
 
+class PairedModule(FormatModule, Protocol):
+    """The functions of a format whose files can keep their values in a second file."""
+
+    def data_files(self, header: bytes, name: str) -> Sequence[str]:
+        """Return the possible names of the file with the values, relative to the folder of the header.
+
+        It is empty if the values follow the header.
+
+        Args:
+            header: the content of the file, or its start.
+            name: of the file.
+        """
+
+    def open_images(self, data: bytes, name: str, settings: SegmentSettings, values: bytes | None = None) -> Decode:
+        """As for FormatModule; `values` is the content of the second file, if there is one."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A file format, a row of the table FORMATS.
@@ -58,23 +75,28 @@ class Format:
         selector: a regular expression for the selectors of its images.
         is_sniffed: whether the module also has `sniff(head: bytes) -> bool`, for files whose names state no format. Its
             argument is the first HEAD_BYTES bytes.
+        headers: those of the endings whose files keep their values in a second file. The module is a PairedModule.
     """
 
     endings: tuple[str, ...]
     module: str
     selector: str = ""
     is_sniffed: bool = False
+    headers: tuple[str, ...] = ()
 
     def load(self) -> FormatModule:
         """Import the module."""
         return cast(FormatModule, import_module(self.module))
 
 
+_SLICE = r"(?:volume=\d+,)?slice=\d+"
 FORMATS = {
     "tiff": Format((".tif", ".tiff"), "vlsm.images.tiff", r"page=\d+"),
     "image": Format(EXTENSIONS, "vlsm.images.decode"),
     "dicom": Format((".dcm", ".dicom"), "vlsm.images.dicom", r"frame=\d+", is_sniffed=True),
-    "nifti": Format((".nii", ".nii.gz"), "vlsm.images.nifti", r"(?:volume=\d+,)?slice=\d+"),
+    "nifti": Format((".nii", ".nii.gz", ".hdr", ".hdr.gz"), "vlsm.images.nifti", _SLICE, headers=(".hdr", ".hdr.gz")),
+    "nrrd": Format((".nrrd", ".nhdr"), "vlsm.images.nrrd", _SLICE, headers=(".nhdr",)),
+    "metaimage": Format((".mha", ".mhd"), "vlsm.images.metaimage", _SLICE, headers=(".mhd",)),
 }
 _ARCHIVES = {"tar": (".tar", ".tar.gz", ".tgz"), "zip": (".zip",)}
 UNNAMED = "unnamed"  # the kind of a file whose name states no format
@@ -140,6 +162,36 @@ def sniff_kind(head: bytes) -> str | None:
 def is_archive(name: str) -> bool:
     """Return whether a file of this name is a tar or zip, so that its images are in its members."""
     return kind_of(name) in _ARCHIVES
+
+
+def is_header(name: str) -> bool:
+    """Return whether a file of this name describes images, while their values are in a second file."""
+    return name.lower().endswith(tuple(ending for known in FORMATS.values() for ending in known.headers))
+
+
+def header_of(uri: str) -> str | None:
+    """Return the location of the header of a NIfTI or Analyze pair from that of its `.img` file, else None."""
+    if not uri.lower().endswith((".img", ".img.gz")):
+        return None
+    start = uri.lower().rindex(".img")
+    return uri[:start] + (".HDR" if uri[start + 1].isupper() else ".hdr") + uri[start + 4 :]
+
+
+def data_uris(header: bytes, uri: str) -> list[str]:
+    """Return the possible locations of the second file of a file, or an empty list if it is whole.
+
+    Args:
+        header: the content of the file, or its start.
+        uri: its location.
+
+    Raises:
+        ImageError: the header is damaged, or names a file in another folder.
+    """
+    known = FORMATS.get(kind_of(uri) or "")
+    if known is None or not known.headers:
+        return []
+    names = cast(PairedModule, known.load()).data_files(header, uri)
+    return [f"{uri[: uri.rfind('/') + 1]}{name}" for name in names]
 
 
 def split_selector(uri: str, selector: str | None) -> tuple[str | None, str | None]:

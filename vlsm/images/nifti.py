@@ -1,111 +1,43 @@
-"""Decodes the slices of NIfTI volumes to images in radiological view, and maps masks of slices back into volumes.
+"""Reads the headers of NIfTI files, and of Analyze and NIfTI pairs (`.hdr` with `.img`).
 
-A volume is turned to the closest canonical orientation (nibabel: axes towards the patient's right, front and head)
-without resampling. Axial slices have the front on top and the patient's right on the left. Coronal slices have the head
-on top and the patient's right on the left. Sagittal slices have the head on top and the front on the left. Slices are
-counted in canonical order: axial from the feet, coronal from the back, sagittal from the patient's left.
+The orientation is the first of sform (if it has a code), qform (if it has a code) and the voxel sizes that gives every
+axis a direction. Voxel sizes of 0 count as 1. Neither is an error: nibabel and ITK read such files alike.
 """
 
 import gzip
 import io
 import math
-import re
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 
 from vlsm.errors import ImageError
-from vlsm.images.grey_levels import STORED, Decoded, Levels, Window, as_rgb, choose_levels, sample_values, show
+from vlsm.images.grey_levels import Decoded
+from vlsm.images.volume_slices import VolumeImages
+from vlsm.images.volumes import AXES, COLOURS, GZIP, RAW, VolumeGrid, VolumeHeader, has_directions, is_gzip
 
 if TYPE_CHECKING:
     from vlsm.config import SegmentSettings
     from vlsm.images.formats import Look
 
-AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
-
-_GZIP = b"\x1f\x8b"
-_MAX_RATIO = 1032  # deflate compresses 1,032-fold at most
-_MAX_SLICES = 1_000_000  # in one file
-_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
-
-
-@dataclass(frozen=True, eq=False)
-class NiftiGrid:
-    """The geometry of a NIfTI file: shape, orientation and slices.
-
-    Args:
-        shape: (X, Y, Z) of a volume as stored, in voxels.
-        num_volumes: number of such volumes in the file.
-        affine: (4, 4), maps voxel indices to millimetres.
-        axis: the slices are "axial", "coronal" or "sagittal".
-    """
-
-    shape: tuple[int, int, int]
-    num_volumes: int
-    affine: np.ndarray
-    axis: str
-
-    def selectors(self) -> list[str]:
-        """Return the selector of every slice, in order: "slice=17", or "volume=2,slice=17" with several volumes."""
-        num_slices = self._turn(np.broadcast_to(np.uint8(0), self.shape)).shape[AXES[self.axis]]
-        slices = [f"slice={number}" for number in range(num_slices)]
-        if self.num_volumes == 1:
-            return slices
-        return [f"volume={volume},{selector}" for volume in range(self.num_volumes) for selector in slices]
-
-    @property
-    def slice_shape(self) -> tuple[int, int]:
-        """The (height, width) of a shown slice in pixels."""
-        empty = np.broadcast_to(np.uint8(0), self.shape)
-        height, width = np.moveaxis(self._turn(empty), AXES[self.axis], 0).shape[:0:-1]
-        return height, width
-
-    def slice_of(self, volumes: np.ndarray, selector: str) -> np.ndarray:
-        """Return one slice as it is shown. It is a view: a write to it changes the volumes.
-
-        Args:
-            volumes: (X, Y, Z, V) of any type, as stored.
-            selector: one that `selectors` returns.
-
-        Returns:
-            (H, W) of the same type.
-
-        Raises:
-            LookupError: there is no such slice.
-        """
-        volume, number = parse_selector(selector)
-        plane = np.moveaxis(self._turn(volumes[..., volume]), AXES[self.axis], 0)[number]
-        return plane.T[::-1, ::-1]
-
-    def _turn(self, volume: np.ndarray) -> np.ndarray:
-        """Return a view of a volume (X, Y, Z) with its axes towards right, front and head."""
-        return np.asarray(nib.apply_orientation(volume, _orientation(self.affine)))
+_HEADERS = {
+    b"n+1": nib.Nifti1Header,
+    b"ni1": nib.nifti1.Nifti1PairHeader,
+    b"n+2": nib.Nifti2Header,
+    b"ni2": nib.nifti2.Nifti2PairHeader,
+}
+_MAX_HEADER_BYTES = 540  # of NIfTI-2
+_HDR = (".hdr", ".hdr.gz")
+_LABEL = 1002  # intent code of NIfTI
+_OTHER_HDR = (b"#?", b"ENVI")  # Radiance pictures and ENVI headers are also called .hdr
 
 
-def _orientation(affine: np.ndarray) -> np.ndarray:
-    """Return the body axis and direction of each stored axis, (3, 2); not finite if the affine gives no direction."""
-    with np.errstate(all="ignore"):
-        return np.asarray(nib.io_orientation(affine))
-
-
-def parse_selector(selector: str) -> tuple[int, int]:
-    """Return the (volume, slice) numbers of a selector, each from 0.
-
-    Raises:
-        LookupError: it is not a selector of a NIfTI file.
-    """
-    numbers = re.fullmatch(r"(?:volume=(\d{1,9}),)?slice=(\d{1,9})", selector)
-    if numbers is None:
-        raise LookupError(f"{selector!r} is no slice; it must be as 'slice=17' or 'volume=2,slice=17'")
-    return int(numbers[1] or 0), int(numbers[2])
-
-
-def read_grid(file: BinaryIO, name: str, axis: str) -> NiftiGrid:
-    """Return the grid of a .nii or .nii.gz file, from its header.
+def read_header(file: BinaryIO, name: str, axis: str) -> VolumeHeader:
+    """Return the header of a `.nii`, `.nii.gz`, `.hdr` or `.hdr.gz` file.
 
     Args:
         file: at its start.
@@ -115,190 +47,160 @@ def read_grid(file: BinaryIO, name: str, axis: str) -> NiftiGrid:
     Raises:
         ImageError: "corrupt", or "too_large" if there are more than 1,000,000 slices.
     """
-    return _read_header(file, name, axis).grid
-
-
-def list_slices(file: BinaryIO, name: str, axis: str) -> list[str]:
-    """Return the selectors of a file's slices, from its header; arguments and errors as for `read_grid`."""
-    return read_grid(file, name, axis).selectors()
-
-
-@dataclass(frozen=True, eq=False)
-class _Header:
-    grid: NiftiGrid
-    dtype: np.dtype[Any]
-    offset: int
-    slope: float
-    intercept: float
-    display_range: tuple[float, float]
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of the whole uncompressed file in bytes."""
-        return self.offset + math.prod(self.grid.shape) * self.grid.num_volumes * self.dtype.itemsize
-
-
-class NiftiImages:
-    """The slices of one NIfTI file, each as a viewer shows it: RGB, 8 bits per channel.
-
-    Values are scaled by the header's slope and intercept. `vlsm.images.grey_levels` states the rule for black and
-    white; the header declares cal_min and cal_max. All slices of a volume have the same levels. Colours stay unchanged.
-
-    Args:
-        data: the file's content, .nii or .nii.gz.
-        name: the file's name in error messages.
-        max_pixels: slices with more pixels are refused.
-        window: (center, width) in the scaled values' units, or None.
-        axis: the slices are "axial", "coronal" or "sagittal".
-        max_bytes: files with more uncompressed bytes are refused.
-
-    Raises:
-        ImageError: "corrupt" or "too_large".
-    """
-
-    def __init__(
-        self,
-        data: bytes,
-        name: str,
-        max_pixels: int,
-        window: Window | None,
-        axis: str,
-        max_bytes: int = 1 << 31,
-    ) -> None:
-        self._name, self._window = name, window
-        header = self._header = _read_header(io.BytesIO(data), name, axis)
-        self._levels: dict[int, Levels] = {}
-        if header.num_bytes > max_bytes:
-            raise ImageError(
-                "too_large", f"{name} has {header.num_bytes:,} uncompressed bytes; max_image_bytes is {max_bytes:,}"
-            )
-        if data[:2] == _GZIP:
-            data = _unpack(data, header.num_bytes, name)
-        if len(data) < header.num_bytes:
-            raise ImageError("corrupt", f"{name} has {len(data):,} bytes; its header needs {header.num_bytes:,}")
-        shape = (*header.grid.shape, header.grid.num_volumes)
-        self._volumes: np.ndarray = np.ndarray(shape, header.dtype, data, header.offset, order="F")
-        height, width = self.size()
-        if height * width > max_pixels:
-            raise ImageError(
-                "too_large",
-                f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}",
-            )
-
-    def size(self) -> tuple[int, int]:
-        """Return the (height, width) of every slice in pixels."""
-        height, width = self._header.grid.slice_of(self._volumes, "slice=0").shape
-        return height, width
-
-    def decode(self, selector: str) -> Decoded:
-        """Return one slice.
-
-        Args:
-            selector: "slice=17", or "volume=2,slice=17".
-
-        Raises:
-            ImageError: "corrupt": there is no such slice.
-        """
-        try:
-            stored = self._header.grid.slice_of(self._volumes, selector)
-            volume = parse_selector(selector)[0]
-        except LookupError:
-            raise ImageError("corrupt", f"{self._name} has no {selector!r}") from None
-        if stored.dtype.names:
-            return Decoded(np.stack([stored[channel] for channel in "RGB"], axis=-1), STORED)
-        levels = self._levels_of(volume)
-        return Decoded(as_rgb(show(self._scale(stored), levels)), levels.rule)
-
-    def _scale(self, stored: np.ndarray) -> np.ndarray:
-        """Return stored values with the header's slope and intercept applied, float of the same shape."""
-        exact = np.float32 if stored.dtype.itemsize <= 2 else np.float64
-        with np.errstate(over="ignore", invalid="ignore"):
-            values: np.ndarray = stored.astype(exact)
-            values *= self._header.slope
-            values += self._header.intercept
-        return values
-
-    def _levels_of(self, volume: int) -> Levels:
-        if volume not in self._levels:
-            values = self._scale(sample_values(self._volumes[..., volume]))
-            self._levels[volume] = choose_levels(values, self._window, self._header.display_range)
-        return self._levels[volume]
-
-
-def _read_header(file: BinaryIO, name: str, axis: str) -> _Header:
-    """Return the header of a file, checked against the file's size; errors as for `read_grid`."""
     if axis not in AXES:
         raise ValueError(f"unknown axis {axis!r}; known axes: {', '.join(AXES)}")
     try:
-        num_bytes = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        is_gzip = file.read(2) == _GZIP
-        file.seek(0)
-        block = (gzip.GzipFile(fileobj=file) if is_gzip else file).read(max(_HEADERS))
-        header = _parse_header(block, axis)
+        block = _read_block(file)
+        raw = _parse(block, name)
+        header = _describe(raw, axis, name)
+    except ImageError:
+        raise
     except Exception as error:  # damage causes errors of any type; their texts may quote header values
         raise ImageError("corrupt", f"{name}: its NIfTI header is damaged ({type(error).__name__})") from None
-    if header.num_bytes > num_bytes * (_MAX_RATIO if is_gzip else 1):
-        raise ImageError("corrupt", f"{name} has {num_bytes:,} bytes, fewer than its header needs")
-    if header.grid.num_volumes * max(header.grid.shape) > _MAX_SLICES:
-        raise ImageError("too_large", f"{name} has more than {_MAX_SLICES:,} slices")
+    file.seek(0)
+    header = replace(header, encoding=GZIP if is_gzip(file.read(2)) else RAW)
+    header.check(None if header.data_file else file.seek(0, io.SEEK_END), name)
     return header
 
 
-def _parse_header(block: bytes, axis: str) -> _Header:
-    """Return the header in the first 540 bytes of a file.
+def _read_block(file: BinaryIO) -> bytes:
+    """Return the first 540 unpacked bytes of a file."""
+    is_packed = is_gzip(file.read(2))
+    file.seek(0)
+    return bytes((gzip.GzipFile(fileobj=file) if is_packed else file).read(_MAX_HEADER_BYTES))
+
+
+def _parse(block: bytes, name: str) -> Any:
+    """Return nibabel's header of the type that the first bytes of a file state.
 
     Raises:
         Exception: of any type, for damage.
     """
-    sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")} & _HEADERS.keys()
+    sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")} & {348, 540}
     (size,) = sizes
-    header = _HEADERS[size](block[:size], check=False)
-    if not bytes(header["magic"]).startswith(b"n+"):
-        raise ValueError("the header and the data are not in one file")
-    shape = [int(side) for side in header.get_data_shape()]
+    magic = block[344:347] if size == 348 else block[4:7]
+    header_class = _HEADERS.get(magic)
+    is_hdr = name.lower().endswith(_HDR)
+    if header_class is None and is_hdr and size == 348:
+        header_class = nib.spm2analyze.Spm2AnalyzeHeader
+    if header_class is None:
+        raise ImageError("corrupt", f"{name} has no NIfTI header")
+    if not _is_single(header_class) and not is_hdr:
+        raise ImageError("corrupt", f"{name} is the header of a pair; its name must end with .hdr")
+    return header_class(block[:size], check=False)
+
+
+def _is_single(header: Any) -> bool:
+    """Return whether the values are in the file of the header; `header` is a header of nibabel or its class."""
+    return getattr(header, "is_single", False)  # Analyze headers lack it
+
+
+def _describe(raw: Any, axis: str, name: str) -> VolumeHeader:
+    shape = [int(side) for side in raw.get_data_shape()]
     if not 2 <= len(shape) <= 7 or min(shape) < 1:
-        raise ValueError("the shape is not that of a volume")
-    dtype = header.get_data_dtype()
-    if dtype.kind not in "iuf" and dtype.names not in (("R", "G", "B"), ("R", "G", "B", "A")):
-        raise ValueError("the values are neither real numbers nor colours")
-    affine = np.asarray(header.get_best_affine(), np.float64)
-    if not np.isfinite(_orientation(affine)).all():
-        raise ValueError("an axis has no direction")
-    slope, intercept = header.get_slope_inter()
-    offset = int(header.get_data_offset())
-    if offset < size:
-        raise ValueError("the data begin inside the header")
+        raise ImageError("corrupt", f"{name} has the shape {shape}; a volume has 2 to 7 axes of 1 or more")
+    offset = int(raw.get_data_offset())
+    if offset < (raw.sizeof_hdr if _is_single(raw) else 0):
+        raise ImageError("corrupt", f"{name}: its data begin inside the header")
+    slope, intercept = raw.get_slope_inter()
     x, y, z = (*shape, 1)[:3]
-    return _Header(
-        NiftiGrid((x, y, z), math.prod(shape[3:]), affine, axis),
-        dtype,
-        offset,
-        1.0 if slope is None else float(slope),
-        0.0 if intercept is None else float(intercept),
-        (float(header["cal_min"]), float(header["cal_max"])),
+    affine = next((affine for affine in _affines(raw) if has_directions(affine)), None)
+    if affine is None:
+        raise ImageError("corrupt", f"{name}: an axis has no direction")
+    return VolumeHeader(
+        VolumeGrid((x, y, z), math.prod(shape[3:]), affine, axis),
+        tuple(shape),
+        tuple(range(len(shape))),
+        _dtype(raw, name),
+        _mask_header(raw),
+        offset=offset,
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
+        display_range=(float(raw["cal_min"]), float(raw["cal_max"])),
+        data_file=None if _is_single(raw) else _names_of_data(name)[0],
     )
 
 
-def _unpack(data: bytes, num_bytes: int, name: str) -> bytes:
-    """Return the first num_bytes of an unpacked gzip file; more is never unpacked."""
+def _dtype(raw: Any, name: str) -> np.dtype[Any]:
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            content = file.read(num_bytes)
-            file.read(1)  # gzip checks the checksum at the end of the file
-    except (OSError, EOFError, zlib.error) as error:
-        raise ImageError("corrupt", f"{name}: its compressed data are damaged ({type(error).__name__})") from None
-    return content
+        dtype = np.dtype(raw.get_data_dtype())
+    except HeaderDataError:
+        dtype = np.dtype("V")
+    if dtype.kind not in "iufc" and dtype.names not in [colour.names for colour in COLOURS.values()]:
+        raise ImageError("corrupt", f"{name} has values of the data type {int(raw['datatype'])}, which is not read")
+    return dtype
+
+
+def _affines(raw: Any) -> Iterator[np.ndarray]:
+    """Yield the affines that a header states, the preferred one first."""
+    header = raw.copy()
+    steps = np.abs(header["pixdim"][1:4])
+    header["pixdim"][1:4] = np.where(np.isfinite(steps) & (steps > 0), steps, 1)
+    if isinstance(header, nib.Nifti1Header):
+        if header["sform_code"] > 0:
+            yield header.get_sform()
+        if header["qform_code"] > 0 and (affine := _qform(header)) is not None:
+            yield affine
+        yield header.get_base_affine()
+    else:
+        yield header.get_best_affine()
+
+
+def _qform(header: Any) -> np.ndarray | None:
+    try:
+        return np.asarray(header.get_qform())
+    except (ValueError, HeaderDataError):  # the quaternion is no rotation
+        return None
+
+
+def _mask_header(raw: Any) -> Any:
+    """Return a copy of a header, as that of a single file, for masks.
+
+    Intent and scaling become those of labels. With several values per voxel (a fifth axis) the intent stays, because it
+    says what the fifth axis is. An Analyze header gives its shape and its voxel sizes.
+    """
+    is_nifti = isinstance(raw, nib.Nifti1Header)
+    header = (nib.Nifti2Header if isinstance(raw, nib.Nifti2Header) else nib.Nifti1Header)()
+    for field in set(raw.keys()) & set(header.keys()) if is_nifti else ("dim", "pixdim"):
+        header[field] = raw[field]
+    header["magic"], header["vox_offset"] = header.single_magic, 0
+    if raw["dim"][0] < 5:
+        header["intent_code"], header["intent_name"] = _LABEL, b""
+        header["intent_p1"] = header["intent_p2"] = header["intent_p3"] = 0
+    header["scl_slope"], header["scl_inter"], header["cal_min"], header["cal_max"] = 1, 0, 0, 0
+    header["aux_file"] = b""
+    return header
+
+
+def data_files(header: bytes, name: str) -> Sequence[str]:
+    """Return the possible names of the `.img` file of a pair; see `vlsm.images.formats.PairedModule`."""
+    if not name.lower().endswith(_HDR):
+        return ()
+    return _names_of_data(name) if read_header(io.BytesIO(header), name, "axial").data_file else ()
+
+
+def _names_of_data(name: str) -> tuple[str, str]:
+    base = name.rsplit("/", 1)[-1]
+    is_packed = base.lower().endswith(".gz")
+    stem = base[:-3] if is_packed else base
+    plain = stem[:-4] + (".IMG" if stem.endswith(".HDR") else ".img")
+    return (f"{plain}.gz", plain) if is_packed else (plain, f"{plain}.gz")
 
 
 def list_images(file: BinaryIO, name: str, size_bytes: int | None, look: "Look") -> tuple[list[str], tuple[int, int]]:
     """The slices of the file's volumes, and their size; see `vlsm.images.formats.FormatModule`."""
-    grid = read_grid(file, name, look.axis)
+    if file.read(4).startswith(_OTHER_HDR):
+        return [], (0, 0)
+    file.seek(0)
+    grid = read_header(file, name, look.axis).grid
     return grid.selectors(), grid.slice_shape
 
 
-def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], Decoded]:
-    """The slices of the file's volumes; see `vlsm.images.formats.FormatModule`."""
-    limits = settings.window, settings.slices, settings.max_image_bytes
-    images = NiftiImages(data, name, settings.max_pixels, *limits)
-    return lambda selector: images.decode(selector or "slice=0")
+def open_images(
+    data: bytes, name: str, settings: "SegmentSettings", values: bytes | None = None
+) -> Callable[[str | None], Decoded]:
+    """The slices of the file's volumes; see `vlsm.images.formats.FormatModule` and PairedModule."""
+    header = read_header(io.BytesIO(data), name, settings.slices)
+    if values is not None:
+        data, header = values, replace(header, encoding=GZIP if is_gzip(values) else RAW)
+    return VolumeImages(header, data, name, settings).decode

@@ -11,12 +11,12 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.images.containers import check_zip_member, is_compressed_tar, list_images
+from vlsm.images.containers import check_zip_member, is_compressed_tar, list_images, whole_member
 from vlsm.images.fetch import check_size, image_errors, read_image_bytes, read_patiently
 from vlsm.images.formats import (
     FORMATS,
@@ -24,6 +24,8 @@ from vlsm.images.formats import (
     UNNAMED,
     Decode,
     Look,
+    PairedModule,
+    data_uris,
     is_archive,
     kind_of,
     sniff_kind,
@@ -41,14 +43,19 @@ class Content:
 
     Attributes:
         data: the bytes.
+        values: the bytes of the second file, if the file is only a header.
         name: its name in error messages.
         kind: the kind of the file, as for `kind_of`.
-        sha256: SHA-256 of the bytes, in hexadecimal.
+        sha256: SHA-256 of the bytes of both files, in hexadecimal.
     """
 
-    def __init__(self, data: bytes, name: str, kind: str | None, settings: SegmentSettings) -> None:
-        self.data, self.name, self.kind, self._settings = data, name, kind, settings
-        self.sha256 = hashlib.sha256(data).hexdigest()
+    def __init__(
+        self, data: bytes, name: str, kind: str | None, settings: SegmentSettings, values: bytes | None = None
+    ) -> None:
+        self.data, self.name, self.kind, self._settings, self.values = data, name, kind, settings, values
+        digest = hashlib.sha256(data)
+        digest.update(values or b"")
+        self.sha256 = digest.hexdigest()
 
     def digest(self, frame: str | None) -> str:
         """Return a digest that is equal for equal images: the SHA-256 of the bytes, or of that digest and the frame."""
@@ -67,7 +74,10 @@ class Content:
 
     @functools.cached_property
     def _decode(self) -> Decode:
-        return FORMATS[self.kind or "image"].load().open_images(self.data, self.name, self._settings)
+        module = FORMATS[self.kind or "image"].load()
+        if self.values is None:
+            return module.open_images(self.data, self.name, self._settings)
+        return cast(PairedModule, module).open_images(self.data, self.name, self._settings, self.values)
 
 
 class Reader:
@@ -136,7 +146,25 @@ class Reader:
         kind = kind_of(member or uri)
         if kind == UNNAMED:
             kind = sniff_kind(data[:HEAD_BYTES])
-        return Content(data, name, kind, settings)
+        return Content(data, name, kind, settings, self._read_values(data, uri, member))
+
+    def _read_values(self, data: bytes, uri: str, member: str | None) -> bytes | None:
+        """Return the content of the second file of a file, or None if the file is whole."""
+        settings, uris = self._settings, data_uris(data, member or uri)
+        if uris and member is not None:
+            raise ImageError("unreadable", f"{uri}#{whole_member(member)}")
+        limits = settings.max_image_bytes, settings.run.image_timeout_s, settings.run.outage_patience_s
+        errors = []
+        for data_uri in uris:
+            try:
+                return read_image_bytes(data_uri, None, *limits)
+            except ImageError as error:
+                errors.append(error)
+                if error.reason != "missing":
+                    raise
+        if errors:
+            raise errors[0]
+        return None
 
     def _read_in_order(self, row: Mapping[str, Any], member: str) -> bytes:
         """Return the bytes of a member of a zip or compressed tar."""
@@ -238,7 +266,10 @@ def _unzip(archive: zipfile.ZipFile, member: str, name: str, max_bytes: int) -> 
 
 
 def _size(future: Future[Content]) -> int:
-    return 0 if future.exception() else len(future.result().data)
+    if future.exception():
+        return 0
+    content = future.result()
+    return len(content.data) + len(content.values or b"")
 
 
 def _open(uri: str) -> Any:
