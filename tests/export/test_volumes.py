@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import tarfile
@@ -15,10 +16,12 @@ from pydicom.data import get_testdata_file
 
 from tests.images.test_dicom import FRAMES, SECRET, items, make
 from tests.images.test_dicom import save as save_dicom
-from tests.images.test_nifti import BODY, STORED, read_grid, store
+from tests.images.test_nifti import BODY, STORED, save_pair, store
 from tests.images.test_nifti import save as save_nifti
+from tests.images.test_volumes import make as make_volume
 from vlsm.export.__main__ import main
 from vlsm.export.origins import file_id, source_of
+from vlsm.images.formats import FORMATS, kind_of
 from vlsm.runs.results import write_part
 from vlsm.segmentation.masks import encode_mask
 
@@ -69,9 +72,9 @@ def checkers(shape, seed=0):
 
 
 def slice_rows(path, axis, prompts=("polyp",), skip=()):
-    """A row per slice and prompt of a NIfTI file; and for each prompt the volume that they are slices of."""
+    """A row per slice and prompt of a volume file; and for each prompt the volume that they are slices of."""
     with path.open("rb") as file:
-        grid = read_grid(file, str(path), axis)
+        grid = FORMATS[kind_of(path.name)].load().read_header(file, str(path), axis).grid
     volumes = {prompt: checkers((*grid.shape, grid.num_volumes), n) for n, prompt in enumerate(prompts)}
     rows = []
     for selector in grid.selectors():
@@ -193,6 +196,145 @@ def test_slices_that_come_again_after_others_are_still_one_volume(tmp_path, writ
     output = write([*own[:2], row("b.png", mask), *own[2:]])
     run(output, "nifti", tmp_path / "x")
     assert np.asarray(nib.load(tmp_path / "x" / "n.nii.polyp.nii.gz").dataobj).all()
+
+
+# --- volumes coincide with their source
+
+
+TURN = np.array([[0, -1.5, 0, 40], [2.5, 0, 0, -30], [0, 0, 4, 20], [0, 0, 0, 1]])  # determinant > 0
+MIRROR = TURN * [-1, 1, 1, 1]
+SHEAR = TURN + np.array([[0, 0, 0.4, 0], [0, 0, 0.3, 0], [0, 0, 0, 0], [0, 0, 0, 0]])  # a gantry tilt
+OBLIQUE = np.array(
+    [[0.97, 0.0012, 0.0005, -100], [-0.001, 0.9699, 0.02, -100], [0.0008, -0.0203, 2.5, -300], [0, 0, 0, 1]]
+)
+
+
+def source(shape=(3, 4, 2), kind=nib.Nifti1Image, dtype=np.int16, q=(TURN, 1), s=(TURN, 1), **fields):
+    """A NIfTI file whose qform and sform are (affine, code), and with other fields of the header."""
+    image = kind(np.zeros(shape, dtype), None)
+    image.header.set_qform(*q)
+    image.header.set_sform(*s)
+    for name, value in fields.items():
+        image.header[name] = value
+    return image
+
+
+SOURCES = {
+    **{f"codes {q} {s}": source(q=(TURN, q), s=(TURN, s)) for q in range(6) for s in range(6)},
+    "disagree": source(s=(np.diag([1, 1, 2, 1.0]) + [[0, 0, 0, 10], [0, 0, 0, -5], [0, 0, 0, 3], [0] * 4], 2)),
+    "disagree, sform first": source(q=(np.eye(4), 2), s=(TURN, 1)),
+    "sheared": source(s=(SHEAR, 1)),
+    "sheared, no qform": source(q=(TURN, 0), s=(SHEAR, 1)),
+    "gantry": source(q=(OBLIQUE, 1), s=(OBLIQUE, 1)),
+    "mirrored": source(q=(MIRROR, 1), s=(MIRROR, 1)),
+    "mirrored qform": source(q=(MIRROR, 1), s=(MIRROR, 0)),
+    "metres": source(xyzt_units=1 | 8),
+    "microns": source(xyzt_units=3 | 16),
+    "unknown units": source(xyzt_units=0),
+    "series": source((3, 4, 2, 5), pixdim=[1, 2.5, 1.5, 4, 2.2, 1, 1, 1], toffset=3, xyzt_units=2 | 8),
+    "series in ms": source((3, 4, 2, 5), pixdim=[1, 2.5, 1.5, 4, 2200, 1, 1, 1], xyzt_units=2 | 16, slice_duration=70),
+    "one volume of a series": source((3, 4, 2, 1), pixdim=[1, 2.5, 1.5, 4, 3, 1, 1, 1]),
+    "vector": source((3, 4, 2, 1, 3), dtype=np.float32, intent_code=1007),
+    "image": source((3, 4)),
+    "image that is turned": source((3, 4), q=(MIRROR, 1), s=(MIRROR, 2)),
+    "image of one slice": source((3, 4, 1)),
+    "nifti 2": source(kind=nib.Nifti2Image, s=(MIRROR, 4)),
+    "nifti 2 series": source((3, 4, 2, 2), kind=nib.Nifti2Image, pixdim=[1, 2.5, 1.5, 4, 2.2, 1, 1, 1]),
+    "scaled": source(scl_slope=3, scl_inter=-7, cal_max=9, descrip=b"of a scanner", intent_code=4, intent_p1=2),
+    "zero voxel sizes": source(pixdim=[1, 2.5, 0, 0, 0, 0, 0, 0]),
+    "no voxel sizes": source(q=(TURN, 0), s=(TURN, 0), pixdim=[0] * 8),
+    "no sform": source(s=(TURN, 1), srow_x=[0] * 4, srow_y=[0] * 4, srow_z=[0] * 4),
+    "colour": source(dtype=np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])),
+    "complex": source(dtype=np.complex64),
+}  # fmt: skip
+
+
+def place_of(path):
+    """Size, spacing, origin and direction of a file as ITK reads them; None if ITK refuses the file."""
+    import SimpleITK as sitk
+
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError:
+        return None
+    return image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection()
+
+
+KEPT = ["dim", "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y"]
+KEPT += ["qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units", "toffset", "slice_duration", "descrip"]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_masks_are_where_their_volume_is_in_every_reader(tmp_path, write, name):
+    path = tmp_path / ("v.nii" if len(name) % 2 else "v.nii.gz")
+    image = SOURCES[name]
+    head = image.header.copy()  # as it is; nibabel would change it when it writes
+    head["vox_offset"], head["magic"] = 544, head.single_magic
+    content = head.binaryblock.ljust(544, b"\0") + np.asarray(image.dataobj).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    rows, volumes = slice_rows(path, "axial")
+    (written,) = run(write(rows), "nifti", tmp_path / "x")
+    mask = nib.load(tmp_path / "x" / written)
+    stored = nib.load(path).header
+    for field in KEPT:
+        np.testing.assert_array_equal(mask.header[field], stored[field], field)
+    np.testing.assert_array_equal(np.asarray(mask.dataobj).ravel(order="F"), volumes["polyp"].ravel(order="F"))
+    is_vector = len(image.shape) == 5
+    assert mask.header.get_slope_inter() in ((1, 0), (None, None))
+    assert (mask.get_data_dtype(), mask.header["cal_max"]) == (np.uint8, 0)
+    assert (mask.header["intent_code"], mask.header["intent_p1"]) == (1007 if is_vector else 1002, 0)
+    assert place_of(tmp_path / "x" / written) == place_of(path)
+    assert (place_of(path) is None) == (name in ("sheared, no qform", "nifti 2", "nifti 2 series"))  # ITK refuses these
+
+
+@pytest.mark.parametrize("name", ["v.nrrd", "v.nhdr", "v.mha", "v.mhd"])
+@pytest.mark.parametrize("shape", [(2, 4, 3), (4, 3), (3, 2, 4, 3)], ids=str)
+@pytest.mark.parametrize("axis", ["axial", "sagittal"])
+def test_masks_of_other_volumes_are_where_they_are(tmp_path, write, name, shape, axis):
+    import SimpleITK as sitk
+
+    path = tmp_path / name
+    turned = np.linalg.qr(np.array([[1, 0.2, 0.1], [0.1, -1, 0.3], [0.0, 0.2, 1]]))[0]
+    direction = np.eye(len(shape))
+    direction[: min(3, len(shape)), : min(3, len(shape))] = turned if len(shape) > 2 else [[0, 1], [-1, 0]]
+    array = np.random.default_rng(3).integers(0, 100, shape, dtype=np.int16)
+    sitk.WriteImage(make_volume(array, direction), str(path))
+    rows, volumes = slice_rows(path, axis)
+    (written,) = run(write(rows, slices=axis), "nifti", tmp_path / "x")
+    mask = sitk.ReadImage(str(tmp_path / "x" / written))
+    expected = place_of(path)
+    for found, value in zip(place_of(tmp_path / "x" / written), expected, strict=True):
+        np.testing.assert_allclose(found, value, atol=1e-5)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(mask).T.ravel(order="F"), volumes["polyp"].ravel(order="F"))
+
+
+@pytest.mark.parametrize("name", ["v.nrrd", "v.mha"])
+@pytest.mark.parametrize("dtype", ["u1", "f4"])
+def test_masks_of_vectors_are_where_they_are(tmp_path, write, name, dtype):
+    import SimpleITK as sitk
+
+    path = tmp_path / name
+    sitk.WriteImage(make_volume(np.zeros((2, 4, 5, 3), dtype), is_vector=True), str(path))
+    rows, _ = slice_rows(path, "axial")
+    (written,) = run(write(rows), "nifti", tmp_path / "x")
+    mask, image = sitk.ReadImage(str(tmp_path / "x" / written)), sitk.ReadImage(str(path))
+    assert mask.GetSize() == (*image.GetSize(), *((3,) if dtype == "f4" else ()))
+    np.testing.assert_allclose(mask.GetOrigin()[:3], image.GetOrigin())
+    np.testing.assert_allclose(mask.GetSpacing()[:3], image.GetSpacing())
+
+
+@pytest.mark.parametrize("kind", ["nifti1", "nifti2", "analyze", "spm99"])
+def test_masks_of_pairs_are_where_they_are(tmp_path, write, kind):
+    path = tmp_path / "v.hdr"
+    header, values = save_pair(kind, BODY.astype(np.int16), MIRROR if kind.startswith("nifti") else None)
+    path.write_bytes(header)
+    (tmp_path / "v.img").write_bytes(values)
+    rows, volumes = slice_rows(path, "axial")
+    (written,) = run(write(rows), "nifti", tmp_path / "x")
+    assert written == "v.hdr.polyp.nii.gz"
+    assert place_of(tmp_path / "x" / written) == place_of(path)
+    mask = np.asarray(nib.load(tmp_path / "x" / written).dataobj)
+    np.testing.assert_array_equal(mask, volumes["polyp"][..., 0])
 
 
 # --- label maps

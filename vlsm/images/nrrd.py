@@ -46,7 +46,7 @@ _ENCODINGS = {
 }
 _C_TYPES = {"char": "i1", "short": "i2", "int": "i4", "longlong": "i8", "float": "f4", "double": "f8"}
 _IN_SPACE = ("domain", "space", "???", "none")  # kinds of axes
-_MANY_FILES = re.compile(r"LIST\b|.*%[\d ]*d")
+_MANY_FILES = re.compile(rb"(?m)^data ?file:\s*(LIST\b|.*%[\d ]*d)")
 # which axes of a space run against left, back, head; other spaces are read as ITK does, as if they were this one
 _FLIPS = {
     "right-anterior-superior": (-1, -1, 1),
@@ -63,6 +63,8 @@ def read_header(file: BinaryIO, name: str, axis: str) -> VolumeHeader:
         ImageError: also "unreadable", for a data file in another folder and for several data files.
     """
     text = read_text_header(file, _END, name)
+    if _MANY_FILES.search(text):
+        raise ImageError("unreadable", f"{name} keeps its data in several files; only a single data file is read")
     try:
         lines = [line for line in text.splitlines(keepends=True) if not line.startswith(b"#")]
         fields = {key.replace(" ", ""): value for key, value in nrrd.read_header(lines).items()}
@@ -102,7 +104,7 @@ def _describe(fields: Fields, axis: str, name: str) -> VolumeHeader:
         tuple(sizes),
         (*in_space, *others),
         dtype,
-        header_for_masks(grid, is_flat=len(in_space) == 2),
+        header_for_masks(grid, len(in_space) == 2, *_fourth_axis(fields)),
         start=None if skip < 0 and encoding == RAW else 0,
         encoding=encoding,
         offset=max(skip, 0),
@@ -158,6 +160,15 @@ def _affine(fields: Fields, in_space: list[int], num_merged: int) -> np.ndarray:
     return place(np.diag(steps), _origin_by_axis(fields, axes, steps))
 
 
+def _fourth_axis(fields: Fields) -> tuple[float, float]:
+    """Return the spacing and the origin of the fourth axis, as ITK reads them, if it has any."""
+    directions, origin = np.asarray(fields.get("spacedirections", np.eye(3)), np.float64), fields.get("spaceorigin")
+    if directions.shape[0] > 3 and directions.shape[1] > 3 and origin is not None:
+        return float(np.linalg.norm(directions[3])), float(origin[3])
+    spacing = float([*fields.get("spacings", ()), 1, 1, 1, 1][3])
+    return spacing if np.isfinite(spacing) and spacing > 0 else 1.0, 0.0
+
+
 def _origin_by_axis(fields: Fields, axes: list[int], steps: np.ndarray) -> np.ndarray:
     """Return the centre of the first voxel from the lower end of each axis; zeros if an axis lacks it."""
     if "axismins" not in fields or "spacings" not in fields:
@@ -171,11 +182,7 @@ def _origin_by_axis(fields: Fields, axes: list[int], steps: np.ndarray) -> np.nd
 
 def _data_file(fields: Fields, name: str) -> str | None:
     data_file = fields.get("datafile")
-    if data_file is None:
-        return None
-    if _MANY_FILES.match(data_file):
-        raise ImageError("unreadable", f"{name} keeps its data in several files; only a single data file is read")
-    return check_data_file(data_file, name)
+    return None if data_file is None else check_data_file(data_file, name)
 
 
 def data_files(header: bytes, name: str) -> Sequence[str]:

@@ -109,7 +109,8 @@ def _unpack(packed: memoryview, header: VolumeHeader, name: str) -> memoryview:
             return memoryview(bz2.BZ2Decompressor().decompress(packed, header.num_bytes))
         if header.encoding == TEXT:
             numbers = bytes(packed).replace(b",", b" ")
-            return np.fromstring(numbers, header.dtype, math.prod(header.sizes), sep=" ").data.cast("B")
+            values = np.fromstring(numbers, header.dtype.newbyteorder("="), math.prod(header.sizes), sep=" ")
+            return values.astype(header.dtype).data.cast("B")
     except (OSError, EOFError, ValueError, DeprecationWarning, zlib.error) as error:
         raise ImageError("corrupt", f"{name}: its packed data are damaged ({type(error).__name__})") from None
     return packed
