@@ -142,7 +142,7 @@ class SegmentSettings(Settings):
         "axial", description="direction in which volumes are cut into slices; each slice is an image"
     )
     window: tuple[float, float] | None = Field(
-        None, description="centre and width of the grey values shown of DICOM and NIfTI, as [40, 400]; null: the file's"
+        None, description="centre and width of the grey values of DICOM and volumes, as [40, 400]; null: the file's"
     )
     max_pixels: int = Field(100_000_000, ge=1, description="refuse images with more pixels, before decoding")
     max_image_bytes: int = Field(1 << 30, ge=1, description="refuse files with more bytes, before reading")

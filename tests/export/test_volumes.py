@@ -308,6 +308,47 @@ def test_masks_of_other_volumes_are_where_they_are(tmp_path, write, name, shape,
     np.testing.assert_array_equal(sitk.GetArrayFromImage(mask).T.ravel(order="F"), volumes["polyp"].ravel(order="F"))
 
 
+NRRD = "NRRD0005\ntype: uint8\ndimension: 3\nsizes: 4 3 2\nencoding: raw\n"
+VECTORS = "space directions: (0,2,0) (-3,0,0) (0,0,4)\nspace origin: (5,6,7)\n"
+META = "ObjectType = Image\nNDims = 3\nBinaryData = True\nDimSize = 4 3 2\nElementType = MET_UCHAR\n"
+HEADERS = {  # that SimpleITK itself does not write
+    "nothing.nrrd": NRRD,
+    "spacings.nrrd": NRRD + "spacings: 2 3 4\n",
+    "cells.nrrd": NRRD + "spacings: 2 3 4\naxis mins: 5 6 7\ncenterings: cell cell cell\n",
+    "nodes.nrrd": NRRD + "spacings: 2 3 4\naxis mins: 5 6 7\ncenterings: node node node\n",
+    "mixed.nrrd": NRRD + "spacings: 2 3 4\naxismins: 5 6 7\ncenters: node cell ???\n",
+    "unknown.nrrd": NRRD + "spacings: 2 3 nan\naxis mins: 5 6 7\n",
+    "bounds.nrrd": NRRD + "axis mins: 5 6 7\naxis maxs: 9 10 9\ncenters: cell cell node\n",
+    "lps.nrrd": NRRD + "space: left-posterior-superior\n" + VECTORS,
+    "ras.nrrd": NRRD + "space: RAS\n" + VECTORS,
+    "las.nrrd": NRRD + "space: left-anterior-superior\n" + VECTORS,
+    "scanner.nrrd": NRRD + "space: scanner-xyz\n" + VECTORS,
+    "left handed.nrrd": NRRD + "space: 3D-left-handed\n" + VECTORS,
+    "three.nrrd": NRRD + "space dimension: 3\n" + VECTORS,
+    "no origin.nrrd": NRRD + "space: RAS\n" + VECTORS.partition("space origin")[0],
+    "nothing.mha": META,
+    "size.mha": META + "ElementSize = 2 3 4\nPosition = 5 6 7\n",
+    "both.mha": META + "ElementSize = 9 9 9\nElementSpacing = 2 3 4\nOrigin = 5 6 7\n",
+    "turned.mha": META + "ElementSpacing = 2 3 4\nOffset = 5 6 7\nRotation = 0 0 1 1 0 0 0 1 0\n",
+    "orientation.mha": META + "ElementSpacing = 2 3 4\nOrientation = 0 -1 0 1 0 0 0 0 1\n",
+    "negative.mha": META + "ElementSpacing = -2 3 4\nOffset = 5 6 7\n",
+    "centred.mha": META + "Offset = 5 6 7\nCenterOfRotation = 1 2 3\nTransformMatrix = 0 1 0 1 0 0 0 0 -1\n",
+    "named.mha": META + "AnatomicalOrientation = LPS\nOffset = 5 6 7\n",
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_masks_are_where_itk_reads_a_header(tmp_path, write, name):
+    path = tmp_path / name
+    end = "\n" if name.endswith("nrrd") else "ElementDataFile = LOCAL\n"
+    path.write_bytes((HEADERS[name] + end).encode() + bytes(range(24)))
+    (written,) = run(write(slice_rows(path, "axial")[0]), "nifti", tmp_path / "x")
+    expected = place_of(path)
+    assert expected is not None
+    for found, value in zip(place_of(tmp_path / "x" / written), expected, strict=True):
+        np.testing.assert_allclose(found, value, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["v.nrrd", "v.mha"])
 @pytest.mark.parametrize("dtype", ["u1", "f4"])
 def test_masks_of_vectors_are_where_they_are(tmp_path, write, name, dtype):

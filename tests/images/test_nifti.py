@@ -225,8 +225,8 @@ def header(**fields):
         (header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]), "corrupt"),
         (header(dim=[3, -2, 3, 4, 1, 1, 1, 1]), "corrupt"),
         (header(dim=[0] * 8), "corrupt"),
-        (header(datatype=77), "corrupt"),
-        (header(datatype=1), "corrupt"),  # bits
+        (header(datatype=77), "unreadable"),
+        (header(datatype=1), "unreadable"),  # bits
         (header(vox_offset=np.nan), "corrupt"),
         (header(vox_offset=0), "corrupt"),
         (header(vox_offset=1e9), "corrupt"),
@@ -367,6 +367,22 @@ def test_mutated_volumes_are_pictures_or_errors_of_ours(kind, changes, end):
         selectors = list_slices(io.BytesIO(data), "x", "axial")
         image = open_images(data, "x", limits(max_bytes=1 << 20))(selectors[-1]).pixels
     except ImageError as error:
-        assert error.reason in ("corrupt", "too_large")
+        assert error.reason in ("corrupt", "too_large", "unreadable")
     else:
         assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["nifti1", "spm2"])
+@settings(max_examples=200, deadline=None)
+@given(changes=edits, end=st.one_of(st.just(1.0), st.floats(0, 1)))
+def test_mutated_pairs_are_pictures_or_errors_of_ours(kind, changes, end):
+    header, values = save_pair(kind, BODY)
+    header = mutate(header, changes, end)
+    try:
+        selectors, _ = list_images(io.BytesIO(header), "x.hdr", None, Look())
+        if selectors:
+            second = values if data_files(header, "x.hdr") else None
+            image = open_images(header, "x.hdr", limits(max_bytes=1 << 20), second)(selectors[-1]).pixels
+            assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
+    except ImageError as error:
+        assert error.reason in ("corrupt", "too_large", "unreadable")

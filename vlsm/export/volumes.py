@@ -78,7 +78,10 @@ def export_nifti(output: str, directory: str | Path, filters: Filters = None, li
 
 def _read_header(source: SourceFile, reader: Reader, axis: str) -> VolumeHeader:
     content = source.open(reader)
-    module: Any = FORMATS[content.kind or "image"].load()
+    format_of_source = FORMATS[content.kind or "image"]
+    if "slice=" not in format_of_source.selector:
+        raise ImageError("corrupt", f"{source.name} is no volume")
+    module: Any = format_of_source.load()
     header: VolumeHeader = module.read_header(io.BytesIO(content.data), source.name, axis)
     if math.prod(header.grid.shape) * header.grid.num_volumes > MAX_EXPORT_BYTES:
         raise ImageError("too_large", f"{source.name} has more than {MAX_EXPORT_BYTES:,} voxels")

@@ -124,10 +124,10 @@ def _describe(raw: Any, axis: str, name: str) -> VolumeHeader:
 def _dtype(raw: Any, name: str) -> np.dtype[Any]:
     try:
         dtype = np.dtype(raw.get_data_dtype())
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):
         dtype = np.dtype("V")
     if dtype.kind not in "iufc" and dtype.names not in [colour.names for colour in COLOURS.values()]:
-        raise ImageError("corrupt", f"{name} has values of the data type {int(raw['datatype'])}, which is not read")
+        raise ImageError("unreadable", f"{name} has values of the data type {int(raw['datatype'])}, which is not read")
     return dtype
 
 

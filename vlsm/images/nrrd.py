@@ -157,7 +157,7 @@ def _affine(fields: Fields, in_space: list[int], num_merged: int) -> np.ndarray:
         return place(vectors * flips, origin * flips)
     spacings = np.asarray(fields.get("spacings", np.ones(max(axes) + 1)), np.float64)[axes]
     steps = np.where(np.isfinite(spacings) & (spacings != 0), spacings, 1)
-    return place(np.diag(steps), _origin_by_axis(fields, axes, steps))
+    return place(np.diag(steps), _origin_by_axis(fields, axes))
 
 
 def _fourth_axis(fields: Fields) -> tuple[float, float]:
@@ -169,15 +169,18 @@ def _fourth_axis(fields: Fields) -> tuple[float, float]:
     return spacing if np.isfinite(spacing) and spacing > 0 else 1.0, 0.0
 
 
-def _origin_by_axis(fields: Fields, axes: list[int], steps: np.ndarray) -> np.ndarray:
+def _origin_by_axis(fields: Fields, axes: list[int]) -> np.ndarray:
     """Return the centre of the first voxel from the lower end of each axis; zeros if an axis lacks it."""
-    if "axismins" not in fields or "spacings" not in fields:
-        return np.zeros(len(axes))
-    lowest = np.asarray(fields["axismins"], np.float64)[axes]
-    if not np.isfinite([*lowest, *np.asarray(fields["spacings"], np.float64)[axes]]).all():
-        return np.zeros(len(axes))
-    centers = fields.get("centerings") or fields.get("centers") or ["cell"] * (max(axes) + 1)
-    return lowest + np.array([0.0 if centers[number].lower() == "node" else 0.5 for number in axes]) * steps
+    num_axes = len(fields["sizes"])
+    unknown = [np.nan] * num_axes
+    lowest, highest, steps = (
+        np.asarray(fields.get(key, unknown), np.float64)[axes] for key in ("axismins", "axismaxs", "spacings")
+    )
+    centers = fields.get("centerings") or fields.get("centers", "cell " * num_axes).split()
+    is_node = np.array([centers[number].lower() == "node" for number in axes])
+    counts = np.maximum(np.asarray(fields["sizes"], np.float64)[axes] - is_node, 1)
+    origin = lowest + np.where(is_node, 0, np.where(np.isfinite(steps), steps, (highest - lowest) / counts) / 2)
+    return origin if np.isfinite(origin).all() else np.zeros(len(axes))
 
 
 def _data_file(fields: Fields, name: str) -> str | None:
