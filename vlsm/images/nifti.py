@@ -76,14 +76,14 @@ def _parse(block: bytes, name: str) -> Any:
     Raises:
         Exception: of any type, for damage.
     """
+    # the first number is the size of the header, in either byte order
     sizes = {int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")} & {348, 540}
-    (size,) = sizes
-    magic = block[344:347] if size == 348 else block[4:7]
-    header_class = _HEADERS.get(magic)
+    size = min(sizes, default=0)
+    header_class = _HEADERS.get(block[4:7] if size == 540 else block[344:347])
     is_hdr = name.lower().endswith(_HDR)
     if header_class is None and is_hdr and size == 348:
         header_class = nib.spm2analyze.Spm2AnalyzeHeader
-    if header_class is None:
+    if header_class is None or header_class.sizeof_hdr != size:
         raise ImageError("corrupt", f"{name} has no NIfTI header")
     if not _is_single(header_class) and not is_hdr:
         raise ImageError("corrupt", f"{name} is the header of a pair; its name must end with .hdr")
@@ -189,7 +189,7 @@ def _names_of_data(name: str) -> tuple[str, str]:
 
 def list_images(file: BinaryIO, name: str, size_bytes: int | None, look: "Look") -> tuple[list[str], tuple[int, int]]:
     """The slices of the file's volumes, and their size; see `vlsm.images.formats.FormatModule`."""
-    if file.read(4).startswith(_OTHER_HDR):
+    if name.lower().endswith(_HDR) and file.read(4).startswith(_OTHER_HDR):
         return [], (0, 0)
     file.seek(0)
     grid = read_header(file, name, look.axis).grid

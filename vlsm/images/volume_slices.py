@@ -54,7 +54,7 @@ class VolumeImages:
                 f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {settings.max_pixels:,}",
             )
         start = len(data) - header.num_bytes if header.start is None else header.start
-        content = _unpack(memoryview(data)[start:], header, name)
+        content = _unpack(data, start, header, name)
         if content.nbytes < header.num_bytes:
             raise ImageError("corrupt", f"{name} has {content.nbytes:,} bytes; its header needs {header.num_bytes:,}")
         stored: np.ndarray = np.ndarray(header.sizes, header.dtype, content, header.offset, order="F")
@@ -97,14 +97,17 @@ class VolumeImages:
         return self._levels[volume]
 
 
-def _unpack(packed: memoryview, header: VolumeHeader, name: str) -> memoryview:
-    """Return at least the first `header.num_bytes` bytes of packed data if there are as many.
+def _unpack(data: bytes, start: int, header: VolumeHeader, name: str) -> memoryview:
+    """Return at least the first `header.num_bytes` bytes of the data packed from `start` on, if there are as many.
 
     More than these bytes is never unpacked.
     """
+    packed = memoryview(data)[start:]
     try:
+        if header.encoding == GZIP and is_gzip(data[start : start + 2]):
+            return memoryview(_gunzip(data, start, header.num_bytes))
         if header.encoding == GZIP:
-            return memoryview(_inflate(packed, header.num_bytes))
+            return memoryview(zlib.decompressobj().decompress(packed, header.num_bytes))
         if header.encoding == BZIP2:
             return memoryview(bz2.BZ2Decompressor().decompress(packed, header.num_bytes))
         if header.encoding == TEXT:
@@ -116,10 +119,10 @@ def _unpack(packed: memoryview, header: VolumeHeader, name: str) -> memoryview:
     return packed
 
 
-def _inflate(packed: memoryview, num_bytes: int) -> bytes:
-    if not is_gzip(bytes(packed[:2])):
-        return zlib.decompressobj().decompress(packed, num_bytes)
-    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
+def _gunzip(data: bytes, start: int, num_bytes: int) -> bytes:
+    packed = io.BytesIO(data)  # without a copy of the data
+    packed.seek(start)
+    with gzip.GzipFile(fileobj=packed) as file:
         content = file.read(num_bytes)
         file.read(1)  # gzip checks the checksum at the end of the file
     return content
