@@ -142,6 +142,7 @@ PACKINGS = {  # beside what SimpleITK writes
     "skip.nrrd": (NRRD + "encoding: raw\nbyte skip: 3\n\n", b"abc" + VALUES.tobytes()),
     "skip gzip.nrrd": (NRRD + "encoding: gzip\nbyte skip: 3\n\n", gzip.compress(b"abc" + VALUES.tobytes())),
     "end.nrrd": (NRRD + "encoding: raw\nbyteskip: -1\n\n", b"a header" + VALUES.tobytes()),
+    "case.nrrd": (NRRD.upper().replace("BIG", "Big") + "Encoding: Raw\nA:=1\na:=2\n\n", VALUES.tobytes()),
     "windows.nrrd": ((NRRD + "# a: comment\nkey:=value: 1\nencoding: raw\n\n").replace("\n", "\r\n"), VALUES.tobytes()),
     "local.mhd": (META + "ElementDataFile = LOCAL\n", VALUES.tobytes()),
     "text.mha": (META + "BinaryData = False\nElementDataFile = LOCAL\n", TEXT),
@@ -177,7 +178,7 @@ def test_a_data_file_may_have_a_header_of_its_own(tmp_path, name, text):
 def test_kinds_of_axes_say_what_they_count(tmp_path, kinds):
     values = np.array([[3, 4], [6, 8], [5, 12], [0, 0]], "<f4")  # complex numbers of the magnitudes 5, 10, 13, 0
     (tmp_path / "x.nrrd").write_bytes(
-        f"NRRD0005\ntype: float\ndimension: 3\nsizes: 2 2 2\nencoding: raw\nkinds: {kinds}\n\n".encode()
+        f"NRRD0005\ntype: float\ndimension: 3\nsizes: 2 2 2\nencoding: raw\nendian: little\nkinds: {kinds}\n\n".encode()
         + values.tobytes()
     )
     shown = [pixels[..., 0].ravel().tolist() for pixels in read(tmp_path / "x.nrrd", window=(127.5, 255)).values()]
@@ -209,6 +210,7 @@ def test_no_header_leads_out_of_its_folder(place, name):
         ("x.nrrd", NRRD + "encoding: hex\n\n", "has the encoding 'hex', which is not read"),
         ("x.nrrd", NRRD.replace("short", "block") + "encoding: raw\n\n", "has values of the type 'block'"),
         ("x.nrrd", NRRD + "encoding: raw\nkinds: list domain vector\n\n", "fewer than two axes of space"),
+        ("x.nrrd", NRRD.replace("endian: big\n", "") + "encoding: raw\n\n", "states no byte order"),
         ("x.nrrd", "P5 3 4 255", "its NRRD header is damaged"),
         ("x.nrrd", NRRD.replace("4 3 2", "4 3") + "encoding: raw\n\n", "has the sizes"),
         ("x.nrrd", NRRD.replace("4 3 2", "4 -3 2") + "encoding: raw\n\n", "has the sizes"),
@@ -222,7 +224,7 @@ def test_no_header_leads_out_of_its_folder(place, name):
         ("x.mha", META + "ElementSpacing = 1 2\nElementDataFile = LOCAL\n", "its MetaImage header is damaged"),
         ("x.mha", META + "ElementDataFile = LOCAL\nabc", "fewer than its header needs"),
     ],
-    ids=range(19),
+    ids=range(20),
 )  # fmt: skip
 def test_what_is_not_read_is_said_when_it_is_listed(name, text, message):
     with pytest.raises(ImageError, match=message):

@@ -46,7 +46,9 @@ _ENCODINGS = {
 }
 _C_TYPES = {"char": "i1", "short": "i2", "int": "i4", "longlong": "i8", "float": "f4", "double": "f8"}
 _IN_SPACE = ("domain", "space", "???", "none")  # kinds of axes
-_MANY_FILES = re.compile(rb"(?m)^data ?file:\s*(LIST\b|.*%[\d ]*d)")
+_NAME = re.compile(rb"^[^:]*")  # of a field, in any case
+_PAIR_OR_COMMENT = re.compile(rb"#|[^:]*:=")
+_MANY_FILES = re.compile(rb"(?mi)^data ?file:\s*(LIST\b|.*%[\d ]*d)")
 # which axes of a space run against left, back, head; other spaces are read as ITK does, as if they were this one
 _FLIPS = {
     "right-anterior-superior": (-1, -1, 1),
@@ -66,9 +68,7 @@ def read_header(file: BinaryIO, name: str, axis: str) -> VolumeHeader:
     if _MANY_FILES.search(text):
         raise ImageError("unreadable", f"{name} keeps its data in several files; only a single data file is read")
     try:
-        lines = [line for line in text.splitlines(keepends=True) if not line.startswith(b"#")]
-        fields = {key.replace(" ", ""): value for key, value in nrrd.read_header(lines).items()}
-        header = _describe(fields, axis, name)
+        header = _describe(_parse(text), axis, name)
     except ImageError:
         raise
     except Exception as error:  # damage causes errors of any type
@@ -77,6 +77,13 @@ def read_header(file: BinaryIO, name: str, axis: str) -> VolumeHeader:
         header = replace(header, start=None if header.start is None else len(text))
     header.check(None if header.data_file else file.seek(0, io.SEEK_END), name)
     return header
+
+
+def _parse(text: bytes) -> Fields:
+    """Return the fields of a header, without blanks in their names. Key/value pairs are for other programs."""
+    magic, *lines = text.splitlines(keepends=True)
+    fields = [_NAME.sub(lambda name: name[0].lower(), line) for line in lines if not _PAIR_OR_COMMENT.match(line)]
+    return {key.replace(" ", ""): value for key, value in nrrd.read_header([magic, *fields]).items()}
 
 
 def _describe(fields: Fields, axis: str, name: str) -> VolumeHeader:
@@ -113,7 +120,7 @@ def _describe(fields: Fields, axis: str, name: str) -> VolumeHeader:
 
 
 def _dtype(fields: Fields, name: str) -> np.dtype[Any]:
-    words = fields["type"].removesuffix("_t").replace("long long", "longlong").split()
+    words = fields["type"].lower().removesuffix("_t").replace("long long", "longlong").split()
     base = " ".join(word for word in words if word not in ("signed", "unsigned")) or "int"
     base = base.removesuffix(" int")
     is_unsigned = base.startswith("u") or "unsigned" in words
@@ -122,7 +129,10 @@ def _dtype(fields: Fields, name: str) -> np.dtype[Any]:
     if code is None:
         raise ImageError("unreadable", f"{name} has values of the type {fields['type']!r:.50}, which is not read")
     dtype = np.dtype(code.replace("i", "u") if is_unsigned else code)
-    return dtype.newbyteorder(">" if fields.get("endian") == "big" else "<")
+    endian = fields.get("endian", "").lower()
+    if dtype.itemsize > 1 and _ENCODINGS.get(fields["encoding"].lower()) != TEXT and endian not in ("big", "little"):
+        raise ImageError("corrupt", f"{name} states no byte order; its endian must be little or big")
+    return dtype.newbyteorder(">" if endian == "big" else "<")
 
 
 def _axes_of_space(fields: Fields, num_axes: int) -> list[int]:
