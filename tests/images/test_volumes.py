@@ -329,6 +329,8 @@ def test_a_list_may_name_either_file_of_a_pair(tmp_path):
     np.testing.assert_array_equal(found["a.img#slice=2"], found["a.hdr#slice=2"])
     np.testing.assert_array_equal(found["b.IMG#slice=2"], found["a.hdr#slice=2"])
     assert found["z.img"] == f"missing: there is no file {tmp_path}/z.hdr"
+    for name in ("a.img", "*.img"):  # as INPUT
+        assert list_and_read(tmp_path / name).keys() == {f"a.hdr#slice={number}" for number in range(4)}
 
 
 def test_a_header_without_its_values_is_one_failed_row(tmp_path):

@@ -11,7 +11,7 @@ from vlsm.archive.expand import expand_rows
 from vlsm.archive.listing import Info, follow_link, list_files
 from vlsm.archive.manifest import MANIFEST_EXTENSIONS, describe_file, read_image_list
 from vlsm.errors import ConfigError
-from vlsm.images.formats import Look, describe_other, kind_of
+from vlsm.images.formats import Look, describe_other, header_of, kind_of
 
 _ETAG_KEYS = ("ETag", "etag")  # stores use different names
 _MTIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -57,6 +57,8 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
         ManifestError: the manifest cannot be read, lacks a column or a value, or has an image_uri that is not allowed.
     """
     fs, path = storage.open_uri(uri)
+    if (header := header_of(uri)) is not None and not fs.isdir(path):  # a pair is listed by its header
+        uri, (fs, path) = header, storage.open_uri(header)
     look = look or Look()
     archive = Archive(rows=(), is_listed=not uri.lower().endswith(MANIFEST_EXTENSIONS) or not fs.isfile(path))
     if not archive.is_listed:
