@@ -136,6 +136,7 @@ FORMATS: dict[str, Exporter] = {
     "labels": _import_later("vlsm.export.labels", "export_labels"),
     "nifti": _import_later("vlsm.export.volumes", "export_nifti"),
     "dicom-seg": _import_later("vlsm.export.dicom_seg", "export_dicom_seg", extra="dicom-seg"),
+    "dicom-seg-series": _import_later("vlsm.export.dicom_seg", "export_dicom_seg_series", extra="dicom-seg"),
 }
 
 
