@@ -176,6 +176,7 @@ def test_the_processes_of_a_segment_run_import_what_they_do_and_no_more(
             "train",
         ),
         ("highdicom", ["vlsm.export", "OUT", "files", "--format", "dicom-seg"], "dicom-seg"),
+        ("contourpy", ["vlsm.export", "OUT", "files", "--format", "rtstruct"], "rtstruct"),
     ],
 )
 def test_a_missing_extra_is_one_sentence_that_names_the_command(tmp_path, packages, words, extra):

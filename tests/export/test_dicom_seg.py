@@ -103,8 +103,8 @@ def pixels_of(seg, *sources):
     return seg.get_pixels_by_source_instance([source.SOPInstanceUID for source in sources], **arguments)[..., 0]
 
 
-def lacking_attributes(dataset):
-    """Required attributes of the segmentation's modules that it lacks (types 1 and 2) or that are empty (type 1)."""
+def check_required(dataset, modules):
+    """Required attributes of the modules that a dataset lacks (types 1 and 2) or that are empty (type 1)."""
 
     def check(item, tree, holds_groups=False):
         for keyword, fact in tree["attributes"].items():
@@ -115,9 +115,12 @@ def lacking_attributes(dataset):
                 for nested in item[keyword].value:
                     yield from check(nested, fact, "FunctionalGroups" in keyword)
 
-    modules = [one["key"] for one in get_iod_module_map()["segmentation"] if one["usage"] == "M"]
-    modules += ["frame-of-reference"] if "FrameOfReferenceUID" in dataset else []
     return [keyword for module in modules for keyword in check(dataset, construct_module_tree(module))]
+
+
+def lacking_attributes(seg):
+    modules = [one["key"] for one in get_iod_module_map()["segmentation"] if one["usage"] == "M"]
+    return check_required(seg, [*modules, *(["frame-of-reference"] if "FrameOfReferenceUID" in seg else [])])
 
 
 def check_seg(seg, *sources):
@@ -226,7 +229,9 @@ def test_values_of_another_representation_are_read(export, keyword, vr, stored, 
 
 
 def test_changes_are_counted_in_one_line(export, caplog):
-    sources = [make(SOPInstanceUID=f"1.2.{number}", PatientSex="W", PatientBirthDate=SECRET.encode()) for number in range(3)]
+    sources = [
+        make(SOPInstanceUID=f"1.2.{number}", PatientSex="W", PatientBirthDate=SECRET.encode()) for number in range(3)
+    ]
     sources[0].PatientSex = "F"
     assert len(export(*sources)) == 3
     lines = [record.message for record in caplog.records if "could not be copied" in record.message]

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import itertools
 import logging
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from vlsm.runs.results import read_ok_masks
 
 logger = logging.getLogger("vlsm")
 
+MAX_LABEL = 64  # maximum characters of a DICOM value of type LO
 Slice = tuple[DicomImage, list[Row]]  # an image file and its rows
 
 
@@ -119,7 +121,7 @@ class DicomExport:
             try:
                 image = read_dicom_image(source, reader, repairs)
             except ImageError as error:
-                logger.warning("no segmentation: %s", error)
+                logger.warning("not exported: %s", error)
                 continue
             if image is not None:
                 yield image, rows
@@ -136,9 +138,9 @@ class DicomExport:
             with quiet():
                 made = self.make(images, masks, Algorithm(model, self.made_at), self.repairs)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                made.save_as(path)
+                made.save_as(path, enforce_file_format=True)
         except ImageError as error:
-            logger.warning("no segmentation: %s", error)
+            logger.warning("not exported: %s", error)
             return
         self.paths.add(path)
 
@@ -201,3 +203,21 @@ def _read_planned_at(output: str) -> datetime.datetime:
         return datetime.datetime.fromisoformat(str(record.get("planned_at")))
     except ValueError:
         return datetime.datetime.now(datetime.UTC)
+
+
+def unique_labels(prompts: list[str]) -> list[str]:
+    """Return unique labels for the prompts: at most 64 printable characters, no backslash."""
+    labels: list[str] = []
+    for prompt in prompts:
+        short = "".join(letter if letter.isprintable() and letter != "\\" else "_" for letter in prompt).strip() or "_"
+        label, number = short[:MAX_LABEL], 2
+        while label in labels:
+            label = f"{short[: MAX_LABEL - len(str(number)) - 2]} ~{number}"
+            number += 1
+        labels.append(label)
+    return labels
+
+
+def derive_uid(*facts: str) -> str:
+    """Return a UID that is derived from the facts (DICOM PS3.5, B.2: UID from a UUID)."""
+    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, repr(facts)).int}"

@@ -5,8 +5,6 @@ have the same position. It gets stand-ins for the images, with valid elements on
 the patient and the study, the true references, and the frames that highdicom refuses.
 """
 
-import uuid
-
 import highdicom as hd
 import numpy as np
 from pydicom.dataset import Dataset
@@ -15,14 +13,13 @@ from pydicom.uid import EnhancedCTImageStorage, SecondaryCaptureImageStorage
 from pydicom.valuerep import DS
 
 from vlsm.errors import ImageError
-from vlsm.export.dicom_objects import Algorithm
+from vlsm.export.dicom_objects import MAX_LABEL, Algorithm, derive_uid, unique_labels
 from vlsm.export.dicom_seg_frames import add_frames, functional_groups
 from vlsm.export.dicom_source import DicomImage, Plane
 from vlsm.export.dicom_values import TYPE_2, UTF_8, Repairs, read_numbers
 from vlsm.images.dicom_header import quiet
 from vlsm.version import __version__
 
-_MAX_LABEL = 64  # maximum characters of a DICOM value of type LO
 _SERIES_NUMBER = 1000  # scanners use much smaller numbers
 _NOMINAL_THICKNESS, _NOMINAL_SLIDE_THICKNESS = 1.0, 0.001  # mm
 _SLIDE_ELEMENTS = (
@@ -168,9 +165,9 @@ def _build(
 ) -> hd.seg.Segmentation:
     name, _, version = algorithm.model.partition("@")
     identification = hd.AlgorithmIdentificationSequence(
-        name=name.strip()[:_MAX_LABEL] or "vlsm",
+        name=name.strip()[:MAX_LABEL] or "vlsm",
         family=codes.DCM.ArtificialIntelligence,
-        version=version.strip()[:_MAX_LABEL] or __version__,
+        version=version.strip()[:MAX_LABEL] or __version__,
     )
     descriptions = [
         hd.seg.SegmentDescription(
@@ -181,16 +178,16 @@ def _build(
             algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=identification,
         )
-        for number, label in enumerate(_segment_labels(prompts), start=1)
+        for number, label in enumerate(unique_labels(prompts), start=1)
     ]
     return hd.seg.Segmentation(
         source_images=stand_ins,
         pixel_array=pixels,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=descriptions,
-        series_instance_uid=_derive_uid("series", stand_ins[0].SeriesInstanceUID, algorithm.model, *prompts),
+        series_instance_uid=derive_uid("series", stand_ins[0].SeriesInstanceUID, algorithm.model, *prompts),
         series_number=_SERIES_NUMBER,
-        sop_instance_uid=_derive_uid("instance", stand_ins[0].SOPInstanceUID, algorithm.model, *prompts),
+        sop_instance_uid=derive_uid("instance", stand_ins[0].SOPInstanceUID, algorithm.model, *prompts),
         instance_number=1,
         manufacturer="vlsm",
         manufacturer_model_name="vlsm",
@@ -216,9 +213,9 @@ def _finish(seg: hd.seg.Segmentation, images: list[DicomImage], prompts: list[st
     for equipment in seg.get("ContributingEquipmentSequence", [])[-1:]:  # the last item is highdicom's own
         equipment.ContributionDateTime = algorithm.made_at.strftime("%Y%m%d%H%M%S")
     facts = (*(image.uids["SOPInstanceUID"] for image in images), algorithm.model, *prompts)
-    seg.SOPInstanceUID = seg.file_meta.MediaStorageSOPInstanceUID = _derive_uid("instance", *facts)
+    seg.SOPInstanceUID = seg.file_meta.MediaStorageSOPInstanceUID = derive_uid("instance", *facts)
     for item in (*seg.DimensionOrganizationSequence, *seg.get("DimensionIndexSequence", [])):
-        item.DimensionOrganizationUID = _derive_uid("dimensions", *facts)
+        item.DimensionOrganizationUID = derive_uid("dimensions", *facts)
 
 
 def _set_slice_spacing(seg: hd.seg.Segmentation, slice_spacing: float | None) -> None:
@@ -227,21 +224,3 @@ def _set_slice_spacing(seg: hd.seg.Segmentation, slice_spacing: float | None) ->
         measures.pop("SpacingBetweenSlices", None)
         if slice_spacing:
             measures.SpacingBetweenSlices = DS(slice_spacing, auto_format=True)
-
-
-def _segment_labels(prompts: list[str]) -> list[str]:
-    """Return unique segment labels for the prompts: at most 64 printable characters, no backslash."""
-    labels: list[str] = []
-    for prompt in prompts:
-        short = "".join(letter if letter.isprintable() and letter != "\\" else "_" for letter in prompt).strip() or "_"
-        label, number = short[:_MAX_LABEL], 2
-        while label in labels:
-            label = f"{short[: _MAX_LABEL - len(str(number)) - 2]} ~{number}"
-            number += 1
-        labels.append(label)
-    return labels
-
-
-def _derive_uid(*facts: str) -> str:
-    """Return a UID that is derived from the facts (DICOM PS3.5, B.2: UID from a UUID)."""
-    return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, repr(facts)).int}"

@@ -137,6 +137,7 @@ FORMATS: dict[str, Exporter] = {
     "nifti": _import_later("vlsm.export.volumes", "export_nifti"),
     "dicom-seg": _import_later("vlsm.export.dicom_seg", "export_dicom_seg", extra="dicom-seg"),
     "dicom-seg-series": _import_later("vlsm.export.dicom_seg", "export_dicom_seg_series", extra="dicom-seg"),
+    "rtstruct": _import_later("vlsm.export.rtstruct", "export_rtstruct", extra="rtstruct"),
 }
 
 
