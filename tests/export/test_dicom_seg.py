@@ -123,6 +123,14 @@ def lacking_attributes(seg):
     return check_required(seg, [*modules, *(["frame-of-reference"] if "FrameOfReferenceUID" in seg else [])])
 
 
+def has_position(seg):
+    """Whether the frames have a position in the patient or on a slide, or are in the order of the tiles of a slide."""
+    group = seg.PerFrameFunctionalGroupsSequence[0]
+    if "PlanePositionSequence" in group or "PlanePositionSlideSequence" in group:
+        return "FrameOfReferenceUID" in seg
+    return seg.get("DimensionOrganizationType") == "TILED_FULL"
+
+
 def check_seg(seg, *sources):
     """Highdicom finds the masks, no required attribute is missing, and the class of the source is the true one."""
     np.testing.assert_array_equal(pixels_of(seg, *sources), np.concatenate([masks_of(source) for source in sources]))
@@ -256,12 +264,13 @@ def test_missing_elements_cost_no_segmentation(export, keyword, value):
         assert seg.SourceImageSequence[0].ReferencedSOPInstanceUID == "1.2.3.4.5"
     elif keyword != "SOPClassUID":
         check_seg(seg, source)
-    assert ("FrameOfReferenceUID" in seg) == (keyword not in POSITION)
+    assert has_position(seg) == (keyword not in POSITION)
+    assert ("FrameOfReferenceUID" in seg) == (keyword != "FrameOfReferenceUID")
     assert lacking_attributes(seg) == []
 
 
 @pytest.mark.parametrize(
-    ("keyword", "stored", "has_position"),
+    ("keyword", "stored", "is_usable"),
     [
         ("PixelSpacing", b"0,5\\0,75", True),
         ("PixelSpacing", b"0\\0", False),
@@ -276,12 +285,12 @@ def test_missing_elements_cost_no_segmentation(export, keyword, value):
     ],
     ids=str,
 )
-def test_a_position_that_is_wrong_is_not_copied(export, keyword, stored, has_position):
+def test_a_position_that_is_wrong_is_not_copied(export, keyword, stored, is_usable):
     source = make(**{keyword: stored})
     (seg,) = export(source).values()
     check_seg(seg, source)
-    assert ("FrameOfReferenceUID" in seg) == has_position
-    if has_position:
+    assert has_position(seg) == is_usable
+    if is_usable:
         measures = seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
         assert measures.PixelSpacing == [0.5, 0.75]
         assert measures.SliceThickness == (1 if keyword == "SliceThickness" else 2)
@@ -363,7 +372,7 @@ def test_tiles_of_slides_have_a_segmentation_with_their_positions_or_without(exp
     source = make(**SLIDE | {missing: None} if missing else SLIDE)
     (seg,) = export(source).values()
     check_seg(seg, source)
-    assert ("FrameOfReferenceUID" in seg) == (missing is None)
+    assert has_position(seg) == (missing is None)
 
 
 # --- one segmentation per series
@@ -399,6 +408,21 @@ def test_slices_of_other_series_frames_and_places_do_not_share_a_segmentation(ex
     assert sizes == {"1.9." + name[4:7]: 1 for name in segs if name.startswith("1.9")} | {"3.dcm.s": 1}
     (shared,) = [seg for seg in segs.values() if len(seg.SourceImageSequence) == 2]
     check_seg(shared, first, fifth)
+
+
+def test_rows_of_a_grown_archive_are_in_the_segmentation_of_their_series(tmp_path, write):  # noqa: F811
+    """Its rows come prompt by prompt: each slice occurs again after the others."""
+    sources, rows = slices(0, 3), []
+    for number, source in enumerate(sources):
+        source.save_as(tmp_path / f"{number}.dcm", enforce_file_format=True)
+    for prompt in ("polyp", "fold"):
+        rows += [row(tmp_path / f"{n}.dcm", masks_of(source)[0], prompt) for n, source in enumerate(sources)]
+    (name,) = run(write(rows), "dicom-seg-series", tmp_path / "x")
+    seg = hd.seg.segread(tmp_path / "x" / name)
+    uids = [source.SOPInstanceUID for source in sources]
+    pixels = seg.get_pixels_by_source_instance(uids, combine_segments=False, ignore_spatial_locations=True)
+    for number in range(2):
+        np.testing.assert_array_equal(pixels[..., number], np.concatenate([masks_of(source) for source in sources]))
 
 
 def test_a_series_exported_again_is_the_same(export, tmp_path):

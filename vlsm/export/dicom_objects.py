@@ -83,16 +83,16 @@ class DicomExport:
         and images without a position, have an object each, as in `write_files`.
 
         Slices of a series usually follow each other in the results. If they do not, the function reads the series again
-        at the end and replaces its object. If a slice occurs twice, its first copy is used.
+        at the end and replaces its object. If a slice occurs twice, its last copy is used.
         """
         uris: dict[tuple[Any, ...], set[str]] = {}
         repeated: dict[tuple[Any, ...], None] = {}
         for key, group in itertools.groupby(self._read_slices(filters), key=lambda one: _series_key(one[0])):
-            slices = list(group)
             if key is None:
-                for image, rows in slices:
+                for image, rows in group:
                     self._write([(image, rows)], file_id(rows[0]))
                 continue
+            slices = list(group)
             if key in uris:
                 repeated[key] = None
             else:
@@ -129,7 +129,7 @@ class DicomExport:
                 self.num_others += len(rows)
 
     def _write(self, slices: list[Slice], identity: str) -> None:
-        unique = {image.uids["SOPInstanceUID"]: (image, rows) for image, rows in reversed(slices)}
+        unique = {image.uids["SOPInstanceUID"]: (image, rows) for image, rows in slices}
         slices = sorted(unique.values(), key=lambda one: (one[0].number, one[0].uids["SOPInstanceUID"]))
         images, model = [image for image, _ in slices], slices[0][1][0]["model"]
         path = file_path(self.directory, {"image_id": identity, "prompt": ""}, self.suffix)

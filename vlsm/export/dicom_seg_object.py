@@ -25,7 +25,7 @@ _NOMINAL_THICKNESS, _NOMINAL_SLIDE_THICKNESS = 1.0, 0.001  # mm
 _SLIDE_ELEMENTS = (
     *("TotalPixelMatrixRows", "TotalPixelMatrixColumns", "TotalPixelMatrixOriginSequence", "ImageOrientationSlide"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "DimensionOrganizationType"),
-    *("TotalPixelMatrixFocalPlanes", "NumberOfOpticalPaths", "OpticalPathSequence", "FrameOfReferenceUID"),
+    *("TotalPixelMatrixFocalPlanes", "NumberOfOpticalPaths", "OpticalPathSequence"),
 )
 
 
@@ -100,8 +100,8 @@ def _stand_in(image: DicomImage, thickness: float | None) -> Dataset:
     for keyword in TYPE_2:
         setattr(stand_in, keyword, None)
     for keyword, value in image.uids.items():
-        setattr(stand_in, keyword, value)
-    del stand_in.FrameOfReferenceUID
+        if value:
+            setattr(stand_in, keyword, value)
     stand_in.SOPClassUID, stand_in.SpecificCharacterSet = SecondaryCaptureImageStorage, UTF_8
     stand_in.Rows, stand_in.Columns = image.size[1:]
     if stand_in.get("LossyImageCompression") not in ("00", "01"):
@@ -116,7 +116,6 @@ def _stand_in(image: DicomImage, thickness: float | None) -> Dataset:
 def _stand_in_plane(image: DicomImage, thickness: float | None) -> Dataset:
     """Return a single-frame image at the position of the first frame."""
     stand_in = _stand_in(image, thickness)
-    stand_in.FrameOfReferenceUID = image.uids["FrameOfReferenceUID"]
     for group in functional_groups(image.planes[0], thickness):
         stand_in.update(group.value[0])
     return stand_in
