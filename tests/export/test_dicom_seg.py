@@ -155,6 +155,7 @@ CHARACTER_SETS = {
     b"ISO_IR 192": ("Wang^XiaoDong=王^小东".encode(), "Wang^XiaoDong=王^小东"),
     b"GB18030": ("Wang^XiaoDong=王^小东".encode("gb18030"), "Wang^XiaoDong=王^小东"),
     b"GBK": ("Wang^XiaoDong=王^小东".encode("gbk"), "Wang^XiaoDong=王^小东"),
+    b"GBK ": ("乗^小东".encode("gbk"), "乗^小东"),  # the second byte of the first character is that of a backslash
     b"\\ISO 2022 IR 87": (JAPANESE, "Yamada^Tarou=山田^太郎=やまだ^たろう"),
     b"ISO 2022 IR 6\\ISO 2022 IR 87\\ISO 2022 IR 159": (JAPANESE, "Yamada^Tarou=山田^太郎=やまだ^たろう"),
     b"\\ISO 2022 IR 149": (KOREAN, "Hong^Gildong=洪^吉洞=홍^길동"),
@@ -432,6 +433,15 @@ def test_a_series_exported_again_is_the_same(export, tmp_path):
     export(*slices(0, 3, 6), kind="dicom-seg-series")
     assert path.read_bytes() == before
     assert hd.seg.segread(path).ContentDate == "20260102"
+
+
+def test_directions_that_differ_by_rounding_are_one(export):
+    sources = slices(0, 3, 6)
+    sources[1].ImageOrientationPatient = [1, 0.00001, 0, -0.00001, 1, 0]
+    (seg,) = export(*sources, kind="dicom-seg-series").values()
+    check_seg(seg, *sources)
+    assert "PlaneOrientationSequence" in seg.SharedFunctionalGroupsSequence[0]
+    assert seg.get_volume().spacing == (3, 0.5, 0.75)
 
 
 @pytest.mark.parametrize("depths", [(5,), (0, 3, 6)])

@@ -5,6 +5,8 @@ have the same position. It gets stand-ins for the images, with valid elements on
 the patient and the study, the true references, and the frames that highdicom refuses.
 """
 
+from dataclasses import replace
+
 import highdicom as hd
 import numpy as np
 from pydicom.dataset import Dataset
@@ -50,12 +52,11 @@ def make_segmentation(
             slice_spacing = _measure_slice_spacing(images[0], planes)
             thickness = _choose_thickness(images[0], slice_spacing, repairs)
             seg = _build_slide(images[0], pixels, list(masks), algorithm, repairs)
-            if seg is None and _is_stack(planes):
-                stand_in = _stand_in_plane if images[0].size[0] == 1 else _stand_in_stack
-                seg = _build([stand_in(image, thickness) for image in images], pixels, list(masks), algorithm)
+            if seg is None and (stack := _find_stack(planes)):
+                seg = _build(_stand_in_stack(images, stack, thickness), pixels, list(masks), algorithm)
             elif seg is None:
-                stand_in = _stand_in_plane if planes else _stand_in
-                seg = _build([stand_in(images[0], thickness)], np.ones_like(pixels[:1]), list(masks), algorithm)
+                first = _stand_in(images[0], planes[:1], thickness)
+                seg = _build([first], np.ones_like(pixels[:1]), list(masks), algorithm)
                 add_frames(seg, pixels, images, thickness)
             _finish(seg, images, list(masks), algorithm)
             _set_slice_spacing(seg, slice_spacing)
@@ -86,15 +87,20 @@ def _measure_slice_spacing(image: DicomImage, planes: list[Plane]) -> float | No
     return float(gaps.mean()) if np.allclose(gaps, gaps.mean(), rtol=0.01) else None
 
 
-def _is_stack(planes: list[Plane]) -> bool:
-    """Return whether highdicom accepts the planes: parallel, with equal spacing, and each at another distance."""
-    if not planes or len({(plane.orientation, plane.spacing) for plane in planes}) > 1:
-        return False
-    return len({round(plane.distance, 4) for plane in planes}) == len(planes)
+def _find_stack(planes: list[Plane]) -> list[Plane]:
+    """Return the planes if highdicom accepts them, with the orientation and spacing of the first, else no planes.
+
+    highdicom accepts parallel planes with equal spacing, each at another distance.
+    """
+    axes = [(*plane.orientation, *plane.spacing) for plane in planes]
+    distances = {round(plane.distance, 4) for plane in planes}
+    if not planes or len(distances) < len(planes) or not np.allclose(axes, axes[0], rtol=0, atol=1e-4):
+        return []
+    return [replace(planes[0], position=plane.position) for plane in planes]
 
 
-def _stand_in(image: DicomImage, thickness: float | None) -> Dataset:
-    """Return an image without a position for highdicom."""
+def _stand_in(image: DicomImage, planes: list[Plane], thickness: float | None) -> Dataset:
+    """Return a single-frame image at the position of the first plane, or without a position if there is none."""
     stand_in = Dataset()
     stand_in.update(image.details)
     for keyword in TYPE_2:
@@ -110,29 +116,26 @@ def _stand_in(image: DicomImage, thickness: float | None) -> Dataset:
     spacing = read_numbers(stand_in, "PixelSpacing", 2)
     if not (spacing and min(spacing) > 0 and thickness):  # highdicom cannot read a file with one but not the other
         stand_in.pop("PixelSpacing", None)
+    for plane in planes[:1]:
+        for group in functional_groups(plane, thickness):
+            stand_in.update(group.value[0])
     return stand_in
 
 
-def _stand_in_plane(image: DicomImage, thickness: float | None) -> Dataset:
-    """Return a single-frame image at the position of the first frame."""
-    stand_in = _stand_in(image, thickness)
-    for group in functional_groups(image.planes[0], thickness):
-        stand_in.update(group.value[0])
-    return stand_in
-
-
-def _stand_in_stack(image: DicomImage, thickness: float | None) -> Dataset:
-    """Return a multi-frame image whose frames share their orientation and spacing."""
-    stand_in = _stand_in_plane(image, thickness)
-    stand_in.SOPClassUID, stand_in.NumberOfFrames = EnhancedCTImageStorage, len(image.planes)
+def _stand_in_stack(images: list[DicomImage], planes: list[Plane], thickness: float | None) -> list[Dataset]:
+    """Return single-frame images, or a multi-frame image whose frames share their orientation and spacing."""
+    if len(images) == len(planes):
+        return [_stand_in(image, [plane], thickness) for image, plane in zip(images, planes, strict=True)]
+    stand_in = _stand_in(images[0], planes, thickness)
+    stand_in.SOPClassUID, stand_in.NumberOfFrames = EnhancedCTImageStorage, len(planes)
     shared, frames = Dataset(), []
-    for plane in image.planes:
+    for plane in planes:
         shared.update(functional_groups(plane, thickness))
         frames.append(Dataset())
         frames[-1].PlanePositionSequence = shared["PlanePositionSequence"].value
         del shared.PlanePositionSequence
     stand_in.SharedFunctionalGroupsSequence, stand_in.PerFrameFunctionalGroupsSequence = [shared], frames
-    return stand_in
+    return [stand_in]
 
 
 def _build_slide(
@@ -141,7 +144,7 @@ def _build_slide(
     """Return the SEG of a whole-slide image, with the positions of its tiles; None for another or an incomplete one."""
     if image.slide is None:
         return None
-    stand_in = _stand_in(image, None)
+    stand_in = _stand_in(image, [], None)
     stand_in.SOPClassUID, stand_in.NumberOfFrames = image.uids["SOPClassUID"], image.size[0]
     try:
         for keyword in _SLIDE_ELEMENTS:

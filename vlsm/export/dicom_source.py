@@ -131,7 +131,7 @@ def _read_uids(header: Dataset, name: str, repairs: Repairs) -> dict[str, str]:
     Raises:
         ImageError: a UID is missing. Without it, no viewer can connect a segmentation with its image.
     """
-    uids = {"FrameOfReferenceUID": "".join(read_texts(header, "FrameOfReferenceUID")[:1])}
+    uids = {"FrameOfReferenceUID": next(iter(read_texts(header, "FrameOfReferenceUID")), "").strip()}
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"):
         texts = read_texts(header, keyword)
         if not texts and keyword.startswith("SOP"):

@@ -41,6 +41,7 @@ _OPTIONAL = (
     *("IssuerOfTheContainerIdentifierSequence", "SpecimenDescriptionSequence"),
 )
 _ESCAPES = re.compile(r"\x1b[$()*+,./-]{1,2}[0-~]")  # pydicom 3.0 leaves those of ISO 2022 IR 58 in the decoded text
+_BACKSLASH_ENCODINGS = ("GB18030", "GBK")  # the second byte of a character can be that of a backslash
 
 
 class Repairs:
@@ -102,10 +103,13 @@ def read_texts(header: Dataset, keyword: str, encodings: list[str] | None = None
     The function also reads an element whose VR or format differs from the standard: it decodes the bytes.
     """
     stored = header.get_item(keyword) if keyword in header else None
+    raw = stored.value if isinstance(stored, RawDataElement) else None
     try:
         value = header[keyword].value if stored is not None else None
     except Exception:  # pydicom cannot convert the value, for example a DS of "0,5"
-        value = stored.value if isinstance(stored, RawDataElement) else None
+        value = raw
+    if encodings and encodings[0] in _BACKSLASH_ENCODINGS:
+        value = raw or value  # pydicom splits the bytes, and so breaks characters
     if isinstance(value, bytes):
         value = charset.decode_bytes(value, encodings or ["iso8859"], TEXT_VR_DELIMS).rstrip("\0 ").split("\\")
     values = list(value) if isinstance(value, list | MultiValue) else [value]
