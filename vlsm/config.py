@@ -132,6 +132,9 @@ class SegmentSettings(Settings):
     )
     member_rows: bool = Field(False, description="write one more row for the mask of each ensemble member")
     label_maps: bool = Field(False, description="write one more row per image: a PNG with the prompt of each pixel")
+    probability_maps: Literal["none", "review", "all"] = Field(
+        "none", description="which masks keep the probability of each pixel in their row, as an 8-bit PNG"
+    )
     threshold: float | None = Field(
         None, gt=0, lt=1, description="lowest probability of a foreground pixel; null: the checkpoint's threshold"
     )

@@ -125,7 +125,8 @@ def test_everything_that_images_are_kept_in_is_segmented(stored, bright_checkpoi
     folder, wanted = stored
     members = [{"checkpoint": str(bright_checkpoint)}, {"checkpoint": str(bright_checkpoint), "flip": True}]
     words = [f"{folder}/in", f"{folder}/out", "--set", f"members={json.dumps(members)}"]
-    for setting in ("prompts=[bright, light]", "member_rows=true", "label_maps=true", "tile.size=40", "shard_rows=48"):
+    settings = ["prompts=[bright, light]", "member_rows=true", "label_maps=true", "probability_maps=all"]
+    for setting in (*settings, "tile.size=40", "shard_rows=48"):
         words += ["--set", setting]
     assert segment.main(words) == 0
     rows = list(read_masks(f"{folder}/out"))
@@ -146,6 +147,9 @@ def test_everything_that_images_are_kept_in_is_segmented(stored, bright_checkpoi
         if row["kind"] == "labels":
             labels = np.asarray(Image.open(io.BytesIO(row["label_map"])))
             assert set(np.unique(labels)) == {0, 1}  # equal probabilities: the first prompt wins
+        else:
+            certain = np.abs(row["probability"] - 0.5) > 1 / 255
+            assert ((row["probability"] > 0.5) == row["mask"])[certain].all() and certain.mean() > 0.98
     assert verify.main([f"{folder}/out"]) == 0
     told = capfd.readouterr()
     assert not [text for text in (told.out, told.err, repr(rows), read_texts(f"{folder}/out")) if "SECRET" in text]

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from vlsm.images.preprocess import Square
 from vlsm.images.windows import count_windows, plan_windows
 from vlsm.segmentation.cleaning import clean_mask
 from vlsm.segmentation.image_rows import describe_image
-from vlsm.segmentation.masks import decode_mask, mask_from_logits
+from vlsm.segmentation.masks import decode_mask, decode_probability, mask_from_logits
 from vlsm.segmentation.tiles import probability_map
 
 
@@ -109,6 +110,60 @@ def test_a_label_map_gives_each_pixel_to_the_most_probable_of_the_masks(weights)
     assert set(np.unique(labels)) == {0, 1, 2, 3}
     np.testing.assert_array_equal(decode_mask(found.mask_rle, size), labels > 0)
     assert found.confidence == pytest.approx(np.max(means, axis=0)[labels > 0].mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "num_texts", "size", "options"),
+    [
+        ((1,), 1, (40, 30), {}),
+        ((1,), 1, (7, 5), {}),  # smaller than the square
+        ((1,), 2, (40, 30), {}),
+        ((1, 3), 1, (40, 30), {"member_rows": True}),
+        ((1, 3), 2, (40, 30), {"label_maps": True, "clean": {"keep_largest": 1}}),
+        ((1, 1, 1), 1, (40, 30), {"combine": "vote"}),
+        ((1,), 1, (40, 90), {"tile": {"size": 32}}),
+        ((1, 2), 2, (70, 50), {"tile": {"size": 32}, "member_rows": True}),
+    ],
+)
+@pytest.mark.parametrize("resize", ["squeeze", "letterbox"])
+def test_a_map_at_the_threshold_is_the_mask_before_cleaning(weights, num_texts, size, options, resize):
+    settings = make_settings(weights, threshold=0.37, probability_maps="all", **options)
+    windows, rng = plan_windows(size, settings.tile), np.random.default_rng(5)
+    logits = [rng.normal(0, 2, (num_texts, len(windows), 16, 16)).astype(np.float16) for _ in weights]
+    squares = [Square(16, resize)] * len(weights)
+    rows = list(describe_image([logits], size, settings, squares))
+    plain = list(describe_image([logits], size, settings.model_copy(update={"probability_maps": "none"}), squares))
+    assert plain == [replace(row, probability_map=None) for row in rows]
+    uncleaned = list(describe_image([logits], size, settings.model_copy(update={"clean": CleanSettings()}), squares))
+    maps = [decode_probability(row.probability_map) for row in rows if row.label_map is None]
+    assert len(maps) == 1 + (len(weights) if settings.has_member_rows else 0)
+    for row, probability in zip(uncleaned, maps, strict=False):
+        assert probability.shape == size and probability.dtype == np.float32
+        certain = np.abs(probability - 0.37) > 0.5001 / 255
+        assert certain.mean() > 0.95
+        if settings.combine == "mean":
+            np.testing.assert_array_equal((probability > 0.37)[certain], decode_mask(row.mask_rle, size)[certain] == 1)
+    # the mean of texts and members, computed in another way
+    members = [np.mean([probability_map(text, windows, size, squares[0]) for text in one], axis=0) for one in logits]
+    for probability, wanted in zip(maps, [np.average(members, axis=0, weights=weights), *members], strict=False):
+        np.testing.assert_allclose(probability, wanted, atol=0.5001 / 255)
+
+
+def test_maps_are_kept_of_the_masks_that_the_setting_names():
+    rng = np.random.default_rng(6)
+    sure, unsure = rng.choice([-9.0, 9.0], (1, 1, 16, 16)), rng.normal(0, 0.1, (1, 1, 16, 16))
+    prompts = [[sure, sure], [unsure, unsure], [sure - 99, sure - 99]]
+
+    def kept(**options):
+        settings = make_settings([1, 1], review={"min_confidence": 0.8}, member_rows=True, **options)
+        rows = describe_image(prompts, (20, 30), settings, [Square(16)] * 2)
+        return "".join("-" if row.probability_map is None else "x" for row in rows)
+
+    # for each prompt the mask and those of two members; then the label map
+    assert kept() == "---------"
+    assert kept(probability_maps="review") == "---x-----"
+    assert kept(probability_maps="all") == "xxxxxxxxx"
+    assert kept(probability_maps="all", label_maps=True) == "xxxxxxxxx-"
 
 
 @pytest.mark.parametrize("size", [(100, 100), (64, 200), (333, 64), (10, 12), (65, 129)])

@@ -1,9 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import vlsm
 from tests.conftest import save_square
 from tests.tiny import save_tiny_clipseg
+from vlsm.checkpoints import Calibration
+from vlsm.config import SegmentSettings
+from vlsm.segmentation.image_rows import describe_image
+from vlsm.segmentation.masks import decode_probability, probabilities
 
 
 @pytest.fixture(scope="module", params=["unet_d", "clipseg"])
@@ -86,3 +92,22 @@ def test_what_is_no_image_is_refused(tiny_checkpoint):
         segmenter.segment([np.zeros((4, 4, 3))])
     with pytest.raises(ValueError, match="one prompt or more"):
         segmenter.segment([np.zeros((4, 4, 3), np.uint8)], [])
+
+
+def test_a_probability_map_is_calibrated_as_the_mask_is(checkpoint, images):
+    raw = vlsm.Segmenter(checkpoint).predict_logits(images[:1], [["polyp"]])[0]
+    calibration = Calibration.model_construct(temperature=0.05)
+    calibrated = checkpoint.settings.model_copy(update={"calibration": calibration})
+    segmenter = vlsm.Segmenter(replace(checkpoint, settings=calibrated))
+    threshold = float(np.quantile(probabilities(raw / 0.05), 0.7))
+    (mask,) = segmenter.segment(images[:1], "polyp", threshold)
+    settings = SegmentSettings(
+        input="", output="", members=[{"checkpoint": "x"}], threshold=threshold, probability_maps="all"
+    )
+    logits = segmenter.predict_logits(images[:1], [["polyp"]])[0][:, None]
+    (row,) = describe_image([[logits]], mask.shape, settings, [checkpoint.model.image_spec.square])
+    found = decode_probability(row.probability_map)
+    np.testing.assert_allclose(found, probabilities(raw[0] / 0.05), atol=0.501 / 255)
+    certain = np.abs(found - threshold) > 0.501 / 255
+    assert 0 < mask.mean() < 1 and certain.mean() > 0.9
+    np.testing.assert_array_equal((found > threshold)[certain], mask[certain] == 1)

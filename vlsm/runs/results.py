@@ -3,6 +3,8 @@
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from operator import and_, or_
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,14 +12,16 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlsm import storage
-from vlsm.errors import ConfigError
+from vlsm.errors import ConfigError, ImageError
 from vlsm.runs.schema import RESULT_SCHEMA, check_format, complete, with_format
-from vlsm.segmentation.masks import decode_mask
+from vlsm.segmentation.masks import decode_mask, decode_probability
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow.dataset as ds
 
 _RUN_KEY = "vlsm.run"
+_MASK_COLUMNS = ("mask_rle", "height", "width")
 
 
 ALL_KINDS = None  # no filter by kind: masks, masks of ensemble members and label maps
@@ -80,22 +84,84 @@ def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) 
     Args:
         uri: the run's OUTPUT folder, local or on an object store.
         filters: as for `pandas.read_parquet`: [("status", "==", "ok"), ("confidence", "<", 0.6)] or a `pyarrow.compute`
-            expression. Only the masks of matching rows are decoded.
+            expression. Only the masks of matching rows are decoded. The value None stands for null:
+            [("review", "!=", None)].
         columns: the columns of each dict beside "mask"; None for all.
 
     Yields:
-        A dict per row: the columns, and "mask", an array (height, width) uint8 of 0 and 1, or None for failed rows.
+        A dict per row: the columns, and "mask", an array (height, width) uint8 of 0 and 1, or None for failed rows. If
+        `probability_map` is among the columns, also "probability": an array (height, width) float32 in 0..1, in steps
+        of 1/255, or None if the run did not keep it.
 
     Raises:
         ConfigError: there are no masks at the location, or a column is unknown.
     """
-    _check_columns(columns or ())
-    read_columns = None if columns is None else [*dict.fromkeys([*columns, "mask_rle", "height", "width"])]
-    expression = pq.filters_to_expression(filters) if isinstance(filters, list) else filters
-    for batch in open_results(uri).to_batches(columns=read_columns, filter=expression, batch_size=256):
-        for row in batch.to_pylist():
-            mask = None if row["mask_rle"] is None else decode_mask(row["mask_rle"], (row["height"], row["width"]))
-            yield (row if columns is None else {name: row[name] for name in columns}) | {"mask": mask}
+    for row in read_rows(uri, filters, None if columns is None else [*columns, *_MASK_COLUMNS]):
+        decoded: dict[str, Any] = {"mask": decode_row(row)}
+        if "probability_map" in row:
+            png = row["probability_map"]
+            decoded["probability"] = None if png is None else decode_probability(png)
+        yield (row if columns is None else {name: row[name] for name in columns}) | decoded
+
+
+def read_rows(uri: str, filters: Any = None, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a run's output as they are stored. Arguments and errors are as for `read_masks`."""
+    check_columns(columns or ())
+    names = None if columns is None else [*dict.fromkeys(columns)]
+    for batch in open_results(uri).to_batches(columns=names, filter=_as_expression(filters), batch_size=256):
+        yield from batch.to_pylist()
+
+
+def decode_row(row: dict[str, Any]) -> "np.ndarray | None":
+    """Return the mask of a stored row, (H, W) uint8 of 0 and 1, or None if it has none.
+
+    Raises:
+        ValueError: the run lengths are damaged.
+    """
+    return None if row["mask_rle"] is None else decode_mask(row["mask_rle"], (row["height"], row["width"]))
+
+
+def decode_ok_row(row: dict[str, Any]) -> "np.ndarray":
+    """Return the mask of a row of `read_ok_rows`, (H, W) uint8 of 0 and 1.
+
+    Raises:
+        ImageError: it has none, or its run lengths are damaged.
+    """
+    try:
+        mask = decode_row(row)
+    except (ValueError, TypeError) as error:  # pycocotools raises both
+        raise ImageError("corrupt", f"the run lengths of the mask are damaged: {error}") from error
+    if mask is None or int(mask.sum(dtype="int64")) != row["area_px"]:  # pycocotools accepts missing run lengths
+        raise ImageError("corrupt", f"the row has no mask with an area of {row['area_px']} pixels, as it states")
+    return mask
+
+
+def read_ok_rows(
+    output: str,
+    filters: list[tuple[str, str, Any]] | None,
+    limit: int | None,
+    columns: Sequence[str] = (),
+    kinds: Sequence[str] | None = ("mask",),
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows with status "ok" as they are stored, with a progress bar on a terminal.
+
+    Args:
+        output: the run's OUTPUT folder.
+        filters: a list of (column, operator, value), or None for all rows.
+        limit: most rows to yield; None for no limit.
+        columns: columns of each dict beside image_id, image_uri, selector, prompt and kind, which name a row's file,
+            and those that `decode_ok_row` needs.
+        kinds: the kinds of rows, used if the filters have no kind; None for all.
+
+    Raises:
+        ConfigError: there are no masks at the location, or a column is unknown.
+    """
+    all_filters = choose_rows(filters, kinds)
+    names = ["image_id", "image_uri", "selector", "prompt", "kind", "area_px", *_MASK_COLUMNS, *columns]
+    rows = read_rows(output, all_filters, names)
+    total = open_results(output).count_rows(filter=_as_expression(all_filters))
+    total = total if limit is None else min(total, limit)
+    yield from tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty())
 
 
 def read_ok_masks(
@@ -105,23 +171,9 @@ def read_ok_masks(
     columns: Sequence[str] = (),
     kinds: Sequence[str] | None = ("mask",),
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows with status "ok" as `read_masks` does, with a progress bar on a terminal.
-
-    Args:
-        output: the run's OUTPUT folder.
-        filters: a list of (column, operator, value), or None for all rows.
-        limit: most rows to yield; None for no limit.
-        columns: columns of each dict beside image_id, image_uri, selector, prompt and kind, which name a row's file.
-        kinds: the kinds of rows, used if the filters have no kind; None for all.
-
-    Raises:
-        ConfigError: there are no masks at the location, or a column is unknown.
-    """
-    all_filters = choose_rows(filters, kinds)
-    rows = read_masks(output, all_filters, columns=["image_id", "image_uri", "selector", "prompt", "kind", *columns])
-    total = open_results(output).count_rows(filter=pq.filters_to_expression(all_filters))
-    total = total if limit is None else min(total, limit)
-    yield from tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty())
+    """Yield the rows of `read_ok_rows`, each with its decoded "mask"."""
+    for row in read_ok_rows(output, filters, limit, columns, kinds):
+        yield row | {"mask": decode_row(row)}
 
 
 def choose_rows(filters: list[tuple[str, str, Any]] | None, kinds: Sequence[str] | None) -> list[tuple[str, str, Any]]:
@@ -130,15 +182,34 @@ def choose_rows(filters: list[tuple[str, str, Any]] | None, kinds: Sequence[str]
     Raises:
         ConfigError: a filter's column is unknown.
     """
-    _check_columns(column for column, *_ in filters or ())
+    check_columns(column for column, *_ in filters or ())
     names_kinds = kinds is None or any(column == "kind" for column, *_ in filters or ())
     return [("status", "==", "ok"), *(filters or ()), *([] if names_kinds else [("kind", "in", list(kinds or ()))])]
 
 
-def _check_columns(names: Iterable[str]) -> None:
+def check_columns(names: Iterable[str]) -> None:
+    """Raise a ConfigError if one of the names is no column of the output."""
     for name in names:
         if name not in RESULT_SCHEMA.names:
             raise ConfigError(f"unknown column {name!r}; columns: {', '.join(RESULT_SCHEMA.names)}")
+
+
+def _as_expression(filters: Any) -> Any:
+    """Return filters as an Arrow expression. Arrow compares with null as SQL does: no row would match."""
+    import pyarrow.compute as pc
+
+    def condition(column: str, operator: str, value: Any) -> Any:
+        if value is None:
+            is_null = pc.field(column).is_null()
+            return is_null if operator in ("=", "==") else ~is_null
+        return pq.filters_to_expression([(column, operator, value)])
+
+    if not isinstance(filters, list):
+        return filters
+    groups = filters if filters and isinstance(filters[0], list) else [filters]  # a list of lists: one of them matches
+    check_columns(column for group in groups for column, *_ in group)
+    expressions = [[condition(*parts) for parts in group] for group in groups if group]
+    return reduce(or_, [reduce(and_, group) for group in expressions]) if expressions else None
 
 
 def open_results(uri: str) -> "ds.Dataset":

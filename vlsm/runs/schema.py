@@ -40,6 +40,7 @@ RESULT_SCHEMA = pa.schema(
         pa.field("grey_rule", pa.string()),
         pa.field("mask_rle", pa.string()),
         pa.field("label_map", pa.binary()),
+        pa.field("probability_map", pa.binary()),
         pa.field("area_px", pa.int64()),
         pa.field("area_fraction", pa.float64()),
         pa.field("bbox", pa.list_(pa.int32())),

@@ -19,7 +19,7 @@ from vlsm.runs.compare import compare_shard, failed_by_reason, images_by_rule
 from vlsm.runs.plan import Plan, read_plan
 from vlsm.runs.record import read_record, read_summary
 from vlsm.runs.results import part_name, read_part
-from vlsm.segmentation.masks import decode_mask
+from vlsm.segmentation.masks import decode_mask, decode_probability
 
 _SHARDS_AT_ONCE = 16
 
@@ -116,6 +116,8 @@ def _describe_problem(row: dict[str, Any]) -> str | None:
         return f"area_px is {row['area_px']}, but the mask has {int(mask.sum())} pixels"
     if row["label_map"] is not None and ((np.asarray(Image.open(io.BytesIO(row["label_map"]))) > 0) != mask).any():
         return "the foreground of the label map is not the mask"
+    if row["probability_map"] is not None and decode_probability(row["probability_map"]).shape != mask.shape:
+        return "the probability map has another size than the mask"
     box = _bounding_box(mask)
     return None if box == row["bbox"] else f"bbox is {row['bbox']}, but the mask's bounding box is {box}"
 

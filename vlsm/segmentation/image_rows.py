@@ -1,18 +1,23 @@
 """The output rows of one image: one per prompt; on request also one per member of an ensemble, and a label map."""
 
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image
 
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.images.preprocess import Square
 from vlsm.images.windows import plan_windows
 from vlsm.segmentation.cleaning import clean_mask
-from vlsm.segmentation.masks import MaskRecord, describe_mask, logit, probabilities
+from vlsm.segmentation.masks import (
+    MaskRecord,
+    describe_mask,
+    encode_png,
+    encode_probability,
+    logit,
+    probabilities,
+)
 from vlsm.segmentation.tiles import probability_map
 
 Logits = np.ndarray  # (K texts, T windows, S, S) of one prompt and one member
@@ -43,8 +48,7 @@ def describe_image(
         best, labels = np.zeros(size, np.float32, order="F"), np.zeros(size, dtype, order="F")
     for number, members in enumerate(prompts, start=1):
         if labels is None and len(members) == members[0].shape[0] == members[0].shape[1] == 1:
-            record = _describe_single(members[0][0, 0], size, settings, squares[0])
-            yield replace(record, review=review_reasons(record, settings.review))
+            yield _describe_single(members[0][0, 0], size, settings, squares[0])
             continue
         mean, mask, records = _describe_members(members, size, settings, squares)
         yield from records
@@ -52,9 +56,7 @@ def describe_image(
             wins = mask & (mean > best)
             best[wins], labels[wins] = mean[wins], number
     if best is not None and labels is not None:
-        file = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(labels)).save(file, "PNG")
-        yield replace(describe_mask(labels > 0, best), label_map=file.getvalue())
+        yield replace(describe_mask(labels > 0, best), label_map=encode_png(labels))
 
 
 def _describe_single(
@@ -63,7 +65,10 @@ def _describe_single(
     """Return the row of one model, one text and one window: only pixels inside the mask need a probability."""
     enlarged = square.enlarge_logits(logits, size)
     mask = clean_mask(enlarged >= logit(settings.threshold or 0.5), settings.clean)
-    return describe_mask(mask, probabilities(enlarged[mask]))
+    record = _with_review(describe_mask(mask, probabilities(enlarged[mask])), settings)
+    if not _keeps_map(record, settings):  # the probabilities of all pixels take time
+        return record
+    return _with_map(record, probabilities(enlarged), settings)
 
 
 def _describe_members(
@@ -84,12 +89,25 @@ def _describe_members(
         mean += share * probability
         masks.append(clean_mask(probability >= threshold, settings.clean))
         if settings.has_member_rows:
-            records.append(describe_mask(masks[-1], probability))
+            records.append(_with_map(describe_mask(masks[-1], probability), probability, settings))
     # rounding: the shares of half of the members may add up to slightly more than 0.5
     mask = clean_mask(votes > 0.5 + 1e-6 if settings.combine == "vote" else mean >= threshold, settings.clean)
     dices = [_dice(first, second) for first, second in itertools.combinations(masks, 2)]
     combined = replace(describe_mask(mask, mean), agreement=float(np.mean(dices)) if dices else None)
-    return mean, mask, [replace(combined, review=review_reasons(combined, settings.review)), *records]
+    return mean, mask, [_with_map(_with_review(combined, settings), mean, settings), *records]
+
+
+def _with_review(record: MaskRecord, settings: SegmentSettings) -> MaskRecord:
+    return replace(record, review=review_reasons(record, settings.review))
+
+
+def _keeps_map(record: MaskRecord, settings: SegmentSettings) -> bool:
+    return settings.probability_maps == "all" or (settings.probability_maps == "review" and record.review is not None)
+
+
+def _with_map(record: MaskRecord, probability: np.ndarray, settings: SegmentSettings) -> MaskRecord:
+    """Return the record with its probability map, (H, W) float, if the settings ask for it."""
+    return replace(record, probability_map=encode_probability(probability)) if _keeps_map(record, settings) else record
 
 
 def review_reasons(record: MaskRecord, settings: ReviewSettings) -> str | None:

@@ -1,8 +1,10 @@
 """Convert logits to masks at the original size of the image, and masks to COCO run lengths and statistics."""
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco
 
 from vlsm.images.preprocess import Square
@@ -20,6 +22,7 @@ class MaskRecord:
     agreement: float | None = None
     review: str | None = None
     label_map: bytes | None = None
+    probability_map: bytes | None = None
 
 
 def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float, square: Square) -> np.ndarray:
@@ -95,3 +98,21 @@ def encode_mask(mask: np.ndarray) -> str:
 def decode_mask(mask_rle: str, size: tuple[int, int]) -> np.ndarray:
     """Return the mask of COCO compressed run lengths: (H, W) uint8, 0 or 1. size is (height, width)."""
     return np.asarray(coco.decode({"size": list(size), "counts": mask_rle.encode("ascii")}))
+
+
+def encode_probability(probability: np.ndarray) -> bytes:
+    """Return a probability map, (H, W) float in 0..1, as a PNG of 8 bits. The values are rounded to 1/255."""
+    return encode_png(np.rint(probability * 255).astype(np.uint8))
+
+
+def decode_probability(png: bytes) -> np.ndarray:
+    """Return the probability map of a PNG from `encode_probability`, (H, W) float32 in 0..1."""
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        return np.asarray(image).astype(np.float32) / 255
+
+
+def encode_png(values: np.ndarray) -> bytes:
+    """Return an array, (H, W) uint8 or uint16 in any memory layout, as a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(values)).save(file, "PNG")
+    return file.getvalue()
