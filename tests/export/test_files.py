@@ -1,4 +1,5 @@
-import json
+import csv
+import errno
 from collections import Counter
 
 import numpy as np
@@ -6,15 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from pycocotools import mask as coco
 
 import vlsm
 from tests.conftest import save_square
 from vlsm import export
 from vlsm.errors import ConfigError
-from vlsm.export.__main__ import main
+from vlsm.export.__main__ import main, parse_filter
+from vlsm.export.files import FORMATS
+from vlsm.export.folder import ExportFolder
 from vlsm.runs.schema import RESULT_SCHEMA
-from vlsm.segmentation.masks import encode_mask
+from vlsm.segmentation.masks import encode_mask, encode_png
 
 
 @pytest.fixture
@@ -55,7 +57,12 @@ def output(tmp_path):
 
 
 def files(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "index.csv")
+
+
+def index(folder):
+    with (folder / "index.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_read_masks_filters_rows_and_chooses_columns(output):
@@ -90,18 +97,14 @@ def test_overlays_tint_the_mask_and_leave_the_rest(output, tmp_path):
 def test_an_image_that_vanished_costs_only_its_own_overlay(output, tmp_path, caplog):
     (tmp_path / "images" / "0.png").unlink()
     assert export.export_overlays(str(output), tmp_path / "o") == 12
-    assert "no overlay: missing: there is no file" in caplog.text
-
-
-def test_coco_json_is_what_pycocotools_reads(output, tmp_path):
-    from pycocotools.coco import COCO
-
-    assert export.export_coco(str(output), tmp_path / "coco") == 7
-    read = COCO(str(tmp_path / "coco" / "coco.json"))
-    assert len(read.imgs) == 7
-    assert {category["name"] for category in read.cats.values()} == {"round polyp", "round_polyp"}
-    for annotation in read.anns.values():
-        assert read.annToMask(annotation).sum() == annotation["area"] == coco.area(read.annToRLE(annotation))
+    assert "2 rows are not exported" in caplog.text
+    assert "missing: there is no file" in caplog.text
+    failed = [line for line in index(tmp_path / "o") if line["error"]]
+    assert [(line["file"], line["image_id"], line["prompt"]) for line in failed] == [
+        ("", "a/x.png", "round polyp"),
+        ("", "a/x.png", "round_polyp"),
+    ]
+    assert len(index(tmp_path / "o")) == 14
 
 
 def test_the_command_line_writes_what_it_says(output, tmp_path, capsys):
@@ -115,6 +118,12 @@ def test_the_command_line_writes_what_it_says(output, tmp_path, capsys):
     [
         (["--filter", "confidence"], "not of the form"),
         (["--filter", "colour = 3"], "unknown column 'colour'; columns: image_id, "),
+        (["--filter", "colour = 3", "--format", "labels"], "unknown column 'colour'; columns: image_id, "),
+        (["--filter", "colour = 3", "--format", "coco"], "unknown column 'colour'; columns: image_id, "),
+        (["--filter", "confidence < high"], "'high' does not fit the column confidence; it must be a number"),
+        (["--filter", "area_px = {a"], "'{a' does not fit the column area_px; it must be a number"),
+        (["--filter", "bbox = 3"], "'3' does not fit the column bbox; it must be null"),
+        (["--filter", "label_map = x"], "'x' does not fit the column label_map; it must be null"),
         ([], "there are no masks in"),
     ],
 )
@@ -125,6 +134,82 @@ def test_wrong_words_are_one_sentence(output, tmp_path, capsys, words, message):
     assert message in err.splitlines()[0]
 
 
-def test_json_is_valid_where_nothing_matches(output, tmp_path):
-    assert export.export_coco(str(output), tmp_path / "c", [("prompt", "=", "nothing")]) == 0
-    assert json.loads((tmp_path / "c" / "coco.json").read_text()) == {"images": [], "annotations": [], "categories": []}
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("confidence < 0.6", ("confidence", "<", 0.6)),
+        ("area_px>=1", ("area_px", ">=", 1)),
+        ("image_id = 0012", ("image_id", "=", "0012")),  # as YAML, this is 10
+        ("prompt == a: b # c", ("prompt", "==", "a: b # c")),
+        ("prompt == ' polyp'", ("prompt", "==", " polyp")),
+        ("review != null", ("review", "!=", None)),
+        ("prompt = 'null'", ("prompt", "=", "null")),
+    ],
+)
+def test_the_value_of_a_filter_is_read_as_its_column(words, expected):
+    assert parse_filter(words) == expected
+
+
+def test_filters_by_null_choose_rows(output):
+    def count(*filters):
+        return sum(1 for _ in vlsm.read_masks(str(output), list(filters), ["image_id"]))
+
+    assert count(("confidence", "==", None)) == 8
+    assert count(("confidence", "!=", None)) == 7
+    assert count([("confidence", "!=", None), ("image_id", "=", "a/x.png")], [("status", "=", "failed")]) == 2
+
+
+def damage(output, column, *values):
+    """Write values in the first rows of a column of the output."""
+    path = output / "masks" / "part-00000000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row, value in zip(rows, values, strict=False):
+        row[column] = value
+    pq.write_table(pa.Table.from_pylist(rows, schema=RESULT_SCHEMA), path)
+
+
+@pytest.mark.parametrize("rle", [None, "", "PP", "ab", "9" * 30, "é", encode_mask(np.ones((30, 41), np.uint8))])
+@pytest.mark.parametrize(("kind", "num_written"), [("masks", 13), ("overlays", 13), ("coco", 6), ("labels", 6)])
+def test_a_damaged_row_costs_only_its_own_file(output, tmp_path, caplog, rle, kind, num_written):
+    damage(output, "mask_rle", rle)
+    with ExportFolder(tmp_path / "x") as folder:
+        assert FORMATS[kind](str(output), folder) == num_written
+    assert folder.num_failed > 0
+    failed = [line for line in index(tmp_path / "x") if line["error"]]
+    assert {(line["image_id"], line["file"]) for line in failed} == {("a/x.png", "")}
+    assert "index.csv lists them: 'a/x.png', 'round polyp': " in caplog.text
+    for path in tmp_path.glob("x/**/*.png"):
+        Image.open(path).load()
+
+
+def test_failed_rows_make_the_exit_code_1(output, tmp_path, capsys):
+    damage(output, "mask_rle", "PP")
+    assert main([str(output), str(tmp_path / "x"), "--format", "masks"]) == 1
+    assert capsys.readouterr().out.startswith("13 files below ")
+
+
+def test_a_full_disk_ends_an_export(output, tmp_path, capsys, monkeypatch):
+    def save(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert main([str(output), str(tmp_path / "x"), "--format", "masks"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_maps_are_written_as_they_are_and_rows_without_one_are_counted(output, tmp_path, caplog):
+    first, second = (np.random.default_rng(seed).integers(0, 256, (30, 40), dtype=np.uint8) for seed in (1, 2))
+    damage(output, "probability_map", encode_png(first), encode_png(second))
+    assert main([str(output), str(tmp_path / "p"), "--format", "probability"]) == 0
+    export.export_masks(str(output), tmp_path / "m")
+    names = [line["file"] for line in index(tmp_path / "p")]
+    assert names == [line["file"] for line in index(tmp_path / "m")][:2]
+    for name, values in zip(names, (first, second), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "p" / name)), values)
+    assert "12 rows have no probability map; segment with --set probability_maps=all" in caplog.text
+    read = list(vlsm.read_masks(str(output)))
+    np.testing.assert_array_equal(read[1]["probability"], second.astype(np.float32) / 255)
+    assert read[1]["probability"].dtype == np.float32
+    assert read[2]["probability"] is None
+    (row, *_) = vlsm.read_masks(str(output), columns=["probability_map"])
+    assert set(row) == {"probability_map", "mask", "probability"}

@@ -9,23 +9,44 @@ import re
 import sys
 from typing import Any
 
-import yaml
+import pyarrow as pa
 
 from vlsm import storage
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.export.files import FORMATS
+from vlsm.export.folder import ExportFolder
+from vlsm.runs.results import check_columns
+from vlsm.runs.schema import RESULT_SCHEMA
 
 
 def parse_filter(words: str) -> tuple[str, str, Any]:
-    """Return a filter such as "confidence < 0.6" as (column, operator, value); the value is parsed as YAML.
+    """Return a filter such as "confidence < 0.6" as (column, operator, value).
+
+    A value for a column of texts is taken as it is written; quotes around it are removed. `null` stands for an absent
+    value: "review != null".
 
     Raises:
-        ConfigError: the words do not have this form.
+        ConfigError: the words do not have this form, the column is unknown, or the value does not fit the column.
     """
-    match = re.fullmatch(r"\s*(\w+)\s*(==|=|!=|<=|>=|<|>)\s*(.+)", words)
+    match = re.fullmatch(r"\s*(\w+)\s*(==|=|!=|<=|>=|<|>)\s*(.+?)\s*", words, re.DOTALL)
     if match is None:
         raise ConfigError(f"--filter {words!r} is not of the form 'column operator value', such as 'confidence < 0.6'")
-    return match[1], match[2], yaml.safe_load(match[3])
+    column, operator, text = match.groups()
+    check_columns([column])
+    column_type = RESULT_SCHEMA.field(column).type
+    is_text, is_number = pa.types.is_string(column_type), not pa.types.is_nested(column_type)
+    if text == "null" and operator in ("=", "==", "!="):
+        return column, operator, None
+    if is_text:
+        is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return column, operator, text[1:-1] if is_quoted else text
+    try:
+        if not is_number or pa.types.is_binary(column_type):
+            raise ValueError
+        return column, operator, float(text) if pa.types.is_floating(column_type) else int(text)
+    except ValueError:
+        kind = "a number" if pa.types.is_primitive(column_type) else "null"
+        raise ConfigError(f"--filter {words!r}: {text!r} does not fit the column {column}; it must be {kind}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,17 +59,24 @@ def main(argv: list[str] | None = None) -> int:
         "--filter", action="append", default=[], help="export only matching rows, e.g. 'confidence < 0.6'; repeatable"
     )
     parser.add_argument("--limit", type=int, help="maximum number of rows to export")
+    parser.add_argument(
+        "--components", action="store_true", help="with --format coco: one annotation per connected component of a mask"
+    )
     args = parser.parse_args(argv)
+    if args.components and args.format != "coco":
+        parser.error(f"--components needs --format coco, not {args.format}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         filters = [parse_filter(words) for words in args.filter]
-        count = FORMATS[args.format](storage.absolute(args.output), args.directory, filters, args.limit)
+        more = (True,) if args.components else ()
+        with ExportFolder(args.directory) as folder:
+            count = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
     except (VlsmError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     unit = "annotations in coco.json" if args.format == "coco" else "files"
     print(f"{count:,} {unit} below {args.directory}")
-    return 0
+    return 1 if folder.num_failed else 0
 
 
 if __name__ == "__main__":

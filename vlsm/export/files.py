@@ -1,33 +1,32 @@
-"""Export the masks of a run as PNGs, overlays or COCO JSON, and the table of all export formats."""
+"""Export the masks of a run as PNGs, overlays or probability maps, and the table of all export formats."""
 
 import importlib
-import io
-import itertools
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
 from vlsm.errors import ImageError, optional_packages
-from vlsm.export.naming import file_path
-from vlsm.export.origins import read_settings
+from vlsm.export.coco import export_coco
+from vlsm.export.folder import ExportFolder, open_folder
+from vlsm.export.origins import Filters, read_settings
 from vlsm.export.overlays import draw_overlay
 from vlsm.images.reader import Reader
-from vlsm.runs.results import choose_rows, open_results, read_ok_masks
+from vlsm.runs.results import decode_ok_row, read_ok_rows
 
 logger = logging.getLogger("vlsm")
 
-Filters = list[tuple[str, str, Any]] | None
+Directory = str | Path | ExportFolder
 Exporter = Callable[..., int]
 
 
-def export_masks(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write every mask as a PNG with values 0 and 255, at `DIR/IMAGE_ID.PROMPT.png`.
+def export_masks(output: str, directory: Directory, filters: Filters = None, limit: int | None = None) -> int:
+    """Write every mask as a PNG with values 0 and 255, at `DIR/IMAGE_ID.PROMPT.png`, and `DIR/index.csv`.
+
+    `naming` describes the names of the files, `ExportFolder` the index. A row that cannot be exported is noted in the
+    index, with the reason, and in the log.
 
     Args:
         output: OUTPUT of a segment run, local or in an object store.
@@ -41,75 +40,50 @@ def export_masks(output: str, directory: str | Path, filters: Filters = None, li
     Raises:
         ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
-    return sum(
-        _write_png(file_path(directory, row), row["mask"] * 255) for row in read_ok_masks(output, filters, limit)
-    )
+    with open_folder(directory) as folder:
+        for row in read_ok_rows(output, filters, limit):
+            with folder.file(row) as path:
+                Image.fromarray(decode_ok_row(row) * 255).save(path)
+        return folder.num_written
 
 
-def export_overlays(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
+def export_overlays(output: str, directory: Directory, filters: Filters = None, limit: int | None = None) -> int:
     """Write every mask, drawn on its image, as a PNG; arguments, result and errors as for `export_masks`.
 
-    The function reads the images again from their original location. It skips an unreadable image with a warning.
+    The function reads the images again from their original location. An unreadable image is a row that fails.
     """
-    num_written, reader = 0, Reader(read_settings(output))
-    for row in read_ok_masks(output, filters, limit):
-        try:
-            content, frame = reader.open(row)
-            image = content.decode(frame).pixels
-        except ImageError as error:
-            logger.warning("no overlay: %s", error)
-            continue
-        if image.shape[:2] != row["mask"].shape:
-            logger.warning("no overlay: the size of %s changed after segmentation", row["image_id"])
-            continue
-        num_written += _write_png(file_path(directory, row), draw_overlay(image, row["mask"]))
-    return num_written
+    reader = Reader(read_settings(output))
+    with open_folder(directory) as folder:
+        for row in read_ok_rows(output, filters, limit):
+            with folder.file(row) as path:
+                content, frame = reader.open(row)
+                image, mask = content.decode(frame).pixels, decode_ok_row(row)
+                if image.shape[:2] != mask.shape:
+                    raise ImageError("corrupt", f"the size of {row['image_uri']} changed after segmentation")
+                Image.fromarray(draw_overlay(image, mask)).save(path)
+        return folder.num_written
 
 
-def export_coco(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write `DIR/coco.json`: one category per prompt, one annotation per mask that is not empty; return their number.
+def export_probability(output: str, directory: Directory, filters: Filters = None, limit: int | None = None) -> int:
+    """Write the probability map of every mask as a PNG of the image's size: 0 to 255 stand for 0 to 1.
 
-    The field `score` is the confidence. Arguments and errors are as for `export_masks`. The function streams the rows,
-    so that its use of memory does not grow with the archive.
+    The files have the names of `export_masks`; arguments, result and errors are as there. Only a run with the setting
+    `probability_maps` has maps. A warning counts the rows without a map.
     """
-    columns = ["image_id", "prompt", "height", "width", "mask_rle", "area_px", "bbox", "confidence"]
-    prompts: dict[str, int] = {}
-    Path(directory).mkdir(parents=True, exist_ok=True)
-
-    def images() -> Iterator[dict[str, Any]]:
-        rows = itertools.islice(_read_rows(output, filters, columns), limit)
-        by_image = itertools.groupby(rows, key=lambda row: row["image_id"])
-        for number, (image_id, image_rows) in enumerate(by_image, start=1):
-            first = next(image_rows)
-            yield {"id": number, "file_name": image_id, "height": first["height"], "width": first["width"]}
-
-    def annotations() -> Iterator[dict[str, Any]]:
-        rows = itertools.islice(_read_rows(output, filters, columns), limit)
-        by_image = itertools.groupby(rows, key=lambda row: row["image_id"])
-        numbers = itertools.count(1)
-        for image_number, (_, image_rows) in enumerate(by_image, start=1):
-            for row in image_rows:
-                category = prompts.setdefault(row["prompt"], len(prompts) + 1)
-                if row["area_px"]:
-                    yield {
-                        "id": next(numbers),
-                        "image_id": image_number,
-                        "category_id": category,
-                        "segmentation": {"size": [row["height"], row["width"]], "counts": row["mask_rle"]},
-                        "area": row["area_px"],
-                        "bbox": row["bbox"],
-                        "iscrowd": 0,
-                        "score": row["confidence"],
-                    }
-
-    with Path(directory, "coco.json").open("w", encoding="utf-8") as file:
-        file.write('{"images": [')
-        _write_items(file, images())
-        file.write('], "annotations": [')
-        num_written = _write_items(file, annotations())
-        categories = [{"id": number, "name": prompt} for prompt, number in prompts.items()]
-        file.write(f'], "categories": {json.dumps(categories)}}}\n')
-    return num_written
+    num_without = 0
+    with open_folder(directory) as folder:
+        for row in read_ok_rows(output, filters, limit, ["probability_map"]):
+            if row["probability_map"] is None:
+                num_without += 1
+                continue
+            with folder.file(row) as path:
+                path.write_bytes(row["probability_map"])
+        if num_without:
+            logger.warning(
+                "%d rows have no probability map; segment with --set probability_maps=all (or review) to keep them",
+                num_without,
+            )
+        return folder.num_written
 
 
 def _import_later(module: str, function: str, extra: str = "all") -> Exporter:
@@ -132,6 +106,7 @@ def _import_later(module: str, function: str, extra: str = "all") -> Exporter:
 FORMATS: dict[str, Exporter] = {
     "masks": export_masks,
     "overlays": export_overlays,
+    "probability": export_probability,
     "coco": export_coco,
     "labels": _import_later("vlsm.export.labels", "export_labels"),
     "nifti": _import_later("vlsm.export.volumes", "export_nifti"),
@@ -139,24 +114,3 @@ FORMATS: dict[str, Exporter] = {
     "dicom-seg-series": _import_later("vlsm.export.dicom_seg", "export_dicom_seg_series", extra="dicom-seg"),
     "rtstruct": _import_later("vlsm.export.rtstruct", "export_rtstruct", extra="rtstruct"),
 }
-
-
-def _read_rows(output: str, filters: Filters, columns: list[str]) -> Iterator[dict[str, Any]]:
-    expression = pq.filters_to_expression(choose_rows(filters, ("mask",)))
-    for batch in open_results(output).to_batches(columns=columns, filter=expression, batch_size=1024):
-        yield from batch.to_pylist()
-
-
-def _write_items(file: io.TextIOBase, items: Iterable[dict[str, Any]]) -> int:
-    """Write the items of a JSON list, without its brackets; return their number."""
-    count = 0
-    for item in items:
-        file.write(("\n" if not count else ",\n") + json.dumps(item))
-        count += 1
-    return count
-
-
-def _write_png(path: Path, picture: np.ndarray) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
-    return 1

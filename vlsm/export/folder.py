@@ -1,0 +1,150 @@
+"""The folder that an export fills: different names, an index of its files, and a list of rows that failed."""
+
+import contextlib
+import csv
+import errno
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from vlsm.errors import ImageError, VlsmError
+from vlsm.export.naming import path_key, relative_path
+
+logger = logging.getLogger("vlsm")
+
+INDEX_NAME = "index.csv"
+INDEX_COLUMNS = ("file", "image_id", "image_uri", "selector", "prompt", "kind", "error")
+_NUM_NAMED = 5  # failed rows in the log; index.csv has all
+# Errors that concern one file. Others, such as a full disk, end the export.
+_FILE_ERRORS = {None, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
+
+
+class ExportFolder:
+    """A local folder with exported files, and with `index.csv`, which maps each file to its row.
+
+    `index.csv` has the columns INDEX_COLUMNS: `file` is relative to the folder. A row that failed has no file, and its
+    `error` states the reason. A file of several rows has a line for each. The index describes the last export. The
+    folder and the index are created at the first row.
+
+    Args:
+        directory: a local folder, which may exist.
+
+    Attributes:
+        num_written, num_failed: numbers of files and of failed rows.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.num_written = self.num_failed = 0
+        self._index: TextIO | None = None
+        self._taken: set[int] = set()  # hashes of the used names: about 100 bytes per file
+        self._first_errors: list[str] = []
+
+    def __fspath__(self) -> str:
+        return str(self.directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._index is not None:
+            self._index.close()
+        if self.num_failed:
+            more = ", ..." if self.num_failed > len(self._first_errors) else ""
+            logger.warning(
+                "%d rows are not exported; %s lists them: %s%s",
+                self.num_failed,
+                INDEX_NAME,
+                "; ".join(self._first_errors),
+                more,
+            )
+
+    @contextlib.contextmanager
+    def file(self, row: dict[str, Any], suffix: str = ".png", rows: Sequence[dict[str, Any]] = ()) -> Iterator[Path]:
+        """Return a context that gives the path for a row's file. The caller decodes the row and writes the file in it.
+
+        Errors are treated as by `attempt`.
+
+        Args:
+            row: the row that names the file, as for `naming.file_path`.
+            suffix: end of the file name.
+            rows: the rows in the file, for the index; default: the row that names it.
+        """
+        path = self.path(row, suffix)
+        with self.attempt(rows or [row]):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                yield path
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)  # a part of a file
+                raise
+            self.num_written += 1
+            for written in rows or [row]:
+                self.note(path.relative_to(self.directory).as_posix(), written)
+
+    @contextlib.contextmanager
+    def attempt(self, rows: Sequence[dict[str, Any]]) -> Iterator[None]:
+        """Return a context for the export of some rows. If it fails, they are noted as failed and the export goes on.
+
+        Errors that concern other rows too are raised: a full or read-only disk, a store that is down, a wrong setting.
+        """
+        try:
+            yield
+        except Exception as error:  # a damaged row can raise any error
+            if not _concerns_one_row(error):
+                raise
+            for row in rows:
+                self.fail(row, error)
+
+    def path(self, row: dict[str, Any], suffix: str = ".png") -> Path:
+        """Return a path for a row's file that no other row of this export has, also where case does not matter.
+
+        The first of two such rows has the plain name, the second a digest.
+        """
+        twin = 0
+        while (key := hash(path_key(relative_path(row, suffix, twin)))) in self._taken:
+            twin += 1
+        self._taken.add(key)
+        return self.directory / relative_path(row, suffix, twin)
+
+    def note(self, file: str, row: dict[str, Any]) -> None:
+        """Write a line of the index.
+
+        Args:
+            file: path of the file, relative to the folder.
+            row: its row. Absent columns are empty.
+        """
+        self._write({"file": file, "error": ""} | _columns_of(row))
+
+    def fail(self, row: dict[str, Any], error: Exception | str) -> None:
+        """Write a line of the index for a row that failed."""
+        text = str(error) if isinstance(error, (str, ImageError)) else f"{type(error).__name__}: {error}"
+        text = " ".join(text.split())
+        self.num_failed += 1
+        if len(self._first_errors) < _NUM_NAMED:
+            self._first_errors.append(f"{row.get('image_id')!r}, {row.get('prompt')!r}: {text}")
+        self._write({"file": "", "error": text} | _columns_of(row))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._index is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._index = (self.directory / INDEX_NAME).open("w", encoding="utf-8", newline="")
+            csv.DictWriter(self._index, INDEX_COLUMNS).writeheader()
+        csv.DictWriter(self._index, INDEX_COLUMNS).writerow(line)
+
+
+def open_folder(directory: "str | Path | ExportFolder") -> contextlib.AbstractContextManager[ExportFolder]:
+    """Return a context with the export folder. A folder that the caller has opened is not closed."""
+    return contextlib.nullcontext(directory) if isinstance(directory, ExportFolder) else ExportFolder(directory)
+
+
+def _columns_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in INDEX_COLUMNS if name not in ("file", "error")}
+
+
+def _concerns_one_row(error: Exception) -> bool:
+    if isinstance(error, OSError):  # Pillow's errors have no number
+        return error.errno in _FILE_ERRORS
+    return isinstance(error, ImageError) or not isinstance(error, VlsmError)
