@@ -181,20 +181,15 @@ def test_images_elsewhere_have_names_below_their_common_folder(uris, folder, exp
 
 
 def test_names_that_lead_to_no_file_are_different_too():
-    uris = [
-        "/in/a.b.dcm",
-        "/in/a_b.dcm",
-        "/in/a.b_dcm",
-        "/in/a_b_dcm_frame_1.png",
-        "/in/s.tar",
-        "/in/s.tar",
-        "/in/s.tar",
-    ]
+    uris = ["/in/a.b.dcm", "/in/a_b.dcm", "/in/a.b_dcm", "/in/a_b_dcm_frame_1.png", *["/in/s.tar"] * 3]
     selectors = ["frame=1", "frame=1", "frame=1", None, "../x.png", "x.png", "y/../x.jpg"]
+    uris += [f"/in/{'한' * 83}.dcm"] * 2 + [f"s3://in/{'k' * length}.png" for length in (300, 301)]
+    selectors += ["frame=1", "frame=2", None, None]
     names = FileNames(uris, "/in")
     found = [names.name(uri, selector) for uri, selector in zip(uris, selectors, strict=True)]
     datumaro_items({"images": [{"file_name": name} for name in found]})
-    assert found[3] == "./a_b_dcm_frame_1.png"  # the only file
+    assert found[3] == "./in/a_b_dcm_frame_1.png"  # the only file
+    assert max(len(part.encode()) for name in found for part in name.split("/")) <= 255
 
 
 def flood(mask):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from vlsm import storage
-from vlsm.export.naming import path_key
+from vlsm.export.naming import MAX_NAME_BYTES, path_key
 from vlsm.images.formats import split_selector
 
 
@@ -54,16 +54,25 @@ class FileNames:
         parts = [*_split(uri)[len(self._folder) :], *(member or "").split("/")]
         parts[0] = parts[0].rpartition("://")[2]  # images of several stores: the names start with the bucket
         safe = [part for part in parts if part not in ("", ".", "..")]
-        name = "/".join(safe)
-        is_file = inner is None and ".." not in parts
         if inner is not None:
-            name = "/".join([*safe[:-1], re.sub(r"[^\w-]+", "_", f"{safe[-1]}_{inner}") + ".png"])
+            safe[-1:] = [re.sub(r"[^\w-]+", "_", f"{safe[-1] if safe else ''}_{inner}") + ".png"]
+        name = "/".join(map(_shorten, safe))
+        is_file = inner is None and name == "/".join(part for part in parts if part not in ("", "."))
         while (key := hash(path_key(posixpath.splitext(name)[0]))) in self._taken:
             stem, ending = posixpath.splitext(name)
             digest = hashlib.sha256(f"{uri}#{selector}#{name}".encode()).hexdigest()[:16]
             name = f"./{name}" if is_file else f"{stem}~{digest}{ending}"
         self._taken.add(key)
         return name
+
+
+def _shorten(name: str) -> str:
+    """Return the name of a file or folder, cut with a digest if no file system accepts its length."""
+    if len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    stem, ending = posixpath.splitext(name)
+    ending = f"~{hashlib.sha256(name.encode()).hexdigest()[:16]}{ending if len(ending) < 10 else ''}"
+    return stem.encode()[: MAX_NAME_BYTES - len(ending.encode())].decode(errors="ignore") + ending
 
 
 def _split(uri: str) -> list[str]:

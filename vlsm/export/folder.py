@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,11 +104,12 @@ class ExportFolder:
 
         The first of two such rows has the plain name, the second a digest.
         """
-        twin = 0
-        while (key := hash(path_key(relative_path(row, suffix, twin)))) in self._taken:
-            twin += 1
+        for twin in itertools.count():
+            path = relative_path(row, suffix, twin)
+            if (key := hash(path_key(path))) not in self._taken:
+                break
         self._taken.add(key)
-        return self.directory / relative_path(row, suffix, twin)
+        return self.directory / path
 
     def note(self, file: str, row: dict[str, Any]) -> None:
         """Write a line of the index.
