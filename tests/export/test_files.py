@@ -122,8 +122,8 @@ def test_the_command_line_writes_what_it_says(output, tmp_path, capsys):
         (["--filter", "colour = 3", "--format", "coco"], "unknown column 'colour'; columns: image_id, "),
         (["--filter", "confidence < high"], "'high' does not fit the column confidence; it must be a number"),
         (["--filter", "area_px = {a"], "'{a' does not fit the column area_px; it must be a number"),
-        (["--filter", "bbox = 3"], "'3' does not fit the column bbox; it must be null"),
-        (["--filter", "label_map = x"], "'x' does not fit the column label_map; it must be null"),
+        (["--filter", "bbox = 3"], "'3' does not fit the column bbox; compare it with null"),
+        (["--filter", "label_map = x"], "'x' does not fit the column label_map; compare it with null"),
         ([], "there are no masks in"),
     ],
 )
@@ -139,6 +139,7 @@ def test_wrong_words_are_one_sentence(output, tmp_path, capsys, words, message):
     [
         ("confidence < 0.6", ("confidence", "<", 0.6)),
         ("area_px>=1", ("area_px", ">=", 1)),
+        ("area_px < 1e4", ("area_px", "<", 10_000)),
         ("image_id = 0012", ("image_id", "=", "0012")),  # as YAML, this is 10
         ("prompt == a: b # c", ("prompt", "==", "a: b # c")),
         ("prompt == ' polyp'", ("prompt", "==", " polyp")),
@@ -168,10 +169,14 @@ def damage(output, column, *values):
     pq.write_table(pa.Table.from_pylist(rows, schema=RESULT_SCHEMA), path)
 
 
-@pytest.mark.parametrize("rle", [None, "", "PP", "ab", "9" * 30, "é", encode_mask(np.ones((30, 41), np.uint8))])
+RLES = [None, "", "PP", "ab", "9" * 30, "é", encode_mask(np.ones((30, 41), np.uint8))]
+SIZES = [("height", value) for value in (None, -1, 0, 29, 2_000_000_000)] + [("width", 41), ("width", 2_000_000_000)]
+
+
+@pytest.mark.parametrize("damaged", [*(("mask_rle", rle) for rle in RLES), *SIZES, ("area_px", 3), ("area_px", None)])
 @pytest.mark.parametrize(("kind", "num_written"), [("masks", 13), ("overlays", 13), ("coco", 6), ("labels", 6)])
-def test_a_damaged_row_costs_only_its_own_file(output, tmp_path, caplog, rle, kind, num_written):
-    damage(output, "mask_rle", rle)
+def test_a_damaged_row_costs_only_its_own_file(output, tmp_path, caplog, damaged, kind, num_written):
+    damage(output, *damaged)
     with ExportFolder(tmp_path / "x") as folder:
         assert FORMATS[kind](str(output), folder) == num_written
     assert folder.num_failed > 0

@@ -33,20 +33,29 @@ def parse_filter(words: str) -> tuple[str, str, Any]:
         raise ConfigError(f"--filter {words!r} is not of the form 'column operator value', such as 'confidence < 0.6'")
     column, operator, text = match.groups()
     check_columns([column])
-    column_type = RESULT_SCHEMA.field(column).type
-    is_text, is_number = pa.types.is_string(column_type), not pa.types.is_nested(column_type)
-    if text == "null" and operator in ("=", "==", "!="):
-        return column, operator, None
-    if is_text:
-        is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        return column, operator, text[1:-1] if is_quoted else text
     try:
-        if not is_number or pa.types.is_binary(column_type):
-            raise ValueError
-        return column, operator, float(text) if pa.types.is_floating(column_type) else int(text)
+        return column, operator, _parse_value(text, RESULT_SCHEMA.field(column).type, operator)
+    except ValueError as error:
+        raise ConfigError(f"--filter {words!r}: {text!r} does not fit the column {column}; {error}") from None
+
+
+def _parse_value(text: str, column_type: pa.DataType, operator: str) -> Any:
+    """Return the value of a filter as its column has it.
+
+    Raises:
+        ValueError: the text does not fit the column. The message says what would.
+    """
+    if text == "null" and operator in ("=", "==", "!="):
+        return None
+    if pa.types.is_string(column_type):
+        is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return text[1:-1] if is_quoted else text
+    if not pa.types.is_primitive(column_type):
+        raise ValueError("compare it with null: '= null' or '!= null'")
+    try:
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
     except ValueError:
-        kind = "a number" if pa.types.is_primitive(column_type) else "null"
-        raise ConfigError(f"--filter {words!r}: {text!r} does not fit the column {column}; it must be {kind}") from None
+        raise ValueError("it must be a number") from None
 
 
 def main(argv: list[str] | None = None) -> int:

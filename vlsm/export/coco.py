@@ -132,9 +132,8 @@ def _shapes(row: Row, components: bool) -> list[Row]:
     mask = decode_ok_row(row)
     if not row["area_px"]:
         return []
-    if components:
-        return [_shape(rle) for rle in _split_components(mask)]
-    return [_shape({"size": [row["height"], row["width"]], "counts": row["mask_rle"].encode("ascii")})]
+    rle = {"size": [row["height"], row["width"]], "counts": row["mask_rle"].encode("ascii")}
+    return [_shape(part) for part in (_split_components(mask, rle) if components else [rle])]
 
 
 def _shape(rle: Row) -> Row:
@@ -146,17 +145,22 @@ def _shape(rle: Row) -> Row:
     }
 
 
-def _split_components(mask: np.ndarray) -> Iterator[Row]:
+def _split_components(mask: np.ndarray, rle: Row) -> Iterator[Row]:
     """Yield the run lengths of each connected component, from left to right.
 
     The time does not depend on the number of components: one mask per component would take too long for noise.
 
     Args:
         mask: (H, W) uint8 of 0 and 1, column-major in memory, not empty.
+        rle: its run lengths.
     """
     from scipy import ndimage
 
-    labels = ndimage.label(mask.T)[0].ravel()  # column by column, as run lengths are
+    by_column, count = ndimage.label(mask.T)
+    if count == 1:  # most masks
+        yield rle
+        return
+    labels = by_column.ravel()  # the order of run lengths
     inside = np.flatnonzero(labels)
     by_component = inside[np.argsort(labels[inside], kind="stable")]
     ends = np.cumsum(np.bincount(labels[inside])[1:])

@@ -7,6 +7,7 @@ from functools import reduce
 from operator import and_, or_
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -17,7 +18,6 @@ from vlsm.runs.schema import RESULT_SCHEMA, check_format, complete, with_format
 from vlsm.segmentation.masks import decode_mask, decode_probability
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow.dataset as ds
 
 _RUN_KEY = "vlsm.run"
@@ -112,7 +112,7 @@ def read_rows(uri: str, filters: Any = None, columns: Sequence[str] | None = Non
         yield from batch.to_pylist()
 
 
-def decode_row(row: dict[str, Any]) -> "np.ndarray | None":
+def decode_row(row: dict[str, Any]) -> np.ndarray | None:
     """Return the mask of a stored row, (H, W) uint8 of 0 and 1, or None if it has none.
 
     Raises:
@@ -121,7 +121,7 @@ def decode_row(row: dict[str, Any]) -> "np.ndarray | None":
     return None if row["mask_rle"] is None else decode_mask(row["mask_rle"], (row["height"], row["width"]))
 
 
-def decode_ok_row(row: dict[str, Any]) -> "np.ndarray":
+def decode_ok_row(row: dict[str, Any]) -> np.ndarray:
     """Return the mask of a row of `read_ok_rows`, (H, W) uint8 of 0 and 1.
 
     Raises:
@@ -129,9 +129,9 @@ def decode_ok_row(row: dict[str, Any]) -> "np.ndarray":
     """
     try:
         mask = decode_row(row)
-    except (ValueError, TypeError) as error:  # pycocotools raises both
+    except (ValueError, TypeError, OverflowError) as error:  # pycocotools raises all of them
         raise ImageError("corrupt", f"the run lengths of the mask are damaged: {error}") from error
-    if mask is None or int(mask.sum(dtype="int64")) != row["area_px"]:  # pycocotools accepts missing run lengths
+    if mask is None or np.count_nonzero(mask.view(bool)) != row["area_px"]:  # pycocotools accepts missing run lengths
         raise ImageError("corrupt", f"the row has no mask with an area of {row['area_px']} pixels, as it states")
     return mask
 

@@ -9,6 +9,8 @@ from pycocotools import mask as coco
 
 from vlsm.images.preprocess import Square
 
+_MAX_PIXELS = 1 << 32  # of one mask; pycocotools kills the process if it gets no memory
+
 
 @dataclass(frozen=True)
 class MaskRecord:
@@ -96,7 +98,13 @@ def encode_mask(mask: np.ndarray) -> str:
 
 
 def decode_mask(mask_rle: str, size: tuple[int, int]) -> np.ndarray:
-    """Return the mask of COCO compressed run lengths: (H, W) uint8, 0 or 1. size is (height, width)."""
+    """Return the mask of COCO compressed run lengths: (H, W) uint8, 0 or 1. size is (height, width).
+
+    Raises:
+        ValueError: the run lengths do not fit the size.
+    """
+    if size[0] * size[1] > _MAX_PIXELS:
+        raise ValueError(f"a mask of {size[0]:,} x {size[1]:,} pixels does not fit into memory")
     return np.asarray(coco.decode({"size": list(size), "counts": mask_rle.encode("ascii")}))
 
 
