@@ -1,5 +1,6 @@
 """Images, names and manifests that nobody should have made: errors of our own, and nothing outside its folder."""
 
+import csv
 import io
 import json
 import shutil
@@ -185,9 +186,11 @@ def test_exports_never_leave_their_folder_and_never_collide(names, tmp_path):
     ]
     write_part(str(place / "run"), 0, rows, "run", 0)
     assert export_masks(str(place / "run"), place / "pngs") == len(rows)
-    files = [path for path in place.rglob("*") if path.is_file()]
-    assert len([path for path in files if path.is_relative_to(place / "pngs")]) == len(rows)
-    assert len(files) == len(rows) + 1
+    files = {path for path in place.rglob("*") if path.is_file()}
+    with (place / "pngs" / "index.csv").open(encoding="utf-8", newline="") as file:
+        index = {place / "pngs" / line["file"]: (line["image_id"], line["prompt"]) for line in csv.DictReader(file)}
+    assert list(index.values()) == [(row["image_id"], row["prompt"]) for row in rows]
+    assert files == {*index, place / "pngs" / "index.csv", place / "run" / "masks" / "part-00000000.parquet"}
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["place"]
 
 

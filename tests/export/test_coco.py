@@ -129,6 +129,8 @@ IMAGES = [  # (path below the folder, selector, file_name)
     ("ct.nii.gz", "slice=0", "ct_nii_gz_slice_0.png"),
     ("ct.nii.gz", "volume=1,slice=10", "ct_nii_gz_volume_1_slice_10.png"),
     ("scan.tif", "page=2", "scan_tif_page_2.png"),
+    ("data.parquet", "row=17", "data_parquet_row_17.png"),
+    ("data.parquet", "row=17#frame=3", "data_parquet_row_17_frame_3.png"),
     ("single.dcm", None, "single.dcm"),
     ("s.tar", "x/y.png", "s.tar/x/y.png"),
     ("s.tar", "x/y.jpg", "./s.tar/x/y.jpg"),
@@ -261,13 +263,6 @@ def test_json_is_valid_where_nothing_matches(tmp_path, export_rows):
         "annotations": [],
         "categories": [],
     }
-
-
-def test_components_are_for_coco_alone(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["out", "x", "--format", "masks", "--components"])
-    assert end.value.code == 2
-    assert "--components needs --format coco" in capsys.readouterr().err
 
 
 def test_scripts_call_it_with_a_path(tmp_path, export_rows):

@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         "--components", action="store_true", help="with --format coco: one annotation per connected component of a mask"
     )
     args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 0:
+        parser.error(f"--limit is {args.limit}; it must be 0 or more")
     if args.components and args.format != "coco":
         parser.error(f"--components needs --format coco, not {args.format}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -130,7 +130,7 @@ def _shapes(row: Row, components: bool) -> list[Row]:
         ImageError: the mask is damaged.
     """
     mask = decode_ok_row(row)
-    if not row["area_px"]:
+    if not mask.any():
         return []
     rle = {"size": [row["height"], row["width"]], "counts": row["mask_rle"].encode("ascii")}
     return [_shape(part) for part in (_split_components(mask, rle) if components else [rle])]

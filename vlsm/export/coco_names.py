@@ -21,8 +21,8 @@ class FileNames:
       In a store, `folder` is a prefix: copy it to a disk, and the names are paths below the copy.
     - A member of a tar or zip has the path of the archive, then its own: `a.tar/b/c.png`, as if the archive were
       unpacked into a folder of this name.
-    - A frame, page or slice has the path of its file, with "_" for all dots, and the selector: `b/loop_dcm_frame_3.png`
-      for `b/loop.dcm#frame=3`. No such file exists, but other tools can be given one.
+    - A frame, page, slice or row has the path of its file, with "_" for all dots, and the selector:
+      `b/loop_dcm_frame_3.png` for `b/loop.dcm#frame=3`. No such file exists, but other tools can be given one.
 
     Importers compare names without the text behind the last dot, and some ignore case. If two files differ only there,
     as `a.png` and `a.jpg`, the second name starts with "./". It leads to the same file. Names that lead to no file have
@@ -51,6 +51,8 @@ class FileNames:
     def name(self, uri: str, selector: str | None) -> str:
         """Return the `file_name` of an image. Call it once for each image."""
         member, inner = split_selector(uri, selector)
+        if member and re.fullmatch(r"\w+=\d+", member):  # a row of a table is no file
+            member, inner = None, f"{member}_{inner}" if inner else member
         parts = [*_split(uri)[len(self._folder) :], *(member or "").split("/")]
         parts[0] = parts[0].rpartition("://")[2]  # images of several stores: the names start with the bucket
         safe = [part for part in parts if part not in ("", ".", "..")]

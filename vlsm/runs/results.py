@@ -131,8 +131,10 @@ def decode_ok_row(row: dict[str, Any]) -> np.ndarray:
         mask = decode_row(row)
     except (ValueError, TypeError, OverflowError) as error:  # pycocotools raises all of them
         raise ImageError("corrupt", f"the run lengths of the mask are damaged: {error}") from error
-    if mask is None or np.count_nonzero(mask.view(bool)) != row["area_px"]:  # pycocotools accepts missing run lengths
-        raise ImageError("corrupt", f"the row has no mask with an area of {row['area_px']} pixels, as it states")
+    if mask is None:
+        raise ImageError("corrupt", "the row has no mask")
+    if row["area_px"] not in (None, area := int(np.count_nonzero(mask.view(bool)))):  # pycocotools accepts missing runs
+        raise ImageError("corrupt", f"the mask has {area:,} pixels, but its row states {row['area_px']:,}")
     return mask
 
 
