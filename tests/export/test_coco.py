@@ -54,7 +54,7 @@ def datumaro_items(dataset):
     return ids
 
 
-def test_torchvision_opens_the_images_with_their_masks(tmp_path, export_rows):
+def test_torchvision_opens_the_images_with_their_masks(tmp_path, export_rows, caplog):
     from torchvision.datasets import CocoDetection
 
     rows, shown = [], []
@@ -84,6 +84,7 @@ def test_torchvision_opens_the_images_with_their_masks(tmp_path, export_rows):
         "empty.png",
         "x.y.png",
     ]
+    assert "2 images differ from another one only behind the last dot, or in case" in caplog.text
 
 
 def test_pycocotools_loads_and_evaluates_it(tmp_path, export_rows, capsys):

@@ -201,6 +201,17 @@ def test_a_damaged_row_costs_only_its_own_file(output, tmp_path, caplog, damaged
         Image.open(path).load()
 
 
+def test_images_of_one_image_id_have_files_of_their_own(output, tmp_path):
+    damage(output, "image_id", *["patient-007"] * 4)  # two images, with two prompts each
+    assert FORMATS["labels"](str(output), tmp_path / "l") == 7
+    assert export.export_masks(str(output), tmp_path / "m") == 14
+    for folder, num_files in ((tmp_path / "l", 2), (tmp_path / "m", 4)):
+        lines = [line for line in index(folder) if line["image_id"] == "patient-007"]
+        assert len({line["file"] for line in lines}) == num_files
+        sizes = {(line["image_uri"], Image.open(folder / line["file"]).size) for line in lines}
+        assert sizes == {(str(tmp_path / "images" / f"{number}.png"), (40 + number, 30)) for number in (0, 1)}
+
+
 def test_failed_rows_make_the_exit_code_1(output, tmp_path, capsys):
     damage(output, "mask_rle", "PP")
     assert main([str(output), str(tmp_path / "x"), "--format", "masks"]) == 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from pycocotools import mask as coco
 
 from vlsm import storage
 from vlsm.export.coco_names import FileNames
-from vlsm.export.folder import ExportFolder, open_folder
+from vlsm.export.folder import INDEX_NAME, ExportFolder, open_folder
 from vlsm.export.origins import Filters, Numbering, read_settings
 from vlsm.runs.record import read_record
 from vlsm.runs.results import choose_rows, decode_ok_row, read_ok_rows, read_rows
 from vlsm.version import __version__
+
+logger = logging.getLogger("vlsm")
 
 Row = dict[str, Any]
 
@@ -78,7 +81,25 @@ def export_coco(
                 {"id": number, "name": prompt, "supercategory": ""} for prompt, number in numbering.numbers.items()
             ]
             file.write(f'], "categories": {json.dumps(categories)}}}\n')
+        _report(names)
         return annotations.length
+
+
+def _report(names: FileNames) -> None:
+    """Log which names need attention."""
+    logger.info("file_name starts from %s", names.folder)
+    if names.num_made_up:
+        logger.info(
+            "%d images are inside of other files or have impossible names; %s maps their file_name to them",
+            names.num_made_up,
+            INDEX_NAME,
+        )
+    if names.num_repeated:
+        logger.warning(
+            "%d images differ from another one only behind the last dot, or in case; their file_name starts with './'; "
+            "a tool that removes it takes both for one image",
+            names.num_repeated,
+        )
 
 
 class _List:

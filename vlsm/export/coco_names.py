@@ -34,6 +34,8 @@ class FileNames:
 
     Attributes:
         folder: the folder that the names start from.
+        num_repeated: number of names that start with "./".
+        num_made_up: number of names that lead to no file.
     """
 
     def __init__(self, uris: Iterable[str], input_uri: str) -> None:
@@ -42,6 +44,7 @@ class FileNames:
         starts = [start for start in (given, given[:-1]) if start and start == common[: len(start)]]
         self._folder = starts[0] if starts else common
         self._taken: set[int] = set()
+        self.num_repeated = self.num_made_up = 0
 
     @property
     def folder(self) -> str:
@@ -65,6 +68,8 @@ class FileNames:
             digest = hashlib.sha256(f"{uri}#{selector}#{name}".encode()).hexdigest()[:16]
             name = f"./{name}" if is_file else f"{stem}~{digest}{ending}"
         self._taken.add(key)
+        self.num_repeated += name.startswith("./")
+        self.num_made_up += not is_file
         return name
 
 
