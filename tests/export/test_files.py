@@ -201,6 +201,19 @@ def test_a_damaged_row_costs_only_its_own_file(output, tmp_path, caplog, damaged
         Image.open(path).load()
 
 
+@pytest.mark.parametrize(("kind", "column"), [("labels", "label_map"), ("probability", "probability_map")])
+def test_a_damaged_map_costs_only_its_own_file(output, tmp_path, kind, column):
+    good = encode_png(np.eye(9, dtype=np.uint8))
+    values = [b"", good[:-20], None, b"no picture", good]
+    damage(output, "kind", *["labels" if kind == "labels" else "mask"] * 5)
+    damage(output, "prompt", *['["polyp"]'] * 5)
+    damage(output, column, *values)
+    with ExportFolder(tmp_path / "x") as folder:
+        assert FORMATS[kind](str(output), folder) == 1
+    assert folder.num_failed == (4 if kind == "labels" else 3)  # a row may have no probability map
+    assert [path.read_bytes() for path in tmp_path.glob("x/**/*.png")] == [good]
+
+
 def test_images_of_one_image_id_have_files_of_their_own(output, tmp_path):
     damage(output, "image_id", *["patient-007"] * 4)  # two images, with two prompts each
     assert FORMATS["labels"](str(output), tmp_path / "l") == 7

@@ -75,6 +75,7 @@ def _write_label_maps(output: str, folder: ExportFolder, filters: Filters, limit
                     "the classes of %s differ from those of earlier images; labels.json does not describe it",
                     row["image_id"],
                 )
+            decode_labels(row["label_map"])  # raises an error for a damaged one
             path.write_bytes(row["label_map"])
             names = names or row_names
     return names
