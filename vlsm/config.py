@@ -44,6 +44,18 @@ def each_one_is_a_list(value: Any) -> Any:
     return {name: one_is_a_list(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
+def check_columns(value: dict[str, str]) -> dict[str, str]:
+    """Return the value if its keys are columns that a manifest can have; a field validator.
+
+    Raises:
+        ValueError: a key is something else.
+    """
+    known = ("image_uri", "image_id", "prompt", "prompts", "size_bytes", "etag", "mtime", "image")
+    if unknown := [name for name in value if name not in known]:
+        raise ValueError(f"{unknown[0]!r} must be one of {', '.join(known)}; the manifest's name is the value")
+    return value
+
+
 class RunSettings(Settings):
     """How a run is executed. These settings cannot change a mask, so a resumed run may have other values."""
 
@@ -117,6 +129,13 @@ class SegmentSettings(Settings):
 
     input: str
     output: str
+    columns: dict[str, str] = Field(
+        {},
+        description="columns of a manifest with other names, as {image_uri: path}; image: bytes of images in Parquet",
+    )
+    fields: tuple[str, ...] = Field(
+        (), description="which members of a WebDataset sample are segmented, as [image.png]; empty: all images"
+    )
     members: tuple[MemberSettings, ...] = Field(
         (),
         description="ensemble members in place of --checkpoint, each with checkpoint, weight, flip, prompts and actors",
@@ -157,7 +176,8 @@ class SegmentSettings(Settings):
     )
     run: RunSettings = RunSettings()
 
-    _list_prompts = field_validator("prompts", mode="before")(one_is_a_list)
+    _check_columns = field_validator("columns")(check_columns)
+    _list_prompts = field_validator("prompts", "fields", mode="before")(one_is_a_list)
     _list_texts = field_validator("classes", mode="before")(each_one_is_a_list)
 
     @property

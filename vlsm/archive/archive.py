@@ -9,7 +9,8 @@ from typing import Any
 from vlsm import storage
 from vlsm.archive.expand import expand_rows
 from vlsm.archive.listing import Info, follow_link, list_files
-from vlsm.archive.manifest import MANIFEST_EXTENSIONS, describe_file, read_image_list
+from vlsm.archive.manifest import describe_file, read_image_list
+from vlsm.archive.tables import find_lists, holds_images
 from vlsm.errors import ConfigError
 from vlsm.images.formats import Look, describe_other, header_of, kind_of
 
@@ -43,8 +44,9 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     """Return the images of an archive, one row per image in a stable order. Container files give a row per image.
 
     Args:
-        uri: a folder or prefix (recursive), a glob, one file, or a manifest (.parquet, .csv, .jsonl with `image_uri`
-            and optionally `image_id`, `prompt` or `prompts`; a relative image_uri starts from the manifest's folder).
+        uri: a folder or prefix (recursive), a glob, one file, or a manifest: a .parquet, .csv, .tsv or .jsonl with
+            `image_uri` and optionally `image_id`, `prompt` or `prompts`, or a folder with such files of one kind and no
+            image. A relative image_uri starts from the manifest's folder.
         prompts: the prompts of every image for which a manifest has none.
         exclude: a folder whose files are not listed, such as an output folder inside the archive.
         allow: prefixes, beside its own bucket, that a manifest in an object store may have in image_uri. A person who
@@ -60,11 +62,13 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     if (header := header_of(uri)) is not None and not fs.isdir(path):  # a pair is listed by its header
         uri, (fs, path) = header, storage.open_uri(header)
     look = look or Look()
-    archive = Archive(rows=(), is_listed=not uri.lower().endswith(MANIFEST_EXTENSIONS) or not fs.isfile(path))
-    if not archive.is_listed:
-        archive.rows = expand_rows(read_image_list(uri, prompts, allow), look, archive.skipped, is_list=True)
-        return archive
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
+    lists = find_lists(uri, fs.isfile(path), excluded) if after is None else []
+    archive = Archive(rows=(), is_listed=not lists or holds_images(lists[0], look.columns))
+    if not archive.is_listed:
+        rows = read_image_list(uri, lists, prompts, allow, look.columns)
+        archive.rows = expand_rows(rows, look, archive.skipped, is_list=True)
+        return archive
     last = None if after is None else storage.open_uri(after[0])[1]
     root, infos = _find_files(fs, path, uri, last)
     if after is not None and after[1] is not None and fs.isfile(last):  # more images of this file may follow

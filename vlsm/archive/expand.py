@@ -1,5 +1,6 @@
 """Expands container files into one row per image while the listing continues."""
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,13 +9,17 @@ from typing import Any
 from PIL import Image
 
 from vlsm import storage
+from vlsm.archive.embedded import list_rows
 from vlsm.errors import ImageError, StorageError
 from vlsm.images.containers import list_images
-from vlsm.images.fetch import image_errors
-from vlsm.images.formats import Inside, Look, data_uris, header_of, is_archive, is_header, kind_of
+from vlsm.images.fetch import WatchedFile, image_errors
+from vlsm.images.formats import Inside, Look, data_uris, header_of, is_archive, is_header, kind_of, split_selector
+
+logger = logging.getLogger("vlsm")
 
 _AHEAD = 32  # files whose headers are read in parallel, because stores answer slowly
 _ARCHIVES_AHEAD = 4  # fewer for tar and zip: each may hold a hundred thousand images
+_SHOWN_FIELDS = 5  # that a message names
 _ARCHIVE_BLOCK, _HEADER_BLOCK = 1 << 20, 1 << 16  # bytes per request to a store
 _MAX_HEADER_BYTES = 1 << 20  # of a file whose values are in a second file
 
@@ -38,6 +43,7 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
     waiting: deque[tuple[Row, Future[Found] | None]] = deque()
     pool = ThreadPoolExecutor(_AHEAD)
     weight = 0
+    told: set[str] = set()
     try:
         for row in map(_name_header, rows) if is_list else rows:
             kind = kind_of(row["image_uri"])
@@ -47,9 +53,9 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
             # Yield rows that need no header as soon as all rows before them are done.
             while waiting and (waiting[0][1] is None or weight > _AHEAD):
                 weight -= _weight(waiting[0][0])
-                yield from _images_of(*waiting.popleft(), skipped, is_list)
+                yield from _images_of(*waiting.popleft(), skipped, is_list, told)
         while waiting:
-            yield from _images_of(*waiting.popleft(), skipped, is_list)
+            yield from _images_of(*waiting.popleft(), skipped, is_list, told)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -76,13 +82,16 @@ def _look_into(row: Row, look: Look) -> Found:
 
     def list_them() -> list[Inside]:
         skipped.clear()
-        opened: list[_Watched] = []
+        opened: list[WatchedFile] = []
 
         def open_file() -> Any:
-            opened.append(_Watched(fs.open(path, "rb", **options)))
+            opened.append(WatchedFile(fs.open(path, "rb", **options)))
             return opened[-1]
 
         try:
+            if kind_of(uri) == "parquet":
+                with open_file() as file:
+                    return list_rows(file, uri, look, skipped)
             images = list_images(open_file, uri, look, skipped, size_bytes)
             return _check_pair(images, open_file, uri) if is_header(uri) else images
         finally:  # a decoder may report an error of the store as damage of the file
@@ -109,43 +118,38 @@ def _check_pair(images: list[Inside], open_file: Callable[[], Any], uri: str) ->
     return images
 
 
-class _Watched:
-    """A file that records the first error of its store, also if its reader hides the error.
-
-    Attributes:
-        error: the first error of a read, or None.
-    """
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.error: Exception | None = None
-
-    def read(self, *size: int) -> bytes:
-        try:
-            return bytes(self._file.read(*size))
-        except Exception as error:
-            self.error = self.error or error
-            raise
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> "_Watched":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-
-def _images_of(row: Row, listing: Future[Found] | None, skipped: Counter[str], is_list: bool) -> Iterator[Row]:
+def _images_of(
+    row: Row, listing: Future[Found] | None, skipped: Counter[str], is_list: bool, told: set[str]
+) -> Iterator[Row]:
     """Yield the rows of the images in a file; `listing` is None for a file that is one image."""
     images, others = ([Inside()], Counter[str]()) if listing is None else listing.result()
     if is_list and not images:
         is_empty = is_archive(row["image_uri"])
         images, others = [Inside(problem=f"empty: {row['image_uri']} holds no images" if is_empty else None)], Counter()
     skipped.update(others)
+    _tell_fields(row["image_uri"], images, told)
     for image in images:
         selector = image.selector and storage.spell_out(image.selector)
-        image_id = row["image_id"] if selector is None else f"{row['image_id']}#{selector}"
         details = {"offset": image.offset, "length": image.length, "problem": image.problem}
-        yield row | {"image_id": image_id, "selector": selector} | details | {"num_windows": image.num_windows}
+        details |= {"image_id": _name(row, selector, image), "selector": selector, "num_windows": image.num_windows}
+        yield row | details | {"prompts": image.stated.get("prompts", row["prompts"])}
+
+
+def _tell_fields(uri: str, images: list[Inside], told: set[str]) -> None:
+    """Warn of samples with several images, once for all files; `told` has the first file with such samples."""
+    fields = Counter(image.sample_field for image in images if image.sample_field)
+    if fields and not told:
+        told.add(uri)
+        names = [str(field) for field, _ in fields.most_common(_SHOWN_FIELDS)]
+        logger.warning(
+            "%s: samples have several images, with the fields %s: all are segmented; --set 'fields=[%s]' chooses",
+            uri, ", ".join(names) + (", ..." if len(fields) > len(names) else ""), names[0],
+        )  # fmt: skip
+
+
+def _name(row: Row, selector: str | None, image: Inside) -> str:
+    """Return the image_id: that of the file and the selector, or the one that the file states and the frame."""
+    if (stated := image.stated.get("image_id")) is not None:
+        frame = split_selector(row["image_uri"], selector)[1]
+        return f"{stated}#{frame}" if frame else str(stated)
+    return str(row["image_id"]) if selector is None else f"{row['image_id']}#{selector}"

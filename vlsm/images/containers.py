@@ -1,9 +1,13 @@
 """Lists the images in tar and zip archives from their headers. `vlsm.images.formats` lists those in other files."""
 
+import contextlib
 import functools
 import gzip
+import posixpath
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +15,15 @@ from typing import Any, BinaryIO
 
 from vlsm.errors import ImageError
 from vlsm.images.formats import UNNAMED, Inside, Look, Open, describe_other, is_archive, is_header, kind_of, list_frames
+from vlsm.images.samples import Members, choose_fields
 
 _LARGEST_READ = 1 << 26  # bytes; a tar header that asks for more is damaged
 _MOST_ZEROS = 1 << 27  # a tar with more consecutive zero bytes is damaged
 _MOST_NAME_BYTES = 8192  # the same limit as for an image_id in a manifest
 
-Members = dict[str, list[Inside]]
+_UTF8_FLAG = 0x800  # of a zip member's name
+
+Listed = tuple[Members, list[Inside]]  # the images of each member, and the problem of a damaged archive
 
 
 def list_images(
@@ -37,7 +44,9 @@ def list_images(
     """
     if is_archive(name):
         with open_file() as file:
-            images = (_list_tar if kind_of(name) == "tar" else _list_zip)(file, name, look, skipped)
+            members, problems = (_list_tar if kind_of(name) == "tar" else _list_zip)(file, name, look, skipped)
+        members = choose_fields(members, look.fields, kind_of(name) == "tar", skipped)
+        images = [image for found in members.values() for image in found] + problems
         if not images:
             skipped[f"{describe_other(name)} without images"] += 1
         return images
@@ -65,9 +74,40 @@ def check_zip_member(name: str, info: zipfile.ZipInfo) -> None:
         raise ImageError("unreadable", f"{name} is encrypted; only members without a password are read")
 
 
+def open_zip(file: BinaryIO) -> zipfile.ZipFile:
+    """Open a zip whose members have their right names, where the zip does not say in which code its names are.
+
+    A name is UTF-8 if a field of Info-ZIP says so, or if its bytes are valid UTF-8: macOS writes it without the flag.
+    Else it is read as code page 437, as the standard demands. `getinfo` also finds a member by its name in this code
+    page, under which earlier versions listed it.
+
+    Raises:
+        zipfile.BadZipFile and others: the file is no valid zip.
+    """
+    archive = zipfile.ZipFile(file)
+    for info in archive.infolist():
+        if not (info.flag_bits & _UTF8_FLAG or info.filename.isascii()):
+            raw = info.filename.encode("cp437")
+            with contextlib.suppress(UnicodeDecodeError):
+                info.filename = (_unicode_path(info.extra, raw) or raw).decode("utf-8")
+    archive.NameToInfo |= {info.filename: info for info in archive.infolist()}
+    return archive
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
+    """Return the UTF-8 name in the extra field 0x7075 of Info-ZIP, if it belongs to the member's raw name."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        value, extra = extra[4 : 4 + length], extra[4 + length :]
+        if kind == 0x7075 and len(value) > 5 and value[1:5] == struct.pack("<I", zlib.crc32(raw)):
+            return value[5:]
+    return None
+
+
 def _list_member(look_into: Callable[[], list[Inside]], member: str, skipped: Counter[str]) -> list[Inside]:
     """Return the images in one member of a tar or zip. A damaged member gives one item with a problem."""
-    if kind_of(member) is None or is_archive(member):
+    is_of_macos = "__MACOSX" in member.split("/")[:-1]  # a folder of attributes, not of images
+    if kind_of(member) is None or is_archive(member) or is_of_macos:
         skipped[describe_other(member)] += 1
         return []
     if len(member.encode("utf-8", "surrogateescape")) > _MOST_NAME_BYTES:
@@ -93,7 +133,8 @@ def whole_member(member: str) -> str:
     )
 
 
-def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> list[Inside]:
+def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> Listed:
+    """Return the images in a zip, by the names of its members, and no problem."""
     members: Members = {}
 
     def look_into(info: zipfile.ZipInfo) -> list[Inside]:
@@ -102,25 +143,31 @@ def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> l
         return list_frames(open_member, info.filename, info.file_size, look)
 
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_zip(file) as archive:
             for info in archive.infolist():
                 if not info.is_dir():
                     images = _list_member(functools.partial(look_into, info), info.filename, skipped)
                     _add(members, info.filename, images, skipped)
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError) as error:
         raise ImageError("corrupt", f"{name} cannot be read as a zip: {error}") from error
-    return [image for images in members.values() for image in images]
+    return members, []
 
 
 def _add(members: Members, name: str, images: list[Inside], skipped: Counter[str]) -> None:
-    """Add a member's images. If two members share a name, the last one is used, as unpacking would do."""
-    if members.pop(name, None):
+    """Add a member's images. If two members share a path, the last one is used, as unpacking would do."""
+    path = _unpacked_path(name)
+    if members.pop(path, None):
         skipped["member replaced by a later one with the same name"] += 1
-    members[name] = images
+    members[path] = images
 
 
-def _list_tar(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> list[Inside]:
-    """Return the images in a tar. A damaged tar gives its readable images and one item with a problem."""
+def _unpacked_path(name: str) -> str:
+    """Return the path to which a member is unpacked: a/b.png for ./a/b.png and /a/b.png."""
+    return posixpath.normpath(name).lstrip("/")
+
+
+def _list_tar(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> Listed:
+    """Return the images in a tar, by the paths of its members. A damaged tar also gives one item with a problem."""
     members: Members = {}
     walk = _Walk(gzip.GzipFile(fileobj=file) if is_compressed_tar(name) else file)
     try:
@@ -131,13 +178,12 @@ def _list_tar(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> l
         # Bytes after the end of a complete tar are not damage.
         if not (isinstance(error, gzip.BadGzipFile) and walk.num_zeros):
             walk.problem = f"it breaks off: {error or type(error).__name__}"
-    images = [image for images in _without_parts(members, skipped).values() for image in images]
-    return [*images, Inside(problem=f"corrupt: {name}: {walk.problem}")] if walk.problem else images
+    return members, [Inside(problem=f"corrupt: {name}: {walk.problem}")] if walk.problem else []
 
 
 def _walk_tar(archive: tarfile.TarFile, walk: "_Walk", look: Look, members: Members, skipped: Counter[str]) -> None:
     """Add the images of every member of a tar to `members`."""
-    spans: dict[str, tuple[int, int]] = {}  # member name to offset and length of its bytes
+    spans: dict[str, tuple[int, int]] = {}  # the path of a member to offset and length of its bytes
     end = 0
     while (member := archive.next()) is not None:
         archive.members = []  # type: ignore[attr-defined] # tarfile would keep all headers in memory
@@ -145,10 +191,10 @@ def _walk_tar(archive: tarfile.TarFile, walk: "_Walk", look: Look, members: Memb
         if archive.offset <= member.offset:
             raise tarfile.ReadError(f"{member.name!r} has a negative size; it must be 0 bytes or more")
         end = walk.marked_offset = archive.offset
-        if member.islnk() and member.linkname in spans:  # a hard link to an earlier member
-            member.type, (member.offset_data, member.size) = tarfile.REGTYPE, spans[member.linkname]
+        if member.islnk() and (target := _unpacked_path(member.linkname)) in spans:  # a hard link to an earlier member
+            member.type, (member.offset_data, member.size) = tarfile.REGTYPE, spans[target]
         if member.isreg():
-            spans[member.name] = span = member.offset_data, member.size
+            spans[_unpacked_path(member.name)] = span = member.offset_data, member.size
             images = _list_member(functools.partial(_look_into_tar, archive, member, look), member.name, skipped)
             _add(members, member.name, [replace(image, offset=span[0], length=span[1]) for image in images], skipped)
         elif not member.isdir():
@@ -161,26 +207,6 @@ def _look_into_tar(archive: tarfile.TarFile, member: tarfile.TarInfo, look: Look
         raise ImageError("unreadable", f"{member.name} is a sparse member; only plain members are read")
     open_member: Any = functools.partial(archive.extractfile, member)
     return list_frames(open_member, member.name, member.size, look)
-
-
-def _without_parts(members: Members, skipped: Counter[str]) -> Members:
-    """Return the members without the labels of WebDataset samples: beside 7.jpg, 7.seg.png is a label, not an image."""
-    plain = {_sample_of(name)[0] for name, images in members.items() if images and "." not in _sample_of(name)[1]}
-    kept = {}
-    for name, images in members.items():
-        key, field = _sample_of(name)
-        if images and "." in field and key in plain and kind_of(name) in ("image", "tiff"):
-            skipped[f".{field} of a sample"] += 1
-        else:
-            kept[name] = images
-    return kept
-
-
-def _sample_of(name: str) -> tuple[str, str]:
-    """Return a member's key and field as WebDataset defines them: the file name is split at its first dot."""
-    folder, slash, base = name.rpartition("/")
-    key, _, field = base.partition(".")
-    return f"{folder}{slash}{key}", field
 
 
 class _Walk:

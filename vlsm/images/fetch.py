@@ -4,10 +4,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
-from vlsm.errors import ImageError, StorageError
+from vlsm.errors import ImageError, ManifestError, StorageError
 from vlsm.storage import PATIENT_S, QUICK_S, error_code, is_bad_name, is_local, open_uri, store_errors, with_retries
+
+T = TypeVar("T")
 
 _NO_CREDENTIALS = (
     "ExpiredToken",
@@ -53,7 +55,7 @@ def read_image_bytes(
     return read_patiently(read, uri, patience_s)
 
 
-def read_patiently(read: Callable[[], bytes], uri: str, patience_s: float) -> bytes:
+def read_patiently(read: Callable[[], T], uri: str, patience_s: float) -> T:
     """Return the result of `read`. If it fails while the store is down, wait for the store and read once more.
 
     Raises:
@@ -145,6 +147,35 @@ def check_size(name: str, size_bytes: int, max_bytes: int) -> None:
         raise ImageError("empty", f"{name} has 0 bytes")
 
 
+class WatchedFile:
+    """A file that records the first error of its store, also if its reader hides the error.
+
+    Attributes:
+        error: the first error of a read, or None.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def read(self, *size: int) -> bytes:
+        """Return bytes as the file does, and record its error."""
+        try:
+            return bytes(self._file.read(*size))
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "WatchedFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
 @contextlib.contextmanager
 def image_errors(uri: str) -> Iterator[None]:
     """Turn every storage error for a file into an ImageError with its reason.
@@ -155,7 +186,7 @@ def image_errors(uri: str) -> Iterator[None]:
     """
     try:
         yield
-    except ImageError:
+    except (ImageError, ManifestError):
         raise
     except FileNotFoundError as error:
         raise ImageError("missing", f"there is no file {uri}") from error

@@ -1,14 +1,15 @@
 """The table of file formats, and the images of one file: a single image, or frames, pages or slices.
 
 A selector names one of several images in a file: "frame=3" in DICOM, "page=2" in TIFF, "slice=17" in a NIfTI volume. In
-a tar or zip it begins with the member's name: "a/b.png", "a/b.dcm#frame=3". The only image of a file has no selector.
+a tar or zip it begins with the member's name: "a/b.png", "a/b.dcm#frame=3", in Parquet with the row: "row=17". The only
+image of a file has no selector.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 from vlsm.config import SegmentSettings, TileSettings
 from vlsm.images.decode import EXTENSIONS
@@ -98,7 +99,7 @@ FORMATS = {
     "nrrd": Format((".nrrd", ".nhdr"), "vlsm.images.nrrd", _SLICE, headers=(".nhdr",)),
     "metaimage": Format((".mha", ".mhd"), "vlsm.images.metaimage", _SLICE, headers=(".mhd",)),
 }
-_ARCHIVES = {"tar": (".tar", ".tar.gz", ".tgz"), "zip": (".zip",)}
+_ARCHIVES = {"tar": (".tar", ".tar.gz", ".tgz"), "zip": (".zip",), "parquet": (".parquet",)}
 UNNAMED = "unnamed"  # the kind of a file whose name states no format
 
 
@@ -109,10 +110,14 @@ class Look:
     Attributes:
         axis: the axis along which volumes are sliced: "axial", "coronal" or "sagittal".
         tile: how images are cut into windows. Without a tile size, the sizes of images do not matter.
+        fields: which members of a WebDataset sample are images, in lower case, such as "image.png"; empty for all.
+        columns: the setting `columns`: names of a list's columns, and of the images in Parquet.
     """
 
     axis: str = "axial"
     tile: TileSettings = field(default_factory=TileSettings)
+    fields: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,8 @@ class Inside:
         offset, length: position and number of the member's bytes in a tar (after decompression).
         problem: why this image, or the rest of the file, cannot be read: "REASON: message".
         num_windows: number of its windows, according to the file's header.
+        sample_field: the field of a WebDataset sample that this image is, if no field was chosen.
+        stated: columns of the plan that the file itself states for this image: prompts, image_id.
     """
 
     selector: str | None = None
@@ -131,10 +138,12 @@ class Inside:
     length: int | None = None
     problem: str | None = None
     num_windows: int = 1
+    sample_field: str | None = None
+    stated: Mapping[str, Any] = field(default_factory=dict)
 
 
 def kind_of(name: str) -> str | None:
-    """Return the kind of a file by its name: a key of FORMATS, "tar", "zip", UNNAMED, or None for an unknown format.
+    """Return the kind of a file by its name: a key of FORMATS or _ARCHIVES, UNNAMED, or None for an unknown format.
 
     UNNAMED is for names without an extension or with a number as extension. Scanners write such names.
     """
@@ -160,7 +169,7 @@ def sniff_kind(head: bytes) -> str | None:
 
 
 def is_archive(name: str) -> bool:
-    """Return whether a file of this name is a tar or zip, so that its images are in its members."""
+    """Return whether a file of this name holds other files: a tar, a zip, or a Parquet file."""
     return kind_of(name) in _ARCHIVES
 
 
@@ -195,7 +204,10 @@ def data_uris(header: bytes, uri: str) -> list[str]:
 
 
 def split_selector(uri: str, selector: str | None) -> tuple[str | None, str | None]:
-    """Return the member of a tar or zip (or None), and the frame, page or slice in that member or file (or None)."""
+    """Return the member of a tar or zip, or the row of a Parquet file, and the frame, page or slice in it.
+
+    Each is None if there is none.
+    """
     if selector is None:
         return None, None
     if not is_archive(uri):
@@ -212,7 +224,9 @@ def describe_other(name: str) -> str:
     return "." + base.rsplit(".", 1)[-1].lower() if "." in base else "no extension"
 
 
-def list_frames(open_file: Open, name: str, size_bytes: int | None, look: Look) -> list[Inside]:
+def list_frames(
+    open_file: Open, name: str, size_bytes: int | None, look: Look, kind: str | None = None
+) -> list[Inside]:
     """Return the images of a file that is not an archive, from its header. A file without pixels has no images.
 
     Args:
@@ -220,11 +234,12 @@ def list_frames(open_file: Open, name: str, size_bytes: int | None, look: Look) 
         name: of the file. It determines the kind, and appears in error messages.
         size_bytes: of the file; None if unknown, then the opened file is asked.
         look: how to slice volumes and tile images.
+        kind: of the file, if its name does not state it.
 
     Raises:
         ImageError: the file is not a valid file of the format that its name states.
     """
-    kind = kind_of(name)
+    kind = kind or kind_of(name)
     if kind == "image" and look.tile.size is None:
         return [Inside()]
     with open_file() as file:

@@ -16,7 +16,7 @@ from typing import Any, cast
 from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.images.containers import check_zip_member, is_compressed_tar, list_images, whole_member
+from vlsm.images.containers import check_zip_member, is_compressed_tar, list_images, open_zip, whole_member
 from vlsm.images.fetch import check_size, image_errors, read_image_bytes, read_patiently
 from vlsm.images.formats import (
     FORMATS,
@@ -32,6 +32,7 @@ from vlsm.images.formats import (
     split_selector,
 )
 from vlsm.images.grey_levels import Decoded
+from vlsm.images.parquet import ParquetImages, kind_by_bytes, kind_by_name
 
 _BLOCK = 1 << 20  # bytes per request to a store, for an archive that is read in order
 # files with several images stay in memory, because these images follow each other in the plan
@@ -135,15 +136,17 @@ class Reader:
     def _read(self, row: Mapping[str, Any], member: str | None) -> Content:
         uri, settings = row["image_uri"], self._settings
         limits = settings.max_image_bytes, settings.run.image_timeout_s, settings.run.outage_patience_s
+        kind = kind_of(member or uri)
         if member is None:
             data = read_image_bytes(uri, row.get("size_bytes"), *limits)
         elif not is_compressed_tar(uri) and kind_of(uri) == "tar":
-            data = read_image_bytes(uri, row.get("size_bytes"), *limits, _span(row, settings.slices))
+            data = read_image_bytes(uri, row.get("size_bytes"), *limits, _span(row, settings))
         else:
             with self._archive_lock:
-                data = read_patiently(lambda: self._read_in_order(row, member), uri, settings.run.outage_patience_s)
+                data, kind = read_patiently(
+                    lambda: self._read_in_order(row, member), uri, settings.run.outage_patience_s
+                )
         name = uri if member is None else f"{uri}#{member}"
-        kind = kind_of(member or uri)
         if kind == UNNAMED:
             kind = sniff_kind(data[:HEAD_BYTES])
         return Content(data, name, kind, settings, self._read_values(data, uri, member))
@@ -166,20 +169,24 @@ class Reader:
             raise errors[0]
         return None
 
-    def _read_in_order(self, row: Mapping[str, Any], member: str) -> bytes:
-        """Return the bytes of a member of a zip or compressed tar."""
+    def _read_in_order(self, row: Mapping[str, Any], member: str) -> tuple[bytes, str | None]:
+        """Return the bytes and the kind of a member of a zip or compressed tar, or of a row of a Parquet file."""
         patience_s = min(storage.QUICK_S, self._settings.run.outage_patience_s)
         with image_errors(row["image_uri"]):
             return storage.with_retries(lambda: self._unpack(row, member), row["image_uri"], patience_s)
 
-    def _unpack(self, row: Mapping[str, Any], member: str) -> bytes:
+    def _unpack(self, row: Mapping[str, Any], member: str) -> tuple[bytes, str | None]:
         uri, name = row["image_uri"], f"{row['image_uri']}#{member}"
+        kind = kind_of(member)
         try:
             archive = self._open_archive(uri)
-            if isinstance(archive, zipfile.ZipFile):
+            if isinstance(archive, ParquetImages):
+                data, kind = _read_row(archive, member, name)
+                check_size(name, len(data), self._settings.max_image_bytes)
+            elif isinstance(archive, zipfile.ZipFile):
                 data = _unzip(archive, member, name, self._settings.max_image_bytes)
             else:
-                offset, length = _span(row, self._settings.slices)
+                offset, length = _span(row, self._settings)
                 check_size(name, length, self._settings.max_image_bytes)
                 archive.seek(offset)
                 if len(data := archive.read(length)) < length:
@@ -194,12 +201,15 @@ class Reader:
         except Exception:
             self._archive = None  # the next attempt opens it again
             raise
-        return data
+        return data, kind
 
     def _open_archive(self, uri: str) -> Any:
         if self._archive is None or self._archive[0] != uri:
             file = _open(uri)
-            opened = zipfile.ZipFile(file) if kind_of(uri) == "zip" else gzip.GzipFile(fileobj=file)
+            if kind_of(uri) == "parquet":
+                opened: Any = ParquetImages(file, self._settings.columns.get("image"))
+            else:
+                opened = open_zip(file) if kind_of(uri) == "zip" else gzip.GzipFile(fileobj=file)
             self._archive = uri, opened
         return self._archive[1]
 
@@ -248,10 +258,19 @@ def open_images(
 
 
 def _is_read_in_order(rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Return whether one thread must read the images in order, because they are in zips or compressed tars."""
+    """Return whether one thread must read the images in order: in zips, compressed tars and Parquet files."""
     return any(
-        is_archive(uri := row["image_uri"]) and (kind_of(uri) == "zip" or is_compressed_tar(uri)) for row in rows
+        is_archive(uri := row["image_uri"]) and (kind_of(uri) != "tar" or is_compressed_tar(uri)) for row in rows
     )
+
+
+def _read_row(images: ParquetImages, member: str, name: str) -> tuple[bytes, str]:
+    """Return the bytes and the kind of the image in a row of a Parquet file; `member` is such as "row=17"."""
+    number = member.removeprefix("row=")
+    if not number.isdecimal():
+        raise ImageError("missing", f"there is no {name}; rows are named as row=17")
+    data, path = images.read(int(number), name)
+    return data, kind_by_name(images.column, path) or kind_by_bytes(data, name)
 
 
 def _unzip(archive: zipfile.ZipFile, member: str, name: str, max_bytes: int) -> bytes:
@@ -277,26 +296,27 @@ def _open(uri: str) -> Any:
     return fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
 
 
-def _span(row: Mapping[str, Any], axis: str) -> tuple[int, int]:
+def _span(row: Mapping[str, Any], settings: SegmentSettings) -> tuple[int, int]:
     """Return the offset and length of a member's bytes in a tar.
 
     Rows of the plan state them. For rows of the results the tar is searched.
     """
     if row.get("offset") is not None:
         return row["offset"], row["length"]
-    span = _spans(row["image_uri"], axis).get(split_selector(row["image_uri"], row["selector"])[0])
+    span = _spans(row["image_uri"], settings.slices, settings.fields).get(
+        split_selector(row["image_uri"], row["selector"])[0]
+    )
     if span is None:
         raise ImageError("missing", f"there is no {row['selector']} in {row['image_uri']}")
     return span
 
 
 @functools.lru_cache(maxsize=2)
-def _spans(uri: str, axis: str) -> dict[str | None, tuple[int, int]]:
+def _spans(uri: str, axis: str, fields: tuple[str, ...]) -> dict[str | None, tuple[int, int]]:
     """Return the offset and length of each member of a tar, by the member's name."""
     fs, path = storage.open_uri(uri)
-    images = list_images(
-        lambda: fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead"), uri, Look(axis), Counter()
-    )
+    look = Look(axis, fields=fields)
+    images = list_images(lambda: fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead"), uri, look, Counter())
     return {
         split_selector(uri, inside.selector and storage.spell_out(inside.selector))[0]: (
             inside.offset or 0,

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlsm import storage
-from vlsm.archive.manifest import MANIFEST_EXTENSIONS, read_manifest_rows
+from vlsm.archive.tables import MANIFEST_EXTENSIONS, read_manifest_rows
 from vlsm.errors import ConfigError, ManifestError
 
 SPLITS = ("train", "val", "test")
@@ -41,8 +41,8 @@ def read_dataset(name: str, uri: str) -> list[Record]:
     Args:
         name: name of the dataset.
         uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`, or a manifest (.parquet, .csv,
-            .jsonl) with `image_uri`, `mask_uri`, `split`, and optionally `prompt` or `prompts` and `dataset`. Relative
-            locations start at the manifest's folder.
+            .tsv, .jsonl) with `image_uri`, `mask_uri`, `split`, and optionally `prompt` or `prompts` and `dataset`.
+            Relative locations start at the manifest's folder.
 
     Raises:
         ConfigError: there is no dataset at the location.
@@ -107,9 +107,9 @@ def _layout_record(name: str, uri: str, split: str, row: Any, where: str) -> Rec
 
 def _manifest_records(name: str, uri: str) -> Iterator[Record | ManifestError]:
     """Yield the record of each valid row, and the error of each invalid row."""
-    for number, row in enumerate(read_manifest_rows(uri), start=1):
+    for where, row in read_manifest_rows([uri]):
         try:
-            yield _manifest_record(name, uri.rsplit("/", 1)[0], row, f"{uri}, row {number}")
+            yield _manifest_record(name, uri.rsplit("/", 1)[0], row, where)
         except ManifestError as error:
             yield error
 

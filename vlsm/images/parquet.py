@@ -1,0 +1,196 @@
+"""Images inside Parquet files: a column of bytes, one image per row, with the selector "row=17".
+
+Hubs of datasets write a struct of bytes and path, img2dataset writes the bytes in a column `jpg`, Spark in `content`.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlsm.errors import ImageError
+from vlsm.images.fetch import WatchedFile
+from vlsm.images.formats import FORMATS, HEAD_BYTES, Look, kind_of, sniff_kind
+
+PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeError, OverflowError)  # of a damaged file
+
+_IMAGE_NAMES = ("image", "img", "image_bytes", "bytes", "content")
+_PATH_NAMES = ("path", "file_name", "filename")  # beside a binary column; a struct has its own field `path`
+_BATCH_ROWS = 8  # images that are unpacked at once
+_TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # of BigTIFF as well
+
+
+def find_image_column(schema: pa.Schema, chosen: str | None = None) -> str | None:
+    """Return the name of the column that holds images, or None if a Parquet file holds no images.
+
+    It is a struct with the field `bytes`, or a binary column whose name is image, img, image_bytes, bytes, content or
+    the ending of an image file (jpg, png, dcm). If there are several, it is the one named image.
+
+    Args:
+        schema: of the file.
+        chosen: the column that the setting `columns.image` names. It may have any name.
+
+    Raises:
+        ImageError: there are several columns, or the chosen one is absent or holds no bytes.
+    """
+    holders = [field.name for field in schema if _holds_bytes(field.type)]
+    if chosen is not None:
+        if holders.count(chosen) != 1:
+            known = ", ".join(holders) or "none"
+            raise ImageError("unreadable", f"columns.image is {chosen!r}; the columns with bytes are: {known}")
+        return chosen
+    names = [name for name in holders if pa.types.is_struct(schema.field(name).type) or _is_image_name(name)]
+    if len(names) > 1 and "image" not in names:
+        raise ImageError("unreadable", f"it has images in several columns; --set columns.image={names[0]} chooses one")
+    return next((name for name in names if name == "image" or len(names) == 1), None)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _holds_bytes(kind.field(index).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_image_name(name: str) -> bool:
+    return name.lower() in _IMAGE_NAMES or _format_of_column(name) is not None
+
+
+def _format_of_column(column: str) -> str | None:
+    """Return the kind of the images in a column that is named after the ending of a file."""
+    kind = kind_of(f"x.{column}")
+    return kind if kind in FORMATS else None
+
+
+def kind_by_name(column: str | None, path: str | None) -> str | None:
+    """Return the kind of an image by the path that its row states, or by the name of the column: a key of FORMATS.
+
+    None if neither states a format. Only the bytes can then tell it.
+    """
+    kinds = (kind_of(path) if path else None, _format_of_column(column or ""))
+    return next((kind for kind in kinds if kind in FORMATS), None)
+
+
+def kind_by_bytes(data: bytes, name: str) -> str:
+    """Return the kind of an image whose row states no format.
+
+    Raises:
+        ImageError: the bytes hold several images. The plan has one row for them, because it was made by the names.
+    """
+    kind = "tiff" if data.startswith(_TIFF_HEADS) else sniff_kind(data[:HEAD_BYTES]) or "image"
+    if kind != "image":
+        selectors, _ = FORMATS[kind].load().list_images(io.BytesIO(data), name, len(data), Look())
+        if len(selectors) > 1:
+            raise ImageError(
+                "unreadable", f"{name} holds {len(selectors):,} images ({kind}); its path must end as such a file does"
+            )
+    return kind
+
+
+class ParquetImages:
+    """Reads the images of a Parquet file by their rows. Going forward, each row group is unpacked once, in batches.
+
+    Args:
+        file: the opened file.
+        chosen: as for `find_image_column`.
+
+    Attributes:
+        schema: of the file.
+        column: the column with the images, or None.
+        num_rows: number of rows of the file.
+
+    Raises:
+        ImageError: as for `find_image_column`; or the file is damaged, here and in every method.
+        OSError: the store fails, here and in every method.
+    """
+
+    def __init__(self, file: BinaryIO, chosen: str | None = None) -> None:
+        # buffered, not pre-buffered: a row group may be larger than the memory
+        self._file = WatchedFile(file)
+        with self._damage("the file"):
+            self._parquet = pq.ParquetFile(self._file, buffer_size=1 << 20, pre_buffer=False)
+            self.schema = self._parquet.schema_arrow
+        self.column = find_image_column(self.schema, chosen)
+        metadata = self._parquet.metadata
+        counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self.num_rows = sum(counts)
+        self._bytes_leaf, self._path_leaf = self._leaves()
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: list[pa.Array] = []  # of the bytes, and of the paths
+        self._group = -1  # the row group that is being read
+        self._first = self._end = 0  # the rows of the batch
+
+    @contextlib.contextmanager
+    def _damage(self, name: str) -> Iterator[None]:
+        """Turn the errors of pyarrow into an ImageError. Errors of the store stay: pyarrow has OSErrors of its own."""
+        try:
+            yield
+        except PARQUET_ERRORS as error:
+            if self._file.error is not None:
+                raise self._file.error from None
+            raise ImageError("corrupt", f"{name} cannot be read as Parquet: {error}") from error
+
+    def _leaves(self) -> tuple[str, str | None]:
+        """Return the Parquet columns of the bytes and of the paths."""
+        if self.column is None:
+            return "", None
+        kind = self.schema.field(self.column).type
+        if pa.types.is_struct(kind):
+            has_path = kind.get_field_index("path") >= 0
+            return f"{self.column}.bytes", f"{self.column}.path" if has_path else None
+        return self.column, next((name for name in _PATH_NAMES if name in self.schema.names), None)
+
+    def read_cells(self, columns: list[str]) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
+        """Yield the path of each image, and the values of some columns in its row. No bytes of images are read."""
+        leaves = [*columns, *([self._path_leaf] if self._path_leaf else [])]
+        if not leaves:
+            yield from ((None, ()) for _ in range(self.num_rows))
+            return
+        batches = self._parquet.iter_batches(batch_size=4096, columns=leaves)
+        while (batch := self._next(batches, "the file")) is not None:
+            paths = _values(batch, self._path_leaf).to_pylist() if self._path_leaf else [None] * len(batch)
+            cells = [batch.column(name).to_pylist() for name in columns]
+            yield from zip(paths, zip(*cells, strict=True) if cells else [()] * len(batch), strict=True)
+
+    def _next(self, batches: Iterator[pa.RecordBatch], name: str) -> pa.RecordBatch | None:
+        with self._damage(name):
+            return next(batches, None)
+
+    def read(self, row: int, name: str) -> tuple[bytes, str | None]:
+        """Return the bytes and the path of the image in a row, counted from 0; `name` is for messages.
+
+        Raises:
+            ImageError: there is no such row, or it has no bytes.
+        """
+        if self.column is None or row >= self.num_rows:
+            raise ImageError("missing", f"there is no {name}: the file has {self.num_rows:,} rows with images")
+        leaves = [leaf for leaf in (self._bytes_leaf, self._path_leaf) if leaf]
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        start = int(self._ends[group - 1]) if group else 0
+        if group != self._group or row < self._first:
+            self._group = group
+            self._first = self._end = start
+            self._batches = self._parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=leaves)
+        while row >= self._end:
+            if (batch := self._next(self._batches, name)) is None:
+                raise ImageError("corrupt", f"{name} is behind the end of its row group")
+            self._batch = [_values(batch, leaf) for leaf in leaves]
+            self._first, self._end = self._end, self._end + len(batch)
+        data, *paths = (values[row - self._first].as_py() for values in self._batch)
+        if not data:
+            raise ImageError("empty", f"{name} has no bytes in the column {self.column}")
+        return data, paths[0] if paths else None
+
+
+def _values(batch: pa.RecordBatch, leaf: str) -> pa.Array:
+    """Return a column of a batch, or the field of a struct that a name such as "image.bytes" means."""
+    if leaf in batch.schema.names:
+        return batch.column(leaf)
+    column, _, name = leaf.rpartition(".")
+    return pc.struct_field(batch.column(column), name)  # null where the struct is null
