@@ -121,9 +121,9 @@ def test_a_row_without_bytes_fails_alone(tmp_path):
     assert read(row | {"selector": "row=0"}, max_image_bytes=50) == "too_large"
 
 
-def test_which_of_several_columns_holds_the_images(tmp_path):
+def test_which_of_several_columns_holds_the_images(tmp_path, caplog):
     path = write(tmp_path / "x.parquet", before=HUB[0], after=HUB[1], hash=[png(9)] * 5)
-    with pytest.raises(ManifestError, match=r"several columns; --set columns\.image=before chooses one"):
+    with pytest.raises(ManifestError, match=r"in the columns before, after; --set columns\.image=before chooses one"):
         found(path)
     assert [value for *_, value in found(path, image="after")] == [1, 2, 3, 4, 5]
     assert {value for *_, value in found(path, image="hash")} == {9}
@@ -132,6 +132,27 @@ def test_which_of_several_columns_holds_the_images(tmp_path):
     path = write(tmp_path / "y.parquet", image_uri=["a.png"], thumbnail=[png(1)], image=cells((png(2), None)))
     assert [row["image_uri"] for row in rows(path)[0]] == [f"{tmp_path}/a.png"]  # a list; unless the setting says so
     assert found(path, image="image") == [("row=0", ["default"], 2)]
+    write(path, image=HUB[0], mask=HUB[1])
+    rows(path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} is read as a list of image_uri; --set columns.image=image reads the images there",
+        f"{path} is read for the images in image; --set columns.image=mask reads the images there",
+    ]
+
+
+def test_mutated_files_are_images_or_errors_of_ours(tmp_path):
+    path = tmp_path / "x.parquet"
+    original = write(path, image=cells(*((png(n), f"{n}.png") for n in range(5))), prompt=list("abcde")).read_bytes()
+    generator = np.random.default_rng(5)
+    for _ in range(60):
+        data = np.frombuffer(original, np.uint8).copy()
+        places = generator.integers(0, len(data), generator.choice([1, 3, 9]))
+        data[places] = generator.integers(0, 256, len(places))
+        path.write_bytes(data.tobytes()[: generator.choice([len(data), len(data), len(data) - 9])])
+        try:
+            assert 1 <= len(found(path)) <= 5
+        except ManifestError as error:
+            assert str(path) in str(error)
 
 
 def test_a_parquet_file_without_images_in_a_folder_is_skipped(tmp_path):

@@ -127,7 +127,8 @@ def _images_of(
         is_empty = is_archive(row["image_uri"])
         images, others = [Inside(problem=f"empty: {row['image_uri']} holds no images" if is_empty else None)], Counter()
     skipped.update(others)
-    _tell_fields(row["image_uri"], images, told)
+    if len(images) > 1 and not told:
+        _tell_fields(row["image_uri"], images, told)
     for image in images:
         selector = image.selector and storage.spell_out(image.selector)
         details = {"offset": image.offset, "length": image.length, "problem": image.problem}
@@ -138,7 +139,7 @@ def _images_of(
 def _tell_fields(uri: str, images: list[Inside], told: set[str]) -> None:
     """Warn of samples with several images, once for all files; `told` has the first file with such samples."""
     fields = Counter(image.sample_field for image in images if image.sample_field)
-    if fields and not told:
+    if fields:
         told.add(uri)
         names = [str(field) for field, _ in fields.most_common(_SHOWN_FIELDS)]
         logger.warning(

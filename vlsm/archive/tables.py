@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,9 @@ from vlsm.archive.columns import Columns, Row, shorten
 from vlsm.archive.listing import list_files
 from vlsm.errors import ImageError, ManifestError
 from vlsm.images.formats import kind_of
-from vlsm.images.parquet import PARQUET_ERRORS, find_image_column
+from vlsm.images.parquet import PARQUET_ERRORS, find_image_column, list_image_columns
+
+logger = logging.getLogger("vlsm")
 
 _TEXTS = (".csv", ".tsv", ".jsonl")
 MANIFEST_EXTENSIONS = (".parquet", *_TEXTS, *(f"{ending}.gz" for ending in _TEXTS))
@@ -99,7 +102,12 @@ def holds_images(uri: str, columns: Mapping[str, str]) -> bool:
         with fs.open(path, "rb") as file:
             schema = pq.read_schema(file)
         is_list = "image" not in columns and "image_uri" in Columns(columns).find(schema.names, uri)
-        return not is_list and find_image_column(schema, columns.get("image")) is not None
+        column = None if is_list else find_image_column(schema, columns.get("image"))
+        others = [name for name in list_image_columns(schema) if name != column]
+        if others and "image" not in columns and (is_list or column):
+            read = f"as a list of {columns.get('image_uri', 'image_uri')}" if is_list else f"for the images in {column}"
+            logger.warning("%s is read %s; --set columns.image=%s reads the images there", uri, read, others[0])
+        return column is not None
     except ImageError as error:
         raise ManifestError(f"{uri}: {error}") from error
     except PARQUET_ERRORS:

@@ -38,23 +38,36 @@ def find_image_column(schema: pa.Schema, chosen: str | None = None) -> str | Non
     Raises:
         ImageError: there are several columns, or the chosen one is absent or holds no bytes.
     """
-    holders = [field.name for field in schema if _holds_bytes(field.type)]
     if chosen is not None:
+        holders = [field.name for field in schema if _holds_bytes(field.type)]
         if holders.count(chosen) != 1:
             known = ", ".join(holders) or "none"
             raise ImageError("unreadable", f"columns.image is {chosen!r}; the columns with bytes are: {known}")
         return chosen
-    names = [name for name in holders if pa.types.is_struct(schema.field(name).type) or _is_image_name(name)]
-    if len(names) > 1 and "image" not in names:
-        raise ImageError("unreadable", f"it has images in several columns; --set columns.image={names[0]} chooses one")
-    return next((name for name in names if name == "image" or len(names) == 1), None)
+    names = list_image_columns(schema)
+    wanted = names if len(names) == 1 else [name for name in names if name.lower() == "image"]
+    if names and len(wanted) != 1:
+        raise ImageError(
+            "unreadable",
+            f"it has images in the columns {', '.join(names)}; --set columns.image={names[0]} chooses one",
+        )
+    return wanted[0] if wanted else None
+
+
+def list_image_columns(schema: pa.Schema) -> list[str]:
+    """Return the names of the columns that hold images, by their type and name; see `find_image_column`."""
+    return [
+        field.name
+        for field in schema
+        if _holds_bytes(field.type) and (pa.types.is_struct(field.type) or _is_image_name(field.name))
+    ]
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _holds_bytes(kind.field(index).type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_image_name(name: str) -> bool:

@@ -137,6 +137,8 @@ class Reader:
         uri, settings = row["image_uri"], self._settings
         limits = settings.max_image_bytes, settings.run.image_timeout_s, settings.run.outage_patience_s
         kind = kind_of(member or uri)
+        if member is None and is_archive(uri):  # the failed row of an archive that could not be listed
+            raise ImageError("unreadable", f"{uri} is an archive; the row does not say which image of it is meant")
         if member is None:
             data = read_image_bytes(uri, row.get("size_bytes"), *limits)
         elif not is_compressed_tar(uri) and kind_of(uri) == "tar":

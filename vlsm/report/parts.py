@@ -19,7 +19,14 @@ from vlsm.report.pictures import MAX_CARDS, MAX_CASES, OpenFiles, Painter, descr
 from vlsm.report.survey import METRICS, Extremes, Sample, Survey, row_key
 from vlsm.runs.record import SUMMARY_NAME, read_record
 
-_READING = ("slices", "window", "max_pixels", "max_image_bytes")  # settings that change the decoded image
+_READING = (
+    "columns",
+    "fields",
+    "slices",
+    "window",
+    "max_pixels",
+    "max_image_bytes",
+)  # settings that change the decoded image
 _MAX_GROUPS = 6
 
 Ends = Sequence[tuple[str, str, Extremes]]
