@@ -7,6 +7,8 @@ import tarfile
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -78,6 +80,13 @@ def make_zip(members):
     return file.getvalue()
 
 
+def make_parquet(files):
+    file = io.BytesIO()
+    images = [{"bytes": data, "path": name} for name, data in files.items()]
+    pq.write_table(pa.table({"image": images}), file, row_group_size=1)
+    return file.getvalue()
+
+
 @pytest.fixture
 def stored(s3_folder):
     """A prefix with files of every kind; and of each image_id which picture it is, or why it is none."""
@@ -95,6 +104,9 @@ def stored(s3_folder):
         "IM0007": make_dicom(pictures[7:8]),
         "pages.tiff": encode(pictures[8], "TIFF", save_all=True, append_images=pages[1:]),
         "volume.nii.gz": make_nifti(pictures[10:12]),
+        "hub.parquet": make_parquet(
+            {"a": encode(pictures[0]), "b.tif": encode(pictures[8], "TIFF", save_all=True, append_images=pages[1:])}
+        ),
         "README": b"no image at all",
     }
     fs = s3fs.S3FileSystem(use_listings_cache=False)
@@ -114,6 +126,9 @@ def stored(s3_folder):
         "pages.tiff#page=1": 9,
         "volume.nii.gz#slice=0": 10,
         "volume.nii.gz#slice=1": 11,
+        "hub.parquet#row=0": 0,
+        "hub.parquet#row=1#page=0": 8,
+        "hub.parquet#row=1#page=1": 9,
         "broken.tar#x/1.png": 1,
         "broken.tar": "corrupt",
     }
