@@ -121,6 +121,7 @@ def test_a_prompt_that_is_a_list_or_nothing_written_as_text(tmp_path, kind, colu
         ("x.csv", 'image_uri,prompt\na.png,x\nb.png,"polyp\nc.png,flat\n', "behind row 1: unexpected end of data"),
         ("x.csv", 'image_uri,prompt\na.png,"polyp\nb.png,"flat"\n', "behind row 0"),
         ("x.csv", 'image_uri,prompt\na.png,"polyp\nb.png,flat\nc.png,"\n', "row 1: the prompt has a line break"),
+        ("x.csv", 'image_uri,note,prompt\na.png,"x,polyp\nb.png,y,"\n', "row 1 has 2 cells with a line break"),
         ("x.csv", "image_uri,prompt\na.png,[polyp]\n", "row 1: the prompt '[polyp]' looks like a list but is none"),
         ("x.csv", "image_uri,prompt\na.png,\"['a', 'b' 'c']\"\n", "looks like a list"),
         ("x.csv", "image_uri,prompt\na.png,\"['a', ..., 'z']\"\n", "looks like a list"),
@@ -137,6 +138,7 @@ def test_a_prompt_that_is_a_list_or_nothing_written_as_text(tmp_path, kind, colu
         ("x.csv", "image_uri,prompt\na.png,polyp\n".encode("utf-16-le"), "has NUL bytes"),
         ("x.csv", b"image_uri,prompt\n" + b"a.png,polyp\n" * 1000 + b"a\0.png,polyp\n", "row 1001: "),
         pytest.param("x.csv", "image_uri,x\na.png," + "x" * 20_000_000, "field larger than field limit", id="long"),
+        pytest.param("x.csv", "x" * 20_000_000, "field larger than field limit", id="long header"),
         ("x.csv.gz", b"", "needs image_uri"),
         ("x.jsonl", '{"image_uri": "a.png", "prompt": "x", "prompt": "y"}', "line 1 is not JSON: a key stands twice"),
         ("x.jsonl", '{"image_uri": "a.png"}\n{"path": "b.png"}', "row 2 has the keys path; a manifest needs image_uri"),
@@ -281,6 +283,16 @@ def test_a_row_of_a_part_is_named_with_its_file(parts):
     folder = parts({"0.csv": "image_uri,prompt\na.png,x\n", "1.csv": "image_uri;prompt\nb.png;y\nc.png;y;z\n"})
     with pytest.raises(ManifestError, match=r"in/1\.csv, row 2 has 3 cells"):
         read(folder)
+
+
+def test_parts_with_different_columns_are_told(parts, caplog):
+    folder = parts({"0.csv": "image_uri,prompt\na.png,x\n", "1.csv": "image_uri\nb.png\n"})
+    assert [prompts for _, prompts in read(folder)] == [["x"], ["default"]]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}/1.csv has the columns image_uri; the list's first file has image_uri, prompt"
+    ]
+    folder = parts({"j/0.jsonl": '{"image_uri": "a.png"}', "j/1.jsonl": '{"image_uri": "b.png", "text": "y"}'}) / "j"
+    assert [prompts for _, prompts in read(folder, prompt="text")] == [["default"], ["y"]]
 
 
 def test_a_folder_of_list_files_in_a_store(parts, s3_folder):

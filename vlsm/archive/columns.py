@@ -7,7 +7,7 @@ import logging
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -29,6 +29,7 @@ _SHOWN = 20  # columns that a message names
 _MOST_HEADERS = 1000  # that are remembered
 
 Row = dict[str, Any]
+Cells = Iterator[tuple[int, Mapping[str, int], Sequence[Any]]]  # a row's number, the positions of known columns, cells
 
 
 class Columns:
@@ -46,6 +47,7 @@ class Columns:
         self._found: dict[tuple[str, ...], dict[str, int]] = {}  # by header: a record of JSON is a header as well
         self._met: set[str] = set()
         self._missing = Counter[str]()
+        self._first: set[str] | None = None  # known columns of the first file
         self._is_told = False
 
     def find(self, names: Sequence[str], where: str) -> dict[str, int]:
@@ -98,6 +100,9 @@ class Columns:
             )
         if "image_uri" not in found:
             raise ManifestError(f"{uri} has the columns {listed}; a manifest needs image_uri{self.suggest(names)}")
+        if self._first is not None and self._first != known:
+            logger.warning("%s has the columns %s; the list's first file has %s", uri, _join(known), _join(self._first))
+        self._first = self._first or known
         unread = [name for position, name in enumerate(names) if name and position not in found.values()]
         if unread and not self._is_told:
             self._is_told = True
@@ -144,6 +149,10 @@ class Columns:
         """Log how many cells were read as missing because of their text."""
         for text, count in self._missing.items():
             logger.warning("%s: %r stands in %d cells: it is read as no value", uri, text, count)
+
+
+def _join(known: set[str]) -> str:
+    return ", ".join(name for name in KNOWN if name in known)
 
 
 def normalize(name: str) -> str:

@@ -1,23 +1,18 @@
 """Reads the rows of a list: a Parquet, CSV, TSV or JSON Lines file, or a folder of such files, as Ray writes it."""
 
-import codecs
 import csv
-import gzip
-import io
-import itertools
-import json
 import logging
-import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.archive.columns import Columns, Row, shorten
+from vlsm.archive.columns import Cells, Columns, Row
 from vlsm.archive.listing import list_files
+from vlsm.archive.text_tables import open_text, read_csv, read_json
 from vlsm.errors import ImageError, ManifestError
 from vlsm.images.formats import kind_of
 from vlsm.images.parquet import PARQUET_ERRORS, find_image_column, list_image_columns
@@ -26,18 +21,8 @@ logger = logging.getLogger("vlsm")
 
 _TEXTS = (".csv", ".tsv", ".jsonl")
 MANIFEST_EXTENSIONS = (".parquet", *_TEXTS, *(f"{ending}.gz" for ending in _TEXTS))
-_MOST_CELL_LETTERS = 1 << 24  # of a CSV; a longer cell is a quote that nobody closed
-_HEAD_BYTES = 4096
 _NOTES = ("readme", "license", "notice")  # names without an extension, as an image may have
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # the folder of rows without a value
-_MARKS = {  # byte order marks; that of UTF-32 begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-
-Cells = Iterator[tuple[int, Mapping[str, int], Sequence[Any]]]  # a row's number, the positions of known columns, cells
 
 
 def find_lists(uri: str, is_file: bool, exclude: str | None) -> list[str]:
@@ -109,7 +94,7 @@ def holds_images(uri: str, columns: Mapping[str, str]) -> bool:
             logger.warning("%s is read %s; --set columns.image=%s reads the images there", uri, read, others[0])
         return column is not None
     except ImageError as error:
-        raise ManifestError(f"{uri}: {error}") from error
+        raise ManifestError(f"{uri}: {str(error).removeprefix(f'{error.reason}: ')}") from error
     except PARQUET_ERRORS:
         return False  # whoever reads it as a list says why that fails
 
@@ -134,8 +119,9 @@ def read_manifest_rows(
         try:
             with fs.open(path, "rb") as file:
                 yield from _read_file(file, uri, columns, partition)
-        except (*PARQUET_ERRORS, EOFError, zlib.error) as error:
+        except (*PARQUET_ERRORS, csv.Error, EOFError, zlib.error) as error:
             raise ManifestError(f"{uri} cannot be read as a manifest: {error}") from error
+    columns.check_met(folder or uris[0])
     columns.report(folder or uris[0])
 
 
@@ -152,7 +138,7 @@ def _read_file(file: Any, uri: str, columns: Columns, partition: dict[str, str |
         return
     with open_text(file, uri) as text:
         is_json = ".jsonl" in str(ending_of(uri))
-        cells = _json_cells(text, uri, columns) if is_json else _csv_cells(text, uri, columns, also)
+        cells = read_json(text, uri, columns) if is_json else read_csv(text, uri, columns, also)
         yield from _name_rows(cells, uri, columns, partition)
 
 
@@ -173,124 +159,3 @@ def _parquet_cells(file: Any, uri: str, columns: Columns, also: tuple[str, ...])
         for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             number += 1
             yield number, found, cells
-
-
-def open_text(file: Any, uri: str) -> io.TextIOWrapper:
-    """Return a list file as text: UTF-8, or UTF-16 and UTF-32 if it begins with their mark; unpacked if it is .gz.
-
-    Bytes that are not UTF-8 become surrogates, so that the message about them can name the row.
-
-    Raises:
-        ManifestError: it has NUL bytes, which no text has.
-    """
-    if uri.lower().endswith(".gz"):
-        file = gzip.GzipFile(fileobj=file)
-    head = file.read(_HEAD_BYTES)
-    file.seek(0)
-    if encoding := next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None):
-        return io.TextIOWrapper(file, encoding, newline="")
-    if b"\0" in head:
-        raise ManifestError(f"{uri} has NUL bytes: it is no text, or UTF-16 without its mark; write it as UTF-8")
-    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-
-
-def _csv_cells(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -> Cells:
-    """Yield the cells of a CSV. All cells are text: an image_id 007 stays 007. An empty cell means no value.
-
-    The delimiter is the first of comma, semicolon, tab and bar that gives the header its columns (in a .tsv, the tab is
-    tried first). If names in the header have blanks around them, blanks around cells are no part of the cells either.
-    """
-    line = next((line for line in text if line.strip()), "")
-    delimiters = "\t,;|" if ending_of(uri) in (".tsv", ".tsv.gz") else ",;\t|"
-    if stated := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):  # a line for Excel
-        delimiters, line = stated[1], next(text, "")
-    header, delimiter = _find_header(line, delimiters, columns, uri)
-    is_padded = any(name != name.strip(" ") for name in header)
-    found = columns.require(header, uri, also)
-    csv.field_size_limit(_MOST_CELL_LETTERS)
-    lines = itertools.chain([line], text)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=is_padded)
-    for number, cells in enumerate(_read_csv(rows, uri)):
-        if number == 0:  # the header
-            continue
-        if any(cell.strip() for cell in cells[len(header) :]):
-            raise ManifestError(
-                f"{uri}, row {number} has {len(cells)} cells, but the header has {len(header)} columns: "
-                f"{shorten(cells)}; put quotes around a text with the delimiter {delimiter!r}"
-            )
-        for known, position in found.items():
-            if known in ("prompt", "prompts") and position < len(cells):
-                cells[position] = _clean_text(cells[position], f"{uri}, row {number}")
-        yield number, found, [(cell.strip(" ") if is_padded else cell) or None for cell in cells]
-
-
-def _find_header(line: str, delimiters: str, columns: Columns, uri: str) -> tuple[list[str], str]:
-    """Return the names in the first line of a CSV, without empty ones at the end, and the delimiter between them."""
-    headers = []
-    for delimiter in delimiters:
-        header = next(csv.reader([line], delimiter=delimiter), [])
-        while header and not header[-1].strip():
-            header.pop()
-        if "image_uri" in columns.find(header, uri):
-            return header, delimiter
-        headers.append((header, delimiter))
-    return max(headers, key=lambda pair: len(pair[0]))
-
-
-def _read_csv(rows: Iterator[list[str]], uri: str) -> Iterator[list[str]]:
-    """Yield the rows that are not empty; an error names the row."""
-    number = 0
-    try:
-        for number, cells in enumerate(filter(None, rows)):  # noqa: B007 - for the message
-            yield cells
-    except csv.Error as error:
-        raise ManifestError(
-            f"{uri} cannot be read as a manifest behind row {number}: {error}; is a quote not closed there?"
-        ) from error
-
-
-def _clean_text(cell: str, where: str) -> str:
-    """Return a prompt of a CSV without blanks, and without quotes, around it.
-
-    Raises:
-        ManifestError: it has a line break. A quote that nobody closed swallows the next rows.
-    """
-    text = cell.strip()
-    if ("\n" in text or "\r" in text) and not text.startswith(("[", "(")):
-        raise ManifestError(f"{where}: the prompt has a line break: {shorten(text)}; is a quote not closed there?")
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and text[0] not in text[1:-1]:
-        return text[1:-1].strip()
-    return text
-
-
-def _json_cells(text: IO[str], uri: str, columns: Columns) -> Cells:
-    number = 0
-    for line_number, line in enumerate(text, start=1):
-        if line.strip():
-            number += 1
-            record = _json_record(line, f"{uri}, line {line_number}")
-            found = columns.find(tuple(record), f"{uri}, line {line_number}")
-            if "image_uri" not in found:
-                keys = ", ".join(list(record)[:20])
-                hint = columns.suggest(list(record))
-                raise ManifestError(f"{uri}, row {number} has the keys {keys}; a manifest needs image_uri{hint}")
-            yield number, found, list(record.values())
-    columns.check_met(uri)
-
-
-def _json_record(line: str, where: str) -> dict[str, Any]:
-    """Return the object in a line of JSON; `where` names the line in messages."""
-    try:
-        record = json.loads(line, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ManifestError(f"{where} is {shorten(record)}; a manifest's line is an object with image_uri")
-    return record
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return record

@@ -1,0 +1,168 @@
+"""Reads lists that are text: CSV, TSV and JSON Lines."""
+
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from vlsm.archive.columns import Cells, Columns, shorten
+from vlsm.errors import ManifestError
+
+_MOST_CELL_LETTERS = 1 << 24  # of a CSV; a longer cell is a quote that nobody closed
+_HEAD_BYTES = 4096
+_MARKS = {  # byte order marks; that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def open_text(file: Any, uri: str) -> io.TextIOWrapper:
+    """Return a list file as text: UTF-8, or UTF-16 and UTF-32 if it begins with their mark; unpacked if it is .gz.
+
+    Bytes that are not UTF-8 become surrogates, so that the message about them can name the row.
+
+    Raises:
+        ManifestError: it has NUL bytes, which no text has.
+    """
+    if uri.lower().endswith(".gz"):
+        file = gzip.GzipFile(fileobj=file)
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
+    if encoding := next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None):
+        return io.TextIOWrapper(file, encoding, newline="")
+    if b"\0" in head:
+        raise ManifestError(f"{uri} has NUL bytes: it is no text, or UTF-16 without its mark; write it as UTF-8")
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+
+
+def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -> Cells:
+    """Yield the cells of a CSV. All cells are text: an image_id 007 stays 007. An empty cell means no value.
+
+    The delimiter is the first of comma, semicolon, tab and bar that gives the header its columns (in a .tsv, the tab is
+    tried first). If names in the header have blanks around them, blanks around cells are no part of the cells either.
+
+    Args:
+        text: the opened file.
+        uri: of the file, in messages.
+        columns: finds the known columns.
+        also: columns that the folders of the file state.
+
+    Raises:
+        ManifestError: there is no column image_uri, a quote is not closed, or a row has more cells than the header.
+    """
+    csv.field_size_limit(_MOST_CELL_LETTERS)
+    line = next((line for line in text if line.strip()), "")
+    delimiters = "\t,;|" if uri.lower().endswith((".tsv", ".tsv.gz")) else ",;\t|"
+    if stated := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):  # a line for Excel
+        delimiters, line = stated[1], next(text, "")
+    header, delimiter = _find_header(line, delimiters, columns, uri)
+    is_padded = any(name != name.strip(" ") for name in header)
+    found = columns.require(header, uri, also)
+    lines = itertools.chain([line], text)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=is_padded)
+    for number, cells in enumerate(_read_rows(rows, uri)):
+        if number == 0:  # the header
+            continue
+        _check_cells(cells, header, delimiter, f"{uri}, row {number}")
+        for known, position in found.items():
+            if known in ("prompt", "prompts") and position < len(cells):
+                cells[position] = _clean_text(cells[position], f"{uri}, row {number}")
+        yield number, found, [(cell.strip(" ") if is_padded else cell) or None for cell in cells]
+
+
+def _find_header(line: str, delimiters: str, columns: Columns, uri: str) -> tuple[list[str], str]:
+    """Return the names in the first line of a CSV, without empty ones at the end, and the delimiter between them."""
+    headers = []
+    for delimiter in delimiters:
+        header = next(csv.reader([line], delimiter=delimiter), [])
+        while header and not header[-1].strip():
+            header.pop()
+        if "image_uri" in columns.find(header, uri):
+            return header, delimiter
+        headers.append((header, delimiter))
+    return max(headers, key=lambda pair: len(pair[0]))
+
+
+def _read_rows(rows: Iterator[list[str]], uri: str) -> Iterator[list[str]]:
+    """Yield the rows that are not empty; an error names the row."""
+    number = 0
+    try:
+        for number, cells in enumerate(filter(None, rows)):  # noqa: B007 - for the message
+            yield cells
+    except csv.Error as error:
+        raise ManifestError(
+            f"{uri} cannot be read as a manifest behind row {number}: {error}; is a quote not closed there?"
+        ) from error
+
+
+def _check_cells(cells: list[str], header: list[str], delimiter: str, where: str) -> None:
+    """Raise a ManifestError for a row that could mean something else; `where` names it in the message."""
+    if any(cell.strip() for cell in cells[len(header) :]):
+        raise ManifestError(
+            f"{where} has {len(cells)} cells, but the header has {len(header)} columns: {shorten(cells)}; "
+            f"put quotes around a text with the delimiter {delimiter!r}"
+        )
+    # Empty cells at the end may be absent. But a quote that nobody closed swallows the next rows.
+    if len(cells) < len(header) and any("\n" in cell or "\r" in cell for cell in cells):
+        raise ManifestError(
+            f"{where} has {len(cells)} cells with a line break, but the header has {len(header)} columns: "
+            f"{shorten(cells)}; is a quote not closed there?"
+        )
+
+
+def _clean_text(cell: str, where: str) -> str:
+    """Return a prompt of a CSV without blanks, and without quotes, around it.
+
+    Raises:
+        ManifestError: it has a line break. A quote that nobody closed swallows the next rows.
+    """
+    text = cell.strip()
+    if ("\n" in text or "\r" in text) and not text.startswith(("[", "(")):
+        raise ManifestError(f"{where}: the prompt has a line break: {shorten(text)}; is a quote not closed there?")
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and text[0] not in text[1:-1]:
+        return text[1:-1].strip()
+    return text
+
+
+def read_json(text: IO[str], uri: str, columns: Columns) -> Cells:
+    """Yield the values of a JSON Lines file: each line is a row with columns of its own.
+
+    Raises:
+        ManifestError: a line is no object, or has no image_uri.
+    """
+    number = 0
+    for line_number, line in enumerate(text, start=1):
+        if line.strip():
+            number += 1
+            record = _json_record(line, f"{uri}, line {line_number}")
+            found = columns.find(tuple(record), f"{uri}, line {line_number}")
+            if "image_uri" not in found:
+                keys = ", ".join(list(record)[:20])
+                hint = columns.suggest(list(record))
+                raise ManifestError(f"{uri}, row {number} has the keys {keys}; a manifest needs image_uri{hint}")
+            yield number, found, list(record.values())
+
+
+def _json_record(line: str, where: str) -> dict[str, Any]:
+    """Return the object in a line of JSON; `where` names the line in messages."""
+    try:
+        record = json.loads(line, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ManifestError(f"{where} is {shorten(record)}; a manifest's line is an object with image_uri")
+    return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return record
