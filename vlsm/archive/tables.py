@@ -86,7 +86,8 @@ def holds_images(uri: str, columns: Mapping[str, str]) -> bool:
     try:
         with fs.open(path, "rb") as file:
             schema = pq.read_schema(file)
-        is_list = "image" not in columns and "image_uri" in Columns(columns).find(schema.names, uri)
+        has_locations = "image_uri" in columns or "image_uri" in Columns(columns).find(schema.names, uri)
+        is_list = has_locations and "image" not in columns
         column = None if is_list else find_image_column(schema, columns.get("image"))
         others = [name for name in list_image_columns(schema) if name != column]
         if others and "image" not in columns and (is_list or column):

@@ -110,7 +110,7 @@ class Look:
     Attributes:
         axis: the axis along which volumes are sliced: "axial", "coronal" or "sagittal".
         tile: how images are cut into windows. Without a tile size, the sizes of images do not matter.
-        fields: which members of a WebDataset sample are images, in lower case, such as "image.png"; empty for all.
+        fields: which members of a WebDataset sample are images, such as "image.png"; empty for all.
         columns: the setting `columns`: names of a list's columns, and of the images in Parquet.
     """
 

@@ -85,7 +85,7 @@ def kind_by_name(column: str | None, path: str | None) -> str | None:
 
     None if neither states a format. Only the bytes can then tell it.
     """
-    kinds = (kind_of(path) if path else None, _format_of_column(column or ""))
+    kinds = (kind_of(path) if isinstance(path, str) else None, _format_of_column(column or ""))
     return next((kind for kind in kinds if kind in FORMATS), None)
 
 
