@@ -243,7 +243,7 @@ def test_threads_share_a_reader_and_a_store_that_hiccups_costs_nothing(tmp_path,
     listed = list(open_archive(uri, ("p",)).rows)
     settings = SegmentSettings(input="", output="", members=[{"checkpoint": ""}])
     opened = {number: opening() for number, opening in open_images(listed[::-1], settings)}
-    assert [int(opened[number][0].decode(None)[0, 0, 0]) for number in range(20)] == list(range(20, 0, -1))
+    assert [int(opened[number][0].decode(None).pixels[0, 0, 0]) for number in range(20)] == list(range(20, 0, -1))
 
     fs = storage.open_uri(uri)[0]
     faults = iter([True, False, True])

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -64,7 +65,7 @@ class Stored:
         return pixels if has_data is None else np.where(has_data, pixels, np.uint8(0)), levels.rule
 
 
-def full_range(dtype: np.dtype, num_bits: int) -> Range | None:  # type: ignore[type-arg]
+def full_range(dtype: np.dtype[Any], num_bits: int) -> Range | None:
     """Return the lowest and highest value of an integer type of which only some bits are used; None for floats."""
     if dtype.kind == "u":
         return 0.0, float(2**num_bits - 1)

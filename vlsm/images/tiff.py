@@ -93,9 +93,8 @@ def _describe_unsupported(page: Any) -> str | None:
     extra = page.extrasamples
     is_alpha = len(extra) == 1 and (extra[0] in (1, 2) or photometric in (_RGB, _CMYK, _YCBCR))
     channels = samples - is_alpha
-    expected = {_RGB: (3,), _YCBCR: (3,), _CMYK: (4,)}.get(photometric, (1,))
-    if photometric in _GREY:
-        expected = 1, 3  # three channels without a colour space are shown as RGB
+    # three channels without a colour space are shown as RGB
+    expected = {_RGB: (3,), _YCBCR: (3,), _CMYK: (4,)}.get(photometric, (1, 3) if photometric in _GREY else (1,))
     if photometric not in (*_GREY, _RGB, _PALETTE, _MASK, _CMYK, _YCBCR):
         return f"with colours of the kind {getattr(photometric, 'name', photometric)}"
     if page.compression not in (1, *_UNPACKERS, *_IMAGE_CODECS):
@@ -141,7 +140,7 @@ def _check_unpacked_size(page: Any, segment: bytes) -> None:
         unpack, ratio = _UNPACKERS[page.compression]
         if len(segment) * ratio > _HARMLESS_BYTES:
             if page.fillorder == 2:
-                segment = imagecodecs.bitorder_decode(segment)
+                segment = bytes(imagecodecs.bitorder_decode(segment))
             most = max(num_values * 16, _HARMLESS_BYTES)
             if len(unpack(segment, out=most)) >= most:  # some decoders stop there, others raise an error
                 raise ValueError("a strip or tile unpacks to more than its page holds")
@@ -243,7 +242,7 @@ def list_images(
         return decode.list_images(file, name, size_bytes, look)
     with decoder_errors(name), tifffile.TiffFile(file, name=name) as tiff:
         pages = list_pages(tiff)
-        first = tiff.pages[pages[0]]
+        first: Any = tiff.pages[pages[0]]
         return [None] if pages == [0] else [f"page={page}" for page in pages], (first.imagelength, first.imagewidth)
 
 
