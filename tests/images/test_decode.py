@@ -222,6 +222,16 @@ def test_damage_in_ancillary_chunks_of_a_png_leaves_the_pixels(depth, extra, pla
         decode_image(bytes(broken), "x")
 
 
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_png_lacks_only_its_end_or_is_corrupt(depth):
+    data = encode(Image.fromarray(DEEP if depth == 16 else (DEEP >> 4).astype(np.uint8)))
+    for end in (-1, -5, -8, -12):
+        np.testing.assert_array_equal(decode_image(data, "x"), decode_image(data[:end], "x"))
+    for end in (-40, -len(data) // 3):
+        with pytest.raises(ImageError, match="^corrupt"):
+            decode_image(data[:end], "x")
+
+
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 2}, {"restart_marker_blocks": 2}])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_jpeg_lacks_only_its_end_marker_or_is_corrupt(mode, options):

@@ -144,6 +144,7 @@ CFA_TAGS = [(33421, 3, 2, (2, 2), True), (33422, 1, 4, b"\0\1\1\2", True)]
         ((8, 8, 4), "u1", {"photometric": "minisblack", "planarconfig": "contig"}, "with 4 channels"),
         ((5, 8, 8), "u2", {"photometric": "minisblack", "planarconfig": "separate"}, "with 5 channels"),
         ((8, 8, 2), "u1", {"photometric": "minisblack", "planarconfig": "contig"}, "with 2 channels"),
+        ((8, 8, 5), "u1", {"photometric": "rgb", "planarconfig": "contig"}, "with 5 channels"),
         ((8, 8, 6), "u1", {"photometric": "rgb", "planarconfig": "contig"}, "with 6 channels"),
         ((8, 8), "c8", {"photometric": "minisblack"}, "with complex values"),
         ((8, 8), "u2", {"photometric": "cfa", "extratags": CFA_TAGS}, "with colours of the kind CFA"),

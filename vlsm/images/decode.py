@@ -28,6 +28,7 @@ _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "JPEG2000", "AVIF")
 
 _TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF 6.0, and BigTIFF
 _PNG_HEAD, _JPEG_HEAD, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
+_PNG_END = bytes(4) + b"IEND\xaeB`\x82"
 _PNG_KEPT = (b"tRNS", b"eXIf")  # ancillary chunks that can change the picture
 
 
@@ -156,7 +157,7 @@ def _read_levels(image: Image.Image, data: bytes) -> np.ndarray:
             and (pixels := _decode_jpeg(data + _JPEG_END, (image.height, image.width))) is not None
         ):
             return pixels
-        if image.format != "PNG" or len(kept := _without_ancillary_chunks(data)) == len(data):
+        if image.format != "PNG" or (kept := _without_ancillary_chunks(data)) == data:
             raise
         image = Image.open(io.BytesIO(kept), formats=("PNG",))
     if image.mode in ("1", "L", "LA", "La"):
@@ -183,16 +184,17 @@ def _without_ancillary_chunks(data: bytes) -> bytes:
 
     Source: PNG (W3C, 3rd edition), 5.4: the first letter of an ancillary chunk is in lower case.
     """
-    return _PNG_HEAD + b"".join(
-        chunk for kind, chunk in _png_chunks(data) if not kind[:1].islower() or kind in _PNG_KEPT
-    )
+    chunks = (chunk for kind, chunk in _png_chunks(data) if not kind[:1].islower() or kind in _PNG_KEPT)
+    return _PNG_HEAD + b"".join(chunks) + _PNG_END
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the type of each chunk and all of its bytes."""
+    """Yield the type of each chunk before the last, IEND, and all of its bytes."""
     position = len(_PNG_HEAD)
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
+        if kind == b"IEND":
+            return
         yield kind, data[position : position + 12 + length]
         position += 12 + length
 

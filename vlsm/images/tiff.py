@@ -89,12 +89,12 @@ def _needs_pillow(page: Any) -> bool:
 
 def _describe_unsupported(page: Any) -> str | None:
     """Return why a page cannot be shown, such as "with 5 channels", or None."""
-    photometric, samples = page.photometric, page.samplesperpixel
-    extra = page.extrasamples
-    is_alpha = len(extra) == 1 and (extra[0] in (1, 2) or photometric in (_RGB, _CMYK, _YCBCR))
-    channels = samples - is_alpha
+    photometric, channels = page.photometric, page.samplesperpixel
     # three channels without a colour space are shown as RGB
     expected = {_RGB: (3,), _YCBCR: (3,), _CMYK: (4,)}.get(photometric, (1, 3) if photometric in _GREY else (1,))
+    is_alpha = photometric in (_RGB, _YCBCR, _CMYK) or page.extrasamples[:1] in ((1,), (2,))  # tag ExtraSamples
+    if is_alpha and channels == expected[0] + 1:
+        channels -= 1
     if photometric not in (*_GREY, _RGB, _PALETTE, _MASK, _CMYK, _YCBCR):
         return f"with colours of the kind {getattr(photometric, 'name', photometric)}"
     if page.compression not in (1, *_UNPACKERS, *_IMAGE_CODECS):
@@ -120,6 +120,8 @@ def _check_segments(page: Any, data: bytes) -> None:
     num_segments = int(np.prod(page.chunked))
     if min(len(offsets), len(sizes)) < num_segments:
         raise ValueError(f"it has {min(len(offsets), len(sizes))} of {num_segments} strips or tiles")
+    if page.is_contiguous:  # its bytes are counted here: some software states a wrong number
+        offsets, sizes, num_segments = offsets[:1], [page.nbytes], 1
     may_be_absent = page.tags.get(_GDAL_NO_DATA) is not None  # GDAL leaves out tiles without data
     for offset, size in zip(offsets[:num_segments], sizes[:num_segments], strict=True):
         if size == 0 and may_be_absent:
