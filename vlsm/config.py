@@ -163,6 +163,11 @@ class SegmentSettings(Settings):
     slices: Literal["axial", "coronal", "sagittal"] = Field(
         "axial", description="direction in which volumes are cut into slices; each slice is an image"
     )
+    frames: str | None = Field(
+        None,
+        pattern=r"^(every [1-9]\d*|[1-9]\d*(\.\d+)? per second|0?\.\d*[1-9]\d* per second)$",
+        description="frames that are images: 'every N', or 'N per second'; null: 1 per second of a video, else all",
+    )
     window: tuple[float, float] | None = Field(
         None, description="centre and width of the grey values of DICOM and volumes, as [40, 400]; null: the file's"
     )

@@ -77,7 +77,7 @@ def _list_row(images: ParquetImages, row: int, path: str | None, stated: Row, lo
     try:
         data, _ = images.read(row, selector)
         opening: Any = lambda: io.BytesIO(data)  # noqa: E731 - the type that list_frames takes
-        found = list_frames(opening, selector, len(data), look, kind or kind_by_bytes(data, selector))
+        found = list_frames(opening, selector, len(data), look, kind=kind or kind_by_bytes(data, selector))
     except ImageError as error:
         found = [Inside(problem=str(error))]
     except Exception as error:  # damage of any kind; the file object records the errors of its store

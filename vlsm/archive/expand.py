@@ -13,7 +13,17 @@ from vlsm.archive.embedded import list_rows
 from vlsm.errors import ImageError, StorageError
 from vlsm.images.containers import list_images
 from vlsm.images.fetch import WatchedFile, image_errors
-from vlsm.images.formats import Inside, Look, data_uris, header_of, is_archive, is_header, kind_of, split_selector
+from vlsm.images.formats import (
+    UNNAMED,
+    Inside,
+    Look,
+    data_uris,
+    header_of,
+    is_archive,
+    is_header,
+    kind_of,
+    split_selector,
+)
 
 logger = logging.getLogger("vlsm")
 
@@ -42,11 +52,12 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
     Image.MAX_IMAGE_PIXELS = None  # only headers are read here; decode_image applies the setting max_pixels
     waiting: deque[tuple[Row, Future[Found] | None]] = deque()
     pool = ThreadPoolExecutor(_AHEAD)
-    weight = 0
+    weight, num_unnamed = 0, 0
     told: set[str] = set()
     try:
         for row in map(_name_header, rows) if is_list else rows:
             kind = kind_of(row["image_uri"])
+            num_unnamed += kind == UNNAMED
             is_plain = kind is None or (kind == "image" and look.tile.size is None)
             waiting.append((row, None if is_plain else pool.submit(_look_into, row, look)))
             weight += _weight(row)
@@ -56,6 +67,8 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
                 yield from _images_of(*waiting.popleft(), skipped, is_list, told)
         while waiting:
             yield from _images_of(*waiting.popleft(), skipped, is_list, told)
+        if num_unnamed:
+            logger.info("looked into %d files whose names state no format", num_unnamed)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -14,7 +14,17 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from vlsm.errors import ImageError
-from vlsm.images.formats import UNNAMED, Inside, Look, Open, describe_other, is_archive, is_header, kind_of, list_frames
+from vlsm.images.formats import (
+    Inside,
+    Look,
+    Open,
+    describe_other,
+    file_name,
+    is_archive,
+    is_header,
+    kind_of,
+    list_frames,
+)
 from vlsm.images.samples import Members, choose_fields
 
 _LARGEST_READ = 1 << 26  # bytes; a tar header that asks for more is damaged
@@ -50,15 +60,12 @@ def list_images(
         if not images:
             skipped[f"{describe_other(name)} without images"] += 1
         return images
-    images = list_frames(open_file, name, size_bytes, look)
-    if not images:
-        skipped[describe_other(name) + ("" if kind_of(name) == UNNAMED else " without pixels")] += 1
-    return images
+    return list_frames(open_file, name, size_bytes, look, skipped)
 
 
 def is_compressed_tar(name: str) -> bool:
     """Return whether a tar of this name is compressed, so that it can only be read from its beginning."""
-    return name.lower().endswith(("gz", ".tgz"))
+    return file_name(name).endswith(("gz", ".tgz"))
 
 
 def check_zip_member(name: str, info: zipfile.ZipInfo) -> None:
@@ -119,9 +126,7 @@ def _list_member(look_into: Callable[[], list[Inside]], member: str, skipped: Co
         images = [Inside(problem=str(error))]
     except Exception as error:  # damage of any kind; the file object records the errors of its store
         images = [Inside(problem=str(ImageError("corrupt", f"{member}: {error or type(error).__name__}")))]
-    if not images:
-        skipped[describe_other(member)] += 1
-    elif is_header(member) and images[0].problem is None:
+    if images and is_header(member) and images[0].problem is None:
         images = [Inside(problem=f"unreadable: {whole_member(member)}")]
     return [replace(image, selector=f"{member}#{image.selector}" if image.selector else member) for image in images]
 
@@ -140,7 +145,7 @@ def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> L
     def look_into(info: zipfile.ZipInfo) -> list[Inside]:
         check_zip_member(f"{name}#{info.filename}", info)
         open_member: Any = functools.partial(archive.open, info)
-        return list_frames(open_member, info.filename, info.file_size, look)
+        return list_frames(open_member, info.filename, info.file_size, look, skipped)
 
     try:
         with open_zip(file) as archive:
@@ -195,18 +200,22 @@ def _walk_tar(archive: tarfile.TarFile, walk: "_Walk", look: Look, members: Memb
             member.type, (member.offset_data, member.size) = tarfile.REGTYPE, spans[target]
         if member.isreg():
             spans[_unpacked_path(member.name)] = span = member.offset_data, member.size
-            images = _list_member(functools.partial(_look_into_tar, archive, member, look), member.name, skipped)
+            images = _list_member(
+                functools.partial(_look_into_tar, archive, member, look, skipped), member.name, skipped
+            )
             _add(members, member.name, [replace(image, offset=span[0], length=span[1]) for image in images], skipped)
         elif not member.isdir():
             skipped["link or device"] += 1
     walk.check_gap(end, None)
 
 
-def _look_into_tar(archive: tarfile.TarFile, member: tarfile.TarInfo, look: Look) -> list[Inside]:
+def _look_into_tar(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, look: Look, skipped: Counter[str]
+) -> list[Inside]:
     if member.issparse():
         raise ImageError("unreadable", f"{member.name} is a sparse member; only plain members are read")
     open_member: Any = functools.partial(archive.extractfile, member)
-    return list_frames(open_member, member.name, member.size, look)
+    return list_frames(open_member, member.name, member.size, look, skipped)
 
 
 class _Walk:

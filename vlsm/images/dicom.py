@@ -5,37 +5,43 @@ patient data.
 """
 
 import contextlib
+import functools
 import io
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from pydicom import uid
 from pydicom.dataset import Dataset
 
 from vlsm.errors import ImageError
+from vlsm.images import video
+from vlsm.images.dicom_form import HeaderError, PixelForm, is_encapsulated, read_form
+from vlsm.images.dicom_grey import show_colours, show_grey
 from vlsm.images.dicom_header import quiet, read_header
-from vlsm.images.dicom_pixels import paint_palette, read_frame
-from vlsm.images.grey_levels import (
-    CONTRAST,
-    DECLARED,
-    STORED,
-    Decoded,
-    Range,
-    Window,
-    as_rgb,
-    choose_levels,
-    scale_to_bytes,
-    show,
-)
+from vlsm.images.dicom_pixels import read_frame
+from vlsm.images.dicom_tables import first_of_palette, has_supplemental_palette, paint_palette
+from vlsm.images.dicom_video import choose_frames, open_stream
+from vlsm.images.formats import NoImages
+from vlsm.images.grey_levels import STORED, Decoded, Window, as_rgb
 
 if TYPE_CHECKING:
     from vlsm.config import SegmentSettings
     from vlsm.images.formats import Look
 
 PIXEL_DATA_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
-_HEADER_TAGS = [0x00080016, 0x00280002, 0x00280008, 0x00280010, 0x00280011, 0x00280100]
+_FLOAT_BITS = {0x7FE00008: 32, 0x7FE00009: 64}
+_TIME_TAGS = [0x00082144, 0x00180040, 0x00181063, 0x00181065]  # frame rates and times
+_HEADER_TAGS = [0x00080016, 0x00089205, *_TIME_TAGS, *range(0x00280002, 0x00280012), *range(0x00280100, 0x00280104)]
+_LAST_OF_DESCRIPTION, _LAST_BEFORE_PIXELS = 0x00280103, 0x7FE00007
+_NO_PICTURES = {
+    uid.MediaStorageDirectoryStorage: "DICOMDIR",
+    uid.SegmentationStorage: "Segmentation Storage",
+    "1.2.840.10008.5.1.4.1.1.66.7": "Label Map Segmentation Storage",
+    uid.RTDoseStorage: "RT Dose Storage",
+}
 _IMAGE_TAGS = [
+    0x00089205,  # PixelPresentation
     *range(0x00280002, 0x00280012),  # size and type of the pixels
     *range(0x00280100, 0x00280104),  # bits of a pixel
     *(0x00280120, 0x00280121),  # padding
@@ -48,6 +54,7 @@ _IMAGE_TAGS = [
     *(0x7FE00001, 0x7FE00002, *PIXEL_DATA_TAGS),
 ]
 _MAX_FRAMES = 1_000_000
+_SMALL_BYTES = 1 << 16  # so many bytes of a file are read at once anyway
 _MAX_HEADER_BYTES = 4 << 20  # unpacked from a deflated object to count its frames
 
 
@@ -60,42 +67,77 @@ def is_dicom(head: bytes) -> bool:
     return len(head) >= 132 and head[0] in (2, 8) and head[1] == head[3] == 0 and head[2] <= 0x18 and is_short
 
 
-def read_shape(file: BinaryIO, name: str = "the file", size_bytes: int | None = None) -> tuple[int, int, int]:
-    """Return the number of images in a DICOM file, and their height and width in pixels, from its header.
+def read_description(
+    file: BinaryIO, name: str = "the file", size_bytes: int | None = None
+) -> tuple[PixelForm, Dataset]:
+    """Return how the pixels of a DICOM file are stored, and the elements of its header that listing needs.
 
     Args:
         file: at its start. It is read up to the end of the pixel description; long elements are skipped.
         name: the file's name in error messages.
         size_bytes: size of the file, or None to seek its end.
 
-    Returns:
-        (number of images, height, width). The number is 0 if the object has no pixels (a report, a presentation state,
-        a DICOMDIR) or is a segmentation.
-
     Raises:
+        NoImages: the object has no pixels (a report, a presentation state, a DICOMDIR), or its pixels are no picture (a
+            segmentation, a dose). A parametric map is a picture.
         ImageError: "corrupt".
     """
     with _damage(name):
-        header, is_whole = _read_pixel_header(file, name)
-        num_bytes = file.seek(0, io.SEEK_END) if size_bytes is None else size_bytes
-        return _count(header, is_whole, num_bytes, name), int(header.get("Rows") or 0), int(header.get("Columns") or 0)
+        header, num_bytes = _read_pixel_header(file, name, size_bytes)
+        return _check_form(header, num_bytes, name), header
 
 
 def count_frames(file: BinaryIO, name: str = "the file") -> int:
-    """Return the number of images in a DICOM file; arguments and errors as for `read_shape`."""
-    return read_shape(file, name)[0]
+    """Return the number of images in a DICOM file, 0 if it is no picture. See `read_description`."""
+    try:
+        return read_description(file, name)[0].num_frames
+    except NoImages:
+        return 0
 
 
-def _read_pixel_header(file: BinaryIO, name: str) -> tuple[Dataset, bool]:
-    """Return the pixel description, and whether it is complete. Otherwise the file ends before its end."""
+def _read_pixel_header(file: BinaryIO, name: str, size_bytes: int | None) -> tuple[Dataset, int]:
+    """Return the pixel description of an object with pixels, and the size of the file in bytes.
+
+    A small file, and one without a complete description, is read up to its pixels, to know that it has some.
+    """
+    num_bytes = file.seek(0, io.SEEK_END) if size_bytes is None else size_bytes
     seen: list[int] = []
+    for last in (_LAST_OF_DESCRIPTION, _LAST_BEFORE_PIXELS)[num_bytes <= _SMALL_BYTES :]:
+        file.seek(0)
+        stop = functools.partial(_is_past, last, seen)
+        header = read_header(file, stop, _HEADER_TAGS, _MAX_HEADER_BYTES, name)
+        if _class_of(header) in _NO_PICTURES:
+            raise NoImages(_describe(header))
+        described = [keyword for keyword in ("Rows", "Columns", "BitsAllocated") if keyword in header]
+        has_pixels = any(tag in PIXEL_DATA_TAGS for tag in seen)
+        if seen and not described and not has_pixels:
+            raise NoImages(_describe(header))
+        if seen and last == _LAST_OF_DESCRIPTION and len(described) == 3:
+            return header, num_bytes
+    if not has_pixels:
+        if header.is_cut:
+            raise ImageError("corrupt", f"{name} ends inside of its DICOM header")
+        raise NoImages(_describe(header))
+    if "BitsAllocated" not in header and seen[-1] in _FLOAT_BITS:
+        header.BitsAllocated = _FLOAT_BITS[seen[-1]]
+    return header, num_bytes
 
-    def is_past(tag: int, vr: str | None, length: int) -> bool:
-        if tag > 0x00280103:
-            seen.append(tag)
-        return bool(seen)
 
-    return read_header(file, is_past, _HEADER_TAGS, _MAX_HEADER_BYTES, name), bool(seen)
+def _is_past(last: int, seen: list[int], tag: int, vr: str | None, length: int) -> bool:
+    if tag > _LAST_OF_DESCRIPTION:
+        seen.append(tag)
+    return tag > last
+
+
+def _class_of(header: Dataset) -> str:
+    return str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+
+
+def _describe(header: Dataset) -> str:
+    """Return a label for counting: the name of the object's class in the standard. It quotes no value of the header."""
+    kind = uid.UID(_class_of(header))
+    known = _NO_PICTURES.get(kind) or (kind.name if kind.name != kind else "of an unknown class")
+    return f"DICOM without a picture: {known}"
 
 
 @contextlib.contextmanager
@@ -104,33 +146,32 @@ def _damage(name: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except ImageError:
+    except (ImageError, NoImages):
         raise
+    except HeaderError as error:
+        raise ImageError("corrupt", f"{name}: {error}") from None
     except Exception as error:  # damage causes errors of any type; their texts quote header values
         raise ImageError("corrupt", f"{name}: its DICOM header is damaged ({type(error).__name__})") from None
 
 
-def _count(header: Dataset, is_whole: bool, num_bytes: int, name: str) -> int:
-    """Return the number of images that a header describes; `num_bytes` is the size of the file."""
-    kinds = (header.get("SOPClassUID"), header.file_meta.get("MediaStorageSOPClassUID"))
-    if uid.MediaStorageDirectoryStorage in kinds or uid.SegmentationStorage in kinds:
-        return 0
-    if not {"Rows", "Columns", "BitsAllocated"} <= set(header.dir()):
-        if not is_whole:
-            raise ImageError("corrupt", f"{name} ends inside of its DICOM header")
-        return 0
-    num_frames = int(header.get("NumberOfFrames") or 1)
-    if not (0 < int(header.Rows) < 1 << 16 and 0 < int(header.Columns) < 1 << 16 and num_frames <= _MAX_FRAMES):
+def _check_form(header: Dataset, num_bytes: int, name: str) -> PixelForm:
+    """Return how pixels are stored, after a check of the number and size of the frames; `num_bytes` is of the file."""
+    form = read_form(header)
+    height, width = form.size
+    if not (0 < height < 1 << 16 and 0 < width < 1 << 16 and form.num_frames <= _MAX_FRAMES):
         raise ImageError("corrupt", f"{name} has frames of no size, or more of them than any file has")
-    frame_bits = header.Rows * header.Columns * header.BitsAllocated * int(header.get("SamplesPerPixel") or 1)
-    syntax = header.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
-    if syntax.is_private or not (syntax.is_encapsulated or syntax.is_deflated):
-        least = num_frames * frame_bits // 8
-    else:  # an encapsulated frame has an item header of 8 bytes; deflate compresses 1,032-fold at most
-        least = num_frames * 8 if syntax.is_encapsulated else num_frames * frame_bits // 8 // 1032
-    if num_frames < 1 or (num_frames > 1 and least > num_bytes):
-        raise ImageError("corrupt", f"{name} has fewer bytes than its {num_frames:,} frames need")
-    return num_frames
+    least = form.num_frames * height * width * form.allocated * form.samples // 8
+    if form.photometric.endswith("_422"):
+        least = least * 2 // 3  # two pixels share a colour
+    if form.syntax in uid.MPEGTransferSyntaxes:
+        least = 0  # frames have no bytes of their own
+    elif is_encapsulated(form.syntax):
+        least = form.num_frames * 8  # an encapsulated frame has an item header of 8 bytes
+    elif form.syntax == uid.DeflatedExplicitVRLittleEndian:
+        least //= 1032  # deflate compresses 1,032-fold at most
+    if form.num_frames < 1 or (form.num_frames > 1 and least > num_bytes):
+        raise ImageError("corrupt", f"{name} has fewer bytes than its {form.num_frames:,} frames need")
+    return form
 
 
 class DicomImages:
@@ -167,6 +208,7 @@ class DicomImages:
                 f"{name} is {width} x {height} = {height * width:,} pixels; max_pixels is {max_pixels:,}",
             )
         self._size = height, width
+        self.is_video = self._dataset.file_meta.TransferSyntaxUID in uid.MPEGTransferSyntaxes
 
     def size(self) -> tuple[int, int]:
         """Return the (height, width) of every frame in pixels."""
@@ -185,9 +227,12 @@ class DicomImages:
             raise ImageError("corrupt", f"{self._name} has {self.num_frames:,} frames and no frame {frame}")
         try:
             with quiet():
-                image = self._show(read_frame(self._dataset, frame, self._name), frame)
+                form = read_form(self._dataset)
+                image = self._show(read_frame(self._dataset, form, frame, self._name), form, frame)
         except ImageError:
             raise
+        except HeaderError as error:
+            raise ImageError("corrupt", f"{self._name}: frame {frame} cannot be decoded: {error}") from None
         except Exception as error:  # decoders raise errors of any type for damage; their texts quote values
             kind = type(error).__name__
             raise ImageError("corrupt", f"{self._name}: frame {frame} cannot be decoded ({kind})") from None
@@ -195,108 +240,18 @@ class DicomImages:
             raise ImageError("corrupt", f"{self._name}: the size of frame {frame} is not that of its header")
         return image
 
-    def _show(self, stored: np.ndarray, frame: int) -> Decoded:
+    def _show(self, stored: np.ndarray, form: PixelForm, frame: int) -> Decoded:
         """Return the image of stored values, (H, W) or (H, W, 3)."""
-        kind = self._dataset.PhotometricInterpretation
-        if kind == "PALETTE COLOR":
-            return Decoded(paint_palette(stored, self._dataset), STORED)
+        if form.photometric == "PALETTE COLOR" and stored.ndim == 2:
+            return Decoded(paint_palette(stored, self._dataset, form.syntax), STORED)
         if stored.ndim == 3:
-            return Decoded((stored >> max(self._dataset.BitsStored - 8, 0)).astype(np.uint8)[..., :3], STORED)
-        grey, rule = self._show_grey(stored, frame)
-        return Decoded(as_rgb(255 - grey if kind == "MONOCHROME1" else grey), rule)
-
-    def _show_grey(self, stored: np.ndarray, frame: int) -> tuple[np.ndarray, str]:
-        """Return stored grey values (H, W) as uint8, before the inversion of MONOCHROME1, and the rule."""
-        voi = self._macro("FrameVOILUTSequence", frame)
-        values, is_rescaled = self._rescale(stored, frame)
-        is_padding = self._is_padding(stored)
-        levels = choose_levels(values[~is_padding], self._window, _declared_range(voi))
-        if self._window is None and (voi.get("VOILUTSequence") or levels.rule == DECLARED):
-            return _apply_voi(values, voi), DECLARED
-        if levels.rule == CONTRAST and stored.dtype == np.uint8 and self._dataset.BitsStored == 8 and not is_rescaled:
-            return stored, STORED
-        return show(values, levels), levels.rule
-
-    def _rescale(self, stored: np.ndarray, frame: int) -> tuple[np.ndarray, bool]:
-        """Return the values in the modality's units, (H, W) float, and whether they differ from the stored values."""
-        exact = np.float32 if stored.dtype.itemsize <= 2 else np.float64
-        if tables := self._dataset.get("ModalityLUTSequence"):
-            return _look_up(stored, tables[0])[0].astype(exact), True
-        macro = self._macro("PixelValueTransformationSequence", frame)
-        slope, intercept = _number(macro, "RescaleSlope"), _number(macro, "RescaleIntercept")
-        slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
-        values: np.ndarray = stored.astype(exact)
-        values *= slope
-        values += intercept
-        return values, (slope, intercept) != (1.0, 0.0)
-
-    def _is_padding(self, stored: np.ndarray) -> np.ndarray:
-        """Return where a frame has padding, (H, W) bool. A frame of padding alone counts as a frame without padding."""
-        first = _number(self._dataset, "PixelPaddingValue")
-        if first is None:
-            return np.zeros(stored.shape, bool)
-        last = _number(self._dataset, "PixelPaddingRangeLimit")
-        low, high = sorted((first, first if last is None else last))
-        is_padding = (stored >= low) & (stored <= high)
-        return is_padding if not is_padding.all() else ~is_padding
-
-    def _macro(self, keyword: str, frame: int) -> Dataset:
-        """Return the item of a functional group for this frame, or the shared item, or the object itself."""
-        for groups, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-            sequence = self._dataset.get(groups) or ()
-            if index < len(sequence) and (macro := sequence[index].get(keyword)):
-                return macro[0]
-        return self._dataset
-
-
-def _declared_range(voi: Dataset) -> Range | None:
-    """Return the values (black, white) of an object's window, or None if it has none."""
-    center, width = _number(voi, "WindowCenter") or 0.0, _number(voi, "WindowWidth") or 0.0
-    return (center - width / 2, center + width / 2) if width > 0 else None
-
-
-def _apply_voi(values: np.ndarray, voi: Dataset) -> np.ndarray:
-    """Return the values after the object's VOI lookup table or window, (H, W) uint8.
-
-    Args:
-        values: in the modality's units, (H, W) float; overwritten.
-        voi: the item with the table or window.
-
-    Source: DICOM PS3.3, C.11.2.
-    """
-    if tables := voi.get("VOILUTSequence"):
-        shown, depth = _look_up(np.rint(values), tables[0])
-        return scale_to_bytes(shown.astype(np.float32), 0, 2**depth - 1)
-    center, width = _number(voi, "WindowCenter") or 0.0, _number(voi, "WindowWidth") or 0.0
-    function = voi.get("VOILUTFunction") or "LINEAR"
-    if function == "SIGMOID":
-        with np.errstate(over="ignore"):
-            return scale_to_bytes(1 / (1 + np.exp(-4 * (values - center) / width)), 0, 1)
-    if function == "LINEAR" and width >= 1:
-        center, width = center - 0.5, width - 1
-    return scale_to_bytes(values, center - width / 2, center + width / 2)
-
-
-def _look_up(values: np.ndarray, item: Dataset) -> tuple[np.ndarray, int]:
-    """Return the values' entries in a lookup table, and the depth of an entry in bits."""
-    num_entries, first, depth = (int(number) for number in item.LUTDescriptor)
-    num_entries = num_entries or 1 << 16
-    content: Any = item.LUTData
-    if isinstance(content, bytes):
-        content = np.frombuffer(content, np.uint8 if len(content) < 2 * num_entries else np.dtype("<u2"))
-    table = np.asarray(content)[:num_entries]
-    if len(table) < num_entries or not 1 <= depth <= 16:
-        raise ValueError("the lookup table does not match its descriptor")
-    return table[np.clip(values.astype(np.float64) - first, 0, num_entries - 1).astype(np.intp)], depth
-
-
-def _number(item: Dataset, keyword: str) -> float | None:
-    """Return an element's number (the first of several), or None if there is none or it is not finite."""
-    value = item.get(keyword)
-    if value is not None and not isinstance(value, (str, bytes, int, float)):
-        value = value[0] if len(value) else None
-    number = None if value in (None, "") else float(value)
-    return number if number is not None and np.isfinite(number) else None
+            return show_colours(stored, form)
+        grey, rule = show_grey(stored, self._dataset, form, frame, self._window)
+        image = as_rgb(255 - grey if form.photometric == "MONOCHROME1" else grey)
+        if has_supplemental_palette(self._dataset):
+            is_coloured = stored >= first_of_palette(self._dataset)
+            image[is_coloured] = paint_palette(stored, self._dataset, form.syntax)[is_coloured]
+        return Decoded(image, rule)
 
 
 def sniff(head: bytes) -> bool:
@@ -306,13 +261,21 @@ def sniff(head: bytes) -> bool:
 
 def list_images(
     file: BinaryIO, name: str, size_bytes: int | None, look: "Look"
-) -> tuple[list[str | None], tuple[int, int]]:
+) -> tuple[Sequence[str | None], tuple[int, int]]:
     """The frames of an object, and their size; see `vlsm.images.formats.FormatModule`."""
-    count, height, width = read_shape(file, name, size_bytes)
-    return [f"frame={frame}" for frame in range(count)] if count > 1 else [None] * count, (height, width)
+    form, header = read_description(file, name, size_bytes)
+    if form.syntax in uid.MPEGTransferSyntaxes:
+        video.import_av(f"{name} ({form.syntax.name})")
+        described = f"{name} ({form.syntax.name})"
+        return video.list_images(open_stream(file, name), described, None, look)
+    if form.num_frames == 1:
+        return [None], form.size
+    return [f"frame={frame}" for frame in choose_frames(look.frames, form.num_frames, header)], form.size
 
 
 def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], Decoded]:
     """The frames of an object; see `vlsm.images.formats.FormatModule`."""
     images = DicomImages(data, name, settings.max_pixels, settings.window, settings.max_image_bytes)
+    if images.is_video:
+        return video.open_images(open_stream(io.BytesIO(data), name), name, settings)
     return lambda selector: images.decode(int(selector.partition("=")[2]) if selector else 0)

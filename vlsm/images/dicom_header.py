@@ -16,13 +16,17 @@ from pydicom.filereader import _read_file_meta_info, read_dataset, read_partial,
 
 from vlsm.errors import ImageError
 
+UNDEFINED_LENGTH = 0xFFFFFFFF  # the length of an element that ends with a delimiter
+
 _quiet_lock = threading.Lock()
 _num_quiet = 0
 _before_quiet: contextlib.ExitStack
 
 
 def read_header(file: BinaryIO, stop_when: Any, tags: list[int], max_bytes: int, name: str) -> Dataset:
-    """Return the chosen elements of a DICOM file, with a `file_meta` that always has a transfer syntax.
+    """Return the chosen elements of a DICOM file.
+
+    The data set also has a `file_meta`, always with a transfer syntax, and `is_cut`: whether it ends inside an element.
 
     Args:
         file: at its start.
@@ -41,18 +45,45 @@ def read_header(file: BinaryIO, stop_when: Any, tags: list[int], max_bytes: int,
         content, is_all = _inflate(file, max_bytes)
         if not is_all and stop_when is None:
             raise ImageError("too_large", f"{name} holds more than {max_bytes:,} bytes")
-        dataset = read_dataset(io.BytesIO(content), False, True, stop_when=stop_when, specific_tags=list(tags))
+        file, end = io.BytesIO(content), _End(stop_when)
+        dataset = read_dataset(file, False, True, stop_when=end.see(file), specific_tags=list(tags))
         if stop_when is None:
             meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
         dataset.file_meta = meta
-        return dataset
-    file.seek(0)
-    dataset = read_partial(file, stop_when, force=True, specific_tags=list(tags))
+    else:
+        end = _End(stop_when)
+        file.seek(0)
+        dataset = read_partial(file, end.see(file), force=True, specific_tags=list(tags))
+    dataset.is_cut = end.is_beyond(file)
     if "TransferSyntaxUID" not in dataset.file_meta:
         is_implicit, is_little = dataset.original_encoding
         explicit = uid.ExplicitVRLittleEndian if is_little else uid.ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if is_implicit else explicit
     return dataset
+
+
+class _End:
+    """Remembers where the last element that pydicom has seen should end. pydicom skips beyond the end of a file."""
+
+    def __init__(self, stop_when: Any) -> None:
+        self._stop_when = stop_when
+        self._offset = -1
+
+    def see(self, file: BinaryIO) -> Any:
+        """Return the stop_when for pydicom, which is at an element's value when it calls it."""
+
+        def stop(tag: Any, vr: str | None, length: int) -> bool:
+            self._offset = 0 if length == UNDEFINED_LENGTH else file.tell() + length
+            if self._stop_when is None or not self._stop_when(tag, vr, length):
+                return False
+            self._offset = 0
+            return True
+
+        return stop
+
+    def is_beyond(self, file: BinaryIO) -> bool:
+        """Return whether the file ends inside the last element, or before the first one."""
+        return self._offset < 0 or (self._offset > 0 and self._offset > file.seek(0, io.SEEK_END))
 
 
 def _inflate(file: BinaryIO, max_bytes: int) -> tuple[bytes, bool]:

@@ -1,11 +1,25 @@
 """The table of file formats, and the images of one file: a single image, or frames, pages or slices.
 
-A selector names one of several images in a file: "frame=3" in DICOM, "page=2" in TIFF, "slice=17" in a NIfTI volume. In
-a tar or zip it begins with the member's name: "a/b.png", "a/b.dcm#frame=3", in Parquet with the row: "row=17". The only
-image of a file has no selector.
+A selector names one of several images in a file: "frame=3" in DICOM and videos, "page=2" in TIFF, "slice=17" in a
+volume. In a tar or zip it begins with the member's name: "a/b.png", "a/b.dcm#frame=3", in Parquet with the row:
+"row=17". The only image of a file has no selector.
+
+Which files are images, and of which format:
+
+1. A name with the ending of a format has this format. A name with an extension that the table of media types knows for
+   something else (.txt, .json, .pdf, .mp3) is passed over, and not read. All other names are looked into: those without
+   an extension, with a number or a part of a UID as extension, and with an unknown extension. That is a read of the
+   first bytes of each such file.
+2. Content is stronger than a name: bytes with the signature of another format have that format, if they lack the
+   signature of the format that the name states.
+3. A listing does not open files with the name of a one-image format (.png, .jpg). Each counts as one image; its content
+   is looked at when it is decoded.
 """
 
+import functools
+import mimetypes
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -16,10 +30,14 @@ from vlsm.images.decode import EXTENSIONS
 from vlsm.images.grey_levels import Decoded
 from vlsm.images.windows import count_windows
 
-HEAD_BYTES = 132  # at the start of a file, enough to recognise a format
+HEAD_BYTES = 348  # at the start of a file, enough to recognise a format: the header of a NIfTI volume
 
 Open = Callable[[], BinaryIO]
 Decode = Callable[[str | None], Decoded]  # an image by its selector; raises ImageError
+
+
+class NoImages(Exception):
+    """A file is of a kind that is no picture. The text is a label of the kind, for counting."""
 
 
 class FormatModule(Protocol):
@@ -30,7 +48,11 @@ class FormatModule(Protocol):
     ) -> tuple[Sequence[str | None], tuple[int, int]]:
         """Return the selector of each image, from the file's header, and (height, width) of the images in pixels.
 
-        A file with one image has the selector None. A file without pixels has no images.
+        A file with one image has the selector None.
+
+        Raises:
+            NoImages: the file is of a kind that is no picture.
+            ImageError: the file is damaged.
 
         Args:
             file: opened at its start. It may read lazily.
@@ -76,6 +98,7 @@ class Format:
         selector: a regular expression for the selectors of its images.
         is_sniffed: whether the module also has `sniff(head: bytes) -> bool`, for files whose names state no format. Its
             argument is the first HEAD_BYTES bytes.
+        signature: a regular expression for the first HEAD_BYTES bytes that only files of this format begin with, or "".
         headers: those of the endings whose files keep their values in a second file. The module is a PairedModule.
     """
 
@@ -83,24 +106,49 @@ class Format:
     module: str
     selector: str = ""
     is_sniffed: bool = False
+    signature: bytes = b""
     headers: tuple[str, ...] = ()
+
+    def begins(self, head: bytes) -> bool:
+        """Return whether bytes begin with the signature of the format."""
+        return bool(self.signature and re.match(self.signature, head, re.DOTALL))
 
     def load(self) -> FormatModule:
         """Import the module."""
         return cast(FormatModule, import_module(self.module))
 
 
+_TIFF = rb"II[*+]\0|MM\0[*+]"
+_IMAGE = (
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|BM.{4}\0{4}.{3}\0[\x0c-\x7c]\0\0\0|GIF8[79]a"
+    rb"|\0\0\0\x0cjP  \r\n|\xff\x4f\xff\x51|.{4}ftypavi[fs]"
+)
+_VIDEO = rb".{4}ftyp(?:isom|iso[2-9]|mp4[12]|avc1|M4V|qt  |MSNV)|RIFF.{4}AVI |\x1aE\xdf\xa3|\0\0\x01[\xba\xb3]"
+_NIFTI = rb"(?:\x5c\x01\0\0|\0\0\x01\x5c).{340}n[+]1\0|(?:\x1c\x02\0\0|\0\0\x02\x1c)n[+]2\0"
 _SLICE = r"(?:volume=\d+,)?slice=\d+"
 FORMATS = {
-    "tiff": Format((".tif", ".tiff"), "vlsm.images.tiff", r"page=\d+"),
-    "image": Format(EXTENSIONS, "vlsm.images.decode"),
-    "dicom": Format((".dcm", ".dicom"), "vlsm.images.dicom", r"frame=\d+", is_sniffed=True),
-    "nifti": Format((".nii", ".nii.gz", ".hdr", ".hdr.gz"), "vlsm.images.nifti", _SLICE, headers=(".hdr", ".hdr.gz")),
-    "nrrd": Format((".nrrd", ".nhdr"), "vlsm.images.nrrd", _SLICE, headers=(".nhdr",)),
+    "tiff": Format((".tif", ".tiff"), "vlsm.images.tiff", r"page=\d+", signature=_TIFF),
+    "image": Format(EXTENSIONS, "vlsm.images.decode", signature=_IMAGE),
+    "dicom": Format((".dcm", ".dicom"), "vlsm.images.dicom", r"frame=\d+", is_sniffed=True, signature=rb".{128}DICM"),
+    "nifti": Format(
+        (".nii", ".nii.gz", ".hdr", ".hdr.gz"),
+        "vlsm.images.nifti",
+        _SLICE,
+        signature=_NIFTI,
+        headers=(".hdr", ".hdr.gz"),
+    ),
+    "nrrd": Format((".nrrd", ".nhdr"), "vlsm.images.nrrd", _SLICE, signature=rb"NRRD000", headers=(".nhdr",)),
     "metaimage": Format((".mha", ".mhd"), "vlsm.images.metaimage", _SLICE, headers=(".mhd",)),
+    "video": Format(
+        (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"),
+        "vlsm.images.video",
+        r"frame=\d+",
+        signature=_VIDEO,
+    ),
 }
 _ARCHIVES = {"tar": (".tar", ".tar.gz", ".tgz"), "zip": (".zip",), "parquet": (".parquet",)}
 UNNAMED = "unnamed"  # the kind of a file whose name states no format
+_URL = re.compile(r"https?://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -112,12 +160,14 @@ class Look:
         tile: how images are cut into windows. Without a tile size, the sizes of images do not matter.
         fields: which members of a WebDataset sample are images, such as "image.png"; empty for all.
         columns: the setting `columns`: names of a list's columns, and of the images in Parquet.
+        frames: which frames of videos and of objects with several frames are images, as the setting `frames`.
     """
 
     axis: str = "axial"
     tile: TileSettings = field(default_factory=TileSettings)
     fields: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
+    frames: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,12 +192,17 @@ class Inside:
     stated: Mapping[str, Any] = field(default_factory=dict)
 
 
-def kind_of(name: str) -> str | None:
-    """Return the kind of a file by its name: a key of FORMATS or _ARCHIVES, UNNAMED, or None for an unknown format.
+def file_name(uri: str) -> str:
+    """Return the last part of a path or URI in lower case, without the query of a URL, such as a signature."""
+    return (re.split("[?#]", uri, maxsplit=1)[0] if _URL.match(uri) else uri).rsplit("/", 1)[-1].lower()
 
-    UNNAMED is for names without an extension or with a number as extension. Scanners write such names.
+
+def kind_of(name: str) -> str | None:
+    """Return the kind of a file by its name: a key of FORMATS or _ARCHIVES, UNNAMED, or None for another format.
+
+    UNNAMED is for names that state no format; see the rule of this module.
     """
-    lower = name.rsplit("/", 1)[-1].lower()
+    lower = file_name(name)
     if not lower or lower.startswith("._"):  # macOS writes ._x.jpg beside x.jpg on foreign disks
         return None
     for kind, known in FORMATS.items():  # every listed file comes here: nothing is built for it
@@ -156,12 +211,36 @@ def kind_of(name: str) -> str | None:
     for kind, endings in _ARCHIVES.items():
         if lower.endswith(endings):
             return kind
-    suffix = lower.rpartition(".")[2]
-    return UNNAMED if suffix == lower or suffix.isdecimal() else None
+    return None if _is_known(lower.rpartition(".")[1:]) else UNNAMED
 
 
-def sniff_kind(head: bytes) -> str | None:
-    """Return the kind of an UNNAMED file by its first HEAD_BYTES bytes, or None for an unknown format."""
+@functools.lru_cache(maxsize=1024)
+def _is_known(extension: tuple[str, str]) -> bool:
+    """Return whether an extension (dot, text) stands for a media type, or for a compression."""
+    suffix, table = "".join(extension), _media_types()
+    media_type = table.types_map[True].get(suffix) or table.types_map[False].get(suffix)
+    return suffix in table.encodings_map or media_type not in (None, "application/octet-stream")
+
+
+@functools.cache
+def _media_types() -> mimetypes.MimeTypes:
+    """Return Python's own table, which does not depend on the machine."""
+    return mimetypes.MimeTypes()
+
+
+def sniff_kind(head: bytes, name: str = "") -> str | None:
+    """Return the kind of a file by its first HEAD_BYTES bytes and its name, or None for an unknown format.
+
+    Bytes that agree with the name, or with no format, have the format of the name.
+    """
+    named = kind_of(name)
+    if named in FORMATS and FORMATS[named].begins(head):
+        return named
+    for kind, known in FORMATS.items():
+        if known.begins(head):
+            return kind
+    if named in FORMATS:
+        return named
     for kind, known in FORMATS.items():
         if known.is_sniffed and import_module(known.module).sniff(head):
             return kind
@@ -219,34 +298,47 @@ def split_selector(uri: str, selector: str | None) -> tuple[str | None, str | No
 
 
 def describe_other(name: str) -> str:
-    """Return the label of a skipped file for counting: its extension, or "no extension"."""
-    base = name.rsplit("/", 1)[-1]
-    return "." + base.rsplit(".", 1)[-1].lower() if "." in base else "no extension"
+    """Return the label of a skipped file for counting: its extension, or "no extension".
+
+    A number or a long text is no extension: it may be different for each of many files.
+    """
+    _, dot, extension = file_name(name).rpartition(".")
+    return dot + extension if dot and len(extension) <= 10 and not extension[:1].isdecimal() else "no extension"
 
 
 def list_frames(
-    open_file: Open, name: str, size_bytes: int | None, look: Look, kind: str | None = None
+    open_file: Open,
+    name: str,
+    size_bytes: int | None,
+    look: Look,
+    skipped: Counter[str] | None = None,
+    kind: str | None = None,
 ) -> list[Inside]:
     """Return the images of a file that is not an archive, from its header. A file without pixels has no images.
 
     Args:
         open_file: opens the file, which may read lazily. If the format allows it, only a part is read.
-        name: of the file. It determines the kind, and appears in error messages.
+        name: of the file. It determines the kind together with the content, and appears in error messages.
         size_bytes: of the file; None if unknown, then the opened file is asked.
         look: how to slice volumes and tile images.
+        skipped: counter of files without images, by description; this function adds to it.
         kind: of the file, if its name does not state it.
 
     Raises:
-        ImageError: the file is not a valid file of the format that its name states.
+        ImageError: the file is not a valid file of its format.
     """
-    kind = kind or kind_of(name)
-    if kind == "image" and look.tile.size is None:
+    if (kind or kind_of(name)) == "image" and look.tile.size is None:
         return [Inside()]
     with open_file() as file:
-        if kind == UNNAMED:
-            if (kind := sniff_kind(file.read(HEAD_BYTES))) is None:
-                return []
-            file.seek(0)
-        selectors, size = FORMATS[kind or "image"].load().list_images(file, name, size_bytes, look)
+        kind = kind or sniff_kind(file.read(HEAD_BYTES), name)
+        file.seek(0)
+        try:
+            if kind is None:
+                raise NoImages(describe_other(name))
+            selectors, size = FORMATS[kind].load().list_images(file, name, size_bytes, look)
+        except NoImages as error:
+            if skipped is not None:
+                skipped[str(error)] += 1
+            return []
     count = min(count_windows(size, look.tile.size, look.tile.overlap), look.tile.max_windows)
     return [Inside(selector, num_windows=count) for selector in selectors]

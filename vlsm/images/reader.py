@@ -3,6 +3,7 @@
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import queue
 import threading
@@ -21,9 +22,9 @@ from vlsm.images.fetch import check_size, image_errors, read_image_bytes, read_p
 from vlsm.images.formats import (
     FORMATS,
     HEAD_BYTES,
-    UNNAMED,
     Decode,
     Look,
+    NoImages,
     PairedModule,
     data_uris,
     is_archive,
@@ -73,6 +74,21 @@ class Content:
         """
         return self._decode(frame)
 
+    def check_single(self) -> None:
+        """Raise an ImageError if the file has several images, or none. Its name stands for one image."""
+        known = FORMATS[self.kind or "image"]
+        look = Look(self._settings.slices, frames=self._settings.frames)
+        try:
+            selectors, _ = known.load().list_images(io.BytesIO(self.data), self.name, len(self.data), look)
+        except NoImages as error:
+            raise ImageError("unreadable", f"{self.name}: {error}") from None
+        if list(selectors) != [None]:
+            raise ImageError(
+                "unreadable",
+                f"{self.name} holds {len(selectors):,} images in the format {self.kind}; "
+                f"its name must end with {known.endings[0]}",
+            )
+
     @functools.cached_property
     def _decode(self) -> Decode:
         module = FORMATS[self.kind or "image"].load()
@@ -108,7 +124,10 @@ class Reader:
             raise ImageError(reason, message)
         member, frame = split_selector(row["image_uri"], row["selector"])
         if frame is None:
-            return self._read(row, member), None
+            content = self._read(row, member)
+            if kind_of(member or row["image_uri"]) in ("image", None) and content.kind != "image":
+                content.check_single()  # the listing did not open it
+            return content, None
         return self._share((row["image_uri"], member), lambda: self._read(row, member)), frame
 
     def _share(self, key: tuple[str, str | None], read: Callable[[], Content]) -> Content:
@@ -149,8 +168,8 @@ class Reader:
                     lambda: self._read_in_order(row, member), uri, settings.run.outage_patience_s
                 )
         name = uri if member is None else f"{uri}#{member}"
-        if kind == UNNAMED:
-            kind = sniff_kind(data[:HEAD_BYTES])
+        if kind_of(uri) != "parquet":  # there the row may state the format
+            kind = sniff_kind(data[:HEAD_BYTES], member or uri)
         return Content(data, name, kind, settings, self._read_values(data, uri, member))
 
     def _read_values(self, data: bytes, uri: str, member: str | None) -> bytes | None:

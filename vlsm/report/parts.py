@@ -23,6 +23,7 @@ _READING = (
     "columns",
     "fields",
     "slices",
+    "frames",
     "window",
     "max_pixels",
     "max_image_bytes",

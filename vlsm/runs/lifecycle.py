@@ -138,7 +138,7 @@ def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None =
             settings.output,
             settings.run.allow,
             after,
-            Look(settings.slices, settings.tile, settings.fields, settings.columns),
+            Look(settings.slices, settings.tile, settings.fields, settings.columns, settings.frames),
         )
         if after is not None:
             return archive
