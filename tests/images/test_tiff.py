@@ -125,7 +125,7 @@ def test_narrow_deep_colours_keep_their_hue():
     ("extra", "channels"), [("unassalpha", 4), ("assocalpha", 4), ("unspecified", 4), ("unassalpha", 2)]
 )
 def test_alpha_is_dropped(extra, channels):
-    alpha = np.full((16, 16, 1), 9, np.uint8)
+    alpha = np.full((16, 16, 1), 255 if extra == "assocalpha" else 9, np.uint8)
     values = np.concatenate([COLOURS if channels == 4 else RAMP[..., None], alpha], axis=-1)
     data = write(
         values, photometric="rgb" if channels == 4 else "minisblack", extrasamples=[extra], planarconfig="contig"
@@ -136,6 +136,13 @@ def test_alpha_is_dropped(extra, channels):
 
 
 CFA_TAGS = [(33421, 3, 2, (2, 2), True), (33422, 1, 4, b"\0\1\1\2", True)]
+
+
+def test_colours_that_were_multiplied_with_alpha_are_as_before():
+    alpha = np.full((16, 16, 1), 128, np.uint8)
+    values = np.concatenate([(COLOURS * (128 / 255)).round().astype(np.uint8), alpha], axis=-1)
+    data = write(values, photometric="rgb", extrasamples=["assocalpha"], planarconfig="contig")
+    assert np.abs(decode(data).pixels.astype(int) - COLOURS).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,8 @@ def _to_stored(page: Any, values: np.ndarray) -> Stored:
     if page.photometric == _CMYK:
         levels = values if values.dtype == np.uint8 else (values // 257).astype(np.uint8)
         return Stored(np.asarray(Image.fromarray(np.ascontiguousarray(levels[..., :4]), "CMYK").convert("RGB")))
+    if page.extrasamples == (1,):
+        values = _unmultiply(values)
     values = values[..., :3] if values.shape[-1] > 2 else values[..., 0]
     is_white_zero = page.photometric == 0
     bits = int(page.bitspersample)
@@ -165,6 +167,15 @@ def _to_stored(page: Any, values: np.ndarray) -> Stored:
     if bits == 1 and is_white_zero:
         return Stored(255 - values)
     return Stored(values, full_range(values.dtype, bits), is_white_zero, _no_data(page))
+
+
+def _unmultiply(values: np.ndarray) -> np.ndarray:
+    """Return the values before they were multiplied with their last channel, alpha (ExtraSamples 1), if integers."""
+    alpha = values[..., -1:].astype(np.float64)
+    if values.dtype.kind != "u" or not alpha.any():
+        return values
+    most = np.iinfo(values.dtype).max
+    return np.where(alpha > 0, np.minimum(values * (most / np.maximum(alpha, 1)), most), 0).astype(values.dtype)
 
 
 def _no_data(page: Any) -> float | None:
