@@ -169,7 +169,7 @@ class SegmentSettings(Settings):
         description="frames that are images: 'every N', or 'N per second'; null: 1 per second of a video, else all",
     )
     window: tuple[float, float] | None = Field(
-        None, description="centre and width of the grey values of DICOM and volumes, as [40, 400]; null: the file's"
+        None, description="grey values to show, above 8 bits: [centre, width], as [40, 400]; null: as the file states"
     )
     max_pixels: int = Field(100_000_000, ge=1, description="refuse images with more pixels, before decoding")
     max_image_bytes: int = Field(1 << 30, ge=1, description="refuse files with more bytes, before reading")
