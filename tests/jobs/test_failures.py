@@ -32,14 +32,14 @@ def patched(name, *words, **options):
     segmenter = sys.modules.get("vlsm.segmentation.segmenter")
     decoder = sys.modules.get("vlsm.images.decode")
     if decoder is not None and hasattr(decoder, "open_images") and not hasattr(decoder, "poisoned"):
-        decoder.poisoned, decode = True, decoder.decode_image
+        decoder.poisoned, decode = True, decoder.decode_picture
         def poisoned(data, *words):
             if b"POISON" in data:
                 os.abort()
             while b"HANG" in data:
                 time.sleep(1)
             return decode(data, *words)
-        decoder.decode_image = poisoned
+        decoder.decode_picture = poisoned
     if segmenter is not None and hasattr(segmenter, "Segmenter") and not hasattr(segmenter, "poisoned"):
         segmenter.poisoned, predict = True, segmenter.Segmenter.predict_logits
         def poisoned(self, images, prompts):
