@@ -73,7 +73,7 @@ def make(**elements):
 def export(tmp_path, write):  # noqa: F811
     """Export the masks of DICOM images, and return the written segmentations by name."""
 
-    def export(*datasets, kind="dicom-seg", prompt="polyp"):
+    def export(*datasets, kind="dicom-seg", prompt="polyp", code=0):
         rows = []
         for number, dataset in enumerate(datasets):
             path = tmp_path / f"{number}.dcm"
@@ -82,7 +82,7 @@ def export(tmp_path, write):  # noqa: F811
             for frame, mask in enumerate(masks_of(dataset)):
                 selector = f"frame={frame}" if dataset.get("NumberOfFrames", 1) > 1 else None
                 rows.append(row(path, mask, prompt, selector))
-        names = run(write(rows, prompts=[prompt]), kind, tmp_path / "x")
+        names = run(write(rows, prompts=[prompt]), kind, tmp_path / "x", code=code)
         return {name: hd.seg.segread(tmp_path / "x" / name) for name in names}
 
     return export
@@ -428,7 +428,7 @@ def test_rows_of_a_grown_archive_are_in_the_segmentation_of_their_series(tmp_pat
 
 def test_a_series_exported_again_is_the_same(export, tmp_path):
     export(*slices(0, 3, 6), kind="dicom-seg-series")
-    (path,) = (tmp_path / "x").iterdir()
+    (path,) = (tmp_path / "x").glob("*.dcm")
     before = path.read_bytes()
     export(*slices(0, 3, 6), kind="dicom-seg-series")
     assert path.read_bytes() == before

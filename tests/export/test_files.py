@@ -1,4 +1,3 @@
-import csv
 import errno
 from collections import Counter
 
@@ -10,6 +9,7 @@ from PIL import Image
 
 import vlsm
 from tests.conftest import save_square
+from tests.export.test_volumes import index
 from vlsm import export
 from vlsm.errors import ConfigError
 from vlsm.export.__main__ import main, parse_filter
@@ -58,11 +58,6 @@ def output(tmp_path):
 
 def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "index.csv")
-
-
-def index(folder):
-    with (folder / "index.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_read_masks_filters_rows_and_chooses_columns(output):

@@ -25,7 +25,7 @@ def fill(polygons, shape):
 
 @pytest.fixture
 def export(tmp_path, write):  # noqa: F811
-    def export(*datasets, masks=None):
+    def export(*datasets, masks=None, code=0):
         rows = []
         for number, dataset in enumerate(datasets):
             path = tmp_path / f"{number}.dcm"
@@ -33,7 +33,7 @@ def export(tmp_path, write):  # noqa: F811
             for frame, mask in enumerate(masks_of(dataset) if masks is None else masks):
                 selector = f"frame={frame}" if dataset.get("NumberOfFrames", 1) > 1 else None
                 rows.append(row(path, mask, "полип", selector))
-        names = run(write(rows, prompts=["полип"]), "rtstruct", tmp_path / "x")
+        names = run(write(rows, prompts=["полип"]), "rtstruct", tmp_path / "x", code=code)
         return [pydicom.dcmread(tmp_path / "x" / name) for name in names]
 
     return export
@@ -93,7 +93,7 @@ def test_an_empty_mask_is_a_structure_without_contours(export):
 
 
 def test_an_image_without_a_position_has_no_structure_set(export, caplog):
-    assert export(make(ImagePositionPatient=None, SOPClassUID=uid.SecondaryCaptureImageStorage)) == []
+    assert export(make(ImagePositionPatient=None, SOPClassUID=uid.SecondaryCaptureImageStorage), code=1) == []
     assert "0.dcm has no complete position in the patient" in caplog.text
     assert SECRET not in caplog.text
 

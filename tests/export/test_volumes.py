@@ -1,3 +1,4 @@
+import csv
 import gzip
 import io
 import json
@@ -59,10 +60,15 @@ def write(tmp_path):
     return write
 
 
-def run(output, kind, folder, *words):
-    assert main([output, str(folder), "--format", kind, *words]) == 0
+def run(output, kind, folder, *words, code=0):
+    assert main([output, str(folder), "--format", kind, *words]) == code
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if name != "index.csv")
+
+
+def index(folder):
+    with (folder / "index.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def checkers(shape, seed=0):
@@ -140,9 +146,15 @@ def test_a_volume_that_is_gone_or_another_costs_only_its_own(tmp_path, write, ca
     small = tmp_path / "small.nii"
     small.write_bytes(save_nifti(BODY[:, :2]))
     other = [one | {"image_uri": str(small)} for one in rows]
-    assert run(write([*gone, *other, *rows]), "nifti", tmp_path / "x") == ["body.nii.polyp.nii.gz"]
+    assert run(write([*gone, *other, *rows]), "nifti", tmp_path / "x", code=1) == ["body.nii.polyp.nii.gz"]
     assert "there is no file" in caplog.text
-    assert "small.nii changed its shape" in caplog.text
+    lines = index(tmp_path / "x")
+    assert [(line["image_uri"], line["selector"]) for line in lines] == [
+        (one["image_uri"], one["selector"]) for one in (*gone, *other, *rows)
+    ]
+    assert {line["error"].split(":")[0] for line in lines[:4]} == {"missing"}
+    assert {line["error"] for line in lines[4:8]} == {f"corrupt: {small} changed its shape after segmentation"}
+    assert {(line["file"], line["error"]) for line in lines[8:]} == {("body.nii.polyp.nii.gz", "")}
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
@@ -169,7 +181,7 @@ def test_members_of_packed_files_are_found(tmp_path, write, kind):
         for one in rows
     ]
     rows.append(row(path, checkers((2, 2)), selector="b.nii#slice=0"))
-    assert run(write(rows), "nifti", tmp_path / "x") == [f"all.{kind}#a/body.nii.polyp.nii.gz"]
+    assert run(write(rows), "nifti", tmp_path / "x", code=1) == [f"all.{kind}#a/body.nii.polyp.nii.gz"]
     image = nib.load(tmp_path / "x" / f"all.{kind}#a" / "body.nii.polyp.nii.gz")
     np.testing.assert_array_equal(np.asarray(image.dataobj), volumes["polyp"][..., 0])
 
@@ -543,12 +555,16 @@ def test_what_cannot_be_a_segmentation_is_told_and_passed_over(tmp_path, write, 
     mask = checkers((4, 5))
     rows = [row(path, mask, selector="frame=0") for path in (good, bare, tmp_path / "gone.dcm")]
     rows += [row(picture, mask), row("x/b.png", mask), row(good, checkers((9, 9)), selector="frame=0", image_id="c")]
-    assert run(write(rows), "dicom-seg", tmp_path / "x") == ["cine.dcm.seg.dcm"]
-    assert "2 masks are of images that are not DICOM" in caplog.text
-    assert "bare.dcm lacks what a DICOM segmentation needs (StudyInstanceUID)" in caplog.text
-    assert "there is no file" in caplog.text
-    assert "cine.dcm changed its shape" in caplog.text
-    assert SECRET not in caplog.text
+    assert run(write(rows), "dicom-seg", tmp_path / "x", code=1) == ["cine.dcm.seg.dcm"]
+    assert "1 masks are of images that are not DICOM" in caplog.text
+    lines = index(tmp_path / "x")
+    errors = {line["image_id"]: line["error"] for line in lines if not line["file"]}
+    assert set(errors) == {"bare.dcm#frame=0", "gone.dcm#frame=0", "b.png", "c"}
+    assert "bare.dcm lacks what a DICOM segmentation needs (StudyInstanceUID)" in errors["bare.dcm#frame=0"]
+    assert "there is no file" in errors["gone.dcm#frame=0"]
+    assert "cine.dcm changed its shape" in errors["c"]
+    assert [line["image_id"] for line in lines if line["file"] == "cine.dcm.seg.dcm"] == ["cine.dcm#frame=0"]
+    assert SECRET not in caplog.text + str(lines)
 
 
 @pytest.mark.parametrize(

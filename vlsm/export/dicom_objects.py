@@ -2,11 +2,12 @@
 
 import datetime
 import hashlib
+import io
 import itertools
 import logging
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,18 @@ from pydicom.dataset import Dataset
 
 from vlsm import storage
 from vlsm.errors import ImageError
-from vlsm.export.dicom_source import DicomImage, read_dicom_image
+from vlsm.export.dicom_masks import stack_masks
+from vlsm.export.dicom_source import DicomImage, ImageRows, read_dicom_image
 from vlsm.export.dicom_values import Repairs
-from vlsm.export.labels import class_names, decode_labels
-from vlsm.export.naming import file_path
-from vlsm.export.origins import (
-    MAX_EXPORT_BYTES,
-    Filters,
-    Numbering,
-    Row,
-    file_id,
-    group_by_source,
-    read_settings,
-    source_of,
-)
+from vlsm.export.folder import ExportFolder
+from vlsm.export.origins import Filters, Numbering, Row, SourceFile, SourceRows, file_id, read_settings
 from vlsm.images.dicom_header import quiet
 from vlsm.images.reader import Reader
 from vlsm.runs.record import read_record
-from vlsm.runs.results import read_ok_masks
 
 logger = logging.getLogger("vlsm")
 
 MAX_LABEL = 64  # maximum characters of a DICOM value of type LO
-Slice = tuple[DicomImage, list[Row]]  # an image file and its rows
 
 
 @dataclass(frozen=True)
@@ -52,27 +42,45 @@ class Algorithm:
 Maker = Callable[[list[DicomImage], dict[str, np.ndarray], Algorithm, Repairs], Dataset]
 
 
+@dataclass
+class _Series:
+    """A series of which slices were read.
+
+    Attributes:
+        path: its object, or None if it could not be written.
+        written: the files of the slices in the object.
+        later: files of slices that came after the object was written.
+        instances: the SOP Instance UIDs of all slices.
+    """
+
+    path: Path | None = None
+    written: list[SourceFile] = field(default_factory=list)
+    later: list[SourceFile] = field(default_factory=list)
+    instances: set[str] = field(default_factory=set)
+
+
 class DicomExport:
     """One export: where it reads and writes, and what it has counted.
 
     Args:
         output: OUTPUT of a segment run, local or in an object store.
-        directory: a local folder; created if it does not exist.
+        folder: for the files.
         limit: maximum number of rows.
         make: makes an object.
         suffix: end of the file names, such as ".seg.dcm".
     """
 
-    def __init__(self, output: str, directory: str | Path, limit: int | None, make: Maker, suffix: str) -> None:
-        self.output, self.directory, self.limit, self.make, self.suffix = output, directory, limit, make, suffix
+    def __init__(self, output: str, folder: ExportFolder, limit: int | None, make: Maker, suffix: str) -> None:
+        self.output, self.folder, self.limit, self.make, self.suffix = output, folder, limit, make, suffix
         self.settings = read_settings(output)
+        self.reader = Reader(self.settings)
         self.made_at = _read_planned_at(output)
-        self.repairs, self.num_others, self.paths = Repairs(), 0, set[Path]()
+        self.repairs, self.num_others, self.num_copies = Repairs(), 0, 0
 
     def write_files(self, filters: Filters) -> int:
         """Write one object per file, at `DIR/FILE.SUFFIX`. Returns the number of written files."""
-        for image, rows in self._read_slices(filters):
-            self._write([(image, rows)], file_id(rows[0]))
+        for entry in self._read(self._rows(filters)):
+            self._write([entry], file_id(entry.rows[0]))
         return self._finish()
 
     def write_series(self, filters: Filters) -> int:
@@ -83,73 +91,114 @@ class DicomExport:
         and images without a position, have an object each, as in `write_files`.
 
         Slices of a series usually follow each other in the results. If they do not, the function reads the series again
-        at the end and replaces its object. If a slice occurs twice, its last copy is used.
+        at the end and replaces its object. If several files have one SOP Instance UID, the first one is used, and a
+        warning counts the masks of the others.
         """
-        uris: dict[tuple[Any, ...], set[str]] = {}
-        repeated: dict[tuple[Any, ...], None] = {}
-        for key, group in itertools.groupby(self._read_slices(filters), key=lambda one: _series_key(one[0])):
+        rows = self._rows(filters)
+        found: dict[tuple[Any, ...], _Series] = {}
+        for key, group in itertools.groupby(self._read(rows), key=lambda entry: _series_key(entry.image)):
             if key is None:
-                for image, rows in group:
-                    self._write([(image, rows)], file_id(rows[0]))
+                for entry in group:
+                    self._write([entry], file_id(entry.rows[0]))
                 continue
-            slices = list(group)
-            if key in uris:
-                repeated[key] = None
+            is_first = key not in found
+            series = found.setdefault(key, _Series())
+            entries = [entry for entry in group if self._is_first_copy(entry, series)]
+            sources = [entry.source for entry in entries]
+            if is_first:
+                series.path, series.written = self._write(entries, _series_id(key)), sources
             else:
-                self._write(slices, _series_id(key))
-            uris.setdefault(key, set()).update(rows[0]["image_uri"] for _, rows in slices)
-        for key in repeated:
-            chosen = [*(filters or ()), ("image_uri", "in", sorted(uris[key]))]
-            again = self._read_slices(chosen, is_first=False)
-            self._write([one for one in again if _series_key(one[0]) == key], _series_id(key))
+                series.later += sources
+        for key, series in found.items():
+            if series.later:
+                self._extend(series, rows, key)
         return self._finish()
 
-    def _read_slices(self, filters: Filters, is_first: bool = True) -> Iterator[Slice]:
-        """Yield each DICOM image with its rows. Other files are counted, and unreadable files cause a warning.
+    def _rows(self, filters: Filters) -> SourceRows:
+        return SourceRows(self.output, filters, self.limit, ["label_map", "model"], ("mask", "labels"))
 
-        Args:
-            filters: conditions that the rows must meet.
-            is_first: False if the same images are read again, so that nothing is counted twice.
+    def _read(self, rows: SourceRows) -> Iterator[ImageRows]:
+        """Yield each DICOM image with its rows. Other files are counted, and rows of unreadable files fail."""
+        for source, source_rows in rows:
+            with self.folder.attempt(source_rows):
+                image = read_dicom_image(source, self.reader, self.repairs)
+                if image is None:
+                    self.num_others += len(source_rows)
+                else:
+                    yield ImageRows(image, source, source_rows)
+
+    def _is_first_copy(self, entry: ImageRows, series: _Series) -> bool:
+        instance = entry.image.uids["SOPInstanceUID"]
+        if instance in series.instances:
+            self.num_copies += len(entry.rows)
+            return False
+        series.instances.add(instance)
+        return True
+
+    def _write(self, entries: list[ImageRows], identity: str) -> Path | None:
+        """Write an object. Return its path, or None if it could not be written."""
+        written = None
+        with self.folder.attempt([row for entry in entries for row in entry.rows]):
+            content, rows = self._build(entries, self.repairs)
+            with self.folder.file({"image_id": identity, "prompt": ""}, self.suffix, rows) as path:
+                path.write_bytes(content)
+                written = path
+        return written
+
+    def _extend(self, series: _Series, rows: SourceRows, key: tuple[Any, ...]) -> None:
+        """Add the later slices to the object of a series. If that fails, the object stays, and only their rows fail."""
+        written = series.written if series.path else []
+        found = list(rows.read_again([*written, *series.later]))
+        new_rows = [row for _, source_rows in found[len(written) :] for row in source_rows]
+        with self.folder.attempt(new_rows):
+            entries = [ImageRows(self._read_again(source, key), source, source_rows) for source, source_rows in found]
+            if series.path is None:
+                self._write(entries, _series_id(key))
+                return
+            content, painted = self._build(entries, Repairs())
+            series.path.write_bytes(content)
+            is_new = {id(row) for row in new_rows}
+            for row in painted:
+                if id(row) in is_new:
+                    self.folder.note(series.path.relative_to(self.folder.directory).as_posix(), row)
+
+    def _read_again(self, source: SourceFile, key: tuple[Any, ...]) -> DicomImage:
+        image = read_dicom_image(source, self.reader, Repairs())
+        if image is None or _series_key(image) != key:
+            raise ImageError("corrupt", f"{source.name} changed during the export")
+        return image
+
+    def _build(self, entries: list[ImageRows], repairs: Repairs) -> tuple[bytes, list[Row]]:
+        """Return the content of an object, and the rows whose masks it has.
+
+        Raises:
+            ImageError: it cannot be built, or is too large.
         """
-        reader = Reader(self.settings)
-        repairs = self.repairs if is_first else Repairs()
-
-        def read(chosen: Filters) -> Iterator[Row]:
-            return read_ok_masks(self.output, chosen, self.limit, ["label_map", "model"], ("mask", "labels"))
-
-        for source, rows in group_by_source(read, filters):
-            try:
-                image = read_dicom_image(source, reader, repairs)
-            except ImageError as error:
-                logger.warning("not exported: %s", error)
-                continue
-            if image is not None:
-                yield image, rows
-            elif is_first:
-                self.num_others += len(rows)
-
-    def _write(self, slices: list[Slice], identity: str) -> None:
-        unique = {image.uids["SOPInstanceUID"]: (image, rows) for image, rows in slices}
-        slices = sorted(unique.values(), key=lambda one: (one[0].number, one[0].uids["SOPInstanceUID"]))
-        images, model = [image for image, _ in slices], slices[0][1][0]["model"]
-        path = file_path(self.directory, {"image_id": identity, "prompt": ""}, self.suffix)
+        entries = sorted(entries, key=lambda entry: (entry.image.number, entry.image.uids["SOPInstanceUID"]))
+        images, name = [entry.image for entry in entries], entries[0].image.name
+        masks, rows = stack_masks(entries, Numbering(self.settings), self.folder)
+        content = io.BytesIO()
         try:
-            masks = _stack_masks(slices, Numbering(self.settings))
             with quiet():
-                made = self.make(images, masks, Algorithm(model, self.made_at), self.repairs)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                made.save_as(path, enforce_file_format=True)
-        except ImageError as error:
-            logger.warning("not exported: %s", error)
-            return
-        self.paths.add(path)
+                made = self.make(images, masks, Algorithm(entries[0].rows[0]["model"], self.made_at), repairs)
+                made.save_as(content, enforce_file_format=True)
+        except ImageError:
+            raise
+        except Exception as error:  # the text of the error can quote patient data
+            raise ImageError("corrupt", f"{name}: no object can be written ({type(error).__name__})") from None
+        return content.getvalue(), rows
 
     def _finish(self) -> int:
         """Log what was counted; return the number of written files."""
         self.repairs.log()
         if self.num_others:
             logger.warning("%d masks are of images that are not DICOM; they are not exported", self.num_others)
-        return len(self.paths)
+        if self.num_copies:
+            logger.warning(
+                "%d masks are of files with the SOP Instance UID of an earlier file; they are not exported",
+                self.num_copies,
+            )
+        return self.folder.num_written
 
 
 def _series_key(image: DicomImage) -> tuple[Any, ...] | None:
@@ -162,38 +211,7 @@ def _series_key(image: DicomImage) -> tuple[Any, ...] | None:
 
 
 def _series_id(key: tuple[Any, ...]) -> str:
-    return f"{key[1]}.{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}"
-
-
-def _stack_masks(slices: list[Slice], numbering: Numbering) -> dict[str, np.ndarray]:
-    """Return for each prompt, in order, the masks of all frames of all images: (frames, H, W) uint8."""
-    has_labels = any(row["kind"] == "labels" for _, rows in slices for row in rows)
-    masks: dict[str, np.ndarray] = {}
-    size = sum(image.size[0] for image, _ in slices), *slices[0][0].size[1:]
-    start = 0
-    for image, rows in slices:
-        for row in rows:
-            if has_labels and row["kind"] != "labels":
-                continue
-            frame = int((source_of(row)[1] or "frame=0").partition("=")[2])
-            if frame >= image.size[0] or row["mask"].shape != size[1:]:
-                raise ImageError("corrupt", f"{image.name} changed its shape after segmentation")
-            for prompt, mask in _split_row(row):
-                if prompt not in masks and (len(masks) + 1) * np.prod(size, dtype=np.int64) > MAX_EXPORT_BYTES:
-                    limit = f"{MAX_EXPORT_BYTES:,} pixels in all segments"
-                    raise ImageError("too_large", f"{image.name} or its series has more than {limit}")
-                masks.setdefault(prompt, np.zeros(size, np.uint8))[start + frame] = mask
-        start += image.size[0]
-    order = sorted(masks, key=numbering.__getitem__) if not has_labels else list(masks)
-    return {prompt: masks[prompt] for prompt in order}
-
-
-def _split_row(row: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
-    """Return the prompts and masks of a row: one pair for a mask, one pair per class for a label map."""
-    if row["kind"] != "labels":
-        return [(row["prompt"], row["mask"])]
-    labels = decode_labels(row["label_map"])
-    return [(name, labels == number) for number, name in enumerate(class_names(row), start=1)]
+    return f"{key[1]}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
 
 
 def _read_planned_at(output: str) -> datetime.datetime:

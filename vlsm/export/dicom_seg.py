@@ -4,11 +4,14 @@ from pathlib import Path
 
 from vlsm.export.dicom_objects import DicomExport
 from vlsm.export.dicom_seg_object import make_segmentation
+from vlsm.export.folder import ExportFolder, open_folder
 from vlsm.export.origins import Filters
 
 
-def export_dicom_seg(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write one DICOM SEG per DICOM source file, at `DIR/FILE.seg.dcm`, with one segment per prompt.
+def export_dicom_seg(
+    output: str, directory: str | Path | ExportFolder, filters: Filters = None, limit: int | None = None
+) -> int:
+    """Write one DICOM SEG per DICOM source file, at `DIR/FILE.seg.dcm`, with one segment per prompt, and the index.
 
     The SEG has type BINARY. It refers to the frames of the source file and names the model as its algorithm. If the run
     has label maps, the segments are their classes. UIDs are derived from the UIDs of the source file, the model and the
@@ -26,21 +29,23 @@ def export_dicom_seg(output: str, directory: str | Path, filters: Filters = None
         limit: maximum number of rows.
 
     Returns:
-        Number of written files. The function skips files that are not DICOM, and a warning counts their masks. It also
-        skips, with a warning each, source files that cannot be read or that lack attributes which a SEG requires.
+        Number of written files. The function skips files that are not DICOM, and a warning counts their masks. Rows of
+        source files that cannot be read, or that lack attributes which a SEG requires, are noted in the index.
 
     Raises:
         ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
-    return DicomExport(output, directory, limit, make_segmentation, ".seg.dcm").write_files(filters)
+    with open_folder(directory) as folder:
+        return DicomExport(output, folder, limit, make_segmentation, ".seg.dcm").write_files(filters)
 
 
 def export_dicom_seg_series(
-    output: str, directory: str | Path, filters: Filters = None, limit: int | None = None
+    output: str, directory: str | Path | ExportFolder, filters: Filters = None, limit: int | None = None
 ) -> int:
     """Write one DICOM SEG per series, at `DIR/SERIES_INSTANCE_UID.DIGEST.seg.dcm`.
 
     `DicomExport.write_series` tells which slices share a SEG. Other images have a SEG each. Arguments, result and
     errors are as for `export_dicom_seg`.
     """
-    return DicomExport(output, directory, limit, make_segmentation, ".seg.dcm").write_series(filters)
+    with open_folder(directory) as folder:
+        return DicomExport(output, folder, limit, make_segmentation, ".seg.dcm").write_series(filters)

@@ -10,10 +10,10 @@ from pydicom.dataset import Dataset
 
 from vlsm.errors import ImageError
 from vlsm.export.dicom_values import Repairs, copy_common_elements, copy_elements, read_numbers, read_texts
-from vlsm.export.origins import MAX_EXPORT_BYTES, SourceFile
-from vlsm.images.decode import EXTENSIONS
+from vlsm.export.origins import MAX_EXPORT_BYTES, Row, SourceFile
 from vlsm.images.dicom import PIXEL_DATA_TAGS, count_frames, is_dicom
 from vlsm.images.dicom_header import quiet, read_header
+from vlsm.images.formats import HEAD_BYTES, UNNAMED, kind_of
 from vlsm.images.reader import Reader
 
 _DETAILS = (
@@ -80,6 +80,15 @@ class DicomImage:
     slide: Dataset | None
 
 
+@dataclass(frozen=True)
+class ImageRows:
+    """A DICOM image with its file and its rows of the results."""
+
+    image: DicomImage
+    source: SourceFile
+    rows: list[Row]
+
+
 def read_dicom_image(source: SourceFile, reader: Reader, repairs: Repairs) -> DicomImage | None:
     """Return a DICOM image, or None for a file of another format.
 
@@ -91,10 +100,7 @@ def read_dicom_image(source: SourceFile, reader: Reader, repairs: Repairs) -> Di
     Raises:
         ImageError: the file cannot be read, or it has no UIDs of its study, its series and itself.
     """
-    if source.name.lower().endswith((*EXTENSIONS, ".nii", ".nii.gz")):
-        return None
-    data = source.read(reader)
-    if not is_dicom(data[:132]):
+    if (data := _read_if_dicom(source, reader)) is None:
         return None
     num_frames = count_frames(io.BytesIO(data), source.name)
     try:
@@ -107,6 +113,18 @@ def read_dicom_image(source: SourceFile, reader: Reader, repairs: Repairs) -> Di
         raise
     except Exception as error:  # the text of the error can quote patient data
         raise ImageError("corrupt", f"{source.name}: its DICOM header is damaged ({type(error).__name__})") from None
+
+
+def _read_if_dicom(source: SourceFile, reader: Reader) -> bytes | None:
+    """Return the content of a DICOM file, whatever its name is, or None for a file of another format.
+
+    Of a file whose name states another format, only the start is read first.
+    """
+    states_other = kind_of(source.member or source.uri) not in ("dicom", UNNAMED, None)
+    if states_other and not is_dicom(source.read_head(reader)[:HEAD_BYTES]):
+        return None
+    data = source.read(reader)
+    return data if is_dicom(data[:HEAD_BYTES]) else None
 
 
 def _read_image(header: Dataset, num_frames: int, name: str, repairs: Repairs) -> DicomImage:

@@ -40,6 +40,7 @@ class ExportFolder:
         self.num_written = self.num_failed = 0
         self._index: TextIO | None = None
         self._taken: set[int] = set()  # hashes of the used names: about 100 bytes per file
+        self._failed: set[int] = set()  # hashes of the failed rows
         self._first_errors: list[str] = []
 
     def __fspath__(self) -> str:
@@ -68,7 +69,7 @@ class ExportFolder:
         Errors are treated as by `attempt`.
 
         Args:
-            row: the row that names the file, as for `naming.file_path`.
+            row: the row that names the file, as for `naming.relative_path`.
             suffix: end of the file name.
             rows: the rows in the file, for the index; default: the row that names it.
         """
@@ -121,7 +122,10 @@ class ExportFolder:
         self._write({"file": file, "error": ""} | _columns_of(row))
 
     def fail(self, row: dict[str, Any], error: Exception | str) -> None:
-        """Write a line of the index for a row that failed."""
+        """Write a line of the index for a row that failed. If it failed before, its first reason stays."""
+        if (key := hash(repr(row))) in self._failed:
+            return
+        self._failed.add(key)
         text = str(error) if isinstance(error, (str, ImageError)) else f"{type(error).__name__}: {error}"
         text = " ".join(text.split())
         self.num_failed += 1

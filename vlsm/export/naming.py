@@ -8,7 +8,6 @@ the whole text follow. So different texts have different names, and a plain name
 import hashlib
 import re
 import unicodedata
-from pathlib import Path
 from typing import Any
 
 MAX_NAME_BYTES = 255  # of Linux; macOS and Windows count UTF-16 units, which are never more
@@ -23,27 +22,15 @@ _FILE_ENDINGS = (".png", ".gz", ".dcm", ".csv", ".json")  # of exported files: n
 _KIND = re.compile(r"member_\d+|labels")
 
 
-def file_path(directory: str | Path, row: dict[str, Any], suffix: str = ".png") -> Path:
-    """Return the path of a row's file: always below the directory, and different for each row.
+def relative_path(row: dict[str, Any], suffix: str, twin: int = 0) -> str:
+    """Return the path of a row's file below the export folder, with "/" between folders: different for each row.
 
-    Paths of different rows can be equal on a file system that ignores case. `ExportFolder.path` prevents it.
+    No part of it has more than MAX_NAME_BYTES bytes. Paths of different rows can be equal on a file system that ignores
+    case. `ExportFolder.path` prevents it.
 
     Args:
-        directory: a local folder.
         row: a row with `image_id` and `prompt`, and with `kind` if it is the row of one mask or label map. Without a
             kind, or with the kind "labels", an empty prompt is left out.
-        suffix: end of the file name.
-    """
-    return Path(directory, relative_path(row, suffix))
-
-
-def relative_path(row: dict[str, Any], suffix: str, twin: int = 0) -> str:
-    """Return the path of a row's file below the export folder, with "/" between folders.
-
-    No part of it has more than MAX_NAME_BYTES bytes.
-
-    Args:
-        row: as for `file_path`.
         suffix: end of the file name.
         twin: 0, or the number of an alternative name, which has a digest of the whole row.
     """

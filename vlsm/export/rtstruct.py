@@ -14,6 +14,7 @@ from vlsm.errors import ImageError
 from vlsm.export.dicom_objects import Algorithm, DicomExport, derive_uid, unique_labels
 from vlsm.export.dicom_source import DicomImage, Plane
 from vlsm.export.dicom_values import Repairs
+from vlsm.export.folder import ExportFolder, open_folder
 from vlsm.export.origins import Filters
 from vlsm.version import __version__
 
@@ -21,18 +22,21 @@ _SERIES_NUMBER = 1001  # scanners use much smaller numbers; SEG has 1000
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"  # Detached Study Management (retired), which the standard still names here
 
 
-def export_rtstruct(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
+def export_rtstruct(
+    output: str, directory: str | Path | ExportFolder, filters: Filters = None, limit: int | None = None
+) -> int:
     """Write one DICOM RTSTRUCT per series, at `DIR/SERIES_INSTANCE_UID.DIGEST.rtstruct.dcm`, with one ROI per prompt.
 
     `DicomExport.write_series` tells which slices share a structure set. A multi-frame image has one of its own. An
-    image without a complete position in the patient has none, because contours are points in the patient; a warning
-    names it.
+    image without a complete position in the patient has none, because contours are points in the patient: its rows
+    fail.
 
     A contour separates the centers of the pixels inside and outside of the mask, halfway between them. A hole is
     connected with its outer contour by a channel of no width, the "keyhole" of the standard (PS3.3, C.8.8.6.3): a
     reader that fills each contour gets the mask again. Arguments, result and errors are as for `export_dicom_seg`.
     """
-    return DicomExport(output, directory, limit, make_structure_set, ".rtstruct.dcm").write_series(filters)
+    with open_folder(directory) as folder:
+        return DicomExport(output, folder, limit, make_structure_set, ".rtstruct.dcm").write_series(filters)
 
 
 def make_structure_set(

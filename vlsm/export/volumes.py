@@ -7,7 +7,6 @@ units and time step. So nibabel and ITK, which prefer different parts of it, fin
 import io
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,39 @@ import nibabel as nib
 import numpy as np
 
 from vlsm.errors import ImageError
-from vlsm.export.labels import decode_labels
-from vlsm.export.naming import file_path
+from vlsm.export.folder import ExportFolder, open_folder
+from vlsm.export.labels import class_names, decode_labels
 from vlsm.export.origins import (
     MAX_EXPORT_BYTES,
     Filters,
     Row,
     SourceFile,
+    SourceRows,
     file_id,
-    group_by_source,
     read_settings,
     source_of,
 )
 from vlsm.images.formats import FORMATS
 from vlsm.images.reader import Reader
-from vlsm.images.volumes import MAX_NIFTI1_SIDE, VolumeHeader
-from vlsm.runs.results import ALL_KINDS, read_ok_masks
+from vlsm.images.volumes import MAX_NIFTI1_SIDE, VolumeGrid, VolumeHeader
+from vlsm.runs.results import ALL_KINDS, decode_ok_row
 
 logger = logging.getLogger("vlsm")
 
 
-def export_nifti(output: str, directory: str | Path, filters: Filters = None, limit: int | None = None) -> int:
-    """Write masks as `DIR/FILE.PROMPT.nii.gz`, uint8 (uint16 for label maps of more than 255 prompts).
+def export_nifti(
+    output: str, directory: str | Path | ExportFolder, filters: Filters = None, limit: int | None = None
+) -> int:
+    """Write masks as `DIR/FILE.PROMPT.nii.gz`, uint8 (uint16 for label maps of more than 255 prompts), and the index.
 
     Masks of the slices of a volume file (NIfTI, Analyze, NRRD, MetaImage) become one volume per prompt and one per
     label map, with the shape and the place of the source file. Slices without a mask are 0, and a warning counts them.
 
     Any other mask becomes a volume of one slice: voxel (x, y, 0) is the pixel in column x and row y, and the affine is
     the identity. A reader of (z, y, x) arrays, such as SimpleITK, then shows the image unchanged.
+
+    A row that cannot be exported is noted in `DIR/index.csv`. If a volume file cannot be read again, these are all of
+    its rows.
 
     Args:
         output: OUTPUT of a segment run, local or in an object store.
@@ -51,29 +55,24 @@ def export_nifti(output: str, directory: str | Path, filters: Filters = None, li
         limit: maximum number of rows.
 
     Returns:
-        Number of written files. A volume file that cannot be read again has no volumes, and a warning names it.
+        Number of written files.
 
     Raises:
         ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
     settings = read_settings(output)
-    num_written, reader = 0, Reader(settings)
-
-    def read(chosen: Filters) -> Iterator[Row]:
-        return read_ok_masks(output, chosen, limit, ["label_map"], ALL_KINDS)
-
-    for source, rows in group_by_source(read, filters):
-        if "slice=" in (source_of(rows[0])[1] or ""):
-            try:
-                header = _read_header(source, reader, settings.slices)
-            except ImageError as error:
-                logger.warning("no volume: %s", error)
-                continue
-            num_written += _write_volumes(header, rows, source, directory)
-        else:
-            for row in rows:
-                num_written += _write_nifti(_decode(row).T[:, :, None], None, directory, row)
-    return num_written
+    reader = Reader(settings)
+    with open_folder(directory) as folder:
+        for source, rows in SourceRows(output, filters, limit, ["label_map"], ALL_KINDS):
+            if "slice=" in (source_of(rows[0])[1] or ""):
+                with folder.attempt(rows):
+                    header = _read_header(source, reader, settings.slices)
+                    _write_volumes(header, rows, source, folder)
+            else:
+                for row in rows:
+                    with folder.file(row, ".nii.gz") as path:
+                        _save(_decode(row).T[:, :, None], None, path)
+        return folder.num_written
 
 
 def _read_header(source: SourceFile, reader: Reader, axis: str) -> VolumeHeader:
@@ -83,57 +82,82 @@ def _read_header(source: SourceFile, reader: Reader, axis: str) -> VolumeHeader:
         raise ImageError("corrupt", f"{source.name} is no volume")
     module: Any = format_of_source.load()
     header: VolumeHeader = module.read_header(io.BytesIO(content.data), source.name, axis)
-    if math.prod(header.grid.shape) * header.grid.num_volumes > MAX_EXPORT_BYTES:
-        raise ImageError("too_large", f"{source.name} has more than {MAX_EXPORT_BYTES:,} voxels")
     return header
 
 
-def _write_volumes(header: VolumeHeader, rows: list[dict[str, Any]], source: SourceFile, directory: str | Path) -> int:
-    """Write one file per prompt and kind of the rows of one volume file. Return the number of files."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def _write_volumes(header: VolumeHeader, rows: list[Row], source: SourceFile, folder: ExportFolder) -> None:
+    """Write one file per prompt and kind of the rows of one volume file."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["prompt"], row["kind"]), []).append(row)
-    return sum(_write_volume(header, group, source, directory) for group in groups.values())
+    for group in groups.values():
+        with folder.attempt(group):
+            volumes = _allocate(header.grid, group[0], source.name)
+            painted = [row for row in group if _paint(row, volumes, header.grid, source, folder)]
+            if not painted:
+                continue
+            _warn_of_missing(painted, header.grid, source)
+            with folder.file(group[0] | {"image_id": file_id(group[0])}, ".nii.gz", painted) as path:
+                shape = header.mask_header.get_data_shape()
+                _save(volumes.reshape(shape, order="F"), header.mask_header, path)
 
 
-def _write_volume(header: VolumeHeader, rows: list[dict[str, Any]], source: SourceFile, directory: str | Path) -> int:
-    """Write one volume from its slices. Return 1, or 0 if the shape of the source file has changed."""
-    dtype = np.uint16 if any(_decode(row).dtype == np.uint16 for row in rows) else np.uint8
-    grid = header.grid
-    volumes = np.zeros((*grid.shape, grid.num_volumes), dtype, order="F")
-    num_slices = len(grid.selectors())
-    try:
-        for row in rows:
-            volume_slice, values = grid.slice_of(volumes, source_of(row)[1] or ""), _decode(row)
-            if volume_slice.shape != values.shape:
-                raise LookupError
-            volume_slice[...] = values
-    except LookupError:
-        logger.warning("no volume: %s changed its shape after segmentation", source.name)
-        return 0
-    if len(rows) < num_slices:
-        num_missing, prompt = num_slices - len(rows), rows[0]["prompt"]
-        logger.warning(
-            "%s: %d of %d slices have no mask of %r; they are 0", source.name, num_missing, num_slices, prompt
+def _allocate(grid: VolumeGrid, row: Row, name: str) -> np.ndarray:
+    """Return zeros (X, Y, Z, V) for the masks or label maps of a prompt, uint8 or uint16.
+
+    Raises:
+        ImageError: they would have more than MAX_EXPORT_BYTES.
+    """
+    is_large = row["kind"] == "labels" and len(class_names(row)) > np.iinfo(np.uint8).max
+    dtype = np.dtype(np.uint16 if is_large else np.uint8)
+    num_bytes = math.prod(grid.shape) * grid.num_volumes * dtype.itemsize
+    if num_bytes > MAX_EXPORT_BYTES:
+        raise ImageError(
+            "too_large", f"the masks of {name} have {num_bytes:,} bytes; the export writes at most {MAX_EXPORT_BYTES:,}"
         )
-    volume = volumes.reshape(header.mask_header.get_data_shape(), order="F")
-    return _write_nifti(volume, header.mask_header, directory, rows[0] | {"image_id": file_id(rows[0])})
+    return np.zeros((*grid.shape, grid.num_volumes), dtype, order="F")
 
 
-def _decode(row: dict[str, Any]) -> np.ndarray:
+def _paint(row: Row, volumes: np.ndarray, grid: VolumeGrid, source: SourceFile, folder: ExportFolder) -> bool:
+    """Write the mask of a row into its slice of the volumes. Return whether it could be exported."""
+    is_painted = False
+    with folder.attempt([row]):
+        values = _decode(row)
+        try:
+            volume_slice = grid.slice_of(volumes, source_of(row)[1] or "")
+        except LookupError:
+            volume_slice = np.empty(0)
+        if volume_slice.shape != values.shape:
+            raise ImageError("corrupt", f"{source.name} changed its shape after segmentation")
+        np.copyto(volume_slice, values, casting="safe")
+        is_painted = True
+    return is_painted
+
+
+def _warn_of_missing(rows: list[Row], grid: VolumeGrid, source: SourceFile) -> None:
+    num_slices = len(grid.selectors())
+    num_missing = num_slices - len({row["selector"] for row in rows})
+    if num_missing:
+        logger.warning(
+            "%s: %d of %d slices have no mask of %r; they are 0",
+            source.name,
+            num_missing,
+            num_slices,
+            rows[0]["prompt"],
+        )
+
+
+def _decode(row: Row) -> np.ndarray:
     """Return the label map or the mask of a row, (H, W) uint8 or uint16."""
-    return decode_labels(row["label_map"]) if row["kind"] == "labels" else np.asarray(row["mask"])
+    return decode_labels(row["label_map"]) if row["kind"] == "labels" else decode_ok_row(row)
 
 
-def _write_nifti(volume: np.ndarray, header: Any, directory: str | Path, row: dict[str, Any]) -> int:
-    """Write one NIfTI file and return 1, the number of files. Without a header, the affine is the identity."""
+def _save(volume: np.ndarray, header: Any, path: Path) -> None:
+    """Write one NIfTI file. Without a header, the affine is the identity."""
     is_large = isinstance(header, nib.Nifti2Header) or max(volume.shape) > MAX_NIFTI1_SIDE
     # Without an affine, nibabel leaves that of the header alone. A new one would become the sform, and the qform 0.
     affine = np.eye(4) if header is None else None
     image = (nib.Nifti2Image if is_large else nib.Nifti1Image)(volume, affine, header, dtype=volume.dtype)
     if header is None:
         image.header.set_xyzt_units("mm")
-    path = file_path(directory, row, ".nii.gz")
-    path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(image, path)
-    return 1

@@ -166,18 +166,6 @@ def read_ok_rows(
     yield from tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty())
 
 
-def read_ok_masks(
-    output: str,
-    filters: list[tuple[str, str, Any]] | None,
-    limit: int | None,
-    columns: Sequence[str] = (),
-    kinds: Sequence[str] | None = ("mask",),
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows of `read_ok_rows`, each with its decoded "mask"."""
-    for row in read_ok_rows(output, filters, limit, columns, kinds):
-        yield row | {"mask": decode_row(row)}
-
-
 def choose_rows(filters: list[tuple[str, str, Any]] | None, kinds: Sequence[str] | None) -> list[tuple[str, str, Any]]:
     """Return filters for rows with status "ok", and for the given kinds if `filters` has no kind.
 
