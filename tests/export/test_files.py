@@ -220,6 +220,29 @@ def test_images_of_one_image_id_have_files_of_their_own(output, tmp_path):
         assert sizes == {(str(tmp_path / "images" / f"{number}.png"), (40 + number, 30)) for number in (0, 1)}
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_wrong_folder_is_a_usage_error(output, tmp_path, capsys, kind):
+    (tmp_path / "file").write_text("mine")
+    for wrong, message in (("file", "is a file; exports need a folder"), ("file/x/y", "is a file; exports need")):
+        assert main([str(output), str(tmp_path / wrong), "--format", kind]) == 2
+        assert message in capsys.readouterr().err
+    assert main([str(output), "s3://bucket/x", "--format", kind]) == 2
+    assert "s3://bucket/x is not a local folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [["--limit", "0"], ["--filter", "image_id = none"]])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_index_of_an_earlier_export_does_not_stay(output, tmp_path, kind, words):
+    assert main([str(output), str(tmp_path / "x"), "--format", kind, *words]) == 0
+    (tmp_path / "x").mkdir(exist_ok=True)
+    (tmp_path / "x" / "index.csv").write_text("file,image_id\nold.png,old\n")
+    assert main([str(output), str(tmp_path / "x"), "--format", kind, *words]) == 0
+    assert index(tmp_path / "x") == []
+    assert main([str(output), str(tmp_path / "x"), "--format", kind, "--filter", "colour = 3"]) == 2
+    assert (tmp_path / "x" / "index.csv").read_text().startswith("file,image_id,image_uri")
+
+
 def test_failed_rows_make_the_exit_code_1(output, tmp_path, capsys):
     damage(output, "mask_rle", "PP")
     assert main([str(output), str(tmp_path / "x"), "--format", "masks"]) == 1

@@ -77,12 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.components and args.format != "coco":
         parser.error(f"--components needs --format coco, not {args.format}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    failures: tuple[type[Exception], ...] = (VlsmError, OSError, ValueError, *storage.store_errors())
     try:
         filters = [parse_filter(words) for words in args.filter]
         more = (True,) if args.components else ()
         with ExportFolder(args.directory) as folder:
             count = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
-    except (VlsmError, OSError, ValueError) as error:
+    except failures as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     unit = "annotations in coco.json" if args.format == "coco" else "files"

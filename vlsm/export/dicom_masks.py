@@ -62,8 +62,8 @@ def _decode_rows(
             is_labels = row["kind"] == "labels"
             values = decode_labels(row["label_map"]) if is_labels else decode_ok_row(row)
             prompts = class_names(row) if is_labels else [row["prompt"]]
-            frame = int((source_of(row)[1] or "frame=0").partition("=")[2])
-            if frame >= image.size[0] or values.shape != image.size[1:]:
+            frame = int((source_of(row)[1] or "frame=0").removeprefix("frame="))
+            if not 0 <= frame < image.size[0] or values.shape != image.size[1:]:
                 raise ImageError("corrupt", f"{image.name} changed its shape after segmentation")
             yield row, frame, values, prompts
 

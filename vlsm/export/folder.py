@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from vlsm.errors import ImageError, VlsmError
+from vlsm import storage
+from vlsm.errors import ConfigError, ImageError, VlsmError
 from vlsm.export.naming import path_key, relative_path
 
 logger = logging.getLogger("vlsm")
@@ -26,10 +27,13 @@ class ExportFolder:
 
     `index.csv` has the columns INDEX_COLUMNS: `file` is relative to the folder. A row that failed has no file, and its
     `error` states the reason. A file of several rows has a line for each. The index describes the last export. The
-    folder and the index are created at the first row.
+    folder and the index are created at the first row. Without rows, the index of an earlier export becomes empty.
 
     Args:
         directory: a local folder, which may exist.
+
+    Raises:
+        ConfigError: the folder is not local, or a file is in its place.
 
     Attributes:
         num_written, num_failed: numbers of files and of failed rows.
@@ -37,6 +41,10 @@ class ExportFolder:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
+        if "://" in str(directory):
+            raise ConfigError(f"{directory} is not a local folder; exports write local files")
+        if (nearest := _nearest(self.directory)).is_file():
+            raise ConfigError(f"{nearest} is a file; exports need a folder")
         self.num_written = self.num_failed = 0
         self._index: TextIO | None = None
         self._taken: set[int] = set()  # hashes of the used names: about 100 bytes per file
@@ -49,7 +57,9 @@ class ExportFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error_type: object, *error: object) -> None:
+        if self._index is None and error_type is None and Path(self, INDEX_NAME).exists():
+            self._open_index()
         if self._index is not None:
             self._index.close()
         if self.num_failed:
@@ -90,7 +100,8 @@ class ExportFolder:
     def attempt(self, rows: Sequence[dict[str, Any]]) -> Iterator[None]:
         """Return a context for the export of some rows. If it fails, they are noted as failed and the export goes on.
 
-        Errors that concern other rows too are raised: a full or read-only disk, a store that is down, a wrong setting.
+        Errors that concern other rows too are raised: a full or read-only disk, a store that is down or lacks
+        credentials, a wrong setting.
         """
         try:
             yield
@@ -134,16 +145,23 @@ class ExportFolder:
         self._write({"file": "", "error": text} | _columns_of(row))
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self._index is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._index = (self.directory / INDEX_NAME).open("w", encoding="utf-8", newline="")
-            csv.DictWriter(self._index, INDEX_COLUMNS).writeheader()
-        csv.DictWriter(self._index, INDEX_COLUMNS).writerow(line)
+        csv.DictWriter(self._index or self._open_index(), INDEX_COLUMNS).writerow(line)
+
+    def _open_index(self) -> TextIO:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._index = (self.directory / INDEX_NAME).open("w", encoding="utf-8", newline="")
+        csv.DictWriter(self._index, INDEX_COLUMNS).writeheader()
+        return self._index
 
 
 def open_folder(directory: "str | Path | ExportFolder") -> contextlib.AbstractContextManager[ExportFolder]:
     """Return a context with the export folder. A folder that the caller has opened is not closed."""
     return contextlib.nullcontext(directory) if isinstance(directory, ExportFolder) else ExportFolder(directory)
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path, or the deepest of its folders that exists."""
+    return next((one for one in (path, *path.parents) if one.exists()), path)
 
 
 def _columns_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -153,4 +171,4 @@ def _columns_of(row: dict[str, Any]) -> dict[str, Any]:
 def _concerns_one_row(error: Exception) -> bool:
     if isinstance(error, OSError):  # Pillow's errors have no number
         return error.errno in _FILE_ERRORS
-    return isinstance(error, ImageError) or not isinstance(error, VlsmError)
+    return isinstance(error, ImageError) or not isinstance(error, (VlsmError, *storage.store_errors()))

@@ -54,8 +54,15 @@ def export_labels(
 
 
 def decode_labels(png: bytes) -> np.ndarray:
-    """Return a stored label map as (H, W) uint8, or uint16 if it has more than 255 prompts."""
+    """Return a stored label map as (H, W) uint8, or uint16 if it has more than 255 prompts.
+
+    Raises:
+        ImageError: it is a PNG of colours.
+        Exception: of any type, for other damage.
+    """
     labels = np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)))
+    if labels.ndim != 2:
+        raise ImageError("corrupt", "the label map is not grey")
     return labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
 
 
