@@ -223,9 +223,9 @@ def test_images_of_one_image_id_have_files_of_their_own(output, tmp_path):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_wrong_folder_is_a_usage_error(output, tmp_path, capsys, kind):
     (tmp_path / "file").write_text("mine")
-    for wrong, message in (("file", "is a file; exports need a folder"), ("file/x/y", "is a file; exports need")):
+    for wrong in ("file", "file/x/y"):
         assert main([str(output), str(tmp_path / wrong), "--format", kind]) == 2
-        assert message in capsys.readouterr().err
+        assert f"{tmp_path / 'file'} is not a folder" in capsys.readouterr().err
     assert main([str(output), "s3://bucket/x", "--format", kind]) == 2
     assert "s3://bucket/x is not a local folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"

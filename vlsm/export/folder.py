@@ -43,8 +43,9 @@ class ExportFolder:
         self.directory = Path(directory)
         if "://" in str(directory):
             raise ConfigError(f"{directory} is not a local folder; exports write local files")
-        if (nearest := _nearest(self.directory)).is_file():
-            raise ConfigError(f"{nearest} is a file; exports need a folder")
+        nearest = next((path for path in (self.directory, *self.directory.parents) if path.exists()), None)
+        if nearest is not None and not nearest.is_dir():
+            raise ConfigError(f"{nearest} is not a folder; exports need one")
         self.num_written = self.num_failed = 0
         self._index: TextIO | None = None
         self._taken: set[int] = set()  # hashes of the used names: about 100 bytes per file
@@ -157,11 +158,6 @@ class ExportFolder:
 def open_folder(directory: "str | Path | ExportFolder") -> contextlib.AbstractContextManager[ExportFolder]:
     """Return a context with the export folder. A folder that the caller has opened is not closed."""
     return contextlib.nullcontext(directory) if isinstance(directory, ExportFolder) else ExportFolder(directory)
-
-
-def _nearest(path: Path) -> Path:
-    """Return the path, or the deepest of its folders that exists."""
-    return next((one for one in (path, *path.parents) if one.exists()), path)
 
 
 def _columns_of(row: dict[str, Any]) -> dict[str, Any]:
