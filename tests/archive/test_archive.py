@@ -111,7 +111,7 @@ def test_a_csv_is_text_all_through(tmp_path):
     [
         ("m.csv", "uri,prompt\nx.png,a\n", "needs image_uri"),
         ("m.csv", "", "needs image_uri"),
-        ("m.csv", "image_uri\n\nx.png\n,\n", "image_uri is None"),
+        ("m.csv", "image_uri,prompt\n\nx.png\n,a\n", "image_uri is None"),
         ("m.jsonl", '{"image_uri": 3}\n', "image_uri is 3"),
         ("m.jsonl", '{"image_uri": "x.png"\n', "line 1 is not JSON"),
         ("m.jsonl", "[1]\n", "is an object"),

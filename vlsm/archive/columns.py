@@ -23,6 +23,8 @@ _LOCATIONS = (
 )
 # texts that programs write for a missing value. "NA" is not among them: it may be an id or a short word.
 _MISSING = frozenset({"nan", "NaN", "NaT", "None", "null", "NULL", "N/A", "n/a", "#N/A", "<NA>"})
+# a text that begins like this was a list, even if its end is cut off
+_LIST_START = re.compile(r"""[\[({]\s*['"]|(?:array|list|tuple|set|frozenset)\(""")
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _PROMPTS = {"prompt", "prompts"}
 _SHOWN = 20  # columns that a message names
@@ -172,12 +174,10 @@ def parse_texts(text: str, where: str) -> str | list[str]:
     Read are JSON, lists and tuples of Python, and arrays as numpy prints them: ["a", "b"], ['a', 'b'], ['a' 'b'].
 
     Raises:
-        ManifestError: a text in brackets or braces is not such a list.
+        ManifestError: a text in brackets or braces, or one that begins with a bracket and a quote, is not such a list.
     """
     inner = text.strip()
-    ends = inner[:1] + inner[-1:]
-    is_tuple = ends == "()" and inner[1:].lstrip()[:1] in ("'", '"')
-    if not (is_tuple or ends in ("[]", "{}") or inner.startswith("array(")):
+    if not (_LIST_START.match(inner) or inner[:1] + inner[-1:] in ("[]", "{}")):
         return text
     texts = _read_list(inner)
     if texts is None:
@@ -192,7 +192,7 @@ def _read_list(inner: str) -> list[str] | None:
     try:
         texts = json.loads(inner)
     except (ValueError, RecursionError):
-        if inner[0] not in "[(":
+        if inner[0] + inner[-1] not in ("[]", "()"):
             return None
         literals = _QUOTED.findall(inner)
         between = _QUOTED.sub("", inner[1:-1])

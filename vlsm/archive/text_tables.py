@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from vlsm.archive.columns import Cells, Columns, shorten
+from vlsm.archive.columns import Cells, Columns, parse_texts, shorten
 from vlsm.errors import ManifestError
 
 _MOST_CELL_LETTERS = 1 << 24  # of a CSV; a longer cell is a quote that nobody closed
@@ -21,6 +21,10 @@ _MARKS = {  # byte order marks; that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_PACKED = {
+    b"\x1f\x8b": "packed with gzip; its name must end with .gz",
+    b"PK\x03\x04": "a zip file, as .xlsx is; save it as CSV",
+}
 
 
 def open_text(file: Any, uri: str) -> io.TextIOWrapper:
@@ -29,7 +33,7 @@ def open_text(file: Any, uri: str) -> io.TextIOWrapper:
     Bytes that are not UTF-8 become surrogates, so that the message about them can name the row.
 
     Raises:
-        ManifestError: it has NUL bytes, which no text has.
+        ManifestError: it is packed in another way, or has NUL bytes, which no text has.
     """
     if uri.lower().endswith(".gz"):
         file = gzip.GzipFile(fileobj=file)
@@ -37,6 +41,8 @@ def open_text(file: Any, uri: str) -> io.TextIOWrapper:
     file.seek(0)
     if encoding := next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None):
         return io.TextIOWrapper(file, encoding, newline="")
+    if packed := next((packed for mark, packed in _PACKED.items() if head.startswith(mark)), None):
+        raise ManifestError(f"{uri} is {packed}")
     if b"\0" in head:
         raise ManifestError(f"{uri} has NUL bytes: it is no text, or UTF-16 without its mark; write it as UTF-8")
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
@@ -44,6 +50,8 @@ def open_text(file: Any, uri: str) -> io.TextIOWrapper:
 
 def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -> Cells:
     """Yield the cells of a CSV. All cells are text: an image_id 007 stays 007. An empty cell means no value.
+
+    Rows of blank cells, as Excel writes them behind a table, have a number, but are no rows.
 
     The delimiter is the first of comma, semicolon, tab and bar that gives the header its columns (in a .tsv, the tab is
     tried first). If names in the header have blanks around them, blanks around cells are no part of the cells either.
@@ -55,20 +63,23 @@ def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -
         also: columns that the folders of the file state.
 
     Raises:
-        ManifestError: there is no column image_uri, a quote is not closed, or a row has more cells than the header.
+        ManifestError: the file is empty, there is no column image_uri, a quote is not closed, or a row has more cells
+            than the header.
     """
     csv.field_size_limit(_MOST_CELL_LETTERS)
     line = next((line for line in text if line.strip()), "")
     delimiters = "\t,;|" if uri.lower().endswith((".tsv", ".tsv.gz")) else ",;\t|"
     if stated := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):  # a line for Excel
         delimiters, line = stated[1], next(text, "")
+    if not line:
+        raise ManifestError(f"{uri} is empty; a manifest needs image_uri")
     header, delimiter = _find_header(line, delimiters, columns, uri)
     is_padded = any(name != name.strip(" ") for name in header)
     found = columns.require(header, uri, also)
     lines = itertools.chain([line], text)
     rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=is_padded)
     for number, cells in enumerate(_read_rows(rows, uri)):
-        if number == 0:  # the header
+        if number == 0 or not any(map(str.strip, cells)):  # the header, or blank cells
             continue
         _check_cells(cells, header, delimiter, f"{uri}, row {number}")
         for known, position in found.items():
@@ -121,10 +132,10 @@ def _clean_text(cell: str, where: str) -> str:
     """Return a prompt of a CSV without blanks, and without quotes, around it.
 
     Raises:
-        ManifestError: it has a line break. A quote that nobody closed swallows the next rows.
+        ManifestError: it has a line break and is no list. A quote that nobody closed swallows the next rows.
     """
     text = cell.strip()
-    if ("\n" in text or "\r" in text) and not text.startswith(("[", "(")):
+    if ("\n" in text or "\r" in text) and isinstance(parse_texts(text, where), str):
         raise ManifestError(f"{where}: the prompt has a line break: {shorten(text)}; is a quote not closed there?")
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and text[0] not in text[1:-1]:
         return text[1:-1].strip()
@@ -155,7 +166,8 @@ def _json_record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where} is not JSON: {error}") from error
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise ManifestError(f"{where} is not JSON: {reason}; each line must be one object with image_uri") from error
     if not isinstance(record, dict):
         raise ManifestError(f"{where} is {shorten(record)}; a manifest's line is an object with image_uri")
     return record
