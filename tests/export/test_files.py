@@ -209,6 +209,21 @@ def test_a_damaged_map_costs_only_its_own_file(output, tmp_path, kind, column):
     assert [path.read_bytes() for path in tmp_path.glob("x/**/*.png")] == [good]
 
 
+@pytest.mark.parametrize("kind", ["overlays", "labels", "probability"])
+def test_the_size_of_images_has_no_limit_but_that_of_the_run(output, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses images with twice as many
+    label_map = encode_png(np.eye(9, 30, dtype=np.uint8))
+    if kind != "overlays":
+        damage(output, "kind", *["labels" if kind == "labels" else "mask"] * 14)
+        damage(output, "prompt", *['["polyp"]'] * 14)
+        damage(output, "label_map" if kind == "labels" else "probability_map", *[label_map] * 14)
+    with ExportFolder(tmp_path / "x") as folder:
+        assert (FORMATS[kind](str(output), folder), folder.num_failed) == (14, 0)
+    if kind == "probability":
+        filters = [("status", "==", "ok")]
+        assert [row["probability"].shape for row in vlsm.read_masks(str(output), filters)] == [(9, 30)] * 14
+
+
 def test_images_of_one_image_id_have_files_of_their_own(output, tmp_path):
     damage(output, "image_id", *["patient-007"] * 4)  # two images, with two prompts each
     assert FORMATS["labels"](str(output), tmp_path / "l") == 7

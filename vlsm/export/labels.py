@@ -1,6 +1,5 @@
 """Export label maps: one PNG per image, in which 0 is background and k is the k-th class."""
 
-import io
 import itertools
 import json
 import logging
@@ -14,6 +13,7 @@ from vlsm.errors import ConfigError, ImageError
 from vlsm.export.folder import ExportFolder, open_folder
 from vlsm.export.origins import Filters, Numbering, read_settings
 from vlsm.runs.results import choose_rows, decode_ok_row, read_ok_rows, read_rows
+from vlsm.segmentation.masks import decode_png
 
 logger = logging.getLogger("vlsm")
 
@@ -60,7 +60,7 @@ def decode_labels(png: bytes) -> np.ndarray:
         ImageError: it is a PNG of colours.
         Exception: of any type, for other damage.
     """
-    labels = np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)))
+    labels = decode_png(png)
     if labels.ndim != 2:
         raise ImageError("corrupt", "the label map is not grey")
     return labels if labels.dtype == np.uint8 else labels.astype(np.uint16)

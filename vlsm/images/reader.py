@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
+from PIL import Image
+
 from vlsm import storage
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
@@ -104,6 +106,7 @@ class Reader:
     """
 
     def __init__(self, settings: SegmentSettings) -> None:
+        Image.MAX_IMAGE_PIXELS = None  # the setting max_pixels is the limit
         self._settings = settings
         self._contents: dict[tuple[str, str | None], Future[Content]] = {}  # of files with several images
         self._contents_lock, self._archive_lock = threading.Lock(), threading.Lock()

@@ -1,6 +1,5 @@
 """Proves a run from storage: every planned row exists once, and its columns agree with its mask."""
 
-import io
 import itertools
 from array import array
 from collections import Counter
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from vlsm import storage
 from vlsm.errors import ConfigError, ImageError, ResultError
@@ -19,7 +17,7 @@ from vlsm.runs.compare import compare_shard, failed_by_reason, images_by_rule
 from vlsm.runs.plan import Plan, read_plan
 from vlsm.runs.record import read_record, read_summary
 from vlsm.runs.results import part_name, read_part
-from vlsm.segmentation.masks import decode_mask, decode_probability
+from vlsm.segmentation.masks import decode_mask, decode_png, decode_probability
 
 _SHARDS_AT_ONCE = 16
 
@@ -114,7 +112,7 @@ def _describe_problem(row: dict[str, Any]) -> str | None:
     mask = decode_mask(row["mask_rle"], (row["height"], row["width"]))
     if int(mask.sum()) != row["area_px"]:
         return f"area_px is {row['area_px']}, but the mask has {int(mask.sum())} pixels"
-    if row["label_map"] is not None and ((np.asarray(Image.open(io.BytesIO(row["label_map"]))) > 0) != mask).any():
+    if row["label_map"] is not None and ((decode_png(row["label_map"]) > 0) != mask).any():
         return "the foreground of the label map is not the mask"
     if row["probability_map"] is not None and decode_probability(row["probability_map"]).shape != mask.shape:
         return "the probability map has another size than the mask"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from pycocotools import mask as coco
 
 from vlsm.images.preprocess import Square
@@ -115,8 +116,19 @@ def encode_probability(probability: np.ndarray) -> bytes:
 
 def decode_probability(png: bytes) -> np.ndarray:
     """Return the probability map of a PNG from `encode_probability`, (H, W) float32 in 0..1."""
-    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-        return np.asarray(image).astype(np.float32) / 255
+    return decode_png(png).astype(np.float32) / 255
+
+
+def decode_png(png: bytes) -> np.ndarray:
+    """Return the array of a PNG from `encode_png`, (H, W) of its stored type.
+
+    The images of a run may be larger than the limit in `Image.open`, which is a fixed number of pixels.
+
+    Raises:
+        OSError, SyntaxError: the PNG is damaged.
+    """
+    with PngImageFile(io.BytesIO(png)) as image:
+        return np.asarray(image)
 
 
 def encode_png(values: np.ndarray) -> bytes:
