@@ -63,13 +63,15 @@ LARGE = pa.struct({"path": pa.large_string(), "bytes": pa.large_binary()})
             "jpg": [png(n) for n in range(1, 6)],
         },
         {"path": [f"s3://b/{n}.png" for n in range(5)], "length": [9] * 5, "content": [png(n) for n in range(1, 6)]},
+        {"image": pa.array([png(n) for n in range(1, 6)]).dictionary_encode()},
+        {"image.bytes": ["x"] * 5, "image.path": ["y.tif"] * 5, "image": HUB[0]},
         {
             "image": pa.array([png(n) for n in range(1, 6)], pa.large_binary()),
             "hash": [b"1"] * 5,
             "path": list(range(5)),
         },
     ],
-    ids=["hub", "no path", "other name", "and mask", "large", "no path field", "img2dataset", "spark", "pandas"],
+    ids="hub,no path,other name,and mask,large,no path field,img2dataset,spark,dictionary,flat,pandas".split(","),
 )
 def test_the_images_of_a_parquet_file_are_its_rows(tmp_path, columns):
     path = write(tmp_path / "x.parquet", **columns)
@@ -123,6 +125,15 @@ def test_a_row_without_bytes_fails_alone(tmp_path):
     row = {"image_uri": str(path), "selector": "row=5"}
     assert read(row) == "missing" and read(row | {"selector": "a.png"}) == "missing"
     assert read(row | {"selector": "row=0"}, max_image_bytes=50) == "too_large"
+
+
+def test_a_row_that_only_refers_to_its_image_says_so(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    only_paths = pa.array([{"bytes": None, "path": f"{tmp_path}/a.png"}])
+    for number, column in enumerate((only_paths, only_paths.cast(STRUCT))):
+        (row,) = rows(write(tmp_path / f"{number}.parquet", image=column))[0]
+        with pytest.raises(ImageError, match=r"no bytes in the column image, only the path '.*a\.png'; a list with"):
+            Reader(SegmentSettings(input="", output="", members=[{"checkpoint": ""}])).open(row)
 
 
 def test_which_of_several_columns_holds_the_images(tmp_path, caplog):

@@ -66,7 +66,10 @@ def list_image_columns(schema: pa.Schema) -> list[str]:
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
-        return index >= 0 and _holds_bytes(kind.field(index).type)
+        # null: every row has only a path; each says so when it is read
+        return index >= 0 and (_holds_bytes(inner := kind.field(index).type) or pa.types.is_null(inner))
+    if pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
@@ -197,13 +200,15 @@ class ParquetImages:
             self._first, self._end = self._end, self._end + len(batch)
         data, *paths = (values[row - self._first].as_py() for values in self._batch)
         if not data:
-            raise ImageError("empty", f"{name} has no bytes in the column {self.column}")
+            only = f", only the path {paths[0]!r}; a list with image_uri can name it" if paths and paths[0] else ""
+            raise ImageError("empty", f"{name} has no bytes in the column {self.column}{only}")
         return data, paths[0] if paths else None
 
 
 def _values(batch: pa.RecordBatch, leaf: str) -> pa.Array:
     """Return a column of a batch, or the field of a struct that a name such as "image.bytes" means."""
-    if leaf in batch.schema.names:
-        return batch.column(leaf)
     column, _, name = leaf.rpartition(".")
+    # a flat column can be named "image.bytes" too
+    if column not in batch.schema.names or not pa.types.is_struct(batch.schema.field(column).type):
+        return batch.column(leaf)
     return pc.struct_field(batch.column(column), name)  # null where the struct is null
