@@ -284,3 +284,73 @@ def test_resized_images_are_a_level_from_pillows_at_most(shape, size):
     noise = np.random.default_rng(2).integers(0, 2, (*shape, 3), dtype=np.uint8) * 255
     expected = np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BILINEAR))
     assert np.abs(Square(size).resize_image(noise[:, ::-1][:, ::-1]).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("bits", "channels"), [(12, 3), (16, 3), (16, 4), (12, 1), (16, 2)])
+def test_deep_jpeg_2000_has_its_highest_values(bits, channels):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    values = np.stack([levels, levels.T, levels[::-1], levels[:, ::-1]], axis=-1)[..., :channels]
+    deep = (values * ((2**bits - 1) / 255)).round().astype(np.uint16)
+    data = imagecodecs.jpeg2k_encode(deep.squeeze(), level=0, bitspersample=bits, codecformat="jp2", reversible=True)
+    expected = values[..., :3] if channels > 2 else np.dstack([levels] * 3)
+    np.testing.assert_array_equal(expected, decode_image(data, "x.jp2"))  # Pillow: 65535 becomes 0
+
+
+def interlaced(values):
+    """A 16-bit PNG with the seven passes of Adam7 (PNG, 8.2)."""
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = b"".join(
+        b"\0" + row.astype(">u2").tobytes() for x, y, right, down in passes for row in values[y::down, x::right]
+    )
+    head = struct.pack(">IIBBBBB", *values.shape[::-1], 16, 0, 0, 0, 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_deep_pngs_write_nothing_to_stderr(capfd):
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(DEEP)), "x"), decode_image(interlaced(DEEP), "x"))
+    colours = imagecodecs.png_encode(np.dstack([DEEP] * 3))
+    for extra in (chunk(b"iCCP", b"x\0\0no profile"), chunk(b"gAMA", b"1")):
+        np.testing.assert_array_equal(
+            decode_image(colours, "x"), decode_image(colours[:33] + extra + colours[33:], "x")
+        )
+    assert capfd.readouterr().err == ""
+
+
+LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
+LEVELS_12 = (LEVELS * (4095 / 255)).round().astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "most"),
+    [
+        (imagecodecs.jpeg8_encode(LEVELS_12, level=100, bitspersample=12), LEVELS, 1),
+        (imagecodecs.jpeg8_encode(np.dstack([LEVELS_12] * 3), level=100, bitspersample=12), LEVELS, 2),
+        (imagecodecs.jpeg8_encode(LEVELS_12, bitspersample=12, lossless=True), LEVELS, 0),
+        (imagecodecs.jpeg8_encode(LEVELS.astype(np.uint16) * 257, bitspersample=16, lossless=True), LEVELS, 0),
+        (imagecodecs.jpegls_encode(LEVELS), LEVELS, 0),
+        (imagecodecs.jpegls_encode(LEVELS.astype(np.uint16) * 257), LEVELS, 0),
+        (imagecodecs.jpegls_encode(np.dstack([LEVELS] * 3)), LEVELS, 0),
+    ],
+)
+def test_jpegs_of_other_processes(data, expected, most):
+    np.testing.assert_allclose(decode_image(data, "x.jpg"), np.dstack([expected] * 3), atol=most)
+    assert list_images(io.BytesIO(data), "x.jpg", None, Look())[1] == (16, 16)
+    with pytest.raises(ImageError, match="^too_large"):
+        decode_image(data, "x.jpg", max_pixels=255)
+    with pytest.raises(ImageError, match="^corrupt"):
+        decode_image(data[: len(data) // 2], "x.jpg")
+    with pytest.raises(ImageError, match="^corrupt"):
+        decode_image(data[:-20], "x.jpg")
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize("colour", [0, 200])
+def test_a_mask_may_be_in_the_alpha_channel_only(colour, channels, depth):
+    mask = np.eye(8, dtype=bool)
+    values = np.full((8, 8, channels), colour, np.uint16 if depth == 16 else np.uint8)
+    values[..., -1] = mask * (2**depth - 1)
+    np.testing.assert_array_equal(mask, decode_mask_file(imagecodecs.png_encode(values), "x.png", 127))
+    values[:4, :, 0] = colour + 50  # the colours say something: alpha does not count
+    expected = values[..., :-1].max(axis=2) > 127
+    np.testing.assert_array_equal(expected, decode_mask_file(imagecodecs.png_encode(values), "x.png", 127))

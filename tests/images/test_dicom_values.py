@@ -191,3 +191,53 @@ def test_lossless_jpegs_of_every_precision():
         dataset.BitsAllocated = 8 if bits <= 8 else 16
         dataset.WindowCenter, dataset.WindowWidth = 2 ** (bits - 1), 2**bits
         assert grey(dataset) == np.floor(values / (2**bits - 1) * 255 + 0.5).astype(int).tolist()
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [
+        ({"WindowCenter": 0, "WindowWidth": 1}, [0, 64, 128, 191, 255]),  # all of its values are white
+        ({"WindowCenter": 1, "WindowWidth": 1}, [0, 255, 255, 255, 255]),
+        ({"WindowCenter": 1 << 15, "WindowWidth": 1 << 16}, [0, 64, 128, 191, 255]),  # all of its values are black
+        ({"WindowCenter": 100, "WindowWidth": 4000, "RescaleSlope": "0.0001"}, [0, 64, 128, 191, 255]),
+        ({"WindowCenter": 100, "WindowWidth": 400}, [64, 96, 128, 160, 192]),
+    ],
+)
+def test_a_window_that_shows_nearly_one_level_is_ignored(elements, expected):
+    assert grey(make(ROW, **elements)) == [expected]
+    dataset = make(np.full((1, 5), 7, np.uint16), **elements)
+    assert len(set(grey(dataset)[0])) == 1
+
+
+@pytest.mark.parametrize("bits_stored", [0, 17])
+def test_a_number_of_bits_that_is_not_possible_counts_as_missing(bits_stored):
+    assert grey(make(ROW, BitsStored=bits_stored)) == [[0, 64, 128, 191, 255]]
+
+
+@pytest.mark.parametrize("end", [-2, -6])
+def test_pixels_that_are_missing_are_said(end):
+    dataset = make(ROW)
+    dataset.PixelData = dataset.PixelData[:end]
+    with pytest.raises(ImageError, match="cannot be decoded: the file has fewer bytes than its pixels need$"):
+        grey(dataset)
+
+
+@pytest.mark.parametrize("options", [{"level": 95}, {"level": 95, "bitspersample": 12}, {"lossless": True}])
+def test_a_jpeg_that_ends_early_is_corrupt_not_half_a_picture(options):
+    y, x = np.mgrid[:33, :47]
+    bits = options.get("bitspersample", 8)
+    values = (x * 4 + y).astype(np.uint8 if bits == 8 else np.uint16)
+    stream = imagecodecs.jpeg8_encode(values, **options)
+    syntax = {8: uid.JPEGBaseline8Bit, 12: uid.JPEGExtended12Bit}[bits]
+
+    def frame(stream):
+        dataset = compressed([stream], 33, 47, syntax, SamplesPerPixel=1, BitsStored=bits, HighBit=bits - 1)
+        dataset.BitsAllocated, dataset.PhotometricInterpretation = 8 if bits == 8 else 16, "MONOCHROME2"
+        return grey(dataset)
+
+    whole = frame(stream)
+    if options == {"level": 95}:
+        assert frame(stream[:-2]) == whole
+    for end in (-20, -len(stream) // 3):
+        with pytest.raises(ImageError, match="^corrupt: .*its JPEG codestream ends early$"):
+            frame(stream[:end])

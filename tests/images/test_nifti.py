@@ -158,6 +158,8 @@ def test_the_headers_display_range_counts_and_then_the_contrast():
     assert column(save(LINE, cal=(150, 50))) == column(save(LINE))
     assert column(save(LINE)) == [0, 64, 128, 191, 255]
     assert column(save(LINE + 1000, cal=(0, 255))) == column(save(LINE)), "a range without values is ignored"
+    for useless in ((0, np.inf), (-1e30, 1e30), (100, 100), (np.nan, np.nan)):
+        assert column(save(LINE, cal=useless)) == column(save(LINE)), "a range that shows nearly one level is ignored"
     rare = np.zeros((40, 40, 1), np.float32)
     rare[3, 5] = 7
     assert grey(save(rare)).max() == 255

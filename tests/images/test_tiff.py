@@ -336,3 +336,63 @@ def bomb(compression):
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     head = struct.pack("<2sHI", b"II", 42, 8 + len(strip) + len(strip) % 2)
     return head + strip + bytes(len(strip) % 2) + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        RAMP.astype(np.uint16) * 16,
+        RAMP.astype(np.int16) * 4,
+        RAMP.astype(np.uint32) * 16,
+        np.dstack([RAMP.astype(np.uint16) * 16] * 3),
+    ],
+    ids=str,
+)
+def test_hot_pixels_do_not_make_a_picture_black(values):
+    limits = np.iinfo(values.dtype)
+    values = np.tile(values, (8, 8) + (1,) * (values.ndim - 2))
+    values[0, 0], values[5, 7] = limits.max, limits.min
+    picture = decode(write(values, photometric="rgb" if values.ndim == 3 else "minisblack"))
+    assert picture.rule == CONTRAST
+    assert_close(np.tile(RAMP, (8, 8))[16:], picture.pixels[16:], most=2)
+
+
+@pytest.mark.parametrize("kind", ["imagej", "shaped"])
+@pytest.mark.parametrize("colours", [False, True])
+def test_images_behind_the_only_page_are_read(kind, colours):
+    planes = np.stack([RAMP, RAMP[::-1], RAMP.T])
+    stored = np.stack([planes] * 3, axis=-1) if colours else planes.astype(np.uint16) * 257
+    file, options = io.BytesIO(), {"imagej": True} if kind == "imagej" else {}
+    tifffile.imwrite(file, stored, truncate=True, photometric="rgb" if colours else "minisblack", **options)
+    data = file.getvalue()
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        assert len(tiff.pages) == 1
+    assert listed(data) == ["page=0", "page=1", "page=2"]
+    read = open_images(data, "x.tif", SegmentSettings(input="", output="", members=[{"checkpoint": "x"}]))
+    for number, plane in enumerate(planes):
+        assert_close(plane, read(f"page={number}").pixels, most=0)
+    with pytest.raises(ImageError, match="^corrupt"):
+        read("page=3")
+
+
+def test_a_mask_may_be_in_the_alpha_channel_only():
+    values = np.zeros((16, 16, 4), np.uint8)
+    values[..., 3] = RAMP
+    data = write(values, photometric="rgb", extrasamples=["unassalpha"], planarconfig="contig")
+    np.testing.assert_array_equal(RAMP > 127, decode_mask_file(data, "x", 127))
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "rgb"])
+def test_a_jpeg_tile_that_ends_early_is_corrupt_and_one_without_end_marker_is_whole(photometric):
+    smooth = np.asarray(Image.fromarray(COLOURS[:4, :4]).resize((64, 64)))
+    values = smooth if photometric == "rgb" else smooth[..., 0]
+    data = bytearray(write(values, photometric=photometric, compression="jpeg", tile=(64, 64)))
+    expected = decode(bytes(data)).pixels
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        end = tiff.pages[0].dataoffsets[0] + tiff.pages[0].databytecounts[0]
+    assert data[end - 2 : end] == b"\xff\xd9"
+    data[end - 2 : end] = bytes(2)
+    np.testing.assert_array_equal(expected, decode(bytes(data)).pixels)
+    data[end - 60 : end] = bytes(60)
+    with pytest.raises(ImageError, match=r"^corrupt: x.tif: the JPEG of a strip or tile ends early"):
+        decode(bytes(data))

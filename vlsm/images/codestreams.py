@@ -55,6 +55,33 @@ def is_lossless_jpeg(encoded: bytes) -> bool:
     return next((marker == _SOF3 for marker, _ in _segments(encoded) if marker in _FRAMES), False)
 
 
+def has_jpeg_end(encoded: bytes) -> bool:
+    """Return whether a JPEG codestream has an end marker behind its first scan. A thumbnail has one before it."""
+    try:
+        start = 2 + sum(4 + len(content) for _, content in _segments(encoded))
+    except (struct.error, IndexError):
+        return False
+    return encoded.rfind(b"\xff\xd9") >= start
+
+
+def is_jpeg_ls(encoded: bytes) -> bool:
+    """Return whether a codestream is JPEG-LS (ITU-T T.87), which begins as a JPEG does."""
+    return next((marker == _SOF55 for marker, _ in _segments(encoded) if marker in _FRAMES), False)
+
+
+def rare_jpeg_bits(encoded: bytes) -> int | None:
+    """Return the bits of a value of a JPEG-LS, or of a JPEG with more than 8 bits; None for all other content."""
+    if encoded[:2] != b"\xff\xd8":
+        return None
+    try:
+        for marker, content in _segments(encoded):
+            if marker in _FRAMES:
+                return content[0] if marker == _SOF55 or content[0] > 8 else None
+    except (struct.error, IndexError):
+        pass
+    return None
+
+
 def has_component_transform(encoded: bytes) -> bool:
     """Return whether a JPEG 2000 codestream has the transform whose inverse gives RGB (ISO/IEC 15444-1, A.6.1)."""
     start = _jp2_codestream(encoded) if encoded[4:8] == b"jP  " else 0

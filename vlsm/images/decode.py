@@ -9,6 +9,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from vlsm.config import SegmentSettings
+from vlsm.errors import ImageError
+from vlsm.images.codestreams import codestream_size, has_jpeg_end, is_jpeg_ls, rare_jpeg_bits
 from vlsm.images.grey_levels import Decoded, Window
 from vlsm.images.stored import Stored, check_pixels, decoder_errors, full_range
 
@@ -64,8 +66,8 @@ def decode_mask_file(data: bytes, name: str, threshold: int, max_pixels: int = 1
     """Return the mask of a mask file: 1 where the stored value is above the threshold, else 0.
 
     Labels are never scaled: of 16- and 32-bit files the integer itself is compared. Of colours and palettes, the
-    brightest channel counts. Black-and-white files (1 bit) have the values 0 and 255. The threshold removes noise of a
-    lossy encoding.
+    brightest channel counts. If a file has one colour everywhere and an alpha channel that varies, alpha counts.
+    Black-and-white files (1 bit) have the values 0 and 255. The threshold removes noise of a lossy encoding.
 
     Args:
         data: the content of the file, as for `decode_picture`.
@@ -79,8 +81,7 @@ def decode_mask_file(data: bytes, name: str, threshold: int, max_pixels: int = 1
     Raises:
         ImageError: as for `decode_picture`.
     """
-    values = read_stored(data, name, max_pixels).values
-    return ((values if values.ndim == 2 else values.max(axis=2)) > threshold).astype(np.uint8)
+    return (read_stored(data, name, max_pixels).labels() > threshold).astype(np.uint8)
 
 
 def read_stored(data: bytes, name: str, max_pixels: int) -> Stored:
@@ -89,9 +90,28 @@ def read_stored(data: bytes, name: str, max_pixels: int) -> Stored:
         from vlsm.images.tiff import TiffPages  # imports more than the other formats need
 
         return TiffPages(data, name, max_pixels).read(None)
+    if (num_bits := rare_jpeg_bits(data)) is not None:
+        return _read_rare_jpeg(data, name, max_pixels, num_bits)
     with decoder_errors(name), _open(io.BytesIO(data)) as image:
         check_pixels((image.height, image.width), name, max_pixels)
-        return (_read_deep(image, data) or Stored(_read_levels(image, data))).upright(_orientation(image))
+        return (_read_deep(image, data) or _read_levels(image, data)).upright(_orientation(image))
+
+
+def _read_rare_jpeg(data: bytes, name: str, max_pixels: int, num_bits: int) -> Stored:
+    """Return the values of a JPEG that Pillow cannot read."""
+    import imagecodecs
+
+    with decoder_errors(name):
+        height, width, num_channels = codestream_size(data) or (0, 0, 0)
+        check_pixels((height, width), name, max_pixels)
+        if num_channels not in (1, 3):
+            raise ImageError("unreadable", f"{name} is a JPEG with {num_channels} channels of {num_bits} bits")
+        if is_jpeg_ls(data):
+            return _split_alpha(imagecodecs.jpegls_decode(data), num_bits)
+        if not is_whole_jpeg(data):
+            raise ImageError("corrupt", f"{name}: the JPEG ends early")
+        colours = {"outcolorspace": "RGB"} if num_channels == 3 else {}
+        return _split_alpha(imagecodecs.jpeg8_decode(data, **colours), num_bits)
 
 
 def is_tiff(head: bytes) -> bool:
@@ -113,30 +133,32 @@ def _open(file: BinaryIO) -> Image.Image:
 def _read_deep(image: Image.Image, data: bytes) -> Stored | None:
     """Return the values of an image with more than 8 bits, or None. Pillow would round colours to 8 bits."""
     if image.format == "PNG" and data[24] == 16:  # bit depth, in the header chunk
+        return _split_alpha(_decode_deep_png(image, data), 16)
+    if image.format == "JPEG2000" and _jpeg2000_bits(data) > 8:
         import imagecodecs
 
-        values = _decode(image, data, imagecodecs.png_decode)
-        return Stored(_without_alpha(values), full_range(values.dtype, 16))
-    if image.format == "JPEG2000" and image.mode.startswith("I"):
-        import imagecodecs
-
-        values = imagecodecs.jpeg2k_decode(data)
-        return Stored(_without_alpha(values), full_range(values.dtype, _jpeg2000_bits(data)))
+        return _split_alpha(imagecodecs.jpeg2k_decode(data), _jpeg2000_bits(data))
     return None
 
 
-def _decode(image: Image.Image, data: bytes, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
-    try:
-        return decode(data)
-    except RuntimeError:
-        return decode(_without_ancillary_chunks(data))
+def _decode_deep_png(image: Image.Image, data: bytes) -> np.ndarray:
+    kept = _without_ancillary_chunks(data)  # libpng writes a line to stderr for each chunk that it does not like
+    if image.mode.startswith("I"):
+        with Image.open(io.BytesIO(kept), formats=("PNG",)) as grey:
+            return np.asarray(grey).astype(np.uint16)
+    import imagecodecs
+
+    return np.asarray(imagecodecs.png_decode(kept))
 
 
-def _without_alpha(values: np.ndarray) -> np.ndarray:
-    """Return (H, W) or (H, W, 3) values of an image that may have an alpha channel."""
+def _split_alpha(values: np.ndarray, num_bits: int) -> Stored:
+    """Return the image of (H, W) or (H, W, channels) values of which the last channel may be alpha."""
+    full = full_range(values.dtype, num_bits)
     if values.ndim == 2 or values.shape[2] == 3:
-        return values
-    return values[..., 0] if values.shape[2] < 3 else values[..., :3]
+        return Stored(values, full)
+    num_colours = 1 if values.shape[2] < 3 else 3
+    alpha = values[..., num_colours] if values.shape[2] > num_colours else None
+    return Stored(values[..., 0] if num_colours == 1 else values[..., :3], full, alpha=alpha)
 
 
 def _jpeg2000_bits(data: bytes) -> int:
@@ -144,11 +166,11 @@ def _jpeg2000_bits(data: bytes) -> int:
     return (data[data.index(b"\xff\x4f\xff\x51") + 42] & 0x7F) + 1
 
 
-def _read_levels(image: Image.Image, data: bytes) -> np.ndarray:
-    """Return an image of 8 bits, (H, W) or (H, W, 3) uint8."""
+def _read_levels(image: Image.Image, data: bytes) -> Stored:
+    """Return an image of 8 bits, its values (H, W) or (H, W, 3) uint8."""
     if image.format == "JPEG" and image.mode in ("L", "RGB"):
         if (pixels := _decode_jpeg(data, (image.height, image.width))) is not None:
-            return pixels
+            return Stored(pixels)
     try:
         image.load()
     except Exception:  # the decoder can raise any error
@@ -156,13 +178,12 @@ def _read_levels(image: Image.Image, data: bytes) -> np.ndarray:
             image.format == "JPEG"
             and (pixels := _decode_jpeg(data + _JPEG_END, (image.height, image.width))) is not None
         ):
-            return pixels
+            return Stored(pixels)
         if image.format != "PNG" or (kept := _without_ancillary_chunks(data)) == data:
             raise
         image = Image.open(io.BytesIO(kept), formats=("PNG",))
-    if image.mode in ("1", "L", "LA", "La"):
-        return np.asarray(image.convert("L"))
-    return np.asarray(image.convert("RGB"))
+    alpha = np.asarray(image.getchannel("A")) if image.mode in ("LA", "RGBA") else None
+    return Stored(np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")), alpha=alpha)
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
@@ -177,6 +198,26 @@ def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
     except ValueError:
         return None
     return pixels if pixels.shape == (*size, 3) else None
+
+
+def is_whole_jpeg(encoded: bytes, tables: bytes = b"") -> bool:
+    """Return whether a JPEG codestream has all of its pixels. One that lacks only its end marker has, if of 8 bits.
+
+    imagecodecs fills pixels that are missing, without an error.
+
+    Args:
+        encoded: the codestream, not of JPEG-LS.
+        tables: a codestream with tables for it, as TIFF keeps them.
+    """
+    if has_jpeg_end(encoded):
+        return True
+    if simplejpeg is None:
+        return False
+    try:
+        simplejpeg.decode_jpeg(tables[:-2] + encoded[2 if tables else 0 :] + _JPEG_END)
+    except ValueError:
+        return False
+    return True
 
 
 def _without_ancillary_chunks(data: bytes) -> bytes:
@@ -215,12 +256,14 @@ def list_images(
     file: BinaryIO, name: str, size_bytes: int | None, look: "Look"
 ) -> tuple[list[str | None], tuple[int, int]]:
     """Return one image and its size; see `vlsm.images.formats.FormatModule`."""
-    head = file.read(4)
+    head = file.read(1 << 16)
     file.seek(0)
     if is_tiff(head):
         from vlsm.images import tiff
 
         return [None], tiff.list_images(file, name, size_bytes, look)[1]
+    if rare_jpeg_bits(head) is not None and (shape := codestream_size(head)) is not None:
+        return [None], shape[:2]
     with decoder_errors(name), _open(file) as image:
         return [None], (image.height, image.width)
 

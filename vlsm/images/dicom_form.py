@@ -55,7 +55,8 @@ def read_form(dataset: Dataset) -> PixelForm:
 
     Missing elements have the value that nearly all objects have: one sample (three for the name of a colour space),
     MONOCHROME2 (RGB for three samples, PALETTE COLOR with a palette), unsigned, all allocated bits stored, the highest
-    bit above the others, colours pixel by pixel. A HighBit at which the stored bits do not fit counts as missing.
+    bit above the others, colours pixel by pixel. A BitsStored that is not possible, and a HighBit at which the stored bits
+    do not fit, count as missing.
 
     Raises:
         HeaderError: a size or BitsAllocated is missing, or the PhotometricInterpretation is none of the standard's.
@@ -64,6 +65,7 @@ def read_form(dataset: Dataset) -> PixelForm:
     samples, photometric = _read_colour(dataset)
     allocated = PIXEL_KEYWORDS[keyword] or _needed(dataset, "BitsAllocated")
     stored = _integer(dataset, "BitsStored", allocated)
+    stored = stored if 1 <= stored <= allocated else allocated
     high_bit = _integer(dataset, "HighBit", stored - 1)
     return PixelForm(
         size=(_needed(dataset, "Rows"), _needed(dataset, "Columns")),

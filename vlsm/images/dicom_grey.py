@@ -17,6 +17,7 @@ from vlsm.images.grey_levels import (
     DECLARED,
     STORED,
     Decoded,
+    Range,
     Window,
     choose_levels,
     scale_to_bytes,
@@ -42,7 +43,7 @@ def show_grey(
     is_padding = _find_padding(stored, dataset, form)
     own = read_window(voi)
     counted = values[~is_padding] if is_padding.any() else values
-    levels = choose_levels(counted, window, own and window_edges(own))
+    levels = choose_levels(counted, window, own and _edges(own, voi))
     if window is None and voi.get("VOILUTSequence"):
         table = read_table(voi.VOILUTSequence[0], form.syntax)
         shown = table.look_up(np.rint(values)).astype(np.float32)
@@ -73,14 +74,23 @@ def read_window(voi: Dataset) -> Window | None:
 
 def _apply_window(values: np.ndarray, window: Window, voi: Dataset) -> np.ndarray:
     """Return the values after the object's window, (H, W) uint8; `values` is overwritten (PS3.3, C.11.2.1)."""
-    center, width = window
-    function = str(voi.get("VOILUTFunction") or "LINEAR").strip().upper()
-    if function == "SIGMOID":
+    if _function(voi) == "SIGMOID":
+        center, width = window
         with np.errstate(over="ignore"):
             return scale_to_bytes(1 / (1 + np.exp(-4 * (values - center) / width)), 0, 1)
-    if function == "LINEAR" and width >= 1:
+    return scale_to_bytes(values, *_edges(window, voi))
+
+
+def _edges(window: Window, voi: Dataset) -> Range:
+    """Return the values (black, white) of the object's window. They are equal for a window of width 1."""
+    center, width = window
+    if _function(voi) == "LINEAR" and width >= 1:
         center, width = center - 0.5, width - 1
-    return scale_to_bytes(values, *window_edges((center, width)))
+    return window_edges((center, width))
+
+
+def _function(voi: Dataset) -> str:
+    return str(voi.get("VOILUTFunction") or "LINEAR").strip().upper()
 
 
 def _rescale(stored: np.ndarray, dataset: Dataset, form: PixelForm, frame: int) -> tuple[np.ndarray, bool]:

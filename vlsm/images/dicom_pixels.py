@@ -14,7 +14,8 @@ from pydicom.pixels.processing import convert_color_space
 
 from vlsm.errors import ImageError
 from vlsm.images.codestreams import codestream_size, has_component_transform, is_lossless_jpeg, jpeg_colours
-from vlsm.images.dicom_form import PixelForm
+from vlsm.images.decode import is_whole_jpeg
+from vlsm.images.dicom_form import HeaderError, PixelForm
 
 _NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 # ITU-T T.81: baseline, extended, lossless, and the retired processes, which the codestream states too
@@ -92,10 +93,13 @@ def _read_native(dataset: Dataset, form: PixelForm, frame: int) -> np.ndarray:
     """Return the values of an uncompressed frame with all allocated bits."""
     content = dataset[form.keyword].value
     num_values = form.size[0] * form.size[1] * form.samples
+    num_bits = num_values * form.num_frames * form.allocated
+    is_half = form.photometric in ("YBR_FULL_422", "YBR_PARTIAL_422") and len(content) * 8 < num_bits
+    if len(content) < -(-(num_bits * 2 // 3 if is_half else num_bits) // 8):  # in half, two pixels share a colour
+        raise HeaderError("the file has fewer bytes than its pixels need")
     if form.allocated == 12:
         return _unpack_12_bits(content, num_values, frame).reshape(*form.size, *[form.samples] * (form.samples > 1))
-    is_half = form.photometric in ("YBR_FULL_422", "YBR_PARTIAL_422")
-    if is_half and len(content) < num_values * form.allocated // 8 * form.num_frames:  # else every pixel has its colour
+    if is_half:  # else every pixel has its colour
         options = _options(form, photometric_interpretation="YBR_FULL_422", planar_configuration=0)
     else:
         options = _options(form)
@@ -151,6 +155,8 @@ def _decode_jpeg(encoded: bytes, form: PixelForm) -> np.ndarray:
     """Return a frame of any JPEG process, with 2 to 16 bits."""
     from imagecodecs import jpeg8_decode
 
+    if not is_whole_jpeg(encoded):
+        raise HeaderError("its JPEG codestream ends early")
     if form.samples == 1:
         values = jpeg8_decode(encoded)
         if not is_lossless_jpeg(encoded):  # all bits of a lossy process count, whatever the header says

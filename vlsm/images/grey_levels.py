@@ -5,12 +5,13 @@ The first row that applies is the rule of an image:
 stored      unsigned values of at most 8 bits stay unchanged.
 window      the setting `window` states the values that become black and white.
 declared    the file states them: a DICOM window or table, the display range of a NIfTI header. A range that holds none
-            of the image's values is ignored.
+            of the image's values, or of which they span less than 1 %, is ignored.
 full range  the values are brightnesses (PNG, TIFF, colour) and span at least half of the range that their bits can
             hold: this whole range is shown.
-contrast    otherwise from the lowest to the highest value: 12 bits in 16 and float values are of this kind. A few
-            extreme values do not count: if the range without 0.5 % of the values at each end is less than half as
-            wide, this narrower range is shown.
+contrast    otherwise from the lowest to the highest value: 12 bits in 16 and float values are of this kind.
+
+A few extreme values, such as hot pixels, do not count for the last two: if the range without 0.5 % of the values at
+each end is less than half as wide, the values span this narrower range.
 
 Only finite values count, without the values that a file declares as padding or "no data".
 """
@@ -28,6 +29,7 @@ STORED, WINDOW, DECLARED, FULL_RANGE, CONTRAST = RULES = "stored", "window", "de
 _TRIMMED = 0.005  # fraction of the values at each end that may be extreme
 _FEWEST = 100  # values of an image in which some count as extreme
 _NUM_SAMPLES = 1 << 20  # values of an image or volume that are looked at for extreme values
+_LEAST_SHARE = 0.01  # of a declared range, that different values must span
 _NO_VALUE = 3.4e38  # software writes the largest float32 where it has no value
 
 
@@ -65,17 +67,17 @@ def choose_levels(
     Args:
         values: any shape, integer or float, without padding.
         window: the setting (center, width), or None.
-        declared: the (black, white) that the file states, or None.
+        declared: the (black, white) that the file states, or None. If both are equal, higher values are white.
         full: the lowest and highest value that the stored bits can hold, if the values are brightnesses, or None.
     """
     if window is not None:
         return Levels(WINDOW, *window_edges(window))
-    if declared is not None and declared[1] > declared[0] and _covers(declared, values):
+    if declared is not None and np.isfinite(declared).all() and _covers(declared, values):
         return Levels(DECLARED, *declared)
-    low, high = value_range(values)
+    low, high = _without_extremes(values, *value_range(values))
     if full is not None and high - low >= (full[1] - full[0]) / 2:
         return Levels(FULL_RANGE, *full)
-    return Levels(CONTRAST, *_without_extremes(values, low, high))
+    return Levels(CONTRAST, low, high)
 
 
 def show(values: np.ndarray, levels: Levels) -> np.ndarray:
@@ -140,11 +142,17 @@ def _finite(values: np.ndarray) -> np.ndarray:
 def _covers(declared: Range, values: np.ndarray) -> bool:
     """Return whether a declared range shows anything: some values lie inside, or some below and some above.
 
-    The edges do not count. They are black and white, and often the background has one of these values.
+    The edges do not count. They are black and white, and often the background has one of these values. Different values
+    that span less than 1 % of the range are nearly one level: that shows nothing either.
     """
-    sample = sample_values(values)
-    if not sample.size or declared[0] <= sample.min() == sample.max() <= declared[1]:
+    sample = _finite(sample_values(values))
+    if not sample.size:
         return True
+    ends = np.array([sample.min(), sample.max()], np.float64)
+    if ends[0] == ends[1]:
+        return bool(declared[0] <= ends[0] <= declared[1])
+    if np.ptp(np.clip(ends, *declared)) < _LEAST_SHARE * (declared[1] - declared[0]):
+        return False
     is_below, is_above = sample < declared[0], sample > declared[1]
     is_inside = (sample > declared[0]) & (sample < declared[1])
     return bool(is_inside.any() or (is_below.any() and is_above.any()))

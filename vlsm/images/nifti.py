@@ -116,9 +116,14 @@ def _describe(raw: Any, axis: str, name: str) -> VolumeHeader:
         offset=offset,
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
-        display_range=(float(raw["cal_min"]), float(raw["cal_max"])),
+        display_range=_display_range(raw),
         data_file=None if _is_single(raw) else _names_of_data(name)[0],
     )
+
+
+def _display_range(raw: Any) -> tuple[float, float] | None:
+    black, white = float(raw["cal_min"]), float(raw["cal_max"])
+    return (black, white) if white > black else None
 
 
 def _dtype(raw: Any, name: str) -> np.dtype[Any]:

@@ -34,17 +34,32 @@ class Stored:
         full: the lowest and highest value that the bits of a deep image can hold; None if no one knows, as for floats.
         is_white_zero: whether the lowest grey value is white.
         no_data: the value of pixels without data; None if there is none.
+        alpha: (H, W) opacity of any type; None if there is none. A picture does not show it.
     """
 
     values: np.ndarray
     full: Range | None = None
     is_white_zero: bool = False
     no_data: float | None = None
+    alpha: np.ndarray | None = None
 
     def upright(self, orientation: int | None) -> "Stored":
         """Return the image turned as its tag Orientation says. An unknown number turns nothing."""
         turn = _UPRIGHT.get(orientation or 1)
-        return self if turn is None else replace(self, values=np.ascontiguousarray(turn(self.values)))
+        if turn is None:
+            return self
+        alpha = None if self.alpha is None else turn(self.alpha)
+        return replace(self, values=np.ascontiguousarray(turn(self.values)), alpha=alpha)
+
+    def labels(self) -> np.ndarray:
+        """Return the labels of a mask, (H, W) of the stored type: its grey values, or the brightest channel of its colours.
+
+        If these are the same everywhere, but the opacity is not, the opacity is the mask.
+        """
+        labels: np.ndarray = self.values if self.values.ndim == 2 else self.values.max(axis=2)
+        if self.alpha is not None and labels.min() == labels.max() and self.alpha.min() < self.alpha.max():
+            return self.alpha
+        return labels
 
     def show(self, window: Window | None = None) -> Decoded:
         """Return the picture, by the rule of `vlsm.images.grey_levels`.

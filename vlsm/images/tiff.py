@@ -54,6 +54,7 @@ class TiffPages:
         self._data, self._name, self._max_pixels = data, name, max_pixels
         with decoder_errors(name):
             self._tiff = tifffile.TiffFile(io.BytesIO(data), name=name)
+            self._num_planes = _count_planes(self._tiff)
 
     def read(self, page: int | None) -> Stored:
         """Return the values of a page; None for the first one that is no mask and no reduced copy.
@@ -63,7 +64,7 @@ class TiffPages:
         """
         with decoder_errors(self._name):
             number = list_pages(self._tiff)[0] if page is None else page
-            stored, orientation = self._read(number, self._tiff.pages[number])
+            stored, orientation = self._read(number, self._tiff.pages[0 if self._num_planes > 1 else number])
             return stored.upright(orientation)
 
     def _read(self, number: int, page: Any) -> tuple[Stored, int]:
@@ -76,7 +77,12 @@ class TiffPages:
         if problem := _describe_unsupported(page):
             raise ImageError("unreadable", f"{self._name} is a TIFF {problem}; this is not supported")
         _check_segments(page, self._data)
-        values = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # (separate samples, H, W, joined samples)
+        if self._num_planes > 1:
+            dtype = page.dtype.newbyteorder(self._tiff.byteorder)
+            values = np.ndarray(page.shaped, dtype, self._data, page.dataoffsets[0] + number * page.nbytes)
+            values = values.astype(page.dtype)[:, 0]
+        else:
+            values = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # (separate samples, H, W, joined samples)
         values = values[..., 0].transpose(1, 2, 0) if values.shape[0] > 1 else values[0]
         return _to_stored(page, values), orientation
 
@@ -138,6 +144,8 @@ def _check_unpacked_size(page: Any, segment: bytes) -> None:
         shape = codestream_size(segment)
         if shape is not None and int(np.prod(shape)) > 4 * num_values:
             raise ValueError("a strip or tile is larger than its page")
+        if page.compression == _JPEG and not decode.is_whole_jpeg(segment, page.jpegtables or b""):
+            raise ValueError("the JPEG of a strip or tile ends early")
     elif page.compression in _UNPACKERS:
         unpack, ratio = _UNPACKERS[page.compression]
         if len(segment) * ratio > _HARMLESS_BYTES:
@@ -155,6 +163,7 @@ def _to_stored(page: Any, values: np.ndarray) -> Stored:
     if page.photometric == _CMYK:
         levels = values if values.dtype == np.uint8 else (values // 257).astype(np.uint8)
         return Stored(np.asarray(Image.fromarray(np.ascontiguousarray(levels[..., :4]), "CMYK").convert("RGB")))
+    alpha = values[..., -1] if page.extrasamples in ((1,), (2,)) else None
     if page.extrasamples == (1,):
         values = _unmultiply(values)
     values = values[..., :3] if values.shape[-1] > 2 else values[..., 0]
@@ -166,7 +175,7 @@ def _to_stored(page: Any, values: np.ndarray) -> Stored:
         values = values.astype(np.uint8, copy=False)
     if bits == 1 and is_white_zero:
         return Stored(255 - values)
-    return Stored(values, full_range(values.dtype, bits), is_white_zero, _no_data(page))
+    return Stored(values, full_range(values.dtype, bits), is_white_zero, _no_data(page), alpha)
 
 
 def _unmultiply(values: np.ndarray) -> np.ndarray:
@@ -199,10 +208,25 @@ def list_pages(tiff: Any) -> list[int]:
     Raises:
         ValueError: the list of pages is damaged.
     """
+    if (num_planes := _count_planes(tiff)) > 1:
+        return list(range(num_planes))
     pages = [(number, tiff.pages[number]) for number in range(_count_pages(tiff))]
     pages = [(number, page) for number, page in pages if not int(page.tags.valueof(254, 0)) & _REDUCED_OR_MASK]
     num_levels = _count_levels([page for _, page in pages])
     return [number for number, _ in pages[:1] + pages[num_levels:]] or [0]
+
+
+def _count_planes(tiff: Any) -> int:
+    """Return how many images follow each other behind the only page of a file; 1 for all other files.
+
+    ImageJ writes stacks of more than 4 GB so, and tifffile does on request. The description of the page tells it.
+    """
+    if not (tiff.is_imagej or tiff.is_shaped) or not tiff.pages[0].is_final or _count_pages(tiff) > 1:
+        return 1
+    num_planes: int = tiff.series[0].size // max(tiff.pages[0].size, 1)
+    if num_planes > _MAX_PAGES:
+        raise ValueError(f"it states {num_planes:,} images; {_MAX_PAGES:,} are the most")
+    return num_planes
 
 
 def _count_pages(tiff: Any) -> int:
