@@ -110,8 +110,8 @@ def _read_rare_jpeg(data: bytes, name: str, max_pixels: int, num_bits: int) -> S
             return _split_alpha(imagecodecs.jpegls_decode(data), num_bits)
         if not is_whole_jpeg(data):
             raise ImageError("corrupt", f"{name}: the JPEG ends early")
-        colours = {"outcolorspace": "RGB"} if num_channels == 3 else {}
-        return _split_alpha(imagecodecs.jpeg8_decode(data, **colours), num_bits)
+        colours = "RGB" if num_channels == 3 else None
+        return _split_alpha(imagecodecs.jpeg8_decode(data, outcolorspace=colours), num_bits)
 
 
 def is_tiff(head: bytes) -> bool:

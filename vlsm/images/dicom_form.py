@@ -55,8 +55,8 @@ def read_form(dataset: Dataset) -> PixelForm:
 
     Missing elements have the value that nearly all objects have: one sample (three for the name of a colour space),
     MONOCHROME2 (RGB for three samples, PALETTE COLOR with a palette), unsigned, all allocated bits stored, the highest
-    bit above the others, colours pixel by pixel. A BitsStored that is not possible, and a HighBit at which the stored bits
-    do not fit, count as missing.
+    bit above the others, colours pixel by pixel. An impossible BitsStored, and a HighBit at which the stored
+    bits do not fit, count as missing.
 
     Raises:
         HeaderError: a size or BitsAllocated is missing, or the PhotometricInterpretation is none of the standard's.

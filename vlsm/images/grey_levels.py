@@ -5,7 +5,7 @@ The first row that applies is the rule of an image:
 stored      unsigned values of at most 8 bits stay unchanged.
 window      the setting `window` states the values that become black and white.
 declared    the file states them: a DICOM window or table, the display range of a NIfTI header. A range that holds none
-            of the image's values, or of which they span less than 1 %, is ignored.
+            of the image's values, or of which they span less than one level, is ignored.
 full range  the values are brightnesses (PNG, TIFF, colour) and span at least half of the range that their bits can
             hold: this whole range is shown.
 contrast    otherwise from the lowest to the highest value: 12 bits in 16 and float values are of this kind.
@@ -29,7 +29,7 @@ STORED, WINDOW, DECLARED, FULL_RANGE, CONTRAST = RULES = "stored", "window", "de
 _TRIMMED = 0.005  # fraction of the values at each end that may be extreme
 _FEWEST = 100  # values of an image in which some count as extreme
 _NUM_SAMPLES = 1 << 20  # values of an image or volume that are looked at for extreme values
-_LEAST_SHARE = 0.01  # of a declared range, that different values must span
+_LEAST_SHARE = 1 / 255  # of a declared range, that different values must span
 _NO_VALUE = 3.4e38  # software writes the largest float32 where it has no value
 
 
@@ -143,7 +143,7 @@ def _covers(declared: Range, values: np.ndarray) -> bool:
     """Return whether a declared range shows anything: some values lie inside, or some below and some above.
 
     The edges do not count. They are black and white, and often the background has one of these values. Different values
-    that span less than 1 % of the range are nearly one level: that shows nothing either.
+    that span less than one level of 255 show nothing either.
     """
     sample = _finite(sample_values(values))
     if not sample.size:

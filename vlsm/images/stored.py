@@ -52,7 +52,7 @@ class Stored:
         return replace(self, values=np.ascontiguousarray(turn(self.values)), alpha=alpha)
 
     def labels(self) -> np.ndarray:
-        """Return the labels of a mask, (H, W) of the stored type: its grey values, or the brightest channel of its colours.
+        """Return the labels of a mask, (H, W) of the stored type: grey values, or the brightest channel of colours.
 
         If these are the same everywhere, but the opacity is not, the opacity is the mask.
         """
