@@ -27,7 +27,7 @@ def read(path, **columns):
 
 def write(folder, name, content):
     data = content if isinstance(content, bytes) else content.encode()
-    (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (folder / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     return folder / name
 
 
@@ -152,7 +152,7 @@ def test_a_prompt_that_is_a_list_or_nothing_written_as_text(tmp_path, kind, colu
         pytest.param("x.csv", "x" * 20_000_000, "field larger than field limit", id="long header"),
         *((name, content, "is empty; a manifest needs image_uri") for name in ("x.csv", "x.tsv.gz")
           for content in ("", "\n \n", BOM)),
-        ("x.csv", gzip.compress(b"image_uri\na.png\n"), "is packed with gzip; its name must end with .gz"),
+        ("x.csv", gzip.compress(b"image_uri\na.png\n", mtime=0), "is packed with gzip; its name must end with .gz"),
         ("x.csv", b"PK\3\4\x14\0", "is a zip file, as .xlsx is; save it as CSV"),
         ("x.jsonl", '[{"image_uri": "a.png"}]', "line 1 is [{'image_uri': 'a.png'}]; a manifest's line is an object"),
         ("x.jsonl", '[\n{"image_uri": "a.png"}\n]', "line 1 is not JSON: Expecting value at column 1; each"),
