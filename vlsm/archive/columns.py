@@ -185,6 +185,8 @@ def parse_texts(text: str, where: str) -> str | list[str]:
             f"{where}: the prompt {shorten(text)} looks like a list but is none; write a list as "
             '["polyp", "flat polyp"], and a prompt with brackets as ["[a prompt]"]'
         )
+    if not all(map(str.strip, texts)):
+        raise ManifestError(f"{where}: prompts are {shorten(texts)}; they must be one text or a list of texts")
     return texts
 
 
