@@ -6,6 +6,7 @@ axis a direction. Voxel sizes of 0 count as 1. Neither is an error: nibabel and 
 
 import gzip
 import io
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +24,8 @@ from vlsm.images.volumes import AXES, COLOURS, GZIP, RAW, VolumeGrid, VolumeHead
 if TYPE_CHECKING:
     from vlsm.config import SegmentSettings
     from vlsm.images.formats import Look
+
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # it names no file; what matters is an error here
 
 _HEADERS = {
     b"n+1": nib.Nifti1Header,

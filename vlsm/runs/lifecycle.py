@@ -287,8 +287,8 @@ def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> di
     }
     if rules := {rule: count for rule, count in images_by_rule(counts).items() if rule != STORED}:
         logger.info(
-            "deep grey values became 8 bits by these rules: %s; vlsm/images/grey_levels.py explains them, and the "
-            "setting `window` replaces them",
+            "deep grey values became 8 bits by these rules: %s; vlsm/README.md explains them, and the setting "
+            "`window` replaces them",
             ", ".join(f"{rule} ({count:,} images)" for rule, count in rules.items()),
         )
     storage.write_bytes(storage.join(output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
