@@ -75,6 +75,10 @@ FAILED = {
 DIFFERENT = {
     "8bit.s.tif",  # signed: Pillow takes -1 for 255
     "crash-74d2a78403a5a59db1fb0a2b8735ac068a75f6e3.tif",  # damaged fax lines: each decoder guesses
+    # pixels that are nearly transparent: Pillow rounds alpha to 8 bits before it divides
+    "tiff_16bit_RGBa.tiff",
+    "tiff_strip_planar_16bit_RGBa.tiff",
+    "tiff_tiled_planar_16bit_RGBa.tiff",
 }
 
 
@@ -152,7 +156,10 @@ def test_slices_are_those_of_nibabel(rows, corpus):
         name = name_of(row, corpus)
         if row["status"] != "ok" or not name.startswith("nibabel/") or kind_of(name) != "nifti":
             continue
-        image = nib.as_closest_canonical(nib.load(row["image_uri"]))
+        image = nib.load(row["image_uri"])
+        if isinstance(image, nib.Cifti2Image):  # a matrix in a NIfTI file
+            image = nib.Nifti2Image.from_filename(row["image_uri"])
+        image = nib.as_closest_canonical(image)
         values = np.asarray(image.dataobj)
         parts = dict(part.split("=") for part in row["selector"].split(","))
         values = values[..., int(parts["slice"])] if values.ndim == 3 else values[:, :, int(parts["slice"])]
