@@ -2,10 +2,12 @@
 
 The first row that applies is the rule of an image:
 
-stored      unsigned values of at most 8 bits stay unchanged.
-window      the setting `window` states the values that become black and white.
+window      the setting `window` states the values that become black and white, in DICOM and volumes, and in every
+            image with more than 8 bits.
 declared    the file states them: a DICOM window or table, the display range of a NIfTI header. A range that holds none
             of the image's values, or of which they span less than one level, is ignored.
+stored      unsigned values of at most 8 bits stay unchanged, but for volumes and rescaled DICOM: these are
+            measurements.
 full range  the values are brightnesses (PNG, TIFF, colour) and span at least half of the range that their bits can
             hold: this whole range is shown.
 contrast    otherwise from the lowest to the highest value: 12 bits in 16 and float values are of this kind.
