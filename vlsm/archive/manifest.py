@@ -116,9 +116,8 @@ def read_prompts(row: dict[str, Any], prompts: tuple[str, ...], where: str) -> l
     if others and others != [row_prompts]:
         raise ManifestError(f"{where} has the prompt {shorten(given[1])} and prompts {shorten(given[0])}; give one")
     # "" is a prompt of its own in a column of lists, but nobody means a blank
-    are_texts = all(isinstance(text, str) and (text.strip() or not text) for text in row_prompts or ())
-    is_list = isinstance(row_prompts, list) and are_texts and row_prompts != [""]
-    if not row_prompts or not is_list:
+    is_list = isinstance(row_prompts, list) and row_prompts not in ([], [""])
+    if not is_list or not all(isinstance(text, str) and (text.strip() or not text) for text in row_prompts):
         raise ManifestError(f"{where}: prompts are {shorten(given[0])}; they must be one text or a list of texts")
     return list(dict.fromkeys(row_prompts))
 
