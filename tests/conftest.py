@@ -33,21 +33,64 @@ SHARED = Path(__file__).parents[2] / "shared"
 LONG_S = 1200  # time limit for tests that hang; working tests stay far below it, even on much slower machines
 
 
-# the slowest modules start first, so that both processes end at about the same time
-ORDER = "train failures torture demo segment resuming evaluate archives ensemble imports zoo learner".split()
+class _Cluster:
+    """The Ray cluster of this process. It runs only while modules with Ray follow each other."""
+
+    context = None
+    modules: frozenset[Path] = frozenset()  # those with Ray
+    is_set_up = False  # whether the fixture exists
+
+    def start(self):
+        from jobs.command import init_ray
+
+        if self.context is None:
+            memory_bytes = 600 * 2**20
+            self.context = init_ray("local", num_cpus=2, include_dashboard=False, object_store_memory=memory_bytes)
+            os.environ["RAY_ADDRESS"] = self.context.address_info["address"]
+        return self.context
+
+    def stop(self):
+        if self.context is not None:
+            import ray
+
+            self.context = None
+            del os.environ["RAY_ADDRESS"]
+            ray.shutdown()
+
+
+_cluster = _Cluster()
+
+
+# the slowest modules start first, so that both processes end at about the same time; those with Ray come before others
+ORDER = "train failures torture demo segment resuming evaluate archives ensemble".split()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Run each module in one process, so that its fixtures exist once; each process has one Ray cluster."""
     with_ray = {item.path for item in items if "ray_cluster" in item.fixturenames}
+    _cluster.modules = frozenset(with_ray)
     with_store = {item.path for item in items if "s3_server" in item.fixturenames} - with_ray
     for item in items:
         # tests of resuming read a run of the segment tests; tests with only the S3 server share one server
         module = str(item.path).replace("test_resuming", "test_segment")
         item.add_marker(pytest.mark.xdist_group("store" if item.path in with_store else module))
     order = {name: number for number, name in enumerate(ORDER)}
-    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(ORDER)))
+    slow = {path: order.get(path.stem.removeprefix("test_"), len(ORDER)) for path in {item.path for item in items}}
+    items.sort(key=lambda item: (slow[item.path], item.path not in with_ray))
+
+
+def pytest_runtest_setup(item):
+    """Start the cluster again for a test whose fixtures were made before the cluster was stopped."""
+    if "ray_cluster" in item.fixturenames and _cluster.is_set_up:
+        _cluster.start()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem):
+    """Stop the cluster before tests without Ray: its daemons need CPU time, and their trouble can end this process."""
+    if nextitem is None or nextitem.path not in _cluster.modules:
+        _cluster.stop()
 
 
 def pytest_collection():
@@ -112,15 +155,10 @@ def ray_cluster(s3_server):
 
     The S3 server starts first, because workers inherit the environment in which Ray starts.
     """
-    import ray
-
-    from jobs.command import init_ray
-
-    context = init_ray("local", num_cpus=2, include_dashboard=False, object_store_memory=600 * 2**20)
-    os.environ["RAY_ADDRESS"] = context.address_info["address"]
+    context = _cluster.start()
+    _cluster.is_set_up = True
     yield context
-    del os.environ["RAY_ADDRESS"]
-    ray.shutdown()
+    _cluster.stop()
 
 
 @pytest.fixture(scope="session")
