@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from vlsm.datasets.records import Record
 from vlsm.errors import ConfigError, ManifestError
-from vlsm.training.datasets import Record
 from vlsm.training.sampling import ExampleOrder, choose_prompt, cut_batches
 from vlsm.training.settings import DataSettings, TrainSettings
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
+import numpy as np
 from PIL import Image
 
 from vlsm import storage
@@ -25,6 +26,8 @@ from vlsm.images.formats import (
     FORMATS,
     HEAD_BYTES,
     Decode,
+    LabelModule,
+    Labels,
     Look,
     NoImages,
     PairedModule,
@@ -75,6 +78,25 @@ class Content:
             ImageError: the image cannot be decoded.
         """
         return self._decode(frame)
+
+    def labels(self, frame: str | None) -> np.ndarray:
+        """Return the labels of one image, (H, W) of the stored type, upright.
+
+        Args:
+            frame: as for `decode`.
+
+        Raises:
+            ImageError: the labels cannot be read, or files of this format hold none.
+        """
+        return self._labels(frame)
+
+    @functools.cached_property
+    def _labels(self) -> Labels:
+        module = FORMATS[self.kind or "image"].load()
+        if not hasattr(module, "open_labels"):
+            raise ImageError("unreadable", f"{self.name} has the format {self.kind}; it cannot be a mask")
+        with_values = {} if self.values is None else {"values": self.values}
+        return cast(LabelModule, module).open_labels(self.data, self.name, self._settings, **with_values)
 
     def check_single(self) -> None:
         """Raise an ImageError if the file has several images, or none. Its name stands for one image."""

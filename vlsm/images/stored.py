@@ -45,11 +45,10 @@ class Stored:
 
     def upright(self, orientation: int | None) -> "Stored":
         """Return the image turned as its tag Orientation says. An unknown number turns nothing."""
-        turn = _UPRIGHT.get(orientation or 1)
-        if turn is None:
+        if _UPRIGHT.get(orientation or 1) is None:
             return self
-        alpha = None if self.alpha is None else turn(self.alpha)
-        return replace(self, values=np.ascontiguousarray(turn(self.values)), alpha=alpha)
+        alpha = None if self.alpha is None else upright(self.alpha, orientation)
+        return replace(self, values=upright(self.values, orientation), alpha=alpha)
 
     def labels(self) -> np.ndarray:
         """Return the labels of a mask, (H, W) of the stored type: grey values, or the brightest channel of colours.
@@ -78,6 +77,12 @@ class Stored:
         levels = choose_levels(valid, window if self.values.ndim == 2 else None, None, self.full)
         pixels = show(self.values, levels)
         return pixels if has_data is None else np.where(has_data, pixels, np.uint8(0)), levels.rule
+
+
+def upright(values: np.ndarray, orientation: int | None) -> np.ndarray:
+    """Return (H, W, ...) values turned as the tag Orientation says. An unknown number turns nothing."""
+    turn = _UPRIGHT.get(orientation or 1)
+    return values if turn is None else np.ascontiguousarray(turn(values))
 
 
 def full_range(dtype: np.dtype[Any], num_bits: int) -> Range | None:

@@ -14,7 +14,7 @@ from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images import decode
 from vlsm.images.codestreams import codestream_size
-from vlsm.images.formats import Decode, Look
+from vlsm.images.formats import Decode, Labels, Look
 from vlsm.images.stored import Stored, check_pixels, decoder_errors, full_range
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its warnings name no file; what matters is an error here
@@ -288,4 +288,16 @@ def open_images(data: bytes, name: str, settings: SegmentSettings) -> Decode:
     if not decode.is_tiff(data):
         return decode.open_images(data, name, settings)
     pages = TiffPages(data, name, settings.max_pixels)
-    return lambda selector: pages.read(int(selector.partition("=")[2]) if selector else None).show(settings.window)
+    return lambda selector: pages.read(_page(selector)).show(settings.window)
+
+
+def open_labels(data: bytes, name: str, settings: SegmentSettings) -> Labels:
+    """Return the reader of the labels of a page, by its selector; see `vlsm.images.formats.LabelModule`."""
+    if not decode.is_tiff(data):
+        return decode.open_labels(data, name, settings)
+    pages = TiffPages(data, name, settings.max_pixels)
+    return lambda selector: pages.read(_page(selector)).labels()
+
+
+def _page(selector: str | None) -> int | None:
+    return int(selector.partition("=")[2]) if selector else None

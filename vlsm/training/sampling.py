@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from vlsm.datasets.records import Record
 from vlsm.errors import ManifestError
-from vlsm.training.datasets import Record
 from vlsm.training.settings import DataSettings, TrainSettings
 
 _EVALUATION = 2**31  # stands for an epoch in the seeds of evaluations; no training has so many epochs

@@ -4,8 +4,8 @@ import shutil
 import pytest
 
 from tests.conftest import SHARED
+from vlsm.datasets.read import read_dataset
 from vlsm.errors import ConfigError, ManifestError
-from vlsm.training.datasets import read_dataset
 
 ANNOTATIONS = SHARED / "reference" / "annotations"
 NAMES = sorted(path.name for path in ANNOTATIONS.iterdir()) if ANNOTATIONS.exists() else []
