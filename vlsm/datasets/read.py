@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from vlsm import storage
-from vlsm.archive.tables import MANIFEST_EXTENSIONS
+from vlsm.archive.tables import MANIFEST_EXTENSIONS, find_lists
 from vlsm.datasets.lists import read_list
 from vlsm.datasets.medvlsm import find_annotations, read_annotations
 from vlsm.datasets.records import Record
@@ -14,30 +14,37 @@ _SHOWN = 10  # problems that one error message lists
 
 
 def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -> list[Record]:
-    """Return all records of a dataset, in the order of its annotation files.
+    """Return all records of a dataset, in the order of its annotation files or its list.
 
     Args:
         name: name of the dataset.
-        uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`, or a manifest (.parquet, .csv,
-            .tsv, .jsonl) with `image_uri`, `mask_uri`, `split`, and optionally `prompt` or `prompts` and `dataset`.
-            Relative locations start at the manifest's folder.
+        uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`; or a list: a .parquet, .csv, .tsv or .jsonl, or a folder of
+            such files (see `vlsm.datasets.lists`). Relative locations start at the list's folder.
         settings: how to read it; None for the defaults.
 
     Raises:
         ConfigError: there is no dataset at the location.
-        ManifestError: an annotation file cannot be read, a record lacks a required value, or a record names a file
-            outside the dataset's folder.
+        ManifestError: an annotation file cannot be read, a record lacks a required value, a record names a file outside
+            the dataset's folder, or an image has no mask.
     """
-    uri = storage.absolute(uri)
-    if uri.lower().endswith(MANIFEST_EXTENSIONS):
-        if not storage.exists(uri):
-            raise ConfigError(f"dataset {name}: there is no manifest at {uri!r}")
-        return _all_or_problems(name, read_list(name, uri))
-    splits = find_annotations(uri)
-    if not splits:
-        problem = "has no anns/train.json, anns/val.json or anns/test.json" if storage.exists(uri) else "does not exist"
-        raise ConfigError(f"dataset {name}: {uri!r} {problem}")
-    return _all_or_problems(name, read_annotations(name, uri, splits))
+    uri, settings = storage.absolute(uri), settings or DatasetSettings()
+    return _all_or_problems(name, _read_layout(name, uri, settings))
+
+
+def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Record | ManifestError]:
+    """Return the records as the dataset states them, by the first layout that it has."""
+    if not storage.exists(uri):
+        what = "no manifest at" if uri.lower().endswith(MANIFEST_EXTENSIONS) else "nothing at"
+        raise ConfigError(f"dataset {name}: there is {what} {uri!r}")
+    if splits := find_annotations(uri):
+        return read_annotations(name, uri, splits)
+    fs, path = storage.open_uri(uri)
+    is_file = fs.isfile(path)
+    if lists := find_lists(uri, is_file, None):
+        return read_list(name, uri, lists, settings.columns)
+    if is_file:
+        raise ConfigError(f"dataset {name}: {uri!r} is no folder and no list ({', '.join(MANIFEST_EXTENSIONS)})")
+    raise ConfigError(f"dataset {name}: {uri!r} has no anns/train.json, anns/val.json or anns/test.json")
 
 
 def _all_or_problems(name: str, items: Iterable[Record | ManifestError]) -> list[Record]:

@@ -1,22 +1,33 @@
 """Settings that decide what is read from labelled datasets: the same for training, calibration and evaluation."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices
 
 READING = ("slices", "window", "max_pixels", "max_image_bytes")  # a segment run has the same settings
+COLUMNS = ("image_uri", "mask_uri", "split", "group", "dataset", "prompt", "prompts")
 
 
 class DatasetSettings(Settings):
     """How labelled datasets are read."""
 
     mask_threshold: int = Field(127, ge=0, le=254, description="brighter pixels of a mask file are foreground")
+    columns: dict[str, str] = Field(
+        {}, description=f"columns of a list with other names, as {{mask_uri: label}}: {', '.join(COLUMNS)}"
+    )
     slices: Slices = Field("axial", description="direction in which volumes are cut into slices; each is an image")
     window: tuple[float, float] | None = Field(
         None, description="grey values to show, above 8 bits: [centre, width], as [40, 400]; null: as the file states"
     )
     max_pixels: int = Field(100_000_000, ge=1, description="pixels of an image; larger images are not decoded")
     max_image_bytes: int = Field(1 << 30, ge=1, description="bytes of a file; larger files are not read")
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in value if name not in COLUMNS]:
+            raise ValueError(f"{unknown[0]!r} must be one of {', '.join(COLUMNS)}; the list's name is the value")
+        return value
 
     def reading(self, run: RunSettings) -> SegmentSettings:
         """Return the settings with which a `Reader` reads the files of these datasets."""
