@@ -11,7 +11,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ImageError
 from vlsm.images.decode import orientation_of
 from vlsm.images.reader import Content, Reader
-from vlsm.images.stored import upright
+from vlsm.images.stored import COLOURS, upright
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,8 @@ class ExampleReader:
 
     def _read_mask(self, record: Record, uri: str) -> Mask:
         content, frame = self._masks.open({"image_uri": uri, "selector": record.mask_selector})
-        stored = content.labels(frame)
+        are_colours = any(label >= COLOURS for label in record.labels)
+        stored = content.codes(frame, are_colours) if record.labels else content.labels(frame)
         is_set = np.isin(stored, record.labels) if record.labels else stored > self._settings.mask_threshold
         return Mask(is_set.astype(np.uint8), [stored], content.digest(frame), _orientation(content))
 

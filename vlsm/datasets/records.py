@@ -14,7 +14,7 @@ class Record:
 
     Attributes:
         dataset: name of the dataset.
-        split: one of SPLITS.
+        split: one of SPLITS, or "" if the dataset does not state it: not yet assigned.
         where: the annotation file and the position in it, for messages.
         image_uri: location of the image.
         mask_uri: location of the mask, or of the file that describes its shape.
@@ -22,7 +22,8 @@ class Record:
         image_selector: which image of the file it is, such as "slice=17", as in the manifest of a run; None if the file
             has one image.
         mask_selector: the same for the mask.
-        labels: stored values of the mask file that are foreground. Empty: the values above data.mask_threshold.
+        labels: stored values of the mask file that are foreground: entries of its palette, if it has one, or
+            `vlsm.images.stored.COLOURS` + 0xRRGGBB for colours. Empty: the values above data.mask_threshold.
         more_masks: locations of further mask files; a pixel is foreground if it is so in any of them.
         mask_rle: the mask itself as COCO run lengths; None if it is in a file.
         mask_size: (height, width) of mask_rle in pixels.

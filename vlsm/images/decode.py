@@ -192,7 +192,9 @@ def _read_levels(image: Image.Image, data: bytes) -> Stored:
             raise
         image = Image.open(io.BytesIO(kept), formats=("PNG",))
     alpha = np.asarray(image.getchannel("A")) if image.mode in ("LA", "RGBA") else None
-    return Stored(np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")), alpha=alpha)
+    indices = np.asarray(image) if image.mode == "P" else None
+    levels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
+    return Stored(levels, alpha=alpha, indices=indices)
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
@@ -284,4 +286,9 @@ def open_images(data: bytes, name: str, settings: SegmentSettings) -> Callable[[
 
 def open_labels(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], np.ndarray]:
     """Return the reader of the labels of the one image of the file; see `vlsm.images.formats.LabelModule`."""
-    return lambda selector: read_stored(data, name, settings.max_pixels).labels()
+    return lambda selector: open_stored(data, name, settings)(selector).labels()
+
+
+def open_stored(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], Stored]:
+    """Return the reader of the values of the one image of the file; see `vlsm.images.formats.ColourModule`."""
+    return lambda selector: read_stored(data, name, settings.max_pixels)

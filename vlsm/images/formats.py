@@ -30,6 +30,7 @@ import numpy as np
 from vlsm.config import SegmentSettings, TileSettings
 from vlsm.images.decode import EXTENSIONS
 from vlsm.images.grey_levels import Decoded
+from vlsm.images.stored import Stored
 from vlsm.images.windows import count_windows
 
 HEAD_BYTES = 348  # at the start of a file, enough to recognise a format: the header of a NIfTI volume
@@ -81,6 +82,16 @@ class LabelModule(FormatModule, Protocol):
         """Return the function that reads the labels of an image, by its selector: stored values, never scaled.
 
         Arguments as for `open_images`, also of a PairedModule.
+        """
+
+
+class ColourModule(LabelModule, Protocol):
+    """The functions of a format whose masks can have colours or a palette."""
+
+    def open_stored(self, data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], Stored]:
+        """Return the function that reads the values of an image, by its selector.
+
+        Arguments as for `open_images`.
         """
 
 

@@ -25,6 +25,7 @@ from vlsm.images.fetch import check_size, image_errors, read_image_bytes, read_p
 from vlsm.images.formats import (
     FORMATS,
     HEAD_BYTES,
+    ColourModule,
     Decode,
     LabelModule,
     Labels,
@@ -39,6 +40,7 @@ from vlsm.images.formats import (
 )
 from vlsm.images.grey_levels import Decoded
 from vlsm.images.parquet import ParquetImages, kind_by_bytes, kind_by_name
+from vlsm.images.stored import Stored
 
 _BLOCK = 1 << 20  # bytes per request to a store, for an archive that is read in order
 # files with several images stay in memory, because these images follow each other in the plan
@@ -89,6 +91,32 @@ class Content:
             ImageError: the labels cannot be read, or files of this format hold none.
         """
         return self._labels(frame)
+
+    def codes(self, frame: str | None, are_colours: bool) -> np.ndarray:
+        """Return what tells the classes of a mask apart, (H, W): numbers, or the colours of `Stored.colours`.
+
+        The number is the entry of the palette where the file has one, and the label elsewhere.
+
+        Args:
+            frame: as for `decode`.
+            are_colours: whether classes are told by their colours.
+
+        Raises:
+            ImageError: as for `labels`, or the format has no colours.
+        """
+        if self._stored is not None:
+            stored = self._stored(frame)
+            return stored.colours() if are_colours else stored.codes()
+        if are_colours:
+            raise ImageError("unreadable", f"{self.name} has the format {self.kind}; its masks have no colours")
+        return self.labels(frame)
+
+    @functools.cached_property
+    def _stored(self) -> Callable[[str | None], Stored] | None:
+        module = FORMATS[self.kind or "image"].load()
+        if not hasattr(module, "open_stored"):
+            return None
+        return cast(ColourModule, module).open_stored(self.data, self.name, self._settings)
 
     @functools.cached_property
     def _labels(self) -> Labels:

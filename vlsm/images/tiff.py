@@ -3,6 +3,7 @@
 import io
 import logging
 import struct
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import imagecodecs
@@ -159,7 +160,7 @@ def _check_unpacked_size(page: Any, segment: bytes) -> None:
 def _to_stored(page: Any, values: np.ndarray) -> Stored:
     """Return the values (H, W, channels) of a page with its meaning: palette, photometric interpretation, bits."""
     if page.photometric == _PALETTE:
-        return Stored(_paint(values[..., 0], np.asarray(page.colormap)))
+        return Stored(_paint(values[..., 0], np.asarray(page.colormap)), indices=values[..., 0])
     if page.photometric == _CMYK:
         levels = values if values.dtype == np.uint8 else (values // 257).astype(np.uint8)
         return Stored(np.asarray(Image.fromarray(np.ascontiguousarray(levels[..., :4]), "CMYK").convert("RGB")))
@@ -293,10 +294,16 @@ def open_images(data: bytes, name: str, settings: SegmentSettings) -> Decode:
 
 def open_labels(data: bytes, name: str, settings: SegmentSettings) -> Labels:
     """Return the reader of the labels of a page, by its selector; see `vlsm.images.formats.LabelModule`."""
+    read = open_stored(data, name, settings)
+    return lambda selector: read(selector).labels()
+
+
+def open_stored(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], Stored]:
+    """Return the reader of the values of a page, by its selector; see `vlsm.images.formats.ColourModule`."""
     if not decode.is_tiff(data):
-        return decode.open_labels(data, name, settings)
+        return decode.open_stored(data, name, settings)
     pages = TiffPages(data, name, settings.max_pixels)
-    return lambda selector: pages.read(_page(selector)).labels()
+    return lambda selector: pages.read(_page(selector))
 
 
 def _page(selector: str | None) -> int | None:
