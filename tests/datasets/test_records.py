@@ -85,7 +85,7 @@ def test_a_split_that_nobody_knows_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "has no anns/train.json"),
+        ("", "Known are: anns/{train,val,test}.json"),
         ("list.csv", "there is no manifest at"),
         ("x", "there is nothing at"),
     ],

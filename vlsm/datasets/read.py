@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from vlsm import storage
 from vlsm.archive.tables import MANIFEST_EXTENSIONS, find_lists
+from vlsm.datasets.completing import complete_records
+from vlsm.datasets.folders import describe_unknown, list_dataset, pair_folder, read_folder
 from vlsm.datasets.lists import read_list
 from vlsm.datasets.medvlsm import find_annotations, read_annotations
 from vlsm.datasets.records import Record
@@ -14,11 +16,12 @@ _SHOWN = 10  # problems that one error message lists
 
 
 def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -> list[Record]:
-    """Return all records of a dataset, in the order of its annotation files or its list.
+    """Return all records of a dataset, in the order of its annotation files, its list, or its images' names.
 
     Args:
         name: name of the dataset.
-        uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`; or a list: a .parquet, .csv, .tsv or .jsonl, or a folder of
+        uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`; or one with images and masks
+            whose names agree (see `vlsm.datasets.pairing`); or a list: a .parquet, .csv, .tsv or .jsonl, or a folder of
             such files (see `vlsm.datasets.lists`). Relative locations start at the list's folder.
         settings: how to read it; None for the defaults.
 
@@ -28,7 +31,8 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
             the dataset's folder, or an image has no mask.
     """
     uri, settings = storage.absolute(uri), settings or DatasetSettings()
-    return _all_or_problems(name, _read_layout(name, uri, settings))
+    records = _all_or_problems(name, _read_layout(name, uri, settings))
+    return complete_records(name, records, settings)
 
 
 def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Record | ManifestError]:
@@ -44,7 +48,11 @@ def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Rec
         return read_list(name, uri, lists, settings.columns)
     if is_file:
         raise ConfigError(f"dataset {name}: {uri!r} is no folder and no list ({', '.join(MANIFEST_EXTENSIONS)})")
-    raise ConfigError(f"dataset {name}: {uri!r} has no anns/train.json, anns/val.json or anns/test.json")
+    paths = list_dataset(uri)
+    pairing = pair_folder(paths)
+    if not pairing.pairs:
+        raise ConfigError(describe_unknown(name, uri, paths, pairing))
+    return read_folder(name, uri, paths, pairing, settings)
 
 
 def _all_or_problems(name: str, items: Iterable[Record | ManifestError]) -> list[Record]:

@@ -2,7 +2,8 @@
 
 from pydantic import Field, field_validator
 
-from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices
+from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices, each_one_is_a_list
+from vlsm.datasets.classes import Named, check_classes
 
 READING = ("slices", "window", "max_pixels", "max_image_bytes")  # a segment run has the same settings
 COLUMNS = ("image_uri", "mask_uri", "split", "group", "dataset", "prompt", "prompts")
@@ -12,6 +13,18 @@ class DatasetSettings(Settings):
     """How labelled datasets are read."""
 
     mask_threshold: int = Field(127, ge=0, le=254, description="brighter pixels of a mask file are foreground")
+    prompts: dict[str, tuple[str, ...]] = Field(
+        {}, description="prompt p1 of a dataset whose records have none: --set data.prompts.kvasir=polyp"
+    )
+    classes: dict[int | str, str | Named] = Field(
+        {},
+        description="a record for each class of a mask, by its value or colour: {1: polyp, '#ff0000': fold}; "
+        "or these per dataset",
+    )
+    skip_absent: bool = Field(False, description="leave out records whose class is not in the image; reads all masks")
+    skip_unpaired: bool = Field(
+        False, description="leave out images without a mask and masks without an image instead of stopping"
+    )
     columns: dict[str, str] = Field(
         {}, description=f"columns of a list with other names, as {{mask_uri: label}}: {', '.join(COLUMNS)}"
     )
@@ -21,6 +34,16 @@ class DatasetSettings(Settings):
     )
     max_pixels: int = Field(100_000_000, ge=1, description="pixels of an image; larger images are not decoded")
     max_image_bytes: int = Field(1 << 30, ge=1, description="bytes of a file; larger files are not read")
+
+    _list_prompts = field_validator("prompts", mode="before")(each_one_is_a_list)
+    _check_classes = field_validator("classes", mode="before")(check_classes)
+
+    @field_validator("prompts")
+    @classmethod
+    def _check_prompts(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        if empty := [name for name, texts in value.items() if not texts or not all(map(str.strip, texts))]:
+            raise ValueError(f"{empty[0]} has an empty prompt; give words, as in data.prompts.{empty[0]}=polyp")
+        return value
 
     @field_validator("columns")
     @classmethod

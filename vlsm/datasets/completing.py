@@ -1,0 +1,94 @@
+"""What the settings add to the records of a dataset: classes and prompts."""
+
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from vlsm.datasets.classes import labels_of, split_by_class
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.records import Record
+from vlsm.datasets.settings import DatasetSettings
+from vlsm.errors import ConfigError, ImageError
+from vlsm.images.stored import COLOURS
+
+logger = logging.getLogger("vlsm")
+
+_THREADS = 16  # that read masks: most of the time they wait for a store
+
+
+def complete_records(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
+    """Return the records of a dataset with the classes and prompts that the settings ask for.
+
+    Args:
+        name: name of the dataset. Settings for a name in a list's column `dataset` are stronger.
+        records: as the dataset states them.
+        settings: how to read the dataset.
+
+    Raises:
+        ConfigError: data.classes is set, but no record has a mask file without classes.
+    """
+    records = _split_classes(name, records, settings)
+    if settings.skip_absent:
+        records = _leave_out_absent(name, records, settings)
+    return _give_prompts(name, records, settings)
+
+
+def _split_classes(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
+    """Return a record for each class of each mask file. Records that have labels or run lengths stay as they are."""
+    result: list[Record] = []
+    num_split = 0
+    for record in records:
+        labels = labels_of(settings.classes, record.dataset, name)
+        if labels and not record.labels and record.mask_rle is None:
+            result += split_by_class(record, labels)
+            num_split += 1
+        else:
+            result.append(record)
+    if records and not num_split and labels_of(settings.classes, name):
+        raise ConfigError(f"dataset {name}: data.classes is set, but the masks have classes already; leave it out")
+    return result
+
+
+def _leave_out_absent(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
+    """Return the records without those whose class is not in their image. Those of broken masks stay for the checks."""
+    reader = ExampleReader(settings)
+    by_mask = defaultdict[Any, list[Record]](list)
+    for record in records:
+        if record.labels:
+            place = record.mask_uri, record.more_masks, record.mask_selector
+            by_mask[place, max(record.labels) >= COLOURS].append(record)
+
+    def find_absent(same: Sequence[Record]) -> list[Record]:
+        try:
+            stored = reader.read_mask(same[0]).stored  # the same for all of these classes
+        except ImageError:
+            return []
+        return [record for record in same if not any(np.isin(values, record.labels).any() for values in stored)]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        absent = {record.where for record in itertools.chain.from_iterable(pool.map(find_absent, by_mask.values()))}
+    logger.info("dataset %s: %d of %d records left out: their class is absent", name, len(absent), len(records))
+    return [record for record in records if record.where not in absent]
+
+
+def _give_prompts(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
+    """Return the records; those without any prompt get that of their dataset."""
+    result, used = [], set[str]()
+    for record in records:
+        key = next((key for key in (record.dataset, name) if key in settings.prompts), None)
+        if key is not None and not record.prompts:
+            used.add(key)
+            record = replace(record, prompts={"p1": settings.prompts[key]})
+        result.append(record)
+    if records and name in settings.prompts and name not in used:
+        logger.warning(
+            "data.prompts.%s is not used: all records have a prompt of their own; data.prompt=text:WORDS replaces them",
+            name,
+        )
+    return result
