@@ -1,4 +1,4 @@
-"""What the settings add to the records of a dataset: classes and prompts."""
+"""What the settings add to the records of a dataset: classes, prompts, and masks that are joined."""
 
 import itertools
 import logging
@@ -12,6 +12,7 @@ import numpy as np
 
 from vlsm.datasets.classes import labels_of, split_by_class
 from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.joining import find_several_masks, join_masks
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError, ImageError
@@ -23,7 +24,7 @@ _THREADS = 16  # that read masks: most of the time they wait for a store
 
 
 def complete_records(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
-    """Return the records of a dataset with the classes and prompts that the settings ask for.
+    """Return the records of a dataset with the classes, prompts and joined masks that the settings ask for.
 
     Args:
         name: name of the dataset. Settings for a name in a list's column `dataset` are stronger.
@@ -32,11 +33,21 @@ def complete_records(name: str, records: list[Record], settings: DatasetSettings
 
     Raises:
         ConfigError: data.classes is set, but no record has a mask file without classes.
+        ManifestError: masks cannot be joined.
     """
     records = _split_classes(name, records, settings)
     if settings.skip_absent:
         records = _leave_out_absent(name, records, settings)
-    return _give_prompts(name, records, settings)
+    records = _give_prompts(name, records, settings)
+    if settings.join_masks:
+        joined = join_masks(records)
+        logger.info("dataset %s: %d records joined to %d (data.join_masks)", name, len(records), len(joined))
+        return joined
+    if several := list(find_several_masks(records)):
+        _, index, message = several[0]
+        where = records[index].where
+        logger.warning("dataset %s: several masks in %d records, such as %s: %s", name, len(several), where, message)
+    return records
 
 
 def _split_classes(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:

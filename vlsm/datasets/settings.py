@@ -22,6 +22,7 @@ class DatasetSettings(Settings):
         "or these per dataset",
     )
     skip_absent: bool = Field(False, description="leave out records whose class is not in the image; reads all masks")
+    join_masks: bool = Field(False, description="several masks of one image and one prompt are one mask")
     skip_unpaired: bool = Field(
         False, description="leave out images without a mask and masks without an image instead of stopping"
     )
