@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME=URI",
-        help="a folder with anns/ images/ masks/, or a manifest with image_uri, mask_uri, split; may be repeated",
+        help="a folder with images/ and masks/, or a list with image_uri and mask_uri; may be repeated",
     )
     args = parser.parse_args(argv)
 

@@ -6,12 +6,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from vlsm.config import load_settings
-from vlsm.datasets.completing import complete_records
+from vlsm.datasets.completing import split_classes
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
-from vlsm.errors import ConfigError, ImageError
+from vlsm.errors import ImageError
 from vlsm.images.stored import COLOURS
 
 INDEX = np.zeros((5, 7), np.uint8)
@@ -118,7 +118,7 @@ def test_absent_classes_are_left_out_on_request_and_that_is_told(folder, caplog)
     Image.new("RGB", (7, 5)).save(folder / "images" / "c.png")
     (folder / "masks" / "c.png").write_bytes(b"broken")
     with caplog.at_level(logging.INFO, "vlsm"):
-        records = read(folder, classes={1: "polyp", 2: "instrument", 5: "fold"}, skip_absent=True)
+        records = read(folder, classes={1: "polyp", 2: "instrument", 5: "fold"}, absent_classes="skip")
     kept = [(record.image_uri[-5], record.prompts["p1"][0]) for record in records]
     # whether a broken mask shows a class is not known: the checks of the files tell that it is broken
     assert kept == [
@@ -155,7 +155,7 @@ def test_instances_of_a_label_map_are_one_class_with_a_threshold_of_zero(folder)
     ],
 )
 def test_wrong_classes_are_refused(classes, message):
-    with pytest.raises((ValidationError, ConfigError), match=message):
+    with pytest.raises(ValidationError, match=message):
         DatasetSettings(classes=classes)
 
 
@@ -174,7 +174,7 @@ def test_nnunets_file_names_the_classes_unless_a_setting_does(folder):
     assert {record.labels for record in read(folder, classes={2: "instrument"})} == {(2,)}
 
 
-def test_classes_for_records_that_have_classes_already_are_refused():
-    settings = DatasetSettings(classes={1: "polyp"})
-    with pytest.raises(ConfigError, match="dataset d: data.classes is set, but the masks have classes already"):
-        complete_records("d", [labelled("a.png", (2,))], settings)
+def test_classes_for_records_that_have_classes_already_are_not_used(caplog):
+    records = [labelled("a.png", (2,))]
+    assert split_classes("d", records, DatasetSettings(classes={1: "polyp"})) == records
+    assert "dataset d: data.classes is not used: its masks have classes already" in caplog.text

@@ -54,6 +54,15 @@ def test_a_prompt_for_a_dataset_does_not_replace_those_of_records(tmp_path, capl
     assert "data.prompts.kvasir is not used: all records have a prompt of their own" in caplog.text
 
 
+def test_a_prompt_for_a_dataset_stands_beside_an_empty_one(tmp_path):
+    write(tmp_path, "images/a.png", "masks/a.png")
+    (tmp_path / "anns").mkdir()
+    row = {"img_name": "a.png", "mask_name": "a.png", "prompts": {"p0": ""}}
+    (tmp_path / "anns" / "val.json").write_text(json.dumps([row]))
+    (record,) = read_dataset("kvasir", str(tmp_path), KVASIR)
+    assert record.prompts == {"p0": ("",), "p1": ("polyp",)}
+
+
 def test_numbered_masks_beside_their_image_are_one_mask(tmp_path):
     write(tmp_path, "benign/b (1).png", "benign/b (1)_mask.png", "benign/b (1)_mask_1.png")
     other = np.zeros((4, 6), np.uint8)

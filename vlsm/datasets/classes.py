@@ -58,7 +58,7 @@ def split_by_class(record: Record, labels: Labels) -> Iterator[Record]:
     """Yield a record for each class. The prompt p1 of a class replaces all prompts of the record.
 
     A class that an image does not show has an empty mask there: that is an example, too, since most images of an
-    archive do not show it. `skip_absent` leaves such records out.
+    archive do not show it. absent_classes=skip leaves such records out.
     """
     for prompt, values in labels.items():
         yield replace(record, where=f"{record.where}, class {prompt}", labels=values, prompts={"p1": (prompt,)})

@@ -15,7 +15,7 @@ from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.joining import find_several_masks, join_masks
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
-from vlsm.errors import ConfigError, ImageError
+from vlsm.errors import ImageError
 from vlsm.images.stored import COLOURS
 
 logger = logging.getLogger("vlsm")
@@ -23,20 +23,40 @@ logger = logging.getLogger("vlsm")
 _THREADS = 16  # that read masks: most of the time they wait for a store
 
 
-def complete_records(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
-    """Return the records of a dataset with the classes, prompts and joined masks that the settings ask for.
+def split_classes(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
+    """Return a record for each class of each mask file. Records that have labels or run lengths stay as they are.
 
     Args:
         name: name of the dataset. Settings for a name in a list's column `dataset` are stronger.
         records: as the dataset states them.
         settings: how to read the dataset.
+    """
+    result: list[Record] = []
+    num_split = 0
+    for record in records:
+        labels = labels_of(settings.classes, record.dataset, name)
+        if labels and not record.labels and record.mask_rle is None:
+            result += split_by_class(record, labels)
+            num_split += 1
+        else:
+            result.append(record)
+    if records and not num_split and labels_of(settings.classes, name):
+        logger.warning("dataset %s: data.classes is not used: its masks have classes already", name)
+    return result
+
+
+def complete_records(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
+    """Return the records of a dataset with the prompts and joined masks that the settings ask for.
+
+    Args:
+        name: name of the dataset, as for `split_classes`.
+        records: as `split_classes` returns them.
+        settings: how to read the dataset.
 
     Raises:
-        ConfigError: data.classes is set, but no record has a mask file without classes.
         ManifestError: masks cannot be joined.
     """
-    records = _split_classes(name, records, settings)
-    if settings.skip_absent:
+    if settings.absent_classes == "skip":
         records = _leave_out_absent(name, records, settings)
     records = _give_prompts(name, records, settings)
     if settings.join_masks:
@@ -50,28 +70,12 @@ def complete_records(name: str, records: list[Record], settings: DatasetSettings
     return records
 
 
-def _split_classes(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
-    """Return a record for each class of each mask file. Records that have labels or run lengths stay as they are."""
-    result: list[Record] = []
-    num_split = 0
-    for record in records:
-        labels = labels_of(settings.classes, record.dataset, name)
-        if labels and not record.labels and record.mask_rle is None:
-            result += split_by_class(record, labels)
-            num_split += 1
-        else:
-            result.append(record)
-    if records and not num_split and labels_of(settings.classes, name):
-        raise ConfigError(f"dataset {name}: data.classes is set, but the masks have classes already; leave it out")
-    return result
-
-
 def _leave_out_absent(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
     """Return the records without those whose class is not in their image. Those of broken masks stay for the checks."""
     reader = ExampleReader(settings)
     by_mask = defaultdict[Any, list[Record]](list)
     for record in records:
-        if record.labels:
+        if record.labels and record.mask_selector is None:  # slices were chosen when their volume was read
             place = record.mask_uri, record.more_masks, record.mask_selector
             by_mask[place, max(record.labels) >= COLOURS].append(record)
 
@@ -84,18 +88,20 @@ def _leave_out_absent(name: str, records: list[Record], settings: DatasetSetting
 
     with ThreadPoolExecutor(_THREADS) as pool:
         absent = {record.where for record in itertools.chain.from_iterable(pool.map(find_absent, by_mask.values()))}
-    logger.info("dataset %s: %d of %d records left out: their class is absent", name, len(absent), len(records))
+    logger.info(
+        "dataset %s: %d of %d records left out: their class is absent (absent_classes)", name, len(absent), len(records)
+    )
     return [record for record in records if record.where not in absent]
 
 
 def _give_prompts(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
-    """Return the records; those without any prompt get that of their dataset."""
+    """Return the records; those without any words get the prompt of their dataset."""
     result, used = [], set[str]()
     for record in records:
         key = next((key for key in (record.dataset, name) if key in settings.prompts), None)
-        if key is not None and not record.prompts:
+        if key is not None and not record.has_words:
             used.add(key)
-            record = replace(record, prompts={"p1": settings.prompts[key]})
+            record = replace(record, prompts=record.prompts | {"p1": settings.prompts[key]})
         result.append(record)
     if records and name in settings.prompts and name not in used:
         logger.warning(

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from vlsm import storage
 from vlsm.archive.tables import MANIFEST_EXTENSIONS, find_lists
-from vlsm.datasets.completing import complete_records
+from vlsm.datasets.completing import complete_records, split_classes
 from vlsm.datasets.folders import describe_unknown, list_dataset, pair_folder, read_folder
 from vlsm.datasets.lists import read_list
 from vlsm.datasets.medvlsm import find_annotations, read_annotations
@@ -32,7 +32,7 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
     """
     uri, settings = storage.absolute(uri), settings or DatasetSettings()
     records = _all_or_problems(name, _read_layout(name, uri, settings))
-    return complete_records(name, records, settings)
+    return complete_records(name, split_classes(name, records, settings), settings)
 
 
 def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Record | ManifestError]:

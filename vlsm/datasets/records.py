@@ -44,6 +44,11 @@ class Record:
     mask_size: tuple[int, int] | None = None
     group: str = ""
 
+    @property
+    def has_words(self) -> bool:
+        """Whether a prompt is more than an empty text."""
+        return any(text.strip() for texts in self.prompts.values() for text in texts)
+
     def stated(self) -> dict[str, Any]:
         """Return the fields as a dict, without those that have their default value."""
         return {

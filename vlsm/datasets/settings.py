@@ -1,5 +1,7 @@
 """Settings that decide what is read from labelled datasets: the same for training, calibration and evaluation."""
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices, each_one_is_a_list
@@ -21,7 +23,11 @@ class DatasetSettings(Settings):
         description="a record for each class of a mask, by its value or colour: {1: polyp, '#ff0000': fold}; "
         "or these per dataset",
     )
-    skip_absent: bool = Field(False, description="leave out records whose class is not in the image; reads all masks")
+    absent_classes: Literal["skip", "empty"] | None = Field(
+        None,
+        description="an image without a class: skip: no example, all masks are read first; empty: an example with an "
+        "empty mask; null: empty",
+    )
     join_masks: bool = Field(False, description="several masks of one image and one prompt are one mask")
     skip_unpaired: bool = Field(
         False, description="leave out images without a mask and masks without an image instead of stopping"
