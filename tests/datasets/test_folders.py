@@ -105,6 +105,17 @@ def test_images_without_masks_are_told_and_left_out_on_request(tmp_path, caplog)
     assert "8 of 9 images have no mask and are left out (data.skip_unpaired): images/1.png" in caplog.text
 
 
+def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):
+    write(tmp_path, "there/images/a.png", "there/masks/a.png")
+    (tmp_path / "here").mkdir()
+    for name in ("images", "masks"):
+        (tmp_path / "here" / name).symlink_to(tmp_path / "there" / name)
+        (tmp_path / "there" / name / "circle").symlink_to(tmp_path / "here")
+    (tmp_path / "here" / "broken").symlink_to(tmp_path / "nowhere")
+    (record,) = read_dataset("kvasir", str(tmp_path / "here"))
+    assert record.image_uri == f"{tmp_path}/here/images/a.png"
+
+
 def test_two_images_of_one_name_are_refused(tmp_path):
     write(tmp_path, "images/a.png", "images/a.jpg", "images/b.png", "masks/b.png")
     with pytest.raises(ManifestError, match="images/a.jpg and images/a.png compete for one name"):

@@ -1,5 +1,6 @@
 """Folders of images and masks without annotation files; `vlsm.datasets.pairing` has the rules that pair them."""
 
+import itertools
 import json
 import logging
 from collections import Counter
@@ -28,9 +29,15 @@ _NNUNET_FILE = "dataset.json"
 
 
 def list_dataset(uri: str) -> list[str]:
-    """Return the paths of all files below a folder or prefix, relative to it, without hidden files."""
+    """Return the paths of all files below a folder or prefix, relative to it, without hidden files.
+
+    On a local disk a link to a folder is followed, but no link in there: links can form a circle.
+    """
     root = storage.open_uri(uri)[1].rstrip("/") + "/"
-    names = (info["name"].removeprefix(root) for info in list_files(uri) if info["type"] == "file")
+    infos = list(list_files(uri))
+    linked = (list_files(info["name"]) for info in infos if info["type"] == "link")
+    all_infos = itertools.chain(infos, *linked)
+    names = (info["name"].removeprefix(root) for info in all_infos if info["type"] == "file")
     return [storage.spell_out(name) for name in names if not _is_hidden(name)]
 
 
