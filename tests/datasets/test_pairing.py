@@ -11,6 +11,7 @@ PAIRS = {
     "split above": (["validation/images/a.jpg", "validation/masks/a.png"], "val", None),
     "split in the name": (["valid_images/a.png", "valid_masks/a.png"], "val", None),
     "names of the split differ": (["images/val/a.png", "masks/Validation/a.png"], "val", None),
+    "folders with numbers": (["test_1/images/a.png", "test_1/masks/a.png"], "test", None),
     "other names": (["TrainDataset/Original/a.tif", "TrainDataset/Ground Truth/a.tif"], "train", None),
     "names with further words": (
         ["ISIC2018_Task1-2_Test_Input/I_1.jpg", "ISIC2018_Task1_Test_GroundTruth/I_1_segmentation.png"],
@@ -91,6 +92,14 @@ def test_an_image_without_a_mask_among_others_is_told_and_so_is_a_mask_of_an_ima
     # a_mask_1 is the mask of a_1, if there is such an image, and else mask 1 of a
     pairing = pair_by_stem(["images/a.png", "images/a_1.png", "masks/a_mask.png", "masks/a_mask_1.png"])
     assert [pair.masks for pair in pairing.pairs] == [("masks/a_mask.png",), ("masks/a_mask_1.png",)]
+
+
+def test_numbered_folders_of_a_split_stay_apart():
+    paths = [f"test_{number}/{kind}/a.png" for number in (1, 2) for kind in ("images", "masks")]
+    assert [(pair.split, pair.image) for pair in pair_by_stem(paths).pairs] == [
+        ("test", "test_1/images/a.png"),
+        ("test", "test_2/images/a.png"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Folders of images and masks without annotation files; `vlsm.datasets.pairing` has the rules that pair them."""
 
-import itertools
 import json
 import logging
 from collections import Counter
@@ -34,10 +33,12 @@ def list_dataset(uri: str) -> list[str]:
     On a local disk a link to a folder is followed, but no link in there: links can form a circle.
     """
     root = storage.open_uri(uri)[1].rstrip("/") + "/"
-    infos = list(list_files(uri))
-    linked = (list_files(info["name"]) for info in infos if info["type"] == "link")
-    all_infos = itertools.chain(infos, *linked)
-    names = (info["name"].removeprefix(root) for info in all_infos if info["type"] == "file")
+    found: dict[str, list[str]] = {"file": [], "link": []}
+    for info in list_files(uri):
+        found.setdefault(info["type"], []).append(info["name"])
+    for link in found["link"]:
+        found["file"] += [info["name"] for info in list_files(link) if info["type"] == "file"]
+    names = (path.removeprefix(root) for path in found["file"])
     return [storage.spell_out(name) for name in names if not _is_hidden(name)]
 
 

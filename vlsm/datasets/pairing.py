@@ -170,7 +170,7 @@ def _place_others(path: str, folders: list[str], split: str | None) -> _File:
     for folder in folders:
         named = _split_folder(folder)
         split = named or split
-        kept.append(named or folder)
+        kept.append(folder if named is None or re.search(r"\d", folder) else named)  # train_1/ and train_2/ stay apart
     if split and split not in kept:
         kept.append(split)  # train_images/x.png and test_masks/x.png are no pair
     return _File(path, _stem(path.rsplit("/", 1)[-1]), split or "", tuple(sorted(kept, key=lambda one: one != split)))
