@@ -11,7 +11,7 @@ from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
-from vlsm.errors import ImageError
+from vlsm.errors import ConfigError, ImageError
 from vlsm.images.stored import COLOURS
 
 INDEX = np.zeros((5, 7), np.uint8)
@@ -132,9 +132,19 @@ def test_absent_classes_are_left_out_on_request_and_that_is_told(folder, caplog)
     assert "dataset kvasir: 3 of 9 records left out: their class is absent" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("classes", "values"), [({7: "polyp"}, "0, 1, 2"), ({"#000001": "polyp"}, "#000000, #0909c8, #c80000")]
+)
+def test_classes_that_no_mask_has_are_told_with_the_values_that_are_there(folder, classes, values):
+    with pytest.raises(ConfigError, match=f"no mask has a class; .*a.png holds {values}; correct data.classes"):
+        read(folder, classes=classes, absent_classes="skip")
+
+
 def test_classes_of_one_prompt_are_one_class(folder):
-    records = read(folder, classes={1: "lesion", "#C80000": "lesion", "2": "lesion"})
-    assert [record.labels for record in records] == [(1, COLOURS + 0xC80000, 2)] * 2
+    records = read(folder, classes={1: "lesion", "2": "lesion"})
+    assert [record.labels for record in records] == [(1, 2)] * 2
+    records = read(folder, classes={"#C80000": "lesion"})
+    assert [record.labels for record in records] == [(COLOURS + 0xC80000,)] * 2
 
 
 def test_instances_of_a_label_map_are_one_class_with_a_threshold_of_zero(folder):
@@ -151,6 +161,7 @@ def test_instances_of_a_label_map_are_one_class_with_a_threshold_of_zero(folder)
         ({"polyp": 1}, "'polyp' is no value of a mask and no colour"),
         ({"red": "polyp"}, "'red' is no value of a mask and no colour; give classes as {1: polyp}"),
         ({1: " "}, "class 1 has the prompt ' '; give words"),
+        ({1: "polyp", "#ff0000": "fold"}, "1, #ff0000 are values and colours; give either"),
         ({1: "polyp", "kvasir": {1: "polyp"}}, "1 has no classes; give them for each dataset"),
     ],
 )
@@ -160,9 +171,9 @@ def test_wrong_classes_are_refused(classes, message):
 
 
 def test_classes_come_from_the_command_line_and_survive_a_file():
-    words = ["classes={1: polyp, '#ff0000': fold}", "prompts.kvasir=polyp"]
+    words = ["classes={1: polyp, 2: fold}", "prompts.kvasir=polyp"]
     settings = load_settings(DatasetSettings, None, words, {})
-    assert settings.classes == {1: "polyp", "#ff0000": "fold"} and settings.prompts == {"kvasir": ("polyp",)}
+    assert settings.classes == {1: "polyp", 2: "fold"} and settings.prompts == {"kvasir": ("polyp",)}
     assert DatasetSettings.model_validate(settings.model_dump(mode="json")) == settings
 
 

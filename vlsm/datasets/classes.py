@@ -21,10 +21,17 @@ def check_classes(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if not any(isinstance(item, dict) for item in value.values()):
-        return dict(map(_check_class, value.items()))
+        return _check_named(value)
     if mixed := [key for key, item in value.items() if not isinstance(item, dict)]:
         raise ValueError(f"{mixed[0]!r} has no classes; give them for each dataset, or for all datasets together")
-    return {str(name): dict(map(_check_class, item.items())) for name, item in value.items()}
+    return {str(name): _check_named(named) for name, named in value.items()}
+
+
+def _check_named(value: dict[Any, Any]) -> Named:
+    named = dict(map(_check_class, value.items()))
+    if len({type(key) for key in named}) > 1:
+        raise ValueError(f"{', '.join(map(str, named))} are values and colours; give either values or colours")
+    return named
 
 
 def _check_class(item: tuple[Any, Any]) -> tuple[int | str, str]:

@@ -15,11 +15,12 @@ from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.joining import find_several_masks, join_masks
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
-from vlsm.errors import ImageError
+from vlsm.errors import ConfigError, ImageError
 from vlsm.images.stored import COLOURS
 
 logger = logging.getLogger("vlsm")
 
+_SHOWN = 10  # values of a mask that a message names
 _THREADS = 16  # that read masks: most of the time they wait for a store
 
 
@@ -54,6 +55,7 @@ def complete_records(name: str, records: list[Record], settings: DatasetSettings
         settings: how to read the dataset.
 
     Raises:
+        ConfigError: data.absent_classes leaves no record.
         ManifestError: masks cannot be joined.
     """
     if settings.absent_classes == "skip":
@@ -71,13 +73,16 @@ def complete_records(name: str, records: list[Record], settings: DatasetSettings
 
 
 def _leave_out_absent(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
-    """Return the records without those whose class is not in their image. Those of broken masks stay for the checks."""
+    """Return the records without those whose class is not in their image. Those of broken masks stay for the checks.
+
+    Raises:
+        ConfigError: no record remains.
+    """
     reader = ExampleReader(settings)
     by_mask = defaultdict[Any, list[Record]](list)
     for record in records:
         if record.labels and record.mask_selector is None:  # slices were chosen when their volume was read
-            place = record.mask_uri, record.more_masks, record.mask_selector
-            by_mask[place, max(record.labels) >= COLOURS].append(record)
+            by_mask[record.mask_uri, record.more_masks].append(record)
 
     def find_absent(same: Sequence[Record]) -> list[Record]:
         try:
@@ -91,7 +96,15 @@ def _leave_out_absent(name: str, records: list[Record], settings: DatasetSetting
     logger.info(
         "dataset %s: %d of %d records left out: their class is absent (absent_classes)", name, len(absent), len(records)
     )
-    return [record for record in records if record.where not in absent]
+    kept = [record for record in records if record.where not in absent]
+    if records and not kept:
+        values = np.unique(reader.read_mask(records[0]).stored[0])[:_SHOWN]
+        held = ", ".join(str(value) if value < COLOURS else f"#{value - COLOURS:06x}" for value in values)
+        raise ConfigError(
+            f"dataset {name}: no mask has a class; {records[0].mask_uri} holds {held}; correct data.classes, or "
+            "--set data.absent_classes=empty"
+        )
+    return kept
 
 
 def _give_prompts(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:

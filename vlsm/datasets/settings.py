@@ -20,7 +20,7 @@ class DatasetSettings(Settings):
     )
     classes: dict[int | str, str | Named] = Field(
         {},
-        description="a record for each class of a mask, by its value or colour: {1: polyp, '#ff0000': fold}; "
+        description="a record for each class of a mask, by its value or colour: {1: polyp} or {'#ff0000': polyp}; "
         "or these per dataset",
     )
     absent_classes: Literal["skip", "empty"] | None = Field(
