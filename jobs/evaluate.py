@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dataset",
         metavar="NAME=URI",
-        help="a folder with anns/ images/ masks/, or a manifest with image_uri, mask_uri, split; may be repeated",
+        help="a folder with images/ and masks/, or a list with image_uri and mask_uri; may be repeated",
         **repeated,
     )
     parser.add_argument(

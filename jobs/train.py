@@ -18,10 +18,10 @@ from jobs.command import RaySession, logger, make_parser, parse_pairs, run_comma
 from jobs.segment_pools import warn_if_none_fits
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
+from vlsm.datasets.inspection import Facts
+from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
 from vlsm.runs.record import read_record, read_summary
-from vlsm.training.datasets import Record
-from vlsm.training.inspection import Facts
 from vlsm.training.settings import TrainSettings
 
 _STARTING_S = 5.0  # after this time without a log line from the workers, the driver logs that they are starting
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME=URI",
-        help="a folder with anns/ images/ masks/, or a manifest with image_uri, mask_uri, split; may be repeated",
+        help="a folder with images/ and masks/, or a list with image_uri and mask_uri; may be repeated",
     )
     args = parser.parse_args(argv)
 

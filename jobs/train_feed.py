@@ -9,20 +9,19 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
 
 from jobs.command import logger
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.inspection import Facts, inspect_record
+from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
-from vlsm.images.decode import decode_image, decode_mask_file
-from vlsm.images.fetch import read_image_bytes
 from vlsm.images.preprocess import Square
 from vlsm.training.augment import augment_example
-from vlsm.training.datasets import Record
-from vlsm.training.inspection import Facts, inspect_record
 from vlsm.training.sampling import MicroBatch
 from vlsm.training.settings import DataSettings
 
@@ -58,7 +57,8 @@ def inspect_records(records: Sequence[Record], settings: DataSettings) -> list[F
 
 
 def _inspect_chunk(records: list[Record], settings: DataSettings) -> list[Facts]:
-    return [inspect_record(record, settings) for record in records]
+    reader = ExampleReader(settings)
+    return [inspect_record(record, reader) for record in records]
 
 
 @dataclass(frozen=True)
@@ -102,19 +102,16 @@ def keep_decoded(
 
 
 def _decode_chunk(records: list[Record], settings: DataSettings, square: Square) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [_decode(record.image_uri, record.mask_uri, settings, square) for record in records]
+    reader = ExampleReader(settings)
+    pairs = [_decode(record, reader, square) for record in records]
     images, masks = zip(*pairs, strict=True)
     return np.stack(images), np.stack(masks)
 
 
-def _decode(image_uri: str, mask_uri: str, settings: DataSettings, square: Square) -> tuple[np.ndarray, np.ndarray]:
+def _decode(record: Record, reader: ExampleReader, square: Square) -> tuple[np.ndarray, np.ndarray]:
     """Return an example in the model's square: image (S, S, 3) uint8, and target mask (S, S) uint8 of 0 and 1."""
-    image = read_image_bytes(image_uri, None, settings.max_image_bytes)
-    mask = read_image_bytes(mask_uri, None, settings.max_image_bytes)
-    return (
-        square.resize_image(decode_image(image, image_uri, settings.max_pixels)),
-        square.resize_mask(decode_mask_file(mask, mask_uri, settings.mask_threshold, settings.max_pixels)),
-    )
+    example = reader.read(record)
+    return square.resize_image(example.image), square.resize_mask(example.target.mask)
 
 
 @dataclass(frozen=True)
@@ -164,8 +161,9 @@ class Feed:
 
     def _describe(self, batch: MicroBatch) -> dict[str, Any]:
         """Return the description of a micro-batch from which an actor loads it."""
-        files = [(self.records[example].image_uri, self.records[example].mask_uri) for example in batch.examples]
-        return {"examples": batch.examples, "files": files, "seeds": batch.seeds if batch.split == "train" else None}
+        records = [asdict(self.records[example]) for example in batch.examples] if self.decoded is None else []
+        seeds = batch.seeds if batch.split == "train" else None
+        return {"examples": batch.examples, "records": records, "seeds": seeds}
 
 
 def _take(decoded: Decoded, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
@@ -190,12 +188,14 @@ class _Loader:
 
     def __init__(self, settings: DataSettings, square: Square, decoded: Decoded | None) -> None:
         self.settings, self.square, self.decoded = settings, square, decoded
+        self._reader = ExampleReader(settings)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the images and target masks of one micro-batch, augmented if it has seeds."""
         description = json.loads(batch["batch"][0])
         if self.decoded is None:
-            pairs = [_decode(image, mask, self.settings, self.square) for image, mask in description["files"]]
+            records = [Record(**fields) for fields in description["records"]]
+            pairs = [_decode(record, self._reader, self.square) for record in records]
         else:
             pairs = self.decoded.fetch(description["examples"])
         augment = self.settings.augment

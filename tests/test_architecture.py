@@ -16,7 +16,7 @@ FLOORS = (
     {"config"},
     {"images"},
     {"archive", "models"},
-    {"checkpoints"},
+    {"checkpoints", "datasets"},
     {"segmentation"},
     {"runs"},
     {"export", "training"},

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration, build_checkpoint, read_checkpoint
 from vlsm.config import dump_yaml
-from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
-from vlsm.images.decode import decode_image, decode_mask_file
-from vlsm.images.fetch import read_image_bytes
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.read import read_dataset
+from vlsm.datasets.records import Record
+from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.segmenter import Segmenter
-from vlsm.training.datasets import Record, read_dataset
 from vlsm.training.sampling import choose_prompt
 from vlsm.training.settings import DataSettings
 
@@ -146,22 +146,16 @@ def _predict(
     segmenter: Segmenter, records: list[Record], data: DataSettings, use_stored_prompt: bool
 ) -> Iterator[Labelled]:
     """Yield logits at the original size of each image, and its mask. Unreadable images are reported and skipped."""
-    square = segmenter.model.image_spec.square
+    square, reader = segmenter.model.image_spec.square, ExampleReader(data)
     for record in tqdm(records, unit="image", disable=not sys.stderr.isatty()):
         try:
-            limits = data.max_image_bytes, data.max_pixels
-            image = decode_image(read_image_bytes(record.image_uri, None, limits[0]), record.image_uri, limits[1])
-            content = read_image_bytes(record.mask_uri, None, limits[0])
-            mask = decode_mask_file(content, record.mask_uri, data.mask_threshold, limits[1])
+            example = reader.read(record)
             prompt = segmenter.settings.prompt if use_stored_prompt else choose_prompt(record, data, None)
-            if image.shape[:2] != mask.shape:
-                raise ManifestError(
-                    f"{record.mask_uri} is {mask.shape}; its image is {image.shape[:2]}, (height, width)"
-                )
         except VlsmError as error:
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        logits = segmenter.predict_logits(square.resize_image(image)[None], [[prompt]])[0][0]
+        mask = example.target.mask
+        logits = segmenter.predict_logits(square.resize_image(example.image)[None], [[prompt]])[0][0]
         yield square.enlarge_logits(logits, (mask.shape[0], mask.shape[1])), mask
 
 
@@ -183,7 +177,9 @@ def calibrate_checkpoint(
     """
     if "://" in directory or Path(directory).exists():
         raise ConfigError(f"CALIBRATED is {directory}; it must be a local folder that does not exist yet")
-    records = [record for name, uri in datasets.items() for record in read_dataset(name, uri) if record.split == "val"]
+    records = [
+        record for name, uri in datasets.items() for record in read_dataset(name, uri, data) if record.split == "val"
+    ]
     files = read_checkpoint(source)
     checkpoint = build_checkpoint(files, source)
     plain = checkpoint.settings.model_copy(update={"calibration": None})

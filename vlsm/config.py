@@ -16,6 +16,9 @@ from vlsm.errors import ConfigError
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 
+Slices = Literal["axial", "coronal", "sagittal"]
+
+
 class Settings(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
@@ -160,7 +163,7 @@ class SegmentSettings(Settings):
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
     review: ReviewSettings = ReviewSettings()
-    slices: Literal["axial", "coronal", "sagittal"] = Field(
+    slices: Slices = Field(
         "axial", description="direction in which volumes are cut into slices; each slice is an image"
     )
     frames: str | None = Field(

@@ -45,6 +45,7 @@ class ImageError(VlsmError):
         "empty",
         "corrupt",
         "too_large",
+        "size",  # of a labelled image: its mask has another one
         "crashed",  # the process died or hung at each try
     )
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from vlsm.datasets.records import Record
 from vlsm.evaluation.prompts import classify, find_telling, texts_of
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.tables import compare, format_csv, format_markdown
-from vlsm.training.datasets import Record
 
 RNG = np.random.default_rng(1)
 DICE = {"a": RNG.uniform(0.4, 0.9, 15), "b": RNG.uniform(0.5, 1, 15)}

@@ -18,10 +18,10 @@ import vlsm
 from jobs import evaluate, segment
 from tests.conftest import LONG_S
 from vlsm import storage
+from vlsm.datasets.read import read_dataset
 from vlsm.images.decode import decode_image, decode_mask_file
 from vlsm.segmentation.masks import decode_mask
 from vlsm.segmentation.metrics import dice_score
-from vlsm.training.datasets import read_dataset
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,12 @@ from jobs.phantoms import write_labelled
 from tests.conftest import read_mask_rows
 from vlsm import calibration
 from vlsm.config import MemberSettings, SegmentSettings
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.records import Record
 from vlsm.images.preprocess import Square
 from vlsm.report import forecast
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.segmentation.masks import decode_mask
-from vlsm.training.datasets import Record
 from vlsm.training.settings import DataSettings
 
 SQUARE = Square(32, "letterbox")
@@ -106,9 +107,10 @@ def test_calibration_compares_logits_with_masks_at_the_images_own_size(letterbox
 def test_training_sees_image_and_mask_in_the_same_place(pictures):
     from jobs.train_feed import _decode
 
+    reader = ExampleReader(DataSettings())
     for name in SIZES:
-        places = str(pictures / "images" / name), str(pictures / "masks" / name)
-        image, mask = _decode(*places, DataSettings(), SQUARE)
+        record = Record("drawn", "train", name, str(pictures / "images" / name), str(pictures / "masks" / name), {})
+        image, mask = _decode(record, reader, SQUARE)
         assert image.shape == (32, 32, 3) and mask.shape == (32, 32)
         assert np.mean((image[..., 0] > 128) != mask.astype(bool)) < 0.06
         is_wide = SIZES[name][0] < SIZES[name][1]

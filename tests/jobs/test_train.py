@@ -135,9 +135,9 @@ def test_a_run_leaves_what_the_readme_says(undisturbed, labelled):
 
 def test_a_checkpoint_is_what_was_judged(undisturbed, labelled):
     """The val Dice of the best epoch, scored anew with the checkpoint that segment takes."""
+    from vlsm.datasets.read import read_dataset
     from vlsm.images.decode import decode_image, decode_mask_file
     from vlsm.segmentation.metrics import dice_score
-    from vlsm.training.datasets import read_dataset
     from vlsm.training.sampling import choose_prompt
     from vlsm.training.settings import DataSettings
 

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from tests.browser import CHROMIUM, Browser
+from vlsm.datasets.inspection import EXAMPLES_SCHEMA
 from vlsm.report import pictures
 from vlsm.report.__main__ import main
 from vlsm.report.survey import ROW, Extremes, Sample, Survey, scan
@@ -21,7 +22,6 @@ from vlsm.report.write import write_report
 from vlsm.runs.results import open_results, write_part
 from vlsm.segmentation.masks import encode_mask
 from vlsm.training.history import MEAN, History, Row
-from vlsm.training.inspection import EXAMPLES_SCHEMA
 
 HOSTILE = "<script>alert(1)</script>.png"
 QUOTES = "\"'><img src=x onerror=alert(2)>.png"

@@ -1,12 +1,13 @@
 """The order in which a training sees its examples, and the prompt of each."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from vlsm.datasets.records import Record
 from vlsm.errors import ConfigError, ManifestError
-from vlsm.training.datasets import Record
 from vlsm.training.sampling import ExampleOrder, choose_prompt, cut_batches
 from vlsm.training.settings import DataSettings, TrainSettings
 
@@ -118,6 +119,15 @@ def test_validation_prompts_stay_the_same():
 def test_the_prompt_is_a_choice(choice, expected):
     (record,) = make_records(train_a=1)
     assert choose_prompt(record, DataSettings(prompt=choice), None) == expected
+
+
+@pytest.mark.parametrize("prompts", [{}, {"p0": ("",)}])
+def test_a_dataset_without_prompts_is_told_where_to_give_one(prompts):
+    (record,) = make_records(train_a=1)
+    with pytest.raises(
+        ManifestError, match="record 0: there is no prompt; --set data.prompts.a=WORDS gives the dataset"
+    ):
+        choose_prompt(dataclasses.replace(record, prompts=prompts), DataSettings(), None)
 
 
 def test_a_prompt_that_a_record_lacks_names_it():

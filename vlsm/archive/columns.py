@@ -16,7 +16,10 @@ from vlsm.errors import ManifestError
 
 logger = logging.getLogger("vlsm")
 
-KNOWN = ("image_uri", "image_id", "prompt", "prompts", "size_bytes", "etag", "mtime", "mask_uri", "split", "dataset")
+KNOWN = (
+    *("image_uri", "image_id", "prompt", "prompts", "size_bytes", "etag", "mtime"),
+    *("mask_uri", "split", "dataset", "group"),  # of labelled images
+)
 # names that other programs give to the location of an image, the likeliest first
 _LOCATIONS = (
     "path file_path filepath image_path img_path image_file file file_name filename uri url image_url image img"
@@ -41,9 +44,11 @@ class Columns:
 
     Args:
         chosen: the setting `columns`, from known names to names in the list. None where this setting does not exist.
+        setting: the name of this setting in messages.
     """
 
-    def __init__(self, chosen: Mapping[str, str] | None) -> None:
+    def __init__(self, chosen: Mapping[str, str] | None, setting: str = "columns") -> None:
+        self._setting = setting
         self._chosen = {known: name for known, name in (chosen or {}).items() if known != "image"}
         self._can_choose = chosen is not None
         self._found: dict[tuple[str, ...], dict[str, int]] = {}  # by header: a record of JSON is a header as well
@@ -98,7 +103,7 @@ class Columns:
         known = found.keys() | self.find(also, uri).keys()
         if absent := [name for name in self._chosen if name not in known]:
             raise ManifestError(
-                f"columns.{absent[0]} is {self._chosen[absent[0]]!r}, but {uri} has the columns {listed}"
+                f"{self._setting}.{absent[0]} is {self._chosen[absent[0]]!r}, but {uri} has the columns {listed}"
             )
         if "image_uri" not in found:
             raise ManifestError(f"{uri} has the columns {listed}; a manifest needs image_uri{self.suggest(names)}")
@@ -114,7 +119,9 @@ class Columns:
     def check_met(self, uri: str) -> None:
         """Raise a ManifestError if no record of a list had a column that was chosen."""
         if self._met and (absent := [known for known in self._chosen if known not in self._met]):
-            raise ManifestError(f"columns.{absent[0]} is {self._chosen[absent[0]]!r}; no record of {uri} has it")
+            raise ManifestError(
+                f"{self._setting}.{absent[0]} is {self._chosen[absent[0]]!r}; no record of {uri} has it"
+            )
 
     def suggest(self, names: Sequence[str]) -> str:
         """Return the end of a message: the setting that names the column with the locations, ready to copy."""
@@ -124,7 +131,8 @@ class Columns:
         likely = next((by_name[name] for name in _LOCATIONS.split() if name in by_name), None)
         if likely is None and (near := difflib.get_close_matches("image_uri", by_name, 1, 0.7)):
             likely = by_name[near[0]]
-        return f": --set {assign('image_uri', likely)}" if likely else ": --set columns.image_uri=NAME names its column"
+        word = assign("image_uri", likely, self._setting) if likely else f"{self._setting}.image_uri=NAME"
+        return f": --set {word}" + ("" if likely else " names its column")
 
     def read(self, cells: Sequence[Any], found: Mapping[str, int], where: str) -> Row:
         """Return the values of a row by the names of known columns; absent cells are None.
@@ -162,10 +170,10 @@ def normalize(name: str) -> str:
     return re.sub(r"[\s\-]+", "_", name.strip(" \t\r\n\ufeff\xa0").casefold())
 
 
-def assign(known: str, name: str) -> str:
+def assign(known: str, name: str, setting: str = "columns") -> str:
     """Return the word for --set that says which column of a list has a meaning, as a shell takes it."""
     is_plain = yaml.safe_load(f"x: {name}\n") == {"x": name} if re.fullmatch(r"[\w .\-]+", name) else False
-    return shlex.quote(f"columns.{known}={name if is_plain else json.dumps(name, ensure_ascii=False)}")
+    return shlex.quote(f"{setting}.{known}={name if is_plain else json.dumps(name, ensure_ascii=False)}")
 
 
 def parse_texts(text: str, where: str) -> str | list[str]:

@@ -101,7 +101,7 @@ def holds_images(uri: str, columns: Mapping[str, str]) -> bool:
 
 
 def read_manifest_rows(
-    uris: Sequence[str], chosen: Mapping[str, str] | None = None, folder: str | None = None
+    uris: Sequence[str], chosen: Mapping[str, str] | None = None, folder: str | None = None, setting: str = "columns"
 ) -> Iterator[tuple[str, Row]]:
     """Yield the name of each row in messages, and its values by the names of known columns, without further checks.
 
@@ -109,11 +109,12 @@ def read_manifest_rows(
         uris: the files of the list.
         chosen: the setting `columns`; None where it does not exist.
         folder: the folder of a list of several files. Below it, folders such as site=a are a column, as in Hive.
+        setting: the name of the setting `columns` in messages.
 
     Raises:
         ManifestError: a file cannot be read, has no column image_uri, or a row has more cells than the header.
     """
-    columns = Columns(chosen)
+    columns = Columns(chosen, setting)
     for uri in uris:
         partition = {} if folder is None else read_partition(uri, folder)
         fs, path = storage.open_uri(uri)

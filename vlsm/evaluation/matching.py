@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import pyarrow.compute as pc
 
 from vlsm import storage
+from vlsm.datasets.records import Record
 from vlsm.runs.results import open_results
-from vlsm.training.datasets import Record
 
 logger = logging.getLogger("vlsm")
 

@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.records import Record
 from vlsm.errors import ImageError, ResultError
 from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
 from vlsm.evaluation.settings import OWN, EvaluateSettings
 from vlsm.evaluation.systems import System, Target
-from vlsm.images.decode import decode_mask_file
-from vlsm.images.fetch import read_image_bytes
 from vlsm.runs.plan import Plan
 from vlsm.runs.record import read_record
 from vlsm.runs.results import part_name, read_part
 from vlsm.segmentation.masks import decode_mask, encode_mask
-from vlsm.training.datasets import Record
 
 _SCORE_COLUMNS = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px")
 
@@ -87,6 +86,7 @@ class PredictionSource:
                 f"{part_name(shard)} in {self.output!r} is missing, is damaged, or belongs to another run; "
                 "run that segment job again"
             )
+        reader = ExampleReader(self.settings.data, self.settings.run)
         images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         for row in part.to_pylist():
             if row["kind"] == "mask" and row["image_id"] in self.targets:
@@ -95,7 +95,7 @@ class PredictionSource:
             row
             for image_id, rows_by_prompt in images.items()
             for target in self.targets[image_id]
-            for row in _score_target(target, rows_by_prompt, self)
+            for row in _score_target(target, rows_by_prompt, self, reader)
         )
         return pa.Table.from_pylist(list(rows), schema=SCORES_SCHEMA)
 
@@ -150,7 +150,7 @@ def _failed(error: str) -> dict[str, Any]:
 
 
 def _score_target(
-    target: Target, rows_by_prompt: dict[str, dict[str, Any]], source: PredictionSource
+    target: Target, rows_by_prompt: dict[str, dict[str, Any]], source: PredictionSource, reader: ExampleReader
 ) -> Iterator[dict[str, Any]]:
     """Yield the scores of one record, one row per prompt.
 
@@ -158,9 +158,10 @@ def _score_target(
         target: the record.
         rows_by_prompt: the rows of the record's image in the segment run.
         source: the segment run.
+        reader: reads the label.
     """
     settings = source.settings
-    label = _read_label(target.record, settings)
+    label = _read_label(target.record, rows_by_prompt, reader)
     label_columns: dict[str, Any] = {}
     if not isinstance(label, str):
         label_columns = {"target_fraction": float(label.mean()), "target_rle": encode_mask(label)}
@@ -182,14 +183,13 @@ def _score_target(
         yield scored
 
 
-def _read_label(record: Record, settings: EvaluateSettings) -> np.ndarray | str:
+def _read_label(record: Record, rows_by_prompt: dict[str, dict[str, Any]], reader: ExampleReader) -> np.ndarray | str:
     """Return the target mask, (H, W) uint8 of 0 and 1, or the error message if it cannot be read."""
-    run = settings.run
+    sizes = {(row["height"], row["width"]) for row in rows_by_prompt.values() if row["status"] == "ok"}
     try:
-        data = read_image_bytes(
-            record.mask_uri, None, settings.max_image_bytes, run.image_timeout_s, run.outage_patience_s
-        )
-        return decode_mask_file(data, record.mask_uri, settings.mask_threshold, settings.max_pixels)
+        mask = reader.read_mask(record).mask
+        # only the image itself can tell whether the label must be turned
+        return reader.read(record).target.mask if sizes and mask.shape not in sizes else mask
     except ImageError as error:
         return str(error)
 

@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vlsm.datasets.records import Record
 from vlsm.evaluation.settings import OWN, EvaluateSettings
-from vlsm.training.datasets import Record
 from vlsm.training.sampling import find_texts
 
 HONEST, UPPER_BOUND, ROBUSTNESS = "honest", "upper_bound", "robustness"

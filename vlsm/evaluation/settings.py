@@ -15,6 +15,7 @@ from vlsm.config import (
     each_one_is_a_list,
     one_is_a_list,
 )
+from vlsm.datasets.settings import READING, DatasetSettings
 
 _NOT_SHARED = {"output", "prompts", "start_over"}  # a segment run has settings of these names with other values
 OWN = "own"  # in `prompts`: the prompt that is stored in the checkpoint
@@ -55,21 +56,29 @@ class EvaluateSettings(Settings):
         },
         description="templates by name; {prompt} is the first of prompts, {other} a p1 of another dataset, or 'a car'",
     )
-    mask_threshold: int = Field(127, ge=0, le=254, description="brighter pixels of a label file are foreground")
+    data: DatasetSettings = DatasetSettings()
     combine: Literal["mean", "vote"] = Field("mean", description="how to combine the members, as in jobs.segment")
     threshold: float | None = Field(
         None, gt=0, lt=1, description="probability from which a pixel is foreground; default: stored in the checkpoint"
     )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
-    max_pixels: int = Field(100_000_000, ge=1, description="larger images fail before they are decoded")
-    max_image_bytes: int = Field(1 << 30, ge=1, description="larger files fail before they are read")
     shard_rows: int = Field(64, ge=1, description="masks per part file at most; a rerun repeats incomplete part files")
     resamples: int = Field(2000, ge=100, description="number of bootstrap samples for the intervals")
     seed: int = Field(0, ge=0, description="random seed of the bootstrap")
     start_over: bool = Field(False, description="delete an earlier evaluation in OUTPUT, including its masks")
     retry_failed: bool = Field(False, description="segment failed images again, and score all images again")
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_earlier_names(cls, value: Any) -> Any:
+        """Move settings that had no group in earlier versions to `data`."""
+        if not isinstance(value, dict):
+            return value
+        moved = {name: value[name] for name in ("mask_threshold", "max_pixels", "max_image_bytes") if name in value}
+        others = {name: item for name, item in value.items() if name not in moved}
+        return others | {"data": moved | dict(others.get("data") or {})} if moved else value
 
     _list_prompts = field_validator("prompts", mode="before")(one_is_a_list)
     _list_members = field_validator("systems", mode="before")(each_one_is_a_list)
@@ -112,4 +121,5 @@ class EvaluateSettings(Settings):
         """
         shared = (EvaluateSettings.model_fields.keys() & SegmentSettings.model_fields.keys()) - _NOT_SHARED
         settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        settings |= {name: getattr(self.data, name) for name in READING}
         return SegmentSettings(input=source, output=output, members=members, prompts=(own_prompt,), **settings)

@@ -7,19 +7,20 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from vlsm import storage
 from vlsm.checkpoints import digest_files, parse_settings
 from vlsm.config import MemberSettings, SegmentSettings
+from vlsm.datasets.read import read_dataset
+from vlsm.datasets.records import Record
 from vlsm.errors import ConfigError
 from vlsm.evaluation.matching import match_images
 from vlsm.evaluation.prompts import texts_of
 from vlsm.evaluation.settings import OWN, EvaluateSettings
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.runs.record import read_record, read_summary
-from vlsm.training.datasets import Record, read_dataset
 
 logger = logging.getLogger("vlsm")
 
@@ -101,7 +102,7 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
     num_all = 0
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
-            records = read_dataset(name, uri)
+            records = read_dataset(name, uri, settings.data)
         split_records = [record for record in records if record.split == settings.split][: settings.limit]
         if not split_records:
             splits = ", ".join(sorted({record.split for record in records})) or "none"
@@ -144,7 +145,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         texts = texts_of(records, own_prompt, settings, with_robustness=False)
         targets = [Target(*each) for each in zip(records, matched_ids, texts, strict=True)]
         systems.append(System(name, uri, None, targets))
-    digest = hashlib.sha256(json.dumps([asdict(record) for record in records]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([record.stated() for record in records]).encode()).hexdigest()
     return systems, {"checkpoint_digests": digests, "mask_runs": run_ids, "records_digest": digest}
 
 

@@ -114,6 +114,15 @@ def _read_rare_jpeg(data: bytes, name: str, max_pixels: int, num_bits: int) -> S
         return _split_alpha(imagecodecs.jpeg8_decode(data, outcolorspace=colours), num_bits)
 
 
+def orientation_of(data: bytes) -> int:
+    """Return the tag Orientation of an image file: 1 is upright, and stands for a file without the tag as well."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _orientation(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no format of Pillow: it has no such tag
+        return 1
+
+
 def is_tiff(head: bytes) -> bool:
     """Return whether the bytes of a file begin as a TIFF does."""
     return head[:4] in _TIFF_HEADS
@@ -183,7 +192,9 @@ def _read_levels(image: Image.Image, data: bytes) -> Stored:
             raise
         image = Image.open(io.BytesIO(kept), formats=("PNG",))
     alpha = np.asarray(image.getchannel("A")) if image.mode in ("LA", "RGBA") else None
-    return Stored(np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")), alpha=alpha)
+    indices = np.asarray(image) if image.mode == "P" else None
+    levels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
+    return Stored(levels, alpha=alpha, indices=indices)
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
@@ -271,3 +282,13 @@ def list_images(
 def open_images(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], Decoded]:
     """Return the decoder of the one image of the file; see `vlsm.images.formats.FormatModule`."""
     return lambda selector: decode_picture(data, name, settings.max_pixels, settings.window)
+
+
+def open_labels(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], np.ndarray]:
+    """Return the reader of the labels of the one image of the file; see `vlsm.images.formats.LabelModule`."""
+    return lambda selector: open_stored(data, name, settings)(selector).labels()
+
+
+def open_stored(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], Stored]:
+    """Return the reader of the values of the one image of the file; see `vlsm.images.formats.ColourModule`."""
+    return lambda selector: read_stored(data, name, settings.max_pixels)

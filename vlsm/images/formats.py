@@ -25,15 +25,19 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, BinaryIO, Protocol, cast
 
+import numpy as np
+
 from vlsm.config import SegmentSettings, TileSettings
 from vlsm.images.decode import EXTENSIONS
 from vlsm.images.grey_levels import Decoded
+from vlsm.images.stored import Stored
 from vlsm.images.windows import count_windows
 
 HEAD_BYTES = 348  # at the start of a file, enough to recognise a format: the header of a NIfTI volume
 
 Open = Callable[[], BinaryIO]
 Decode = Callable[[str | None], Decoded]  # an image by its selector; raises ImageError
+Labels = Callable[[str | None], np.ndarray]  # (H, W) labels of an image by its selector; raises ImageError
 
 
 class NoImages(Exception):
@@ -68,6 +72,26 @@ class FormatModule(Protocol):
             data: the content of the file.
             name: of the file, for messages.
             settings: limits, and how to slice volumes and map grey values to 8 bits.
+        """
+
+
+class LabelModule(FormatModule, Protocol):
+    """The functions of a format whose files can be masks."""
+
+    def open_labels(self, data: bytes, name: str, settings: SegmentSettings) -> Labels:
+        """Return the function that reads the labels of an image, by its selector: stored values, never scaled.
+
+        Arguments as for `open_images`, also of a PairedModule.
+        """
+
+
+class ColourModule(LabelModule, Protocol):
+    """The functions of a format whose masks can have colours or a palette."""
+
+    def open_stored(self, data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], Stored]:
+        """Return the function that reads the values of an image, by its selector.
+
+        Arguments as for `open_images`.
         """
 
 

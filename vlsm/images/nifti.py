@@ -208,7 +208,18 @@ def open_images(
     data: bytes, name: str, settings: "SegmentSettings", values: bytes | None = None
 ) -> Callable[[str | None], Decoded]:
     """The slices of the file's volumes; see `vlsm.images.formats.FormatModule` and PairedModule."""
+    return _open(data, name, settings, values).decode
+
+
+def open_labels(
+    data: bytes, name: str, settings: "SegmentSettings", values: bytes | None = None
+) -> Callable[[str | None], np.ndarray]:
+    """The labels of the slices of the file's volumes; see `vlsm.images.formats.LabelModule`."""
+    return _open(data, name, settings, values).labels
+
+
+def _open(data: bytes, name: str, settings: "SegmentSettings", values: bytes | None) -> VolumeImages:
     header = read_header(io.BytesIO(data), name, settings.slices)
     if values is not None:
         data, header = values, replace(header, encoding=GZIP if is_gzip(values) else RAW)
-    return VolumeImages(header, data, name, settings).decode
+    return VolumeImages(header, data, name, settings)

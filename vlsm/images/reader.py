@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
+import numpy as np
 from PIL import Image
 
 from vlsm import storage
@@ -24,7 +25,10 @@ from vlsm.images.fetch import check_size, image_errors, read_image_bytes, read_p
 from vlsm.images.formats import (
     FORMATS,
     HEAD_BYTES,
+    ColourModule,
     Decode,
+    LabelModule,
+    Labels,
     Look,
     NoImages,
     PairedModule,
@@ -36,6 +40,7 @@ from vlsm.images.formats import (
 )
 from vlsm.images.grey_levels import Decoded
 from vlsm.images.parquet import ParquetImages, kind_by_bytes, kind_by_name
+from vlsm.images.stored import Stored
 
 _BLOCK = 1 << 20  # bytes per request to a store, for an archive that is read in order
 # files with several images stay in memory, because these images follow each other in the plan
@@ -75,6 +80,51 @@ class Content:
             ImageError: the image cannot be decoded.
         """
         return self._decode(frame)
+
+    def labels(self, frame: str | None) -> np.ndarray:
+        """Return the labels of one image, (H, W) of the stored type, upright.
+
+        Args:
+            frame: as for `decode`.
+
+        Raises:
+            ImageError: the labels cannot be read, or files of this format hold none.
+        """
+        return self._labels(frame)
+
+    def codes(self, frame: str | None, are_colours: bool) -> np.ndarray:
+        """Return what tells the classes of a mask apart, (H, W): numbers, or the colours of `Stored.colours`.
+
+        The number is the entry of the palette where the file has one, and the label elsewhere.
+
+        Args:
+            frame: as for `decode`.
+            are_colours: whether classes are told by their colours.
+
+        Raises:
+            ImageError: as for `labels`, or the format has no colours.
+        """
+        if self._stored is not None:
+            stored = self._stored(frame)
+            return stored.colours() if are_colours else stored.codes()
+        if are_colours:
+            raise ImageError("unreadable", f"{self.name} has the format {self.kind}; its masks have no colours")
+        return self.labels(frame)
+
+    @functools.cached_property
+    def _stored(self) -> Callable[[str | None], Stored] | None:
+        module = FORMATS[self.kind or "image"].load()
+        if not hasattr(module, "open_stored"):
+            return None
+        return cast(ColourModule, module).open_stored(self.data, self.name, self._settings)
+
+    @functools.cached_property
+    def _labels(self) -> Labels:
+        module = FORMATS[self.kind or "image"].load()
+        if not hasattr(module, "open_labels"):
+            raise ImageError("unreadable", f"{self.name} has the format {self.kind}; it cannot be a mask")
+        with_values = {} if self.values is None else {"values": self.values}
+        return cast(LabelModule, module).open_labels(self.data, self.name, self._settings, **with_values)
 
     def check_single(self) -> None:
         """Raise an ImageError if the file has several images, or none. Its name stands for one image."""

@@ -23,6 +23,8 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: np.rot90,
 }  # EXIF 2.3 and TIFF 6.0, tag Orientation
 
+COLOURS = 1 << 32  # a label from here on stands for a colour, below it for a stored value of at most 32 bits
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:
@@ -35,6 +37,7 @@ class Stored:
         is_white_zero: whether the lowest grey value is white.
         no_data: the value of pixels without data; None if there is none.
         alpha: (H, W) opacity of any type; None if there is none. A picture does not show it.
+        indices: (H, W) entries of the palette whose colours the values are; None if the file has no palette.
     """
 
     values: np.ndarray
@@ -42,14 +45,14 @@ class Stored:
     is_white_zero: bool = False
     no_data: float | None = None
     alpha: np.ndarray | None = None
+    indices: np.ndarray | None = None
 
     def upright(self, orientation: int | None) -> "Stored":
         """Return the image turned as its tag Orientation says. An unknown number turns nothing."""
-        turn = _UPRIGHT.get(orientation or 1)
-        if turn is None:
+        if _UPRIGHT.get(orientation or 1) is None:
             return self
-        alpha = None if self.alpha is None else turn(self.alpha)
-        return replace(self, values=np.ascontiguousarray(turn(self.values)), alpha=alpha)
+        alpha, indices = (None if one is None else upright(one, orientation) for one in (self.alpha, self.indices))
+        return replace(self, values=upright(self.values, orientation), alpha=alpha, indices=indices)
 
     def labels(self) -> np.ndarray:
         """Return the labels of a mask, (H, W) of the stored type: grey values, or the brightest channel of colours.
@@ -60,6 +63,21 @@ class Stored:
         if self.alpha is not None and labels.min() == labels.max() and self.alpha.min() < self.alpha.max():
             return self.alpha
         return labels
+
+    def codes(self) -> np.ndarray:
+        """Return the numbers of classes in a mask, (H, W): entries of the palette, or labels where there is none."""
+        return self.labels() if self.indices is None else self.indices
+
+    def colours(self) -> np.ndarray:
+        """Return COLOURS + 0xRRGGBB for each pixel of a mask, (H, W) int64.
+
+        Raises:
+            ImageError: "unreadable": the values have more than 8 bits.
+        """
+        if self.values.dtype != np.uint8:
+            raise ImageError("unreadable", f"classes by colour need 8 bits per channel, not {self.values.dtype}")
+        red, green, blue = np.moveaxis(as_rgb(self.values) if self.values.ndim == 2 else self.values, 2, 0)
+        return COLOURS + (red.astype(np.int64) << 16 | green.astype(np.int64) << 8 | blue)
 
     def show(self, window: Window | None = None) -> Decoded:
         """Return the picture, by the rule of `vlsm.images.grey_levels`.
@@ -78,6 +96,12 @@ class Stored:
         levels = choose_levels(valid, window if self.values.ndim == 2 else None, None, self.full)
         pixels = show(self.values, levels)
         return pixels if has_data is None else np.where(has_data, pixels, np.uint8(0)), levels.rule
+
+
+def upright(values: np.ndarray, orientation: int | None) -> np.ndarray:
+    """Return (H, W, ...) values turned as the tag Orientation says. An unknown number turns nothing."""
+    turn = _UPRIGHT.get(orientation or 1)
+    return values if turn is None else np.ascontiguousarray(turn(values))
 
 
 def full_range(dtype: np.dtype[Any], num_bits: int) -> Range | None:

@@ -3,6 +3,7 @@
 import io
 import logging
 import struct
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import imagecodecs
@@ -14,7 +15,7 @@ from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images import decode
 from vlsm.images.codestreams import codestream_size
-from vlsm.images.formats import Decode, Look
+from vlsm.images.formats import Decode, Labels, Look
 from vlsm.images.stored import Stored, check_pixels, decoder_errors, full_range
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its warnings name no file; what matters is an error here
@@ -159,7 +160,7 @@ def _check_unpacked_size(page: Any, segment: bytes) -> None:
 def _to_stored(page: Any, values: np.ndarray) -> Stored:
     """Return the values (H, W, channels) of a page with its meaning: palette, photometric interpretation, bits."""
     if page.photometric == _PALETTE:
-        return Stored(_paint(values[..., 0], np.asarray(page.colormap)))
+        return Stored(_paint(values[..., 0], np.asarray(page.colormap)), indices=values[..., 0])
     if page.photometric == _CMYK:
         levels = values if values.dtype == np.uint8 else (values // 257).astype(np.uint8)
         return Stored(np.asarray(Image.fromarray(np.ascontiguousarray(levels[..., :4]), "CMYK").convert("RGB")))
@@ -288,4 +289,22 @@ def open_images(data: bytes, name: str, settings: SegmentSettings) -> Decode:
     if not decode.is_tiff(data):
         return decode.open_images(data, name, settings)
     pages = TiffPages(data, name, settings.max_pixels)
-    return lambda selector: pages.read(int(selector.partition("=")[2]) if selector else None).show(settings.window)
+    return lambda selector: pages.read(_page(selector)).show(settings.window)
+
+
+def open_labels(data: bytes, name: str, settings: SegmentSettings) -> Labels:
+    """Return the reader of the labels of a page, by its selector; see `vlsm.images.formats.LabelModule`."""
+    read = open_stored(data, name, settings)
+    return lambda selector: read(selector).labels()
+
+
+def open_stored(data: bytes, name: str, settings: SegmentSettings) -> Callable[[str | None], Stored]:
+    """Return the reader of the values of a page, by its selector; see `vlsm.images.formats.ColourModule`."""
+    if not decode.is_tiff(data):
+        return decode.open_stored(data, name, settings)
+    pages = TiffPages(data, name, settings.max_pixels)
+    return lambda selector: pages.read(_page(selector))
+
+
+def _page(selector: str | None) -> int | None:
+    return int(selector.partition("=")[2]) if selector else None

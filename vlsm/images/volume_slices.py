@@ -21,6 +21,8 @@ from vlsm.images.volumes import BZIP2, GZIP, TEXT, VolumeHeader, is_gzip, parse_
 if TYPE_CHECKING:
     from vlsm.config import SegmentSettings
 
+_FIRST = "slice=0"
+
 
 class VolumeImages:
     """The slices of one volume file, each as a viewer shows it: RGB, 8 bits per channel.
@@ -70,16 +72,32 @@ class VolumeImages:
         Raises:
             ImageError: "corrupt": there is no such slice.
         """
-        selector = "slice=0" if selector is None else selector
-        try:
-            stored = self._header.grid.slice_of(self._volumes, selector)
-            volume = parse_selector(selector)[0]
-        except LookupError:
-            raise ImageError("corrupt", f"{self._name} has no {selector!r}") from None
+        stored = self._slice(selector)
         if stored.dtype.names:
             return Decoded(np.stack([stored[channel] for channel in "RGB"], axis=-1), STORED)
-        levels = self._levels_of(volume)
+        levels = self._levels_of(parse_selector(selector or _FIRST)[0])
         return Decoded(as_rgb(show(self._scale(stored), levels)), levels.rule)
+
+    def labels(self, selector: str | None) -> np.ndarray:
+        """Return the labels of one slice, (H, W): its values with slope and intercept applied, never turned to grey.
+
+        Args:
+            selector: as for `decode`.
+
+        Raises:
+            ImageError: "corrupt": there is no such slice. "unreadable": its values are colours.
+        """
+        stored = self._slice(selector)
+        if stored.dtype.names:
+            raise ImageError("unreadable", f"{self._name} holds colours; they are no labels")
+        has_scale = (self._header.slope, self._header.intercept) != (1, 0)
+        return self._scale(stored) if has_scale or stored.dtype.kind == "c" else stored
+
+    def _slice(self, selector: str | None) -> np.ndarray:
+        try:
+            return self._header.grid.slice_of(self._volumes, selector or _FIRST)
+        except LookupError:
+            raise ImageError("corrupt", f"{self._name} has no {selector!r}") from None
 
     def _scale(self, stored: np.ndarray) -> np.ndarray:
         """Return stored values with the header's slope and intercept applied, float of the same shape."""

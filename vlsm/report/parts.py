@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration
-from vlsm.config import SegmentSettings
+from vlsm.config import RunSettings, SegmentSettings
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.reader import Reader
 from vlsm.report.charts import Ridge, draw_reliability, draw_ridge
@@ -29,6 +29,7 @@ _READING = (
     "max_image_bytes",
 )  # settings that change the decoded image
 _MAX_GROUPS = 6
+SHORT_WAIT = RunSettings(outage_patience_s=storage.QUICK_S, image_timeout_s=30.0)
 
 Ends = Sequence[tuple[str, str, Extremes]]
 
@@ -56,8 +57,7 @@ def read_finished_summary(output: str) -> dict[str, Any] | None:
 def open_reader(config: dict[str, Any]) -> Reader:
     """Return a reader that decodes images in the same way as the run, but waits only a short time for a store."""
     known = {name: config[name] for name in _READING if name in config}
-    run = {"outage_patience_s": storage.QUICK_S, "image_timeout_s": 30.0}
-    fixed = {"input": "", "output": "", "members": [{"checkpoint": ""}], "run": run}
+    fixed = {"input": "", "output": "", "members": [{"checkpoint": ""}], "run": SHORT_WAIT}
     return Reader(SegmentSettings.model_validate(fixed | known))
 
 

@@ -15,8 +15,6 @@ from PIL import Image
 
 from vlsm.errors import StorageError, VlsmError
 from vlsm.export.overlays import outline
-from vlsm.images import decode
-from vlsm.images.fetch import read_image_bytes
 from vlsm.images.reader import Reader
 from vlsm.report.survey import FILE, KEY, row_key
 from vlsm.segmentation import masks
@@ -150,12 +148,6 @@ def read_rle_masks(row: dict[str, Any]) -> Masks:
         None if row.get(name) is None else masks.decode_mask(row[name], size) for name in ("mask_rle", "target_rle")
     )
     return prediction, target
-
-
-def read_target_file(row: dict[str, Any], threshold: int, max_pixels: int, max_bytes: int) -> Masks:
-    """Return the target of a training example, read from its mask file; there is no prediction."""
-    data = read_image_bytes(row["mask_uri"], None, max_bytes)
-    return None, decode.decode_mask_file(data, row["mask_uri"], threshold, max_pixels)
 
 
 def _as_picture(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:

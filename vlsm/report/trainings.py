@@ -1,6 +1,5 @@
 """The report of a training run, finished or not."""
 
-import functools
 import io
 from typing import Any
 
@@ -12,16 +11,20 @@ import yaml
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.inspection import records_from_table
+from vlsm.datasets.settings import DatasetSettings
 from vlsm.report import parts
 from vlsm.report.charts import draw_lines
 from vlsm.report.page import Page, Section, Stat, Table, as_table, provenance
-from vlsm.report.pictures import Painter, read_target_file
+from vlsm.report.pictures import Painter
 from vlsm.report.survey import Survey, scan
 from vlsm.training.history import MEAN, History, Row
 from vlsm.training.run import CHECKPOINT_NAME
 
 _EXAMPLES_NAME, _METRICS_NAME = "examples.parquet", "metrics.parquet"
 # columns of a survey that examples.parquet lacks
+_READ = DatasetSettings.model_fields  # settings that decide what the masks are
 _COMPUTED = {
     "image_id": pc.replace_substring_regex(pc.field("image_uri"), pattern=".*/", replacement=""),
     "status": pc.scalar("ok"),
@@ -38,15 +41,17 @@ def training_page(output: str, title: str) -> Page:
     config, metrics = record["config"], _read_metrics(output)
     fs, path = storage.open_uri(storage.join(output, _EXAMPLES_NAME))
     survey = Survey(metric="area_fraction", group="dataset")
-    for table in scan(ds.dataset([path], filesystem=fs, format="parquet"), computed=_COMPUTED):
+    examples = ds.dataset([path], filesystem=fs, format="parquet")
+    has_selectors = "image_selector" in examples.schema.names  # earlier versions had none
+    selectors = {"selector": pc.field("image_selector")} if has_selectors else {}
+    for table in scan(examples, computed=_COMPUTED | {"where": pc.field("where")} | selectors):
         survey.add(table)
-    data = config["data"]
-    limits = {
-        "threshold": data["mask_threshold"],
-        "max_pixels": data["max_pixels"],
-        "max_bytes": data["max_image_bytes"],
-    }
-    painter = Painter(parts.open_reader(data), functools.partial(read_target_file, **limits))
+    records = {record.where: record for record in records_from_table(examples.to_table())}
+    data = DatasetSettings.model_validate({name: config["data"][name] for name in _READ if name in config["data"]})
+    masks = ExampleReader(data, parts.SHORT_WAIT)
+    painter = Painter(
+        parts.open_reader(config["data"]), lambda row: (None, masks.read(records[row["where"]]).target.mask)
+    )
     _, cards = parts.show([], survey.sample, painter, (), None)
     history = History([Row(**row) for row in metrics.to_pylist()])
     best = history.best_epoch(config["optim"]["monitor"])

@@ -24,13 +24,7 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, load_checkpoint, read_settings, save_checkpoint
-from vlsm.errors import ConfigError, ManifestError
-from vlsm.images.preprocess import Square
-from vlsm.models import build_model, parse_options
-from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
-from vlsm.training.datasets import Record, read_dataset
-from vlsm.training.history import History, Row
-from vlsm.training.inspection import (
+from vlsm.datasets.inspection import (
     Facts,
     check_facts,
     describe_findings,
@@ -38,6 +32,13 @@ from vlsm.training.inspection import (
     examples_table,
     records_from_table,
 )
+from vlsm.datasets.read import read_dataset
+from vlsm.datasets.records import Record
+from vlsm.errors import ConfigError, ManifestError
+from vlsm.images.preprocess import Square
+from vlsm.models import build_model, parse_options
+from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
+from vlsm.training.history import History, Row
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
 from vlsm.training.trackers import check_trackers
@@ -89,10 +90,10 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
     records: list[Record] = []
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
-            records += read_dataset(name, uri)
+            records += read_dataset(name, uri, settings.data)
     for name, uri in settings.external.items():
         with storage.name_errors(f"dataset {name}", uri):
-            records += [record for record in read_dataset(name, uri) if record.split == "test"]
+            records += [record for record in read_dataset(name, uri, settings.data) if record.split == "test"]
     for split, purpose in (("train", "train"), ("val", "choose the best epoch")):
         if not any(record.split == split for record in records):
             counts = Counter(record.split for record in records)

@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from vlsm.datasets.records import Record
 from vlsm.errors import ManifestError
-from vlsm.training.datasets import Record
 from vlsm.training.settings import DataSettings, TrainSettings
 
 _EVALUATION = 2**31  # stands for an epoch in the seeds of evaluations; no training has so many epochs
@@ -166,6 +166,11 @@ def find_texts(record: Record, choice: str, setting: str) -> list[str]:
         texts = [text for kind, prompts in record.prompts.items() if kind != "p0" for text in prompts if text]
     else:
         texts = list(record.prompts.get(choice, ()))
+    if not texts and not record.has_words:
+        raise ManifestError(
+            f"dataset {record.dataset}, {record.where}: there is no prompt; "
+            f"--set data.prompts.{record.dataset}=WORDS gives the dataset one"
+        )
     if not texts:
         raise ManifestError(
             f"dataset {record.dataset}, {record.where}: there is no prompt for {setting}={choice}; it has "

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
 from vlsm.config import Settings, check_range
+from vlsm.datasets.settings import DatasetSettings
 from vlsm.models import MODELS
 
 Trainable = Literal["decoder", "lora", "all"]
@@ -27,7 +28,7 @@ class AugmentSettings(Settings):
         return self == AugmentSettings()
 
 
-class DataSettings(Settings):
+class DataSettings(DatasetSettings):
     """Choice of the training examples, how often they come, and their prompts."""
 
     prompt: str | dict[str, str] = Field(
@@ -36,10 +37,7 @@ class DataSettings(Settings):
     sampling: Literal["proportional", "uniform"] | dict[str, float] = Field(
         "proportional", description="uniform: the same number of examples from each dataset; or a weight per dataset"
     )
-    mask_threshold: int = Field(127, ge=0, le=254, description="brighter pixels of a mask file are foreground")
     skip_broken: bool = Field(False, description="leave out records with broken files instead of stopping")
-    max_pixels: int = Field(100_000_000, ge=1, description="pixels of an image; larger images are not decoded")
-    max_image_bytes: int = Field(1 << 30, ge=1, description="bytes of a file; larger files are not read")
     augment: AugmentSettings = AugmentSettings()
 
 

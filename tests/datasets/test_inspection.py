@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from jobs.phantoms import draw_phantom
-from vlsm.training.datasets import read_dataset
-from vlsm.training.inspection import (
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.inspection import (
     check_facts,
     describe_findings,
     digest_examples,
@@ -15,6 +15,7 @@ from vlsm.training.inspection import (
     inspect_record,
     records_from_table,
 )
+from vlsm.datasets.read import read_dataset
 from vlsm.training.settings import DataSettings
 
 
@@ -38,7 +39,8 @@ def dataset(tmp_path):
         for split, rows in splits.items():
             (tmp_path / "anns" / f"{split}.json").write_text(json.dumps(rows))
         records = read_dataset("mine", str(tmp_path))
-        return records, [inspect_record(record, DataSettings(**settings)) for record in records]
+        reader = ExampleReader(DataSettings(**settings))
+        return records, [inspect_record(record, reader) for record in records]
 
     inspect.folder, inspect.splits = tmp_path, splits
     return inspect

@@ -4,8 +4,8 @@ import shutil
 import pytest
 
 from tests.conftest import SHARED
+from vlsm.datasets.read import read_dataset
 from vlsm.errors import ConfigError, ManifestError
-from vlsm.training.datasets import read_dataset
 
 ANNOTATIONS = SHARED / "reference" / "annotations"
 NAMES = sorted(path.name for path in ANNOTATIONS.iterdir()) if ANNOTATIONS.exists() else []
@@ -77,12 +77,19 @@ def test_a_wrong_record_is_named(tmp_path, row, message):
 
 
 def test_a_split_that_nobody_knows_is_refused(tmp_path):
-    (tmp_path / "list.csv").write_text("image_uri,mask_uri,split\na.png,b.png,training\n")
-    with pytest.raises(ManifestError, match="row 1: split is 'training'; it must be one of train, val, test"):
+    (tmp_path / "list.csv").write_text("image_uri,mask_uri,split\na.png,b.png,holdout\n")
+    with pytest.raises(ManifestError, match="row 1: split is 'holdout'; it must be one of train, val, test"):
         read_dataset("mine", str(tmp_path / "list.csv"))
 
 
-@pytest.mark.parametrize(("path", "message"), [("", "has no anns/train.json"), ("list.csv", "there is no manifest at")])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "Known are: anns/{train,val,test}.json"),
+        ("list.csv", "there is no manifest at"),
+        ("x", "there is nothing at"),
+    ],
+)
 def test_a_dataset_that_is_not_there_is_named(tmp_path, path, message):
     with pytest.raises(ConfigError, match=message):
         read_dataset("mine", f"{tmp_path}/{path}")

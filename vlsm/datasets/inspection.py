@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.records import Record
 from vlsm.errors import ImageError
-from vlsm.images.decode import decode_image, decode_mask_file
-from vlsm.images.fetch import read_image_bytes
-from vlsm.training.datasets import Record
-from vlsm.training.settings import DataSettings
 
 # Two images look alike if at most 6 of the 64 bits of their perceptual hashes differ. At this limit, 7 of ClinicDB's 61
 # test frames look like a val frame (they come from the same videos), 3 of Kvasir's 200 do, and no ClinicDB frame looks
@@ -58,30 +56,21 @@ class Finding:
         return self.kind == "broken"
 
 
-def inspect_record(record: Record, settings: DataSettings) -> Facts:
+def inspect_record(record: Record, reader: ExampleReader) -> Facts:
     """Return the facts of a record after reading and decoding its image and its mask."""
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = None  # decode_image checks the limit instead
     try:
-        image_data = read_image_bytes(record.image_uri, None, settings.max_image_bytes)
-        mask_data = read_image_bytes(record.mask_uri, None, settings.max_image_bytes)
-        image = decode_image(image_data, record.image_uri, settings.max_pixels)
-        mask = decode_mask_file(mask_data, record.mask_uri, settings.mask_threshold, settings.max_pixels)
+        example = reader.read(record)
     except ImageError as error:
         return Facts(error=str(error))
-    if image.shape[:2] != mask.shape:
-        sizes = " and ".join(f"{width} x {height}" for height, width in (image.shape[:2], mask.shape))
-        problem = f"size: {record.image_uri} and {record.mask_uri} are of different sizes, {sizes}; they must be equal"
-        return Facts(error=problem)
+    mask = example.target.mask
     return Facts(
         None,
         mask.shape[0],
         mask.shape[1],
-        hashlib.sha256(image_data).hexdigest(),
-        hashlib.sha256(mask_data).hexdigest(),
+        example.image_sha256,
+        example.target.sha256,
         float(mask.mean()),
-        _perceptual_hash(image),
+        _perceptual_hash(example.image),
     )
 
 
@@ -188,8 +177,18 @@ def describe_findings(records: Sequence[Record], findings: Sequence[Finding], nu
 
 EXAMPLES_SCHEMA = pa.schema(
     [
-        *(pa.field(name, pa.string(), nullable=False) for name in Record.__dataclass_fields__ if name != "prompts"),
+        *(
+            pa.field(name, pa.string(), nullable=False)
+            for name in ("dataset", "split", "where", "image_uri", "mask_uri")
+        ),
         pa.field("prompts", pa.map_(pa.string(), pa.list_(pa.string())), nullable=False),
+        pa.field("image_selector", pa.string()),
+        pa.field("mask_selector", pa.string()),
+        pa.field("labels", pa.list_(pa.int64())),
+        pa.field("more_masks", pa.list_(pa.string())),
+        pa.field("mask_rle", pa.string()),
+        pa.field("mask_size", pa.list_(pa.int32())),
+        pa.field("group", pa.string()),
         pa.field("error", pa.string()),
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
@@ -211,16 +210,26 @@ def examples_table(records: Sequence[Record], facts: Sequence[Facts]) -> pa.Tabl
 
 
 def records_from_table(table: pa.Table) -> list[Record]:
-    """Return the records of a table that `examples_table` has made."""
-    return [
-        Record(**row | {"prompts": {kind: tuple(texts) for kind, texts in row["prompts"]}})
-        for row in table.select(list(Record.__dataclass_fields__)).to_pylist()
-    ]
+    """Return the records of a table that `examples_table` has made. Those of earlier versions have fewer columns."""
+    names = [name for name in Record.__dataclass_fields__ if name in table.column_names]
+    return [read_record_row(row) for row in table.select(names).to_pylist()]
+
+
+def read_record_row(row: dict[str, Any]) -> Record:
+    """Return the record of a row of such a table; other columns are ignored."""
+    fields = {name: row[name] for name in Record.__dataclass_fields__ if name in row}
+    prompts = {kind: tuple(texts) for kind, texts in row["prompts"]}
+    lists = {name: tuple(fields[name]) for name in ("labels", "more_masks", "mask_size") if fields.get(name)}
+    given = {name: value for name, value in fields.items() if value is not None and value != []}
+    return Record(**given | lists | {"prompts": prompts})
 
 
 def digest_examples(table: pa.Table) -> str:
     """Return a SHA-256 of the training data: file contents, prompts, splits and datasets, in their order."""
     digest = hashlib.sha256()
-    for row in table.select(["dataset", "split", "image_sha256", "mask_sha256", "prompts"]).to_pylist():
-        digest.update(repr(sorted(row.items())).encode())
+    always = ["dataset", "split", "image_sha256", "mask_sha256", "prompts"]
+    extra = [name for name in ("labels", "mask_rle") if name in table.column_names]  # most masks need neither
+    for row in table.select([*always, *extra]).to_pylist():
+        kept = {name: value for name, value in row.items() if name in always or value}
+        digest.update(repr(sorted(kept.items())).encode())
     return digest.hexdigest()

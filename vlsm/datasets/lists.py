@@ -1,0 +1,72 @@
+"""Lists with masks: Parquet, CSV, TSV or JSON Lines with the columns `image_uri` and `mask_uri`.
+
+Further columns are optional. `split`: train, val or test, or another usual name for it, such as Training or valid; a
+row without one gets "", not yet assigned. `group`: the patient or video. `prompt` or `prompts`, and `dataset`. Columns
+of other names are not read, unless `data.columns` names them: --set data.columns.group=patient_id.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from vlsm import storage
+from vlsm.archive.tables import read_manifest_rows
+from vlsm.datasets.pairing import split_of
+from vlsm.datasets.records import SPLITS, Record, check_texts
+from vlsm.errors import ManifestError
+
+_SETTING = "data.columns"
+
+
+def read_list(
+    name: str, uri: str, files: Sequence[str] = (), columns: Mapping[str, str] | None = None
+) -> Iterator[Record | ManifestError]:
+    """Yield the record of each valid row, and the error of each invalid row.
+
+    Args:
+        name: name of the dataset.
+        uri: the list, or the folder of its files. Relative locations start at the folder of the list, or at this one.
+        files: the files of the list; empty if it is one.
+        columns: the setting data.columns.
+
+    Raises:
+        ManifestError: the list cannot be read, or has no column with the images or the masks.
+    """
+    is_folder = bool(files) and list(files) != [uri]
+    folder = uri if is_folder else uri.rsplit("/", 1)[0]
+    has_masks = False
+    for where, row in read_manifest_rows(files or [uri], columns or {}, folder if is_folder else None, _SETTING):
+        if not (has_masks := has_masks or "mask_uri" in row):
+            raise ManifestError(
+                f"{where} has no mask_uri; --set {_SETTING}.mask_uri=NAME names the column of the masks"
+            )
+        try:
+            yield _manifest_record(name, folder, row, where)
+        except ManifestError as error:
+            yield error
+
+
+def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) -> Record:
+    locations = [row.get(key) for key in ("image_uri", "mask_uri")]
+    if not all(isinstance(location, str) and location for location in locations):
+        raise ManifestError(f"{where}: image_uri and mask_uri are {locations}; both must name a file")
+    image_uri, mask_uri = (
+        location if "://" in location or location.startswith("/") else storage.join(folder, location)
+        for location in map(str, locations)
+    )
+    texts = row.get("prompts") if row.get("prompts") is not None else row.get("prompt")
+    prompts = {} if texts is None else {"p1": check_texts(texts, f"{where}, prompts")}
+    group = "" if row.get("group") is None else str(row["group"])
+    dataset = str(row.get("dataset") or name)
+    return Record(dataset, _read_split(row.get("split"), where), where, image_uri, mask_uri, prompts, group=group)
+
+
+def _read_split(value: Any, where: str) -> str:
+    """Return one of SPLITS, or "" for a missing value."""
+    if value is None or not str(value).strip():
+        return ""
+    split = split_of(str(value))
+    if split is None:
+        raise ManifestError(
+            f"{where}: split is {value!r}; it must be one of {', '.join(SPLITS)}, or of their usual names"
+        )
+    return split

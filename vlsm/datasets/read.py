@@ -1,0 +1,69 @@
+"""Reads a labelled dataset: finds out how a folder or list is laid out, and returns its records."""
+
+from collections.abc import Iterable
+
+from vlsm import storage
+from vlsm.archive.tables import MANIFEST_EXTENSIONS, find_lists
+from vlsm.datasets.completing import complete_records, split_classes
+from vlsm.datasets.folders import describe_unknown, list_dataset, pair_folder, read_folder
+from vlsm.datasets.lists import read_list
+from vlsm.datasets.medvlsm import find_annotations, read_annotations
+from vlsm.datasets.records import Record
+from vlsm.datasets.settings import DatasetSettings
+from vlsm.errors import ConfigError, ManifestError
+
+_SHOWN = 10  # problems that one error message lists
+
+
+def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -> list[Record]:
+    """Return all records of a dataset, in the order of its annotation files, its list, or its images' names.
+
+    Args:
+        name: name of the dataset.
+        uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`; or one with images and masks
+            whose names agree (see `vlsm.datasets.pairing`); or a list: a .parquet, .csv, .tsv or .jsonl, or a folder of
+            such files (see `vlsm.datasets.lists`). Relative locations start at the list's folder.
+        settings: how to read it; None for the defaults.
+
+    Raises:
+        ConfigError: there is no dataset at the location.
+        ManifestError: an annotation file cannot be read, a record lacks a required value, a record names a file outside
+            the dataset's folder, or an image has no mask.
+    """
+    uri, settings = storage.absolute(uri), settings or DatasetSettings()
+    records = _all_or_problems(name, _read_layout(name, uri, settings))
+    return complete_records(name, split_classes(name, records, settings), settings)
+
+
+def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Record | ManifestError]:
+    """Return the records as the dataset states them, by the first layout that it has."""
+    if not storage.exists(uri):
+        what = "no manifest at" if uri.lower().endswith(MANIFEST_EXTENSIONS) else "nothing at"
+        raise ConfigError(f"dataset {name}: there is {what} {uri!r}")
+    if splits := find_annotations(uri):
+        return read_annotations(name, uri, splits)
+    fs, path = storage.open_uri(uri)
+    is_file = fs.isfile(path)
+    if lists := find_lists(uri, is_file, None):
+        return read_list(name, uri, lists, settings.columns)
+    if is_file:
+        raise ConfigError(f"dataset {name}: {uri!r} is no folder and no list ({', '.join(MANIFEST_EXTENSIONS)})")
+    paths = list_dataset(uri)
+    pairing = pair_folder(paths)
+    if not pairing.pairs:
+        raise ConfigError(describe_unknown(name, uri, paths, pairing))
+    return read_folder(name, uri, paths, pairing, settings)
+
+
+def _all_or_problems(name: str, items: Iterable[Record | ManifestError]) -> list[Record]:
+    records: list[Record] = []
+    problems: list[str] = []
+    for item in items:
+        if isinstance(item, Record):
+            records.append(item)
+        else:
+            problems.append(str(item))
+    if problems:
+        more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+        raise ManifestError(f"dataset {name}: {'; '.join(problems[:_SHOWN])}{more}")
+    return records

@@ -1,0 +1,74 @@
+"""A record: an image, one of its masks, and the prompts for that mask."""
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from vlsm.errors import ManifestError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image, one of its masks, and the prompts for that mask. An image with several findings has several records.
+
+    Attributes:
+        dataset: name of the dataset.
+        split: one of SPLITS, or "" if the dataset does not state it: not yet assigned.
+        where: the annotation file and the position in it, for messages.
+        image_uri: location of the image.
+        mask_uri: location of the mask, or of the file that describes its shape.
+        prompts: kinds of prompts, such as p1, each with at least one alternative text.
+        image_selector: which image of the file it is, such as "slice=17", as in the manifest of a run; None if the file
+            has one image.
+        mask_selector: the same for the mask.
+        labels: stored values of the mask file that are foreground: entries of its palette, if it has one, or
+            `vlsm.images.stored.COLOURS` + 0xRRGGBB for colours. Empty: the values above data.mask_threshold.
+        more_masks: locations of further mask files; a pixel is foreground if it is so in any of them.
+        mask_rle: the mask itself as COCO run lengths; None if it is in a file.
+        mask_size: (height, width) of mask_rle in pixels.
+        group: images of one patient or video have the same group; empty if unknown.
+    """
+
+    dataset: str
+    split: str
+    where: str
+    image_uri: str
+    mask_uri: str
+    prompts: dict[str, tuple[str, ...]]
+    image_selector: str | None = None
+    mask_selector: str | None = None
+    labels: tuple[int, ...] = ()
+    more_masks: tuple[str, ...] = ()
+    mask_rle: str | None = None
+    mask_size: tuple[int, int] | None = None
+    group: str = ""
+
+    @property
+    def has_words(self) -> bool:
+        """Whether a prompt is more than an empty text."""
+        return any(text.strip() for texts in self.prompts.values() for text in texts)
+
+    def stated(self) -> dict[str, Any]:
+        """Return the fields as a dict, without those that have their default value."""
+        return {
+            one.name: value
+            for one, value in ((one, getattr(self, one.name)) for one in fields(self))
+            if one.default is MISSING or value != one.default
+        }
+
+
+def check_texts(value: Any, where: str) -> tuple[str, ...]:
+    """Return the alternative texts of a prompt.
+
+    Args:
+        value: a text or a list of texts.
+        where: the record, for the message.
+
+    Raises:
+        ManifestError: the value is something else, or an empty list.
+    """
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ManifestError(f"{where} is {value!r}; it must be a text or a list of texts")
+    return texts

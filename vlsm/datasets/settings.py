@@ -1,0 +1,65 @@
+"""Settings that decide what is read from labelled datasets: the same for training, calibration and evaluation."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices, each_one_is_a_list
+from vlsm.datasets.classes import Named, check_classes
+
+READING = ("slices", "window", "max_pixels", "max_image_bytes")  # a segment run has the same settings
+COLUMNS = ("image_uri", "mask_uri", "split", "group", "dataset", "prompt", "prompts")
+
+
+class DatasetSettings(Settings):
+    """How labelled datasets are read."""
+
+    mask_threshold: int = Field(127, ge=0, le=254, description="brighter pixels of a mask file are foreground")
+    prompts: dict[str, tuple[str, ...]] = Field(
+        {}, description="prompt p1 of a dataset whose records have none: --set data.prompts.kvasir=polyp"
+    )
+    classes: dict[int | str, str | Named] = Field(
+        {},
+        description="a record for each class of a mask, by its value or colour: {1: polyp} or {'#ff0000': polyp}; "
+        "or these per dataset",
+    )
+    absent_classes: Literal["skip", "empty"] | None = Field(
+        None,
+        description="an image without a class: skip: no example, all masks are read first; empty: an example with an "
+        "empty mask; null: empty",
+    )
+    join_masks: bool = Field(False, description="several masks of one image and one prompt are one mask")
+    skip_unpaired: bool = Field(
+        False, description="leave out images without a mask and masks without an image instead of stopping"
+    )
+    columns: dict[str, str] = Field(
+        {}, description=f"columns of a list with other names, as {{mask_uri: label}}: {', '.join(COLUMNS)}"
+    )
+    slices: Slices = Field("axial", description="direction in which volumes are cut into slices; each is an image")
+    window: tuple[float, float] | None = Field(
+        None, description="grey values to show, above 8 bits: [centre, width], as [40, 400]; null: as the file states"
+    )
+    max_pixels: int = Field(100_000_000, ge=1, description="pixels of an image; larger images are not decoded")
+    max_image_bytes: int = Field(1 << 30, ge=1, description="bytes of a file; larger files are not read")
+
+    _list_prompts = field_validator("prompts", mode="before")(each_one_is_a_list)
+    _check_classes = field_validator("classes", mode="before")(check_classes)
+
+    @field_validator("prompts")
+    @classmethod
+    def _check_prompts(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        if empty := [name for name, texts in value.items() if not texts or not all(map(str.strip, texts))]:
+            raise ValueError(f"{empty[0]} has an empty prompt; give words, as in data.prompts.{empty[0]}=polyp")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in value if name not in COLUMNS]:
+            raise ValueError(f"{unknown[0]!r} must be one of {', '.join(COLUMNS)}; the list's name is the value")
+        return value
+
+    def reading(self, run: RunSettings) -> SegmentSettings:
+        """Return the settings with which a `Reader` reads the files of these datasets."""
+        reading = {name: getattr(self, name) for name in READING}
+        return SegmentSettings(input="", output="", members=(MemberSettings(checkpoint=""),), run=run, **reading)
