@@ -19,8 +19,8 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
     Args:
         name: name of the dataset.
         uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`, or a manifest (.parquet, .csv,
-            .tsv, .jsonl) with `image_uri`, `mask_uri`, `split`, and optionally `prompt` or `prompts` and `dataset`.
-            Relative locations start at the manifest's folder.
+            .tsv, .jsonl) with `image_uri`, `mask_uri`, and optionally `split`, `prompt` or `prompts` and `dataset`; or
+            examples.parquet of a training, see `read_list`. Relative locations start at the manifest's folder.
         settings: how to read it; None for the defaults.
 
     Raises:

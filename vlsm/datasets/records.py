@@ -14,7 +14,7 @@ class Record:
 
     Attributes:
         dataset: name of the dataset.
-        split: one of SPLITS.
+        split: one of SPLITS, or empty if the dataset has no splits; `splits.make_splits` makes them.
         where: the annotation file and the position in it, for messages.
         image_uri: location of the image.
         mask_uri: location of the mask, or of the file that describes its shape.
