@@ -99,6 +99,13 @@ def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(drawn, brigh
     assert "does not exist yet" in capsys.readouterr().err
 
 
+def test_images_without_a_validation_split_are_not_guessed(bright_checkpoint, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("image_uri,mask_uri\na.png,b.png\n")
+    words = [str(bright_checkpoint), str(tmp_path / "out"), "--dataset", f"mine={tmp_path / 'list.csv'}"]
+    assert calibration.main(words) == 2
+    assert "mine (1 of 1 records): training has made them: give its list" in capsys.readouterr().err
+
+
 def move_split(drawn, folder):
     """The drawn test images as a validation split."""
     rows = [

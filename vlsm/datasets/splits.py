@@ -27,11 +27,19 @@ from vlsm.datasets.records import SPLITS, Record
 from vlsm.datasets.settings import SplitSettings
 from vlsm.errors import ConfigError
 
-_COPY = "--set data.split.val=0.1 --set data.split.test=0.1"
+_MAKE = "--set data.split.val=0.1 --set data.split.test=0.1 makes them"
+GIVE = "training has made them: give its list, --dataset NAME=OUTPUT/examples.parquet with the OUTPUT of the training"
 
 
-def require_splits(records: Sequence[Record], advice: str = f"{_COPY} makes them") -> None:
-    """Raise a ConfigError if a record has no split; `advice` ends the message."""
+def require_splits(records: Sequence[Record], advice: str = _MAKE) -> None:
+    """Raise a ConfigError if a record has no split.
+
+    Only training makes splits, since it has looked at all images. Other jobs see the same ones in its list.
+
+    Args:
+        records: the records.
+        advice: end of the message; GIVE for other jobs than a training.
+    """
     counts = Counter(record.dataset for record in records)
     without = Counter(record.dataset for record in records if not record.split)
     if without:
