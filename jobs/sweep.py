@@ -137,7 +137,7 @@ def _train_all(trials: list[Trial], settings: SweepSettings) -> list[str]:
     """Train all unfinished trials. Return one message per failed trial."""
     import ray
 
-    waiting = [trial for trial in trials if read_summary(trial.settings.output) is None]
+    waiting = [trial for trial in trials if not _is_finished(trial)]
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     parallel = settings.run.parallel or max(1, int(resources.get("GPU", 1)))
     logger.info("training %d of %d trials, %d at a time", len(waiting), len(trials), parallel)
@@ -164,6 +164,23 @@ def _train_all(trials: list[Trial], settings: SweepSettings) -> list[str]:
             names = ", ".join(trial.name for trial in running.values())
             logger.info("%d of %d trials are done; running: %s", num_done, len(trials), names)
     return failures
+
+
+def _is_finished(trial: Trial) -> bool:
+    """Return whether a trial is finished.
+
+    Raises:
+        ConfigError: it was trained with other settings or data, which start_over has kept.
+    """
+    from vlsm.training.run import check_finished
+
+    if read_summary(trial.settings.output) is None:
+        return False
+    try:
+        check_finished(trial.settings)
+    except ConfigError as error:
+        raise ConfigError(f"{trial.name}: {error}") from error
+    return True
 
 
 def _train(settings: Any) -> str:

@@ -103,7 +103,10 @@ def test_images_without_a_validation_split_are_not_guessed(bright_checkpoint, tm
     (tmp_path / "list.csv").write_text("image_uri,mask_uri\na.png,b.png\n")
     words = [str(bright_checkpoint), str(tmp_path / "out"), "--dataset", f"mine={tmp_path / 'list.csv'}"]
     assert calibration.main(words) == 2
-    assert "mine (1 of 1 records): training has made them: give its list" in capsys.readouterr().err
+    assert (
+        "1 of 1 records of mine have no split (train, val or test): training has made them: give its list"
+        in capsys.readouterr().err
+    )
 
 
 def move_split(drawn, folder):

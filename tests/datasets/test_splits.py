@@ -216,7 +216,7 @@ def test_three_clusters_are_enough_for_three_splits_the_largest_for_train():
 def test_records_without_a_split_are_refused_with_the_setting_to_copy():
     records = [make_record(0), make_record(1, split="train"), make_record(2, "b", "test")]
     with pytest.raises(
-        ConfigError, match=r"in a \(1 of 2 records\): --set data.split.val=0.1 --set data.split.test=0.1"
+        ConfigError, match=r"1 of 2 records of a have no split .*: --set data.split.val=0.1 --set data.split.test=0.1"
     ):
         make_splits(records, make_facts(records), SplitSettings())
 

@@ -63,10 +63,10 @@ def test_each_fold_is_trained_and_scored_with_its_own_list():
     assert [(trial.fold, trial.seed) for trial in second.trials] == [(2, 0), (2, 1), (2, 0), (2, 1)]
     assert second.trials[0].name == "small on a, p1, fold 2, seed 0"
     for trial in second.trials:
-        assert trial.settings.datasets == {"a": "out/folds/fold-2/a.parquet"}
-        assert trial.settings.output.endswith(f"/a/p1/fold-2/seed-{trial.seed}")
-    assert second.settings.output == "out/evaluations/a/p1/fold-2"
-    lists = {"a": "folds/fold-2/a.parquet", "c": "folds/fold-2/c.parquet"}
+        assert trial.settings.datasets == {"a": "out/folds/fold-2-of-3/a.parquet"}
+        assert trial.settings.output.endswith(f"/a/p1/fold-2-of-3/seed-{trial.seed}")
+    assert second.settings.output == "out/evaluations/a/p1/fold-2-of-3"
+    lists = {"a": "folds/fold-2-of-3/a.parquet", "c": "folds/fold-2-of-3/c.parquet"}
     assert {name: uri.rpartition("out/")[2] for name, uri in second.settings.datasets.items()} == lists
 
 

@@ -24,5 +24,7 @@ def test_the_split_chooses_the_records_and_all_are_all(tmp_path):
 
 
 def test_records_without_a_split_are_refused_since_training_may_have_learned_from_them(tmp_path):
-    with pytest.raises(ConfigError, match=r"a \(1 of 2 records\): .*NAME=OUTPUT/examples.parquet .*; --set split=all"):
+    with pytest.raises(
+        ConfigError, match=r"1 of 2 records of a have no split .*NAME=OUTPUT/examples.parquet .*; --set split=all"
+    ):
         read(tmp_path, ["a.png,a_mask.png,test", "b.png,b_mask.png,"])

@@ -14,7 +14,7 @@ from vlsm.datasets.inspection import inspect_record
 from vlsm.datasets.read import read_dataset
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.runs.record import read_record, write_record
-from vlsm.training.run import prepare_training, read_examples
+from vlsm.training.run import check_finished, prepare_training, read_examples
 from vlsm.training.settings import TrainSettings
 
 SPLIT = {"val": 0.2, "test": 0.2}
@@ -75,7 +75,7 @@ def test_splits_are_made_once_and_are_a_list_for_other_jobs(folder):
 
 def test_a_list_without_splits_needs_the_setting_and_an_external_one_is_for_testing(folder):
     with pytest.raises(
-        ConfigError, match=r"a \(20 of 20 records\): --set data.split.val=0.1 --set data.split.test=0.1"
+        ConfigError, match="20 of 20 records of a .*: --set data.split.val=0.1 --set data.split.test=0.1"
     ):
         prepare(make_settings(folder, data={"split": {}}))
     shutil.copytree(folder, folder / "other")
@@ -175,8 +175,13 @@ def test_a_finished_run_does_not_need_its_data_but_refuses_other_records(folder)
     write_list(folder, range(19))
     with pytest.raises(ConfigError, match="1 records removed"):
         prepare(settings)
+    with pytest.raises(ConfigError, match="1 records removed"):
+        check_finished(settings)
     (folder / "list.csv").unlink()
     assert prepare(settings) == records
+    check_finished(settings)
+    with pytest.raises(ConfigError, match=r"other settings: optim.epochs \(there 50, now 3\)"):
+        check_finished(make_settings(folder, optim={"epochs": 3}))
 
 
 def test_a_run_of_an_earlier_version_goes_on_without_a_comparison(folder):

@@ -43,8 +43,8 @@ def require_splits(records: Sequence[Record], advice: str = _MAKE) -> None:
     counts = Counter(record.dataset for record in records)
     without = Counter(record.dataset for record in records if not record.split)
     if without:
-        named = ", ".join(f"{name} ({count:,} of {counts[name]:,} records)" for name, count in without.items())
-        raise ConfigError(f"there are no splits train, val and test in {named}: {advice}")
+        named = ", ".join(f"{count:,} of {counts[name]:,} records of {name}" for name, count in without.items())
+        raise ConfigError(f"{named} have no split (train, val or test): {advice}")
 
 
 def make_splits(

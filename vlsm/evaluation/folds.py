@@ -1,7 +1,7 @@
 """The lists of a sweep: the splits or folds that all of its models see, made once and stored in OUTPUT.
 
-OUTPUT/splits/NAME.parquet        with train.data.split: the records of a dataset, with their splits
-OUTPUT/folds/fold-1/NAME.parquet  with folds: the same, for each fold
+OUTPUT/splits/NAME.parquet             with train.data.split: the records of a dataset, with their splits
+OUTPUT/folds/fold-1-of-5/NAME.parquet  with folds: the same, for each fold
 """
 
 import io

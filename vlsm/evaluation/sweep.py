@@ -180,11 +180,11 @@ def folds_of(settings: SweepSettings) -> list[int | None]:
 def list_uri(settings: SweepSettings, name: str, fold: int | None) -> str:
     """Return the location of a list of the sweep: the records of a dataset with their splits; see `folds`."""
     kind = "splits" if fold is None else "folds"
-    return storage.join(settings.output, kind, *_folder_of(fold), f"{_safe_name(name)}.parquet")
+    return storage.join(settings.output, kind, *_folder_of(settings, fold), f"{_safe_name(name)}.parquet")
 
 
-def _folder_of(fold: int | None) -> tuple[str, ...]:
-    return () if fold is None else (f"fold-{fold}",)
+def _folder_of(settings: SweepSettings, fold: int | None) -> tuple[str, ...]:
+    return () if fold is None else (f"fold-{fold}-of-{settings.folds}",)
 
 
 def _train_settings(
@@ -192,7 +192,7 @@ def _train_settings(
 ) -> TrainSettings:
     tree = merge(settings.train, settings.models[model])
     tree = merge({"data": {"prompt": prompt}}, tree)
-    folders = (*map(_safe_name, (model, dataset, prompt)), *_folder_of(fold), f"seed-{seed}")
+    folders = (*map(_safe_name, (model, dataset, prompt)), *_folder_of(settings, fold), f"seed-{seed}")
     output = storage.join(settings.output, "trials", *folders)
     names = list(settings.datasets) if settings.pooled else [dataset]
     datasets = {name: settings.datasets[name] for name in names}
@@ -216,7 +216,7 @@ def _evaluate_settings(settings: SweepSettings, trials: tuple[Trial, ...]) -> Ev
     external = settings.external
     if has_lists(settings, first.settings.data.split):
         external = {name: list_uri(settings, name, first.fold) for name in external}
-    folders = (_safe_name(first.dataset), _safe_name(first.prompt), *_folder_of(first.fold))
+    folders = (_safe_name(first.dataset), _safe_name(first.prompt), *_folder_of(settings, first.fold))
     output = storage.join(settings.output, "evaluations", *folders)
     fixed = {"output": output, "datasets": first.settings.datasets | external, "systems": systems}
     tree = merge({"prompts": ["p1" if first.prompt == "random" else first.prompt]}, settings.evaluate)

@@ -193,6 +193,12 @@ def prepare_training(
     return records
 
 
+def check_finished(settings: TrainSettings) -> None:
+    """Raise a ConfigError if the finished run in OUTPUT has other settings or other data; read no images."""
+    refuse_other_settings(read_record(settings.output) or {"config": {}}, settings)
+    refuse_other_data(settings, _read_table(settings.output), partial(read_all_records, settings), None)
+
+
 def check_model(settings: TrainSettings) -> None:
     """Check the settings of the model and of the trackers without building the model.
 
