@@ -221,6 +221,13 @@ def test_records_without_a_split_are_refused_with_the_setting_to_copy():
         make_splits(records, make_facts(records), SplitSettings())
 
 
+def test_records_that_all_have_splits_keep_them_and_the_log_says_so():
+    records = [make_record(0, split="train"), make_record(1, split="val")]
+    made, (line,) = make_splits(records, make_facts(records), TENTHS)
+    assert made == records and line == "split: all records have splits already; data.split makes none"
+    assert make_splits(records, make_facts(records), SplitSettings()) == (records, [])
+
+
 def test_shares_that_leave_nothing_to_train_are_refused():
     with pytest.raises(ValueError, match="together they must be below 1"):
         SplitSettings(val=0.5, test=0.5)

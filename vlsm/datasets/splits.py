@@ -64,7 +64,9 @@ def make_splits(
         require_splits(records)
     good = [index for index, fact in enumerate(facts) if not fact.error]
     if all(records[index].split for index in good):
-        return list(records), []
+        return list(records), [] if settings.is_off else [
+            "split: all records have splits already; data.split makes none"
+        ]
     clusters = _find_clusters(records, facts, good, settings)
     splits: dict[int, str] = {}
     for index in good:
@@ -149,7 +151,7 @@ def _find_look_alikes(hashes: Sequence[int]) -> Iterable[tuple[int, int]]:
         if not is_plain[number] and firsts[number] != position:
             yield position, int(firsts[number])
     kept = np.flatnonzero(~is_plain)
-    for row, number in enumerate(kept):  # all pairs: 100,000 images are some seconds
+    for row, number in enumerate(kept):  # all pairs: to read so many images takes longer
         near = np.bitwise_count(unique[kept[row + 1 :]] ^ unique[number]) <= NEAR_BITS
         for other in kept[row + 1 :][near]:
             yield int(firsts[number]), int(firsts[other])
