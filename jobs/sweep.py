@@ -2,13 +2,17 @@
 
     plan -> one training per trial, in parallel -> one evaluation per group of trials -> one table
 
-A trial is a run of `jobs.train` in its own folder. A group has all trials with the same training data and prompt; a run
-of `jobs.evaluate` compares them. A rerun continues with the trainings and evaluations that are not finished.
+With data.split or folds, the splits of all trials are made first, once, as lists in OUTPUT.
+
+A trial is a run of `jobs.train` in its own folder. A group has all trials with the same training data, prompt and fold;
+a run of `jobs.evaluate` compares them. A rerun continues with the trainings and evaluations that are not finished.
 """
 
 import json
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -16,11 +20,15 @@ from jobs.command import RaySession, logger, make_parser, parse_pairs, run_comma
 from jobs.evaluate import evaluate
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
+from vlsm.datasets.inspection import Facts
+from vlsm.datasets.records import Record
 from vlsm.errors import ConfigError, VlsmError
+from vlsm.evaluation.folds import write_lists
 from vlsm.evaluation.sweep import (
     SweepSettings,
     Trial,
     TrialGroup,
+    has_lists,
     plan_trial_groups,
     read_models,
     tabulate,
@@ -36,6 +44,7 @@ from vlsm.runs.record import (
     read_record,
     read_summary,
 )
+from vlsm.training.settings import DataSettings
 
 _LOG_INTERVAL_S = 30.0
 
@@ -80,10 +89,13 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     if settings.start_over:
         forget_run(output, ("table.md", "table.csv"))
     trials = [trial for group in groups for trial in group.trials]
+    data = trials[0].settings.data
     record = make_record(settings, {}, {"trials": len(trials)})
     with storage.name_errors("OUTPUT", output):
-        create_record(output, record)
-        if differences := describe_differences(read_record(output) or record, settings, {}):
+        if not has_lists(settings, data.split):
+            create_record(output, record)
+        recorded = read_record(output)
+        if differences := describe_differences(recorded or record, settings, {}):
             raise ConfigError(
                 f"OUTPUT {output!r} belongs to a sweep with other settings: {'; '.join(differences)}; choose another "
                 "OUTPUT, or --set start_over=true, which keeps the finished trainings"
@@ -94,6 +106,10 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     started_s = time.monotonic()
     with RaySession(log_to_driver=False) as session:
         session.wait()
+        if recorded is None:
+            for line in write_lists(settings, data, partial(_inspect, data)):
+                logger.info("%s", line)
+            create_record(output, record)  # after the lists: a plan that is recorded has them
         failures = _train_all(trials, settings)
         if failures:
             raise VlsmError(
@@ -111,11 +127,17 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     return summary
 
 
+def _inspect(data: DataSettings, records: Sequence[Record]) -> list[Facts]:
+    from jobs.train_feed import inspect_records  # which imports Ray
+
+    return inspect_records(records, data)
+
+
 def _train_all(trials: list[Trial], settings: SweepSettings) -> list[str]:
     """Train all unfinished trials. Return one message per failed trial."""
     import ray
 
-    waiting = [trial for trial in trials if read_summary(trial.settings.output) is None]
+    waiting = [trial for trial in trials if not _is_finished(trial)]
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     parallel = settings.run.parallel or max(1, int(resources.get("GPU", 1)))
     logger.info("training %d of %d trials, %d at a time", len(waiting), len(trials), parallel)
@@ -142,6 +164,23 @@ def _train_all(trials: list[Trial], settings: SweepSettings) -> list[str]:
             names = ", ".join(trial.name for trial in running.values())
             logger.info("%d of %d trials are done; running: %s", num_done, len(trials), names)
     return failures
+
+
+def _is_finished(trial: Trial) -> bool:
+    """Return whether a trial is finished.
+
+    Raises:
+        ConfigError: it was trained with other settings or data, which start_over has kept.
+    """
+    from vlsm.training.run import check_finished
+
+    if read_summary(trial.settings.output) is None:
+        return False
+    try:
+        check_finished(trial.settings)
+    except ConfigError as error:
+        raise ConfigError(f"{trial.name}: {error}") from error
+    return True
 
 
 def _train(settings: Any) -> str:

@@ -99,6 +99,16 @@ def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(drawn, brigh
     assert "does not exist yet" in capsys.readouterr().err
 
 
+def test_images_without_a_validation_split_are_not_guessed(bright_checkpoint, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("image_uri,mask_uri\na.png,b.png\n")
+    words = [str(bright_checkpoint), str(tmp_path / "out"), "--dataset", f"mine={tmp_path / 'list.csv'}"]
+    assert calibration.main(words) == 2
+    assert (
+        "1 of 1 records of mine have no split (train, val or test): training has made them: give its list"
+        in capsys.readouterr().err
+    )
+
+
 def move_split(drawn, folder):
     """The drawn test images as a validation split."""
     rows = [

@@ -96,6 +96,17 @@ def test_of_many_that_create_a_file_one_succeeds(tmp_path, s3_folder):
         assert storage.list_names(folder) == ["record"]
 
 
+def test_the_version_of_a_file_changes_with_its_content(tmp_path, s3_folder):
+    for folder in (str(tmp_path), s3_folder):
+        storage.write_bytes(f"{folder}/a b%20[1]#.png", b"abc")
+        storage.write_bytes(f"{folder}/inner/x.png", b"abc")
+        before = storage.list_versions(folder)
+        assert list(before) == ["a b%20[1]#.png"] and storage.list_versions(folder) == before
+        storage.write_bytes(f"{folder}/a b%20[1]#.png", b"abcd")
+        assert storage.list_versions(folder) != before
+        assert storage.list_versions(f"{folder}/absent") == {}
+
+
 def test_a_write_that_fails_leaves_the_old_content_and_no_debris(tmp_path, monkeypatch):
     path = tmp_path / "part"
     storage.write_bytes(str(path), b"old")

@@ -20,6 +20,7 @@ from vlsm.config import dump_yaml
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
+from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.segmenter import Segmenter
@@ -177,9 +178,9 @@ def calibrate_checkpoint(
     """
     if "://" in directory or Path(directory).exists():
         raise ConfigError(f"CALIBRATED is {directory}; it must be a local folder that does not exist yet")
-    records = [
-        record for name, uri in datasets.items() for record in read_dataset(name, uri, data) if record.split == "val"
-    ]
+    records = [record for name, uri in datasets.items() for record in read_dataset(name, uri, data)]
+    require_splits(records, GIVE)
+    records = [record for record in records if record.split == "val"]
     files = read_checkpoint(source)
     checkpoint = build_checkpoint(files, source)
     plain = checkpoint.settings.model_copy(update={"calibration": None})

@@ -156,6 +156,14 @@ def list_times(uri: str) -> dict[str, float]:
     return {name: _modified_s(info) for name, info in _list_files(uri).items()}
 
 
+def list_versions(uri: str) -> dict[str, str]:
+    """Return the version of each file directly in a folder, by file name: the etag, or else size and time."""
+    return {
+        name: str(info.get("ETag") or info.get("etag") or f"{info.get('size')} {_modified_s(info)}").strip('"')
+        for name, info in _list_files(uri).items()
+    }
+
+
 def _list_files(uri: str) -> dict[str, dict[str, Any]]:
     fs, path = open_uri(uri)
     try:

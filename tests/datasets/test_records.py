@@ -1,10 +1,14 @@
 import json
 import shutil
+from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import SHARED
+from vlsm.datasets.inspection import Facts, examples_table
 from vlsm.datasets.read import read_dataset
+from vlsm.datasets.records import Record
 from vlsm.errors import ConfigError, ManifestError
 
 ANNOTATIONS = SHARED / "reference" / "annotations"
@@ -93,3 +97,24 @@ def test_a_split_that_nobody_knows_is_refused(tmp_path):
 def test_a_dataset_that_is_not_there_is_named(tmp_path, path, message):
     with pytest.raises(ConfigError, match=message):
         read_dataset("mine", f"{tmp_path}/{path}")
+
+
+def test_a_list_without_splits_gives_records_without_splits(tmp_path):
+    (tmp_path / "list.csv").write_text("image_uri,mask_uri\na.png,b.png\n")
+    (tmp_path / "some.csv").write_text("image_uri,mask_uri,split\na.png,b.png,\nc.png,d.png,test\n")
+    assert [record.split for record in read_dataset("mine", str(tmp_path / "list.csv"))] == [""]
+    assert [record.split for record in read_dataset("mine", str(tmp_path / "some.csv"))] == ["", "test"]
+
+
+def test_a_table_of_examples_is_a_list_with_every_field_of_the_records(tmp_path):
+    full = Record("a", "val", "list, row 3", "s3://b/x.nii", "/m.nii", {"p1": ("polyp",), "p2": ("flat", "red")})
+    full = replace(full, image_selector="slice=3", mask_selector="slice=4", labels=(1, 3), group="patient 7")
+    others = [
+        replace(full, dataset="b", mask_rle="P0", mask_size=(3, 4), more_masks=("/n.nii",)),
+        replace(full, split=""),
+    ]
+    facts = [Facts(), Facts(), Facts(error="missing")]
+    pq.write_table(examples_table([full, *others], facts), tmp_path / "examples.parquet")
+    uri = str(tmp_path / "examples.parquet")
+    assert read_dataset("a", uri) == [full]
+    assert read_dataset("all", uri) == [full, others[0]]

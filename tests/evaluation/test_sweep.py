@@ -2,13 +2,26 @@
 
 import csv
 import io
+import random
 from pathlib import Path
 
 import pytest
 import yaml
 
+from vlsm.datasets.inspection import Facts
+from vlsm.datasets.read import read_dataset
 from vlsm.errors import ConfigError
-from vlsm.evaluation.sweep import SweepSettings, plan_trial_groups, read_models, tabulate, write_csv, write_markdown
+from vlsm.evaluation.folds import write_lists
+from vlsm.evaluation.sweep import (
+    SweepSettings,
+    list_uri,
+    plan_trial_groups,
+    read_models,
+    tabulate,
+    write_csv,
+    write_markdown,
+)
+from vlsm.training.settings import DataSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +54,68 @@ def test_pooled_models_learn_all_datasets_and_are_scored_on_each():
     (group,) = plan_trial_groups(settings)
     assert all(list(trial.settings.datasets) == ["a", "b"] for trial in group.trials)
     assert list(group.settings.datasets) == ["a", "b", "c"]
+
+
+def test_each_fold_is_trained_and_scored_with_its_own_list():
+    groups = plan_trial_groups(make_settings(folds=3, seeds=[0, 1], external={"c": "data/c"}))
+    assert len(groups) == 6 and len({trial.settings.output for group in groups for trial in group.trials}) == 24
+    second = groups[1]
+    assert [(trial.fold, trial.seed) for trial in second.trials] == [(2, 0), (2, 1), (2, 0), (2, 1)]
+    assert second.trials[0].name == "small on a, p1, fold 2, seed 0"
+    for trial in second.trials:
+        assert trial.settings.datasets == {"a": "out/folds/fold-2-of-3/a.parquet"}
+        assert trial.settings.output.endswith(f"/a/p1/fold-2-of-3/seed-{trial.seed}")
+    assert second.settings.output == "out/evaluations/a/p1/fold-2-of-3"
+    lists = {"a": "folds/fold-2-of-3/a.parquet", "c": "folds/fold-2-of-3/c.parquet"}
+    assert {name: uri.rpartition("out/")[2] for name, uri in second.settings.datasets.items()} == lists
+
+
+def test_splits_that_are_made_are_the_same_for_all_models():
+    (group,) = plan_trial_groups(make_settings(train={"data": {"split": {"val": 0.2}}}, pooled=True))
+    for settings in (group.settings, *(trial.settings for trial in group.trials)):
+        assert [uri.rpartition("out/")[2] for uri in settings.datasets.values()] == [
+            "splits/a.parquet",
+            "splits/b.parquet",
+        ]
+    other = {"model": "unet_d", "data": {"split": {"val": 0.1, "seed": 2}}}
+    with pytest.raises(ConfigError, match="models: x: data.split differs from that of y"):
+        plan_trial_groups(make_settings(models={"y": {"model": "unet_d"}, "x": other}))
+
+
+def test_the_lists_of_a_sweep_hold_each_dataset_with_equal_tests_in_all_folds(tmp_path):
+    sources = {}
+    for name, size, split in (("a", 24, ""), ("b", 12, ""), ("c", 3, "")):
+        sources[name] = str(tmp_path / f"{name}.csv")
+        rows = "".join(f"{name}{number}.png,{number}.png,{split}\n" for number in range(size))
+        Path(sources[name]).write_text(f"image_uri,mask_uri,split\n{rows}")
+
+    def inspect(records):
+        keys = [f"{record.dataset} {record.image_uri}" for record in records]
+        hashes = [random.Random(key).getrandbits(64) for key in keys]
+        return [Facts(None, 8, 8, key, key, 0.5, image_hash) for key, image_hash in zip(keys, hashes, strict=True)]
+
+    settings = make_settings(
+        output=str(tmp_path / "out"),
+        datasets={name: sources[name] for name in "ab"},
+        external={"c": sources["c"]},
+        folds=3,
+        train={"data": {"split": {"test": 0.25}}},
+    )
+    groups = plan_trial_groups(settings)
+    lines = write_lists(settings, groups[0].trials[0].settings.data, inspect)
+    assert lines[-1] == "fold 3 of 3: 18 train, 9 val, 12 test"
+    for name, sizes in (("a", (6, 12, 6)), ("b", (3, 6, 3)), ("c", (0, 0, 3))):
+        folds = [read_dataset(name, list_uri(settings, name, fold)) for fold in (1, 2, 3)]
+        parts = [
+            [{r.image_uri for r in fold if r.split == split} for split in ("val", "train", "test")] for fold in folds
+        ]
+        assert all(abs(len(part) - size) <= 1 for fold in parts for part, size in zip(fold, sizes, strict=True))
+        assert parts[0][2] == parts[1][2] == parts[2][2] and not parts[0][0] & parts[1][0]
+    plain = settings.model_copy(update={"train": {}})
+    with pytest.raises(ConfigError, match="dataset a has no test records to score; --set train.data.split.test=0.1"):
+        write_lists(plain, plan_trial_groups(plain)[0].trials[0].settings.data, inspect)
+    on_val = plain.model_copy(update={"evaluate": {"split": "val"}, "external": {}})
+    assert write_lists(on_val, DataSettings(), inspect)[-1] == "fold 3 of 3: 24 train, 12 val, 0 test"
 
 
 def test_a_models_own_settings_come_before_those_of_all_and_of_its_file(tmp_path):
@@ -91,6 +166,10 @@ def test_the_table_has_means_over_seeds_and_the_best_in_bold():
         for dice in dices
     ]
     settings = make_settings(seeds=[0, 1])
+    folds = settings.model_copy(update={"folds": 2, "seeds": (0,)})  # the same figures, from folds
+    (row, *_) = tabulate(rows, folds)
+    assert (row["num_folds"], row["num_seeds"], round(row["mean"], 6)) == (2, 1, 0.55)
+    assert "mean and standard deviation over 2 folds with 1 seeds, " in write_markdown([row], folds)
     table = tabulate(rows, settings)
     assert [(row["model"], round(row["mean"], 6), round(row["difference"], 6)) for row in table] == [
         ("small", 0.55, 0),

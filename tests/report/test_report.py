@@ -128,6 +128,7 @@ def trained(tmp_path_factory):
         | {"mask_uri": str(folder / "mask.png"), "prompts": [("p1", ["polyp"])], **facts}
         for number in range(12)
     ]
+    examples.append(examples[0] | {"image_uri": "lost.png", "error": "missing"})  # left out by data.skip_broken
     rows = [
         Row(epoch, 3 * epoch, split, dataset, 1 / epoch, 0.3125 * epoch, 6, 0.1, 1.0, 1.0)
         for epoch in (1, 2)
@@ -217,6 +218,7 @@ def test_the_figures_of_a_training_are_those_of_its_metrics(pages):
     shown = stats(page)
     assert shown["Validation Dice"] == "0.625"
     assert shown["Best epoch"] == "2"
+    assert shown["Examples"] == "12"  # the one that is left out is none
     assert "not complete: 2 of 3 epochs" in page
     assert page.count('class="line c-0') == 8  # loss and Dice, train and val, each with its key
     assert page.count('class="card"') == 6  # the same image and mask twice is one picture

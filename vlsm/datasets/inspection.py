@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.records import Record
@@ -16,7 +17,7 @@ from vlsm.errors import ImageError
 # Two images look alike if at most 6 of the 64 bits of their perceptual hashes differ. At this limit, 7 of ClinicDB's 61
 # test frames look like a val frame (they come from the same videos), 3 of Kvasir's 200 do, and no ClinicDB frame looks
 # like a Kvasir frame. At 10 bits, every sixth image looks like another one.
-_NEAR_BITS = 6
+NEAR_BITS = 6
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _near_pairs(records: Sequence[Record], facts: Sequence[Facts], good: list[in
         for index in by_split[split]:
             differing = np.bitwise_count(hashes[others] ^ hashes[index])
             twin = int(others[differing.argmin()])
-            if differing.min() <= _NEAR_BITS and facts[twin].image_sha256 != facts[index].image_sha256:
+            if differing.min() <= NEAR_BITS and facts[twin].image_sha256 != facts[index].image_sha256:
                 yield int(index), twin, int(differing.min())
 
 
@@ -213,6 +214,11 @@ def records_from_table(table: pa.Table) -> list[Record]:
     """Return the records of a table that `examples_table` has made. Those of earlier versions have fewer columns."""
     names = [name for name in Record.__dataclass_fields__ if name in table.column_names]
     return [read_record_row(row) for row in table.select(names).to_pylist()]
+
+
+def good_records(table: pa.Table) -> list[Record]:
+    """Return the records of such a table whose files can be used."""
+    return records_from_table(table.filter(pc.is_null(table["error"])))
 
 
 def read_record_row(row: dict[str, Any]) -> Record:

@@ -8,8 +8,12 @@ of other names are not read, unless `data.columns` names them: --set data.column
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from vlsm import storage
 from vlsm.archive.tables import read_manifest_rows
+from vlsm.datasets.inspection import good_records
 from vlsm.datasets.pairing import split_of
 from vlsm.datasets.records import SPLITS, Record, check_texts
 from vlsm.errors import ManifestError
@@ -22,6 +26,9 @@ def read_list(
 ) -> Iterator[Record | ManifestError]:
     """Yield the record of each valid row, and the error of each invalid row.
 
+    examples.parquet of a training, and the lists of a sweep, hold every field of a record. If such a table holds a
+    dataset of this name, only the records of that dataset are read; else all, with the names of their own datasets.
+
     Args:
         name: name of the dataset.
         uri: the list, or the folder of its files. Relative locations start at the folder of the list, or at this one.
@@ -31,6 +38,9 @@ def read_list(
     Raises:
         ManifestError: the list cannot be read, or has no column with the images or the masks.
     """
+    if (examples := _read_examples(uri)) is not None:
+        yield from [record for record in examples if record.dataset == name] or examples
+        return
     is_folder = bool(files) and list(files) != [uri]
     folder = uri if is_folder else uri.rsplit("/", 1)[0]
     has_masks = False
@@ -43,6 +53,20 @@ def read_list(
             yield _manifest_record(name, folder, row, where)
         except ManifestError as error:
             yield error
+
+
+def _read_examples(uri: str) -> list[Record] | None:
+    """Return the records of a table that `examples_table` has made, or None for another list."""
+    if not uri.lower().endswith(".parquet"):
+        return None
+    fs, path = storage.open_uri(uri)
+    try:
+        with fs.open(path, "rb") as file:
+            table = pq.ParquetFile(file)
+            is_made = {"where", "prompts", "image_sha256", "error"} <= set(table.schema_arrow.names)
+            return good_records(table.read()) if is_made else None
+    except (pa.ArrowInvalid, OSError):  # also a folder of this name
+        return None  # whoever reads it as a list says why that fails
 
 
 def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) -> Record:

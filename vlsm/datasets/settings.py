@@ -1,8 +1,8 @@
 """Settings that decide what is read from labelled datasets: the same for training, calibration and evaluation."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices, each_one_is_a_list
 from vlsm.datasets.classes import Named, check_classes
@@ -63,3 +63,35 @@ class DatasetSettings(Settings):
         """Return the settings with which a `Reader` reads the files of these datasets."""
         reading = {name: getattr(self, name) for name in READING}
         return SegmentSettings(input="", output="", members=(MemberSettings(checkpoint=""),), run=run, **reading)
+
+
+class SplitSettings(Settings):
+    """Splits for records that have none. `vlsm.datasets.splits` says how they are made."""
+
+    val: float = Field(0, ge=0, lt=1, description="share of the records without a split that becomes val")
+    test: float = Field(0, ge=0, lt=1, description="share that becomes test; if val and test are 0, none are made")
+    by: Literal["group", "image"] = Field(
+        "group", description="group: records of one group (patient, video) stay together; image: those of one image"
+    )
+    look_alikes: bool = Field(True, description="images that look alike stay together too")
+    seed: int = Field(0, ge=0, description="seed of the draw; it does not follow the seed of the training")
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no splits are made."""
+        return not self.val and not self.test
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each split, without splits that have none."""
+        shares = {"train": 1 - self.val - self.test, "val": self.val, "test": self.test}
+        return {split: share for split, share in shares.items() if share}
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.val + self.test >= 1:
+            raise ValueError(
+                f"data.split.val and data.split.test are {self.val} and {self.test}; "
+                "together they must be below 1, so that records remain for train"
+            )
+        return self

@@ -34,7 +34,9 @@ class EvaluateSettings(Settings):
     baseline: str | None = Field(
         None, description="the system that the other systems are compared with; default: the first system"
     )
-    split: Literal["train", "val", "test"] = Field("test", description="the split of the datasets to score")
+    split: Literal["train", "val", "test", "all"] = Field(
+        "test", description="the split of the datasets to score; all: also records without a split"
+    )
     limit: int | None = Field(None, ge=1, description="number of records to score per dataset, the first of the split")
     prompts: tuple[str, ...] = Field(
         (OWN,),

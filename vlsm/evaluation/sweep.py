@@ -14,12 +14,24 @@ from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
 from vlsm.config import Settings, load_settings
+from vlsm.datasets.settings import SplitSettings
 from vlsm.errors import ConfigError
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.training.settings import TrainSettings
 
 POOLED = "all"  # value of the column trained_on for a model that is trained on all datasets together
-COLUMNS = ("trained_on", "dataset", "prompt", "prompt_class", "model", "num_seeds", "mean", "sd", "difference")
+COLUMNS = (
+    "trained_on",
+    "dataset",
+    "prompt",
+    "prompt_class",
+    "model",
+    "num_folds",
+    "num_seeds",
+    "mean",
+    "sd",
+    "difference",
+)
 
 
 class SweepRunSettings(Settings):
@@ -44,6 +56,9 @@ class SweepSettings(Settings):
         ("p1",), min_length=1, description="prompts to train with and to score with: p0, p1, text:WORDS, ..."
     )
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="random seeds of the trainings")
+    folds: int | None = Field(
+        None, ge=2, description="train once per fold; val of a fold is 1/folds of the train and val records, test stays"
+    )
     train: dict[str, Any] = Field(
         {}, description="settings of jobs.train for all models; the settings of a model override them"
     )
@@ -82,11 +97,13 @@ class Trial:
     prompt: str
     seed: int
     settings: TrainSettings
+    fold: int | None = None
 
     @property
     def name(self) -> str:
         """Name of the trial in log lines."""
-        return f"{self.model} on {self.dataset}, {self.prompt}, seed {self.seed}"
+        fold = "" if self.fold is None else f"fold {self.fold}, "
+        return f"{self.model} on {self.dataset}, {self.prompt}, {fold}seed {self.seed}"
 
     @property
     def system(self) -> str:
@@ -96,7 +113,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class TrialGroup:
-    """All trials with the same training data and prompt, and the settings of the evaluation that compares them."""
+    """All trials with the same data, prompt and fold, and the settings of the evaluation that compares them."""
 
     trials: tuple[Trial, ...]
     settings: EvaluateSettings
@@ -132,39 +149,76 @@ def read_models(models: dict[str, dict[str, Any]], folder: str) -> dict[str, dic
 
 
 def plan_trial_groups(settings: SweepSettings) -> list[TrialGroup]:
-    """Return the whole matrix, one group per training dataset and prompt, in the order of the table.
+    """Return the whole matrix, one group per training dataset, prompt and fold, in the order of the table.
 
     Raises:
         ConfigError: the settings of a training or of the evaluation are wrong.
     """
     names = [POOLED] if settings.pooled else list(settings.datasets)
     groups = []
-    for dataset, prompt in itertools.product(names, settings.prompts):
+    for dataset, prompt, fold in itertools.product(names, settings.prompts, folds_of(settings)):
         trials = tuple(
-            Trial(model, dataset, prompt, seed, _train_settings(settings, model, dataset, prompt, seed))
+            Trial(model, dataset, prompt, seed, _train_settings(settings, model, dataset, prompt, fold, seed), fold)
             for model, seed in itertools.product(settings.models, settings.seeds)
         )
         groups.append(TrialGroup(trials, _evaluate_settings(settings, trials)))
+    first = groups[0].trials[0]
+    for trial in groups[0].trials:
+        if trial.settings.data.split != first.settings.data.split:
+            raise ConfigError(
+                f"models: {trial.model}: data.split differs from that of {first.model}; all models must see the same "
+                "splits: set train.data.split"
+            )
     return groups
 
 
-def _train_settings(settings: SweepSettings, model: str, dataset: str, prompt: str, seed: int) -> TrainSettings:
+def folds_of(settings: SweepSettings) -> list[int | None]:
+    """Return the numbers of the folds, from 1; one None without folds."""
+    return [None] if settings.folds is None else list(range(1, settings.folds + 1))
+
+
+def list_uri(settings: SweepSettings, name: str, fold: int | None) -> str:
+    """Return the location of a list of the sweep: the records of a dataset with their splits; see `folds`."""
+    kind = "splits" if fold is None else "folds"
+    return storage.join(settings.output, kind, *_folder_of(settings, fold), f"{_safe_name(name)}.parquet")
+
+
+def _folder_of(settings: SweepSettings, fold: int | None) -> tuple[str, ...]:
+    return () if fold is None else (f"fold-{fold}-of-{settings.folds}",)
+
+
+def _train_settings(
+    settings: SweepSettings, model: str, dataset: str, prompt: str, fold: int | None, seed: int
+) -> TrainSettings:
     tree = merge(settings.train, settings.models[model])
     tree = merge({"data": {"prompt": prompt}}, tree)
-    output = storage.join(settings.output, "trials", *map(_safe_name, (model, dataset, prompt)), f"seed-{seed}")
-    datasets = settings.datasets if settings.pooled else {dataset: settings.datasets[dataset]}
+    folders = (*map(_safe_name, (model, dataset, prompt)), *_folder_of(settings, fold), f"seed-{seed}")
+    output = storage.join(settings.output, "trials", *folders)
+    names = list(settings.datasets) if settings.pooled else [dataset]
+    datasets = {name: settings.datasets[name] for name in names}
     try:
-        return load_settings(TrainSettings, None, [], tree | {"output": output, "datasets": datasets, "seed": seed})
+        trained = load_settings(TrainSettings, None, [], tree | {"output": output, "datasets": datasets, "seed": seed})
     except ConfigError as error:
         raise ConfigError(f"models: {model}: {error}") from error
+    if not has_lists(settings, trained.data.split):
+        return trained
+    return trained.model_copy(update={"datasets": {name: list_uri(settings, name, fold) for name in names}})
+
+
+def has_lists(settings: SweepSettings, split: SplitSettings) -> bool:
+    """Return whether a sweep makes lists, from which it trains: with folds, or if data.split of its models says so."""
+    return settings.folds is not None or not split.is_off
 
 
 def _evaluate_settings(settings: SweepSettings, trials: tuple[Trial, ...]) -> EvaluateSettings:
     first = trials[0]
     systems = {trial.system: [{"checkpoint": storage.join(trial.settings.output, "checkpoint")}] for trial in trials}
-    datasets = settings.datasets if settings.pooled else {first.dataset: settings.datasets[first.dataset]}
-    output = storage.join(settings.output, "evaluations", _safe_name(first.dataset), _safe_name(first.prompt))
-    fixed = {"output": output, "datasets": datasets | settings.external, "systems": systems}
+    external = settings.external
+    if has_lists(settings, first.settings.data.split):
+        external = {name: list_uri(settings, name, first.fold) for name in external}
+    folders = (_safe_name(first.dataset), _safe_name(first.prompt), *_folder_of(settings, first.fold))
+    output = storage.join(settings.output, "evaluations", *folders)
+    fixed = {"output": output, "datasets": first.settings.datasets | external, "systems": systems}
     tree = merge({"prompts": ["p1" if first.prompt == "random" else first.prompt]}, settings.evaluate)
     try:
         return load_settings(EvaluateSettings, None, [], tree | fixed)
@@ -187,7 +241,7 @@ def _safe_name(name: str) -> str:
 
 
 def tabulate(rows: Iterable[dict[str, Any]], settings: SweepSettings) -> list[dict[str, Any]]:
-    """Return the table: mean and standard deviation of Dice over seeds, and the difference to the baseline's mean.
+    """Return the table: mean and standard deviation of Dice over folds and seeds, and the difference to the baseline.
 
     A row stands for one model, training dataset, test dataset, prompt and prompt class. Its keys are COLUMNS.
 
@@ -206,7 +260,8 @@ def tabulate(rows: Iterable[dict[str, Any]], settings: SweepSettings) -> list[di
         for model, values in models.items():
             spread = statistics.stdev(values) if len(values) > 1 else None
             difference = means[model] - means[baseline] if baseline in means else None
-            row_values = (*key, model, len(values), means[model], spread, difference)
+            num_folds = settings.folds or 1
+            row_values = (*key, model, num_folds, len(values) // num_folds, means[model], spread, difference)
             table.append(dict(zip(COLUMNS, row_values, strict=True)))
     return table
 
@@ -225,7 +280,9 @@ def write_markdown(table: list[dict[str, Any]], settings: SweepSettings) -> str:
 
     The best value of a column is bold. Upper bounds (prompts that describe the label) are in a separate table.
     """
-    parts = [f"Dice in percent: mean and standard deviation over {len(settings.seeds)} seeds, and the difference to "]
+    folds = "" if settings.folds is None else f"{settings.folds} folds with "
+    num_seeds = len(settings.seeds)
+    parts = [f"Dice in percent: mean and standard deviation over {folds}{num_seeds} seeds, and the difference to "]
     parts[0] += f"{settings.baseline or next(iter(settings.models))}.\n"
     for prompt_class, heading in (
         ("honest", ""),

@@ -15,6 +15,7 @@ from vlsm.checkpoints import digest_files, parse_settings
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
+from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import ConfigError
 from vlsm.evaluation.matching import match_images
 from vlsm.evaluation.prompts import texts_of
@@ -103,7 +104,9 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
             records = read_dataset(name, uri, settings.data)
-        split_records = [record for record in records if record.split == settings.split][: settings.limit]
+        if settings.split != "all":
+            require_splits(records, f"{GIVE}; --set split=all scores all records")
+        split_records = [record for record in records if settings.split in ("all", record.split)][: settings.limit]
         if not split_records:
             splits = ", ".join(sorted({record.split for record in records})) or "none"
             raise ConfigError(f"dataset {name} has no records of split {settings.split}; it has {splits}")

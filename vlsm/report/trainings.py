@@ -41,7 +41,7 @@ def training_page(output: str, title: str) -> Page:
     config, metrics = record["config"], _read_metrics(output)
     fs, path = storage.open_uri(storage.join(output, _EXAMPLES_NAME))
     survey = Survey(metric="area_fraction", group="dataset")
-    examples = ds.dataset([path], filesystem=fs, format="parquet")
+    examples = ds.dataset([path], filesystem=fs, format="parquet").filter(pc.field("error").is_null())
     has_selectors = "image_selector" in examples.schema.names  # earlier versions had none
     selectors = {"selector": pc.field("image_selector")} if has_selectors else {}
     for table in scan(examples, computed=_COMPUTED | {"where": pc.field("where")} | selectors):

@@ -1,7 +1,7 @@
 """The folder of a training run: its files before, during and after the training. No cluster is needed here.
 
 OUTPUT/config.yaml        resolved settings, digest of the data, versions, git revision, planned records and steps
-OUTPUT/examples.parquet   every record with the facts of its files
+OUTPUT/examples.parquet   every record with its split and the facts of its files; a list for --dataset, too
 OUTPUT/last.safetensors   state of the run: trained weights, optimiser, all metrics; one file, so that it is consistent
 OUTPUT/checkpoint/        checkpoint of the best epoch, for `jobs.segment`
 OUTPUT/metrics.parquet    one row per epoch, split and dataset; curves.png and tensorboard/ show the same values
@@ -14,7 +14,8 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +25,17 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, load_checkpoint, read_settings, save_checkpoint
-from vlsm.datasets.inspection import (
-    Facts,
-    check_facts,
-    describe_findings,
-    digest_examples,
-    examples_table,
-    records_from_table,
-)
+from vlsm.datasets.changes import Inspect, add_versions, list_versions
+from vlsm.datasets.inspection import check_facts, describe_findings, digest_examples, examples_table, good_records
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
+from vlsm.datasets.splits import make_splits, require_splits
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
-from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
+from vlsm.runs.record import SUMMARY_NAME, forget_run, make_record, read_record, write_record
 from vlsm.training.history import History, Row
+from vlsm.training.resume import digest_start, refuse_other_data, refuse_other_settings
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
 from vlsm.training.trackers import check_trackers
@@ -54,8 +51,6 @@ logger = logging.getLogger("vlsm")
 CHECKPOINT_NAME = "checkpoint"
 _EXAMPLES_NAME, _LAST_NAME, _METRICS_NAME = "examples.parquet", "last.safetensors", "metrics.parquet"
 _NAMES = (_LAST_NAME, _EXAMPLES_NAME, _METRICS_NAME, "curves.png")
-
-Inspect = Callable[[Sequence[Record]], list[Facts]]
 
 
 @dataclass
@@ -81,10 +76,13 @@ class State:
 
 
 def read_all_records(settings: TrainSettings) -> list[Record]:
-    """Return the records of all datasets. The test splits of the external datasets come last.
+    """Return the records of all datasets. The test records of the external datasets come last.
+
+    All records of an external dataset without splits are test records.
 
     Raises:
-        ConfigError: a dataset does not exist, or there are no train records or no val records.
+        ConfigError: a dataset does not exist, there are no train records or no val records, or a record has no split
+            and data.split makes none.
         ManifestError: a record is invalid, or lacks the prompt that data.prompt asks for.
     """
     records: list[Record] = []
@@ -93,22 +91,30 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
             records += read_dataset(name, uri, settings.data)
     for name, uri in settings.external.items():
         with storage.name_errors(f"dataset {name}", uri):
-            records += [record for record in read_dataset(name, uri, settings.data) if record.split == "test"]
+            external = read_dataset(name, uri, settings.data)
+        records += [replace(record, split="test") for record in external if record.split in ("test", "")]
+    if settings.data.split.is_off:
+        require_splits(records)
+    if all(record.split for record in records):
+        _require_train_and_val(records, settings)
+    for record in records:
+        choose_prompt(record, settings.data, None)
+    return records
+
+
+def _require_train_and_val(records: Sequence[Record], settings: TrainSettings) -> None:
     for split, purpose in (("train", "train"), ("val", "choose the best epoch")):
         if not any(record.split == split for record in records):
             counts = Counter(record.split for record in records)
             described = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none at all"
             names = ", ".join(settings.datasets)
             raise ConfigError(f"no {split} records in {names} (there are {described}); they are needed to {purpose}")
-    for record in records:
-        choose_prompt(record, settings.data, None)
-    return records
 
 
 def check_examples(
     settings: TrainSettings, inspect: Inspect, num_shown: int | None = 20, begin: Callable[[], None] = lambda: None
 ) -> tuple[pa.Table, list[str], int]:
-    """Read all examples and check them.
+    """Read all examples, make splits where data.split asks for them, and check all.
 
     Args:
         settings: settings of the run.
@@ -117,15 +123,22 @@ def check_examples(
         begin: called as soon as all paths are checked, as in `prepare_training`.
 
     Returns:
-        The table of all examples, lines that describe the findings, and the number of broken records.
+        The table of all examples, lines that describe the splits and the findings, and the number of broken records.
     """
     records = read_all_records(settings)
     begin()
     build_learning_model(settings)  # before all files are read, since its weights may be missing
+    versions = list_versions(records)  # before the files are read: a file that changes now is read again later
     facts = inspect(records)
+    lines: list[str] = []
+    if settings.data.skip_broken or not any(fact.error for fact in facts):  # else the run ends, and says why
+        records, lines = make_splits(records, facts, settings.data.split)
+        good = [record for record, fact in zip(records, facts, strict=True) if not fact.error]
+        _require_train_and_val(good, settings)
     findings = check_facts(records, facts)
-    table = examples_table(records, facts)
-    return table, describe_findings(records, findings, num_shown), sum(finding.is_broken for finding in findings)
+    lines += describe_findings(records, findings, num_shown)
+    table = add_versions(examples_table(records, facts), versions)
+    return table, lines, sum(finding.is_broken for finding in findings)
 
 
 def prepare_training(
@@ -140,10 +153,10 @@ def prepare_training(
             that, so that something slow, such as a cluster, can start at the same time.
 
     Returns:
-        The examples of the run.
+        The examples of the run. A run that is resumed has the stored ones, with their splits.
 
     Raises:
-        ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
+        ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings or other data.
         CheckpointError: the model's options are invalid, or its weights or the checkpoint start_from cannot be loaded.
         ManifestError: a record is invalid or its files are broken.
     """
@@ -152,14 +165,14 @@ def prepare_training(
     with storage.name_errors("OUTPUT", output):
         record = None if settings.start_over else read_record(output)
         if record is not None:
-            if differences := describe_differences(record, settings, {}):
-                raise ConfigError(
-                    f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
-                    "choose another OUTPUT, or --set start_over=true to delete that run"
-                )
-            if not storage.exists(storage.join(output, SUMMARY_NAME)):
+            refuse_other_settings(record, settings)
+            is_finished = storage.exists(storage.join(output, SUMMARY_NAME))
+            if not is_finished:
                 begin()
-            return read_examples(output)
+            examples = _read_table(output)
+            read_records = partial(read_all_records, settings)
+            refuse_other_data(settings, examples, read_records, None if is_finished else inspect)
+            return good_records(examples)
         table, lines, num_broken = check_examples(settings, inspect, begin=begin)
         for line in lines:
             logger.info("%s", line)
@@ -171,14 +184,19 @@ def prepare_training(
         if settings.start_over:
             folders = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
             forget_run(output, _NAMES, [(folder, "") for folder in folders])
-        table = table.filter(pc.is_null(table["error"]))
-        records = records_from_table(table)
+        records = good_records(table)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         storage.write_bytes(storage.join(output, _EXAMPLES_NAME), sink.getvalue().to_pybytes())
-        facts = {"data_digest": digest_examples(table)}
+        facts = {"data_digest": digest_examples(table.filter(pc.is_null(table["error"])))} | digest_start(settings)
         write_record(output, make_record(settings, facts, _plan(settings, records)))
     return records
+
+
+def check_finished(settings: TrainSettings) -> None:
+    """Raise a ConfigError if the finished run in OUTPUT has other settings or other data; read no images."""
+    refuse_other_settings(read_record(settings.output) or {"config": {}}, settings)
+    refuse_other_data(settings, _read_table(settings.output), partial(read_all_records, settings), None)
 
 
 def check_model(settings: TrainSettings) -> None:
@@ -237,7 +255,11 @@ def _plan(settings: TrainSettings, records: list[Record]) -> dict[str, Any]:
 
 def read_examples(output: str) -> list[Record]:
     """Return the examples of a planned run."""
-    return records_from_table(pq.read_table(io.BytesIO(storage.read_bytes(storage.join(output, _EXAMPLES_NAME)))))
+    return good_records(_read_table(output))
+
+
+def _read_table(output: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(output, _EXAMPLES_NAME))))
 
 
 def default_prompt(records: Sequence[Record], settings: TrainSettings) -> str:

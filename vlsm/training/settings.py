@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
 from vlsm.config import Settings, check_range
-from vlsm.datasets.settings import DatasetSettings
+from vlsm.datasets.settings import DatasetSettings, SplitSettings
 from vlsm.models import MODELS
 
 Trainable = Literal["decoder", "lora", "all"]
@@ -37,6 +37,7 @@ class DataSettings(DatasetSettings):
     sampling: Literal["proportional", "uniform"] | dict[str, float] = Field(
         "proportional", description="uniform: the same number of examples from each dataset; or a weight per dataset"
     )
+    split: SplitSettings = SplitSettings()
     skip_broken: bool = Field(False, description="leave out records with broken files instead of stopping")
     augment: AugmentSettings = AugmentSettings()
 
