@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from vlsm import storage
 from vlsm.archive.tables import MANIFEST_EXTENSIONS
+from vlsm.datasets.coco import find_coco, read_coco
 from vlsm.datasets.lists import read_list
 from vlsm.datasets.medvlsm import find_annotations, read_annotations
 from vlsm.datasets.records import Record
@@ -20,7 +21,8 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
         name: name of the dataset.
         uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`, or a manifest (.parquet, .csv,
             .tsv, .jsonl) with `image_uri`, `mask_uri`, `split`, and optionally `prompt` or `prompts` and `dataset`.
-            Relative locations start at the manifest's folder.
+            Relative locations start at the manifest's folder. Or a COCO file, or a folder with such files; see
+            `vlsm.datasets.coco`.
         settings: how to read it; None for the defaults.
 
     Raises:
@@ -34,6 +36,8 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
             raise ConfigError(f"dataset {name}: there is no manifest at {uri!r}")
         return _all_or_problems(name, read_list(name, uri))
     splits = find_annotations(uri)
+    if not splits and (files := find_coco(uri)):
+        return _all_or_problems(name, read_coco(name, files, settings))
     if not splits:
         problem = "has no anns/train.json, anns/val.json or anns/test.json" if storage.exists(uri) else "does not exist"
         raise ConfigError(f"dataset {name}: {uri!r} {problem}")

@@ -1,5 +1,7 @@
 """Settings that decide what is read from labelled datasets: the same for training, calibration and evaluation."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices
@@ -14,6 +16,14 @@ class DatasetSettings(Settings):
     slices: Slices = Field("axial", description="direction in which volumes are cut into slices; each is an image")
     window: tuple[float, float] | None = Field(
         None, description="grey values to show, above 8 bits: [centre, width], as [40, 400]; null: as the file states"
+    )
+    absent_classes: Literal["skip", "empty"] = Field(
+        "skip",
+        description="an image, slice or frame without a class of its COCO file, label volume or DICOM segmentation: "
+        "skip: no example; empty: an example with an empty mask",
+    )
+    image_folders: dict[str, str] = Field(
+        {}, description="folder of the images of a COCO file, by dataset, if they are not beside it"
     )
     max_pixels: int = Field(100_000_000, ge=1, description="pixels of an image; larger images are not decoded")
     max_image_bytes: int = Field(1 << 30, ge=1, description="bytes of a file; larger files are not read")
