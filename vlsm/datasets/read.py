@@ -9,6 +9,7 @@ from vlsm.datasets.lists import read_list
 from vlsm.datasets.medvlsm import find_annotations, read_annotations
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.datasets.volumes import expand_volumes
 from vlsm.errors import ConfigError, ManifestError
 
 _SHOWN = 10  # problems that one error message lists
@@ -30,6 +31,12 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
         ManifestError: an annotation file cannot be read, a record lacks a required value, or a record names a file
             outside the dataset's folder.
     """
+    settings = settings or DatasetSettings()
+    return _all_or_problems(name, expand_volumes(_read_layout(name, uri, settings), settings))
+
+
+def _read_layout(name: str, uri: str, settings: DatasetSettings) -> list[Record]:
+    """Return the records, one for each volume that is not yet cut into slices."""
     uri = storage.absolute(uri)
     if uri.lower().endswith(MANIFEST_EXTENSIONS):
         if not storage.exists(uri):
