@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,9 @@ from vlsm.errors import ImageError, ManifestError
 from vlsm.images.fetch import image_errors
 from vlsm.images.formats import FORMATS, kind_of
 from vlsm.images.reader import Reader
-from vlsm.images.volumes import VolumeGrid
+
+if TYPE_CHECKING:  # it needs nibabel, which takes a second to import
+    from vlsm.images.volumes import VolumeGrid
 
 logger = logging.getLogger("vlsm")
 
@@ -51,7 +53,7 @@ class LabelVolume:
         values: the values in each slice, by selector, without 0.
     """
 
-    grid: VolumeGrid
+    grid: "VolumeGrid"
     values: dict[str, frozenset[int]]
 
     @property
@@ -107,12 +109,12 @@ def _masks(record: Record) -> tuple[str, ...]:
     return record.mask_uri, *record.more_masks
 
 
-Opened = tuple[dict[str, Future[VolumeGrid]], dict[str, Future[LabelVolume]]]
+Opened = tuple[dict[str, "Future[VolumeGrid]"], dict[str, Future[LabelVolume]]]
 
 
 def _open_all(files: list[tuple[str, ...]], settings: DatasetSettings, pool: ThreadPoolExecutor) -> Opened:
     """Begin to read the headers of the images and the contents of the labels, in their order."""
-    images, labels = dict[str, Future[VolumeGrid]](), dict[str, Future[LabelVolume]]()
+    images, labels = dict[str, "Future[VolumeGrid]"](), dict[str, Future[LabelVolume]]()
     for image, *masks in files:
         if image not in images:
             images[image] = pool.submit(read_grid, image, settings)
@@ -122,7 +124,7 @@ def _open_all(files: list[tuple[str, ...]], settings: DatasetSettings, pool: Thr
     return images, labels
 
 
-def read_grid(uri: str, settings: DatasetSettings) -> VolumeGrid:
+def read_grid(uri: str, settings: DatasetSettings) -> "VolumeGrid":
     """Return where the voxels of a volume file are, from its header.
 
     Raises:
@@ -130,7 +132,7 @@ def read_grid(uri: str, settings: DatasetSettings) -> VolumeGrid:
     """
     module: Any = FORMATS[kind_of(uri) or ""].load()
 
-    def read() -> VolumeGrid:
+    def read() -> "VolumeGrid":
         fs, path = storage.open_uri(uri)
         with fs.open(path, "rb") as file:
             grid: VolumeGrid = module.read_header(file, uri, settings.slices).grid
@@ -201,7 +203,7 @@ def _slices(
             )
 
 
-def check_grids(image: VolumeGrid, image_uri: str, label: VolumeGrid, label_uri: str) -> None:
+def check_grids(image: "VolumeGrid", image_uri: str, label: "VolumeGrid", label_uri: str) -> None:
     """Raise a ManifestError unless a label has the voxels of its image, in any orientation."""
     (shape, affine), (label_shape, label_affine) = image.canonical, label.canonical
     if shape != label_shape or label.num_volumes not in (1, image.num_volumes):
