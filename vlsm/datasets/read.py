@@ -1,6 +1,6 @@
 """Reads a labelled dataset: finds out how a folder or list is laid out, and returns its records."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from vlsm import storage
 from vlsm.archive.tables import MANIFEST_EXTENSIONS
@@ -9,7 +9,7 @@ from vlsm.datasets.lists import read_list
 from vlsm.datasets.medvlsm import find_annotations, read_annotations
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
-from vlsm.datasets.volumes import expand_volumes
+from vlsm.datasets.volumes import expand_volumes, may_be_dicom_pair
 from vlsm.errors import ConfigError, ManifestError
 
 _SHOWN = 10  # problems that one error message lists
@@ -32,7 +32,17 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
             outside the dataset's folder.
     """
     settings = settings or DatasetSettings()
-    return _all_or_problems(name, expand_volumes(_read_layout(name, uri, settings), settings))
+    return _all_or_problems(name, _expand(_read_layout(name, uri, settings), settings))
+
+
+def _expand(records: list[Record], settings: DatasetSettings) -> Iterator[Record | ManifestError]:
+    """Yield the records of the slices and frames of files with several images, and all other records."""
+    items: Iterable[Record | ManifestError] = records
+    if any(map(may_be_dicom_pair, records)):
+        from vlsm.datasets.dicom_labels import expand_dicom  # needs pydicom, which takes long to import
+
+        items = expand_dicom(records, settings)
+    yield from expand_volumes(items, settings)
 
 
 def _read_layout(name: str, uri: str, settings: DatasetSettings) -> list[Record]:

@@ -28,9 +28,9 @@ from vlsm import storage
 from vlsm.config import RunSettings
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
-from vlsm.errors import ImageError, ManifestError
+from vlsm.errors import ImageError, ManifestError, StorageError
 from vlsm.images.fetch import image_errors
-from vlsm.images.formats import FORMATS, kind_of
+from vlsm.images.formats import FORMATS, UNNAMED, kind_of
 from vlsm.images.reader import Reader
 
 if TYPE_CHECKING:  # it needs nibabel, which takes a second to import
@@ -39,7 +39,9 @@ if TYPE_CHECKING:  # it needs nibabel, which takes a second to import
 logger = logging.getLogger("vlsm")
 
 _KINDS = ("nifti", "nrrd", "metaimage")
+DICOM = ("dicom", UNNAMED)  # DICOM files often have no ending
 _THREADS = 4  # label files in memory at a time
+_UNREAD = "every slice"
 _MAX_VALUES = 1000  # more different values are no classes
 _TOLERANCE = 0.25  # of a voxel; a grid that is half a voxel off is another grid
 
@@ -62,28 +64,40 @@ class LabelVolume:
         return tuple(sorted(frozenset[int]().union(*self.values.values())))
 
 
-def expand_volumes(records: Iterable[Record], settings: DatasetSettings) -> Iterator[Record | ManifestError]:
+def expand_volumes(
+    records: Iterable[Record | ManifestError], settings: DatasetSettings
+) -> Iterator[Record | ManifestError]:
     """Yield the records of the slices for each record of a volume, and the other records as they are.
 
     Args:
-        records: of a dataset. Those with a selector or with a mask of their own are not volumes.
+        records: of a dataset, and errors, which are passed on. Records with a selector or with a mask of their own are
+            not volumes.
         settings: of the dataset: limits, the direction of slices, and `absent_classes`.
 
     Yields:
-        Records, and an error for each volume that does not fit its label.
+        Records, and an error for each volume that does not fit its label. The record of a damaged file stays, with a
+        selector of no slice: reading it gives the ImageError, as for a damaged picture.
+
+    Raises:
+        StorageError: the store was unavailable for too long.
     """
-    records = list(records)
-    files = dict.fromkeys((record.image_uri, *_masks(record)) for record in records if is_volume_pair(record))
+    items = list(records)
+    pairs = [item for item in items if isinstance(item, Record) and is_volume_pair(item)]
+    files = dict.fromkeys((record.image_uri, *mask_uris(record)) for record in pairs)
     pool, counts, problems = ThreadPoolExecutor(_THREADS), Counter[str](), set[str]()
     try:
         opened = _open_all([uris for uris in files if all(map(is_volume, uris))], settings, pool)
-        for record in records:
+        for record in items:
+            if isinstance(record, ManifestError) or not is_volume_pair(record):
+                yield record
+                continue
             try:
-                if is_volume_pair(record):
-                    yield from _slices(record, opened, settings, counts)
-                else:
-                    yield record
-            except (ManifestError, ImageError) as error:
+                yield from _slices(record, opened, settings, counts)
+            except ImageError as error:
+                if error.reason in ("unavailable", "timeout"):
+                    raise StorageError(str(error)) from error
+                yield replace(record, mask_selector=_UNREAD)
+            except ManifestError as error:
                 if str(error) not in problems:  # records of several classes share their files
                     problems.add(str(error))
                     yield ManifestError(f"{record.where}: {error}")
@@ -101,11 +115,23 @@ def is_volume(uri: str) -> bool:
 
 def is_volume_pair(record: Record) -> bool:
     """Return whether a record is of a volume or a label volume as a whole."""
-    is_whole = record.image_selector is None and record.mask_selector is None and record.mask_rle is None
-    return is_whole and any(map(is_volume, (record.image_uri, *_masks(record))))
+    return _is_whole(record) and any(map(is_volume, (record.image_uri, *mask_uris(record))))
 
 
-def _masks(record: Record) -> tuple[str, ...]:
+def may_be_dicom_pair(record: Record) -> bool:
+    """Return whether a record may have a DICOM mask, or be a DICOM image with a label volume, by the names of files."""
+    if not _is_whole(record):
+        return False
+    image, mask = (kind_of(uri.rstrip("/")) for uri in (record.image_uri, record.mask_uri))
+    return mask in DICOM or (mask in _KINDS and image in DICOM)
+
+
+def _is_whole(record: Record) -> bool:
+    return record.image_selector is None and record.mask_selector is None and record.mask_rle is None
+
+
+def mask_uris(record: Record) -> tuple[str, ...]:
+    """Return the locations of all masks of a record."""
     return record.mask_uri, *record.more_masks
 
 
@@ -177,7 +203,7 @@ def _slices(
     record: Record, opened: Opened, settings: DatasetSettings, counts: Counter[str]
 ) -> Iterator[Record | ManifestError]:
     """Yield the records of a volume's slices."""
-    masks = _masks(record)
+    masks = mask_uris(record)
     if others := [uri for uri in (record.image_uri, *masks) if not is_volume(uri)]:
         volume = next(uri for uri in (record.image_uri, *masks) if is_volume(uri))
         raise ManifestError(f"{volume} is a volume and {others[0]} is not; both must be volumes")
