@@ -17,10 +17,10 @@ class DatasetSettings(Settings):
     window: tuple[float, float] | None = Field(
         None, description="grey values to show, above 8 bits: [centre, width], as [40, 400]; null: as the file states"
     )
-    absent_classes: Literal["skip", "empty"] = Field(
-        "skip",
-        description="an image, slice or frame without a class of its COCO file, label volume or DICOM segmentation: "
-        "skip: no example; empty: an example with an empty mask",
+    absent_classes: Literal["skip", "empty"] | None = Field(
+        None,
+        description="an image, slice or frame without a class: skip: no example; empty: an example with an empty mask; "
+        "null: skip for COCO, volumes and DICOM segmentations",
     )
     image_folders: dict[str, str] = Field(
         {}, description="folder of the images of a COCO file, by dataset, if they are not beside it"

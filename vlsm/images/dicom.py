@@ -291,16 +291,10 @@ def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable
     images = DicomImages(data, name, settings.max_pixels, settings.window, settings.max_image_bytes)
     if images.is_video:
         return video.open_images(open_stream(io.BytesIO(data), name), name, settings)
-    return lambda selector: images.decode(_number(selector))
+    return lambda selector: images.decode(int(selector.partition("=")[2]) if selector else 0)
 
 
 def open_labels(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], np.ndarray]:
     """The labels of the frames of an object, also of a segmentation; see `vlsm.images.formats.LabelModule`."""
     images = DicomImages(data, name, settings.max_pixels, None, settings.max_image_bytes)
-    if images.is_video:
-        raise ImageError("unreadable", f"{name} is a video; it cannot be a mask")
-    return lambda selector: images.labels(_number(selector))
-
-
-def _number(selector: str | None) -> int:
-    return int(selector.partition("=")[2]) if selector else 0
+    return lambda selector: images.labels(int(selector.partition("=")[2]) if selector else 0)
