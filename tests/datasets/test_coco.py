@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 
 from tests.conftest import save_square
 from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.inspection import examples_table, inspect_record, records_from_table
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError, ImageError, ManifestError
@@ -131,6 +132,13 @@ def test_folders_of_the_usual_layouts(tmp_path, file, image, split):
     assert read_dataset("mine", str(tmp_path / file)) == [record]
 
 
+def test_records_survive_their_table(tmp_path):
+    path = save(tmp_path / "x.json", content(describe(CORNERS)), tmp_path / "a.png")
+    records = read_dataset("mine", path, DatasetSettings(absent_classes="empty"))
+    table = examples_table(records, [inspect_record(record, ExampleReader(DatasetSettings())) for record in records])
+    assert records_from_table(table) == records
+
+
 def test_a_folder_with_several_files(tmp_path):
     for split in ("train", "valid", "test"):
         save(tmp_path / split / "_annotations.coco.json", content(describe(CORNERS)), tmp_path / split / "a.png")
@@ -220,6 +228,7 @@ def test_boxes_without_masks_are_counted(tmp_path):
         ({"annotations": describe(CORNERS, category_id=[1])}, r"annotation 1: category_id is \[1\]"),
         ({"annotations": ["x"]}, "annotation 1: image_id is None"),
         ({"categories": [{"id": 1}]}, "category 1: it needs an id of its own and a name"),
+        ({"categories": [{"id": 1, "name": "\ud800"}]}, "category 1: it needs an id of its own and a name"),
         ({"images": [3]}, "image 1: its id is None"),
         ({"images": content([])["images"] * 2}, "image 2: its id is 1; every image needs an id of its own"),
         ({"images": [{"id": 1, "file_name": "a.png"}]}, "image 1: its height and width are None and None"),

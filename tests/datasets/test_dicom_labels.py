@@ -51,7 +51,7 @@ def equal(read, expected):
         np.testing.assert_array_equal(read[key], mask)
 
 
-def test_our_export_of_a_series_is_a_label_again(tmp_path, write):  # noqa: F811
+def test_our_export_of_a_series_is_a_label_again(tmp_path, write, caplog):  # noqa: F811
     paths = slices(tmp_path / "series")
     expected = {(path.name, None, p): checkers(SHAPE, n) for n, path in enumerate(paths) for p in ("polyp", "fold")}
     expected["2.dcm", None, "fold"] = np.zeros(SHAPE, np.uint8)
@@ -61,7 +61,9 @@ def test_our_export_of_a_series_is_a_label_again(tmp_path, write):  # noqa: F811
     records = read_dataset("mine", path, DatasetSettings(absent_classes="empty"))
     equal(masks(records), expected)
     assert {record.group for record in records} == {f"{tmp_path}/series"}
+    caplog.set_level("INFO")
     shown = read_dataset("mine", path)
+    assert "1 pairs of a DICOM frame and a class are left out" in caplog.text
     equal(masks(shown), {key: mask for key, mask in expected.items() if mask.any()})
     assert shown[0].where == f"{path}, row 1, segment 'polyp', 1.dcm"
 

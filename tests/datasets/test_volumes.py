@@ -1,13 +1,17 @@
 """Volumes with label volumes, written by nibabel and SimpleITK in several orientations."""
 
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.inspection import examples_table, inspect_record, records_from_table
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.datasets.volumes import expand_volumes
 from vlsm.errors import ImageError, ManifestError
 
 # the label has no symmetry: a turned or mirrored slice differs
@@ -102,10 +106,6 @@ def test_all_slices_are_kept_on_request(tmp_path):
 
 def test_only_the_slices_of_a_class_are_kept(tmp_path):
     """A record with classes, as nnU-Net's dataset.json states them."""
-    from dataclasses import replace
-
-    from vlsm.datasets.volumes import expand_volumes
-
     save(tmp_path / "a.nii", LABELS * 100)
     save(tmp_path / "b.nii", LABELS, "RAS", dtype=np.float32)
     [whole, *_] = read_dataset("mine", write_list(tmp_path, ("a.nii", "b.nii")))
@@ -118,10 +118,6 @@ def test_only_the_slices_of_a_class_are_kept(tmp_path):
 
 
 def test_several_label_files_of_one_image_are_joined(tmp_path):
-    from dataclasses import replace
-
-    from vlsm.datasets.volumes import expand_volumes
-
     save(tmp_path / "a.nii", LABELS * 100)
     save(tmp_path / "b.nii", LABELS == 1)
     save(tmp_path / "c.nii", LABELS == 2)
@@ -161,6 +157,16 @@ def test_headers_may_round(tmp_path):
     save(tmp_path / "a.nii", LABELS)
     save(tmp_path / "b.nii", LABELS, affine=rounded)
     assert len(read_dataset("mine", write_list(tmp_path, ("a.nii", "b.nii")))) == 3
+
+
+def test_records_survive_their_table_and_are_not_expanded_again(tmp_path):
+    save(tmp_path / "a.nii", LABELS * 100)
+    save(tmp_path / "b.nii", LABELS)
+    records = read_dataset("mine", write_list(tmp_path, ("a.nii", "b.nii")))
+    facts = [inspect_record(record, ExampleReader(DatasetSettings())) for record in records]
+    assert len({fact.image_sha256 for fact in facts}) == 3
+    assert records_from_table(examples_table(records, facts)) == records
+    assert list(expand_volumes(records, DatasetSettings())) == records
 
 
 def moved(millimetres):

@@ -73,9 +73,10 @@ def find_coco(uri: str) -> list[CocoFile]:
     """Return the COCO files of a dataset, or an empty list if it is another one.
 
     Args:
-        uri: a JSON file, or a folder. In a folder, these count: `annotations/instances*.json`; without them, the files
-            of `annotations/` with a split in their names; `_annotations.coco.json`, `annotations.json` or `coco.json`
-            in the folder, and in its folders that have the name of a split.
+        uri: a JSON file, or a folder. In a folder, the first of these count that are there:
+            `annotations/instances*.json`; files of `annotations/` with a split in their names;
+            `_annotations.coco.json`, `annotations.json` or `coco.json` in folders with the name of a split; these files
+            in the folder itself.
     """
     if uri.lower().endswith(".json"):
         folder = uri.rpartition("/")[0]
@@ -84,12 +85,18 @@ def find_coco(uri: str) -> list[CocoFile]:
     listed = [name for name in storage.list_names(storage.join(uri, "annotations")) if name.endswith(".json")]
     files = [CocoFile(storage.join(uri, "annotations", name), uri) for name in listed]
     instances = [file for file in files if _stem(file.uri).startswith("instances")]
-    found = instances or [file for file in files if file.split]
-    for folder in (uri, *(storage.join(uri, split) for split in _SPLITS)):
-        names = (storage.join(folder, name) for name in _NAMES)
-        if first := next((name for name in names if storage.exists(name)), None):
-            found.append(CocoFile(first, uri))
-    return found
+    return (
+        instances
+        or [file for file in files if file.split]
+        or [file for split in _SPLITS for file in _files_in(storage.join(uri, split), uri)]
+        or _files_in(uri, uri)
+    )
+
+
+def _files_in(folder: str, root: str) -> list[CocoFile]:
+    """Return the COCO file in a folder, if there is one."""
+    uris = (storage.join(folder, name) for name in _NAMES)
+    return [CocoFile(uri, root) for uri in uris if storage.exists(uri)][:1]
 
 
 def read_coco(
@@ -160,7 +167,7 @@ def _read_categories(items: list[Any], uri: str, problems: list[ManifestError]) 
     categories: dict[Key, str] = {}
     for number, item in enumerate(items, start=1):
         key, category = _fields(item, "id", "name")
-        if _is_key(key) and isinstance(category, str) and category.strip() and key not in categories:
+        if _is_key(key) and _is_text(category) and key not in categories:
             categories[key] = category
         else:
             problems.append(ManifestError(f"{uri}, category {number}: it needs an id of its own and a name"))
@@ -221,9 +228,14 @@ def _is_key(value: Any) -> bool:
     return type(value) in (int, str)
 
 
+def _is_text(value: Any) -> bool:
+    """Return whether a value is a text that can be written as UTF-8, and not blank."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff\0]", value)
+
+
 def _file_name(name: Any, where: str) -> str:
     """Return the path of an image below the folder of images. A path that leaves it is an error."""
-    if not isinstance(name, str) or not name.strip():
+    if not _is_text(name):
         raise ManifestError(f"{where}: file_name is {name!r:.80}; it must name a file")
     parts = PurePosixPath(name.replace("\\", "/")).parts  # Windows writes backslashes
     if parts[:1] in ((), ("/",), ("//",)) or ".." in parts or "://" in name or re.match("[A-Za-z]:", name):

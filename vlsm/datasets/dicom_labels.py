@@ -54,16 +54,31 @@ def expand_dicom(records: Iterable[Record], settings: DatasetSettings) -> Iterat
     Yields:
         Records, and an error for each image that does not fit its label.
     """
-    labels = _Labels(settings)
+    labels, num_left_out = _Labels(settings), list[int]()
 
     def expand(record: Record) -> list[Record] | list[ManifestError]:
+        if not may_be_dicom_pair(record):
+            return [record]
         try:
-            return list(labels.expand(record)) if may_be_dicom_pair(record) else [record]
+            found = list(labels.expand(record))
         except (ManifestError, ImageError) as error:
             return [ManifestError(f"{record.where}: {error}")]
+        kept = [one for one in found if settings.absent_classes == "empty" or not _is_empty(one)]
+        num_left_out.append(len(found) - len(kept))
+        return kept
 
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from itertools.chain.from_iterable(pool.map(expand, records))
+    if any(num_left_out):
+        logger.info(
+            "%d pairs of a DICOM frame and a class are left out, because the frame does not show the class "
+            "(data.absent_classes=empty keeps them)",
+            sum(num_left_out),
+        )
+
+
+def _is_empty(record: Record) -> bool:
+    return record.mask_size is not None and record.mask_rle == join([], record.mask_size)
 
 
 class _Once(Generic[T]):
@@ -111,7 +126,7 @@ class _Labels:
         frames = self._frames(record.image_uri)
         for uri, label in opened.items():
             if isinstance(label, Segmentation):
-                yield from _of_segmentation(replace(record, mask_uri=uri, more_masks=()), frames, label, self._settings)
+                yield from _of_segmentation(replace(record, mask_uri=uri, more_masks=()), frames, label)
 
     def _of_plain(self, record: Record, counts: list[int]) -> Iterator[Record]:
         """Yield the records of an image whose masks are DICOM objects with stored values."""
@@ -143,9 +158,8 @@ def _record_of(record: Record, frame: Frame, what: str = "", **fields: object) -
     )
 
 
-def _of_segmentation(
-    record: Record, frames: list[Frame], label: Segmentation, settings: DatasetSettings
-) -> Iterator[Record]:
+def _of_segmentation(record: Record, frames: list[Frame], label: Segmentation) -> Iterator[Record]:
+    """Yield the record of each frame of an image and each chosen segment; without pixels of it, with an empty mask."""
     chosen = _choose_segments(record, label)
     shown = _match(record, frames, label)
     for frame in frames:
@@ -157,7 +171,7 @@ def _of_segmentation(
                 raise ManifestError(f"{record.mask_uri} has {len(found)} frames of {what}for {frame.uri}")
             if found:
                 yield _record_of(named, frame, what, mask_selector=found[0].selector, labels=label.values[number])
-            elif settings.absent_classes == "empty":
+            else:
                 yield _record_of(named, frame, what, mask_rle=join([], frame.size), mask_size=frame.size)
 
 
@@ -226,10 +240,9 @@ def _of_volume(record: Record, frames: list[Frame], settings: DatasetSettings) -
     if not record.labels:
         logger.info("%s: every value except 0 is foreground", record.mask_uri)
     for number, frame in enumerate(frames):
-        if values[number] & set(classes) or settings.absent_classes == "empty":
-            mask = np.isin(stored[:, :, number].T, classes)
-            counts = coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode("ascii")
-            yield _record_of(record, frame, mask_rle=counts, mask_size=frame.size)
+        mask = np.isin(stored[:, :, number].T, classes)
+        counts = coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode("ascii")
+        yield _record_of(record, frame, mask_rle=counts, mask_size=frame.size)
 
 
 def _stack(uri: str, frames: list[Frame], settings: DatasetSettings) -> tuple[list[Frame], VolumeGrid]:
