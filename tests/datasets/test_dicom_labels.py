@@ -1,5 +1,10 @@
 """DICOM images with labels: segmentations by our export and by highdicom, stored values, and label volumes."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import highdicom as hd
 import nibabel as nib
 import numpy as np
@@ -237,3 +242,57 @@ def test_a_folder_without_images_and_a_series_without_positions_are_named(tmp_pa
     save(tmp_path / "series" / "a.dcm", make(ImagePositionPatient=None))
     with pytest.raises(ManifestError, match="must hold one series of equal size with positions"):
         read_dataset("mine", path)
+
+
+def attributes(number, label):
+    """The description of a segment for dcmqi."""
+    category, kind = (
+        {"CodeValue": value, "CodingSchemeDesignator": "SCT", "CodeMeaning": meaning}
+        for value, meaning in (("85756007", "Tissue"), ("10200004", "Liver"))
+    )
+    return {
+        "labelID": number,
+        "SegmentLabel": label,
+        "SegmentDescription": label,
+        "SegmentAlgorithmType": "MANUAL",
+        "SegmentedPropertyCategoryCodeSequence": category,
+        "SegmentedPropertyTypeCodeSequence": kind,
+    }
+
+
+def test_a_segmentation_of_dcmqi_is_a_label(tmp_path):
+    """It has frames without a pixel of their segment, between frames with one."""
+    program = Path(sys.executable).with_name("itkimage2segimage")
+    if not program.exists():
+        pytest.skip("dcmqi is not installed")
+    study = {"StudyDate": "20200101", "StudyTime": "101010", "StudyID": "1", "SeriesNumber": 1}
+    for number in range(LABELS.shape[2]):
+        made = make(
+            SOPInstanceUID=f"1.2.3.{number + 10}",
+            ImagePositionPatient=[5, 6, 7 + 2.5 * number],
+            PixelSpacing=[0.8, 0.7],
+            Rows=LABELS.shape[1],
+            Columns=LABELS.shape[0],
+            **study,
+        )
+        made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID
+        made.PixelData = bytes(LABELS.shape[0] * LABELS.shape[1])
+        save(tmp_path / "series" / f"{number}.dcm", made)
+    affine = np.diag([-0.7, -0.8, 2.5, 1])
+    affine[:3, 3] = -5, -6, 7
+    nib.save(nib.Nifti1Image(LABELS, affine), tmp_path / "label.nii.gz")
+    described = {"ContentCreatorName": "x", "SeriesDescription": "x", "SeriesNumber": "3", "InstanceNumber": "1"}
+    described |= {"ContentLabel": "SEGMENTATION", "ContentDescription": "x", "BodyPartExamined": ""}
+    described["segmentAttributes"] = [[attributes(1, "liver"), attributes(2, "tumour")]]
+    (tmp_path / "meta.json").write_text(json.dumps(described))
+    files = {"inputImageList": "label.nii.gz", "inputDICOMDirectory": "series", "outputDICOM": "seg.dcm"}
+    words = [word for key, name in files.items() for word in (f"--{key}", str(tmp_path / name))]
+    words += ["--inputMetadata", str(tmp_path / "meta.json")]
+    subprocess.run([str(program), *words], check=True, capture_output=True)
+    expected = {
+        (f"{number}.dcm", None, label): LABELS[:, :, number].T == value
+        for number in range(LABELS.shape[2])
+        for value, label in ((1, "liver"), (2, "tumour"))
+    }
+    path = table(tmp_path, ("series", "seg.dcm", "train"))
+    equal(masks(read_dataset("mine", path)), {key: mask for key, mask in expected.items() if mask.any()})
