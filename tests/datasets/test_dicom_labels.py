@@ -14,7 +14,7 @@ from pydicom import uid
 from pydicom.sr.codedict import codes
 
 from tests.datasets.test_volumes import LABELS, examples, turn, write_list
-from tests.export.test_dicom_seg import SHAPE, make
+from tests.export.test_dicom_seg import SECRET, SHAPE, make
 from tests.export.test_volumes import checkers, row, run, write  # noqa: F401 - write is a fixture
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.settings import DatasetSettings
@@ -129,6 +129,34 @@ def test_frames_without_references_are_found_by_their_position(tmp_path):
     save(tmp_path / "seg.dcm", made)
     expected = {(path.name, None, "liver"): mask for path, mask in zip(paths, labels, strict=True)}
     equal(masks(read_dataset("mine", table(tmp_path, ("series", "seg.dcm", "train")))), expected)
+
+
+def test_frames_of_images_that_are_missing_are_told(tmp_path, caplog):
+    paths = slices(tmp_path / "series")
+    save(tmp_path / "seg.dcm", segment(paths, np.ones((3, *SHAPE), np.uint8), labels=["liver"]))
+    paths[1].unlink()
+    assert len(read_dataset("mine", table(tmp_path, ("series", "seg.dcm", "train")))) == 2
+    assert "seg.dcm: 1 of 3 frames are of images that are not in" in caplog.text
+
+
+def test_damaged_segmentations_and_images_are_errors_of_ours(tmp_path):
+    """No message quotes the patient."""
+    paths, rng = slices(tmp_path / "series"), np.random.default_rng(0)
+    save(tmp_path / "seg.dcm", segment(paths, np.ones((3, *SHAPE), np.uint8), labels=["liver"]))
+    path, seen = table(tmp_path, ("series", "seg.dcm", "train")), set()
+    for file in (tmp_path / "seg.dcm", paths[0]):
+        whole = np.frombuffer(file.read_bytes(), np.uint8)
+        for _ in range(30):
+            damaged = whole.copy()
+            damaged[rng.integers(132, len(whole), 10)] = rng.integers(0, 256, 10)
+            file.write_bytes(damaged.tobytes())
+            try:
+                seen.add(len(read_dataset("mine", path)))
+            except ManifestError as error:
+                seen.add("error")
+                assert SECRET not in str(error)
+        file.write_bytes(whole.tobytes())
+    assert {"error", 3} <= seen
 
 
 def test_the_prompt_of_a_record_chooses_the_segment(tmp_path):

@@ -1,5 +1,6 @@
 """What labels need of DICOM headers: the frames of images, and what each frame of a segmentation shows."""
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from vlsm.images.dicom import PIXEL_DATA_TAGS, damage, is_dicom, open_labels
 from vlsm.images.dicom_form import HeaderError, read_number, read_numbers
 from vlsm.images.dicom_header import read_header
 from vlsm.images.fetch import WatchedFile, image_errors, read_image_bytes
+from vlsm.images.formats import Labels
 
 _SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _TAGS = [
@@ -47,9 +49,8 @@ class Plane:
 
     def is_same(self, other: "Plane") -> bool:
         """Return whether another plane is at the same position, up to a quarter of a pixel."""
-        apart = np.linalg.norm(np.subtract(self.position, other.position))
-        is_parallel = np.allclose(self.orientation, other.orientation, rtol=0, atol=0.01)
-        return bool(is_parallel and apart <= _TOLERANCE * min(*self.spacing, *other.spacing))
+        is_near = math.dist(self.position, other.position) <= _TOLERANCE * min(*self.spacing, *other.spacing)
+        return is_near and np.allclose(self.orientation, other.orientation, rtol=0, atol=0.01)
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,10 @@ def read_frames(uri: str, settings: DatasetSettings) -> list[Frame]:
         headers = list(pool.map(lambda one: read_uids(one, settings), uris))
     frames, files = list[Frame](), dict[str, str]()
     for file, header in zip(uris, headers, strict=True):
-        if header is None or _is_segmentation(header) or "Rows" not in header:
-            continue
         with damage(file):
-            found = list(_frames(file, header))
-        if (other := files.setdefault(found[0].instance, file)) != file:
+            is_image = header is not None and not _is_segmentation(header) and "Rows" in header
+            found = list(_frames(file, header)) if header is not None and is_image else []
+        if found and (other := files.setdefault(found[0].instance, file)) != file:
             raise ImageError("corrupt", f"{file} and {other} have the same SOP Instance UID")
         frames += found
     if not frames:
@@ -238,21 +238,21 @@ def read_segmentation(uri: str, settings: DatasetSettings) -> Segmentation | int
     with damage(uri):
         if not _is_segmentation(header):
             return num_frames(header)
-        return _read_segmentation(uri, header, settings)
+    data = read_image_bytes(uri, None, settings.max_image_bytes)
+    with damage(uri):
+        return _parse_segmentation(uri, header, open_labels(data, uri, settings.reading(RunSettings())))
 
 
-def _read_segmentation(uri: str, header: Dataset, settings: DatasetSettings) -> Segmentation:
+def _parse_segmentation(uri: str, header: Dataset, read: Labels) -> Segmentation:
     labels = {
         int(item.SegmentNumber): str(item.get("SegmentLabel") or "").strip()
         for item in header.get("SegmentSequence") or ()
         if int(item.SegmentNumber)  # 0 is the background of a label map
     }
     kind = str(header.get("SegmentationType") or "BINARY")
-    largest = int(read_number(header, "MaximumFractionalValue") or 255) if kind == "FRACTIONAL" else 1
+    largest = min(int(read_number(header, "MaximumFractionalValue") or 255), 255) if kind == "FRACTIONAL" else 1
     foreground = tuple(range((largest + 1) // 2, largest + 1))  # of a share: half or more
     values = {number: (number,) if kind == "LABELMAP" else foreground for number in labels}
-    data = read_image_bytes(uri, None, settings.max_image_bytes)
-    read = open_labels(data, uri, settings.reading(RunSettings()))
     frames = []
     for number in range(1, num_frames(header) + 1):
         selector, groups = f"frame={number - 1}", _groups(header, number)

@@ -198,8 +198,10 @@ def _match(record: Record, frames: list[Frame], label: Segmentation) -> dict[tup
         instance: list(group) for instance, group in itertools.groupby(frames, key=lambda frame: frame.instance)
     }
     shown: dict[tuple[str, int], list[SegmentFrame]] = {}
+    num_lone = 0
     for one in label.frames:
         matches = _frames_of(one, frames, by_instance)
+        num_lone += not matches
         if len(matches) > 1:
             raise ManifestError(f"{record.mask_uri}: {one.selector} belongs to {len(matches)} frames of its image")
         for match in matches:
@@ -212,6 +214,11 @@ def _match(record: Record, frames: list[Frame], label: Segmentation) -> dict[tup
     series = {frame.series for frame in frames}
     if not shown and label.frames and not (label.series & series):
         raise ManifestError(f"{record.mask_uri} is a segmentation of other images than {record.image_uri}")
+    if num_lone and frames[0].uri != record.image_uri:  # a folder should have all images
+        logger.warning(
+            "%s: %d of %d frames are of images that are not in %s; they are left out",
+            *(record.mask_uri, num_lone, len(label.frames), record.image_uri),
+        )
     return shown
 
 
