@@ -157,7 +157,7 @@ def test_masks_that_no_one_reads_are_named(tmp_path):
 
 def test_a_file_that_is_no_list_is_named(tmp_path):
     write(tmp_path, "a.png")
-    with pytest.raises(ConfigError, match="a.png' is no folder and no list"):
+    with pytest.raises(ConfigError, match="a.png' is no folder, no list"):
         read_dataset("kvasir", str(tmp_path / "a.png"))
 
 

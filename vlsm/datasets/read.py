@@ -1,15 +1,17 @@
 """Reads a labelled dataset: finds out how a folder or list is laid out, and returns its records."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from vlsm import storage
 from vlsm.archive.tables import MANIFEST_EXTENSIONS, find_lists
+from vlsm.datasets.coco import find_coco, read_coco
 from vlsm.datasets.completing import complete_records, split_classes
 from vlsm.datasets.folders import describe_unknown, list_dataset, pair_folder, read_folder
 from vlsm.datasets.lists import read_list
 from vlsm.datasets.medvlsm import find_annotations, read_annotations
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.datasets.volumes import expand_volumes, may_be_dicom_pair
 from vlsm.errors import ConfigError, ManifestError
 
 _SHOWN = 10  # problems that one error message lists
@@ -22,7 +24,8 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
         name: name of the dataset.
         uri: a folder or prefix with `anns/{train,val,test}.json`, `images/`, `masks/`; or one with images and masks
             whose names agree (see `vlsm.datasets.pairing`); or a list: a .parquet, .csv, .tsv or .jsonl, or a folder of
-            such files (see `vlsm.datasets.lists`). Relative locations start at the list's folder.
+            such files (see `vlsm.datasets.lists`); or a COCO file, or a folder with such files (see
+            `vlsm.datasets.coco`). Relative locations start at the list's folder.
         settings: how to read it; None for the defaults.
 
     Raises:
@@ -32,7 +35,9 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
     """
     uri, settings = storage.absolute(uri), settings or DatasetSettings()
     records = _all_or_problems(name, _read_layout(name, uri, settings))
-    return complete_records(name, split_classes(name, records, settings), settings)
+    records = split_classes(name, records, settings)
+    records = _all_or_problems(name, _expand(records, settings))
+    return complete_records(name, records, settings)
 
 
 def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Record | ManifestError]:
@@ -40,19 +45,33 @@ def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Rec
     if not storage.exists(uri):
         what = "no manifest at" if uri.lower().endswith(MANIFEST_EXTENSIONS) else "nothing at"
         raise ConfigError(f"dataset {name}: there is {what} {uri!r}")
-    if splits := find_annotations(uri):
-        return read_annotations(name, uri, splits)
     fs, path = storage.open_uri(uri)
     is_file = fs.isfile(path)
+    if not is_file and (splits := find_annotations(uri)):
+        return read_annotations(name, uri, splits)
+    if (not is_file or uri.lower().endswith(".json")) and (files := find_coco(uri)):
+        return read_coco(name, files, settings)
     if lists := find_lists(uri, is_file, None):
         return read_list(name, uri, lists, settings.columns)
     if is_file:
-        raise ConfigError(f"dataset {name}: {uri!r} is no folder and no list ({', '.join(MANIFEST_EXTENSIONS)})")
+        raise ConfigError(
+            f"dataset {name}: {uri!r} is no folder, no list ({', '.join(MANIFEST_EXTENSIONS)}) and no COCO file (.json)"
+        )
     paths = list_dataset(uri)
     pairing = pair_folder(paths)
     if not pairing.pairs:
         raise ConfigError(describe_unknown(name, uri, paths, pairing))
     return read_folder(name, uri, paths, pairing, settings)
+
+
+def _expand(records: list[Record], settings: DatasetSettings) -> Iterator[Record | ManifestError]:
+    """Yield the records of the slices and frames of files with several images, and all other records."""
+    items: Iterable[Record | ManifestError] = records
+    if any(map(may_be_dicom_pair, records)):
+        from vlsm.datasets.dicom_labels import expand_dicom  # needs pydicom, which takes long to import
+
+        items = expand_dicom(records, settings)
+    yield from expand_volumes(items, settings)
 
 
 def _all_or_problems(name: str, items: Iterable[Record | ManifestError]) -> list[Record]:

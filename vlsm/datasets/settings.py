@@ -25,8 +25,8 @@ class DatasetSettings(Settings):
     )
     absent_classes: Literal["skip", "empty"] | None = Field(
         None,
-        description="an image without a class: skip: no example, all masks are read first; empty: an example with an "
-        "empty mask; null: empty",
+        description="an image, slice or frame without a class: skip: no example; empty: an example with an empty mask; "
+        "null: skip for COCO, volumes and DICOM segmentations, else empty",
     )
     join_masks: bool = Field(False, description="several masks of one image and one prompt are one mask")
     skip_unpaired: bool = Field(
@@ -38,6 +38,9 @@ class DatasetSettings(Settings):
     slices: Slices = Field("axial", description="direction in which volumes are cut into slices; each is an image")
     window: tuple[float, float] | None = Field(
         None, description="grey values to show, above 8 bits: [centre, width], as [40, 400]; null: as the file states"
+    )
+    image_folders: dict[str, str] = Field(
+        {}, description="folder of the images of a COCO file, by dataset, if they are not beside it"
     )
     max_pixels: int = Field(100_000_000, ge=1, description="pixels of an image; larger images are not decoded")
     max_image_bytes: int = Field(1 << 30, ge=1, description="bytes of a file; larger files are not read")

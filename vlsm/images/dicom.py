@@ -8,7 +8,7 @@ import contextlib
 import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 from pydicom import uid
@@ -28,6 +28,8 @@ from vlsm.images.grey_levels import STORED, Decoded, Window, as_rgb
 if TYPE_CHECKING:
     from vlsm.config import SegmentSettings
     from vlsm.images.formats import Look
+
+T = TypeVar("T")
 
 PIXEL_DATA_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _FLOAT_BITS = {0x7FE00008: 32, 0x7FE00009: 64}
@@ -82,7 +84,7 @@ def read_description(
             segmentation, a dose). A parametric map is a picture.
         ImageError: "corrupt".
     """
-    with _damage(name):
+    with damage(name):
         header, num_bytes = _read_pixel_header(file, name, size_bytes)
         return _check_form(header, num_bytes, name), header
 
@@ -141,7 +143,7 @@ def _describe(header: Dataset) -> str:
 
 
 @contextlib.contextmanager
-def _damage(name: str) -> Iterator[None]:
+def damage(name: str) -> Iterator[None]:
     """Turn every error that a damaged header causes into an ImageError that quotes no header value."""
     try:
         with quiet():
@@ -196,7 +198,7 @@ class DicomImages:
         self, data: bytes, name: str, max_pixels: int, window: Window | None, max_bytes: int = 1 << 31
     ) -> None:
         self._name, self._window = name, window
-        with _damage(name):
+        with damage(name):
             self._dataset = read_header(io.BytesIO(data), None, _IMAGE_TAGS, max_bytes, name)
             height, width = int(self._dataset.get("Rows") or 0), int(self._dataset.get("Columns") or 0)
             self.num_frames = int(self._dataset.get("NumberOfFrames") or 1)
@@ -223,12 +225,25 @@ class DicomImages:
         Raises:
             ImageError: "corrupt": there is no such frame, or it cannot be decoded.
         """
+        return self._read(frame, self._show)
+
+    def labels(self, frame: int) -> np.ndarray:
+        """Return the labels of one frame, (H, W): stored values without rescale and window; of colours the brightest.
+
+        Arguments and errors as for `decode`.
+        """
+        return self._read(frame, lambda stored, *_: stored if stored.ndim == 2 else stored.max(axis=2))
+
+    def _read(self, frame: int, use: Callable[[np.ndarray, PixelForm, int], T]) -> T:
+        """Return the result of a function of stored values (H, W) or (H, W, 3), their form, and the frame."""
         if not 0 <= frame < self.num_frames:
             raise ImageError("corrupt", f"{self._name} has {self.num_frames:,} frames and no frame {frame}")
         try:
             with quiet():
                 form = read_form(self._dataset)
-                image = self._show(read_frame(self._dataset, form, frame, self._name), form, frame)
+                stored = read_frame(self._dataset, form, frame, self._name)
+                if stored.shape[:2] == self._size:
+                    return use(stored, form, frame)
         except ImageError:
             raise
         except HeaderError as error:
@@ -236,9 +251,7 @@ class DicomImages:
         except Exception as error:  # decoders raise errors of any type for damage; their texts quote values
             kind = type(error).__name__
             raise ImageError("corrupt", f"{self._name}: frame {frame} cannot be decoded ({kind})") from None
-        if image.pixels.shape != (*self._size, 3):
-            raise ImageError("corrupt", f"{self._name}: the size of frame {frame} is not that of its header")
-        return image
+        raise ImageError("corrupt", f"{self._name}: the size of frame {frame} is not that of its header")
 
     def _show(self, stored: np.ndarray, form: PixelForm, frame: int) -> Decoded:
         """Return the image of stored values, (H, W) or (H, W, 3)."""
@@ -279,3 +292,9 @@ def open_images(data: bytes, name: str, settings: "SegmentSettings") -> Callable
     if images.is_video:
         return video.open_images(open_stream(io.BytesIO(data), name), name, settings)
     return lambda selector: images.decode(int(selector.partition("=")[2]) if selector else 0)
+
+
+def open_labels(data: bytes, name: str, settings: "SegmentSettings") -> Callable[[str | None], np.ndarray]:
+    """The labels of the frames of an object, also of a segmentation; see `vlsm.images.formats.LabelModule`."""
+    images = DicomImages(data, name, settings.max_pixels, None, settings.max_image_bytes)
+    return lambda selector: images.labels(int(selector.partition("=")[2]) if selector else 0)

@@ -75,7 +75,7 @@ class VolumeImages:
         stored = self._slice(selector)
         if stored.dtype.names:
             return Decoded(np.stack([stored[channel] for channel in "RGB"], axis=-1), STORED)
-        levels = self._levels_of(parse_selector(selector or _FIRST)[0])
+        levels = self._levels_of(parse_selector(_FIRST if selector is None else selector)[0])
         return Decoded(as_rgb(show(self._scale(stored), levels)), levels.rule)
 
     def labels(self, selector: str | None) -> np.ndarray:
@@ -95,7 +95,7 @@ class VolumeImages:
 
     def _slice(self, selector: str | None) -> np.ndarray:
         try:
-            return self._header.grid.slice_of(self._volumes, selector or _FIRST)
+            return self._header.grid.slice_of(self._volumes, _FIRST if selector is None else selector)
         except LookupError:
             raise ImageError("corrupt", f"{self._name} has no {selector!r}") from None
 

@@ -58,6 +58,12 @@ class VolumeGrid:
         height, width = np.moveaxis(self._turn(empty), AXES[self.axis], 0).shape[:0:-1]
         return height, width
 
+    @property
+    def canonical(self) -> tuple[tuple[int, ...], np.ndarray]:
+        """The shape of the turned volume in voxels, and its affine (4, 4)."""
+        turned = self._turn(np.broadcast_to(np.uint8(0), self.shape))
+        return turned.shape, self.affine @ nib.orientations.inv_ornt_aff(_orientation(self.affine), self.shape)
+
     def slice_of(self, volumes: np.ndarray, selector: str) -> np.ndarray:
         """Return one slice as it is shown. It is a view: a write to it changes the volumes.
 
