@@ -35,14 +35,14 @@ def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, til
     """Return one sheet of pictures with captions, filled row by row.
 
     Args:
-        pictures: pairs of an image (H, W, 3) uint8 and its caption.
+        pictures: pairs of an image (H, W, 3) uint8 and its caption, of one or several lines.
         columns: number of pictures per row.
         tile_px: side of the square that holds a picture, in pixels.
 
     Returns:
         (H, W, 3) uint8.
     """
-    line_px, gap_px = 16, 4
+    line_px, gap_px = 16 * max((caption.count("\n") + 1 for _, caption in pictures), default=1), 4
     rows = -(-len(pictures) // columns)
     step_x, step_y = tile_px + gap_px, tile_px + line_px + gap_px
     sheet = Image.new("RGB", (columns * step_x + gap_px, rows * step_y + gap_px), (24, 24, 24))
@@ -52,11 +52,22 @@ def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, til
         left, top = gap_px + column * step_x, gap_px + row * step_y
         tile = ImageOps.pad(Image.fromarray(picture), (tile_px, tile_px), color=(0, 0, 0))
         sheet.paste(tile, (left, top))
-        # Pillow's built-in font has only Latin letters.
-        pen.text(
-            (left, top + tile_px + 1), caption.encode("latin-1", "replace").decode("latin-1")[:36], fill=(230, 230, 230)
-        )
+        # Pillow's built-in font has only Latin letters, about 6 pixels wide.
+        lines = caption.encode("latin-1", "replace").decode("latin-1").split("\n")
+        text = "\n".join(line[: tile_px // 6] for line in lines)
+        pen.multiline_text((left, top + tile_px + 1), text, fill=(230, 230, 230))
     return np.asarray(sheet)
+
+
+def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a mask (H, W) of 0 and 1 at a picture's size, as bool. A mask smaller than a pixel keeps one pixel.
+
+    Args:
+        mask: (H, W) uint8 of 0 and 1.
+        size: (width, height) of the picture in pixels.
+    """
+    share = np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BOX))
+    return np.asarray(share >= min(128, max(1, int(share.max()))))
 
 
 def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
