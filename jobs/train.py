@@ -21,6 +21,7 @@ from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
+from vlsm.images.preprocess import Square
 from vlsm.runs.record import read_record, read_summary
 from vlsm.training.settings import TrainSettings
 
@@ -78,27 +79,25 @@ def dry_run(settings: TrainSettings) -> None:
     """Print the resolved settings and all findings in the data. Write nothing and train nothing.
 
     Raises:
-        VlsmError: the settings are wrong, or records are broken and data.skip_broken is false.
+        VlsmError: the settings or the data are wrong.
     """
     from vlsm.training.run import check_examples, check_model
 
     check_model(settings)
     with RaySession(log_to_driver=False) as session:
         inspect = partial(_inspect, session, settings)
-        _, lines, num_broken = check_examples(settings, inspect, num_shown=None, begin=session.start)
+        _, lines, errors = check_examples(settings, inspect, num_shown=None, begin=session.start)
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print("\n".join(f"# {line}" for line in lines))
-    if num_broken and not settings.data.skip_broken:
-        raise VlsmError(
-            f"{num_broken:,} records are broken: repair them, or --set data.skip_broken=true to leave them out"
-        )
+    if errors:
+        raise errors[0]
 
 
-def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Record]) -> list[Facts]:
+def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Record], square: Square) -> list[Facts]:
     session.wait()
     from jobs.train_feed import inspect_records  # which imports Ray
 
-    return inspect_records(records, settings.data)
+    return inspect_records(records, settings.data, square)
 
 
 def train_with_ray(

@@ -32,12 +32,14 @@ from vlsm.datasets.inspection import (
     examples_table,
     records_from_table,
 )
+from vlsm.datasets.mask_checks import describe_foreground
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
-from vlsm.errors import ConfigError, ManifestError
+from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
 from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
+from vlsm.training.checks import check_training, require_splits
 from vlsm.training.history import History, Row
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
@@ -55,7 +57,7 @@ CHECKPOINT_NAME = "checkpoint"
 _EXAMPLES_NAME, _LAST_NAME, _METRICS_NAME = "examples.parquet", "last.safetensors", "metrics.parquet"
 _NAMES = (_LAST_NAME, _EXAMPLES_NAME, _METRICS_NAME, "curves.png")
 
-Inspect = Callable[[Sequence[Record]], list[Facts]]
+Inspect = Callable[[Sequence[Record], Square], list[Facts]]
 
 
 @dataclass
@@ -94,12 +96,7 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
     for name, uri in settings.external.items():
         with storage.name_errors(f"dataset {name}", uri):
             records += [record for record in read_dataset(name, uri, settings.data) if record.split == "test"]
-    for split, purpose in (("train", "train"), ("val", "choose the best epoch")):
-        if not any(record.split == split for record in records):
-            counts = Counter(record.split for record in records)
-            described = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none at all"
-            names = ", ".join(settings.datasets)
-            raise ConfigError(f"no {split} records in {names} (there are {described}); they are needed to {purpose}")
+    require_splits(records, settings.datasets)
     for record in records:
         choose_prompt(record, settings.data, None)
     return records
@@ -107,25 +104,30 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
 
 def check_examples(
     settings: TrainSettings, inspect: Inspect, num_shown: int | None = 20, begin: Callable[[], None] = lambda: None
-) -> tuple[pa.Table, list[str], int]:
+) -> tuple[pa.Table, list[str], list[VlsmError]]:
     """Read all examples and check them.
 
     Args:
         settings: settings of the run.
-        inspect: returns the facts of records.
+        inspect: returns the facts of records; the second argument is the input square of the model.
         num_shown: findings of each kind that the lines list; None for all.
         begin: called as soon as all paths are checked, as in `prepare_training`.
 
     Returns:
-        The table of all examples, lines that describe the findings, and the number of broken records.
+        The table of all examples, lines that describe the findings, and the errors that forbid this training.
     """
     records = read_all_records(settings)
     begin()
-    build_learning_model(settings)  # before all files are read, since its weights may be missing
-    facts = inspect(records)
+    model = build_learning_model(settings)  # before all files are read, since its weights may be missing
+    facts = inspect(records, model.image_spec.square)
     findings = check_facts(records, facts)
-    table = examples_table(records, facts)
-    return table, describe_findings(records, findings, num_shown), sum(finding.is_broken for finding in findings)
+    warnings, errors = check_training(settings, records, facts, model)
+    lines = [
+        *describe_findings(records, findings, num_shown),
+        *describe_foreground(records, facts, settings.data.mask_threshold),
+        *warnings,
+    ]
+    return examples_table(records, facts), lines, errors
 
 
 def prepare_training(
@@ -135,7 +137,7 @@ def prepare_training(
 
     Args:
         settings: settings of the run.
-        inspect: returns the facts of records.
+        inspect: returns the facts of records; the second argument is the input square of the model.
         begin: called if there is work to do, as soon as all paths and settings are checked. The model is built after
             that, so that something slow, such as a cluster, can start at the same time.
 
@@ -146,6 +148,7 @@ def prepare_training(
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
         CheckpointError: the model's options are invalid, or its weights or the checkpoint start_from cannot be loaded.
         ManifestError: a record is invalid or its files are broken.
+        VlsmError: the data cannot teach; see `check_training`.
     """
     check_model(settings)
     output = settings.output
@@ -160,14 +163,11 @@ def prepare_training(
             if not storage.exists(storage.join(output, SUMMARY_NAME)):
                 begin()
             return read_examples(output)
-        table, lines, num_broken = check_examples(settings, inspect, begin=begin)
+        table, lines, errors = check_examples(settings, inspect, begin=begin)
         for line in lines:
             logger.info("%s", line)
-        if num_broken and not settings.data.skip_broken:
-            raise ManifestError(
-                f"{num_broken:,} of {len(table):,} records are broken, as listed above; repair them, "
-                "or --set data.skip_broken=true to leave them out"
-            )
+        if errors:
+            raise errors[0]
         if settings.start_over:
             folders = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
             forget_run(output, _NAMES, [(folder, "") for folder in folders])
