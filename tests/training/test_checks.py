@@ -55,7 +55,7 @@ def test_masks_of_0_and_1_are_refused_with_the_setting_that_reads_them(dataset, 
     uri = dataset(train=[1, 1, 1], val=[1, 1])
     with pytest.raises(ConfigError) as caught:
         prepare(uri)
-    assert "split train: 3 of 3 masks are empty: the mask files hold 0 and 1" in str(caught.value)
+    assert "3 of 3 train masks and 2 of 2 val masks are empty: the mask files hold 0 and 1" in str(caught.value)
     assert "--set data.mask_threshold=0" in str(caught.value)
     assert not (uri.parent / "out").exists()
     assert len(prepare(uri, data={"mask_threshold": 0})) == 5
@@ -66,10 +66,10 @@ def test_masks_of_0_and_1_are_refused_with_the_setting_that_reads_them(dataset, 
 def test_empty_masks_are_accepted_when_they_are_meant(dataset, caplog):
     caplog.set_level(logging.INFO, logger="vlsm")
     uri = dataset(train=[255, 255], val=[0])
-    with pytest.raises(ConfigError, match="split val: 1 of 1 masks are empty: the mask files hold only 0"):
+    with pytest.raises(ConfigError, match="1 of 1 val masks are empty: the mask files hold only 0"):
         prepare(uri)
     assert len(prepare(uri, data={"allow_empty_masks": True})) == 3
-    assert any("split val: 1 of 1 masks are empty" in message for message in caplog.messages)
+    assert any("1 of 1 val masks are empty" in message for message in caplog.messages)
 
 
 def test_normal_images_in_a_split_are_no_fault(dataset):

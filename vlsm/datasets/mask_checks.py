@@ -39,10 +39,14 @@ def _distinct(stored: np.ndarray) -> list[float]:
 
 
 def describe_values(values: Values, count: int) -> str:
-    """Return the result of `list_values` as words, such as "0, 1 and 2" or "256 values from 0 to 255"."""
-    if count > len(values):
-        return f"{count:,} values from {values[0]:g} to {values[-1]:g}"
-    words = [f"{value:g}" for value in values]
+    """Return the result of `list_values` as words, such as "0, 1 and 2" or "256 or more values from 0 to 255"."""
+    if count > MOST_VALUES:
+        return f"{count:,} or more values from {values[0]:g} to {values[-1]:g}"
+    return join_words([f"{value:g}" for value in values])
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Return words as a person lists them: "0, 1 and 2"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -51,7 +55,7 @@ def describe_foreground(records: Sequence[Record], facts: Sequence["Facts"], mas
     return [
         f"dataset {dataset}: masks hold {describe_values(values, count)}; "
         + _describe_rule([records[index] for index in indices], values, count, mask_threshold)
-        for dataset, indices in _group(records, facts, by_split=False).items()
+        for dataset, indices in _group(records, facts).items()
         for values, count in [_join_values([facts[index] for index in indices])]
         if values
     ]
@@ -77,20 +81,25 @@ def _describe_rule(records: Sequence[Record], values: Values, count: int, mask_t
 
 
 def find_useless_masks(records: Sequence[Record], facts: Sequence["Facts"], mask_threshold: int) -> list[str]:
-    """Return one sentence per dataset and split of which 95 % or more of the masks are empty, or full.
+    """Return one sentence for each dataset with splits of which 95 % or more of the masks are empty, or full.
 
     A model learns nothing from them, and its Dice is 1 if it marks nothing. Mostly the threshold does not fit the
     values in the files. Single empty masks are normal, as those of images without a finding.
     """
     sentences = []
-    for name, indices in _group(records, facts, by_split=True).items():
-        group = [facts[index] for index in indices]
+    for dataset, indices in _group(records, facts).items():
+        has_labels = any(records[index].labels for index in indices)
         for state, share in (("empty", 0), ("full", 1)):
-            useless = [fact for fact in group if fact.area_fraction == share]
-            if len(useless) >= _NEARLY_ALL * len(group):
-                count = f"dataset {name}: {len(useless):,} of {len(group):,} masks are {state}"
-                has_labels = any(records[index].labels for index in indices)
-                sentences.append(f"{count}{_explain_useless(useless, bool(share), has_labels, mask_threshold)}")
+            counts, useless = [], []
+            for split in dict.fromkeys(records[index].split for index in indices):
+                group = [facts[index] for index in indices if records[index].split == split]
+                found = [fact for fact in group if fact.area_fraction == share]
+                if len(found) >= _NEARLY_ALL * len(group):
+                    counts.append(f"{len(found):,} of {len(group):,} {f'{split} ' if split else ''}masks")
+                    useless += found
+            if useless:
+                reason = _explain_useless(useless, bool(share), has_labels, mask_threshold)
+                sentences.append(f"dataset {dataset}: {join_words(counts)} are {state}{reason}")
     return sentences
 
 
@@ -110,18 +119,18 @@ def _explain_useless(facts: Sequence["Facts"], are_full: bool, has_labels: bool,
 
 
 def _join_values(facts: Sequence["Facts"]) -> tuple[Values, int]:
-    """Return the values of all masks, and how many they are at least."""
+    """Return the values of all masks, and their number: more than the values if those of a mask are incomplete."""
     distinct = sorted({value for fact in facts for value in fact.mask_values})
-    return tuple(distinct), max([len(distinct), *(fact.num_mask_values for fact in facts)])
+    counts = [fact.num_mask_values for fact in facts if fact.num_mask_values > len(fact.mask_values)]
+    return tuple(distinct), max([len(distinct), *counts])
 
 
-def _group(records: Sequence[Record], facts: Sequence["Facts"], by_split: bool) -> dict[str, list[int]]:
-    """Return the indices of the readable records by dataset, or by dataset and split, with a name for messages."""
+def _group(records: Sequence[Record], facts: Sequence["Facts"]) -> dict[str, list[int]]:
+    """Return the indices of the readable records by dataset."""
     groups: dict[str, list[int]] = {}
     for index, (record, fact) in enumerate(zip(records, facts, strict=True)):
         if not fact.error:
-            name = f"{record.dataset}, split {record.split}" if by_split and record.split else record.dataset
-            groups.setdefault(name, []).append(index)
+            groups.setdefault(record.dataset, []).append(index)
     return groups
 
 
