@@ -89,8 +89,8 @@ def dry_run(settings: TrainSettings) -> None:
         _, lines, errors = check_examples(settings, inspect, num_shown=None, begin=session.start)
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print("\n".join(f"# {line}" for line in lines))
-    if errors:
-        raise errors[0]
+    if errors:  # not as an error of the usage: the dry run itself has done its work
+        raise VlsmError(str(errors[0])) from errors[0]
 
 
 def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Record], square: Square) -> list[Facts]:

@@ -90,7 +90,8 @@ def test_values_are_told_in_words(values, count, words):
         ([SQUARE * 0 + 255] * 2, 127, "2 of 2 train masks are full: the mask files hold only 255, and values above "
          "data.mask_threshold=127 are foreground"),
         ([np.arange(100, dtype=np.uint8)[None]] * 2, 127, "2 of 2 train masks are empty: the mask files hold 100 or "
-         "more values from 0 to 99, and values above data.mask_threshold=127 are foreground; --set data.mask_threshold=49"),
+         "more values from 0 to 99, and values above data.mask_threshold=127 are foreground; "
+         "--set data.mask_threshold=49"),
         ([SQUARE] * 19 + [SQUARE * 255], 127, "19 of 20 train masks are empty: the mask files hold 0 and 1, and values "
          "above data.mask_threshold=127 are foreground; --set data.mask_threshold=0"),
     ],

@@ -59,14 +59,22 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, *storage.store_errors())
     try:
-        _show(args.datasets, args.set, args.sheet, args.limit)
+        show_datasets(args.datasets, args.set, args.sheet, args.limit)
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | ManifestError) else 1
     return 0
 
 
-def _show(words: list[str], assignments: list[str], sheet: str | None, limit: int) -> None:
+def show_datasets(words: list[str], assignments: list[str], sheet: str | None, limit: int) -> None:
+    """Print what datasets are taken for, and write the contact sheet.
+
+    Args:
+        words: the datasets, each as URI or NAME=URI.
+        assignments: settings as key=value.
+        sheet: location of the PNG; None for none.
+        limit: most records to inspect per dataset; 0 for all.
+    """
     settings = load_settings(OverviewSettings, None, assignments, {}).data
     overviews = []
     for name, uri in _name_datasets(words).items():

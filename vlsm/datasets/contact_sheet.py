@@ -22,11 +22,12 @@ Picture = tuple[np.ndarray, str]
 def draw_contact_sheet(overviews: Sequence[Overview]) -> np.ndarray:
     """Return a sheet with examples of each dataset and split, then some with problems; (H, W, 3) uint8."""
     count = max(_COLUMNS, _MOST_PICTURES // len(overviews) // _COLUMNS * _COLUMNS)
-    pictures = [picture for overview in overviews for picture in _draw_pictures(overview, count)]
+    pictures = [picture for overview in overviews for picture in draw_pictures(overview, count)]
     return draw_sheet(pictures, _COLUMNS, _TILE_PX)
 
 
-def _draw_pictures(overview: Overview, count: int) -> list[Picture]:
+def draw_pictures(overview: Overview, count: int) -> list[Picture]:
+    """Return about `count` pictures with captions: spread over datasets and splits, those with problems last."""
     notes = _choose_problems(overview)
     good = [record for record, fact in zip(overview.chosen, overview.facts, strict=True) if not fact.error]
     regular = [record for record in good if record.where not in notes]

@@ -189,7 +189,8 @@ def _orientations(records: Sequence[Record], facts: Sequence["Facts"], good: Seq
         if fact.is_turned:
             yield "turned", index, f"{tags}; the mask has the size of the stored image, so it was turned like the image"
         elif orientation != other and _is_ambiguous(fact):
-            yield "kept", index, f"{tags}; their sizes do not show whether they fit, so each was turned by its own tag"
+            done = "the mask was kept as it is" if other == 1 else "each was turned by its own tag"
+            yield "kept", index, f"{tags}; their sizes do not show whether they fit, so {done}"
 
 
 def _is_ambiguous(fact: "Facts") -> bool:

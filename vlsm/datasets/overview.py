@@ -172,7 +172,7 @@ def _describe_prompts(records: Sequence[Record]) -> list[str]:
     kinds: dict[str, Counter[str]] = {}
     for record in records:
         for kind, texts in record.prompts.items():
-            kinds.setdefault(kind, Counter()).update(dict.fromkeys(texts))
+            kinds.setdefault(kind, Counter()).update(list(dict.fromkeys(texts)))
     lines = []
     for kind, counts in kinds.items():
         shown = ", ".join(f"{_cut(text)!r} ({count:,})" for text, count in counts.most_common(_SHOWN_TEXTS))

@@ -72,12 +72,19 @@ def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, til
         left, top = gap_px + column * step_x, gap_px + row * step_y
         tile = ImageOps.pad(Image.fromarray(picture), (tile_px, tile_px), color=(0, 0, 0))
         sheet.paste(tile, (left, top))
-        # Pillow's built-in font has only Latin letters, about 6 pixels wide.
+        # Pillow's built-in font has only Latin letters
         lines = caption.encode("latin-1", "replace").decode("latin-1").split("\n")
-        longest = tile_px // 6
-        text = "\n".join(line if len(line) <= longest else f"{line[: longest - 2]}.." for line in lines)
+        text = "\n".join(_cut_text(line, tile_px, pen) for line in lines)
         pen.multiline_text((left, top + tile_px + 1), text, fill=(230, 230, 230))
     return np.asarray(sheet)
+
+
+def _cut_text(text: str, width_px: int, pen: ImageDraw.ImageDraw) -> str:
+    """Return a text that fits the width; a longer one ends with dots."""
+    if pen.textlength(text[:width_px]) <= width_px:
+        return text
+    length = next(length for length in range(width_px, 0, -1) if pen.textlength(f"{text[:length]}..") <= width_px)
+    return f"{text[:length]}.."
 
 
 def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
