@@ -106,6 +106,7 @@ def test_a_split_of_empty_or_full_masks_is_told_with_values_and_the_setting(insp
     [
         ([SQUARE] * 3, ".png", 0),
         ([SQUARE * 0] * 9 + [SQUARE * 255], ".png", 127),  # normal images
+        ([SQUARE * 0] * 39 + [SQUARE * 255], ".png", 127),  # slices of a volume
         ([SQUARE * 255] * 3, ".jpg", 127),  # noise of JPEG
     ],
 )
@@ -119,6 +120,12 @@ def test_each_dataset_and_split_is_judged_by_itself(inspect):
     records, facts = inspect([SQUARE * 255, SQUARE, SQUARE, SQUARE], changes=changes)
     heads = [sentence.partition(" are ")[0] for sentence in find_useless_masks(records, facts, 127)]
     assert heads == ["dataset kvasir: 1 of 1 val masks and 1 of 1 test masks", "dataset other: 1 of 1 masks"]
+
+
+def test_most_masks_of_a_rare_class_are_empty(inspect):
+    masks = [SQUARE] * 39 + [SQUARE * 3]
+    records, facts = inspect(masks, changes=[{"labels": (3,)}])
+    assert find_useless_masks(records, facts, 127) == []
 
 
 def test_masks_of_classes_are_empty_without_their_value(inspect):

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from vlsm.datasets.inspection import Facts
 
 MOST_VALUES = 16
-# Masks of normal images are empty on purpose: 10 of BUSI's 84. Even a split with 9 normal images of 10 is accepted.
 _NEARLY_ALL = 0.95
 _MOST_THRESHOLD = 254  # of data.mask_threshold
 
@@ -81,10 +80,11 @@ def _describe_rule(records: Sequence[Record], values: Values, count: int, mask_t
 
 
 def find_useless_masks(records: Sequence[Record], facts: Sequence["Facts"], mask_threshold: int) -> list[str]:
-    """Return one sentence for each dataset with splits of which 95 % or more of the masks are empty, or full.
+    """Return one sentence for each dataset with splits whose masks are all empty, or all full.
 
-    A model learns nothing from them, and its Dice is 1 if it marks nothing. Mostly the threshold does not fit the
-    values in the files. Single empty masks are normal, as those of images without a finding.
+    A model learns nothing from them, and its Dice is 1 if it marks nothing. 95 % are as good as all if the threshold
+    may be the reason: if empty mask files hold values above 0. Files that hold only 0 have no foreground on purpose,
+    as those of normal images and of most slices of a volume.
     """
     sentences = []
     for dataset, indices in _group(records, facts).items():
@@ -94,7 +94,8 @@ def find_useless_masks(records: Sequence[Record], facts: Sequence["Facts"], mask
             for split in dict.fromkeys(records[index].split for index in indices):
                 group = [facts[index] for index in indices if records[index].split == split]
                 found = [fact for fact in group if fact.area_fraction == share]
-                if len(found) >= _NEARLY_ALL * len(group):
+                may_be_all = not has_labels and (share or any(max(fact.mask_values, default=0) > 0 for fact in found))
+                if len(found) >= (_NEARLY_ALL if may_be_all else 1) * len(group):
                     counts.append(f"{len(found):,} of {len(group):,} {f'{split} ' if split else ''}masks")
                     useless += found
             if useless:
