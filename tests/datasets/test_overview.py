@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlsm.datasets.__main__ import main
 from vlsm.datasets.contact_sheet import draw_pictures
-from vlsm.datasets.overview import inspect_dataset, spread
+from vlsm.datasets.overview import describe_layout, inspect_dataset, spread
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
 
@@ -106,6 +106,21 @@ def test_chosen_records_are_spread(counts, count, expected):
     assert {split: sum(record.split == split for record in chosen) for split in counts} == expected
     assert len({(record.split, record.where) for record in chosen}) == len(chosen)
     assert chosen[0] == records[0]
+
+
+@pytest.mark.parametrize(
+    ("positions", "layout"),
+    [
+        (["s3://b/x/anns/val.json, record 7", "s3://b/x/anns/test.json, record 1"], "anns/val.json, anns/test.json"),
+        (["s3://b/x/list.csv, row 3", "s3://b/x/list.csv, row 4"], "list.csv"),
+        (["s3://b/x/a, b.json, image 4, category 'fold, flat'"], "a, b.json"),
+        (["s3://b/x, images/a.png"], "no list: images and masks belong together by their names"),
+        ([f"s3://b/x/{n}.csv, line 1" for n in range(6)], "0.csv, 1.csv, 2.csv, 3.csv and 2 more"),
+    ],
+)
+def test_the_layout_is_told_by_what_lists_the_records(positions, layout):
+    records = [Record("x", "train", where, "a.png", "b.png", {}) for where in positions]
+    assert describe_layout("s3://b/x", records) == layout
 
 
 def test_the_contact_sheet_shows_images_with_their_outlines(tmp_path, capsys):

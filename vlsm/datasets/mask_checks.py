@@ -41,7 +41,7 @@ def describe_values(values: Values, count: int) -> str:
     """Return the result of `list_values` as words, such as "0, 1 and 2" or "256 or more values from 0 to 255"."""
     if count > MOST_VALUES:
         return f"{count:,} or more values from {values[0]:g} to {values[-1]:g}"
-    return join_words([f"{value:g}" for value in values])
+    return join_words([str(value) if isinstance(value, int) else f"{value:g}" for value in values])
 
 
 def join_words(words: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """What a dataset is taken for, in lines to read before a training: files, splits, prompts, masks, sizes, problems."""
 
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,7 @@ _THREADS = 8  # mostly they wait for storage, or decode without Python's lock
 _CHUNK = 8  # records that one reader reads in turn, so that it reads a file with several of them once
 _PROGRESS_S = 10.0
 _SHOWN, _SHOWN_TEXTS = 4, 2  # folders or files, and prompts, that a line lists
+_POSITION = re.compile(r", (?=(?:record|row|line|image|annotation) )")
 _TEXT_LENGTH = 40  # of a prompt; the line then fits a terminal
 
 
@@ -112,7 +114,7 @@ def describe_overview(overview: Overview) -> list[str]:
     part = f"{num_chosen:,} of {len(records):,} records"
     some = f"{part}, spread evenly; --limit 0 inspects all" if num_chosen < len(records) else "all records"
     rows = [
-        ("layout", _describe_sources(overview)),
+        ("layout", describe_layout(overview.uri, overview.records)),
         ("images", _describe_folders(overview.uri, {record.image_uri for record in records})),
         ("masks", _describe_masks(overview)),
         *(("records", line) for line in _describe_splits(records)),
@@ -128,11 +130,14 @@ def describe_overview(overview: Overview) -> list[str]:
     return lines
 
 
-def _describe_sources(overview: Overview) -> str:
-    """Return the files that list the records, from the positions of the records, as "anns/val.json, record 7"."""
-    listed = (record.where.rpartition(", ")[0] for record in overview.records)
-    sources = list(dict.fromkeys(_relative(overview.uri, source) for source in listed if source))
-    return _shorten(sources) if sources else "images and masks with equal names"
+def describe_layout(uri: str, records: Sequence[Record]) -> str:
+    """Return the files that list the records, or that there are none, from the positions of the records.
+
+    A position is such as "anns/val.json, record 7"; without a list, it is the dataset itself and a file of it.
+    """
+    listed = (_POSITION.split(record.where)[0] for record in records if not record.where.startswith(f"{uri}, "))
+    sources = list(dict.fromkeys(_relative(uri, source) for source in listed))
+    return _shorten(sources) if sources else "no list: images and masks belong together by their names"
 
 
 def _describe_folders(uri: str, files: Iterable[str]) -> str:
