@@ -21,7 +21,6 @@ from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
-from vlsm.images.preprocess import Square
 from vlsm.runs.record import read_record, read_summary
 from vlsm.training.settings import TrainSettings
 
@@ -93,11 +92,12 @@ def dry_run(settings: TrainSettings) -> None:
         raise VlsmError(str(errors[0])) from errors[0]
 
 
-def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Record], square: Square) -> list[Facts]:
+def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Record]) -> list[Facts]:
     session.wait()
     from jobs.train_feed import inspect_records  # which imports Ray
+    from vlsm.training.run import input_square
 
-    return inspect_records(records, settings.data, square)
+    return inspect_records(records, settings.data, input_square(settings))
 
 
 def train_with_ray(

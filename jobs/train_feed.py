@@ -36,8 +36,8 @@ T = TypeVar("T")
 Loaded = tuple[MicroBatch, np.ndarray, np.ndarray]  # with images and target masks, as in `Feed.stream`
 
 
-def inspect_records(records: Sequence[Record], settings: DataSettings, square: Square) -> list[Facts]:
-    """Return the facts about the files of each record, in the order of the records.
+def inspect_records(records: Sequence[Record], settings: DataSettings, square: Square | None = None) -> list[Facts]:
+    """Return the facts about the files of each record, in the order of the records; see `inspect_record`.
 
     Raises:
         VlsmError: a task failed, or its process died in every attempt.
@@ -56,7 +56,7 @@ def inspect_records(records: Sequence[Record], settings: DataSettings, square: S
     return all_facts
 
 
-def _inspect_chunk(records: list[Record], settings: DataSettings, square: Square) -> list[Facts]:
+def _inspect_chunk(records: list[Record], settings: DataSettings, square: Square | None) -> list[Facts]:
     reader = ExampleReader(settings)
     return [inspect_record(record, reader, square) for record in records]
 

@@ -70,6 +70,16 @@ def test_what_a_training_would_refuse_is_told_with_the_setting_that_helps(tmp_pa
     assert "problems    none found" in out
 
 
+def test_lesions_that_vanish_at_a_size_are_told(tmp_path, capsys):
+    folder = write_dataset(tmp_path / "kvasir", {"train": 2})
+    speck = np.zeros((20, 30), np.uint8)
+    speck[0, 0] = 255
+    Image.fromarray(speck).save(folder / "masks" / "train1.png")
+    _, out, _ = show(capsys, folder, "--size", 8)
+    assert "problems    1 vanishes at 8 pixels" in out
+    assert "problems    none found" in show(capsys, folder)[1]
+
+
 def test_a_broken_file_is_a_problem_and_the_others_are_told(tmp_path, capsys):
     folder = write_dataset(tmp_path / "kvasir", {"train": 3})
     (folder / "images" / "train1.png").unlink()
@@ -160,6 +170,7 @@ def test_datasets_have_names(tmp_path, capsys):
     [
         (["nowhere"], "dataset nowhere: "),
         (["x", "--set", "data.mask_treshold=0"], "did you mean 'data.mask_threshold'?"),
+        (["x", "--size", "0"], "--size is 0; it must be 1 or more"),
         (["x", "--limit", "-1"], "--limit is -1; it must be 0 or more"),
         (["x", "--sheet", "a.bmp"], "its name must end with .png"),
         ([], "the following arguments are required"),

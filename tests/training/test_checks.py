@@ -47,7 +47,7 @@ def prepare(uri, **changes):
     tree = {"datasets": {"kvasir": str(uri)}, "model": "pixel", "options": {"image_size": 16}} | changes
     settings = TrainSettings.model_validate({"output": str(uri.parent / "out")} | tree)
     reader = ExampleReader(settings.data)
-    return prepare_training(settings, lambda records, square: [inspect_record(one, reader, square) for one in records])
+    return prepare_training(settings, lambda records: [inspect_record(one, reader) for one in records])
 
 
 def test_masks_of_0_and_1_are_refused_with_the_setting_that_reads_them(dataset, caplog):

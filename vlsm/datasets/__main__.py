@@ -18,6 +18,7 @@ from vlsm.datasets.contact_sheet import draw_contact_sheet
 from vlsm.datasets.overview import describe_overview, inspect_dataset
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError, ManifestError, VlsmError
+from vlsm.images.preprocess import Square
 
 
 class OverviewSettings(Settings):
@@ -51,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--limit", type=int, default=300, help="most images to inspect per dataset, 0 for all (default: %(default)s)"
     )
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="count lesions that vanish at this size of a model")
     args = parser.parse_args(argv)
+    if args.size is not None and args.size < 1:
+        parser.error(f"--size is {args.size}; it must be 1 or more")
     if args.limit < 0:
         parser.error(f"--limit is {args.limit}; it must be 0 or more")
     if args.sheet and not args.sheet.lower().endswith(".png"):
@@ -59,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, *storage.store_errors())
     try:
-        show_datasets(args.datasets, args.set, args.sheet, args.limit)
+        show_datasets(args.datasets, args.set, args.sheet, args.limit, args.size)
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | ManifestError) else 1
     return 0
 
 
-def show_datasets(words: list[str], assignments: list[str], sheet: str | None, limit: int) -> None:
+def show_datasets(words: list[str], assignments: list[str], sheet: str | None, limit: int, size: int | None) -> None:
     """Print what datasets are taken for, and write the contact sheet.
 
     Args:
@@ -74,11 +78,13 @@ def show_datasets(words: list[str], assignments: list[str], sheet: str | None, l
         assignments: settings as key=value.
         sheet: location of the PNG; None for none.
         limit: most records to inspect per dataset; 0 for all.
+        size: side of a model's input in pixels, to find lesions that vanish; None for none.
     """
     settings = load_settings(OverviewSettings, None, assignments, {}).data
+    square = None if size is None else Square(size)
     overviews = []
     for name, uri in _name_datasets(words).items():
-        overviews.append(inspect_dataset(name, uri, settings, limit))
+        overviews.append(inspect_dataset(name, uri, settings, limit, square))
         print("\n".join(describe_overview(overviews[-1])), end="\n\n", flush=True)
     if sheet is not None:
         buffer = io.BytesIO()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from vlsm.datasets.mask_checks import describe_foreground, find_useless_masks
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import SPLITS, Record
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.images.preprocess import Square
 
 logger = logging.getLogger("vlsm")
 
@@ -54,7 +56,9 @@ class Overview:
     settings: DatasetSettings
 
 
-def inspect_dataset(name: str, uri: str, settings: DatasetSettings, limit: int) -> Overview:
+def inspect_dataset(
+    name: str, uri: str, settings: DatasetSettings, limit: int, square: Square | None = None
+) -> Overview:
     """Read a dataset and inspect some of its records, in threads.
 
     Args:
@@ -62,6 +66,7 @@ def inspect_dataset(name: str, uri: str, settings: DatasetSettings, limit: int) 
         uri: its location, as for `read_dataset`.
         settings: how to read it.
         limit: most records to inspect; 0 for all.
+        square: the input square of a model, to find lesions that vanish in it.
 
     Raises:
         ConfigError: there is no dataset at the location.
@@ -72,7 +77,7 @@ def inspect_dataset(name: str, uri: str, settings: DatasetSettings, limit: int) 
         records = read_dataset(name, uri, settings)
         chosen = spread(records, limit or len(records))
         logger.info("%s: inspecting %s of %s records", name, f"{len(chosen):,}", f"{len(records):,}")
-        facts = read_all(chosen, settings, inspect_record)
+        facts = read_all(chosen, settings, partial(inspect_record, square=square))
     return Overview(name, uri, records, chosen, facts, check_facts(chosen, facts), settings)
 
 

@@ -53,7 +53,7 @@ def check_training(
         errors.append(ConfigError(f"{'; '.join(useless)} (if they are right: --set data.allow_empty_masks=true)"))
     warnings = [*(useless if settings.data.allow_empty_masks else []), *warn_of_places(settings, usable)]
     try:
-        require_splits(usable, settings.datasets, num_broken)
+        require_train_and_val(usable, settings, num_broken)
         warnings += check_sampling(settings, usable)
         num_workers = parse_range(settings.run.workers, 1)[1]
         warnings += check_batch_norms(model, ExampleOrder(usable, settings, 0, num_workers))
@@ -62,12 +62,12 @@ def check_training(
     return warnings, errors
 
 
-def require_splits(records: Sequence[Record], names: Sequence[str] | dict[str, str], num_broken: int = 0) -> None:
+def require_train_and_val(records: Sequence[Record], settings: TrainSettings, num_broken: int = 0) -> None:
     """Raise ConfigError if there are no train records or no val records.
 
     Args:
         records: the records that can be used.
-        names: the datasets, for the message.
+        settings: settings of the run, for the names of the datasets.
         num_broken: number of broken records beside them.
     """
     for split, purpose in (("train", "train"), ("val", "choose the best epoch")):
@@ -76,7 +76,7 @@ def require_splits(records: Sequence[Record], names: Sequence[str] | dict[str, s
             described = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none at all"
             broken = f", {num_broken:,} broken" if num_broken else ""
             raise ConfigError(
-                f"no {split} records in {', '.join(names)} (there are {described}{broken}); "
+                f"no {split} records in {', '.join(settings.datasets)} (there are {described}{broken}); "
                 f"they are needed to {purpose}"
             )
 

@@ -39,7 +39,7 @@ from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
 from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
-from vlsm.training.checks import check_training, require_splits
+from vlsm.training.checks import check_training, require_train_and_val
 from vlsm.training.history import History, Row
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
@@ -57,7 +57,7 @@ CHECKPOINT_NAME = "checkpoint"
 _EXAMPLES_NAME, _LAST_NAME, _METRICS_NAME = "examples.parquet", "last.safetensors", "metrics.parquet"
 _NAMES = (_LAST_NAME, _EXAMPLES_NAME, _METRICS_NAME, "curves.png")
 
-Inspect = Callable[[Sequence[Record], Square], list[Facts]]
+Inspect = Callable[[Sequence[Record]], list[Facts]]
 
 
 @dataclass
@@ -96,7 +96,7 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
     for name, uri in settings.external.items():
         with storage.name_errors(f"dataset {name}", uri):
             records += [record for record in read_dataset(name, uri, settings.data) if record.split == "test"]
-    require_splits(records, settings.datasets)
+    require_train_and_val(records, settings)
     for record in records:
         choose_prompt(record, settings.data, None)
     return records
@@ -109,7 +109,7 @@ def check_examples(
 
     Args:
         settings: settings of the run.
-        inspect: returns the facts of records; the second argument is the input square of the model.
+        inspect: returns the facts of records.
         num_shown: findings of each kind that the lines list; None for all.
         begin: called as soon as all paths are checked, as in `prepare_training`.
 
@@ -119,7 +119,7 @@ def check_examples(
     records = read_all_records(settings)
     begin()
     model = build_learning_model(settings)  # before all files are read, since its weights may be missing
-    facts = inspect(records, model.image_spec.square)
+    facts = inspect(records)
     findings = check_facts(records, facts)
     warnings, errors = check_training(settings, records, facts, model)
     lines = [
@@ -137,7 +137,7 @@ def prepare_training(
 
     Args:
         settings: settings of the run.
-        inspect: returns the facts of records; the second argument is the input square of the model.
+        inspect: returns the facts of records.
         begin: called if there is work to do, as soon as all paths and settings are checked. The model is built after
             that, so that something slow, such as a cluster, can start at the same time.
 
