@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlsm import storage
 from vlsm.datasets.__main__ import main
 from vlsm.datasets.contact_sheet import draw_pictures
 from vlsm.datasets.overview import describe_layout, inspect_dataset, spread
@@ -191,3 +192,15 @@ def test_the_help_names_the_settings(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert "data.mask_threshold=127" in out and "--sheet" in out and "exit codes: 0 done" in out
+
+
+def test_a_prefix_of_a_store_is_a_dataset_too(tmp_path, s3_folder, capsys):
+    folder = write_dataset(tmp_path / "kvasir", {"train": 2})
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        storage.write_bytes(f"{s3_folder}/kvasir/{path.relative_to(folder)}", path.read_bytes())
+    code, out, _ = show(capsys, f"{s3_folder}/kvasir", "--sheet", f"{s3_folder}/sheet.png")
+    assert code == 0
+    assert out.startswith(
+        f"kvasir: {s3_folder}/kvasir\n  layout      anns/train.json\n  images      images/*.png (2)\n"
+    )
+    assert storage.read_bytes(f"{s3_folder}/sheet.png").startswith(b"\x89PNG")
