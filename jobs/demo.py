@@ -24,8 +24,8 @@ from jobs.segment import segment
 from jobs.train import train
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.errors import VlsmError
-from vlsm.export.overlays import draw_overlay, draw_sheet
 from vlsm.images.decode import decode_image, decode_mask_file
+from vlsm.images.overlays import draw_overlay, draw_sheet
 from vlsm.runs.results import read_masks
 from vlsm.segmentation.metrics import dice_score
 from vlsm.training.settings import OptimSettings, TrainRunSettings, TrainSettings

@@ -78,27 +78,26 @@ def dry_run(settings: TrainSettings) -> None:
     """Print the resolved settings and all findings in the data. Write nothing and train nothing.
 
     Raises:
-        VlsmError: the settings are wrong, or records are broken and data.skip_broken is false.
+        VlsmError: the settings or the data are wrong.
     """
     from vlsm.training.run import check_examples, check_model
 
     check_model(settings)
     with RaySession(log_to_driver=False) as session:
         inspect = partial(_inspect, session, settings)
-        _, lines, num_broken = check_examples(settings, inspect, num_shown=None, begin=session.start)
+        _, lines, errors = check_examples(settings, inspect, num_shown=None, begin=session.start)
     print(dump_yaml(settings.model_dump(mode="json")), end="")
     print("\n".join(f"# {line}" for line in lines))
-    if num_broken and not settings.data.skip_broken:
-        raise VlsmError(
-            f"{num_broken:,} records are broken: repair them, or --set data.skip_broken=true to leave them out"
-        )
+    if errors:  # not as an error of the usage: the dry run itself has done its work
+        raise VlsmError(str(errors[0])) from errors[0]
 
 
 def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Record]) -> list[Facts]:
     session.wait()
     from jobs.train_feed import inspect_records  # which imports Ray
+    from vlsm.training.run import input_square
 
-    return inspect_records(records, settings.data)
+    return inspect_records(records, settings.data, input_square(settings))
 
 
 def train_with_ray(

@@ -36,8 +36,8 @@ T = TypeVar("T")
 Loaded = tuple[MicroBatch, np.ndarray, np.ndarray]  # with images and target masks, as in `Feed.stream`
 
 
-def inspect_records(records: Sequence[Record], settings: DataSettings) -> list[Facts]:
-    """Return the facts about the files of each record, in the order of the records.
+def inspect_records(records: Sequence[Record], settings: DataSettings, square: Square | None = None) -> list[Facts]:
+    """Return the facts about the files of each record, in the order of the records; see `inspect_record`.
 
     Raises:
         VlsmError: a task failed, or its process died in every attempt.
@@ -46,7 +46,7 @@ def inspect_records(records: Sequence[Record], settings: DataSettings) -> list[F
     inspect = ray.remote(num_cpus=1, max_retries=_MOST_DEATHS)(_inspect_chunk)
     chunks = list(_batched(records, max(_CHUNK, len(records) // 4000)))
     all_facts: list[Facts] = []
-    for chunk, result in zip(chunks, [inspect.remote(chunk, settings) for chunk in chunks], strict=True):
+    for chunk, result in zip(chunks, [inspect.remote(chunk, settings, square) for chunk in chunks], strict=True):
         try:
             all_facts += ray.get(result)  # type: ignore[arg-type]
         except ray.exceptions.RayError as error:
@@ -56,9 +56,9 @@ def inspect_records(records: Sequence[Record], settings: DataSettings) -> list[F
     return all_facts
 
 
-def _inspect_chunk(records: list[Record], settings: DataSettings) -> list[Facts]:
+def _inspect_chunk(records: list[Record], settings: DataSettings, square: Square | None) -> list[Facts]:
     reader = ExampleReader(settings)
-    return [inspect_record(record, reader) for record in records]
+    return [inspect_record(record, reader, square) for record in records]
 
 
 @dataclass(frozen=True)

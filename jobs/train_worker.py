@@ -21,6 +21,7 @@ from jobs.train_group import FIRST_STEP, Work
 from vlsm import storage
 from vlsm.errors import VlsmError
 from vlsm.runs.record import SUMMARY_NAME
+from vlsm.training.checks import check_batch_norms
 from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import Row, describe_epoch, summarize
 from vlsm.training.learner import Learner, NotFiniteError, Score
@@ -89,6 +90,7 @@ class Worker:
         self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers)
         self.device = ray.train.torch.get_device()
         model = build_learning_model(self.settings)
+        check_batch_norms(model, self.order)  # here again: only now is the number of workers certain
         self.feed = Feed(self.records, self.settings.data, model.image_spec.square, work.decoded)
         self.features = self._open_features(work.run_id, context.get_local_world_size())
         self.learner = Learner(model, self.settings, self.order.num_steps, self.device, self.features)

@@ -40,6 +40,7 @@ def modules_after(code, **environment):
 def test_what_fetches_writes_plans_checks_and_tells_imports_nothing_heavy():
     jobs = "segment segment_pipeline segment_tasks segment_actor train evaluate sweep verify status demo".split()
     parts = "runs.lifecycle training.run datasets.inspection export.files report.forecast models.options".split()
+    parts += ["datasets.__main__"]
     parts += [f"evaluation.{name}" for name in ("planning", "parts", "tables")]
     entries = [f"jobs.{name}" for name in jobs] + [f"vlsm.{name}" for name in parts]
     assert not modules_after(f"import {', '.join(entries)}") & NOTHING_HEAVY

@@ -131,6 +131,7 @@ def test_the_maps_name_every_module(folder, text):
 def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_path):
     from jobs import benchmark, demo, evaluate, segment, status, sweep, train, verify
     from vlsm import calibration, checkpoints
+    from vlsm.datasets import __main__ as datasets
     from vlsm.export import __main__ as export
     from vlsm.models import __main__ as models
     from vlsm.report import __main__ as report
@@ -150,6 +151,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_pat
     monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *args: seen.append(args) or CALIBRATION)
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
+    monkeypatch.setattr(datasets, "show_datasets", lambda *args: seen.append(args))
     monkeypatch.setattr(report, "write_report", lambda *args: seen.append(args) or ROOT / "README.md")
     for name in benchmark.BENCHMARKS:
         monkeypatch.setattr(f"jobs.benchmarks.{name}.measure", lambda args: seen.append(args) or 0)
@@ -166,6 +168,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_pat
         "jobs.verify": verify.main,
         "jobs.benchmark": benchmark.main,
         "jobs.demo": demo.main,
+        "vlsm.datasets": datasets.main,
         "vlsm.export": export.main,
         "vlsm.calibration": calibration.main,
         "vlsm.report": report.main,

@@ -19,8 +19,8 @@ logger = logging.getLogger("vlsm")
 
 LAYOUTS = (
     "anns/{train,val,test}.json with images/ and masks/; images/ and masks/ with equal names, also in train/, val/ and "
-    "test/; x.png beside x_mask.png; COCO files; nnU-Net's imagesTr/ and labelsTr/; a list (.csv, .tsv, .jsonl, .parquet) with "
-    "image_uri and mask_uri"
+    "test/; x.png beside x_mask.png; COCO files; nnU-Net's imagesTr/ and labelsTr/; a list (.csv, .tsv, .jsonl, "
+    ".parquet) with image_uri and mask_uri"
 )
 _NOT_READ = ("video",)
 _SHOWN = 5  # files that one message names

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.mask_checks import check_masks, list_values, mask_key
 from vlsm.datasets.records import Record
 from vlsm.errors import ImageError
+from vlsm.images.preprocess import Square
 
 # Two images look alike if at most 6 of the 64 bits of their perceptual hashes differ. At this limit, 7 of ClinicDB's 61
 # test frames look like a val frame (they come from the same videos), 3 of Kvasir's 200 do, and no ClinicDB frame looks
@@ -30,6 +32,9 @@ class Facts:
         image_sha256, mask_sha256: SHA-256 of the two files.
         area_fraction: share of the image that is foreground, from 0 to 1.
         image_hash: perceptual hash of 64 bits; similar images have similar hashes.
+        mask_values, num_mask_values: values of the mask files, at most 16, and their number; see `list_values`.
+        image_orientation, mask_orientation, is_turned: as in `Example` and `Mask`.
+        square_side, square_px: side of the model's input, and foreground pixels in it; None if no model is known.
     """
 
     error: str | None = None
@@ -39,6 +44,13 @@ class Facts:
     mask_sha256: str = ""
     area_fraction: float = 0.0
     image_hash: int = 0
+    mask_values: tuple[float, ...] = ()
+    num_mask_values: int = 0
+    image_orientation: int = 1
+    mask_orientation: int = 1
+    is_turned: bool = False
+    square_side: int | None = None
+    square_px: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,21 +69,34 @@ class Finding:
         return self.kind == "broken"
 
 
-def inspect_record(record: Record, reader: ExampleReader) -> Facts:
-    """Return the facts of a record after reading and decoding its image and its mask."""
+def inspect_record(record: Record, reader: ExampleReader, square: Square | None = None) -> Facts:
+    """Return the facts of a record after reading and decoding its image and its mask.
+
+    Args:
+        record: the record.
+        reader: reads its files.
+        square: the input square of the model, to count the foreground in it; None if no model is known.
+    """
     try:
         example = reader.read(record)
     except ImageError as error:
         return Facts(error=str(error))
     mask = example.target.mask
+    values, num_values = list_values(example.target.stored)
     return Facts(
-        None,
-        mask.shape[0],
-        mask.shape[1],
-        example.image_sha256,
-        example.target.sha256,
-        float(mask.mean()),
-        _perceptual_hash(example.image),
+        height=mask.shape[0],
+        width=mask.shape[1],
+        image_sha256=example.image_sha256,
+        mask_sha256=example.target.sha256,
+        area_fraction=float(mask.mean()),
+        image_hash=_perceptual_hash(example.image),
+        mask_values=values,
+        num_mask_values=num_values,
+        image_orientation=example.orientation,
+        mask_orientation=example.target.orientation,
+        is_turned=example.is_turned,
+        square_side=square and square.size,
+        square_px=square and int(np.count_nonzero(square.resize_mask(mask))),
     )
 
 
@@ -92,28 +117,23 @@ def _perceptual_hash(image: np.ndarray) -> int:
 def check_facts(records: Sequence[Record], facts: Sequence[Facts]) -> list[Finding]:
     """Return every problem of the records. The functions below yield the kinds of problems."""
     good = [index for index, fact in enumerate(facts) if not fact.error]
-    problems = [*_odd_files(records, facts), *_twice(records, facts, good), *_in_two_splits(records, facts, good)]
+    problems = [
+        *(("broken", index, fact.error) for index, fact in enumerate(facts) if fact.error),
+        *check_masks(records, facts, good),
+        *_twice(records, facts, good),
+        *_in_two_splits(records, facts, good),
+    ]
     return [
         Finding(kind, record.dataset, record.split, record.where, message)
         for kind, record, message in ((kind, records[index], message) for kind, index, message in problems)
     ]
 
 
-def _odd_files(records: Sequence[Record], facts: Sequence[Facts]) -> Iterable[tuple[str, int, str]]:
-    for index, fact in enumerate(facts):
-        if fact.error:
-            yield "broken", index, fact.error
-        elif not fact.area_fraction:
-            yield "empty mask", index, f"no pixel of {records[index].mask_uri} is above data.mask_threshold"
-        elif fact.area_fraction == 1:
-            yield "full mask", index, f"every pixel of {records[index].mask_uri} is above data.mask_threshold"
-
-
 def _twice(records: Sequence[Record], facts: Sequence[Facts], good: list[int]) -> Iterable[tuple[str, int, str]]:
-    firsts: dict[tuple[str, ...], int] = {}
+    firsts: dict[tuple[object, ...], int] = {}
     for index in good:
         fact, record = facts[index], records[index]
-        key = (record.dataset, record.split, fact.image_sha256, fact.mask_sha256, repr(record.prompts))
+        key = (record.dataset, record.split, fact.image_sha256, mask_key(record, fact), repr(record.prompts))
         if (first := firsts.setdefault(key, index)) != index:
             yield "twice", index, f"{record.image_uri} and its mask are also the files of {records[first].where}"
 

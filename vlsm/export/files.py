@@ -12,7 +12,7 @@ from vlsm.errors import ImageError, optional_packages
 from vlsm.export.coco import export_coco
 from vlsm.export.folder import ExportFolder, open_folder
 from vlsm.export.origins import Filters, read_settings
-from vlsm.export.overlays import draw_overlay
+from vlsm.images.overlays import draw_overlay
 from vlsm.images.reader import Reader
 from vlsm.runs.results import decode_ok_row, read_ok_rows
 from vlsm.segmentation.masks import decode_probability

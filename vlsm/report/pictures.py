@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 from PIL import Image
 
 from vlsm.errors import StorageError, VlsmError
-from vlsm.export.overlays import outline
+from vlsm.images.overlays import outline, shrink_mask
 from vlsm.images.reader import Reader
 from vlsm.report.survey import FILE, KEY, row_key
 from vlsm.segmentation import masks
@@ -167,7 +167,7 @@ def _fit(image: np.ndarray, outlines: Masks, side: int) -> tuple[Image.Image, Im
     resampling = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
     plain = Image.fromarray(image).resize((size[0], size[1]), resampling, reducing_gap=2.0)
     picture = np.array(plain)
-    prediction, target = (None if mask is None else _shrink(mask, plain.size) for mask in outlines)
+    prediction, target = (None if mask is None else shrink_mask(mask, plain.size) for mask in outlines)
     thickness = 3 if side <= _CARD_PX else 4
     # the prediction's line is inside its mask, the target's line is outside: both are visible where the masks agree
     if target is not None:
@@ -176,12 +176,6 @@ def _fit(image: np.ndarray, outlines: Masks, side: int) -> tuple[Image.Image, Im
     if prediction is not None:
         _draw_rim(picture, outline(prediction, thickness), PREDICTION, is_dashed=False)
     return Image.fromarray(picture), plain
-
-
-def _shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return the mask at a picture's size (width, height), as bool. A mask smaller than a pixel keeps one pixel."""
-    share = np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BOX))
-    return np.asarray(share >= min(128, max(1, int(share.max()))))
 
 
 def _draw_rim(picture: np.ndarray, rim: np.ndarray, color: tuple[int, int, int], is_dashed: bool) -> None:

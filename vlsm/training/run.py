@@ -27,13 +27,15 @@ from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, load_checkpoint, read_settings, save_checkpoint
 from vlsm.datasets.changes import Inspect, add_versions, list_versions
 from vlsm.datasets.inspection import check_facts, describe_findings, digest_examples, examples_table, good_records
+from vlsm.datasets.mask_checks import describe_foreground
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
 from vlsm.datasets.splits import make_splits, require_splits
-from vlsm.errors import ConfigError, ManifestError
+from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
 from vlsm.runs.record import SUMMARY_NAME, forget_run, make_record, read_record, write_record
+from vlsm.training.checks import check_training, require_train_and_val
 from vlsm.training.history import History, Row
 from vlsm.training.resume import digest_start, refuse_other_data, refuse_other_settings
 from vlsm.training.sampling import ExampleOrder, choose_prompt
@@ -96,24 +98,15 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
     if settings.data.split.is_off:
         require_splits(records)
     if all(record.split for record in records):
-        _require_train_and_val(records, settings)
+        require_train_and_val(records, settings)
     for record in records:
         choose_prompt(record, settings.data, None)
     return records
 
 
-def _require_train_and_val(records: Sequence[Record], settings: TrainSettings) -> None:
-    for split, purpose in (("train", "train"), ("val", "choose the best epoch")):
-        if not any(record.split == split for record in records):
-            counts = Counter(record.split for record in records)
-            described = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none at all"
-            names = ", ".join(settings.datasets)
-            raise ConfigError(f"no {split} records in {names} (there are {described}); they are needed to {purpose}")
-
-
 def check_examples(
     settings: TrainSettings, inspect: Inspect, num_shown: int | None = 20, begin: Callable[[], None] = lambda: None
-) -> tuple[pa.Table, list[str], int]:
+) -> tuple[pa.Table, list[str], list[VlsmError]]:
     """Read all examples, make splits where data.split asks for them, and check all.
 
     Args:
@@ -123,22 +116,22 @@ def check_examples(
         begin: called as soon as all paths are checked, as in `prepare_training`.
 
     Returns:
-        The table of all examples, lines that describe the splits and the findings, and the number of broken records.
+        The table of all examples, lines that describe the splits and the findings, and the errors that forbid this
+        training.
     """
     records = read_all_records(settings)
     begin()
-    build_learning_model(settings)  # before all files are read, since its weights may be missing
+    model = build_learning_model(settings)  # before all files are read, since its weights may be missing
     versions = list_versions(records)  # before the files are read: a file that changes now is read again later
     facts = inspect(records)
     lines: list[str] = []
     if settings.data.skip_broken or not any(fact.error for fact in facts):  # else the run ends, and says why
         records, lines = make_splits(records, facts, settings.data.split)
-        good = [record for record, fact in zip(records, facts, strict=True) if not fact.error]
-        _require_train_and_val(good, settings)
     findings = check_facts(records, facts)
+    warnings, errors = check_training(settings, records, facts, model)
     lines += describe_findings(records, findings, num_shown)
-    table = add_versions(examples_table(records, facts), versions)
-    return table, lines, sum(finding.is_broken for finding in findings)
+    lines += describe_foreground(records, facts, settings.data.mask_threshold)
+    return add_versions(examples_table(records, facts), versions), lines + warnings, errors
 
 
 def prepare_training(
@@ -159,6 +152,7 @@ def prepare_training(
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings or other data.
         CheckpointError: the model's options are invalid, or its weights or the checkpoint start_from cannot be loaded.
         ManifestError: a record is invalid or its files are broken.
+        VlsmError: the data cannot teach; see `check_training`.
     """
     check_model(settings)
     output = settings.output
@@ -173,14 +167,11 @@ def prepare_training(
             read_records = partial(read_all_records, settings)
             refuse_other_data(settings, examples, read_records, None if is_finished else inspect)
             return good_records(examples)
-        table, lines, num_broken = check_examples(settings, inspect, begin=begin)
+        table, lines, errors = check_examples(settings, inspect, begin=begin)
         for line in lines:
             logger.info("%s", line)
-        if num_broken and not settings.data.skip_broken:
-            raise ManifestError(
-                f"{num_broken:,} of {len(table):,} records are broken, as listed above; repair them, "
-                "or --set data.skip_broken=true to leave them out"
-            )
+        if errors:
+            raise errors[0]
         if settings.start_over:
             folders = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
             forget_run(output, _NAMES, [(folder, "") for folder in folders])

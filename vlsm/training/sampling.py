@@ -5,14 +5,14 @@ share of each batch, in micro-batches that fit its memory. The number of workers
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from vlsm.datasets.records import Record
-from vlsm.errors import ManifestError
+from vlsm.errors import ConfigError, ManifestError
 from vlsm.training.settings import DataSettings, TrainSettings
 
 _EVALUATION = 2**31  # stands for an epoch in the seeds of evaluations; no training has so many epochs
@@ -68,6 +68,14 @@ class ExampleOrder:
         """The number of optimiser steps of an epoch."""
         return len(cut_batches(self._by_split["train"], self.settings.optim.batch_size))
 
+    @functools.cached_property
+    def fewest_examples(self) -> int:
+        """The number of examples in the smallest micro-batch of an epoch's training, padding included."""
+        batches = cut_batches(self._by_split["train"], self.settings.optim.batch_size)
+        shares = {-(-len(batch) // self.num_workers) for batch in batches}
+        micro_batch_size = self.settings.run.micro_batch_size
+        return min(len(piece) for share in shares for piece in cut_batches(np.arange(share), micro_batch_size))
+
     def train(self, epoch: int, first_step: int = 0) -> Iterator[MicroBatch]:
         """Yield the micro-batches of an epoch, starting at a step."""
         order = draw_order(self.records, self._by_split["train"], self.settings, epoch)
@@ -115,21 +123,43 @@ def draw_order(records: Sequence[Record], train: np.ndarray, settings: TrainSett
 
     With data.sampling=proportional, each example comes once. Otherwise each dataset gets its share of the epoch. If the
     share is larger than the dataset, its examples repeat in another order, but only after all of them were used.
+
+    Raises:
+        ConfigError: the weights of the datasets add to nothing.
     """
     rng = np.random.default_rng([settings.seed, epoch])
     sampling = settings.data.sampling
     if sampling == "proportional":
         return rng.permutation(train)
     names = [records[number].dataset for number in train]
-    datasets = list(dict.fromkeys(names))
-    weights = np.array([1.0 if sampling == "uniform" else dict(sampling).get(name, 0.0) for name in datasets])
-    bounds = np.round(np.cumsum(weights) / weights.sum() * len(train)).astype(int)
+    weights = weigh_datasets(names, sampling)
+    sums = np.cumsum(list(weights.values()))
+    bounds = np.round(sums / sums[-1] * len(train)).astype(int)
     drawn = []
-    for name, count in zip(datasets, np.diff(bounds, prepend=0), strict=True):
+    for name, count in zip(weights, np.diff(bounds, prepend=0), strict=True):
         members = train[np.array(names) == name]
         rounds = [rng.permutation(members) for _ in range(-(-count // len(members)))]
         drawn.append(np.concatenate([*rounds, members[:0]])[:count])
     return rng.permutation(np.concatenate(drawn))
+
+
+def weigh_datasets(names: Iterable[str], sampling: Literal["uniform"] | dict[str, float]) -> dict[str, float]:
+    """Return the weight of each dataset in an epoch.
+
+    Args:
+        names: datasets that have train examples; repetitions count once.
+        sampling: data.sampling. A dataset without a weight has the weight 0.
+
+    Raises:
+        ConfigError: the weights add to nothing.
+    """
+    weights = {name: 1.0 if sampling == "uniform" else dict(sampling).get(name, 0.0) for name in dict.fromkeys(names)}
+    if not sum(weights.values()) > 0:
+        raise ConfigError(
+            f"data.sampling={sampling} gives no weight to a dataset with train records; these are "
+            f"{', '.join(weights) or 'none'}; give one of them a weight above 0"
+        )
+    return weights
 
 
 def choose_prompt(record: Record, settings: DataSettings, rng: np.random.Generator | None) -> str:

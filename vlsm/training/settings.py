@@ -1,6 +1,7 @@
 """Settings of a training run. They decide its final weights, except the group `run`: how the run is executed."""
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -39,6 +40,9 @@ class DataSettings(DatasetSettings):
     )
     split: SplitSettings = SplitSettings()
     skip_broken: bool = Field(False, description="leave out records with broken files instead of stopping")
+    allow_empty_masks: bool = Field(
+        False, description="train although nearly all masks of a dataset's split are empty, or full"
+    )
     augment: AugmentSettings = AugmentSettings()
 
 
@@ -169,7 +173,8 @@ class TrainSettings(Settings):
             if isinstance(value, dict) and (unknown := value.keys() - known.keys()):
                 raise ValueError(f"{key} names {', '.join(sorted(unknown))}; datasets are {', '.join(known)}")
         if isinstance(self.data.sampling, dict) and not (
-            all(weight >= 0 for weight in self.data.sampling.values()) and sum(self.data.sampling.values()) > 0
+            all(weight >= 0 for weight in self.data.sampling.values())
+            and 0 < sum(self.data.sampling.values()) < math.inf
         ):
-            raise ValueError("data.sampling must hold weights of 0 or more, one above 0 at least")
+            raise ValueError("data.sampling must hold finite weights of 0 or more, one above 0 at least")
         return self

@@ -31,18 +31,38 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.nda
     return picture.astype(np.uint8)
 
 
+def draw_label(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return a small image with a mask in green: outlined, and tinted so little that the image can be judged.
+
+    The outline has a dark rim outside, so that it is visible on bright images too.
+
+    Args:
+        image: (H, W, 3) uint8, some hundred pixels wide.
+        mask: (H, W) bool.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    picture = image.astype(np.float32)
+    picture[mask] = 0.88 * picture[mask] + 0.12 * np.array(_GREEN, np.float32)
+    around = np.pad(~mask, 1, constant_values=True)
+    picture[outline(around, 1)[1:-1, 1:-1]] = 0
+    picture[outline(mask, 2)] = _GREEN
+    return picture.astype(np.uint8)
+
+
 def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, tile_px: int = 220) -> np.ndarray:
     """Return one sheet of pictures with captions, filled row by row.
 
     Args:
-        pictures: pairs of an image (H, W, 3) uint8 and its caption.
+        pictures: pairs of an image (H, W, 3) uint8 and its caption, of one or several lines.
         columns: number of pictures per row.
         tile_px: side of the square that holds a picture, in pixels.
 
     Returns:
         (H, W, 3) uint8.
     """
-    line_px, gap_px = 16, 4
+    line_px, gap_px = 16 * max((caption.count("\n") + 1 for _, caption in pictures), default=1), 4
     rows = -(-len(pictures) // columns)
     step_x, step_y = tile_px + gap_px, tile_px + line_px + gap_px
     sheet = Image.new("RGB", (columns * step_x + gap_px, rows * step_y + gap_px), (24, 24, 24))
@@ -52,11 +72,30 @@ def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, til
         left, top = gap_px + column * step_x, gap_px + row * step_y
         tile = ImageOps.pad(Image.fromarray(picture), (tile_px, tile_px), color=(0, 0, 0))
         sheet.paste(tile, (left, top))
-        # Pillow's built-in font has only Latin letters.
-        pen.text(
-            (left, top + tile_px + 1), caption.encode("latin-1", "replace").decode("latin-1")[:36], fill=(230, 230, 230)
-        )
+        # Pillow's built-in font has only Latin letters
+        lines = caption.encode("latin-1", "replace").decode("latin-1").split("\n")
+        text = "\n".join(_cut_text(line, tile_px, pen) for line in lines)
+        pen.multiline_text((left, top + tile_px + 1), text, fill=(230, 230, 230))
     return np.asarray(sheet)
+
+
+def _cut_text(text: str, width_px: int, pen: ImageDraw.ImageDraw) -> str:
+    """Return a text that fits the width; a longer one ends with dots."""
+    if pen.textlength(text[:width_px]) <= width_px:
+        return text
+    length = next(length for length in range(width_px, 0, -1) if pen.textlength(f"{text[:length]}..") <= width_px)
+    return f"{text[:length]}.."
+
+
+def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a mask (H, W) of 0 and 1 at a picture's size, as bool. A mask smaller than a pixel keeps one pixel.
+
+    Args:
+        mask: (H, W) uint8 of 0 and 1.
+        size: (width, height) of the picture in pixels.
+    """
+    share = np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BOX))
+    return np.asarray(share >= min(128, max(1, int(share.max()))))
 
 
 def outline(mask: np.ndarray, thickness: int) -> np.ndarray:
