@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlsm import storage
+from vlsm.datasets.records import OWN
 from vlsm.errors import ConfigError, ResultError
 from vlsm.evaluation.parts import SCORES_SCHEMA
 from vlsm.evaluation.prompts import HONEST, UPPER_BOUND, find_telling
@@ -52,9 +53,26 @@ def plan_evaluation(settings: EvaluateSettings) -> tuple[Evaluation, dict[str, A
     Raises:
         VlsmError: a setting, path, dataset, checkpoint or segment run cannot be used.
     """
-    settings = name_systems(settings)
+    settings = name_systems(_keep_earlier_prompts(settings))
     systems, facts = plan_systems(settings)
     return Evaluation(settings, systems), facts
+
+
+def _keep_earlier_prompts(settings: EvaluateSettings) -> EvaluateSettings:
+    """Return the settings with the prompts of an evaluation that an earlier version began in OUTPUT, if none are given.
+
+    Its default was the prompt that is stored in the checkpoint. Its record has no group `data`.
+    """
+    if "prompts" in settings.model_fields_set or settings.start_over:
+        return settings
+    with storage.name_errors("OUTPUT", settings.output):
+        record = read_record(settings.output)
+    if record is None or "data" in record["config"]:
+        return settings
+    prompts = tuple(record["config"].get("prompts", (OWN,)))
+    logger.info("an earlier version began the evaluation in %s: it goes on with prompts=[%s]", settings.output,
+                ", ".join(prompts))  # fmt: skip
+    return settings.model_copy(update={"prompts": prompts})
 
 
 def prepare_evaluation(settings: EvaluateSettings) -> Evaluation:
