@@ -3,13 +3,15 @@
 import json
 import logging
 
+import pyarrow as pa
 import pytest
 
 import vlsm
 from tests.runs.test_earlier_versions import V0
 from vlsm.datasets.records import Record
 from vlsm.errors import ConfigError
-from vlsm.evaluation.planning import plan_evaluation, prepare_evaluation
+from vlsm.evaluation.parts import SCORES_SCHEMA
+from vlsm.evaluation.planning import finish_evaluation, plan_evaluation, prepare_evaluation
 from vlsm.evaluation.prompts import match_texts
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.systems import Target, _name_images, _name_records, list_images
@@ -99,6 +101,23 @@ def test_an_evaluation_that_an_earlier_version_began_goes_on_with_its_prompts(ma
 def test_the_record_of_an_earlier_version_has_the_same_settings():
     earlier = read_record(str(V0 / "evaluation"))
     assert describe_differences(earlier, EvaluateSettings(**earlier["config"]), {}) == []
+
+
+@pytest.mark.parametrize("fractions", [[0.0, 0.0, None], [0.0, 0.1, None], [None, None, None]])
+def test_labels_that_are_all_empty_are_warned_of(fractions, make_settings, caplog):
+    evaluation = prepare_evaluation(make_settings(resamples=100))
+    rows = [
+        {"system": system.name, "dataset": "d", "split": "test", "record": target.record.where, "prompt": text}
+        | {"prompt_name": name, "prompt_class": "honest", "image_uri": "i", "mask_uri": "m"}
+        | {"target_fraction": fraction}
+        | ({"status": "failed"} if fraction is None else {"status": "ok", "dice": float(fraction == 0)})
+        for system in evaluation.systems
+        for target, fraction in zip(system.targets, fractions, strict=True)
+        for name, text in target.texts.items()
+    ]
+    finish_evaluation(evaluation, [pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)], 1.0)
+    warned = "dataset d: all 2 labels of split test are empty with data.mask_threshold=127" in caplog.text
+    assert warned == (fractions[:2] == [0, 0])
 
 
 def test_slices_and_classes_have_names_of_their_own():

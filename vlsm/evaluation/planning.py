@@ -11,7 +11,7 @@ OUTPUT/summary.json      written last: its presence means that the evaluation is
 import io
 import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -156,7 +156,23 @@ def finish_evaluation(evaluation: Evaluation, tables: Iterable[pa.Table], second
             row["prompt_class"] = UPPER_BOUND
     for (dataset, name), reason in telling.items():
         logger.info("dataset %s: prompt %s reveals the answer: %s", dataset, name, reason)
+    _warn_of_empty(rows, evaluation.settings)
     return _write_results(evaluation.settings, rows, telling, seconds)
+
+
+def _warn_of_empty(rows: Iterable[dict[str, Any]], settings: EvaluateSettings) -> None:
+    """Warn of datasets whose labels are all empty: a system that marks nothing has a Dice of 1 there."""
+    fractions: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row["target_fraction"] is not None:
+            fractions[row["dataset"]][row["record"]] = row["target_fraction"]
+    for dataset, by_record in fractions.items():
+        if not any(by_record.values()):
+            logger.warning(
+                "dataset %s: all %d labels of split %s are empty with data.mask_threshold=%d; "
+                "if their files hold smaller values than that, --set data.mask_threshold=0",
+                *(dataset, len(by_record), settings.split, settings.data.mask_threshold),
+            )
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
