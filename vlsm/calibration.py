@@ -26,6 +26,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.segmenter import Segmenter
+from vlsm.training.origin import describe_differences_to_training
 from vlsm.training.sampling import find_prompt
 
 _EDGES = np.linspace(-20, 20, 1601)  # edges of logit bins, each 0.025 wide
@@ -219,6 +220,8 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
         if record.split == "val"
     ]
     files = read_checkpoint(source)
+    if sentence := describe_differences_to_training(source, data, (choice,)):
+        print(sentence, file=sys.stderr)
     reader = ExampleReader(data)
     check_foreground(records, reader, data.mask_threshold)
     checkpoint = build_checkpoint(files, source)

@@ -21,6 +21,7 @@ from vlsm.evaluation.prompts import match_texts, needs_stored, report_stored, te
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.runs.record import read_record, read_summary
+from vlsm.training.origin import describe_differences_to_training
 
 logger = logging.getLogger("vlsm")
 
@@ -149,6 +150,9 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
     for name, members in settings.systems.items():
         own_prompt, digests[name] = _read_members(name, members, settings, is_stored_used)
         report_stored(name, records, own_prompt, settings)
+        for member in members:
+            if sentence := describe_differences_to_training(member.checkpoint, settings.data, settings.prompts):
+                logger.warning("%s", sentence)
         texts = texts_of(records, own_prompt, settings, with_robustness=True)
         targets = [Target(*each) for each in zip(records, image_ids, texts, strict=True)]
         source = storage.join(settings.output, "inputs", f"{folders[name]}-{_digest_images(targets)}.parquet")
