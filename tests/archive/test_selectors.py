@@ -12,6 +12,9 @@ from PIL import Image
 
 from vlsm.archive.archive import open_archive
 from vlsm.config import RunSettings, SegmentSettings
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.read import read_dataset
+from vlsm.datasets.settings import DatasetSettings
 from vlsm.images.formats import Look
 from vlsm.images.reader import Reader
 
@@ -72,6 +75,21 @@ def test_a_row_with_a_selector_stands_for_this_image(folder):
 def test_without_a_selector_a_row_stands_for_all_images_of_its_file(folder):
     rows = read_list(folder, [{"image_uri": "volume.nii.gz", "selector": None}])
     assert [row["selector"] for row in rows] == [f"slice={number}" for number in range(4)]
+
+
+def test_a_labelled_list_names_slices_and_their_masks(folder):
+    nibabel.Nifti1Image((VOLUME > 10).astype(np.uint8), np.eye(4)).to_filename(folder / "mask.nii.gz")
+    rows = [
+        {"image_uri": "volume.nii.gz", "selector": f"slice={number}", "split": "test", "mask_uri": "mask.nii.gz"}
+        | {"mask_selector": f"slice={number}"}
+        for number in range(4)
+    ]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = read_dataset("d", str(folder / "labels.jsonl"))
+    data = DatasetSettings(mask_threshold=0, window=(128, 256))
+    examples = [ExampleReader(data).read(record) for record in records]
+    assert [example.image.mean() for example in examples] == pytest.approx([0, 10, 20, 30], abs=1)
+    assert [example.target.mask.mean() for example in examples] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

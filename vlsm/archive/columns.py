@@ -16,7 +16,9 @@ from vlsm.errors import ManifestError
 
 logger = logging.getLogger("vlsm")
 
-KNOWN = tuple("image_uri image_id selector prompt prompts size_bytes etag mtime mask_uri split dataset".split())
+KNOWN = tuple(
+    "image_uri image_id selector prompt prompts size_bytes etag mtime mask_uri mask_selector split dataset".split()
+)
 # names that other programs give to the location of an image, the likeliest first
 _LOCATIONS = (
     "path file_path filepath image_path img_path image_file file file_name filename uri url image_url image img"

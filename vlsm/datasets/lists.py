@@ -1,4 +1,7 @@
-"""Lists with masks: a Parquet, CSV, TSV or JSON Lines file with `image_uri`, `mask_uri` and `split`."""
+"""Lists with masks: a Parquet, CSV, TSV or JSON Lines file with `image_uri`, `mask_uri` and `split`.
+
+`selector` and `mask_selector` name an image and a mask inside of a file, as the selectors in the rows of a run.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,4 +34,17 @@ def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) ->
     )
     texts = row.get("prompts") if row.get("prompts") is not None else row.get("prompt")
     prompts = {} if texts is None else {"p1": check_texts(texts, f"{where}, prompts")}
-    return Record(str(row.get("dataset") or name), str(split), where, image_uri, mask_uri, prompts)
+    image_selector, mask_selector = (
+        str(row[column]) if row.get(column) else None for column in ("selector", "mask_selector")
+    )
+    dataset = str(row.get("dataset") or name)
+    return Record(
+        dataset,
+        str(split),
+        where,
+        image_uri,
+        mask_uri,
+        prompts,
+        image_selector=image_selector,
+        mask_selector=mask_selector,
+    )
