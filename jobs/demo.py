@@ -84,7 +84,7 @@ def tell(output: Path, seed: int = 0) -> None:
         summary = segment(segmentation)
     from vlsm.report.write import write_report  # imported here: it imports matplotlib
 
-    dice = score(output / "archive", segmentation.output, output / "overlays.png")
+    dice = score(output / "archive", segmentation.output, output / "overlays.png", training.data.mask_threshold)
     report = write_report(segmentation.output, output / "report.html")
     print(
         f"\nsegmented {summary['ok']} images, {summary['failed']} could not be read ({summary['failed_by_reason']}); "
@@ -128,7 +128,7 @@ def write_tiny_clipseg(folder: Path, seed: int) -> None:
     )
 
 
-def score(archive: Path, output: str, sheet: Path) -> dict[str, float]:
+def score(archive: Path, output: str, sheet: Path, mask_threshold: int) -> dict[str, float]:
     """Return the mean Dice per kind of object, and draw the worst masks and some others into the image file `sheet`."""
     records = json.loads((archive / "anns" / "test.json").read_text(encoding="utf-8"))
     targets = {
@@ -137,7 +137,7 @@ def score(archive: Path, output: str, sheet: Path) -> dict[str, float]:
     scored = []
     for row in read_masks(output, [("status", "==", "ok")], columns=["image_id", "image_uri", "prompt"]):
         path = targets[row["image_id"], row["prompt"]]
-        target_mask = decode_mask_file(path.read_bytes(), str(path), threshold=127)
+        target_mask = decode_mask_file(path.read_bytes(), str(path), mask_threshold)
         scored.append((dice_score(row["mask"], target_mask), row, target_mask))
     if len(scored) != len(records):
         raise VlsmError(f"the run has {len(scored)} masks; the archive has {len(records)} records")

@@ -35,6 +35,7 @@ from vlsm.evaluation.sweep import (
     write_csv,
     write_markdown,
 )
+from vlsm.evaluation.sweep_scores import average_scores
 from vlsm.runs.record import (
     SUMMARY_NAME,
     create_record,
@@ -193,29 +194,12 @@ def _train(settings: Any) -> str:
 
 def _evaluate_group(group: TrialGroup) -> list[dict[str, Any]]:
     """Evaluate a group and return the mean Dice per trial, dataset and prompt, as rows for `tabulate`."""
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     evaluate(group.settings)
     fs, path = storage.open_uri(storage.join(group.settings.output, "scores.parquet"))
-    table = pq.read_table(
-        path, filesystem=fs, columns=["system", "dataset", "prompt_name", "prompt_class", "status", "dice"]
-    )
-    table = table.filter(pc.field("status") == "ok")
-    means = table.group_by(["system", "dataset", "prompt_name", "prompt_class"]).aggregate([("dice", "mean")])
-    trials = {trial.system: trial for trial in group.trials}
-    return [
-        {
-            "trained_on": trials[row["system"]].dataset,
-            "dataset": row["dataset"],
-            "prompt": row["prompt_name"],
-            "prompt_class": row["prompt_class"],
-            "model": trials[row["system"]].model,
-            "seed": trials[row["system"]].seed,
-            "dice": row["dice_mean"],
-        }
-        for row in means.to_pylist()
-    ]
+    columns = ["system", "dataset", "prompt_name", "prompt_class", "status", "dice"]
+    return average_scores(pq.read_table(path, filesystem=fs, columns=columns), group.trials)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import vlsm
 from vlsm import calibration
@@ -13,6 +14,7 @@ from vlsm.report.parts import calibrations
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.segmentation.image_rows import review_reasons
 from vlsm.segmentation.masks import MaskRecord
+from vlsm.segmentation.segmenter import Segmenter
 
 
 def draw(rng, count, temperature, shift=0.0):
@@ -47,6 +49,23 @@ def test_the_threshold_makes_the_mean_dice_largest():
     assert found.dice_at_half == pytest.approx(mean_dice(0.5), abs=0.002)
 
 
+def test_of_equally_good_thresholds_the_one_in_the_middle_is_taken():
+    target = np.zeros((20, 20), np.uint8)
+    target[5:15, 5:15] = 1
+    assert calibrate([(np.where(target, 5.0, -5.0), target)]).threshold == pytest.approx(0.5, abs=0.01)
+    noisy = [(np.where(target, 5.0, -5.0), target), (np.where(target, 5.0, -5.0), 1 - target)]
+    found = calibrate([*noisy, (np.where(target, 1.0, -5.0), target)])
+    assert found.temperature * np.log(found.threshold / (1 - found.threshold)) == pytest.approx(-2, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "index"),
+    [([0, 1, 0], 1), ([1, 1, 1, 1, 1], 2), ([1, 0, 1, 1, 1], 3), ([1, 0, 0, 0, 1, 0], 4), ([1, 1, 0, 1, 1, 0], 4)],
+)
+def test_the_longest_plateau_counts_and_then_the_one_nearest_to_the_middle(values, index):
+    assert calibration._middle_of_best(np.array(values)) == index
+
+
 def test_the_error_is_that_of_hand_made_bins():
     assert expected_error([(0.1, 0.2, 0.5), (0.9, 0.6, 0.5)]) == pytest.approx(0.5 * 0.1 + 0.5 * 0.3)
 
@@ -72,8 +91,8 @@ def test_masks_of_little_confidence_are_found_where_they_are_bad():
     assert review_reasons(record, ReviewSettings()) is None
 
 
-def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(drawn, bright_checkpoint, tmp_path, capsys):
-    words = [str(bright_checkpoint), str(tmp_path / "calibrated"), "--dataset", f"drawn={move_split(drawn, tmp_path)}"]
+def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(bright_checkpoint, move_split, tmp_path, capsys):
+    words = [str(bright_checkpoint), str(tmp_path / "calibrated"), "--dataset", f"drawn={move_split()}"]
     assert calibration.main(words) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["num_images"] == 6 and told["error_after"] < told["error_before"]
@@ -109,16 +128,68 @@ def test_images_without_a_validation_split_are_not_guessed(bright_checkpoint, tm
     )
 
 
-def move_split(drawn, folder):
-    """The drawn test images as a validation split."""
-    rows = [
-        {
-            "image_uri": str(path),
-            "mask_uri": str(drawn / "masks" / "lesion" / f"{path.stem}.png"),
-            "split": "val",
-            "prompt": "bright",
-        }
-        for path in sorted((drawn / "images").iterdir())
-    ]
-    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "list.jsonl"
+@pytest.fixture
+def predicted_texts(monkeypatch):
+    """The prompt of every prediction."""
+    texts, predict = [], Segmenter.predict_logits
+
+    def remember(self, images, prompts):
+        texts.extend(text for row in prompts for text in row)
+        return predict(self, images, prompts)
+
+    monkeypatch.setattr(Segmenter, "predict_logits", remember)
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ([], ["red", "blue", "bright"]),  # the third record has no prompt: the checkpoint's
+        (["--prompt", "own"], ["bright"] * 3),
+        (["--set", "prompt=text:a stone"], ["a stone"] * 3),
+        (["--prompt", "p1"], ["red", "blue"]),
+    ],
+)
+def test_each_record_is_predicted_with_its_own_prompt(
+    prompt, expected, bright_checkpoint, move_split, predicted_texts, capsys
+):
+    uri = move_split(["red", "blue", None])
+    words = [str(bright_checkpoint), str(uri.with_name("calibrated")), "--dataset", f"drawn={uri}", *prompt]
+    assert calibration.main(words) == 0
+    assert predicted_texts == expected
+    told = capsys.readouterr().err
+    assert ("1 of 3 records have no p1: their prompt is 'bright'" in told) == (not prompt)
+    assert ("there is no prompt; --set data.prompts.drawn" in told) == (prompt == ["--prompt", "p1"])
+
+
+@pytest.mark.parametrize("values", [[0, 1], [0, 100], [0]])
+def test_masks_that_are_all_empty_are_refused_with_their_values(values, bright_checkpoint, move_split, capsys):
+    uri = move_split(["red"] * 3, values[-1])
+    words = [str(bright_checkpoint), str(uri.with_name("calibrated")), "--dataset", f"drawn={uri}"]
+    assert calibration.main(words) == 2
+    told = capsys.readouterr().err
+    assert "dataset drawn: 3 of 3 val masks are empty: the mask files hold" in told
+    assert f"hold {' and '.join(map(str, values)) if len(values) > 1 else 'only 0'}, and values above" in told
+    assert ("--set data.mask_threshold=0" in told) == (len(values) > 1)
+    assert not uri.with_name("calibrated").exists()
+    assert calibration.main([*words, "--set", "data.mask_threshold=0"]) == (0 if len(values) > 1 else 2)
+
+
+@pytest.fixture
+def move_split(drawn, tmp_path):
+    """Write the drawn test images as a validation split, with these prompts; `value` replaces 255 in the masks."""
+
+    def move(prompts=("bright",) * 6, value=None):
+        rows = []
+        for path, prompt in zip(sorted((drawn / "images").iterdir()), prompts, strict=False):
+            mask_path = drawn / "masks" / "lesion" / f"{path.stem}.png"
+            if value is not None:
+                stored = np.array(Image.open(mask_path)) // 255 * value
+                mask_path = tmp_path / f"{path.stem}.png"
+                Image.fromarray(stored.astype(np.uint8)).save(mask_path)
+            row = {"image_uri": str(path), "mask_uri": str(mask_path), "split": "val"}
+            rows.append(row | ({} if prompt is None else {"prompt": prompt}))
+        (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / "list.jsonl"
+
+    return move

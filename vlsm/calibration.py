@@ -8,29 +8,56 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from pydantic import Field, field_validator, model_validator
 from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration, build_checkpoint, read_checkpoint
-from vlsm.config import dump_yaml
+from vlsm.config import Settings, describe_settings, dump_yaml, load_settings
 from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.inspection import require_foreground
 from vlsm.datasets.read import read_dataset
-from vlsm.datasets.records import Record
+from vlsm.datasets.records import RECORD, Record
+from vlsm.datasets.settings import DatasetSettings
 from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.segmenter import Segmenter
-from vlsm.training.sampling import choose_prompt
-from vlsm.training.settings import DataSettings
+from vlsm.training.origin import describe_differences_to_training
+from vlsm.training.sampling import find_prompt
 
 _EDGES = np.linspace(-20, 20, 1601)  # edges of logit bins, each 0.025 wide
 _CENTRES = (_EDGES[1:] + _EDGES[:-1]) / 2
 _BINS = 15  # in a reliability diagram
 _USUAL_AREAS = (1, 99)  # percentiles of the area fractions of the validation masks
+
+
+class CalibrationSettings(Settings):
+    """Labelled images to calibrate on, and their prompts."""
+
+    datasets: dict[str, str] = Field({}, description="locations of labelled datasets by name, as in --dataset")
+    prompt: str = Field(
+        RECORD,
+        description="record (each record's own prompt, its p1; if it has none, the checkpoint's), own (stored in the "
+        "checkpoint), p0, p1, ... or text:WORDS",
+    )
+    data: DatasetSettings = DatasetSettings()
+
+    @field_validator("datasets")
+    @classmethod
+    def _make_absolute(cls, value: dict[str, str]) -> dict[str, str]:
+        return {name: storage.absolute(uri) for name, uri in value.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.datasets:
+            raise ValueError("there is no dataset to calibrate on; give --dataset NAME=URI at least once")
+        return self
+
 
 Labelled = tuple[np.ndarray, np.ndarray]  # logits (H, W) float and mask (H, W) of 0 and 1
 
@@ -39,7 +66,8 @@ def calibrate(examples: Iterable[Labelled]) -> Calibration:
     """Return the temperature and the threshold that fit labelled images best, with their statistics.
 
     The temperature maximises the mean log-likelihood of the pixels (Guo et al. 2017, equation 9); every image has the
-    same weight. The threshold maximises the mean Dice of the images.
+    same weight. The threshold maximises the mean Dice of the images. Of equally good thresholds it is the one in the
+    middle; see `_middle_of_best`.
 
     Args:
         examples: logits at the original size of each image, and its target mask.
@@ -54,9 +82,9 @@ def calibrate(examples: Iterable[Labelled]) -> Calibration:
     minimum = minimize_scalar(lambda log: _loss(shares, np.exp(log)), bounds=np.log([0.05, 20]), method="bounded")
     temperature = float(np.exp(minimum.x))
     dice = _dice_by_threshold(counts)
-    # only thresholds from 0.01 to 0.99: float16 logits are too coarse beyond; of equally good ones take the lowest
-    usable = np.abs(_EDGES[1:-1] / temperature) < np.log(99)
-    best = np.flatnonzero(usable)[np.argmax(np.round(dice.mean(axis=0)[usable], 4))]
+    # only thresholds from 0.01 to 0.99: float16 logits are too coarse beyond
+    usable = np.flatnonzero(np.abs(_EDGES[1:-1] / temperature) < np.log(99))
+    best = int(usable[_middle_of_best(np.round(dice.mean(axis=0)[usable], 4))])
     threshold = _sigmoid(_EDGES[1:-1][best] / temperature)
     areas = counts[:, 1].sum(axis=1) / counts.sum(axis=(1, 2))
     before, after = (reliability(shares, value) for value in (1.0, temperature))
@@ -120,6 +148,18 @@ def _dice_by_threshold(counts: np.ndarray) -> np.ndarray:
     return np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)
 
 
+def _middle_of_best(values: np.ndarray) -> int:
+    """Return the index in the middle of the longest plateau of best values, the place with most room on both sides.
+
+    Of plateaus of equal length, the one nearest to the middle of `values` is taken.
+    """
+    best = np.flatnonzero(values == values.max())
+    plateaus = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
+    centre = (len(values) - 1) / 2
+    longest = max(plateaus, key=lambda plateau: (len(plateau), -abs(plateau.mean() - centre)))
+    return int(longest[len(longest) // 2])
+
+
 def _min_confidence(counts: np.ndarray, edge: int, temperature: float, dice: np.ndarray) -> float | None:
     """Return the confidence limit that best separates bad masks (Dice below BAD_DICE) from the others, by F1.
 
@@ -143,15 +183,13 @@ def _sigmoid(values: Any) -> Any:
     return 1 / (1 + np.exp(-values))
 
 
-def _predict(
-    segmenter: Segmenter, records: list[Record], data: DataSettings, use_stored_prompt: bool
-) -> Iterator[Labelled]:
+def _predict(segmenter: Segmenter, records: list[Record], reader: ExampleReader, choice: str) -> Iterator[Labelled]:
     """Yield logits at the original size of each image, and its mask. Unreadable images are reported and skipped."""
-    square, reader = segmenter.model.image_spec.square, ExampleReader(data)
+    square, stored = segmenter.model.image_spec.square, segmenter.settings.prompt
     for record in tqdm(records, unit="image", disable=not sys.stderr.isatty()):
         try:
             example = reader.read(record)
-            prompt = segmenter.settings.prompt if use_stored_prompt else choose_prompt(record, data, None)
+            prompt = find_prompt(record, choice, stored, "prompt")
         except VlsmError as error:
             print(f"skipped: {error}", file=sys.stderr)
             continue
@@ -160,9 +198,7 @@ def _predict(
         yield square.enlarge_logits(logits, (mask.shape[0], mask.shape[1])), mask
 
 
-def calibrate_checkpoint(
-    source: str, directory: str, datasets: dict[str, str], data: DataSettings | None
-) -> Calibration:
+def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSettings) -> Calibration:
     """Write a calibrated copy of a checkpoint, and return its temperature, threshold and statistics.
 
     The weights do not change.
@@ -170,49 +206,66 @@ def calibrate_checkpoint(
     Args:
         source: the checkpoint, local or on an object store.
         directory: a local folder for the calibrated checkpoint; it must not exist yet.
-        datasets: locations of labelled datasets, by name. Their validation splits are used.
-        data: how to choose prompts and read masks. None: the stored prompt of the checkpoint, and the defaults.
+        settings: the datasets, whose validation splits are used, and how to read and prompt them.
 
     Raises:
-        VlsmError: a checkpoint or dataset is missing, or there are no labelled images.
+        VlsmError: a checkpoint or dataset is missing, there are no labelled images, or nearly all masks are empty.
     """
     if "://" in directory or Path(directory).exists():
         raise ConfigError(f"CALIBRATED is {directory}; it must be a local folder that does not exist yet")
-    records = [record for name, uri in datasets.items() for record in read_dataset(name, uri, data)]
-    require_splits(records, GIVE)
-    records = [record for record in records if record.split == "val"]
+    data, choice = settings.data, settings.prompt
+    all_records = [record for name, uri in settings.datasets.items() for record in read_dataset(name, uri, data)]
+    require_splits(all_records, GIVE)
+    records = [record for record in all_records if record.split == "val"]
     files = read_checkpoint(source)
+    if sentence := describe_differences_to_training(source, data, (choice,)):
+        print(sentence, file=sys.stderr)
+    reader = ExampleReader(data)
+    require_foreground(records, reader, data)
     checkpoint = build_checkpoint(files, source)
     plain = checkpoint.settings.model_copy(update={"calibration": None})
+    if choice == RECORD and (count := sum(record.prompt is None for record in records)):
+        print(f"{count} of {len(records)} records have no p1: their prompt is {plain.prompt!r}, as stored in the "
+              "checkpoint", file=sys.stderr)  # fmt: skip
     segmenter = Segmenter(type(checkpoint)(checkpoint.model, plain, checkpoint.name))
-    calibration = calibrate(_predict(segmenter, records, data or DataSettings(), data is None))
-    settings = plain.model_copy(update={"threshold": calibration.threshold, "calibration": calibration})
+    calibration = calibrate(_predict(segmenter, records, reader, choice))
+    calibrated = plain.model_copy(update={"threshold": calibration.threshold, "calibration": calibration})
     folder = Path(directory)
     for name, content in files.items():
         if name != SETTINGS_NAME:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-    (folder / SETTINGS_NAME).write_text(dump_yaml(settings.model_dump(mode="json")), encoding="utf-8")
+    (folder / SETTINGS_NAME).write_text(dump_yaml(calibrated.model_dump(mode="json")), encoding="utf-8")
     return calibration
 
 
 def main(argv: list[str] | None = None) -> int:
     """Fit the temperature and threshold of a checkpoint on validation images, and write a calibrated copy."""
-    parser = argparse.ArgumentParser(prog="python -m vlsm.calibration", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m vlsm.calibration",
+        description=main.__doc__,
+        epilog="\n".join(
+            ["settings, as --set key=value or in --config FILE:", *describe_settings(CalibrationSettings)]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory; local or s3://")
     parser.add_argument("directory", metavar="CALIBRATED", help="a new local folder for the calibrated checkpoint")
     parser.add_argument(
-        "--dataset", action="append", required=True, metavar="NAME=URI", help="labelled images, as for jobs.train"
+        "--dataset", action="append", default=[], metavar="NAME=URI", help="labelled images, as for jobs.train"
     )
-    parser.add_argument("--prompt", help="p1, text:WORDS, ... (default: the stored prompt of the checkpoint)")
+    parser.add_argument("--prompt", help="the same as --set prompt=..., such as own, p1 or text:WORDS")
+    parser.add_argument("--config", metavar="FILE", help="YAML with settings")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="one setting; may be repeated")
     args = parser.parse_args(argv)
     try:
         pairs = [item.partition("=") for item in args.dataset]
         if wrong := [item for item, (_, equals, uri) in zip(args.dataset, pairs, strict=True) if not (equals and uri)]:
             raise ConfigError(f"--dataset {wrong[0]!r} is not of the form NAME=URI")
-        datasets = {name: storage.absolute(uri) for name, _, uri in pairs}
-        data = DataSettings(prompt=args.prompt) if args.prompt else None
-        calibration = calibrate_checkpoint(args.checkpoint, args.directory, datasets, data)
+        arguments: dict[str, Any] = {"datasets": {name: uri for name, _, uri in pairs}} if pairs else {}
+        arguments |= {"prompt": args.prompt} if args.prompt else {}
+        settings = load_settings(CalibrationSettings, args.config, args.set, arguments)
+        calibration = calibrate_checkpoint(args.checkpoint, args.directory, settings)
     except (VlsmError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ConfigError, CheckpointError)) else 1

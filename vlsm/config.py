@@ -53,7 +53,7 @@ def check_columns(value: dict[str, str]) -> dict[str, str]:
     Raises:
         ValueError: a key is something else.
     """
-    known = ("image_uri", "image_id", "prompt", "prompts", "size_bytes", "etag", "mtime", "image")
+    known = ("image_uri", "image_id", "selector", "prompt", "prompts", "size_bytes", "etag", "mtime", "image")
     if unknown := [name for name in value if name not in known]:
         raise ValueError(f"{unknown[0]!r} must be one of {', '.join(known)}; the manifest's name is the value")
     return value

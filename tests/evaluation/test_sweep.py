@@ -5,11 +5,13 @@ import io
 import random
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.read import read_dataset
+from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError
 from vlsm.evaluation.folds import write_lists
 from vlsm.evaluation.sweep import (
@@ -21,6 +23,7 @@ from vlsm.evaluation.sweep import (
     write_csv,
     write_markdown,
 )
+from vlsm.evaluation.sweep_scores import average_scores
 from vlsm.training.settings import DataSettings
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +158,9 @@ def test_the_table_has_means_over_seeds_and_the_best_in_bold():
             "prompt_class": kind,
             "model": model,
             "dice": dice,
+            "num_failed": 0,
+            "seed": position,
+            "fold": None,
         }
         for dataset, kind, model, dices in (
             ("a", "honest", "small", (0.5, 0.6)),
@@ -163,11 +169,11 @@ def test_the_table_has_means_over_seeds_and_the_best_in_bold():
             ("c", "honest", "large", (0.3, 0.1)),
             ("a", "upper_bound", "small", (0.95, 0.95)),
         )
-        for dice in dices
+        for position, dice in enumerate(dices)
     ]
     settings = make_settings(seeds=[0, 1])
     folds = settings.model_copy(update={"folds": 2, "seeds": (0,)})  # the same figures, from folds
-    (row, *_) = tabulate(rows, folds)
+    (row, *_) = tabulate([row | {"seed": 0, "fold": row["seed"] + 1} for row in rows], folds)
     assert (row["num_folds"], row["num_seeds"], round(row["mean"], 6)) == (2, 1, 0.55)
     assert "mean and standard deviation over 2 folds with 1 seeds, " in write_markdown([row], folds)
     table = tabulate(rows, settings)
@@ -185,6 +191,65 @@ def test_the_table_has_means_over_seeds_and_the_best_in_bold():
     assert "| small | 55.0 ± 7.1 | **40.0 ± 0.0** |" in honest
     assert "| large | **80.0 ± 14.1** (+25.0) | 20.0 ± 14.1 (-20.0) |" in honest
     assert "| small | **95.0 ± 0.0** |" in bound
+
+
+def test_a_trial_without_any_score_stays_in_the_table():
+    """Of two models with two seeds, one trial has no score at all and one has a failed score."""
+    (group, _) = plan_trial_groups(make_settings(seeds=[0, 1], prompts=["p1"]))
+    scores = {
+        "small, seed 0": [0.5, 0.7],
+        "small, seed 1": [0.4, None],
+        "large, seed 0": [None, None],
+        "large, seed 1": [None, None],
+    }
+    table = pa.Table.from_pylist(
+        [
+            {"system": system, "dataset": "a", "prompt_name": "p1", "prompt_class": "honest"}
+            | {"status": "failed" if dice is None else "ok", "dice": dice}
+            for system, values in scores.items()
+            for dice in values
+        ]
+    )
+    results = average_scores(table, group.trials)
+    assert [(row["model"], row["dice"], row["num_failed"]) for row in results] == [
+        ("small", pytest.approx(0.6), 0),
+        ("small", 0.4, 1),
+        ("large", None, 2),
+        ("large", None, 2),
+    ]
+    settings = make_settings(seeds=[0, 1])
+    rows = tabulate(results, settings)
+    assert [(row["num_seeds"], row["mean"], row["num_failed"]) for row in rows] == [(2, 0.5, 1), (0, None, 4)]
+    markdown = write_markdown(rows, settings)
+    assert "| small | **50.0 ± 14.1** [1] |" in markdown and "| large | none [4] |" in markdown
+    assert "Failed scores are in no mean" in markdown
+    assert list(csv.DictReader(io.StringIO(write_csv(rows))))[1]["mean"] == ""
+
+
+def test_the_evaluation_reads_the_datasets_as_the_trainings_do():
+    data = {"mask_threshold": 0, "slices": "coronal", "prompt": "p0", "augment": {"flip": True}}
+    settings = make_settings(train={"data": data}, evaluate={"limit": 3})
+    for group in plan_trial_groups(settings):
+        assert group.settings.data == DatasetSettings(mask_threshold=0, slices="coronal")
+        assert group.settings.limit == 3
+    same = make_settings(train={"data": data}, evaluate={"data": {"mask_threshold": 0}})
+    assert plan_trial_groups(same)[0].settings.data.slices == "coronal"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evaluate": {"data": {"mask_threshold": 1}}}, "is 0 in models: small and 1 in evaluate"),
+        ({"evaluate": {"mask_threshold": 1}}, "is 0 in models: small and 1 in evaluate"),
+        (
+            {"models": {"x": {"model": "unet_d"}, "y": {"model": "unet_d", "data": {"mask_threshold": 9}}}},
+            "is 0 in models: x and 9 in models: y",
+        ),
+    ],
+)
+def test_a_sweep_reads_its_datasets_in_one_way(options, message):
+    with pytest.raises(ConfigError, match=f"data.mask_threshold {message}; .*set train.data.mask_threshold only"):
+        plan_trial_groups(make_settings(train={"data": {"mask_threshold": 0}}, **options))
 
 
 @pytest.mark.parametrize(

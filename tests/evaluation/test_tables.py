@@ -156,8 +156,8 @@ def test_of_several_sentences_the_first_is_used_and_templates_are_filled():
     assert "empty" not in texts_of(records[:1], "lesion", chosen, with_robustness=False)[0]
 
 
-def told(prompt, fraction, prompt_name="p1"):
-    return {"dataset": "d", "prompt_name": prompt_name, "prompt": prompt, "target_fraction": fraction}
+def told(prompt, fraction, system="a"):
+    return {"system": system, "dataset": "d", "prompt_name": "p1", "prompt": prompt, "target_fraction": fraction}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def told(prompt, fraction, prompt_name="p1"):
         ([told("no tumor", 0.1), told("no tumor", 0.0)], False),  # the same of all
         ([told("lesion", 0.1), told("stone", 0.2), told("stone", 0.0)], False),
         ([told("nodule", 0.1), told("abnormal nose", 0.2)], False),
-        ([told("no polyp", 0.1, "own"), told("polyp", 0.1, "own")], False),  # of two checkpoints
+        ([told("no polyp", 0.1), told("polyp", 0.1, "b")], False),  # the stored prompts of two checkpoints
     ],
 )
 def test_prompts_that_give_the_answer_away_are_found(rows, is_telling):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from jobs import evaluate, segment
 from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.datasets.read import read_dataset
+from vlsm.datasets.records import Record
 from vlsm.images.decode import decode_image, decode_mask_file
 from vlsm.segmentation.masks import decode_mask
 from vlsm.segmentation.metrics import dice_score
@@ -163,14 +165,16 @@ def test_masks_of_another_run_give_the_same_scores_and_are_joined_by_name(
     assert segment.main([*words, "--set", "prompts=[lesion]"]) == 0
     words = [tmp_path / "out", "--masks", f"old={tmp_path / 'masks'}", "--dataset", f"drawn={labelled}"]
     code, summary, log = run(*words)
-    assert (code, summary["rows"], summary["failed"]) == (0, 12, 4)
+    assert (code, summary["rows"], summary["failed"]) == (0, 12, 8)  # six stones, a missing image, a broken label
+    errors = [row["error"] for row in pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()]
+    assert errors.count("missing: the segment run has no prompt 'stone'") == 5
     counts = "5 of 6 labelled images, 5 of them matched by file name; 1 are missing; 1 images of the run have no label"
     assert counts in log
     expected = by_key(
         [r for r in rows if r["system"] == bright_checkpoint.name and r["prompt_name"] == "text:lesion"], "record"
     )
     for row in pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist():
-        if "test_0000" in row["image_uri"]:
+        if "test_0000" in row["image_uri"] or "/stone/" in row["mask_uri"]:
             assert row["status"] == "failed" and row["error"].startswith("missing: ")
         else:
             assert row["dice"] == expected[(row["record"],)]["dice"] and row["prompt"] == "lesion"
@@ -187,6 +191,42 @@ def test_masks_of_an_evaluation_are_scored_by_another(evaluated, rows, labelled,
             assert found[row["record"], "p1"] == row
     errors = {found[key]["error"] for key in found if key[1] != "p1"}
     assert errors == {"missing: the segment run has no prompt 'elsewhere'"}
+
+
+def test_slices_and_classes_are_scored_each_with_its_own_mask(bright_checkpoint, ray_cluster, tmp_path, monkeypatch):
+    """A volume that is cut into coronal slices, with a label volume of two classes."""
+    volume, labels = np.zeros((2, 24, 3, 20), np.uint8)
+    volume[2:12, 0], labels[2:12, 0] = 255, 1  # the first slice has class 1, the last one both, the second one nothing
+    volume[4:10, 2], labels[4:10, 2] = 255, 1
+    labels[12:20, 2, 5:] = 2
+    for name, values in (("image", volume), ("label", labels)):
+        nibabel.Nifti1Image(values, np.eye(4)).to_filename(tmp_path / f"{name}.nii.gz")
+    records = [
+        Record(
+            "d", "test", "row 1", str(tmp_path / "image.nii.gz"), str(tmp_path / "label.nii.gz"), {"p1": (prompt,)},
+            image_selector=f"slice={number}", mask_selector=f"slice={number}", labels=(label,), group="patient",
+        )
+        for number in range(3)
+        for label, prompt in ((1, "organ"), (2, "tumor"))
+    ]  # fmt: skip
+    monkeypatch.setattr("vlsm.evaluation.systems.read_dataset", lambda *_: records)
+    words = [str(tmp_path / "out"), "--checkpoint", str(bright_checkpoint), "--dataset", "d=anywhere"]
+    assert evaluate.main([*words, "--set", "data.slices=coronal", "--set", "data.window=[128, 256]"]) == 0
+    rows = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    found = {(row["selector"], row["prompt"]): row for row in rows}
+    assert len(rows) == len(found) == 6
+    assert {row["status"] for row in rows} == {"ok"} and {row["group"] for row in rows} == {"patient"}
+    assert {(row["height"], row["width"]) for row in rows} == {(20, 24)}
+    dice = {key: row["dice"] for key, row in found.items()}
+    assert dice["slice=0", "organ"] > 0.9 and dice["slice=2", "organ"] > 0.9
+    assert dice["slice=0", "tumor"] == 0 and dice["slice=2", "tumor"] < 0.1
+    fractions = [found[f"slice={number}", "tumor"]["target_fraction"] for number in range(3)]
+    assert fractions == [0, 0, 8 * 15 / 480]
+    again = [str(tmp_path / "again"), "--masks", f"mine={tmp_path / 'out' / 'runs' / bright_checkpoint.name}"]
+    words = [*again, "--dataset", "d=anywhere", "--set", "data.slices=coronal"]
+    assert evaluate.main(words) == 0
+    same = pq.read_table(tmp_path / "again" / "scores.parquet").to_pylist()
+    assert [row["dice"] for row in same] == [row["dice"] for row in rows]
 
 
 def test_it_goes_on_where_it_was_interrupted_and_starts_over_when_told(

@@ -1,10 +1,12 @@
 import html
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from importlib import resources
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -15,6 +17,7 @@ from PIL import Image
 
 from tests.browser import CHROMIUM, Browser
 from vlsm.datasets.inspection import EXAMPLES_SCHEMA
+from vlsm.errors import ResultError
 from vlsm.report import pictures
 from vlsm.report.__main__ import main
 from vlsm.report.survey import ROW, Extremes, Sample, Survey, scan
@@ -276,6 +279,37 @@ def test_an_evaluation_without_its_table_has_a_page(evaluated, tmp_path):
     assert "This evaluation is not complete." in page
     assert stats(page)["Dice, median"] == f"{np.median(rows['dice'].to_numpy()):.3f}"
     assert page.count('class="card"') == 3
+
+
+def test_a_damaged_summary_is_named(evaluated, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(evaluated, output)
+    (output / "summary.json").write_text("{damaged")
+    with pytest.raises(ResultError, match=r"run/summary.json is damaged: .*; remove it"):
+        write_report(str(output), tmp_path / "page.html")
+
+
+def test_slices_and_masks_of_one_image_are_cards_of_their_own(tmp_path):
+    """An evaluation of three slices of a volume that is cut sideways, each with two masks in one file."""
+    volume = np.zeros((30, 40, 20), np.uint8)
+    volume[10:20] = 200
+    nibabel.Nifti1Image(volume, np.eye(4)).to_filename(tmp_path / "v.nii")
+    mask = np.zeros((20, 40), np.uint8)
+    mask[5:10, 5:10] = 1
+    rows = [
+        {"image_id": f"v#slice={number}", "image_uri": str(tmp_path / "v.nii"), "selector": f"slice={number}"}
+        | {"mask_uri": "labels.nii", "record": f"row {number}, mask {label}", "prompt": "x", "prompt_name": "record"}
+        | {"dataset": "d", "system": "s", "split": "test", "status": "ok", "error": None, "height": 20, "width": 40}
+        | {"dice": 0.5, "mask_rle": encode_mask(mask), "target_rle": encode_mask(mask), "prompt_class": "honest"}
+        for number in (0, 10, 11)
+        for label in (1, 2)
+    ]
+    config = {"datasets": {"d": "x"}, "systems": {}, "data": {"slices": "sagittal", "columns": {"mask_uri": "mask"}}}
+    write_record(tmp_path / "out", config=config)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "out" / "scores.parquet")
+    page = write_report(str(tmp_path / "out"), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count('class="card"') == 6
+    assert 'class="problem"' not in page
 
 
 def test_outlines_are_seen_where_prediction_and_target_agree_and_where_they_do_not():

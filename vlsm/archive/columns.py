@@ -17,8 +17,8 @@ from vlsm.errors import ManifestError
 logger = logging.getLogger("vlsm")
 
 KNOWN = (
-    *("image_uri", "image_id", "prompt", "prompts", "size_bytes", "etag", "mtime"),
-    *("mask_uri", "split", "dataset", "group"),  # of labelled images
+    *("image_uri", "image_id", "selector", "prompt", "prompts", "size_bytes", "etag", "mtime"),
+    *("mask_uri", "mask_selector", "split", "dataset", "group"),  # of labelled images
 )
 # names that other programs give to the location of an image, the likeliest first
 _LOCATIONS = (

@@ -44,7 +44,8 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
         rows: rows of files, with the other columns of PLAN_SCHEMA.
         look: options for listing the images in a file.
         skipped: counter of skipped files and members, by description; this function adds to it.
-        is_list: whether a manifest names every file. A file without images then gives a row, which fails later.
+        is_list: whether a manifest names every file. A file without images then gives a row, which fails later. A row
+            with a selector stands for this image of the file.
 
     Raises:
         StorageError: a store does not answer.
@@ -54,12 +55,15 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
     pool = ThreadPoolExecutor(_AHEAD)
     weight, num_unnamed = 0, 0
     told: set[str] = set()
+    last: tuple[str, Future[Found]] | None = None  # rows of one file that follow each other share its listing
     try:
         for row in map(_name_header, rows) if is_list else rows:
             kind = kind_of(row["image_uri"])
             num_unnamed += kind == UNNAMED
             is_plain = kind is None or (kind == "image" and look.tile.size is None)
-            waiting.append((row, None if is_plain else pool.submit(_look_into, row, look)))
+            if not is_plain and (last is None or last[0] != row["image_uri"] or row.get("selector") is None):
+                last = row["image_uri"], pool.submit(_look_into, row, look)
+            waiting.append((row, None if is_plain or last is None else last[1]))
             weight += _weight(row)
             # Yield rows that need no header as soon as all rows before them are done.
             while waiting and (waiting[0][1] is None or weight > _AHEAD):
@@ -136,6 +140,9 @@ def _images_of(
 ) -> Iterator[Row]:
     """Yield the rows of the images in a file; `listing` is None for a file that is one image."""
     images, others = ([Inside()], Counter[str]()) if listing is None else listing.result()
+    if row.get("selector") is not None:
+        yield _choose_image(row, images)
+        return
     if is_list and not images:
         is_empty = is_archive(row["image_uri"])
         images, others = [Inside(problem=f"empty: {row['image_uri']} holds no images" if is_empty else None)], Counter()
@@ -147,6 +154,17 @@ def _images_of(
         details = {"offset": image.offset, "length": image.length, "problem": image.problem}
         details |= {"image_id": _name(row, selector, image), "selector": selector, "num_windows": image.num_windows}
         yield row | details | {"prompts": image.stated.get("prompts", row["prompts"])}
+
+
+def _choose_image(row: Row, images: list[Inside]) -> Row:
+    """Return the row of the image that a list names by its selector; the list states its image_id and prompts."""
+    uri, selector = row["image_uri"], row["selector"]
+    whole = [image for image in images if image.selector is None and image.problem]  # the file cannot be read
+    missing = Inside(problem=f"missing: {uri} has no image {selector}; its selectors are as in the rows of a run")
+    chosen = (image for image in images if image.selector and storage.spell_out(image.selector) == selector)
+    image = next(chosen, whole[0] if whole else missing)
+    details = {"offset": image.offset, "length": image.length, "problem": image.problem}
+    return row | details | {"num_windows": image.num_windows}
 
 
 def _tell_fields(uri: str, images: list[Inside], told: set[str]) -> None:

@@ -20,6 +20,8 @@ def read_image_list(
 ) -> Iterator[Row]:
     """Yield the images of a manifest as rows with columns of PLAN_SCHEMA.
 
+    A row with a selector stands for one image of a file, and its image_id for this image.
+
     Args:
         uri: INPUT: the manifest, or the folder of its files. A relative image_uri starts from the manifest's folder, or
             from the folder of its files.
@@ -39,13 +41,14 @@ def read_image_list(
             raise ManifestError(f"{where}: image_uri is {shorten(image_uri)}; it must name an image")
         is_relative = "://" not in image_uri and not image_uri.startswith("/")
         location = storage.join(folder, image_uri) if is_relative else image_uri
-        image_id = read_text(row.get("image_id")) or image_uri
+        selector = read_text(row.get("selector")) or None
+        image_id = read_text(row.get("image_id")) or (f"{image_uri}#{selector}" if selector else image_uri)
         texts = read_prompts(row, prompts, where)
         etag = read_text(row.get("etag"))
-        for text in (image_id, location, etag or "", *texts):
+        for text in (image_id, location, selector or "", etag or "", *texts):
             check_text(text, where)
         _check_place(location, uri, allow, where)
-        yield {"image_id": image_id, "image_uri": location, "prompts": texts} | describe_file(
+        yield {"image_id": image_id, "image_uri": location, "selector": selector, "prompts": texts} | describe_file(
             _size(row.get("size_bytes")), etag, row.get("mtime")
         )
 

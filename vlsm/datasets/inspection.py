@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlsm.datasets.examples import ExampleReader
-from vlsm.datasets.mask_checks import check_masks, list_values, mask_key
+from vlsm.datasets.mask_checks import check_masks, find_useless_masks, list_values, mask_key
 from vlsm.datasets.records import Record
-from vlsm.errors import ImageError
+from vlsm.datasets.settings import DatasetSettings
+from vlsm.errors import ConfigError, ImageError
 from vlsm.images.preprocess import Square
 
 # Two images look alike if at most 6 of the 64 bits of their perceptual hashes differ. At this limit, 7 of ClinicDB's 61
@@ -98,6 +99,26 @@ def inspect_record(record: Record, reader: ExampleReader, square: Square | None 
         square_side=square and square.size,
         square_px=square and int(np.count_nonzero(square.resize_mask(mask))),
     )
+
+
+def require_foreground(records: Sequence[Record], reader: ExampleReader, settings: DatasetSettings) -> None:
+    """Raise a ConfigError if the masks of a dataset's split are all empty or full; see `find_useless_masks`.
+
+    Only the mask files are read.
+    """
+    facts = [_inspect_mask(record, reader) for record in records]
+    useless = find_useless_masks(records, facts, settings.mask_threshold)
+    if useless and not settings.allow_empty_masks:
+        raise ConfigError(f"{'; '.join(useless)} (if they are right: --set data.allow_empty_masks=true)")
+
+
+def _inspect_mask(record: Record, reader: ExampleReader) -> Facts:
+    try:
+        target = reader.read_mask(record)
+    except ImageError as error:
+        return Facts(error=str(error))
+    values, num_values = list_values(target.stored)
+    return Facts(area_fraction=float(target.mask.mean()), mask_values=values, num_mask_values=num_values)
 
 
 def _perceptual_hash(image: np.ndarray) -> int:

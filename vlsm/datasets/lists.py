@@ -1,11 +1,13 @@
 """Lists with masks: Parquet, CSV, TSV or JSON Lines with the columns `image_uri` and `mask_uri`.
 
 Further columns are optional. `split`: train, val or test, or another usual name for it, such as Training or valid; a
-row without one gets "", not yet assigned. `group`: the patient or video. `prompt` or `prompts`, and `dataset`. Columns
+row without one gets "", not yet assigned. `group`: the patient or video. `prompt` or `prompts`, and `dataset`.
+`selector` and `mask_selector` name an image and a mask inside of a file, as the selectors in the rows of a run. Columns
 of other names are not read, unless `data.columns` names them: --set data.columns.group=patient_id.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -81,7 +83,10 @@ def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) ->
     prompts = {} if texts is None else {"p1": check_texts(texts, f"{where}, prompts")}
     group = "" if row.get("group") is None else str(row["group"])
     dataset = str(row.get("dataset") or name)
-    return Record(dataset, _read_split(row.get("split"), where), where, image_uri, mask_uri, prompts, group=group)
+    selector, mask_selector = (str(row[name]) if row.get(name) else None for name in ("selector", "mask_selector"))
+    split = _read_split(row.get("split"), where)
+    record = Record(dataset, split, where, image_uri, mask_uri, prompts, group=group)
+    return replace(record, image_selector=selector, mask_selector=mask_selector)
 
 
 def _read_split(value: Any, where: str) -> str:

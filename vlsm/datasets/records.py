@@ -6,6 +6,9 @@ from typing import Any
 from vlsm.errors import ManifestError
 
 SPLITS = ("train", "val", "test")
+# choices of a prompt in calibration and evaluation, beside the kinds of a record's prompts and text:WORDS
+RECORD = "record"  # the record's own prompt, `Record.prompt`; where it has none, the one stored in the checkpoint
+OWN = "own"  # the prompt stored in the checkpoint, for every record
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Record:
     def has_words(self) -> bool:
         """Whether a prompt is more than an empty text."""
         return any(text.strip() for texts in self.prompts.values() for text in texts)
+
+    @property
+    def prompt(self) -> str | None:
+        """The text that names the object of the mask: the first p1. None if the record has no p1."""
+        return next(iter(self.prompts.get("p1", ())), None)
 
     def stated(self) -> dict[str, Any]:
         """Return the fields as a dict, without those that have their default value."""

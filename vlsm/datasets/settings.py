@@ -28,6 +28,9 @@ class DatasetSettings(Settings):
         description="an image, slice or frame without a class: skip: no example; empty: an example with an empty mask; "
         "null: skip for COCO, volumes and DICOM segmentations, else empty",
     )
+    allow_empty_masks: bool = Field(
+        False, description="train although nearly all masks of a dataset's split are empty, or full"
+    )
     join_masks: bool = Field(False, description="several masks of one image and one prompt are one mask")
     skip_unpaired: bool = Field(
         False, description="leave out images without a mask and masks without an image instead of stopping"

@@ -13,42 +13,49 @@ from vlsm.runs.results import open_results
 logger = logging.getLogger("vlsm")
 
 
-def match_images(name: str, output: str, records: Sequence[Record]) -> list[str | None]:
-    """Return for each record the image_id of its image in a segment run, or None if the run has no such image.
+Place = tuple[str, str | None]  # location and selector of an image
 
-    Images match by image_uri. The remaining images match by file name, if exactly one remaining image of the run and
-    one remaining labelled image have that name. A log line counts images matched by file name and unmatched images.
+
+def match_images(name: str, output: str, records: Sequence[Record]) -> tuple[list[str | None], set[str]]:
+    """Return for each record the image_id of its image in a segment run, or None; and all prompts of the run.
+
+    Images match by image_uri and selector. The remaining images match by file name and selector, if exactly one
+    remaining image of the run and one remaining labelled image have them. A log line counts images matched by file name
+    and unmatched images.
 
     Args:
         name: name of the system, for log lines.
         output: OUTPUT of the segment run.
         records: all records to score.
     """
-    columns = ["image_id", "image_uri"]
-    is_plain_mask = pc.field("selector").is_null() & (pc.field("kind") == "mask")
-    rows = open_results(output).to_table(columns=columns, filter=is_plain_mask).to_pylist()
-    image_ids = {storage.absolute(row["image_uri"]): row["image_id"] for row in rows}
-    uris = [storage.absolute(record.image_uri) for record in records]
-    unmatched_uris = {uri for uri in uris if uri not in image_ids}
-    unmatched_run_uris = image_ids.keys() - set(uris)
-    run_uris_by_name = _group_by_name(unmatched_run_uris)
-    matches = {
-        same_name[0]: run_uris_by_name[file_name][0]
-        for file_name, same_name in _group_by_name(unmatched_uris).items()
-        if len(same_name) == len(run_uris_by_name.get(file_name, ())) == 1
+    columns = ["image_id", "image_uri", "selector", "prompt"]
+    table = open_results(output).to_table(columns=columns, filter=pc.field("kind") == "mask")
+    prompts = set(pc.unique(table["prompt"]).to_pylist())
+    image_ids = {
+        (storage.absolute(row["image_uri"]), row["selector"]): row["image_id"]
+        for row in table.drop_columns(["prompt"]).to_pylist()
     }
-    num_missing, num_others = len(unmatched_uris) - len(matches), len(unmatched_run_uris) - len(matches)
+    places = [(storage.absolute(record.image_uri), record.image_selector) for record in records]
+    unmatched = {place for place in places if place not in image_ids}
+    unmatched_in_run = image_ids.keys() - set(places)
+    run_by_name = _group_by_name(unmatched_in_run)
+    matches = {
+        same_name[0]: run_by_name[key][0]
+        for key, same_name in _group_by_name(unmatched).items()
+        if len(same_name) == len(run_by_name.get(key, ())) == 1
+    }
+    num_missing, num_others = len(unmatched) - len(matches), len(unmatched_in_run) - len(matches)
     logger.info(
         "masks %s: the segment run has %d of %d labelled images, %d of them matched by file name; %d are missing; "
         "%d images of the run have no label and are not scored",
-        *(name, len(set(uris)) - num_missing, len(set(uris)), len(matches), num_missing, num_others),
+        *(name, len(set(places)) - num_missing, len(set(places)), len(matches), num_missing, num_others),
     )
-    return [image_ids.get(matches.get(uri, uri)) for uri in uris]
+    return [image_ids.get(matches.get(place, place)) for place in places], prompts
 
 
-def _group_by_name(uris: Iterable[str]) -> dict[str, list[str]]:
-    """Return the URIs in sorted order, grouped by their file name."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for uri in sorted(uris):
-        groups[uri.rsplit("/", 1)[-1]].append(uri)
+def _group_by_name(places: Iterable[Place]) -> dict[Place, list[Place]]:
+    """Return the images grouped by their file name and selector."""
+    groups: dict[Place, list[Place]] = defaultdict(list)
+    for uri, selector in places:
+        groups[uri.rsplit("/", 1)[-1], selector].append((uri, selector))
     return groups

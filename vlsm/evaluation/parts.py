@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from vlsm.datasets.examples import ExampleReader
-from vlsm.datasets.records import Record
+from vlsm.datasets.records import OWN, RECORD, Record
 from vlsm.errors import ImageError, ResultError
 from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
-from vlsm.evaluation.settings import OWN, EvaluateSettings
+from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.systems import System, Target
 from vlsm.runs.plan import Plan
 from vlsm.runs.record import read_record
@@ -29,9 +29,11 @@ SCORES_SCHEMA = pa.schema(
         pa.field("checkpoint", pa.string()),
         pa.field("dataset", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
+        pa.field("group", pa.string()),
         pa.field("record", pa.string(), nullable=False),
         pa.field("image_id", pa.string()),
         pa.field("image_uri", pa.string(), nullable=False),
+        pa.field("selector", pa.string()),
         pa.field("mask_uri", pa.string(), nullable=False),
         pa.field("prompt_name", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
@@ -135,9 +137,11 @@ def _describe(system: str, target: Target, name: str, settings: EvaluateSettings
         "system": system,
         "dataset": record.dataset,
         "split": record.split,
+        "group": record.group or None,
         "record": record.where,
         "image_id": target.image_id,
         "image_uri": record.image_uri,
+        "selector": record.image_selector,
         "mask_uri": record.mask_uri,
         "prompt_name": name,
         "prompt": target.texts[name],
@@ -210,7 +214,8 @@ def _score_row(row: dict[str, Any], label: np.ndarray | str, mask_uri: str) -> d
 def _find_row(rows_by_prompt: dict[str, dict[str, Any]], target: Target, name: str) -> dict[str, Any] | str:
     """Return an image's row for the prompt with this name, or the error message if there is none."""
     text = target.texts[name]
+    is_stored = name == OWN or (name == RECORD and target.record.prompt is None)
     # The manifest of the segment run can give an image another prompt than the run's settings do.
-    if name == OWN and len(rows_by_prompt) == 1:
+    if is_stored and len(rows_by_prompt) == 1:
         return next(iter(rows_by_prompt.values()))
     return rows_by_prompt.get(text, f"missing: the segment run has no prompt {text!r}")

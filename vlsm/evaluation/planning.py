@@ -11,7 +11,7 @@ OUTPUT/summary.json      written last: its presence means that the evaluation is
 import io
 import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlsm import storage
+from vlsm.datasets.records import OWN
 from vlsm.errors import ConfigError, ResultError
 from vlsm.evaluation.parts import SCORES_SCHEMA
 from vlsm.evaluation.prompts import HONEST, UPPER_BOUND, find_telling
@@ -52,9 +53,26 @@ def plan_evaluation(settings: EvaluateSettings) -> tuple[Evaluation, dict[str, A
     Raises:
         VlsmError: a setting, path, dataset, checkpoint or segment run cannot be used.
     """
-    settings = name_systems(settings)
+    settings = name_systems(_keep_earlier_prompts(settings))
     systems, facts = plan_systems(settings)
     return Evaluation(settings, systems), facts
+
+
+def _keep_earlier_prompts(settings: EvaluateSettings) -> EvaluateSettings:
+    """Return the settings with the prompts of an evaluation that an earlier version began in OUTPUT, if none are given.
+
+    Its default was the prompt that is stored in the checkpoint. Its record has no group `data`.
+    """
+    if "prompts" in settings.model_fields_set or settings.start_over:
+        return settings
+    with storage.name_errors("OUTPUT", settings.output):
+        record = read_record(settings.output)
+    if record is None or "data" in record["config"]:
+        return settings
+    prompts = tuple(record["config"].get("prompts", (OWN,)))
+    logger.info("an earlier version began the evaluation in %s: it goes on with prompts=[%s]", settings.output,
+                ", ".join(prompts))  # fmt: skip
+    return settings.model_copy(update={"prompts": prompts})
 
 
 def prepare_evaluation(settings: EvaluateSettings) -> Evaluation:
@@ -138,7 +156,23 @@ def finish_evaluation(evaluation: Evaluation, tables: Iterable[pa.Table], second
             row["prompt_class"] = UPPER_BOUND
     for (dataset, name), reason in telling.items():
         logger.info("dataset %s: prompt %s reveals the answer: %s", dataset, name, reason)
+    _warn_of_empty(rows, evaluation.settings)
     return _write_results(evaluation.settings, rows, telling, seconds)
+
+
+def _warn_of_empty(rows: Iterable[dict[str, Any]], settings: EvaluateSettings) -> None:
+    """Warn of datasets whose labels are all empty: a system that marks nothing has a Dice of 1 there."""
+    fractions: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row["target_fraction"] is not None:
+            fractions[row["dataset"]][row["record"]] = row["target_fraction"]
+    for dataset, by_record in fractions.items():
+        if not any(by_record.values()):
+            logger.warning(
+                "dataset %s: all %d labels of split %s are empty with data.mask_threshold=%d; "
+                "if their files hold smaller values than that, --set data.mask_threshold=0",
+                *(dataset, len(by_record), settings.split, settings.data.mask_threshold),
+            )
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -15,10 +15,10 @@ from vlsm.config import (
     each_one_is_a_list,
     one_is_a_list,
 )
+from vlsm.datasets.records import RECORD
 from vlsm.datasets.settings import READING, DatasetSettings
 
 _NOT_SHARED = {"output", "prompts", "start_over"}  # a segment run has settings of these names with other values
-OWN = "own"  # in `prompts`: the prompt that is stored in the checkpoint
 
 
 class EvaluateSettings(Settings):
@@ -39,10 +39,11 @@ class EvaluateSettings(Settings):
     )
     limit: int | None = Field(None, ge=1, description="number of records to score per dataset, the first of the split")
     prompts: tuple[str, ...] = Field(
-        (OWN,),
+        (RECORD,),
         min_length=1,
-        description="prompts to score, one row per record and prompt: own (stored in the checkpoint), p0, p1, ... "
-        "(from the record; the first text if there are several) or text:WORDS",
+        description="prompts to score, one row per record and prompt: record (the record's own prompt, its p1; if it "
+        "has none, the checkpoint's), own (stored in the checkpoint, for every record), p0, p1, ... (from the record; "
+        "the first text if there are several) or text:WORDS",
     )
     prompt_robustness: bool = Field(
         False,

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from vlsm import storage
 from vlsm.config import Settings, load_settings
 from vlsm.datasets.settings import SplitSettings
+from vlsm.datasets.shared import share_settings
 from vlsm.errors import ConfigError
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.training.settings import TrainSettings
@@ -31,6 +32,7 @@ COLUMNS = (
     "mean",
     "sd",
     "difference",
+    "num_failed",
 )
 
 
@@ -221,9 +223,11 @@ def _evaluate_settings(settings: SweepSettings, trials: tuple[Trial, ...]) -> Ev
     fixed = {"output": output, "datasets": first.settings.datasets | external, "systems": systems}
     tree = merge({"prompts": ["p1" if first.prompt == "random" else first.prompt]}, settings.evaluate)
     try:
-        return load_settings(EvaluateSettings, None, [], tree | fixed)
+        evaluation = load_settings(EvaluateSettings, None, [], tree | fixed)
     except ConfigError as error:
         raise ConfigError(f"evaluate: {error}") from error
+    by_name = {f"models: {trial.model}": trial.settings.data for trial in trials}
+    return evaluation.model_copy(update={"data": share_settings(by_name, evaluation.data)})
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -243,25 +247,32 @@ def _safe_name(name: str) -> str:
 def tabulate(rows: Iterable[dict[str, Any]], settings: SweepSettings) -> list[dict[str, Any]]:
     """Return the table: mean and standard deviation of Dice over folds and seeds, and the difference to the baseline.
 
-    A row stands for one model, training dataset, test dataset, prompt and prompt class. Its keys are COLUMNS.
+    A row stands for one model, training dataset, test dataset, prompt and prompt class. Its keys are COLUMNS. A seed
+    whose records all failed has no mean and does not count in num_seeds.
 
     Args:
-        rows: results of the evaluations: trained_on, dataset, prompt, prompt_class, model, dice (mean over records).
+        rows: results of the evaluations, as `sweep_scores.average_scores` returns them.
         settings: settings of the sweep.
     """
-    dice: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    cells: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         key = tuple(str(row[name]) for name in COLUMNS[:4])
-        dice.setdefault(key, {}).setdefault(row["model"], []).append(float(row["dice"]))
+        cells.setdefault(key, {}).setdefault(row["model"], []).append(row)
     baseline = settings.baseline or next(iter(settings.models))
     table = []
-    for key, models in dice.items():
-        means = {model: statistics.fmean(values) for model, values in models.items()}
-        for model, values in models.items():
+    for key, models in cells.items():
+        dice = {
+            model: [float(row["dice"]) for row in results if row["dice"] is not None]
+            for model, results in models.items()
+        }
+        means = {model: statistics.fmean(values) for model, values in dice.items() if values}
+        for model, values in dice.items():
             spread = statistics.stdev(values) if len(values) > 1 else None
-            difference = means[model] - means[baseline] if baseline in means else None
-            num_folds = settings.folds or 1
-            row_values = (*key, model, num_folds, len(values) // num_folds, means[model], spread, difference)
+            difference = means[model] - means[baseline] if {model, baseline} <= means.keys() else None
+            num_failed = sum(row["num_failed"] for row in models[model])
+            done = [row for row in models[model] if row["dice"] is not None]
+            counts = [len({row[name] for row in done}) for name in ("fold", "seed")]
+            row_values = (*key, model, *counts, means.get(model), spread, difference, num_failed)
             table.append(dict(zip(COLUMNS, row_values, strict=True)))
     return table
 
@@ -284,6 +295,8 @@ def write_markdown(table: list[dict[str, Any]], settings: SweepSettings) -> str:
     num_seeds = len(settings.seeds)
     parts = [f"Dice in percent: mean and standard deviation over {folds}{num_seeds} seeds, and the difference to "]
     parts[0] += f"{settings.baseline or next(iter(settings.models))}.\n"
+    if any(row["num_failed"] for row in table):
+        parts[0] += "Failed scores are in no mean; square brackets hold their number, over all seeds.\n"
     for prompt_class, heading in (
         ("honest", ""),
         ("upper_bound", "\n## Upper bound: prompts that reveal the answer\n"),
@@ -298,7 +311,7 @@ def _grid(rows: list[dict[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(map(_column, rows)))
     models = list(dict.fromkeys(row["model"] for row in rows))
     rows_by_cell = {(row["model"], _column(row)): row for row in rows}
-    best = {column: max(row["mean"] for row in rows if _column(row) == column) for column in columns}
+    best = {column: max(row["mean"] or 0.0 for row in rows if _column(row) == column) for column in columns}
     headings = [
         f"{dataset}, {prompt}" + ("" if trained_on == dataset else f" (trained on {trained_on})")
         for trained_on, dataset, prompt in columns
@@ -317,6 +330,9 @@ def _column(row: dict[str, Any]) -> tuple[str, str, str]:
 def _cell(row: dict[str, Any] | None, best: float) -> str:
     if row is None:
         return ""
+    failed = f" [{row['num_failed']}]" if row["num_failed"] else ""
+    if row["mean"] is None:
+        return f"none{failed}"
     text = f"{100 * row['mean']:.1f}" + ("" if row["sd"] is None else f" ± {100 * row['sd']:.1f}")
     text = f"**{text}**" if row["mean"] == best else text
-    return text + ("" if not row["difference"] else f" ({100 * row['difference']:+.1f})")
+    return text + ("" if not row["difference"] else f" ({100 * row['difference']:+.1f})") + failed

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlsm import storage
@@ -18,10 +18,11 @@ from vlsm.datasets.records import Record
 from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import ConfigError
 from vlsm.evaluation.matching import match_images
-from vlsm.evaluation.prompts import texts_of
-from vlsm.evaluation.settings import OWN, EvaluateSettings
+from vlsm.evaluation.prompts import match_texts, needs_stored, report_stored, texts_of
+from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.runs.record import read_record, read_summary
+from vlsm.training.origin import describe_differences_to_training
 
 logger = logging.getLogger("vlsm")
 
@@ -94,12 +95,12 @@ def _name_checkpoints(uris: Sequence[str]) -> Iterable[tuple[str, str]]:
 
 
 def read_test_records(settings: EvaluateSettings) -> list[Record]:
-    """Return the records to score, without repeated records.
+    """Return the records to score, without repeated records; each has a `where` of its own in its dataset.
 
     Raises:
         ConfigError, ManifestError: a dataset cannot be read, or has no records in this split.
     """
-    unique_records: dict[tuple[str, ...], Record] = {}
+    unique_records: dict[str, Record] = {}
     num_all = 0
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
@@ -112,11 +113,28 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
             raise ConfigError(f"dataset {name} has no records of split {settings.split}; it has {splits}")
         num_all += len(split_records)
         for record in split_records:
-            key = (record.dataset, record.image_uri, record.mask_uri, repr(sorted(record.prompts.items())))
+            stated = record.stated() | {"prompts": sorted(record.prompts.items())}
+            key = repr([(key, value) for key, value in stated.items() if key not in ("where", "group")])
             unique_records.setdefault(key, record)
     if num_repeated := num_all - len(unique_records):
         logger.info("%d records repeat the image, label and prompts of another record and are ignored", num_repeated)
-    return list(unique_records.values())
+    return _name_records(list(unique_records.values()))
+
+
+def _name_records(records: Sequence[Record]) -> list[Record]:
+    """Return the records with a `where` that no other record of the dataset has, because scores name a record by it.
+
+    One row of a list can give a record for each slice of a volume, and for each class of a mask.
+    """
+    shared = Counter((record.dataset, record.where) for record in records)
+    named, numbers = [], Counter[tuple[str, str]]()
+    for record in records:
+        is_slice = shared[record.dataset, record.where] > 1 and record.image_selector is not None
+        where = f"{record.where}, {record.image_selector}" if is_slice else record.where
+        numbers[record.dataset, where] += 1
+        number = numbers[record.dataset, where]
+        named.append(replace(record, where=where if number == 1 else f"{where}, mask {number}"))
+    return named
 
 
 def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, Any]]:
@@ -131,9 +149,13 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
     records = read_test_records(settings)
     systems, digests = [], {}
     folders = _name_folders(settings.systems)
-    image_ids = _name_images(records)
+    image_ids, is_stored_used = _name_images(records), needs_stored(records, settings)
     for name, members in settings.systems.items():
-        own_prompt, digests[name] = _read_members(name, members, settings)
+        own_prompt, digests[name] = _read_members(name, members, settings, is_stored_used)
+        report_stored(name, records, own_prompt, settings)
+        for member in members:
+            if sentence := describe_differences_to_training(member.checkpoint, settings.data, settings.prompts):
+                logger.warning("%s", sentence)
         texts = texts_of(records, own_prompt, settings, with_robustness=True)
         targets = [Target(*each) for each in zip(records, image_ids, texts, strict=True)]
         source = storage.join(settings.output, "inputs", f"{folders[name]}-{_digest_images(targets)}.parquet")
@@ -143,21 +165,25 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
     run_ids = {}
     for name, uri in settings.masks.items():
         with storage.name_errors(f"masks {name}", uri):
-            own_prompt, run_ids[name] = _check_masks(name, uri, settings)
-            matched_ids = match_images(name, uri, records)
+            own_prompt, run_ids[name] = _check_masks(name, uri, is_stored_used)
+            matched_ids, run_prompts = match_images(name, uri, records)
+        report_stored(name, records, own_prompt, settings)
         texts = texts_of(records, own_prompt, settings, with_robustness=False)
+        texts = match_texts(name, records, texts, run_prompts)
         targets = [Target(*each) for each in zip(records, matched_ids, texts, strict=True)]
         systems.append(System(name, uri, None, targets))
     digest = hashlib.sha256(json.dumps([record.stated() for record in records]).encode()).hexdigest()
     return systems, {"checkpoint_digests": digests, "mask_runs": run_ids, "records_digest": digest}
 
 
-def _read_members(name: str, members: tuple[MemberSettings, ...], settings: EvaluateSettings) -> tuple[str, list[str]]:
+def _read_members(
+    name: str, members: tuple[MemberSettings, ...], settings: EvaluateSettings, is_stored_used: bool
+) -> tuple[str, list[str]]:
     """Return the prompt that is stored in a system's checkpoints, and the digests of the checkpoints."""
     _, checkpoints = resolve_settings(settings.segment_settings("", "", members, ""))
     pairs = zip(checkpoints, members, strict=True)
     prompts = list(dict.fromkeys(parse_settings(one.files, member.checkpoint).prompt for one, member in pairs))
-    if len(prompts) > 1 and OWN in settings.prompts:
+    if len(prompts) > 1 and is_stored_used:
         raise ConfigError(
             f"system {name}: its checkpoints store different prompts, {', '.join(map(repr, prompts))}; choose one: "
             f"--set 'prompts=[text:{prompts[0]}]'"
@@ -177,7 +203,7 @@ def _allow_images(segment: SegmentSettings, records: Sequence[Record]) -> Segmen
     return segment if is_local else segment.model_copy(update={"run": run})
 
 
-def _check_masks(name: str, uri: str, settings: EvaluateSettings) -> tuple[str, str]:
+def _check_masks(name: str, uri: str, is_stored_used: bool) -> tuple[str, str]:
     """Return the first prompt and the run_id of a finished segment run."""
     record = read_record(uri)
     if record is None or "run_id" not in record:
@@ -185,7 +211,7 @@ def _check_masks(name: str, uri: str, settings: EvaluateSettings) -> tuple[str, 
     if read_summary(uri) is None:
         raise ConfigError(f"masks {name}: the segment run in {uri!r} is not finished; run it again")
     prompts = record["config"]["prompts"]
-    if len(prompts) > 1 and OWN in settings.prompts:
+    if len(prompts) > 1 and is_stored_used:
         raise ConfigError(
             f"masks {name}: the segment run has several prompts, {', '.join(map(repr, prompts))}; choose one: "
             f"--set 'prompts=[text:{prompts[0]}]'"
@@ -207,23 +233,32 @@ def _name_folders(names: Iterable[str]) -> dict[str, str]:
 
 
 def _name_images(records: Sequence[Record]) -> list[str]:
-    """Return an image_id per record: the dataset's name, then the path below the common folder of its images."""
+    """Return an image_id per record: the dataset's name, the path below its images' common folder, the selector."""
     uris = defaultdict(list)
     for record in records:
         uris[record.dataset].append(record.image_uri)
     lengths = {dataset: os.path.commonprefix(image_uris).rfind("/") + 1 for dataset, image_uris in uris.items()}
-    return [f"{record.dataset}/{record.image_uri[lengths[record.dataset] :]}" for record in records]
+    ids = [f"{record.dataset}/{record.image_uri[lengths[record.dataset] :]}" for record in records]
+    selectors = [record.image_selector for record in records]
+    return [id if selector is None else f"{id}#{selector}" for id, selector in zip(ids, selectors, strict=True)]
 
 
 def list_images(targets: Iterable[Target]) -> list[dict[str, Any]]:
     """Return the rows of the manifest of a system's segment run: one per image, with all of its prompt texts."""
-    texts: dict[tuple[str | None, str], dict[str, None]] = defaultdict(dict)
+    texts: dict[tuple[str | None, str, str | None], dict[str, None]] = defaultdict(dict)
     for target in targets:
-        texts[target.image_id, target.record.image_uri] |= dict.fromkeys(target.texts.values())
-    return [
-        {"image_id": image_id, "image_uri": image_uri, "prompts": [*image_texts]}
-        for (image_id, image_uri), image_texts in texts.items()
+        image = target.image_id, target.record.image_uri, target.record.image_selector
+        texts[image] |= dict.fromkeys(target.texts.values())
+    rows = [
+        {"image_id": image_id, "image_uri": image_uri, "selector": selector, "prompts": [*image_texts]}
+        for (image_id, image_uri, selector), image_texts in texts.items()
     ]
+    # without selectors the rows are as in earlier versions: their digest names the INPUT of an interrupted run
+    return rows if any(row["selector"] for row in rows) else [_without_selector(row) for row in rows]
+
+
+def _without_selector(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "selector"}
 
 
 def _digest_images(targets: Iterable[Target]) -> str:

@@ -13,6 +13,7 @@ from vlsm.report import parts
 from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import Extremes, Survey, scan
+from vlsm.runs.record import read_summary
 
 _SCORES_NAME, _TABLE_NAME = "scores.parquet", "table.csv"
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
@@ -24,7 +25,7 @@ def evaluation_page(output: str, title: str) -> Page:
     Raises:
         ConfigError: there is no run at OUTPUT.
     """
-    record, summary = parts.read_config(output), parts.read_finished_summary(output)
+    record, summary = parts.read_config(output), read_summary(output)
     fs, path = storage.open_uri(storage.join(output, _SCORES_NAME))
 
     def open_files(paths: list[str]) -> ds.Dataset:

@@ -1,7 +1,6 @@
 """Parts of a page that several kinds of runs share: distributions, failures, cases, and the readers of OUTPUT."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +10,14 @@ from pydantic import ValidationError
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration
 from vlsm.config import RunSettings, SegmentSettings
+from vlsm.datasets.settings import READING
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.reader import Reader
 from vlsm.report.charts import Ridge, draw_reliability, draw_ridge
 from vlsm.report.page import Case, Cell, Section, Stat, Table, as_case
 from vlsm.report.pictures import MAX_CARDS, MAX_CASES, OpenFiles, Painter, describe_error, paint, shorten
 from vlsm.report.survey import METRICS, Extremes, Sample, Survey, row_key
-from vlsm.runs.record import SUMMARY_NAME, read_record
+from vlsm.runs.record import read_record
 
 _READING = (
     "columns",
@@ -48,15 +48,11 @@ def read_config(output: str) -> dict[str, Any]:
     return record
 
 
-def read_finished_summary(output: str) -> dict[str, Any] | None:
-    """Return the content of summary.json, or None if the run is not complete."""
-    uri = storage.join(output, SUMMARY_NAME)
-    return dict(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else None
-
-
 def open_reader(config: dict[str, Any]) -> Reader:
     """Return a reader that decodes images in the same way as the run, but waits only a short time for a store."""
+    data = config.get("data", {})  # an evaluation has its settings of reading in this group
     known = {name: config[name] for name in _READING if name in config}
+    known |= {name: data[name] for name in READING if name in data}
     fixed = {"input": "", "output": "", "members": [{"checkpoint": ""}], "run": SHORT_WAIT}
     return Reader(SegmentSettings.model_validate(fixed | known))
 

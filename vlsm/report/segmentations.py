@@ -9,6 +9,7 @@ from vlsm.report import parts
 from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks
 from vlsm.report.survey import Extremes, Survey, scan
+from vlsm.runs.record import read_summary
 from vlsm.runs.results import open_results
 from vlsm.runs.schema import RESULT_SCHEMA
 
@@ -19,7 +20,7 @@ def segmentation_page(output: str, title: str) -> Page:
     Raises:
         ConfigError: there is no run at OUTPUT, or the run has no masks yet.
     """
-    record, summary = parts.read_config(output), parts.read_finished_summary(output)
+    record, summary = parts.read_config(output), read_summary(output)
     dataset, members = open_results(output), record["config"]["members"]
     survey = Survey(metric="confidence", group="prompt")
     ends = [

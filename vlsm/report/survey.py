@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 METRICS = {"dice": "Dice", "confidence": "Confidence", "agreement": "Agreement", "area_fraction": "Area fraction"}
-KEY = ("dataset", "split", "system", "prompt_name", "prompt", "image_id", "mask_uri", "where")  # unique in a run
+# the values of these columns are unique in a run
+KEY = ("dataset", "split", "system", "prompt_name", "prompt", "image_id", "mask_uri", "where", "record")
 FILE = "__filename"  # a column that pyarrow adds: the file of the row
-_PLACES = ("image_id", "image_uri", "selector", "mask_uri", "where")
+_PLACES = ("image_id", "image_uri", "selector", "mask_uri", "where", "record")
 _WORDS = ("dataset", "split", "system", "prompt", "prompt_name", "prompt_class", "model", "status", "error")
 ROW = pa.schema(
     [pa.field(name, pa.string()) for name in (*_PLACES, *_WORDS, FILE)]

@@ -14,11 +14,13 @@ from vlsm.checkpoints import SETTINGS_NAME
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import records_from_table
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.images.reader import Reader
 from vlsm.report import parts
 from vlsm.report.charts import draw_lines
 from vlsm.report.page import Page, Section, Stat, Table, as_table, provenance
 from vlsm.report.pictures import Painter
 from vlsm.report.survey import Survey, scan
+from vlsm.runs.record import read_summary
 from vlsm.training.history import MEAN, History, Row
 from vlsm.training.run import CHECKPOINT_NAME
 
@@ -37,7 +39,7 @@ def training_page(output: str, title: str) -> Page:
     Raises:
         ConfigError: there is no run at OUTPUT.
     """
-    record, summary = parts.read_config(output), parts.read_finished_summary(output)
+    record, summary = parts.read_config(output), read_summary(output)
     config, metrics = record["config"], _read_metrics(output)
     fs, path = storage.open_uri(storage.join(output, _EXAMPLES_NAME))
     survey = Survey(metric="area_fraction", group="dataset")
@@ -49,9 +51,8 @@ def training_page(output: str, title: str) -> Page:
     records = {record.where: record for record in records_from_table(examples.to_table())}
     data = DatasetSettings.model_validate({name: config["data"][name] for name in _READ if name in config["data"]})
     masks = ExampleReader(data, parts.SHORT_WAIT)
-    painter = Painter(
-        parts.open_reader(config["data"]), lambda row: (None, masks.read(records[row["where"]]).target.mask)
-    )
+    reader = Reader(data.reading(parts.SHORT_WAIT))
+    painter = Painter(reader, lambda row: (None, masks.read(records[row["where"]]).target.mask))
     _, cards = parts.show([], survey.sample, painter, (), None)
     history = History([Row(**row) for row in metrics.to_pylist()])
     best = history.best_epoch(config["optim"]["monitor"])

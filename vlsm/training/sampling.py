@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from vlsm.datasets.records import Record
+from vlsm.datasets.records import OWN, RECORD, Record
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.training.settings import DataSettings, TrainSettings
 
@@ -177,6 +177,24 @@ def choose_prompt(record: Record, settings: DataSettings, rng: np.random.Generat
     choice = settings.prompt if isinstance(settings.prompt, str) else settings.prompt.get(record.dataset, "p1")
     texts = find_texts(record, choice, "data.prompt")
     return texts[0 if rng is None else int(rng.integers(len(texts)))]
+
+
+def find_prompt(record: Record, choice: str, stored: str, setting: str) -> str:
+    """Return the prompt with which a model's mask of a record is judged.
+
+    Args:
+        record: record of the example.
+        choice: "record" for the record's own prompt (`Record.prompt`), or `stored` where it has none; "own" for
+            `stored`; else as for `find_texts`, of which the first text is taken.
+        stored: the prompt that is stored in the model's checkpoint.
+        setting: name of the setting, for the error message.
+
+    Raises:
+        ManifestError: the record has no such text.
+    """
+    if choice == OWN or (choice == RECORD and record.prompt is None):
+        return stored
+    return str(record.prompt) if choice == RECORD else find_texts(record, choice, setting)[0]
 
 
 def find_texts(record: Record, choice: str, setting: str) -> list[str]:

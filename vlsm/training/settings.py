@@ -40,9 +40,6 @@ class DataSettings(DatasetSettings):
     )
     split: SplitSettings = SplitSettings()
     skip_broken: bool = Field(False, description="leave out records with broken files instead of stopping")
-    allow_empty_masks: bool = Field(
-        False, description="train although nearly all masks of a dataset's split are empty, or full"
-    )
     augment: AugmentSettings = AugmentSettings()
 
 
