@@ -136,8 +136,9 @@ class Worker:
 
     def _is_over(self) -> bool:
         optim, epochs = self.settings.optim, self.state.epoch
-        best = self.state.history.best_epoch(optim.monitor)
-        return epochs >= optim.epochs or (optim.early_stop is not None and epochs - best >= optim.early_stop)
+        if epochs >= optim.epochs or optim.early_stop is None or epochs < optim.min_epochs:
+            return epochs >= optim.epochs
+        return self.state.history.stale_epochs(optim.monitor, optim.min_delta) >= optim.early_stop
 
     def _learn(self, batch: MicroBatch, images: torch.Tensor, masks: torch.Tensor) -> None:
         try:

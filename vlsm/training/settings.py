@@ -46,19 +46,43 @@ class OptimSettings(Settings):
 
     epochs: int = Field(50, ge=1, description="passes over the training examples")
     batch_size: int = Field(16, ge=1, description="examples of one optimiser step, of all workers together")
-    lr: float = Field(1e-3, gt=0, description="learning rate of AdamW")
+    optimizer: Literal["adamw", "adam"] = Field(
+        "adamw", description="adamw, or adam, whose decay is part of the gradient"
+    )
+    lr: float = Field(1e-3, gt=0, description="highest learning rate")
     tower_lr: float | None = Field(None, gt=0, description="learning rate of trainable pretrained towers; default: lr")
-    weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor from each block of a trainable tower to the block before it; 1: equal rates",
+    )
+    weight_decay: float = Field(1e-3, ge=0, description="weight decay; norms and biases do not decay")
+    decay_all: bool = Field(False, description="norms and biases decay too, as in the papers")
     clip_norm: float | None = Field(0.5, gt=0, description="maximum norm of the gradient; null: no limit")
     dice_weight: float = Field(1.0, ge=0, description="weight of the Dice loss")
     ce_weight: float = Field(0.2, ge=0, description="weight of the cross entropy; 1 gives BCE + Dice")
     schedule: Literal["constant", "cosine", "plateau"] = Field("cosine", description="schedule of the learning rate")
-    warmup_epochs: float = Field(0, ge=0, description="epochs in which the learning rate rises from zero")
+    warmup_epochs: float = Field(0, ge=0, description="epochs in which the learning rate rises to its highest value")
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="factor by which plateau lowers the learning rate")
     plateau_patience: int = Field(5, ge=0, description="epochs without improvement before plateau lowers it")
+    plateau_monitor: Literal["dice", "loss"] | None = Field(
+        None, description="validation metric that plateau watches; default: monitor"
+    )
     early_stop: int | None = Field(None, ge=1, description="epochs without improvement before the run ends")
+    min_delta: float = Field(0, ge=0, description="smallest change that early_stop counts as an improvement")
+    min_epochs: int = Field(1, ge=1, description="epochs that early_stop does not cut short")
     monitor: Literal["dice", "loss"] = Field(
-        "dice", description="validation metric that chooses the best epoch, as the mean over datasets"
+        "dice", description="validation metric for the best epoch and early_stop, as the mean over datasets"
+    )
+    val_loss: Literal["training", "ce"] = Field(
+        "training", description="loss that validation measures: the training's, or its cross entropy alone"
+    )
+    val_flip: bool = Field(
+        False, description="validate with the mean of an image's and its mirror image's logits, as a member with flip"
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="validate and keep a moving average of the weights with this decay, such as 0.999"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision on GPUs; a CPU always uses fp32")
     sync_batch_norm: bool = Field(False, description="compute batch statistics over all workers (GPUs only)")
@@ -151,6 +175,8 @@ class TrainSettings(Settings):
             near = difflib.get_close_matches(self.model, MODELS, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown model {self.model!r}; {hint}known models: {', '.join(MODELS)}")
+        if self.run.fsdp and self.optim.ema_decay is not None:
+            raise ValueError("optim.ema_decay does not work with run.fsdp=true, which shards the weights; unset one")
         if self.run.fsdp and self.trainable != "all":
             raise ValueError(f"run.fsdp is for trainable=all; trainable is {self.trainable}, which needs no sharding")
         return self
