@@ -24,7 +24,7 @@ from vlsm.runs.record import SUMMARY_NAME
 from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import Row, describe_epoch, summarize
 from vlsm.training.learner import Learner, NotFiniteError, Score
-from vlsm.training.parallel import gather
+from vlsm.training.parallel import describe_batch_norms, gather
 from vlsm.training.run import (
     CHECKPOINT_NAME,
     State,
@@ -66,7 +66,7 @@ def _explain(error: BaseException, settings: TrainSettings) -> str | None:
             run = settings.run
             return (
                 f"the GPU has too little memory: {chain}; lower run.micro_batch_size (now {run.micro_batch_size}; "
-                f"the result stays the same) or options.image_size, set optim.precision=bf16 (now "
+                f"the result stays the same without batch norms) or options.image_size, set optim.precision=bf16 (now "
                 f"{settings.optim.precision}), or with trainable=all run.fsdp=true (now {run.fsdp})"
             )
         if isinstance(chain, VlsmError):
@@ -89,6 +89,8 @@ class Worker:
         self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers)
         self.device = ray.train.torch.get_device()
         model = build_learning_model(self.settings)
+        if warning := describe_batch_norms(model, self.settings, self.num_workers):
+            self.say(warning)
         self.feed = Feed(self.records, self.settings.data, model.image_spec.square, work.decoded)
         self.features = self._open_features(work.run_id, context.get_local_world_size())
         self.learner = Learner(model, self.settings, self.order.num_steps, self.device, self.features)

@@ -16,6 +16,7 @@ MASK = (IMAGE[..., 0] > 128).astype(np.uint8)
         AugmentSettings(rotate_degrees=45),
         AugmentSettings(scale=0.3),
         AugmentSettings(flip=True, rotate_degrees=90, scale=0.2, color=0.3),
+        AugmentSettings(preset="strong"),
     ],
 )
 def test_the_mask_follows_the_image_and_stays_two_valued(settings):
@@ -36,6 +37,20 @@ def test_equal_seeds_change_equally_and_others_differently():
     assert (first[0] != other[0]).any() and (first[1] != other[1]).any()
 
 
-def test_color_leaves_the_mask_alone():
-    image, mask = augment_example(IMAGE, MASK, AugmentSettings(color=0.5), 3)
-    assert (mask == MASK).all() and (image != IMAGE).any()
+@pytest.mark.parametrize("change", [{"color": 0.5}, {"hue": 0.4}, {"blur": 1}, {"noise": 0.1}])
+def test_changes_of_levels_leave_the_mask_alone(change):
+    coloured = IMAGE.copy()
+    coloured[..., 2] //= 2
+    image, mask = augment_example(coloured, MASK, AugmentSettings(**change), 3)
+    assert (mask == MASK).all() and (image != coloured).any()
+
+
+def test_a_preset_gives_the_values_that_are_not_set():
+    strong = AugmentSettings(preset="strong", blur=0, flip=False)
+    assert (strong.flip, strong.blur, strong.rotate_degrees, strong.noise) == (False, 0, 45, 0.04)
+    assert AugmentSettings(**strong.model_dump()) == strong  # as read from a record
+    assert AugmentSettings(preset="none").is_off and not AugmentSettings(preset="light").is_off
+    off = dict.fromkeys(["rotate_degrees", "scale", "color"], 0) | {"flip": False}
+    assert AugmentSettings(preset="light", **off).is_off
+    with pytest.raises(ValueError, match="preset"):
+        AugmentSettings(preset="mild")

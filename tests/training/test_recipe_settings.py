@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.training.test_learner import CPU, RECORDS, build, draw, largest_diffe
 from vlsm.training.groups import parameter_groups
 from vlsm.training.history import History
 from vlsm.training.learner import Learner
+from vlsm.training.parallel import describe_batch_norms
 from vlsm.training.run import read_state
 from vlsm.training.sampling import ExampleOrder
 from vlsm.training.settings import OptimSettings, TrainSettings
@@ -153,3 +155,40 @@ def test_validation_may_measure_cross_entropy_alone_and_mirror_images(source):
     assert [s.loss for s in plain] != pytest.approx(losses["sum"], abs=1e-6)
     mirrored = learner.evaluate(batch, images.flip(2), masks.flip(2))
     assert [s.loss for s in mirrored] == pytest.approx([s.loss for s in plain], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "optim", "micro", "workers", "words"),
+    [
+        ("unet_d", {"batch_size": 8}, 8, 1, None),
+        ("clipseg", {"batch_size": 8}, 2, 1, None),  # layer norms
+        (
+            "unet_d",
+            {"batch_size": 8},
+            2,
+            1,
+            "see 2 examples at a time, not the 8 of a batch.*set run.micro_batch_size=8 if",
+        ),
+        (
+            "unet_d",
+            {"batch_size": 8},
+            8,
+            2,
+            "see 4 examples.*workers .2. change the result; set optim.sync_batch_norm=true",
+        ),
+        ("unet_d", {"batch_size": 8}, 1, 2, "see 1 examples.*micro_batch_size=4 and optim.sync_batch_norm=true"),
+        ("unet_d", {"batch_size": 8, "sync_batch_norm": True}, 4, 2, None),
+        ("unet_d", {"batch_size": 8, "sync_batch_norm": True}, 2, 2, "see 4 examples.*set run.micro_batch_size=4 if"),
+    ],
+)
+def test_batch_norms_that_see_less_than_the_batch_are_told(source, model, optim, micro, workers, words):
+    settings = make_settings(source, model, optim=optim, run={"micro_batch_size": micro})
+    warning = describe_batch_norms(build(settings), settings, workers)
+    assert (warning is None) if words is None else re.search(words, warning)
+
+
+def test_with_batch_norms_the_micro_batch_changes_the_result(source):
+    """This is why the warning exists; test_micro_batches_change_nothing has the other models."""
+    whole, _ = learn(make_settings(source, "unet_d", run={"micro_batch_size": 5}))
+    pieces, _ = learn(make_settings(source, "unet_d", run={"micro_batch_size": 2}))
+    assert largest_difference(weights_of(whole), weights_of(pieces)) > 1e-3

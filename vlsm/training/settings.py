@@ -1,4 +1,8 @@
-"""Settings of a training run. They decide its final weights, except the group `run`: how the run is executed."""
+"""Settings of a training run. They decide its final weights, except the group `run`: how the run is executed.
+
+Batch norms are the exception. They see one micro-batch of one worker at a time, so with them the number of workers and
+run.micro_batch_size change the weights too.
+"""
 
 import difflib
 from pathlib import Path
@@ -14,18 +18,41 @@ from vlsm.models import MODELS
 Trainable = Literal["decoder", "lora", "all"]
 
 
+# The changes of a preset. The kinds are those of nnU-Net, Nature Methods 2021, arXiv 1809.10486, and hue; nnU-Net also
+# has lower resolutions and gamma. The strengths are ours.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "light": {"flip": True, "rotate_degrees": 15, "scale": 0.1, "color": 0.1},
+    "strong": {
+        "flip": True, "rotate_degrees": 45, "scale": 0.3, "color": 0.3, "hue": 0.03, "blur": 0.2, "noise": 0.04,
+    },
+}  # fmt: skip
+
+
 class AugmentSettings(Settings):
     """Random changes of the training images, drawn again in every epoch. The papers use none."""
 
+    preset: Literal["none", "light", "strong"] = Field(
+        "none", description="values of the settings below that are not set; strong for training from scratch"
+    )
     flip: bool = Field(False, description="mirror left to right and top to bottom, each with probability 0.5")
     rotate_degrees: float = Field(0, ge=0, le=180, description="largest random rotation either way, in degrees")
     scale: float = Field(0, ge=0, lt=1, description="largest random change of size, as a fraction")
     color: float = Field(0, ge=0, le=1, description="largest random change of brightness, contrast, saturation")
+    hue: float = Field(0, ge=0, le=0.5, description="largest random change of hue, as a part of the colour circle")
+    blur: float = Field(0, ge=0, le=1, description="probability of a Gaussian blur of 0.5 to 1.5 pixels")
+    noise: float = Field(0, ge=0, le=1, description="largest standard deviation of Gaussian noise; white is 1")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, tree: Any) -> Any:
+        preset = tree.get("preset") if isinstance(tree, dict) else None
+        return _PRESETS[preset] | tree if isinstance(preset, str) and preset in _PRESETS else tree
 
     @property
     def is_off(self) -> bool:
         """Whether no image is changed."""
-        return self == AugmentSettings()
+        return self.model_copy(update={"preset": "none"}) == AugmentSettings()
 
 
 class DataSettings(DatasetSettings):
@@ -85,7 +112,7 @@ class OptimSettings(Settings):
         None, gt=0, lt=1, description="validate and keep a moving average of the weights with this decay, such as 0.999"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision on GPUs; a CPU always uses fp32")
-    sync_batch_norm: bool = Field(False, description="compute batch statistics over all workers (GPUs only)")
+    sync_batch_norm: bool = Field(False, description="batch norms see the micro-batches of all workers together (GPUs)")
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
@@ -106,7 +133,11 @@ class TrainRunSettings(Settings):
     cpus_per_worker: float | None = Field(
         None, gt=0, description="CPUs of a worker; default: 1 with a GPU, else 3/4 of the CPUs"
     )
-    micro_batch_size: int = Field(8, ge=1, description="examples per forward pass of a worker; gradients accumulate")
+    micro_batch_size: int = Field(
+        8,
+        ge=1,
+        description="examples per forward pass of a worker; gradients accumulate, but batch norms see only these",
+    )
     compile: bool = Field(False, description="compile the model with torch.compile")
     fsdp: bool = Field(False, description="shard the model over the workers (trainable=all only)")
     cache_images: bool | None = Field(
