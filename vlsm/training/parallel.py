@@ -70,7 +70,7 @@ def describe_batch_norms(model: nn.Module, settings: TrainSettings, num_workers:
     if num_workers > 1 and not settings.optim.sync_batch_norm:
         advice += f"{' and ' if advice else 'set '}optim.sync_batch_norm=true (GPUs only)"
     return (
-        f"the batch norms of {type(model).__name__} see {num_seen} examples at a time, not the {batch_size} of a batch, "
+        f"batch norms of {type(model).__name__} see {num_seen} examples at a time, not the {batch_size} of a batch, "
         f"so run.micro_batch_size={micro} and the number of workers ({num_workers}) change the result; {advice} if the "
         "memory allows, or lower optim.batch_size"
     )
