@@ -1,6 +1,7 @@
 """Weights of CRIS in the names of its public code, such as a checkpoint that was trained on RefCOCO."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from vlsm.errors import CheckpointError
 from vlsm.models.towers import LOAD_ERRORS, explain_source
 
 # the start of a name in the public code, and of the same name here
-_NAMES = {
+_NAMES: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"backbone\.visual\.attnpool\.connect\.": "neck.residual.",
     r"backbone\.visual\.": "towers.visual.",
     r"backbone\.": "towers.text.",
