@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from vlsm.training.augment import augment_example
+from vlsm.config import TileSettings
+from vlsm.images.windows import plan_windows
+from vlsm.training.augment import augment_example, draw_window
 from vlsm.training.settings import AugmentSettings
 
 IMAGE = np.full((48, 48, 3), 40, np.uint8)
@@ -54,3 +56,18 @@ def test_a_preset_gives_the_values_that_are_not_set():
     assert AugmentSettings(preset="light", **off).is_off
     with pytest.raises(ValueError, match="preset"):
         AugmentSettings(preset="mild")
+
+
+def test_windows_are_those_of_a_segmentation_and_a_third_hold_the_foreground():
+    mask = np.zeros((90, 300), np.uint8)
+    mask[70:74, 280:284] = 1
+    windows = [draw_window(mask, 64, seed) for seed in range(300)]
+    assert windows == [draw_window(mask, 64, seed) for seed in range(300)]
+    (size,) = {(window.height, window.width) for window in plan_windows(mask.shape, TileSettings(size=64))}
+    assert all(window.cut(mask).shape == (window.height, window.width) == size for window in windows)
+    assert len({(window.top, window.left) for window in windows}) > 150
+    with_foreground = sum(window.cut(mask).any() for window in windows) / len(windows)
+    by_chance = 0.05  # windows that reach the last columns without being drawn around them
+    assert 1 / 3 - 0.06 < with_foreground < 1 / 3 + by_chance + 0.06
+    empty = draw_window(np.zeros((20, 30), np.uint8), 64, 0)
+    assert (empty.top, empty.left, empty.height, empty.width) == (0, 0, 20, 30)

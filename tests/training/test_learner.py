@@ -171,7 +171,7 @@ def test_features_keep_to_their_bytes(source, tmp_path):
 
 def test_features_are_left_out_where_they_change(source, tmp_path):
     cache = FeatureCache(tmp_path / "features", max_bytes=1 << 30)
-    for changes in ({"trainable": "lora"}, {"data": {"augment": {"flip": True}}}):
+    for changes in ({"trainable": "lora"}, {"data": {"augment": {"flip": True}}}, {"data": {"tile_size": 32}}):
         settings = make_settings(source, **changes)
         assert Learner(build(settings), settings, 2, CPU, cache).features is None
 

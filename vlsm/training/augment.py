@@ -2,7 +2,36 @@
 
 import numpy as np
 
+from vlsm.images.windows import Window
 from vlsm.training.settings import AugmentSettings
+
+_FOREGROUND_SHARE = 1 / 3  # of the windows that are drawn around a pixel of the foreground
+
+
+def draw_window(target_mask: np.ndarray, side: int, seed: int) -> Window:
+    """Return a random window of an image, of the size that `plan_windows` gives to the windows of a segmentation.
+
+    A third of the windows are drawn around a random pixel of the foreground, if there is any; else small lesions in
+    large images would be rare.
+
+    Args:
+        target_mask: (H, W) uint8 of 0 and 1.
+        side: of the window in pixels; an image that is shorter gives a window of its own length.
+        seed: equal seeds give equal windows.
+
+    Source: the share of foreground is that of nnU-Net, Nature Methods 2021, arXiv 1809.10486.
+    """
+    rng = np.random.default_rng(seed)
+    size = [min(length, side) for length in target_mask.shape]
+    starts = [int(rng.integers(length - part + 1)) for length, part in zip(target_mask.shape, size, strict=True)]
+    if rng.random() < _FOREGROUND_SHARE and target_mask.any():
+        pixels = np.flatnonzero(target_mask)
+        centre = np.unravel_index(pixels[rng.integers(len(pixels))], target_mask.shape)
+        starts = [
+            int(np.clip(at - part // 2, 0, length - part))
+            for at, part, length in zip(centre, size, target_mask.shape, strict=True)
+        ]
+    return Window(*starts, *size)
 
 
 def augment_example(

@@ -73,7 +73,8 @@ class Learner:
         layout = torch.contiguous_format if settings.run.fsdp else torch.channels_last  # FSDP supports no other
         self.model = model.to(device).to(memory_format=layout)
         self.network = parallelize(self.model, settings)
-        self.features = features if model.has_frozen_towers and settings.data.augment.is_off else None
+        is_fixed = settings.data.augment.is_off and settings.data.tile_size is None  # each image is always the same
+        self.features = features if model.has_frozen_towers and is_fixed else None
         self.optimizer = build_optimizer(self.model, settings.optim)
         self.average = None
         if settings.optim.ema_decay is not None:

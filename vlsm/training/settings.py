@@ -65,6 +65,12 @@ class DataSettings(DatasetSettings):
         "proportional", description="uniform: the same number of examples from each dataset; or a weight per dataset"
     )
     skip_broken: bool = Field(False, description="leave out records with broken files instead of stopping")
+    tile_size: int | None = Field(
+        None,
+        ge=8,
+        description="train, validate and test on square windows of this side in pixels, one of each image, drawn again "
+        "in every epoch; for a checkpoint that segments with the same tile.size; null: whole images",
+    )
     augment: AugmentSettings = AugmentSettings()
 
 
@@ -106,7 +112,7 @@ class OptimSettings(Settings):
         "training", description="loss that validation measures: the training's, or its cross entropy alone"
     )
     val_flip: bool = Field(
-        False, description="validate with the mean of an image's and its mirror image's logits, as a member with flip"
+        False, description="validate and test with the mean of an image and its mirror image, as a member with flip"
     )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="validate and keep a moving average of the weights with this decay, such as 0.999"
