@@ -6,13 +6,12 @@ Every process of a group has a Learner. Collective work (a step, the end of an e
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from vlsm.errors import VlsmError
 from vlsm.models.contract import SegmentationModel
@@ -25,9 +24,9 @@ from vlsm.training.history import History
 from vlsm.training.losses import segmentation_losses
 from vlsm.training.parallel import broadcast_buffers, gather, parallelize, world_size
 from vlsm.training.sampling import MicroBatch
+from vlsm.training.schedule import RULES, lr_factor
 from vlsm.training.settings import TrainSettings
 
-_RULES = 2  # of the learning rate and the decay; 1: rates of the next step, and all weights decay
 _AVERAGE = "average "  # before the name of an averaged weight, in a state
 
 
@@ -84,7 +83,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._prompts = PromptCache(model)
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # of the unfinished step: example, loss, Dice
-        self._rules = _RULES
+        self._rules = RULES
 
     def train(self, batch: MicroBatch, images: Tensor, target_masks: Tensor, history: History) -> list[Score]:
         """Train on a micro-batch. If the micro-batch ends a step, the optimiser updates the weights.
@@ -235,8 +234,9 @@ class Learner:
             for example, loss, score in zip(examples, *self._fetch(losses, dice), strict=True)
         ]
         self._check_finite(batch, scores)
+        step = batch.epoch * self.num_steps + batch.step
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self._lr_factor(batch, history)
+            group["lr"] = group["base_lr"] * lr_factor(optim, step, self.num_steps, history, self._rules)
         self.scaler.unscale_(self.optimizer)
         if optim.clip_norm is not None:
             trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -265,41 +265,8 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             raise NotFiniteError(all_bad[0].example, all_bad[0].loss, batch.epoch, batch.step)
 
-    def _lr_factor(self, batch: MicroBatch, history: History) -> float:
-        """Return the factor of step t, from 0, of T steps: a schedule is used at t = 0 to T - 1.
-
-        A warmup of w steps has the factors 1 / w, 2 / w, ... 1, so that no step has rate 0.
-
-        Source: cosine from SGDR, arXiv 1608.03983, as in timm; the warmup of Ma and Yarats, arXiv 1910.04209.
-        """
-        optim, step = self.settings.optim, batch.epoch * self.num_steps + batch.step
-        warmup = optim.warmup_epochs * self.num_steps
-        factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
-        if optim.schedule == "cosine":
-            length = max(optim.epochs * self.num_steps - warmup, 1e-9)
-            done = step + (1 if self._rules == 1 else 0) - warmup
-            factor *= 0.5 * (1 + np.cos(np.pi * min(1.0, max(0.0, done) / length)))
-        if optim.schedule == "plateau":
-            factor *= _plateau_factor(history, self.settings)
-        return float(factor)
-
     def _without_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which each worker keeps its gradients. The last micro-batch of a step combines them."""
         if hasattr(self.network, "no_sync"):
             return self.network.no_sync()  # type: ignore[operator]
         return contextlib.nullcontext()  # FSDP combines gradients at each micro-batch; the sums are the same
-
-
-def _plateau_factor(history: History, settings: TrainSettings) -> float:
-    """Return the factor that ReduceLROnPlateau has reached.
-
-    It is computed from all epochs so far, so that the state of the scheduler need not be saved.
-    """
-    optim = settings.optim
-    unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    monitor = optim.plateau_monitor or optim.monitor
-    mode: Literal["max", "min"] = "max" if monitor == "dice" else "min"
-    schedule = ReduceLROnPlateau(unit, mode, factor=optim.plateau_factor, patience=optim.plateau_patience, eps=0)
-    for value in history.monitored(monitor):
-        schedule.step(value)
-    return float(unit.param_groups[0]["lr"])
