@@ -21,7 +21,7 @@ from vlsm.datasets.inspection import Facts, inspect_record
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
 from vlsm.images.preprocess import Square
-from vlsm.training.augment import augment_example
+from vlsm.training.augment import augment_example, draw_window
 from vlsm.training.sampling import MicroBatch
 from vlsm.training.settings import DataSettings
 
@@ -89,6 +89,9 @@ def keep_decoded(
         square: the input square of the model.
         wanted: whether to keep them decoded; None: only if they take less than 30 % of the cluster's object store.
     """
+    if settings.tile_size is not None:
+        logger.info("images are decoded again in every epoch, since data.tile_size cuts another window of each")
+        return None
     num_bytes, store_bytes = len(records) * square.size**2 * 4, ray.cluster_resources().get("object_store_memory", 0)  # type: ignore[no-untyped-call]
     if wanted is False or (wanted is None and num_bytes > _CACHED_SHARE * store_bytes):
         logger.info(
@@ -108,10 +111,19 @@ def _decode_chunk(records: list[Record], settings: DataSettings, square: Square)
     return np.stack(images), np.stack(masks)
 
 
-def _decode(record: Record, reader: ExampleReader, square: Square) -> tuple[np.ndarray, np.ndarray]:
-    """Return an example in the model's square: image (S, S, 3) uint8, and target mask (S, S) uint8 of 0 and 1."""
+def _decode(
+    record: Record, reader: ExampleReader, square: Square, tile_size: int | None = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return an example in the model's square: image (S, S, 3) uint8, and target mask (S, S) uint8 of 0 and 1.
+
+    If there is a side of a window in pixels, only the window of this seed is returned.
+    """
     example = reader.read(record)
-    return square.resize_image(example.image), square.resize_mask(example.target.mask)
+    image, mask = example.image, example.target.mask
+    if tile_size is not None:
+        window = draw_window(mask, tile_size, seed)
+        image, mask = window.cut(image), window.cut(mask)
+    return square.resize_image(image), square.resize_mask(mask)
 
 
 @dataclass(frozen=True)
@@ -162,8 +174,9 @@ class Feed:
     def _describe(self, batch: MicroBatch) -> dict[str, Any]:
         """Return the description of a micro-batch from which an actor loads it."""
         records = [asdict(self.records[example]) for example in batch.examples] if self.decoded is None else []
-        seeds = batch.seeds if batch.split == "train" else None
-        return {"examples": batch.examples, "records": records, "seeds": seeds}
+        return {
+            "examples": batch.examples, "records": records, "seeds": batch.seeds, "is_training": batch.split == "train",
+        }  # fmt: skip
 
 
 def _take(decoded: Decoded, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
@@ -191,15 +204,18 @@ class _Loader:
         self._reader = ExampleReader(settings)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the images and target masks of one micro-batch, augmented if it has seeds."""
+        """Return the images and target masks of one micro-batch, augmented if it is for training."""
         description = json.loads(batch["batch"][0])
         if self.decoded is None:
             records = [Record(**fields) for fields in description["records"]]
-            pairs = [_decode(record, self._reader, self.square) for record in records]
+            pairs = [
+                _decode(record, self._reader, self.square, self.settings.tile_size, seed)
+                for record, seed in zip(records, description["seeds"], strict=True)
+            ]
         else:
             pairs = self.decoded.fetch(description["examples"])
         augment = self.settings.augment
-        if description["seeds"] is not None and not augment.is_off:
+        if description["is_training"] and not augment.is_off:
             pairs = [
                 augment_example(image, mask, augment, seed)
                 for (image, mask), seed in zip(pairs, description["seeds"], strict=True)

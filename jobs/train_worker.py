@@ -25,7 +25,7 @@ from vlsm.training.checks import check_batch_norms
 from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import Row, describe_epoch, summarize
 from vlsm.training.learner import Learner, NotFiniteError, Score
-from vlsm.training.parallel import gather
+from vlsm.training.parallel import describe_batch_norms, gather
 from vlsm.training.run import (
     CHECKPOINT_NAME,
     State,
@@ -67,7 +67,7 @@ def _explain(error: BaseException, settings: TrainSettings) -> str | None:
             run = settings.run
             return (
                 f"the GPU has too little memory: {chain}; lower run.micro_batch_size (now {run.micro_batch_size}; "
-                f"the result stays the same) or options.image_size, set optim.precision=bf16 (now "
+                f"the result stays the same without batch norms) or options.image_size, set optim.precision=bf16 (now "
                 f"{settings.optim.precision}), or with trainable=all run.fsdp=true (now {run.fsdp})"
             )
         if isinstance(chain, VlsmError):
@@ -91,6 +91,8 @@ class Worker:
         self.device = ray.train.torch.get_device()
         model = build_learning_model(self.settings)
         check_batch_norms(model, self.order)  # here again: only now is the number of workers certain
+        if warning := describe_batch_norms(model, self.settings, self.num_workers):
+            self.say(warning)
         self.feed = Feed(self.records, self.settings.data, model.image_spec.square, work.decoded)
         self.features = self._open_features(work.run_id, context.get_local_world_size())
         self.learner = Learner(model, self.settings, self.order.num_steps, self.device, self.features)
@@ -138,8 +140,9 @@ class Worker:
 
     def _is_over(self) -> bool:
         optim, epochs = self.settings.optim, self.state.epoch
-        best = self.state.history.best_epoch(optim.monitor)
-        return epochs >= optim.epochs or (optim.early_stop is not None and epochs - best >= optim.early_stop)
+        if epochs >= optim.epochs or optim.early_stop is None or epochs < optim.min_epochs:
+            return epochs >= optim.epochs
+        return self.state.history.stale_epochs(optim.monitor, optim.min_delta) >= optim.early_stop
 
     def _learn(self, batch: MicroBatch, images: torch.Tensor, masks: torch.Tensor) -> None:
         try:

@@ -261,4 +261,5 @@ def test_the_matrices_that_come_along_are_understood(path):
     settings = make_settings(**tree | {"models": models})
     trials = [trial for group in plan_trial_groups(settings) for trial in group.trials]
     assert len(trials) == 2 * len(models) * len(settings.seeds)
-    assert {trial.settings.model for trial in trials} == set(models)
+    assert {trial.model for trial in trials} == set(models)
+    assert all(trial.model.startswith(trial.settings.model) for trial in trials)

@@ -26,6 +26,7 @@ EPOCHS = 16  # of some tenths of a second: whatever ends a run comes in the midd
 # momentum and dropout carry over from step to step: whatever is lost of a run's state shows in its metrics
 SETTINGS = ["model=unet_d", "options.image_size=32", "options.width=4", f"optim.epochs={EPOCHS}", "optim.batch_size=8"]
 SETTINGS += ["run.workers=2", "run.micro_batch_size=3", "run.checkpoint_steps=2", "data.prompt=random", "optim.lr=1e-2"]
+SETTINGS += ["optim.ema_decay=0.9"]  # the average of the weights is in a checkpoint, and survives whatever ends a run
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPSegForImageSegmentation
 
 import vlsm
-from tests.tiny import save_tiny_clipseg
+from tests.tiny import TINY_CLIPSEG, save_tiny_clipseg
 from vlsm.errors import CheckpointError
 from vlsm.models.untrained import write_clipseg
 
@@ -146,3 +146,24 @@ def test_weights_that_are_nowhere_are_one_sentence():
 def test_a_size_that_patches_do_not_divide_is_refused(folder):
     with pytest.raises(CheckpointError, match="image_size is 50; it must be a multiple of the patch size 16"):
         vlsm.build_model("clipseg", source=str(folder), image_size=50)
+
+
+def test_an_untrained_decoder_starts_as_the_published_one(tmp_path):
+    """Measured in the public code of MedVLSM: q, k, v 0.025, out_proj 0.124, fc2 0.026; biases 0."""
+    write_clipseg(tmp_path, **TINY_CLIPSEG | {"reduce_dim": 64, "decoder_intermediate_size": 2048})
+    decoder = vlsm.build_model("clipseg", source=str(tmp_path)).decoder
+    for layer in decoder.layers:
+        weights = {name: getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        weights |= {"fc1": layer.mlp.fc1, "fc2": layer.mlp.fc2}
+        stds = {name: module.weight.std().item() for name, module in weights.items()}
+        expected = {
+            "q_proj": 0.0255,
+            "k_proj": 0.0255,
+            "v_proj": 0.0255,
+            "out_proj": 0.125,
+            "fc1": 0.088,
+            "fc2": 0.0255,
+        }
+        assert stds == pytest.approx(expected, rel=0.05)
+        assert not any(module.bias.any() for module in weights.values())
+    assert not decoder.film_mul.bias.any() and not decoder.reduces[0].bias.any()

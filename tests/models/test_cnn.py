@@ -77,3 +77,14 @@ def test_weights_of_another_encoder_are_refused(tmp_path):
     save_file(smp.encoders.get_encoder("resnet34", weights=None).state_dict(), path)
     with pytest.raises(CheckpointError, match=r"other.safetensors' cannot be loaded: .*layer1.2.bn1"):
         vlsm.build_model("unet", encoder="resnet18", encoder_weights=str(path), image_size=64)
+
+
+@torch.no_grad()
+def test_unet_d_takes_levels_from_0_to_1_if_asked(tmp_path):
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).repeat(1, 16, 16, 1)[:, :, :, :3]
+    model = vlsm.build_model("unet_d", width=4, image_size=16, normalize=False).eval()
+    assert model.image_spec.normalize(images)[0, :, 0, 0].tolist() == pytest.approx([0, 0.2, 1])
+    vlsm.save_checkpoint(model, tmp_path)
+    restored = vlsm.load_checkpoint(tmp_path).model
+    assert restored.image_spec == model.image_spec
+    assert vlsm.build_model("unet_d", width=4, image_size=16).image_spec.mean == (0.485, 0.456, 0.406)

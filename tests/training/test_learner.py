@@ -97,7 +97,7 @@ def _learn_in_parallel(rank, folder, tree):
 def test_two_processes_learn_what_one_learns_and_go_on_from_its_state(source, tmp_path, fsdp):
     """Five examples a step do not divide by two."""
     # Adam makes steps of one size out of gradients that are float noise, so small steps are compared
-    optim = {"lr": 1e-3}
+    optim = {"lr": 2e-4}
     settings = make_settings(source, trainable="all", optim=optim, run={"micro_batch_size": 1, "fsdp": fsdp})
     alone, _ = learn(settings)
     arguments = (str(tmp_path), settings.model_dump_json())
@@ -171,7 +171,7 @@ def test_features_keep_to_their_bytes(source, tmp_path):
 
 def test_features_are_left_out_where_they_change(source, tmp_path):
     cache = FeatureCache(tmp_path / "features", max_bytes=1 << 30)
-    for changes in ({"trainable": "lora"}, {"data": {"augment": {"flip": True}}}):
+    for changes in ({"trainable": "lora"}, {"data": {"augment": {"flip": True}}}, {"data": {"tile_size": 32}}):
         settings = make_settings(source, **changes)
         assert Learner(build(settings), settings, 2, CPU, cache).features is None
 
@@ -201,11 +201,14 @@ def make_history(dice):
     [
         ({"schedule": "constant"}, [], [1, 1, 1, 1]),
         ({"schedule": "constant", "warmup_epochs": 1}, [], [0.5, 1, 1, 1]),
-        ({"schedule": "cosine"}, [], [(1 + np.cos(np.pi * x)) / 2 for x in (0.25, 0.5, 0.75, 1)]),
-        ({"schedule": "cosine", "warmup_epochs": 1}, [], [0.5, 1, 0.5, 0]),
+        ({"schedule": "cosine"}, [], [(1 + np.cos(np.pi * x)) / 2 for x in (0, 0.25, 0.5, 0.75)]),
+        ({"schedule": "cosine", "warmup_epochs": 1}, [], [0.5, 1, 1, 0.5]),
+        ({"schedule": "constant", "warmup_epochs": 0.1}, [], [1, 1, 1, 1]),
         ({"schedule": "plateau", "plateau_patience": 1}, [0.5, 0.6, 0.6], [1, 1, 1, 1]),
         ({"schedule": "plateau", "plateau_patience": 1}, [0.6, 0.5, 0.5], [0.1, 0.1, 0.1, 0.1]),
         ({"schedule": "plateau", "plateau_patience": 0}, [0.6, 0.5, 0.5], [0.01, 0.01, 0.01, 0.01]),
+        # the loss of every epoch is the same, so it is on a plateau while Dice still rises
+        ({"schedule": "plateau", "plateau_patience": 1, "plateau_monitor": "loss"}, [0.5, 0.6, 0.7], [0.1] * 4),
     ],
 )
 def test_learning_rates(source, optim, dice, expected):
@@ -226,6 +229,20 @@ def test_synchronised_batch_norms_need_gpus(source):
         with unittest.mock.patch("vlsm.training.parallel.world_size", return_value=2):
             settings = make_settings(source, "unet_d", optim={"sync_batch_norm": True})
             Learner(build(settings), settings, 2, CPU)
+
+
+@pytest.mark.parametrize(
+    ("dice", "min_delta", "stale"),
+    [
+        ([], 0, 0),
+        ([0.5, 0.7, 0.7, float("nan")], 0, 2),
+        ([0.5, 0.55, 0.6, 0.62], 0.08, 1),  # 0.6 is better than 0.5 by enough, 0.62 not better than 0.6
+        ([0.5, 0.50009, 0.50018], 1e-4, 0),  # small steps add up, since each is compared with the last improvement
+        ([0.5, 0.50009], 1e-4, 1),
+    ],
+)
+def test_epochs_without_improvement(dice, min_delta, stale):
+    assert make_history(dice).stale_epochs("dice", min_delta) == stale
 
 
 @pytest.mark.parametrize(("monitor", "best"), [("dice", 2), ("loss", 1)])

@@ -105,7 +105,7 @@ def test_no_validation_record_may_be_the_last_broken_one(folder):
     write_list(folder, split="train")
     with (folder / "list.csv").open("a") as file:
         file.write("lost.png,0_mask.png,polyp,val\n")
-    with pytest.raises(ConfigError, match=r"no val records in a \(there are 20 train\)"):
+    with pytest.raises(ConfigError, match=r"no val records in a \(there are 20 train, 1 broken\)"):
         prepare(make_settings(folder, data={"split": {}, "skip_broken": True}))
 
 

@@ -130,6 +130,16 @@ def test_a_dataset_without_prompts_is_told_where_to_give_one(prompts):
         choose_prompt(dataclasses.replace(record, prompts=prompts), DataSettings(), None)
 
 
+def test_random_draws_a_kind_before_a_text():
+    """A kind with many texts is drawn as often as a kind with one."""
+    texts = {"p0": ("",), "p1": ("polyp",), "p2": tuple(f"polyp {n}" for n in range(9)), "p3": ("",), "p4": ("x", "")}
+    record = Record("a", "train", "record", "image.png", "mask.png", texts)
+    rng = np.random.default_rng(0)
+    seen = Counter(choose_prompt(record, DataSettings(prompt="random"), rng) for _ in range(600))
+    assert "" not in seen and len(seen) == 11
+    assert all(170 < seen[text] < 230 for text in ("polyp", "x"))
+
+
 def test_a_prompt_that_a_record_lacks_names_it():
     (record,) = make_records(train_a=1)
     with pytest.raises(

@@ -11,6 +11,7 @@ from torch.nn import functional
 from vlsm.errors import CheckpointError
 from vlsm.images.preprocess import ImageSpec
 from vlsm.models.contract import Features, SegmentationModel
+from vlsm.models.cris_weights import load_published
 from vlsm.models.openclip import OpenCLIPTowers
 from vlsm.models.options import CRISOptions
 from vlsm.models.towers import encode_by_length
@@ -187,12 +188,16 @@ class CRIS(SegmentationModel):
 
     @classmethod
     def build(cls, options: CRISOptions) -> Self:
-        """Build the model with CLIP's pretrained towers; all other parts are untrained.
+        """Build the model with CLIP's pretrained towers and untrained other parts, or with the weights of a CRIS.
 
         Raises:
-            CheckpointError: the source cannot be loaded, or its image tower is not CLIP's ResNet.
+            CheckpointError: the source or the weights cannot be loaded, or its image tower is not CLIP's ResNet.
         """
-        return cls(options, ResNetTowers.build(options.source, None))
+        if options.weights is None:
+            return cls(options, ResNetTowers.build(options.source, None))
+        model = cls(options, ResNetTowers.build_untrained(options.source))
+        load_published(model, options.weights)
+        return model
 
     @classmethod
     def restore(cls, options: CRISOptions, folder: Path) -> Self:
@@ -224,7 +229,7 @@ class CRIS(SegmentationModel):
         return self.neck.project(self.encode_towers(pixel_values) if activations is None else activations)
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
-        """Return logits (B, 1, S, S); the projector's logits are enlarged four times, bilinearly."""
+        """Return logits (B, 1, S, S); the projector's logits are enlarged four times, as options.enlarge says."""
         sentences, words, padding = text_features
         fused = self.neck(image_features, sentences)
         pixels = fused.flatten(2).transpose(1, 2)  # (B, N, width)
@@ -235,6 +240,8 @@ class CRIS(SegmentationModel):
             pixels = layer(pixels, pixel_positions, words, word_positions, padding)
         logits = self.projector(self.norm(pixels).transpose(1, 2).unflatten(2, (height, width)), sentences)
         size = (self.image_spec.size, self.image_spec.size)
+        if self.options.enlarge == "published":
+            return functional.interpolate(logits, size, mode="bicubic", align_corners=True)
         return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 

@@ -60,14 +60,29 @@ def build_decoder(towers: Towers) -> PromptDecoder:
 
 
 def initialize_decoder(decoder: nn.Module) -> None:
-    """Set a decoder's weights to torch's default initial values.
+    """Set a decoder's weights to the initial values of the published trainings.
 
-    transformers 5 initialises every linear layer and convolution with a standard deviation of 1. The first logits would
-    then be in the hundreds.
+    Linear layers have biases of 0. With width w, the standard deviations are w^-0.5 / 24^0.5 for queries, keys, values
+    and the second layer of an MLP, w^-0.5 for the output of an attention, and (2 w)^-0.5 for the first layer of an MLP.
+    Other weights have torch's default values. transformers 5 would initialise every linear layer and convolution with a
+    standard deviation of 1, and the first logits would be in the hundreds.
+
+    Source: CLIPSeg in transformers 4, which the public code of MedVLSM uses; 24 is twice the depth of its default
+        configuration.
     """
     for module in decoder.modules():
         if isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.ConvTranspose2d):
             module.reset_parameters()
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+    for name, module in decoder.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind in ("q_proj", "k_proj", "v_proj", "fc2"):
+            nn.init.normal_(module.weight, std=(24 * module.out_features) ** -0.5)
+        elif kind == "out_proj":
+            nn.init.normal_(module.weight, std=module.out_features**-0.5)
+        elif kind == "fc1":
+            nn.init.normal_(module.weight, std=(2 * module.in_features) ** -0.5)
 
 
 def load_network(source: str) -> CLIPSegForImageSegmentation:

@@ -83,6 +83,24 @@ class OpenCLIPTowers(Towers):
         return cls(model, config, tokenizer, taps)
 
     @classmethod
+    def build_untrained(cls, source: str) -> Self:
+        """Build towers with random weights and CLIP's mean and std. Only the source's architecture is read.
+
+        Raises:
+            CheckpointError: the source's configuration cannot be loaded.
+        """
+        name, _ = resolve_source(source)
+        try:
+            config = read_config(name)
+            model = build_architecture(config["model_cfg"] | local_text_tower(name, config))
+            tokenizer = open_clip.get_tokenizer(name)
+        except LOAD_ERRORS as error:
+            raise CheckpointError(f"open_clip model {source!r} cannot be built: {explain_source(error)}") from error
+        statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+        config["preprocess_cfg"] = model.visual.preprocess_cfg = statistics
+        return cls(model, config, tokenizer)
+
+    @classmethod
     def restore(cls, folder: Path, image_size: int | None, taps: tuple[int, ...] | None = None) -> Self:
         """Build the towers and tokenizer of a checkpoint directory. The caller loads their weights afterwards."""
         name = f"local-dir:{folder / _FOLDER}"

@@ -1,5 +1,7 @@
 """The options of each model, without its network: a driver checks them and does not import torch or transformers."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from vlsm.config import Settings
@@ -32,6 +34,9 @@ class UNetDOptions(UNetDSettings):
     """Options of UNet-D without a VLSM."""
 
     image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
+    normalize: bool = Field(
+        True, description="subtract the mean of ImageNet's images; false: levels from 0 to 1, as published"
+    )
 
 
 class CLIPSegOptions(InputOptions):
@@ -102,7 +107,7 @@ class EnsembleCOptions(UNetDSettings):
 
 
 class CRISOptions(InputOptions):
-    """Options of CRIS. It has no official weights: it starts from CLIP's towers and learns all other parts."""
+    """Options of CRIS. Without `weights`, it starts from CLIP's towers and learns all other parts."""
 
     source: str = Field("RN50-quickgelu/openai", description=SOURCE_HELP)
     image_size: int = Field(416, ge=32, multiple_of=32, description="side of the input square in pixels")
@@ -110,6 +115,12 @@ class CRISOptions(InputOptions):
         512, ge=32, multiple_of=32, description="channels of the decoder; the neck has half to twice as many"
     )
     dropout: float = Field(0.2, ge=0, lt=1, description="dropout probability in the decoder")
+    enlarge: Literal["bilinear", "published"] = Field(
+        "bilinear", description="enlargement of the logits; published: bicubic with aligned corners, as in MedVLSM"
+    )
+    weights: str | None = Field(
+        None, description="the public code's CRIS that was trained on RefCOCO, a local cris.pt; source gives its towers"
+    )
 
 
 class CNNOptions(InputOptions):

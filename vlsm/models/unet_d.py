@@ -1,5 +1,6 @@
 """UNet-D, the low-complexity CNN of VLSM-Ensemble. It ignores the prompt: every prompt gets the same logits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, cast
 
@@ -139,6 +140,11 @@ class UNetD(ImageOnlyModel):
 
     Source: VLSM-Ensemble, MIDL 2025, arXiv 2509.05154.
     """
+
+    def __init__(self, options: UNetDOptions, network: nn.Module) -> None:
+        super().__init__(options, network)
+        if not options.normalize:
+            self.image_spec = replace(self.image_spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     @classmethod
     def build(cls, options: UNetDOptions) -> Self:

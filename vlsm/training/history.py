@@ -56,6 +56,17 @@ class History:
         values = values if monitor == "dice" else -values
         return int(np.where(np.isfinite(values), values, -np.inf).argmax()) + 1
 
+    def stale_epochs(self, monitor: Literal["dice", "loss"], min_delta: float) -> int:
+        """Return the number of epochs since the last improvement of the monitored value by more than min_delta.
+
+        Source: early stopping of PyTorch Lightning, which compares each epoch with the last one that counted as better.
+        """
+        sign, best, improved, epoch = 1 if monitor == "dice" else -1, -np.inf, 0, 0
+        for epoch, value in enumerate(self.monitored(monitor), start=1):
+            if sign * value - min_delta > best:
+                best, improved = sign * value, epoch
+        return epoch - improved
+
     def table(self) -> pa.Table:
         """Return the rows as a table with the columns of metrics.parquet."""
         types = {int: pa.int64(), float: pa.float64(), str: pa.string()}

@@ -6,25 +6,28 @@ Every process of a group has a Learner. Collective work (a step, the end of an e
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from vlsm.errors import VlsmError
 from vlsm.models.contract import SegmentationModel
 from vlsm.models.prompts import PromptCache
-from vlsm.models.towers import Towers
 from vlsm.segmentation.metrics import dice_scores
+from vlsm.training.average import WeightAverage
 from vlsm.training.feature_cache import FeatureCache
+from vlsm.training.groups import build_optimizer
 from vlsm.training.history import History
 from vlsm.training.losses import segmentation_losses
 from vlsm.training.parallel import broadcast_buffers, gather, parallelize, world_size
 from vlsm.training.sampling import MicroBatch
+from vlsm.training.schedule import RULES, lr_factor
 from vlsm.training.settings import TrainSettings
+
+_AVERAGE = "average "  # before the name of an averaged weight, in a state
 
 
 class NotFiniteError(VlsmError):
@@ -69,13 +72,18 @@ class Learner:
         layout = torch.contiguous_format if settings.run.fsdp else torch.channels_last  # FSDP supports no other
         self.model = model.to(device).to(memory_format=layout)
         self.network = parallelize(self.model, settings)
-        self.features = features if model.has_frozen_towers and settings.data.augment.is_off else None
-        self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=settings.optim.weight_decay)
+        is_fixed = settings.data.augment.is_off and settings.data.tile_size is None  # each image is always the same
+        self.features = features if model.has_frozen_towers and is_fixed else None
+        self.optimizer = build_optimizer(self.model, settings.optim)
+        self.average = None
+        if settings.optim.ema_decay is not None:
+            self.average = WeightAverage(self.model, settings.optim.ema_decay)
         precision = settings.optim.precision if device.type == "cuda" else "fp32"
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._prompts = PromptCache(model)
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # of the unfinished step: example, loss, Dice
+        self._rules = RULES
 
     def train(self, batch: MicroBatch, images: Tensor, target_masks: Tensor, history: History) -> list[Score]:
         """Train on a micro-batch. If the micro-batch ends a step, the optimiser updates the weights.
@@ -95,13 +103,15 @@ class Learner:
         Raises:
             NotFiniteError: a loss is not finite in any process. Every process raises it.
         """
+        if self.average is not None and self.average.is_in_model:
+            self.average.exchange()
         self.network.train()
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         # dropout depends only on the position in the run, so that a resumed run gives the same result
         position = [self.settings.seed, batch.epoch, batch.step, len(self._pending), rank]
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
         with contextlib.nullcontext() if batch.ends_step else self._without_sync():
-            losses, dice = self._forward(batch, images, target_masks)
+            losses, dice = self._score(self._predict(batch, images), target_masks)
             weights = torch.tensor(batch.weights, device=self.device)
             losses = torch.where(weights > 0, losses, 0)
             # DDP and FSDP average gradients over workers; times world_size, the average is the sum over the workers
@@ -116,8 +126,13 @@ class Learner:
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, images: Tensor, target_masks: Tensor) -> list[Score]:
         """Return the scores of a micro-batch's examples. The arguments are those of `train`."""
+        optim = self.settings.optim
         self.network.eval()
-        losses, dice = self._forward(batch, images, target_masks)
+        logits = self._predict(batch, images)
+        if optim.val_flip:
+            mirrored = self._predict(batch, images.flip(2), is_mirrored=True).flip(3)
+            logits = torch.logit((logits.float().sigmoid() + mirrored.float().sigmoid()) / 2, eps=1e-6)
+        losses, dice = self._score(logits, target_masks, is_validation=True)
         rows = zip(batch.examples, batch.weights, losses.tolist(), dice.tolist(), strict=True)
         return [Score(example, loss, score) for example, weight, loss, score in rows if weight]
 
@@ -127,46 +142,88 @@ class Learner:
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def end_training(self) -> None:
-        """Copy the first process's batch statistics to all processes. Call it before an evaluation."""
+        """Prepare an evaluation: all processes get the batch statistics of the first one.
+
+        If there is an average of the weights, the model has the averaged weights from here until `train` is called.
+        """
         broadcast_buffers(self.model)
+        if self.average is not None and not self.average.is_in_model:
+            self.average.exchange()
+            broadcast_buffers(self.model)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the state to resume from: trainable weights and buffers, and the state of the optimiser.
+        """Return the state to resume from: trainable weights, buffers, their averages, and the optimiser's state.
 
         The state is on the CPU and complete only in rank 0. Frozen weights are not in it; they are loaded from their
         original source again.
         """
+        average, is_in_model = self.average, self.average is not None and self.average.is_in_model
+        if average is not None and is_in_model:
+            average.exchange()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        weights, optimizer = get_state_dict(self.network, self.optimizer, options=options)
-        return cast(dict[str, Tensor], weights), dict(optimizer) | {"scaler": self.scaler.state_dict()}
+        state, optimizer = get_state_dict(self.network, self.optimizer, options=options)
+        weights = cast(dict[str, Tensor], state)
+        other: dict[str, Any] = {"scaler": self.scaler.state_dict(), "rules": self._rules}
+        if average is not None:
+            weights |= {f"{_AVERAGE}{name}": value.to("cpu", copy=True) for name, value in average.values.items()}
+            other["average_steps"] = average.steps
+            if is_in_model:
+                weights = {name: value.clone() for name, value in weights.items()}  # on a CPU they are the model's own
+                average.exchange()
+        return weights, dict(optimizer) | other
 
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Continue from a state of `state`. Every process must pass the same state."""
-        optimizer = dict(optimizer)
+        """Continue from a state of `state`. Every process must pass the same state.
+
+        The state of an earlier version has other groups of weights. A run with such a state keeps the rules of that
+        version, so that it ends as if nothing had happened: all weights decay, and step t has the rate of step t + 1.
+        """
+        optimizer, weights = dict(optimizer), dict(weights)
         self.scaler.load_state_dict(optimizer.pop("scaler"))
+        self._rules = optimizer.pop("rules", 1)
+        if self._rules == 1:
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = self.settings.optim.weight_decay
+        steps = optimizer.pop("average_steps", 0)
+        averaged = {name: weights.pop(name) for name in list(weights) if name.startswith(_AVERAGE)}
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
         set_state_dict(
             self.network,
             self.optimizer,
             model_state_dict=cast(dict[str, Any], weights),
-            optim_state_dict=optimizer,
+            optim_state_dict=optimizer | {"param_groups": self._named_groups(optimizer["param_groups"])},
             options=options,
         )
+        if self.average is not None:
+            self.average.restore({name.removeprefix(_AVERAGE): value for name, value in averaged.items()}, steps)
 
-    def _forward(self, batch: MicroBatch, images: Tensor, target_masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return losses and Dice, (B,) each."""
-        optim = self.settings.optim
+    def _named_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the optimiser's own groups by the names of their weights, with the saved rates of the last step."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        rates = {name: group["lr"] for group in saved for name in group["params"]}
+        groups = []
+        for group in self.optimizer.param_groups:
+            members = [names[id(parameter)] for parameter in group["params"]]
+            groups.append(group | {"params": members, "lr": rates.get(members[0], group["lr"])})
+        return groups
+
+    def _predict(self, batch: MicroBatch, images: Tensor, is_mirrored: bool = False) -> Tensor:
+        """Return the logits of the images, (B, 1, S, S). Features of mirror images are not kept."""
         pixel_values = self.model.image_spec.normalize(images.to(self.device))
-        targets = target_masks.to(self.device)[:, None]
         prompts = list(batch.prompts) if self.model.learns_text else self._prompts.encode(batch.prompts)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             activations = None
-            if self.features is not None:
+            if self.features is not None and not is_mirrored:
                 activations = self.features.fetch(batch.examples, pixel_values, self.model)
-            logits = self.network(pixel_values, prompts, activations)
-        losses = segmentation_losses(logits, targets, optim.dice_weight, optim.ce_weight)
+            return cast(Tensor, self.network(pixel_values, prompts, activations))
+
+    def _score(self, logits: Tensor, target_masks: Tensor, is_validation: bool = False) -> tuple[Tensor, Tensor]:
+        """Return losses and Dice, (B,) each."""
+        optim, targets = self.settings.optim, target_masks.to(self.device)[:, None]
+        is_entropy = is_validation and optim.val_loss == "ce"
+        weights = (0.0, 1.0) if is_entropy else (optim.dice_weight, optim.ce_weight)
         masks = torch.sigmoid(logits.detach().float()) >= self.model.threshold
-        return losses, dice_scores(masks, targets.bool())
+        return segmentation_losses(logits, targets, *weights), dice_scores(masks, targets.bool())
 
     def _step(self, batch: MicroBatch, history: History) -> list[Score]:
         optim = self.settings.optim
@@ -177,8 +234,9 @@ class Learner:
             for example, loss, score in zip(examples, *self._fetch(losses, dice), strict=True)
         ]
         self._check_finite(batch, scores)
+        step = batch.epoch * self.num_steps + batch.step
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self._lr_factor(batch, history)
+            group["lr"] = group["base_lr"] * lr_factor(optim, step, self.num_steps, history, self._rules)
         self.scaler.unscale_(self.optimizer)
         if optim.clip_norm is not None:
             trainable = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -186,6 +244,8 @@ class Learner:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
         return scores
 
     @staticmethod
@@ -205,48 +265,8 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             raise NotFiniteError(all_bad[0].example, all_bad[0].loss, batch.epoch, batch.step)
 
-    def _lr_factor(self, batch: MicroBatch, history: History) -> float:
-        optim = self.settings.optim
-        epoch = batch.epoch + (batch.step + 1) / self.num_steps
-        factor = min(1.0, epoch / optim.warmup_epochs) if optim.warmup_epochs else 1.0
-        if optim.schedule == "cosine":
-            length = max(optim.epochs - optim.warmup_epochs, 1e-9)
-            factor *= 0.5 * (1 + np.cos(np.pi * min(1.0, max(0.0, epoch - optim.warmup_epochs) / length)))
-        if optim.schedule == "plateau":
-            factor *= _plateau_factor(history, self.settings)
-        return float(factor)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        towers = {
-            id(parameter)
-            for part in self.model.modules()
-            if isinstance(part, Towers)
-            for parameter in part.parameters()
-        }
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optim = self.settings.optim
-        groups = [
-            {"params": [parameter for parameter in trainable if (id(parameter) in towers) == in_towers], "base_lr": lr}
-            for in_towers, lr in ((True, optim.tower_lr or optim.lr), (False, optim.lr))
-        ]
-        return [group | {"lr": group["base_lr"]} for group in groups if group["params"]]
-
     def _without_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which each worker keeps its gradients. The last micro-batch of a step combines them."""
         if hasattr(self.network, "no_sync"):
             return self.network.no_sync()  # type: ignore[operator]
         return contextlib.nullcontext()  # FSDP combines gradients at each micro-batch; the sums are the same
-
-
-def _plateau_factor(history: History, settings: TrainSettings) -> float:
-    """Return the factor that ReduceLROnPlateau has reached.
-
-    It is computed from all epochs so far, so that the state of the scheduler need not be saved.
-    """
-    optim = settings.optim
-    unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    mode: Literal["max", "min"] = "max" if optim.monitor == "dice" else "min"
-    schedule = ReduceLROnPlateau(unit, mode, factor=optim.plateau_factor, patience=optim.plateau_patience, eps=0)
-    for value in history.monitored(optim.monitor):
-        schedule.step(value)
-    return float(unit.param_groups[0]["lr"])

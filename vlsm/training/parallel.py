@@ -52,6 +52,30 @@ def parallelize(model: SegmentationModel, settings: TrainSettings) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
 
 
+def describe_batch_norms(model: nn.Module, settings: TrainSettings, num_workers: int) -> str | None:
+    """Return a warning if batch norms that learn see fewer examples at a time than the batch has, else None.
+
+    Args:
+        model: in training mode; norms in frozen towers are in eval mode and do not count.
+        settings: optim.batch_size, optim.sync_batch_norm, run.micro_batch_size.
+        num_workers: number of processes that train together.
+    """
+    has_norms = any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in model.modules())
+    batch_size, micro = settings.optim.batch_size, settings.run.micro_batch_size
+    share = -(-batch_size // num_workers)  # of one worker
+    num_seen = min(micro, share) * (num_workers if settings.optim.sync_batch_norm else 1)
+    if not has_norms or num_seen >= batch_size:
+        return None
+    advice = f"set run.micro_batch_size={share}" if micro < share else ""
+    if num_workers > 1 and not settings.optim.sync_batch_norm:
+        advice += f"{' and ' if advice else 'set '}optim.sync_batch_norm=true (GPUs only)"
+    return (
+        f"batch norms of {type(model).__name__} see {num_seen} examples at a time, not the {batch_size} of a batch, "
+        f"so run.micro_batch_size={micro} and the number of workers ({num_workers}) change the result; {advice} if the "
+        "memory allows, or lower optim.batch_size"
+    )
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Copy the buffers of the first process, such as batch statistics, to all processes."""
     if world_size() > 1:

@@ -167,8 +167,8 @@ def choose_prompt(record: Record, settings: DataSettings, rng: np.random.Generat
 
     Args:
         record: record of the example.
-        settings: data.prompt is used. A kind, such as p1, draws one of its alternatives; "random" draws any text that
-            is not empty, of any kind but p0; "text:WORDS" gives WORDS.
+        settings: data.prompt is used. A kind, such as p1, draws one of its alternatives; "random" draws a kind other
+            than p0, then one of its texts that are not empty, as MedVLSM does; "text:WORDS" gives WORDS.
         rng: generator for the draw; None takes the first text.
 
     Raises:
@@ -176,6 +176,9 @@ def choose_prompt(record: Record, settings: DataSettings, rng: np.random.Generat
     """
     choice = settings.prompt if isinstance(settings.prompt, str) else settings.prompt.get(record.dataset, "p1")
     texts = find_texts(record, choice, "data.prompt")
+    if choice == "random" and rng is not None:
+        kinds = [kind_texts for kind in record.prompts if (kind_texts := _random_texts(record, kind))]
+        texts = kinds[int(rng.integers(len(kinds)))]
     return texts[0 if rng is None else int(rng.integers(len(texts)))]
 
 
@@ -211,7 +214,7 @@ def find_texts(record: Record, choice: str, setting: str) -> list[str]:
     if choice.startswith("text:"):
         return [choice.removeprefix("text:").strip()]
     if choice == "random":
-        texts = [text for kind, prompts in record.prompts.items() if kind != "p0" for text in prompts if text]
+        texts = [text for kind in record.prompts for text in _random_texts(record, kind)]
     else:
         texts = list(record.prompts.get(choice, ()))
     if not texts and not record.has_words:
@@ -225,3 +228,8 @@ def find_texts(record: Record, choice: str, setting: str) -> list[str]:
             f"{', '.join(record.prompts) or 'none'}; text:WORDS works for every record"
         )
     return texts
+
+
+def _random_texts(record: Record, kind: str) -> list[str]:
+    """Return the texts of a kind of prompt that "random" may draw."""
+    return [] if kind == "p0" else [text for text in record.prompts[kind] if text]

@@ -1,4 +1,8 @@
-"""Settings of a training run. They decide its final weights, except the group `run`: how the run is executed."""
+"""Settings of a training run. They decide its final weights, except the group `run`: how the run is executed.
+
+Batch norms are the exception. They see one micro-batch of one worker at a time, so with them the number of workers and
+run.micro_batch_size change the weights too.
+"""
 
 import difflib
 import math
@@ -15,18 +19,41 @@ from vlsm.models import MODELS
 Trainable = Literal["decoder", "lora", "all"]
 
 
+# The changes of a preset. The kinds are those of nnU-Net, Nature Methods 2021, arXiv 1809.10486, and hue; nnU-Net also
+# has lower resolutions and gamma. The strengths are ours.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "light": {"flip": True, "rotate_degrees": 15, "scale": 0.1, "color": 0.1},
+    "strong": {
+        "flip": True, "rotate_degrees": 45, "scale": 0.3, "color": 0.3, "hue": 0.03, "blur": 0.2, "noise": 0.04,
+    },
+}  # fmt: skip
+
+
 class AugmentSettings(Settings):
     """Random changes of the training images, drawn again in every epoch. The papers use none."""
 
+    preset: Literal["none", "light", "strong"] = Field(
+        "none", description="values of the settings below that are not set; strong for training from scratch"
+    )
     flip: bool = Field(False, description="mirror left to right and top to bottom, each with probability 0.5")
     rotate_degrees: float = Field(0, ge=0, le=180, description="largest random rotation either way, in degrees")
     scale: float = Field(0, ge=0, lt=1, description="largest random change of size, as a fraction")
     color: float = Field(0, ge=0, le=1, description="largest random change of brightness, contrast, saturation")
+    hue: float = Field(0, ge=0, le=0.5, description="largest random change of hue, as a part of the colour circle")
+    blur: float = Field(0, ge=0, le=1, description="probability of a Gaussian blur of 0.5 to 1.5 pixels")
+    noise: float = Field(0, ge=0, le=1, description="largest standard deviation of Gaussian noise; white is 1")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, tree: Any) -> Any:
+        preset = tree.get("preset") if isinstance(tree, dict) else None
+        return _PRESETS[preset] | tree if isinstance(preset, str) and preset in _PRESETS else tree
 
     @property
     def is_off(self) -> bool:
         """Whether no image is changed."""
-        return self == AugmentSettings()
+        return self.model_copy(update={"preset": "none"}) == AugmentSettings()
 
 
 class DataSettings(DatasetSettings):
@@ -40,6 +67,12 @@ class DataSettings(DatasetSettings):
     )
     split: SplitSettings = SplitSettings()
     skip_broken: bool = Field(False, description="leave out records with broken files instead of stopping")
+    tile_size: int | None = Field(
+        None,
+        ge=8,
+        description="train, validate and test on square windows of this side in pixels, one of each image, drawn again "
+        "in every epoch; for a checkpoint that segments with the same tile.size; null: whole images",
+    )
     augment: AugmentSettings = AugmentSettings()
 
 
@@ -48,22 +81,46 @@ class OptimSettings(Settings):
 
     epochs: int = Field(50, ge=1, description="passes over the training examples")
     batch_size: int = Field(16, ge=1, description="examples of one optimiser step, of all workers together")
-    lr: float = Field(1e-3, gt=0, description="learning rate of AdamW")
+    optimizer: Literal["adamw", "adam"] = Field(
+        "adamw", description="adamw, or adam, whose decay is part of the gradient"
+    )
+    lr: float = Field(1e-3, gt=0, description="highest learning rate")
     tower_lr: float | None = Field(None, gt=0, description="learning rate of trainable pretrained towers; default: lr")
-    weight_decay: float = Field(1e-3, ge=0, description="weight decay of AdamW")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor from each block of a trainable tower to the block before it; 1: equal rates",
+    )
+    weight_decay: float = Field(1e-3, ge=0, description="weight decay; norms and biases do not decay")
+    decay_all: bool = Field(False, description="norms and biases decay too, as in the papers")
     clip_norm: float | None = Field(0.5, gt=0, description="maximum norm of the gradient; null: no limit")
     dice_weight: float = Field(1.0, ge=0, description="weight of the Dice loss")
     ce_weight: float = Field(0.2, ge=0, description="weight of the cross entropy; 1 gives BCE + Dice")
     schedule: Literal["constant", "cosine", "plateau"] = Field("cosine", description="schedule of the learning rate")
-    warmup_epochs: float = Field(0, ge=0, description="epochs in which the learning rate rises from zero")
+    warmup_epochs: float = Field(0, ge=0, description="epochs in which the learning rate rises to its highest value")
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="factor by which plateau lowers the learning rate")
     plateau_patience: int = Field(5, ge=0, description="epochs without improvement before plateau lowers it")
+    plateau_monitor: Literal["dice", "loss"] | None = Field(
+        None, description="validation metric that plateau watches; default: monitor"
+    )
     early_stop: int | None = Field(None, ge=1, description="epochs without improvement before the run ends")
+    min_delta: float = Field(0, ge=0, description="smallest change that early_stop counts as an improvement")
+    min_epochs: int = Field(1, ge=1, description="epochs that early_stop does not cut short")
     monitor: Literal["dice", "loss"] = Field(
-        "dice", description="validation metric that chooses the best epoch, as the mean over datasets"
+        "dice", description="validation metric for the best epoch and early_stop, as the mean over datasets"
+    )
+    val_loss: Literal["training", "ce"] = Field(
+        "training", description="loss that validation measures: the training's, or its cross entropy alone"
+    )
+    val_flip: bool = Field(
+        False, description="validate and test with the mean of an image and its mirror image, as a member with flip"
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="validate and keep a moving average of the weights with this decay, such as 0.999"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="precision on GPUs; a CPU always uses fp32")
-    sync_batch_norm: bool = Field(False, description="compute batch statistics over all workers (GPUs only)")
+    sync_batch_norm: bool = Field(False, description="batch norms see the micro-batches of all workers together (GPUs)")
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
@@ -84,7 +141,11 @@ class TrainRunSettings(Settings):
     cpus_per_worker: float | None = Field(
         None, gt=0, description="CPUs of a worker; default: 1 with a GPU, else 3/4 of the CPUs"
     )
-    micro_batch_size: int = Field(8, ge=1, description="examples per forward pass of a worker; gradients accumulate")
+    micro_batch_size: int = Field(
+        8,
+        ge=1,
+        description="examples per forward pass of a worker; gradients accumulate, but batch norms see only these",
+    )
     compile: bool = Field(False, description="compile the model with torch.compile")
     fsdp: bool = Field(False, description="shard the model over the workers (trainable=all only)")
     cache_images: bool | None = Field(
@@ -153,6 +214,8 @@ class TrainSettings(Settings):
             near = difflib.get_close_matches(self.model, MODELS, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"unknown model {self.model!r}; {hint}known models: {', '.join(MODELS)}")
+        if self.run.fsdp and self.optim.ema_decay is not None:
+            raise ValueError("optim.ema_decay does not work with run.fsdp=true, which shards the weights; unset one")
         if self.run.fsdp and self.trainable != "all":
             raise ValueError(f"run.fsdp is for trainable=all; trainable is {self.trainable}, which needs no sharding")
         return self
