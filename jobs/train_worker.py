@@ -83,6 +83,7 @@ class Worker:
     def __init__(self, work: Work) -> None:
         context = ray.train.get_context()
         self.settings, self.output, self.board = work.settings, work.settings.output, work.board
+        self.lease = work.lease
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         prepare_streams(self.num_workers)
         self.records = read_examples(self.output)
@@ -122,6 +123,11 @@ class Worker:
         self.wait_until_saved()
         self._finish(self._test())
 
+    def check_lease(self) -> None:
+        """Raise a LeaseError if another job has taken over the run: this worker must not write to its files."""
+        if self.lease is not None:
+            self.lease.check()
+
     def say(self, line: str) -> None:
         """Add a line to the job's log; only the first worker does so."""
         if self.rank == 0:
@@ -153,6 +159,9 @@ class Worker:
         self.board.reach.remote(FIRST_STEP, time.time())
         self.train_scores += scores
         self.state.step, self.state.steps = batch.step + 1, self.state.steps + 1
+        if self.rank == 0:
+            progress = {"epoch": batch.epoch + 1, "epochs": self.settings.optim.epochs}
+            self.board.note.remote(progress | {"step": self.state.step, "steps": self.order.num_steps})
         loss = sum(score.loss for score in scores) / max(1, len(scores))
         if line := self.clock.tick(batch.batch_size):
             epoch = f"epoch {batch.epoch + 1} of {self.settings.optim.epochs}"
@@ -180,6 +189,7 @@ class Worker:
         self.train_scores, self.val_scores = [], []
         self._save([], is_best)
         if self.rank == 0:
+            self.check_lease()
             write_metrics(self.output, state.history)
             for tracker in self.trackers:
                 tracker.track(rows)
@@ -195,7 +205,7 @@ class Worker:
         if is_best:
             whole = weights if self.settings.run.fsdp and self.num_workers > 1 else None
             best = copy_best(self.learner.model, default_prompt(self.records, self.settings), whole)
-        self.saving = self.saver.submit(put_progress, self.output, packed, best)
+        self.saving = self.saver.submit(put_progress, self.output, packed, best, self.check_lease)
 
     def wait_until_saved(self) -> None:
         """Wait until the save in the background has ended, and raise its error if it failed."""
@@ -255,6 +265,7 @@ class Worker:
             shutil.rmtree(self.features.folder, ignore_errors=True)
         if self.rank:
             return
+        self.check_lease()
         state.history.rows += rows
         write_metrics(self.output, state.history)
         for tracker in self.trackers:

@@ -187,7 +187,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             time.sleep(min(1.0, self._interval_s / 4))
         return claims
 
-    def note(self, progress: dict[str, Any]) -> None:
+    def note(self, progress: dict[str, Any] | None) -> None:
         """Set the progress that the next heartbeat tells."""
         self._progress = progress
 

@@ -6,6 +6,7 @@ OUTPUT/last.safetensors   state of the run: trained weights, optimiser, all metr
 OUTPUT/checkpoint/        checkpoint of the best epoch, for `jobs.segment`
 OUTPUT/metrics.parquet    one row per epoch, split and dataset; curves.png and tensorboard/ show the same values
 OUTPUT/summary.json       written last: if it exists, the run is complete
+OUTPUT/lease/             while a job works on the run: who it is and how far it is (see vlsm.runs.lease)
 """
 
 import io
@@ -37,6 +38,7 @@ from vlsm.datasets.records import Record
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
+from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, describe_differences, forget_run, make_record, read_record, write_record
 from vlsm.training.history import History, Row
 from vlsm.training.sampling import ExampleOrder, choose_prompt
@@ -54,6 +56,7 @@ logger = logging.getLogger("vlsm")
 CHECKPOINT_NAME = "checkpoint"
 _EXAMPLES_NAME, _LAST_NAME, _METRICS_NAME = "examples.parquet", "last.safetensors", "metrics.parquet"
 _NAMES = (_LAST_NAME, _EXAMPLES_NAME, _METRICS_NAME, "curves.png")
+_FOLDERS = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
 
 Inspect = Callable[[Sequence[Record]], list[Facts]]
 
@@ -129,7 +132,7 @@ def check_examples(
 
 
 def prepare_training(
-    settings: TrainSettings, inspect: Inspect, begin: Callable[[], None] = lambda: None
+    settings: TrainSettings, inspect: Inspect, begin: Callable[[], None] = lambda: None, lease: Lease | None = None
 ) -> list[Record]:
     """Plan a run, or resume it if OUTPUT already holds its plan. All errors of settings and data are raised here.
 
@@ -138,11 +141,13 @@ def prepare_training(
         inspect: returns the facts of records.
         begin: called if there is work to do, as soon as all paths and settings are checked. The model is built after
             that, so that something slow, such as a cluster, can start at the same time.
+        lease: the lease of OUTPUT. It is taken before anything is written, unless the run is finished.
 
     Returns:
         The examples of the run.
 
     Raises:
+        LeaseError: another job works on OUTPUT.
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
         CheckpointError: the model's options are invalid, or its weights or the checkpoint start_from cannot be loaded.
         ManifestError: a record is invalid or its files are broken.
@@ -152,14 +157,9 @@ def prepare_training(
     with storage.name_errors("OUTPUT", output):
         record = None if settings.start_over else read_record(output)
         if record is not None:
-            if differences := describe_differences(record, settings, {}):
-                raise ConfigError(
-                    f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
-                    "choose another OUTPUT, or --set start_over=true to delete that run"
-                )
-            if not storage.exists(storage.join(output, SUMMARY_NAME)):
-                begin()
-            return read_examples(output)
+            return _resume(settings, record, begin, lease)
+        if lease is not None:
+            lease.wait_until_free()  # inspecting the data may take minutes: a second job is refused before it
         table, lines, num_broken = check_examples(settings, inspect, begin=begin)
         for line in lines:
             logger.info("%s", line)
@@ -168,9 +168,11 @@ def prepare_training(
                 f"{num_broken:,} of {len(table):,} records are broken, as listed above; repair them, "
                 "or --set data.skip_broken=true to leave them out"
             )
+        _take(lease, output)
         if settings.start_over:
-            folders = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
-            forget_run(output, _NAMES, [(folder, "") for folder in folders])
+            forget_run(output, _NAMES, [(folder, "") for folder in _FOLDERS])
+        elif read_record(output) is not None:  # another job has planned this run during the inspection, and has ended
+            return prepare_training(settings, inspect, begin, lease)
         table = table.filter(pc.is_null(table["error"]))
         records = records_from_table(table)
         sink = pa.BufferOutputStream()
@@ -179,6 +181,30 @@ def prepare_training(
         facts = {"data_digest": digest_examples(table)}
         write_record(output, make_record(settings, facts, _plan(settings, records)))
     return records
+
+
+def _resume(
+    settings: TrainSettings, record: dict[str, Any], begin: Callable[[], None], lease: Lease | None
+) -> list[Record]:
+    """Return the examples of a run that has its plan, finished or not."""
+    output = settings.output
+    if differences := describe_differences(record, settings, {}):
+        raise ConfigError(
+            f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
+            "choose another OUTPUT, or --set start_over=true to delete that run"
+        )
+    if not storage.exists(storage.join(output, SUMMARY_NAME)):
+        _take(lease, output)
+        begin()
+    return read_examples(output)
+
+
+def _take(lease: Lease | None, output: str) -> None:
+    """Take the lease, and remove the temporary files that killed processes left in the folders of the run."""
+    if lease is not None:
+        lease.take()
+        for folder in _FOLDERS:
+            storage.remove_leftovers(storage.join(output, folder))
 
 
 def check_model(settings: TrainSettings) -> None:
@@ -306,17 +332,30 @@ def copy_best(
     return folder
 
 
-def put_progress(output: str, packed: bytes, best: "tempfile.TemporaryDirectory[str] | None") -> None:
+def put_progress(
+    output: str,
+    packed: bytes,
+    best: "tempfile.TemporaryDirectory[str] | None",
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write the best model to OUTPUT/checkpoint (checkpoint.yaml last), then write last.safetensors.
 
     If the run dies between the two writes, it repeats the epoch and gets the same result.
+
+    Args:
+        output: OUTPUT of the run.
+        packed: result of `pack_state`.
+        best: result of `copy_best`, or None.
+        check: is called before each of the two writes; it raises an error if the run has lost its lease.
     """
     if best is not None:
         with best as folder:
+            check()
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: path.name == SETTINGS_NAME):
                 target = storage.join(output, CHECKPOINT_NAME, *path.relative_to(folder).parts)
                 storage.write_bytes(target, path.read_bytes())
+    check()
     storage.write_bytes(storage.join(output, _LAST_NAME), packed)
 
 
