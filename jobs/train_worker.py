@@ -1,5 +1,6 @@
 """A worker of the train job. Ray Train calls `train_worker` in each worker, and again after the death of one."""
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import ray.train.torch
 import torch
 
 import vlsm
+from jobs.train_artifacts import copy_artifacts
 from jobs.train_feed import Feed, prepare_streams
 from jobs.train_group import FIRST_STEP, Work
 from vlsm import storage
@@ -98,7 +100,7 @@ class Worker:
             self.learner.restore(self.state.weights, self.state.optimizer or {})
             self.say(f"goes on at epoch {self.state.epoch + 1}, step {self.state.step + 1}")
         self.state.weights = self.state.optimizer = None
-        self.trackers = open_trackers(self.settings, work.run_id) if self.rank == 0 else []
+        self.trackers = open_trackers(self.settings, work.run_id, self.say) if self.rank == 0 else []
         self.board.reach.remote("model", time.time())
         self.train_scores: list[Score] = []
         self.val_scores: list[Score] = []
@@ -271,7 +273,6 @@ class Worker:
         for tracker in self.trackers:
             if rows:
                 tracker.track(rows)
-            tracker.finish()
         shown = [row for row in state.history.rows if row.epoch == best and row.split != "train"]
         summary = {
             "checkpoint": storage.join(self.output, CHECKPOINT_NAME),
@@ -283,6 +284,20 @@ class Worker:
             "loss": {f"{row.split} {row.dataset}": round(row.loss, 4) for row in shown},
         }
         storage.write_bytes(storage.join(self.output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
+        self._finish_trackers()  # after the summary: the run is complete, whatever becomes of the trackers
+
+    def _finish_trackers(self) -> None:
+        if not self.trackers:
+            return
+        with contextlib.ExitStack() as stack:
+            folder = None
+            if self.settings.run.log_artifacts != "none":
+                try:
+                    folder = stack.enter_context(copy_artifacts(self.output, self.settings.run.log_artifacts))
+                except Exception as error:  # a full temporary disk, an image that cannot be read again
+                    self.say(f"the trackers get no files: {type(error).__name__}: {error}")
+            for tracker in self.trackers:
+                tracker.finish(folder)
 
     def _open_features(self, run_id: str, num_sharing: int) -> FeatureCache | None:
         max_bytes = self.settings.run.feature_cache_bytes

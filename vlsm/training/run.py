@@ -362,10 +362,10 @@ def put_progress(
 def write_metrics(output: str, history: History) -> None:
     """Write metrics.parquet, curves.png and the TensorBoard events."""
     from vlsm.training.curves import draw_curves
-    from vlsm.training.trackers import tensorboard_events
+    from vlsm.training.trackers import write_events
 
     sink = pa.BufferOutputStream()
     pq.write_table(history.table(), sink, compression="zstd")
     storage.write_bytes(storage.join(output, _METRICS_NAME), sink.getvalue().to_pybytes())
     storage.write_bytes(storage.join(output, "curves.png"), draw_curves(history))
-    storage.write_bytes(storage.join(output, "tensorboard", "events.out.tfevents.0.vlsm"), tensorboard_events(history))
+    write_events(output, history)
