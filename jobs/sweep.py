@@ -179,13 +179,10 @@ def _train(settings: Any, holder: str) -> str:
 def _evaluate_group(group: TrialGroup) -> list[dict[str, Any]]:
     """Evaluate a group and return the mean Dice per trial, dataset and prompt, as rows for `tabulate`."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     evaluate(group.settings)
-    fs, path = storage.open_uri(storage.join(group.settings.output, "scores.parquet"))
-    table = pq.read_table(
-        path, filesystem=fs, columns=["system", "dataset", "prompt_name", "prompt_class", "status", "dice"]
-    )
+    columns = ["system", "dataset", "prompt_name", "prompt_class", "status", "dice"]
+    table = storage.read_table(storage.join(group.settings.output, "scores.parquet"), columns)
     table = table.filter(pc.field("status") == "ok")
     means = table.group_by(["system", "dataset", "prompt_name", "prompt_class"]).aggregate([("dice", "mean")])
     trials = {trial.system: trial for trial in group.trials}

@@ -14,11 +14,14 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 
 from vlsm.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 T = TypeVar("T")
 
@@ -92,6 +95,20 @@ def read_bytes(uri: str, patience_s: float = QUICK_S) -> bytes:
     """Return the whole content of a file."""
     fs, path = open_uri(uri)
     return bytes(with_retries(lambda: fs.cat_file(path), uri, patience_s))
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> "pa.Table":
+    """Return the content of one Parquet file, or some of its columns.
+
+    `pyarrow.parquet.read_table` reads a Python file in threads of its own. Such a thread may drop the last reference to
+    the file after the caller has its table. If Python ends at this moment, the whole process aborts ("terminate called
+    without an active exception"). Without `pre_buffer`, only the calling thread uses the file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(pa.BufferReader(read_bytes(uri)), pre_buffer=False) as file:
+        return file.read(columns, use_threads=False)
 
 
 def write_bytes(uri: str, data: bytes, patience_s: float = PATIENT_S) -> None:

@@ -9,7 +9,6 @@ OUTPUT/summary.json       written last: if it exists, the run is complete
 OUTPUT/lease/             while a job works on the run: who it is and how far it is (see vlsm.runs.lease)
 """
 
-import io
 import json
 import logging
 import tempfile
@@ -263,7 +262,7 @@ def _plan(settings: TrainSettings, records: list[Record]) -> dict[str, Any]:
 
 def read_examples(output: str) -> list[Record]:
     """Return the examples of a planned run."""
-    return records_from_table(pq.read_table(io.BytesIO(storage.read_bytes(storage.join(output, _EXAMPLES_NAME)))))
+    return records_from_table(storage.read_table(storage.join(output, _EXAMPLES_NAME)))
 
 
 def default_prompt(records: Sequence[Record], settings: TrainSettings) -> str:
