@@ -1,7 +1,9 @@
 """The folder of a training: who may write to it, and what an earlier job left there."""
 
+import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ from vlsm import storage
 from vlsm.config import load_settings
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import inspect_record
-from vlsm.errors import LeaseError
+from vlsm.errors import LeaseError, StorageError
 from vlsm.runs.lease import Lease
-from vlsm.training.run import prepare_training, put_progress
+from vlsm.training.run import copy_best, prepare_training, put_progress
 from vlsm.training.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]
@@ -145,4 +147,19 @@ except StorageError as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=LONG_S)
     assert done.stdout.startswith(f"{tmp_path}/last.safetensors could not be written: ")
     assert "make room there, and the same command goes on from here" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_of_temporary_files_names_its_path_too(tiny_checkpoint, tmp_path, monkeypatch):
+    model = vlsm.load_checkpoint(tiny_checkpoint).model
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(
+            StorageError, match=f"{tmp_path}/.* could not be written: .*; make room there, or set TMPDIR"
+        ):
+            copy_best(model, "polyp")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []

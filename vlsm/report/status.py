@@ -198,7 +198,7 @@ def _training_status(output: str, record: dict[str, Any], now_s: float) -> Train
         seconds_left=0.0 if is_finished else None if seconds is None else seconds * (num_planned - num_done),
         silent_s=silent_s,
         is_running=is_running,
-        running=holder and _describe_holder(holder),
+        running=None if holder is None else _describe_holder(holder),
         next_steps=list(_next_steps(record, is_finished, 0, None if is_running is False else silent_s, patience_s)),
     )
 

@@ -34,7 +34,7 @@ from vlsm.datasets.inspection import (
 )
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
-from vlsm.errors import ConfigError, ManifestError
+from vlsm.errors import ConfigError, ManifestError, StorageError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
 from vlsm.runs.lease import Lease
@@ -325,9 +325,21 @@ def copy_best(
         model: model to copy.
         prompt: default prompt of the checkpoint.
         weights: the complete weights, if the model itself holds only shards of them.
+
+    Raises:
+        StorageError: the disk of temporary files is full.
     """
+    from safetensors import SafetensorError
+
     folder = tempfile.TemporaryDirectory()
-    save_checkpoint(model, folder.name, prompt, weights=weights)
+    try:
+        save_checkpoint(model, folder.name, prompt, weights=weights)
+    except (OSError, SafetensorError) as error:
+        folder.cleanup()
+        raise StorageError(
+            f"{folder.name} could not be written: {error}; make room there, or set TMPDIR to a folder on a larger disk, "
+            "and the same command goes on from here"
+        ) from error
     return folder
 
 
