@@ -337,8 +337,8 @@ def copy_best(
     except (OSError, SafetensorError) as error:
         folder.cleanup()
         raise StorageError(
-            f"{folder.name} could not be written: {error}; make room there, or set TMPDIR to a folder on a larger disk, "
-            "and the same command goes on from here"
+            f"{folder.name} could not be written: {error}; make room there or set TMPDIR to a larger disk, and the "
+            "same command goes on from here"
         ) from error
     return folder
 
