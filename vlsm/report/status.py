@@ -78,9 +78,9 @@ class TrainingStatus:
     seconds_per_epoch: float | None
     seconds_left: float | None
     silent_s: float | None
-    is_running: bool | None
-    running: str | None
     next_steps: list[str]
+    is_running: bool | None = None
+    running: str | None = None
 
 
 def read_status(output: str, exact: bool = False, now_s: float | None = None) -> SegmentStatus | TrainingStatus:
