@@ -157,7 +157,7 @@ def test_a_full_disk_of_temporary_files_names_its_path_too(tiny_checkpoint, tmp_
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(
-            StorageError, match=f"{tmp_path}/.* could not be written: .*; make room there, or set TMPDIR"
+            StorageError, match=f"{tmp_path}/.* could not be written: .*; make room there or set TMPDIR"
         ):
             copy_best(model, "polyp")
     finally:
