@@ -162,6 +162,9 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         # for a cluster that starts here: tasks use fractions of a CPU, so there are more workers than CPUs. Above this
         # limit Ray ends workers that are idle for 1 s and starts new ones, which cost a third of a small machine
         os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * (os.cpu_count() or 1)))
+        # for a cluster that starts here: Ray adds 15 to the niceness of its workers, so beside other load on the same
+        # CPUs they hardly run, while this job, which waits for them, has priority; now they get the job's niceness
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # training workers do not read preemption notices, and the watcher process takes seconds to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one

@@ -18,6 +18,7 @@ from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.errors import VlsmError
 from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, read_summary
 
 if TYPE_CHECKING:
@@ -76,18 +77,25 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Run the whole job and return its summary.
 
     Raises:
+        LeaseError: another job works on OUTPUT, or has taken it over.
         VlsmError: the settings or the data are wrong, or the run failed; a rerun continues it.
     """
+    with Lease(settings.output, "jobs.evaluate") as lease:
+        return _evaluate(settings, lease)
+
+
+def _evaluate(settings: EvaluateSettings, lease: Lease) -> dict[str, Any]:
     # Imported here so that --help is fast.
     from vlsm.evaluation.planning import MARKDOWN_NAME, finish_evaluation, prepare_evaluation
 
-    evaluation = prepare_evaluation(settings)
+    evaluation = prepare_evaluation(settings, lease)
     settings = evaluation.settings
     summary_uri = storage.join(settings.output, SUMMARY_NAME)
     if summary := read_summary(settings.output):
         if not settings.retry_failed:
             logger.info("%s is finished: there is nothing to do", settings.output)
             return summary
+        lease.take()
         storage.remove(summary_uri)
     started_s = time.monotonic()
     logger.info("the plan has %d systems and %d scores", len(evaluation.systems), evaluation.num_rows)
@@ -97,7 +105,10 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             if system.segment is not None:
                 logger.info("segmenting with system %s", system.name)
                 segment(system.segment)
+                lease.check()
         tables = list(score(evaluation))
+    if lease.token is not None:
+        lease.token.check()
     summary = finish_evaluation(evaluation, tables, time.monotonic() - started_s)
     table = storage.join(settings.output, MARKDOWN_NAME)
     logger.info("%s:\n%s", table, storage.read_bytes(table).decode())

@@ -36,6 +36,7 @@ from vlsm.evaluation.sweep import (
     write_markdown,
 )
 from vlsm.evaluation.sweep_scores import average_scores
+from vlsm.runs.lease import Lease
 from vlsm.runs.record import (
     SUMMARY_NAME,
     create_record,
@@ -84,45 +85,66 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
     """Run the whole job and return its summary.
 
     Raises:
+        LeaseError: another job works on OUTPUT, or has taken it over.
         VlsmError: the settings are wrong, or a trial failed; a rerun keeps the finished trials.
     """
     groups, output = plan_trial_groups(settings), settings.output
-    if settings.start_over:
-        forget_run(output, ("table.md", "table.csv"))
-    trials = [trial for group in groups for trial in group.trials]
-    data = trials[0].settings.data
-    record = make_record(settings, {}, {"trials": len(trials)})
-    with storage.name_errors("OUTPUT", output):
-        if not has_lists(settings, data.split):
-            create_record(output, record)
-        recorded = read_record(output)
-        if differences := describe_differences(recorded or record, settings, {}):
+    num_trials = sum(len(group.trials) for group in groups)
+    with Lease(output, "jobs.sweep") as lease:
+        with storage.name_errors("OUTPUT", output):
+            _prepare(settings, num_trials, groups[0].trials[0].settings.data, lease)
+        if summary := read_summary(output):
+            logger.info("%s is finished: there is nothing to do", output)
+            return summary
+        return _run(settings, groups, lease)
+
+
+def _prepare(settings: SweepSettings, num_trials: int, data: DataSettings, lease: Lease) -> None:
+    """Write the record of a new sweep, or check the settings of an earlier one. Takes the lease if there is work."""
+    output = settings.output
+    if not settings.start_over and (record := read_record(output)) is not None:
+        if differences := describe_differences(record, settings, {}):
             raise ConfigError(
                 f"OUTPUT {output!r} belongs to a sweep with other settings: {'; '.join(differences)}; choose another "
                 "OUTPUT, or --set start_over=true, which keeps the finished trainings"
             )
-    if summary := read_summary(output):
-        logger.info("%s is finished: there is nothing to do", output)
-        return summary
-    started_s = time.monotonic()
+        if not storage.exists(storage.join(output, SUMMARY_NAME)):
+            lease.take()
+        return
+    lease.take()
+    if settings.start_over:
+        forget_run(output, ("table.md", "table.csv"))
+    if has_lists(settings, data.split):
+        return  # `_run` writes the lists first: a plan that is recorded has them
+    if not create_record(output, make_record(settings, {}, {"trials": num_trials})):
+        _prepare(settings, num_trials, data, lease)  # another job has planned a sweep at the same time, and has ended
+
+
+def _run(settings: SweepSettings, groups: list[TrialGroup], lease: Lease) -> dict[str, Any]:
+    """Train and evaluate all that is not finished, write the tables, and return the summary."""
+    trials = [trial for group in groups for trial in group.trials]
+    output, started_s = settings.output, time.monotonic()
     with RaySession(log_to_driver=False) as session:
         session.wait()
-        if recorded is None:
+        if read_record(output) is None:
+            data = trials[0].settings.data
             for line in write_lists(settings, data, partial(_inspect, data)):
                 logger.info("%s", line)
-            create_record(output, record)  # after the lists: a plan that is recorded has them
-        failures = _train_all(trials, settings)
+            create_record(output, make_record(settings, {}, {"trials": len(trials)}))
+        failures = _train_all(trials, settings, lease)
         if failures:
             raise VlsmError(
                 f"{len(failures)} trials failed: {'; '.join(failures[:3])}; run the same command again to continue"
             )
         rows = [row for group in groups for row in _evaluate_group(group)]
+    if lease.token is not None:
+        lease.token.check()
     table = tabulate(rows, settings)
     markdown = write_markdown(table, settings)
     storage.write_bytes(storage.join(output, "table.csv"), write_csv(table).encode())
     storage.write_bytes(storage.join(output, "table.md"), markdown.encode())
     logger.info("%s/table.md:\n%s", output, markdown)
-    summary = {"trials": record["plan"]["trials"], "cells": len(table)}
+    summary: dict[str, Any] = {"trials": len(trials), "cells": len(table)}
     summary["seconds"] = round(time.monotonic() - started_s, 1)
     storage.write_bytes(storage.join(output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
     return summary
@@ -134,7 +156,7 @@ def _inspect(data: DataSettings, records: Sequence[Record]) -> list[Facts]:
     return inspect_records(records, data)
 
 
-def _train_all(trials: list[Trial], settings: SweepSettings) -> list[str]:
+def _train_all(trials: list[Trial], settings: SweepSettings, lease: Lease) -> list[str]:
     """Train all unfinished trials. Return one message per failed trial."""
     import ray
 
@@ -150,7 +172,9 @@ def _train_all(trials: list[Trial], settings: SweepSettings) -> list[str]:
         while waiting and len(running) < parallel:
             trial = waiting.pop(0)
             logger.info("%s: started", trial.name)
-            running[task.remote(trial.settings)] = trial
+            running[task.remote(trial.settings, f"{lease.owner} {trial.settings.output}")] = trial
+        lease.check()
+        lease.note({"trials_done": num_done, "trials": len(trials)})
         ready, _ = ray.wait(list(running), timeout=1.0)
         for reference in ready:
             trial, num_done = running.pop(reference), num_done + 1
@@ -184,22 +208,21 @@ def _is_finished(trial: Trial) -> bool:
     return True
 
 
-def _train(settings: Any) -> str:
-    """Run one training as a Ray task and return its summary as text."""
+def _train(settings: Any, holder: str) -> str:
+    """Run one training as a Ray task and return its summary as text. Ray repeats a task that died, as `holder`."""
     from jobs.train import train
 
-    summary = train(settings)
+    summary = train(settings, holder)
     return ", ".join(f"{key} {value}" for key, value in summary.items() if isinstance(value, (int, float, str)))
 
 
 def _evaluate_group(group: TrialGroup) -> list[dict[str, Any]]:
     """Evaluate a group and return the mean Dice per trial, dataset and prompt, as rows for `tabulate`."""
-    import pyarrow.parquet as pq
-
     evaluate(group.settings)
-    fs, path = storage.open_uri(storage.join(group.settings.output, "scores.parquet"))
     columns = ["system", "dataset", "prompt_name", "prompt_class", "status", "dice"]
-    return average_scores(pq.read_table(path, filesystem=fs, columns=columns), group.trials)
+    return average_scores(
+        storage.read_table(storage.join(group.settings.output, "scores.parquet"), columns), group.trials
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
+from vlsm.runs.lease import Lease
 from vlsm.runs.record import read_record, read_summary
 from vlsm.training.settings import TrainSettings
 
@@ -53,21 +54,27 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(work)
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(settings: TrainSettings, holder: str = "") -> dict[str, Any]:
     """Run the job to its end and return its summary.
 
+    Args:
+        settings: settings of the run.
+        holder: an id that all tries of one training share; a later try takes over OUTPUT from an earlier one.
+
     Raises:
+        LeaseError: another job works on OUTPUT, or has taken it over.
         VlsmError: the settings or the data are wrong, or the training failed. A rerun continues the run.
     """
     from vlsm.training.run import prepare_training  # here, so that --help does not wait for this import
 
-    with RaySession(log_to_driver=False) as session:
-        records = prepare_training(settings, partial(_inspect, session, settings), session.start)
+    # the lease is given back after Ray has ended the workers, which write to OUTPUT
+    with Lease(settings.output, "jobs.train", holder) as lease, RaySession(log_to_driver=False) as session:
+        records = prepare_training(settings, partial(_inspect, session, settings), session.start, lease)
         if summary := read_summary(settings.output):
             logger.info("%s is finished: there is nothing to do", settings.output)
             return summary
         session.wait()
-        train_with_ray(settings, records, milestones=session.milestones)
+        train_with_ray(settings, records, milestones=session.milestones, lease=lease)
     summary = read_summary(settings.output)
     if summary is None:
         raise VlsmError("the workers ended without a summary; the same command goes on from here")
@@ -105,6 +112,7 @@ def train_with_ray(
     records: Sequence[Record],
     worker: str | None = None,
     milestones: Mapping[str, float] | None = None,
+    lease: Lease | None = None,
 ) -> None:
     """Train with Ray Train until the run has its summary.
 
@@ -113,8 +121,10 @@ def train_with_ray(
         records: examples of the run.
         worker: MODULE:NAME of the function that each worker calls; default: `train_worker`.
         milestones: times of the milestones so far, in seconds since 1970, for the log.
+        lease: the lease of OUTPUT, which this job has taken.
 
     Raises:
+        LeaseError: another job has taken over OUTPUT.
         VlsmError: an error that another try cannot fix, or more worker deaths than run.max_failures.
     """
     import ray
@@ -133,18 +143,23 @@ def train_with_ray(
     warn_if_none_fits(size.cpus, size.gpus, nodes)
     board = start_board(TrainingBoard, milestones or {"start": time.time()})
     decoded = keep_decoded(records, settings.data, input_square(settings), settings.run.cache_images)
-    work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads)
+    token = lease.token if lease is not None else None
+    work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads, token)
     ended = fit_in_background(work, size, worker or TRAIN_WORKER)
     started_s, num_lines = time.monotonic(), 0
     while not ended.wait(1.0):
-        for line in ray.get(board.take.remote()):
+        lines, progress = ray.get(board.take.remote())
+        for line in lines:
             logger.info("%s", line)
-            num_lines += 1
+        num_lines += len(lines)
+        if lease is not None:
+            lease.check()
+            lease.note(progress)
         waited_s = time.monotonic() - started_s
         if not num_lines and waited_s >= _STARTING_S:
             logger.info("the workers are starting and loading the model")
             num_lines += 1
-    for line in ray.get(board.take.remote()):
+    for line in ray.get(board.take.remote())[0]:
         logger.info("%s", line)
     if message := ray.get(board.failure.remote()):
         raise VlsmError(message)

@@ -14,6 +14,7 @@ from typing import Any
 from jobs.crash_watch import Milestones
 from jobs.train_feed import Decoded
 from vlsm.config import parse_range
+from vlsm.runs.lease import Token
 from vlsm.training.settings import TrainSettings
 
 FIRST_STEP = "first step"
@@ -30,6 +31,7 @@ class Work:
         decoded: the decoded examples in Ray's object store, or None if they are not kept there.
         board: handle of the `TrainingBoard` actor.
         num_threads: number of threads that torch may use.
+        lease: the lease of OUTPUT; the first worker checks it before it writes. None: nothing is checked.
     """
 
     settings: TrainSettings
@@ -37,6 +39,7 @@ class Work:
     decoded: Decoded | None
     board: Any
     num_threads: int
+    lease: Token | None = None
 
 
 class TrainingBoard(Milestones):
@@ -46,6 +49,7 @@ class TrainingBoard(Milestones):
         super().__init__(milestones)
         self._lines: list[str] = []
         self._failure: str | None = None
+        self._progress: dict[str, int] | None = None
 
     def reach(self, name: str, time_s: float) -> None:
         """Record a milestone. The first step also adds a log line with all milestones."""
@@ -58,10 +62,14 @@ class TrainingBoard(Milestones):
         """Add a log line."""
         self._lines.append(line)
 
-    def take(self) -> list[str]:
-        """Return the log lines since the last call."""
+    def note(self, progress: dict[str, int]) -> None:
+        """Record the current epoch and step, for `jobs.status`."""
+        self._progress = progress
+
+    def take(self) -> tuple[list[str], dict[str, int] | None]:
+        """Return the log lines since the last call, and the last progress."""
         lines, self._lines = self._lines, []
-        return lines
+        return lines, self._progress
 
     def fail(self, message: str) -> None:
         """Record the error that ends the run. Only the first one is kept."""

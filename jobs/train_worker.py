@@ -1,5 +1,6 @@
 """A worker of the train job. Ray Train calls `train_worker` in each worker, and again after the death of one."""
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import ray.train.torch
 import torch
 
 import vlsm
+from jobs.train_artifacts import copy_artifacts
 from jobs.train_feed import Feed, prepare_streams
 from jobs.train_group import FIRST_STEP, Work
 from vlsm import storage
@@ -84,6 +86,7 @@ class Worker:
     def __init__(self, work: Work) -> None:
         context = ray.train.get_context()
         self.settings, self.output, self.board = work.settings, work.settings.output, work.board
+        self.lease = work.lease
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         prepare_streams(self.num_workers)
         self.records = read_examples(self.output)
@@ -101,7 +104,7 @@ class Worker:
             self.learner.restore(self.state.weights, self.state.optimizer or {})
             self.say(f"goes on at epoch {self.state.epoch + 1}, step {self.state.step + 1}")
         self.state.weights = self.state.optimizer = None
-        self.trackers = open_trackers(self.settings, work.run_id) if self.rank == 0 else []
+        self.trackers = open_trackers(self.settings, work.run_id, self.say) if self.rank == 0 else []
         self.board.reach.remote("model", time.time())
         self.train_scores: list[Score] = []
         self.val_scores: list[Score] = []
@@ -125,6 +128,11 @@ class Worker:
         stream.close()  # type: ignore[attr-defined]
         self.wait_until_saved()
         self._finish(self._test())
+
+    def check_lease(self) -> None:
+        """Raise a LeaseError if another job has taken over the run: this worker must not write to its files."""
+        if self.lease is not None:
+            self.lease.check()
 
     def say(self, line: str) -> None:
         """Add a line to the job's log; only the first worker does so."""
@@ -158,6 +166,9 @@ class Worker:
         self.board.reach.remote(FIRST_STEP, time.time())
         self.train_scores += scores
         self.state.step, self.state.steps = batch.step + 1, self.state.steps + 1
+        if self.rank == 0:
+            progress = {"epoch": batch.epoch + 1, "epochs": self.settings.optim.epochs}
+            self.board.note.remote(progress | {"step": self.state.step, "steps": self.order.num_steps})
         loss = sum(score.loss for score in scores) / max(1, len(scores))
         if line := self.clock.tick(batch.batch_size):
             epoch = f"epoch {batch.epoch + 1} of {self.settings.optim.epochs}"
@@ -185,6 +196,7 @@ class Worker:
         self.train_scores, self.val_scores = [], []
         self._save([], is_best)
         if self.rank == 0:
+            self.check_lease()
             write_metrics(self.output, state.history)
             for tracker in self.trackers:
                 tracker.track(rows)
@@ -200,7 +212,7 @@ class Worker:
         if is_best:
             whole = weights if self.settings.run.fsdp and self.num_workers > 1 else None
             best = copy_best(self.learner.model, default_prompt(self.records, self.settings), whole)
-        self.saving = self.saver.submit(put_progress, self.output, packed, best)
+        self.saving = self.saver.submit(put_progress, self.output, packed, best, self.check_lease)
 
     def wait_until_saved(self) -> None:
         """Wait until the save in the background has ended, and raise its error if it failed."""
@@ -260,12 +272,12 @@ class Worker:
             shutil.rmtree(self.features.folder, ignore_errors=True)
         if self.rank:
             return
+        self.check_lease()
         state.history.rows += rows
         write_metrics(self.output, state.history)
         for tracker in self.trackers:
             if rows:
                 tracker.track(rows)
-            tracker.finish()
         shown = [row for row in state.history.rows if row.epoch == best and row.split != "train"]
         summary = {
             "checkpoint": storage.join(self.output, CHECKPOINT_NAME),
@@ -277,6 +289,20 @@ class Worker:
             "loss": {f"{row.split} {row.dataset}": round(row.loss, 4) for row in shown},
         }
         storage.write_bytes(storage.join(self.output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
+        self._finish_trackers()  # after the summary: the run is complete, whatever becomes of the trackers
+
+    def _finish_trackers(self) -> None:
+        if not self.trackers:
+            return
+        with contextlib.ExitStack() as stack:
+            folder = None
+            if self.settings.run.log_artifacts != "none":
+                try:
+                    folder = stack.enter_context(copy_artifacts(self.output, self.settings.run.log_artifacts))
+                except Exception as error:  # a full temporary disk, an image that cannot be read again
+                    self.say(f"the trackers get no files: {type(error).__name__}: {error}")
+            for tracker in self.trackers:
+                tracker.finish(folder)
 
     def _open_features(self, run_id: str, num_sharing: int) -> FeatureCache | None:
         max_bytes = self.settings.run.feature_cache_bytes

@@ -175,3 +175,36 @@ def test_a_file_that_is_read_slowly_holds_up_no_other(tmp_path, monkeypatch):
         if len(numbers) == 39:
             others_are_read.set()
     assert sorted(numbers) == list(range(40)) and numbers[-1] == 0
+
+
+LATE = """
+import io, sys, threading, time
+from vlsm import storage
+
+class File(io.BytesIO):
+    def __del__(self):
+        if threading.current_thread() is not threading.main_thread():
+            is_late.set()
+            time.sleep(0.2)  # a busy machine: Python ends meanwhile
+
+is_late, content = threading.Event(), storage.read_bytes(sys.argv[1])
+storage.read_bytes = lambda uri: content
+import pyarrow as pa
+pa.BufferReader = File
+for _ in range(60):
+    table = storage.read_table(sys.argv[1], ["a"])
+    if is_late.is_set():
+        break
+print(is_late.is_set(), table["a"].to_pylist()[:2], table.num_columns)
+"""
+
+
+def test_a_table_is_read_by_the_thread_that_asks_for_it(tmp_path):
+    """A thread of pyarrow that still holds the file when Python ends aborts the process."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"a": list(range(200)), **{f"c{n}": [0.5] * 200 for n in range(12)}}), tmp_path / "t")
+    command = [sys.executable, "-c", LATE, str(tmp_path / "t")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S)
+    assert (done.returncode, done.stdout) == (0, "False [0, 1] 1\n"), done.stderr

@@ -189,7 +189,8 @@ def _list_files(uri: str) -> list[str]:
     fs, path = storage.open_uri(uri)
     if not fs.exists(f"{path}/{SETTINGS_NAME}"):
         raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {SETTINGS_NAME}")
-    names = sorted(file_path.removeprefix(path).lstrip("/") for file_path in fs.find(path))
+    found = sorted(file_path.removeprefix(path).lstrip("/") for file_path in fs.find(path))
+    names = [name for name in found if not storage.is_temporary(name.rpartition("/")[2])]  # of a killed process
     for name in names:
         if not name.endswith(_SUFFIXES):
             raise CheckpointError(

@@ -24,6 +24,10 @@ class StorageError(VlsmError):
     """Storage failed in a way that may be temporary, and all retries failed too."""
 
 
+class LeaseError(VlsmError):
+    """Another job holds the lease of OUTPUT, or has taken it over."""
+
+
 class ResultError(VlsmError):
     """The output of a run is damaged, or its rows differ from the planned rows."""
 

@@ -6,17 +6,22 @@ and `::` have no special meaning. Endpoint and credentials come from the store's
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import os
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 
 from vlsm.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 T = TypeVar("T")
 
@@ -33,6 +38,8 @@ _S3_OPTIONS = {
 QUICK_S = 10.5  # retry time where a person waits for the answer, or where one object is concerned
 PATIENT_S = 300.0  # retry time of an unattended run: a store may be down for minutes
 _LONGEST_DELAY_S = 30.0
+_TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def split_scheme(uri: str) -> tuple[str, str]:
@@ -90,6 +97,20 @@ def read_bytes(uri: str, patience_s: float = QUICK_S) -> bytes:
     return bytes(with_retries(lambda: fs.cat_file(path), uri, patience_s))
 
 
+def read_table(uri: str, columns: list[str] | None = None) -> "pa.Table":
+    """Return the content of one Parquet file, or some of its columns.
+
+    `pyarrow.parquet.read_table` reads a Python file in threads of its own. Such a thread may drop the last reference to
+    the file after the caller has its table. If Python ends at this moment, the whole process aborts ("terminate called
+    without an active exception"). Without `pre_buffer`, only the calling thread uses the file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(pa.BufferReader(read_bytes(uri)), pre_buffer=False) as file:
+        return file.read(columns, use_threads=False)
+
+
 def write_bytes(uri: str, data: bytes, patience_s: float = PATIENT_S) -> None:
     """Write a file atomically: readers see the old content or the whole new content, also if the writer dies.
 
@@ -133,22 +154,56 @@ def create_bytes(uri: str, data: bytes) -> bool:
 def _temporary_file(path: str, data: bytes) -> Iterator[str]:
     """Yield a temporary file in the folder of the path, with the content synced to disk. Remove it at the end."""
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")  # `is_temporary` knows this form
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with name_full_disk(path):
+            os.makedirs(folder, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         yield temporary
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
 
 
-def list_names(uri: str) -> list[str]:
+@contextlib.contextmanager
+def name_full_disk(path: str) -> Iterator[None]:
+    """Turn the error of a full disk into a StorageError that names the path and says how to continue."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageError(
+            f"{path} could not be written: {os.strerror(error.errno)}; make room there, and the same command goes on "
+            "from here"
+        ) from error
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file has the name of a temporary file of this module. A killed process leaves such a file."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def remove_leftovers(uri: str) -> None:
+    """Remove the temporary files directly in a folder. No other process may be writing there."""
+    for name in filter(is_temporary, list_names(uri)):
+        remove(join(uri, name))
+
+
+def remove_empty_folder(uri: str) -> None:
+    """Remove a folder of the local disk if it is empty. Object stores have no empty folders."""
+    fs, path = open_uri(uri)
+    if is_local(fs):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+
+def list_names(uri: str, patience_s: float = QUICK_S) -> list[str]:
     """Return the sorted names of the files directly in a folder, or an empty list if there is no such folder."""
-    return sorted(_list_files(uri))
+    return sorted(_list_files(uri, patience_s))
 
 
 def list_times(uri: str) -> dict[str, float]:
@@ -164,11 +219,12 @@ def list_versions(uri: str) -> dict[str, str]:
     }
 
 
-def _list_files(uri: str) -> dict[str, dict[str, Any]]:
+def _list_files(uri: str, patience_s: float = QUICK_S) -> dict[str, dict[str, Any]]:
     fs, path = open_uri(uri)
     try:
-        infos = with_retries(lambda: fs.ls(path, detail=True), uri, QUICK_S)
-        return {info["name"].rsplit("/", 1)[-1]: info for info in infos if info["type"] == "file"}
+        infos = with_retries(lambda: fs.ls(path, detail=True), uri, patience_s)
+        files = {info["name"].rsplit("/", 1)[-1]: info for info in infos if info["type"] == "file"}
+        return {name: info for name, info in files.items() if name}  # some stores list an emptied folder as a file
     except FileNotFoundError:
         return {}
 

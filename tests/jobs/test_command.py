@@ -1,6 +1,12 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from jobs.command import RaySession
+from tests.conftest import LONG_S
 
 
 @pytest.mark.ray
@@ -30,3 +36,27 @@ def test_what_an_interrupted_run_holds_is_released_before_its_session_ends(ray_c
     with pytest.raises(ValueError) as caught:  # which keeps the traceback
         run()
     assert caught and released
+
+
+NICENESS = """
+import os
+from jobs.command import RaySession
+with RaySession() as session:
+    session.wait()
+    import ray
+    found = ray.get(ray.remote(num_cpus=0)(lambda: os.nice(0)).remote())
+print(os.nice(0), found)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("given", "found"), [(None, "3 3"), pytest.param("4", "3 7", marks=pytest.mark.slow)])
+def test_workers_of_a_cluster_that_a_job_starts_have_its_niceness(given, found):
+    """Unless the user has set another one, which Ray adds."""
+    environment = {name: os.environ[name] for name in os.environ if name not in ("RAY_worker_niceness", "RAY_ADDRESS")}
+    done = subprocess.run(
+        ["nice", "-n", "3", sys.executable, "-c", NICENESS],
+        cwd=Path(__file__).parents[2], env=environment | ({"RAY_worker_niceness": given} if given else {}),
+        capture_output=True, text=True, timeout=LONG_S,
+    )  # fmt: skip
+    assert done.stdout.split() == found.split(), done.stderr[-2000:]

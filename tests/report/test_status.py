@@ -19,6 +19,7 @@ from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.errors import ConfigError
 from vlsm.report import status as core
 from vlsm.report.rerun import rerun_command
+from vlsm.runs.lease import Lease
 from vlsm.runs.plan import Plan, PlanWriter, cut_shards, new_plan_id, shard_table, write_plan
 from vlsm.runs.record import make_record, read_record, write_record
 from vlsm.runs.results import part_name, write_part
@@ -193,6 +194,34 @@ def test_a_training_without_an_epoch_has_no_best(tmp_path):
     write_training(tmp_path, num_epochs=0)
     found = core.read_status(str(tmp_path), now_s=NOW_S)
     assert (found.epochs, found.best_epoch, found.seconds_left) == (0, None, None)
+
+
+def test_a_training_in_its_first_epoch_says_that_it_runs_and_how_far_it_is(tmp_path):
+    write_training(tmp_path, num_epochs=0)
+    with Lease(str(tmp_path), "jobs.train", interval_s=0.02) as lease:
+        lease.take()
+        found = core.read_status(str(tmp_path))
+        assert (found.is_running, found.epochs) == (True, 0)
+        assert found.running.endswith("; before its first step")
+        assert found.next_steps[0].startswith("it seems to run; ")
+        lease.note({"epoch": 1, "epochs": 5, "step": 3, "steps": 40})
+        while "step 3" not in (found := core.read_status(str(tmp_path))).running:
+            time.sleep(0.02)
+        text = "\n".join(core.describe_status(found))
+        assert f"running: jobs.train, process {os.getpid()} on " in text and "; epoch 1 of 5, step 3 of 40\n" in text
+        assert "last sign of life: 0:00:0" in text
+        later = core.read_status(str(tmp_path), now_s=time.time() + 100)
+        assert not later.is_running and later.next_steps[0].startswith("it seems not to run")
+    assert core.read_status(str(tmp_path)).running is None
+
+
+def test_a_training_whose_process_died_says_so_at_once(tmp_path):
+    write_training(tmp_path, num_epochs=3)
+    code = "import os, sys; from vlsm.runs.lease import Lease; Lease(sys.argv[1], 'jobs.train').take(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2], check=False)
+    found = core.read_status(str(tmp_path))
+    assert found.is_running is False and found.next_steps[0].startswith("it seems not to run")
+    assert "not running any more: jobs.train, process " in "\n".join(core.describe_status(found))
 
 
 def test_what_is_no_run_is_refused(tmp_path):

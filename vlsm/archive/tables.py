@@ -152,7 +152,7 @@ def _name_rows(rows: Cells, uri: str, columns: Columns, partition: dict[str, str
 
 
 def _parquet_cells(file: Any, uri: str, columns: Columns, also: tuple[str, ...]) -> Cells:
-    table = pq.ParquetFile(file)
+    table = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # pre_buffer: see storage.read_table
     names = table.schema_arrow.names
     read = {known: names[position] for known, position in columns.require(names, uri, also).items()}
     number = 0

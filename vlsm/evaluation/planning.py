@@ -6,6 +6,7 @@ OUTPUT/runs/*/           segment runs, one folder per system
 OUTPUT/scores.parquet    scores, one row per record, prompt and system
 OUTPUT/table.csv, .md    summary tables of the scores
 OUTPUT/summary.json      written last: its presence means that the evaluation is complete
+OUTPUT/lease/            while a job works on the evaluation (see vlsm.runs.lease)
 """
 
 import io
@@ -27,6 +28,7 @@ from vlsm.evaluation.prompts import HONEST, UPPER_BOUND, find_telling
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.systems import System, list_images, name_systems, plan_systems
 from vlsm.evaluation.tables import compare, format_csv, format_markdown
+from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, create_record, describe_differences, forget_run, make_record, read_record
 
 logger = logging.getLogger("vlsm")
@@ -75,16 +77,24 @@ def _keep_earlier_prompts(settings: EvaluateSettings) -> EvaluateSettings:
     return settings.model_copy(update={"prompts": prompts})
 
 
-def prepare_evaluation(settings: EvaluateSettings) -> Evaluation:
+def prepare_evaluation(settings: EvaluateSettings, lease: Lease | None = None) -> Evaluation:
     """Return the evaluation, and write its plan if OUTPUT has none yet.
 
+    Args:
+        settings: settings of the evaluation.
+        lease: the lease of OUTPUT. It is taken before anything is written, unless the evaluation is finished.
+
     Raises:
+        LeaseError: another job works on OUTPUT.
         ConfigError: OUTPUT belongs to an evaluation with other settings.
         VlsmError: see `plan_evaluation`.
     """
     evaluation, facts = plan_evaluation(settings)
     settings, output = evaluation.settings, evaluation.settings.output
     with storage.name_errors("OUTPUT", output):
+        is_finished = storage.exists(storage.join(output, SUMMARY_NAME))
+        if lease is not None and not (is_finished and not settings.start_over and not settings.retry_failed):
+            _take(lease, settings, facts)
         record = read_record(output)
         if record is not None and settings.start_over:
             _remove_evaluation(output, record)
@@ -92,12 +102,25 @@ def prepare_evaluation(settings: EvaluateSettings) -> Evaluation:
         if record is None:
             _write_plan(evaluation, facts)
             record = read_record(output) or {}
+    _check_record(record, settings, facts)
+    return evaluation
+
+
+def _take(lease: Lease, settings: EvaluateSettings, facts: dict[str, Any]) -> None:
+    """Take the lease of a new evaluation, or of one with equal settings, and remove what killed processes left."""
+    record = read_record(settings.output)
+    if record is not None and not settings.start_over:
+        _check_record(record, settings, facts)
+    lease.take()
+    storage.remove_leftovers(storage.join(settings.output, "inputs"))
+
+
+def _check_record(record: dict[str, Any], settings: EvaluateSettings, facts: dict[str, Any]) -> None:
     if differences := describe_differences(record, settings, facts):
         raise ConfigError(
-            f"OUTPUT {output!r} belongs to an evaluation with other settings: {'; '.join(differences)}; "
+            f"OUTPUT {settings.output!r} belongs to an evaluation with other settings: {'; '.join(differences)}; "
             "choose another OUTPUT, or --set start_over=true to delete that evaluation"
         )
-    return evaluation
 
 
 def _write_plan(evaluation: Evaluation, facts: dict[str, Any]) -> None:

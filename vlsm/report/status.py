@@ -1,19 +1,17 @@
 """The status of a run, read from storage alone: it works while the run is active and after it has died."""
 
 import datetime
-import io
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from vlsm import storage
 from vlsm.errors import ConfigError
 from vlsm.report.rerun import rerun_command
 from vlsm.runs.compare import compare_run, failed_by_reason, sample_run
+from vlsm.runs.lease import PATIENCE_S, Holder, read_holder
 from vlsm.runs.plan import Plan, count_planned
 from vlsm.runs.record import read_record, read_summary
 from vlsm.runs.results import part_name
@@ -67,6 +65,8 @@ class TrainingStatus:
         monitor: validation metric that chooses the best epoch, "dice" or "loss".
         best_epoch, best: number of the best epoch so far, from 1, and its value; None before the first epoch has ended.
         seconds_per_epoch: median duration of an epoch.
+        is_running: whether a job gives signs of life; None if no job holds the run's lease.
+        running: the job that holds the lease and its progress, or None.
     """
 
     is_finished: bool
@@ -79,6 +79,8 @@ class TrainingStatus:
     seconds_left: float | None
     silent_s: float | None
     next_steps: list[str]
+    is_running: bool | None = None
+    running: str | None = None
 
 
 def read_status(output: str, exact: bool = False, now_s: float | None = None) -> SegmentStatus | TrainingStatus:
@@ -171,16 +173,20 @@ def _training_status(output: str, record: dict[str, Any], now_s: float) -> Train
     uri, optim = storage.join(output, "metrics.parquet"), record["config"]["optim"]
     rows = []
     if storage.exists(uri):
-        rows = [Row(**row) for row in pq.read_table(io.BytesIO(storage.read_bytes(uri))).to_pylist()]
+        rows = [Row(**row) for row in storage.read_table(uri).to_pylist()]
     history, num_planned = History([row for row in rows if row.split != "test"]), record["plan"]["epochs"]
     num_done = max((row.epoch for row in history.rows), default=0)
     best_epoch = history.best_epoch(optim["monitor"]) or None
     per_epoch = {row.epoch: row.seconds for row in history.rows}
     seconds = statistics.median(per_epoch.values()) if per_epoch else None
     newest_s = max((row.finished_at for row in rows), default=None)
-    silent_s = None if newest_s is None else max(0.0, now_s - newest_s)
     is_finished = read_summary(output) is not None
-    patience_s = max(_RECENT_S, 3 * (seconds or 0))
+    holder = None if is_finished else read_holder(output, now_s)
+    # a job with a lease writes a heartbeat; runs of earlier versions write only at the end of an epoch
+    times = [holder.silent_s] if holder else [] if newest_s is None else [max(0.0, now_s - newest_s)]
+    silent_s = min(times, default=None)
+    patience_s = PATIENCE_S if holder else max(_RECENT_S, 3 * (seconds or 0))
+    is_running = None if holder is None else holder.silent_s < patience_s and not holder.is_dead
     return TrainingStatus(
         is_finished=is_finished,
         epochs=num_done,
@@ -191,15 +197,27 @@ def _training_status(output: str, record: dict[str, Any], now_s: float) -> Train
         seconds_per_epoch=seconds,
         seconds_left=0.0 if is_finished else None if seconds is None else seconds * (num_planned - num_done),
         silent_s=silent_s,
-        next_steps=list(_next_steps(record, is_finished, 0, silent_s, patience_s)),
+        is_running=is_running,
+        running=None if holder is None else _describe_holder(holder),
+        next_steps=list(_next_steps(record, is_finished, 0, None if is_running is False else silent_s, patience_s)),
     )
+
+
+def _describe_holder(holder: Holder) -> str:
+    """Return the job that holds a lease, and how far it is, as a phrase."""
+    progress = holder.progress or {}
+    where = f"{holder.job}, process {holder.pid} on {holder.host}, since {holder.since}"
+    if not progress:
+        return f"{where}; before its first step"
+    return f"{where}; epoch {progress['epoch']} of {progress['epochs']}, step {progress['step']} of {progress['steps']}"
 
 
 def describe_status(status: SegmentStatus | TrainingStatus) -> list[str]:
     """Return lines that describe a status to a person."""
     lines = _describe_segments(status) if isinstance(status, SegmentStatus) else _describe_training(status)
     if status.silent_s is not None:
-        lines.append(f"last write: {_duration(status.silent_s)} ago")
+        kind = "sign of life" if isinstance(status, TrainingStatus) and status.running else "write"
+        lines.append(f"last {kind}: {_duration(status.silent_s)} ago")
     return [f"state: {'finished' if status.is_finished else 'not finished'}", *lines, *status.next_steps]
 
 
@@ -223,6 +241,8 @@ def _describe_segments(status: SegmentStatus) -> list[str]:
 
 def _describe_training(status: TrainingStatus) -> list[str]:
     lines = [f"epochs: {status.epochs} of {status.planned_epochs}"]
+    if status.running is not None:
+        lines.append(f"{'running' if status.is_running else 'not running any more'}: {status.running}")
     if status.best is not None:
         lines.append(f"best: {status.monitor} {status.best:.4f} of validation, epoch {status.best_epoch}")
     if status.seconds_per_epoch is not None and status.seconds_left is not None:

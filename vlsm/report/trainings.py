@@ -1,12 +1,10 @@
 """The report of a training run, finished or not."""
 
-import io
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import yaml
 
 from vlsm import storage
@@ -82,7 +80,7 @@ def _read_metrics(output: str) -> pa.Table:
     uri = storage.join(output, _METRICS_NAME)
     if not storage.exists(uri):
         return History().table()
-    return pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+    return storage.read_table(uri)
 
 
 def _stats(config: dict[str, Any], history: History, best: int, survey: Survey) -> list[Stat]:

@@ -122,7 +122,7 @@ class PlanWriter:
     def resume(self) -> None:
         """Continue after the plan files that an interrupted planner or another job has written."""
         while not self.is_ended and storage.exists(uri := self._next_uri()):
-            parquet = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri, storage.PATIENT_S)))
+            parquet = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri, storage.PATIENT_S)), pre_buffer=False)
             self._count([_read_group(parquet, number, uri) for number in range(parquet.num_row_groups)])
 
     def add(self, shard: pa.Table) -> bool:
@@ -196,7 +196,7 @@ def read_plan(output: str, plan: Plan) -> Iterator[pa.Table]:
     """Yield the planned images of every shard, in order; each file is read once."""
     for file in range(-(-plan.num_shards // SHARDS_PER_FILE)):
         data = storage.read_bytes(_file_uri(output, plan.id, file), storage.PATIENT_S)
-        parquet = pq.ParquetFile(io.BytesIO(data))
+        parquet = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)  # as in storage.read_table
         for row_group in range(parquet.num_row_groups):
             yield _read_group(parquet, row_group, f"a plan file of {output!r}")
 

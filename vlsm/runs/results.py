@@ -68,7 +68,7 @@ def read_part(
     except FileNotFoundError:
         return None
     try:
-        parquet = pq.ParquetFile(pa.BufferReader(data))
+        parquet = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)  # as in storage.read_table
         if (parquet.schema_arrow.metadata or {}).get(_RUN_KEY.encode()) != run_id.encode():
             return None
         check_format(parquet.schema_arrow, part_name(shard))

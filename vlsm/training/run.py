@@ -6,9 +6,9 @@ OUTPUT/last.safetensors   state of the run: trained weights, optimiser, all metr
 OUTPUT/checkpoint/        checkpoint of the best epoch, for `jobs.segment`
 OUTPUT/metrics.parquet    one row per epoch, split and dataset; curves.png and tensorboard/ show the same values
 OUTPUT/summary.json       written last: if it exists, the run is complete
+OUTPUT/lease/             while a job works on the run: who it is and how far it is (see vlsm.runs.lease)
 """
 
-import io
 import json
 import logging
 import tempfile
@@ -31,9 +31,10 @@ from vlsm.datasets.mask_checks import describe_foreground
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
 from vlsm.datasets.splits import make_splits, require_splits
-from vlsm.errors import ConfigError, VlsmError
+from vlsm.errors import ConfigError, StorageError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
+from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, forget_run, make_record, read_record, write_record
 from vlsm.training.checks import check_training, require_train_and_val
 from vlsm.training.history import History, Row
@@ -53,6 +54,7 @@ logger = logging.getLogger("vlsm")
 CHECKPOINT_NAME = "checkpoint"
 _EXAMPLES_NAME, _LAST_NAME, _METRICS_NAME = "examples.parquet", "last.safetensors", "metrics.parquet"
 _NAMES = (_LAST_NAME, _EXAMPLES_NAME, _METRICS_NAME, "curves.png")
+_FOLDERS = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
 
 
 @dataclass
@@ -135,7 +137,7 @@ def check_examples(
 
 
 def prepare_training(
-    settings: TrainSettings, inspect: Inspect, begin: Callable[[], None] = lambda: None
+    settings: TrainSettings, inspect: Inspect, begin: Callable[[], None] = lambda: None, lease: Lease | None = None
 ) -> list[Record]:
     """Plan a run, or resume it if OUTPUT already holds its plan. All errors of settings and data are raised here.
 
@@ -144,11 +146,13 @@ def prepare_training(
         inspect: returns the facts of records.
         begin: called if there is work to do, as soon as all paths and settings are checked. The model is built after
             that, so that something slow, such as a cluster, can start at the same time.
+        lease: the lease of OUTPUT. It is taken before anything is written, unless the run is finished.
 
     Returns:
         The examples of the run. A run that is resumed has the stored ones, with their splits.
 
     Raises:
+        LeaseError: another job works on OUTPUT.
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings or other data.
         CheckpointError: the model's options are invalid, or its weights or the checkpoint start_from cannot be loaded.
         ManifestError: a record is invalid or its files are broken.
@@ -159,22 +163,19 @@ def prepare_training(
     with storage.name_errors("OUTPUT", output):
         record = None if settings.start_over else read_record(output)
         if record is not None:
-            refuse_other_settings(record, settings)
-            is_finished = storage.exists(storage.join(output, SUMMARY_NAME))
-            if not is_finished:
-                begin()
-            examples = _read_table(output)
-            read_records = partial(read_all_records, settings)
-            refuse_other_data(settings, examples, read_records, None if is_finished else inspect)
-            return good_records(examples)
+            return _resume(settings, record, inspect, begin, lease)
+        if lease is not None:
+            lease.wait_until_free()  # inspecting the data may take minutes: a second job is refused before it
         table, lines, errors = check_examples(settings, inspect, begin=begin)
         for line in lines:
             logger.info("%s", line)
         if errors:
             raise errors[0]
+        _take(lease, output)
         if settings.start_over:
-            folders = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
-            forget_run(output, _NAMES, [(folder, "") for folder in folders])
+            forget_run(output, _NAMES, [(folder, "") for folder in _FOLDERS])
+        elif read_record(output) is not None:  # another job has planned this run during the inspection, and has ended
+            return prepare_training(settings, inspect, begin, lease)
         records = good_records(table)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
@@ -188,6 +189,29 @@ def check_finished(settings: TrainSettings) -> None:
     """Raise a ConfigError if the finished run in OUTPUT has other settings or other data; read no images."""
     refuse_other_settings(read_record(settings.output) or {"config": {}}, settings)
     refuse_other_data(settings, _read_table(settings.output), partial(read_all_records, settings), None)
+
+
+def _resume(
+    settings: TrainSettings, record: dict[str, Any], inspect: Inspect, begin: Callable[[], None], lease: Lease | None
+) -> list[Record]:
+    """Return the examples of a run that has its plan, finished or not."""
+    output = settings.output
+    refuse_other_settings(record, settings)
+    is_finished = storage.exists(storage.join(output, SUMMARY_NAME))
+    if not is_finished:
+        _take(lease, output)
+        begin()
+    examples = _read_table(output)
+    refuse_other_data(settings, examples, partial(read_all_records, settings), None if is_finished else inspect)
+    return good_records(examples)
+
+
+def _take(lease: Lease | None, output: str) -> None:
+    """Take the lease, and remove the temporary files that killed processes left in the folders of the run."""
+    if lease is not None:
+        lease.take()
+        for folder in _FOLDERS:
+            storage.remove_leftovers(storage.join(output, folder))
 
 
 def check_model(settings: TrainSettings) -> None:
@@ -250,7 +274,7 @@ def read_examples(output: str) -> list[Record]:
 
 
 def _read_table(output: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(output, _EXAMPLES_NAME))))
+    return storage.read_table(storage.join(output, _EXAMPLES_NAME))
 
 
 def default_prompt(records: Sequence[Record], settings: TrainSettings) -> str:
@@ -313,33 +337,58 @@ def copy_best(
         model: model to copy.
         prompt: default prompt of the checkpoint.
         weights: the complete weights, if the model itself holds only shards of them.
+
+    Raises:
+        StorageError: the disk of temporary files is full.
     """
+    from safetensors import SafetensorError
+
     folder = tempfile.TemporaryDirectory()
-    save_checkpoint(model, folder.name, prompt, weights=weights)
+    try:
+        save_checkpoint(model, folder.name, prompt, weights=weights)
+    except (OSError, SafetensorError) as error:
+        folder.cleanup()
+        raise StorageError(
+            f"{folder.name} could not be written: {error}; make room there or set TMPDIR to a larger disk, and the "
+            "same command goes on from here"
+        ) from error
     return folder
 
 
-def put_progress(output: str, packed: bytes, best: "tempfile.TemporaryDirectory[str] | None") -> None:
+def put_progress(
+    output: str,
+    packed: bytes,
+    best: "tempfile.TemporaryDirectory[str] | None",
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write the best model to OUTPUT/checkpoint (checkpoint.yaml last), then write last.safetensors.
 
     If the run dies between the two writes, it repeats the epoch and gets the same result.
+
+    Args:
+        output: OUTPUT of the run.
+        packed: result of `pack_state`.
+        best: result of `copy_best`, or None.
+        check: is called before each of the two writes; it raises an error if the run has lost its lease.
     """
     if best is not None:
         with best as folder:
+            check()
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: path.name == SETTINGS_NAME):
                 target = storage.join(output, CHECKPOINT_NAME, *path.relative_to(folder).parts)
                 storage.write_bytes(target, path.read_bytes())
+    check()
     storage.write_bytes(storage.join(output, _LAST_NAME), packed)
 
 
 def write_metrics(output: str, history: History) -> None:
     """Write metrics.parquet, curves.png and the TensorBoard events."""
     from vlsm.training.curves import draw_curves
-    from vlsm.training.trackers import tensorboard_events
+    from vlsm.training.trackers import write_events
 
     sink = pa.BufferOutputStream()
     pq.write_table(history.table(), sink, compression="zstd")
     storage.write_bytes(storage.join(output, _METRICS_NAME), sink.getvalue().to_pybytes())
     storage.write_bytes(storage.join(output, "curves.png"), draw_curves(history))
-    storage.write_bytes(storage.join(output, "tensorboard", "events.out.tfevents.0.vlsm"), tensorboard_events(history))
+    write_events(output, history)

@@ -160,6 +160,11 @@ class TrainRunSettings(Settings):
     max_failures: int = Field(8, ge=0, description="number of worker deaths that a run survives")
     mlflow: str | None = Field(None, description="also send metrics to the MLflow at this tracking URI")
     wandb: str | None = Field(None, description="also send metrics to this project in Weights & Biases")
+    log_artifacts: Literal["none", "checkpoint", "report"] = Field(
+        "checkpoint",
+        description="files that mlflow and wandb get at the end: none; checkpoint: also its settings, metrics, curves; "
+        "report: also the report, which shows images of patients",
+    )
 
     _check_workers = field_validator("workers")(check_range)
 
