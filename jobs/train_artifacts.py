@@ -7,7 +7,7 @@ from typing import Literal
 from vlsm import storage
 from vlsm.checkpoints import read_checkpoint
 from vlsm.runs.record import RECORD_NAME, SUMMARY_NAME
-from vlsm.training.run import CHECKPOINT_NAME
+from vlsm.training.state import CHECKPOINT_NAME
 
 _NAMES = (RECORD_NAME, SUMMARY_NAME, "metrics.parquet", "curves.png")
 

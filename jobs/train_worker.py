@@ -28,20 +28,18 @@ from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import Row, describe_epoch, summarize
 from vlsm.training.learner import Learner, NotFiniteError, Score
 from vlsm.training.parallel import describe_batch_norms, gather
-from vlsm.training.run import (
+from vlsm.training.run import build_learning_model, default_prompt, read_examples
+from vlsm.training.sampling import ExampleOrder, MicroBatch
+from vlsm.training.settings import TrainSettings
+from vlsm.training.state import (
     CHECKPOINT_NAME,
     State,
-    build_learning_model,
     copy_best,
-    default_prompt,
     pack_state,
     put_progress,
-    read_examples,
     read_state,
     write_metrics,
 )
-from vlsm.training.sampling import ExampleOrder, MicroBatch
-from vlsm.training.settings import TrainSettings
 from vlsm.training.trackers import open_trackers
 
 _PROGRESS_S = 10.0

@@ -27,7 +27,8 @@ from vlsm.runs.record import describe_differences, read_record, write_record
 from vlsm.runs.results import open_results, part_name, read_part
 from vlsm.runs.schema import PLAN_SCHEMA, RESULT_SCHEMA, check_format, complete
 from vlsm.runs.verify import verify_run
-from vlsm.training.run import pack_state, read_examples, read_state
+from vlsm.training.run import read_examples
+from vlsm.training.state import pack_state, read_state
 from vlsm.version import FORMAT
 
 V0 = Path(__file__).parents[1] / "written" / "v0"

@@ -15,9 +15,9 @@ from vlsm.training.groups import parameter_groups
 from vlsm.training.history import History
 from vlsm.training.learner import Learner
 from vlsm.training.parallel import describe_batch_norms
-from vlsm.training.run import read_state
 from vlsm.training.sampling import ExampleOrder
 from vlsm.training.settings import OptimSettings, TrainSettings
+from vlsm.training.state import read_state
 
 V0 = Path(__file__).parents[1] / "written" / "v0"
 

@@ -17,8 +17,9 @@ from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import inspect_record
 from vlsm.errors import LeaseError, StorageError
 from vlsm.runs.lease import Lease
-from vlsm.training.run import copy_best, prepare_training, put_progress
+from vlsm.training.run import prepare_training
 from vlsm.training.settings import TrainSettings
+from vlsm.training.state import copy_best, put_progress
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["model=unet_d", "options.image_size=32", "options.width=4"]
@@ -136,7 +137,7 @@ def test_a_full_disk_names_the_path_and_says_how_to_continue(tmp_path):
     """The limit on the size of a file stands for a full disk: the system refuses the bytes in the same way."""
     code = f"""
 import resource
-from vlsm.training.run import put_progress
+from vlsm.training.state import put_progress
 from vlsm.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:

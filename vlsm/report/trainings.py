@@ -20,7 +20,7 @@ from vlsm.report.pictures import Painter
 from vlsm.report.survey import Survey, scan
 from vlsm.runs.record import read_summary
 from vlsm.training.history import MEAN, History, Row
-from vlsm.training.run import CHECKPOINT_NAME
+from vlsm.training.state import CHECKPOINT_NAME
 
 _EXAMPLES_NAME, _METRICS_NAME = "examples.parquet", "metrics.parquet"
 # columns of a survey that examples.parquet lacks

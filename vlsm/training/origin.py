@@ -8,7 +8,7 @@ from vlsm.datasets.records import RECORD
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import VlsmError
 from vlsm.runs.record import read_record
-from vlsm.training.run import CHECKPOINT_NAME
+from vlsm.training.state import CHECKPOINT_NAME
 
 _COMPARED = ("mask_threshold", "slices", "window")  # settings that change what a mask or an image is
 

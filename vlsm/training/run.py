@@ -9,14 +9,11 @@ OUTPUT/summary.json       written last: if it exists, the run is complete
 OUTPUT/lease/             while a job works on the run: who it is and how far it is (see vlsm.runs.lease)
 """
 
-import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -24,59 +21,33 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.checkpoints import SETTINGS_NAME, load_checkpoint, read_settings, save_checkpoint
+from vlsm.checkpoints import load_checkpoint, read_settings
 from vlsm.datasets.changes import Inspect, add_versions, list_versions
 from vlsm.datasets.inspection import check_facts, describe_findings, digest_examples, examples_table, good_records
 from vlsm.datasets.mask_checks import describe_foreground
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
 from vlsm.datasets.splits import make_splits, require_splits
-from vlsm.errors import ConfigError, StorageError, VlsmError
+from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, forget_run, make_record, read_record, write_record
 from vlsm.training.checks import check_training, require_train_and_val
-from vlsm.training.history import History, Row
 from vlsm.training.resume import digest_start, refuse_other_data, refuse_other_settings
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
+from vlsm.training.state import CHECKPOINT_NAME, CURVES_NAME, LAST_NAME, METRICS_NAME
 from vlsm.training.trackers import check_trackers
-from vlsm.version import FORMAT, newer_format
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vlsm.models.contract import SegmentationModel
 
 logger = logging.getLogger("vlsm")
 
-CHECKPOINT_NAME = "checkpoint"
-_EXAMPLES_NAME, _LAST_NAME, _METRICS_NAME = "examples.parquet", "last.safetensors", "metrics.parquet"
-_NAMES = (_LAST_NAME, _EXAMPLES_NAME, _METRICS_NAME, "curves.png")
+_EXAMPLES_NAME = "examples.parquet"
+_NAMES = (LAST_NAME, _EXAMPLES_NAME, METRICS_NAME, CURVES_NAME)
 _FOLDERS = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
-
-
-@dataclass
-class State:
-    """The state of a run, from which it can be resumed.
-
-    Attributes:
-        epoch: current epoch, from 0.
-        step: next step of this epoch, from 0.
-        steps: optimiser steps of the run so far.
-        scores: example, loss and Dice of this epoch's finished steps.
-        history: metrics of the finished epochs.
-        weights, optimizer: result of `Learner.state`, or None.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    steps: int = 0
-    scores: list[tuple[int, float, float]] = field(default_factory=list)
-    history: History = field(default_factory=History)
-    weights: "dict[str, Tensor] | None" = None
-    optimizer: dict[str, Any] | None = None
 
 
 def read_all_records(settings: TrainSettings) -> list[Record]:
@@ -281,114 +252,3 @@ def default_prompt(records: Sequence[Record], settings: TrainSettings) -> str:
     """Return the default prompt of the checkpoint: the most frequent prompt of the train records."""
     texts = Counter(choose_prompt(record, settings.data, None) for record in records if record.split == "train")
     return texts.most_common(1)[0][0]
-
-
-def pack_state(state: State) -> bytes:
-    """Return the bytes of last.safetensors."""
-    import safetensors.torch
-
-    optimizer = dict(state.optimizer or {})
-    tensors = {f"weights {name}": value.contiguous() for name, value in (state.weights or {}).items()}
-    for name, values in optimizer.pop("state", {}).items():
-        tensors |= {f"optimizer {name} {key}": value.contiguous() for key, value in values.items()}
-    progress: dict[str, Any] = {name: getattr(state, name) for name in ("epoch", "step", "steps", "scores")}
-    progress["format"] = FORMAT
-    progress |= {"history": [asdict(row) for row in state.history.rows], "optimizer": optimizer}
-    return safetensors.torch.save(tensors, {"progress": json.dumps(progress)})
-
-
-def read_state(output: str) -> State:
-    """Return the state of a run from last.safetensors, or the initial state if the file does not exist.
-
-    Raises:
-        ConfigError: a newer version has written it.
-    """
-    import safetensors.torch
-
-    uri = storage.join(output, _LAST_NAME)
-    if not storage.exists(uri):
-        return State()
-    data = storage.read_bytes(uri)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    progress = json.loads(header["__metadata__"]["progress"])
-    if message := newer_format(progress.get("format"), uri):
-        raise ConfigError(message)
-    state = State(**{name: progress[name] for name in ("epoch", "step", "steps")})
-    state.scores = [(int(example), loss, dice) for example, loss, dice in progress["scores"]]
-    state.history = History([Row(**row) for row in progress["history"]])
-    state.weights, moments = {}, dict[str, dict[str, "Tensor"]]()
-    for name, value in safetensors.torch.load(data).items():
-        kind, _, rest = name.partition(" ")
-        if kind == "weights":
-            state.weights[rest] = value
-        else:
-            parameter, _, key = rest.rpartition(" ")
-            moments.setdefault(parameter, {})[key] = value
-    state.optimizer = progress["optimizer"] | {"state": moments}
-    return state
-
-
-def copy_best(
-    model: "SegmentationModel", prompt: str, weights: "dict[str, Tensor] | None" = None
-) -> "tempfile.TemporaryDirectory[str]":
-    """Save the model as it is now as a checkpoint in a temporary folder, and return the folder.
-
-    Args:
-        model: model to copy.
-        prompt: default prompt of the checkpoint.
-        weights: the complete weights, if the model itself holds only shards of them.
-
-    Raises:
-        StorageError: the disk of temporary files is full.
-    """
-    from safetensors import SafetensorError
-
-    folder = tempfile.TemporaryDirectory()
-    try:
-        save_checkpoint(model, folder.name, prompt, weights=weights)
-    except (OSError, SafetensorError) as error:
-        folder.cleanup()
-        raise StorageError(
-            f"{folder.name} could not be written: {error}; make room there or set TMPDIR to a larger disk, and the "
-            "same command goes on from here"
-        ) from error
-    return folder
-
-
-def put_progress(
-    output: str,
-    packed: bytes,
-    best: "tempfile.TemporaryDirectory[str] | None",
-    check: Callable[[], None] = lambda: None,
-) -> None:
-    """Write the best model to OUTPUT/checkpoint (checkpoint.yaml last), then write last.safetensors.
-
-    If the run dies between the two writes, it repeats the epoch and gets the same result.
-
-    Args:
-        output: OUTPUT of the run.
-        packed: result of `pack_state`.
-        best: result of `copy_best`, or None.
-        check: is called before each of the two writes; it raises an error if the run has lost its lease.
-    """
-    if best is not None:
-        with best as folder:
-            check()
-            files = [path for path in Path(folder).rglob("*") if path.is_file()]
-            for path in sorted(files, key=lambda path: path.name == SETTINGS_NAME):
-                target = storage.join(output, CHECKPOINT_NAME, *path.relative_to(folder).parts)
-                storage.write_bytes(target, path.read_bytes())
-    check()
-    storage.write_bytes(storage.join(output, _LAST_NAME), packed)
-
-
-def write_metrics(output: str, history: History) -> None:
-    """Write metrics.parquet, curves.png and the TensorBoard events."""
-    from vlsm.training.curves import draw_curves
-    from vlsm.training.trackers import write_events
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(history.table(), sink, compression="zstd")
-    storage.write_bytes(storage.join(output, _METRICS_NAME), sink.getvalue().to_pybytes())
-    storage.write_bytes(storage.join(output, "curves.png"), draw_curves(history))
-    write_events(output, history)
