@@ -260,7 +260,7 @@ def test_a_large_file_is_not_read(tmp_path):
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="there is nothing at"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_dataset("mine", str(tmp_path / "x.json"))
 
 

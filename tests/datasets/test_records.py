@@ -90,8 +90,8 @@ def test_a_split_that_nobody_knows_is_refused(tmp_path):
     ("path", "message"),
     [
         ("", "Known are: anns/{train,val,test}.json"),
-        ("list.csv", "there is no manifest at"),
-        ("x", "there is nothing at"),
+        ("list.csv", "does not exist"),
+        ("x", "does not exist"),
     ],
 )
 def test_a_dataset_that_is_not_there_is_named(tmp_path, path, message):

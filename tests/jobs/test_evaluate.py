@@ -117,7 +117,7 @@ def test_labels_that_are_of_no_use_are_failed_rows_that_name_them(rows):
     assert {parts for parts, _ in failed} == {("lesion", "test_0001.png"), ("stone", "test_0002.png")}
     messages = sorted(error for _, error in failed)
     assert messages[0].startswith("corrupt: ") and "lesion/test_0001.png" in messages[0]
-    assert messages[1].startswith("size: ") and "stone/test_0002.png is 10 x 10, its image " in messages[1]
+    assert messages[1].startswith("size: ") and "stone/test_0002.png are of different sizes, " in messages[1]
     assert all(row["dice"] is None for row in rows if row["status"] == "failed")
 
 

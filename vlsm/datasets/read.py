@@ -43,8 +43,7 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
 def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Record | ManifestError]:
     """Return the records as the dataset states them, by the first layout that it has."""
     if not storage.exists(uri):
-        what = "no manifest at" if uri.lower().endswith(MANIFEST_EXTENSIONS) else "nothing at"
-        raise ConfigError(f"dataset {name}: there is {what} {uri!r}")
+        raise ConfigError(f"dataset {name}: {uri!r} does not exist")
     fs, path = storage.open_uri(uri)
     is_file = fs.isfile(path)
     if not is_file and (splits := find_annotations(uri)):
