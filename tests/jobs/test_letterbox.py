@@ -99,7 +99,9 @@ def test_calibration_compares_logits_with_masks_at_the_images_own_size(letterbox
         Record("drawn", "val", name, str(pictures / "images" / name), str(pictures / "masks" / name), {"p1": "bright"})
         for name in SIZES
     ]
-    for name, (logits, mask) in zip(SIZES, calibration._predict(segmenter, records, DataSettings(), True), strict=True):
+    for name, (logits, mask) in zip(
+        SIZES, calibration._predict(segmenter, records, ExampleReader(DataSettings()), "own"), strict=True
+    ):
         np.testing.assert_array_equal(mask, right_mask(pictures, name))
         assert_right(logits >= 0, pictures, name)
 

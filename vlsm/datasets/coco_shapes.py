@@ -6,6 +6,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 from vlsm.errors import ManifestError
+from vlsm.images.run_lengths import unpack_run_lengths
 
 Rle = dict[str, Any]  # size (height, width) and compressed counts, as pycocotools has it
 
@@ -68,7 +69,11 @@ def _read_run_lengths(segmentation: Rle, size: tuple[int, int], where: str) -> R
         raise ManifestError(
             f"{where}: its run lengths have the size {stated!r:.80}; the image has the height {height}, width {width}"
         )
-    counts = _unpack(counts) if isinstance(counts, str) else counts
+    if isinstance(counts, str):
+        try:
+            counts = unpack_run_lengths(counts).tolist()
+        except ValueError as error:
+            raise ManifestError(f"{where}: {error}") from None
     if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
         raise ManifestError(f"{where}: its run lengths are damaged")
     # pycocotools leaves the pixels behind the last run undefined
@@ -76,27 +81,3 @@ def _read_run_lengths(segmentation: Rle, size: tuple[int, int], where: str) -> R
         raise ManifestError(f"{where}: its run lengths have {sum(counts):,} of {size[0] * size[1]:,} pixels")
     encoded: Rle = coco.frPyObjects({"size": list(size), "counts": counts}, *size)
     return encoded
-
-
-def _unpack(text: str) -> list[int] | None:
-    """Return the run lengths of compressed counts, or None if they are damaged.
-
-    Each character holds 5 bits, lowest first, and whether more follow. From the fourth run on, a number is the
-    difference to the run before the last one.
-
-    Source: rleFrString in maskApi.c of pycocotools, which checks nothing.
-    """
-    counts: list[int] = []
-    value = shift = 0
-    for character in text:
-        code = ord(character) - 48
-        if not 0 <= code < 64 or shift > 60:
-            return None
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        value -= (code & 16) << (shift - 4)  # the sign
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    return None if shift else counts

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import numpy as np
-from pycocotools import mask as coco
 
 from vlsm.config import RunSettings
 from vlsm.datasets.records import Record
@@ -11,6 +10,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ImageError
 from vlsm.images.decode import orientation_of
 from vlsm.images.reader import Content, Reader
+from vlsm.images.run_lengths import decode_run_lengths
 from vlsm.images.stored import COLOURS, upright
 
 
@@ -95,7 +95,10 @@ class ExampleReader:
             StorageError: the store was unavailable for too long.
         """
         if record.mask_rle is not None:
-            return Mask(coco.decode({"size": list(record.mask_size or (0, 0)), "counts": record.mask_rle.encode()}))
+            try:
+                return Mask(decode_run_lengths(record.mask_rle, record.mask_size or (0, 0)))
+            except ValueError as error:
+                raise ImageError("corrupt", f"{record.where}: {error}") from None
         masks = [self._read_mask(record, uri) for uri in (record.mask_uri, *record.more_masks)]
         if len(masks) == 1:
             return masks[0]

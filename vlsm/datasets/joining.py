@@ -9,6 +9,7 @@ from pycocotools import mask as coco
 
 from vlsm.datasets.records import Record
 from vlsm.errors import ManifestError
+from vlsm.images.run_lengths import check_run_lengths
 
 
 def find_several_masks(records: Sequence[Record]) -> Iterator[tuple[str, int, str]]:
@@ -58,6 +59,11 @@ def _join(records: list[Record]) -> Record:
     joined = replace(first, prompts=prompts)
     places = {(one.mask_uri, one.more_masks, one.mask_selector) for one in records}
     if all(one.mask_rle is not None for one in records) and len({one.mask_size for one in records}) == 1:
+        try:
+            for one in records:
+                check_run_lengths(str(one.mask_rle), one.mask_size or (0, 0))
+        except ValueError as error:
+            raise ManifestError(f"{first.where}: {error}") from None
         masks = [{"size": list(one.mask_size or ()), "counts": str(one.mask_rle).encode()} for one in records]
         return replace(joined, mask_rle=coco.merge(masks)["counts"].decode())
     if any(one.mask_rle is not None for one in records):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as coco
 
+from vlsm.images.run_lengths import check_run_lengths
+
 _PERCENTILE = 95.0
 
 
@@ -80,7 +82,12 @@ def encoded_dice(mask_rle: str, other_rle: str, size: tuple[int, int]) -> float:
         mask_rle: run lengths of one mask.
         other_rle: run lengths of the other mask.
         size: (height, width) of both masks in pixels.
+
+    Raises:
+        ValueError: run lengths are damaged, or do not fit the size.
     """
+    for rle in (mask_rle, other_rle):
+        check_run_lengths(rle, size)
     one, other = ({"size": list(size), "counts": rle.encode("ascii")} for rle in (mask_rle, other_rle))
     total = int(coco.area(one)) + int(coco.area(other))
     return 2 * int(coco.area(coco.merge([one, other], intersect=True))) / total if total else 1.0

@@ -9,6 +9,7 @@ from PIL.PngImagePlugin import PngImageFile
 from pycocotools import mask as coco
 
 from vlsm.images.preprocess import Square
+from vlsm.images.run_lengths import decode_run_lengths
 
 _MAX_PIXELS = 1 << 32  # of one mask; pycocotools kills the process if it gets no memory
 
@@ -106,7 +107,7 @@ def decode_mask(mask_rle: str, size: tuple[int, int]) -> np.ndarray:
     """
     if size[0] * size[1] > _MAX_PIXELS:
         raise ValueError(f"a mask of {size[0]:,} x {size[1]:,} pixels does not fit into memory")
-    return np.asarray(coco.decode({"size": list(size), "counts": mask_rle.encode("ascii")}))
+    return decode_run_lengths(mask_rle, size)
 
 
 def encode_probability(probability: np.ndarray) -> bytes:
