@@ -125,6 +125,7 @@ def test_chosen_records_are_spread(counts, count, expected):
         (["s3://b/x/anns/val.json, record 7", "s3://b/x/anns/test.json, record 1"], "anns/val.json, anns/test.json"),
         (["s3://b/x/list.csv, row 3", "s3://b/x/list.csv, row 4"], "list.csv"),
         (["s3://b/x/a, b.json, image 4, category 'fold, flat'"], "a, b.json"),
+        (["s3://b/x, row 3", "s3://b/x, row 4"], "x"),
         (["s3://b/x, images/a.png"], "no list: images and masks belong together by their names"),
         ([f"s3://b/x/{n}.csv, line 1" for n in range(6)], "0.csv, 1.csv, 2.csv, 3.csv and 2 more"),
     ],

@@ -30,7 +30,7 @@ _THREADS = 8  # mostly they wait for storage, or decode without Python's lock
 _CHUNK = 8  # records that one reader reads in turn, so that it reads a file with several of them once
 _PROGRESS_S = 10.0
 _SHOWN, _SHOWN_TEXTS = 4, 2  # folders or files, and prompts, that a line lists
-_POSITION = re.compile(r", (?=(?:record|row|line|image|annotation) )")
+_POSITION = re.compile(r", (?=(?:record|row|line|image|annotation) \d)")
 _TEXT_LENGTH = 40  # of a prompt; the line then fits a terminal
 
 
@@ -140,8 +140,10 @@ def describe_layout(uri: str, records: Sequence[Record]) -> str:
 
     A position is such as "anns/val.json, record 7"; without a list, it is the dataset itself and a file of it.
     """
-    listed = (_POSITION.split(record.where)[0] for record in records if not record.where.startswith(f"{uri}, "))
-    sources = list(dict.fromkeys(_relative(uri, source) for source in listed))
+    places = (record.where for record in records)
+    # a list can be the dataset itself: "list.csv, row 3"
+    listed = (where for where in places if not where.startswith(f"{uri}, ") or _POSITION.match(where, len(uri)))
+    sources = list(dict.fromkeys(_relative(uri, _POSITION.split(where)[0]) for where in listed))
     return _shorten(sources) if sources else "no list: images and masks belong together by their names"
 
 
