@@ -10,6 +10,7 @@ import vlsm
 from vlsm import calibration
 from vlsm.calibration import calibrate, expected_error
 from vlsm.config import ReviewSettings, SegmentSettings
+from vlsm.errors import ConfigError
 from vlsm.report.parts import calibrations
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.segmentation.image_rows import review_reasons
@@ -193,3 +194,10 @@ def move_split(drawn, tmp_path):
         return tmp_path / "list.jsonl"
 
     return move
+
+
+def test_logits_that_are_no_numbers_are_an_error():
+    logits = np.zeros((4, 4), np.float32)
+    logits[1, 1] = np.nan
+    with pytest.raises(ConfigError, match="no numbers"):
+        calibration.calibrate([(logits, np.eye(4, dtype=np.uint8))])

@@ -24,7 +24,7 @@ from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import RECORD, Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.datasets.splits import GIVE, require_splits
-from vlsm.errors import CheckpointError, ConfigError, VlsmError
+from vlsm.errors import CheckpointError, ConfigError, ImageError, ManifestError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.segmenter import Segmenter
 from vlsm.training.origin import describe_differences_to_training
@@ -130,6 +130,8 @@ def expected_error(rows: list[tuple[float, float, float]]) -> float:
 
 def _count(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return pixel counts (2, bins) of background and foreground, by logit."""
+    if not np.isfinite(logits).all():
+        raise ConfigError("the model gives logits that are no numbers: it cannot be calibrated")
     clipped = np.clip(logits, _EDGES[0], _EDGES[-1])
     return np.stack([np.histogram(clipped[mask == label], _EDGES)[0] for label in (0, 1)])
 
@@ -190,7 +192,7 @@ def _predict(segmenter: Segmenter, records: list[Record], reader: ExampleReader,
         try:
             example = reader.read(record)
             prompt = find_prompt(record, choice, stored, "prompt")
-        except VlsmError as error:
+        except (ImageError, ManifestError) as error:
             print(f"skipped: {error}", file=sys.stderr)
             continue
         mask = example.target.mask

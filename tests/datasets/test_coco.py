@@ -196,6 +196,7 @@ def test_no_image_lies_outside_of_the_folder(tmp_path, name):
         ([["a"] * 6], "x and y of three or more corners"),
         ([1, 2, 3, 4, 5, 6], "x and y of three or more corners"),
         ([[1, 2, 3, 4, 5, 1e9]], "far outside of the image of 40 x 30"),
+        ([[0, 0, 40, 30] * 20_000], "an outline of 1,600,000 pixels; 1,000,000 are read"),
         ([[1, 2, 3, 4, 5, float("nan")]], "far outside of the image of 40 x 30"),
         ("x", "must be polygons or run lengths"),
         (None, "must be polygons or run lengths"),

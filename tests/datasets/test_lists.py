@@ -1,3 +1,4 @@
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -77,3 +78,16 @@ def test_a_folder_of_lists_is_one_list_and_its_folders_can_be_columns(tmp_path):
         ("test", f"{tmp_path}/rows/test.png", "p1"),
         ("train", f"{tmp_path}/rows/train.png", "p1"),
     ]
+
+
+def test_a_number_of_a_group_is_one_group_in_every_file(tmp_path):
+    frame = pd.DataFrame({"image_uri": ["a.png", "b.png"], "mask_uri": ["c.png", "d.png"], "split": "val"})
+    frame.assign(group=[7, 8]).to_parquet(tmp_path / "1.parquet")
+    frame.assign(group=[7.0, None]).to_parquet(tmp_path / "2.parquet")  # as pandas writes it beside a missing cell
+    assert [record.group for record in read(tmp_path)] == ["7", "8", "7", ""]
+
+
+def test_a_text_that_is_not_utf_8_is_named_with_its_row(tmp_path):
+    (tmp_path / "list.csv").write_bytes("image_uri,mask_uri,split,prompt\na.png,b.png,val,abc\xe8s\n".encode("latin-1"))
+    with pytest.raises(ManifestError, match=r"row 1: 'abc.*s' is no Unicode text; save the list as UTF-8"):
+        read(tmp_path / "list.csv")

@@ -142,6 +142,9 @@ def test_masks_of_classes_are_empty_without_their_value(inspect):
     ("mask", "ending", "changes", "threshold", "line"),
     [
         (SQUARE * 2, ".png", {}, 0, "masks hold 0 and 2; values above data.mask_threshold=0 are foreground: 2"),
+        (SQUARE + np.eye(*SQUARE.shape, dtype=np.uint8) * 3, ".png", {}, 0,
+         "masks hold 0, 1, 3 and 4; values above data.mask_threshold=0 are foreground: 1, 3 and 4; if these are "
+         "classes: --set 'data.classes={1: NAME, 3: NAME, 4: NAME}'"),
         (SQUARE, ".png", {}, 127,
          "masks hold 0 and 1; values above data.mask_threshold=127 are foreground: none of these"),
         (SQUARE, ".png", {"labels": (1,)}, 127, "masks hold 0 and 1; the classes take 1 (polyp) as foreground"),

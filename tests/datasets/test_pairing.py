@@ -115,3 +115,10 @@ def test_numbered_folders_of_a_split_stay_apart():
 )
 def test_a_split_has_other_names(name, split):
     assert split_of(name) == split
+
+
+def test_a_long_number_behind_a_mask_is_read_in_no_time():
+    """A UID as DICOM tools put it into names; some regular expressions take years for it."""
+    uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.298806137288633453246975630178"
+    pairing = pair_by_stem([f"images/a_{uid}.png", f"masks/a_seg_{uid}_L.png", f"masks/a_mask_{'1' * 60}_L.png"])
+    assert len(pairing.lone_images) + len(pairing.pairs) == 1

@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.conftest import SHARED
+from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import Facts, examples_table
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
-from vlsm.errors import ConfigError, ManifestError
+from vlsm.datasets.settings import DatasetSettings
+from vlsm.errors import ConfigError, ImageError, ManifestError
 
 ANNOTATIONS = SHARED / "reference" / "annotations"
 NAMES = sorted(path.name for path in ANNOTATIONS.iterdir()) if ANNOTATIONS.exists() else []
@@ -118,3 +121,32 @@ def test_a_table_of_examples_is_a_list_with_every_field_of_the_records(tmp_path)
     uri = str(tmp_path / "examples.parquet")
     assert read_dataset("a", uri) == [full]
     assert read_dataset("all", uri) == [full, others[0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "valid"}, "row 1: split is 'valid'; it must be one of train, val, test"),
+        (
+            {"mask_rle": "d0", "mask_size": (-8, -10)},
+            r"row 1: mask_size is \(-8, -10\); it must be a height and a width",
+        ),
+        ({"mask_rle": "d0", "mask_size": (8,)}, "it must be a height and a width"),
+    ],
+)
+def test_a_table_of_examples_may_be_forged(tmp_path, changes, message):
+    record = Record("mine", "val", "row 1", "a.png", "b.png", {"p1": ("x",)})
+    pq.write_table(examples_table([replace(record, **changes)], [Facts()]), tmp_path / "x.parquet")
+    with pytest.raises(ManifestError, match=message):
+        read_dataset("mine", str(tmp_path / "x.parquet"))
+
+
+def test_a_huge_shape_and_a_selector_of_another_format_are_errors(tmp_path):
+    Image.new("RGB", (5, 4)).save(tmp_path / "a.png")
+    record = Record("mine", "val", "row 1", str(tmp_path / "a.png"), str(tmp_path / "a.png"), {"p1": ("x",)})
+    reader = ExampleReader(DatasetSettings())
+    with pytest.raises(ImageError, match="too_large"):
+        reader.read(replace(record, mask_rle="0", mask_size=(1 << 20, 1 << 20)))
+    for changes in ({"image_selector": "slice=99"}, {"mask_selector": "page=7"}):
+        with pytest.raises(ImageError, match="has no '(slice=99|page=7)'"):
+            reader.read(replace(record, **changes))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vlsm.datasets.inspection import NEAR_BITS, Facts
 from vlsm.datasets.records import SPLITS, Record
 from vlsm.datasets.settings import SplitSettings
-from vlsm.datasets.splits import make_folds, make_splits
+from vlsm.datasets.splits import _find_look_alikes, make_folds, make_splits, release_train
 from vlsm.errors import ConfigError
 
 TENTHS = SplitSettings(val=0.1, test=0.1)
@@ -262,3 +262,32 @@ def test_folds_without_clusters_enough_are_refused():
     records = [make_record(index, split="train", group="one") for index in range(9)]
     with pytest.raises(ConfigError, match="folds: fold 1 has no val or train records: 9 records in 1 clusters"):
         make_folds(records, make_facts(records), SplitSettings(), 3)
+
+
+def test_what_belongs_to_a_test_record_is_test_in_every_fold():
+    records = [make_record(number, group=f"patient {number // 3}") for number in range(12)]
+    records[0] = replace(records[0], split="test")
+    folds, lines = make_folds(records, make_facts(records), SplitSettings(), 3)
+    assert all([record.split for record in fold[:3]] == ["test"] * 3 for fold in folds)
+    assert all(set(count(fold)) == {"train", "val", "test"} for fold in folds)
+    assert any("2 records follow a test record" in line for line in lines)
+
+
+def test_frames_that_all_look_alike_are_one_cluster_and_few_pairs():
+    hashes = [(1 << 40) - 1 ^ (1 << first) ^ (1 << second) for first in range(40) for second in range(first)]
+    pairs = list(_find_look_alikes(hashes))
+    assert len(pairs) < 2 * len(hashes)
+    reached = {0}
+    for _ in range(4):
+        reached |= {one for pair in pairs if reached & set(pair) for one in pair}
+    assert len(reached) == len(hashes)
+
+
+def test_val_is_taken_from_train_where_a_dataset_has_no_val():
+    a = [make_record(number, "a", "train" if number < 15 else "test") for number in range(20)]
+    b = [make_record(number, "b", "train" if number < 15 else "val") for number in range(20)]
+    assert release_train(a + b, SplitSettings()) == a + b
+    released = release_train(a + b, SplitSettings(val=0.2))
+    assert count(released, dataset="a") == {"": 15, "test": 5} and count(released, dataset="b") == count(b)
+    made, _ = make_splits(released, make_facts(released), SplitSettings(val=0.2))
+    assert count(made, dataset="a") == {"train": 12, "val": 3, "test": 5}

@@ -253,3 +253,11 @@ def test_who_holds_it_is_told(output):
         assert 4 < holder.silent_s < 60
     write_claim(output, 1)
     assert not read_holder(output, time.time()).is_dead  # nobody here can know
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"a": 1}', b"[1]"])
+def test_a_claim_that_says_nothing_is_of_a_dead_job(output, content):
+    storage.write_bytes(storage.join(output, "lease", "00000001.json"), content)
+    with lease(output, patience_s=0.1) as mine:
+        mine.take()
+        assert mine.token.number == 2

@@ -136,7 +136,8 @@ def lose(folder):
         (add, r"1 records added \(.*/20.png in a\); choose another OUTPUT", []),
         (lambda folder: write_list(folder, range(5, 20)), r"5 records removed \(.*/0.png in a, .*, \.\.\.\)", []),
         (lambda folder: write_list(folder, prompt="x"), "20 records with another prompt, split, group or label", []),
-        (lambda folder: write_list(folder, split="train"), "no val records in a", []),
+        (lambda folder: write_list(folder, split="train"), None, []),  # val is taken from train, as before
+        (lambda folder: write_list(folder, split="test"), "no train records in a", []),
         (change_mask, r"1 files with another content \(.*/5.png or its mask in a\)", ["5.png"]),
         (lose, "1 files with another content .missing: there is no file .*/7.png", ["7.png"]),
     ],

@@ -8,6 +8,8 @@ from pycocotools import mask as coco
 from vlsm.errors import ManifestError
 from vlsm.images.run_lengths import unpack_run_lengths
 
+_MAX_OUTLINE_PX = 1_000_000  # pycocotools needs some 260 bytes for each
+
 Rle = dict[str, Any]  # size (height, width) and compressed counts, as pycocotools has it
 
 
@@ -58,6 +60,11 @@ def _check_polygon(polygon: Any, size: tuple[int, int], where: str) -> list[floa
     places = corners.reshape(-1, 2)
     if not ((places >= (-width, -height)) & (places <= (2 * width, 2 * height))).all():
         raise ManifestError(f"{where}: a polygon has corners far outside of the image of {width} x {height} pixels")
+    length_px = np.abs(places - np.roll(places, 1, axis=0)).max(axis=1).sum()
+    if length_px > _MAX_OUTLINE_PX:
+        raise ManifestError(
+            f"{where}: a polygon has an outline of {length_px:,.0f} pixels; {_MAX_OUTLINE_PX:,} are read"
+        )
     values: list[float] = corners.tolist()
     return values
 

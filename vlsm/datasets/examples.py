@@ -11,7 +11,7 @@ from vlsm.errors import ImageError
 from vlsm.images.decode import orientation_of
 from vlsm.images.reader import Content, Reader
 from vlsm.images.run_lengths import decode_run_lengths
-from vlsm.images.stored import COLOURS, upright
+from vlsm.images.stored import COLOURS, check_pixels, upright
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +95,10 @@ class ExampleReader:
             StorageError: the store was unavailable for too long.
         """
         if record.mask_rle is not None:
+            size = record.mask_size or (0, 0)
+            check_pixels(size, record.where, self._settings.max_pixels)
             try:
-                return Mask(decode_run_lengths(record.mask_rle, record.mask_size or (0, 0)))
+                return Mask(decode_run_lengths(record.mask_rle, size))
             except ValueError as error:
                 raise ImageError("corrupt", f"{record.where}: {error}") from None
         masks = [self._read_mask(record, uri) for uri in (record.mask_uri, *record.more_masks)]

@@ -142,11 +142,14 @@ def _read_nnunet_labels(name: str, uri: str) -> Labels:
     try:
         labels = json.loads(storage.read_bytes(uri)).get("labels", {})
         pairs = [_nnunet_label(key, value) for key, value in labels.items()]
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ManifestError(
             f"{uri} is no dataset.json of nnU-Net ({error}); --set data.classes states the classes"
         ) from error
-    classes = {text.replace("_", " "): values for text, values in pairs if text != "ignore" and values != (0,)}
+    classes: dict[str, tuple[int, ...]] = {}
+    for text, values in pairs:
+        if text != "ignore" and values != (0,):  # two labels of one name are one class
+            classes[text.replace("_", " ")] = classes.get(text.replace("_", " "), ()) + values
     logger.info("dataset %s: classes of %s: %s", name, uri, classes)
     return classes
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.archive.tables import read_manifest_rows
-from vlsm.datasets.inspection import good_records
+from vlsm.datasets.inspection import EXAMPLES_SCHEMA, good_records
 from vlsm.datasets.pairing import split_of
 from vlsm.datasets.records import SPLITS, Record, check_texts
 from vlsm.errors import ManifestError
@@ -64,11 +64,31 @@ def _read_examples(uri: str) -> list[Record] | None:
     fs, path = storage.open_uri(uri)
     try:
         with fs.open(path, "rb") as file:
-            table = pq.ParquetFile(file)
-            is_made = {"where", "prompts", "image_sha256", "error"} <= set(table.schema_arrow.names)
-            return good_records(table.read()) if is_made else None
+            parquet = pq.ParquetFile(file)
+            if not {"where", "prompts", "image_sha256", "error"} <= set(parquet.schema_arrow.names):
+                return None
+            table = parquet.read()
     except (pa.ArrowInvalid, OSError):  # also a folder of this name
         return None  # whoever reads it as a list says why that fails
+    return [_check_example(record, uri) for record in _typed_records(table, uri)]
+
+
+def _typed_records(table: pa.Table, uri: str) -> list[Record]:
+    """Return the records of a table after a check of its types: somebody else may have written it."""
+    names = [name for name in EXAMPLES_SCHEMA.names if name in table.column_names]
+    try:
+        return good_records(table.select(names).cast(pa.schema([EXAMPLES_SCHEMA.field(name) for name in names])))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise ManifestError(f"{uri} is no list of a training: {' '.join(str(error).split())}") from error
+
+
+def _check_example(record: Record, uri: str) -> Record:
+    size = record.mask_size
+    if record.split and record.split not in SPLITS:
+        raise ManifestError(f"{uri}, {record.where}: split is {record.split!r}; it must be one of {', '.join(SPLITS)}")
+    if record.mask_rle is not None and not (size and len(size) == 2 and all(side and side > 0 for side in size)):
+        raise ManifestError(f"{uri}, {record.where}: mask_size is {size}; it must be a height and a width")
+    return record
 
 
 def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) -> Record:
@@ -81,12 +101,19 @@ def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) ->
     )
     texts = row.get("prompts") if row.get("prompts") is not None else row.get("prompt")
     prompts = {} if texts is None else {"p1": check_texts(texts, f"{where}, prompts")}
-    group = "" if row.get("group") is None else str(row["group"])
+    group = _read_group(row.get("group"))
     dataset = str(row.get("dataset") or name)
     selector, mask_selector = (str(row[name]) if row.get(name) else None for name in ("selector", "mask_selector"))
     split = _read_split(row.get("split"), where)
     record = Record(dataset, split, where, image_uri, mask_uri, prompts, group=group)
     return replace(record, image_selector=selector, mask_selector=mask_selector)
+
+
+def _read_group(value: Any) -> str:
+    """Return the name of a group. The number 7 is one group, also where pandas has made it 7.0 beside missing cells."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else str(value).strip()
 
 
 def _read_split(value: Any, where: str) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vlsm.datasets.inspection import Facts
 
 MOST_VALUES = 16
+_SHOWN = 3  # classes that a proposal names
 _NEARLY_ALL = 0.95
 _MOST_THRESHOLD = 254  # of data.mask_threshold
 
@@ -46,7 +47,7 @@ def describe_values(values: Values, count: int) -> str:
 
 
 def _describe_value(value: float) -> str:
-    if value >= COLOURS:
+    if isinstance(value, int) and COLOURS <= value < COLOURS + (1 << 24):
         return f"#{int(value) - COLOURS:06x}"
     return str(value) if isinstance(value, int) else f"{value:g}"
 
@@ -85,7 +86,11 @@ def _describe_rule(records: Sequence[Record], values: Values, count: int, mask_t
     if count > len(values):
         return rule
     above = tuple(value for value in values if value > mask_threshold)
-    return f"{rule}: {describe_values(above, len(above)) if above else 'none of these'}"
+    several = [value for value in values if value > 0]
+    classes = ", ".join(f"{_describe_value(value)}: NAME" for value in several[:_SHOWN])
+    more = ", ..." if len(several) > _SHOWN else ""
+    advice = f"; if these are classes: --set 'data.classes={{{classes}{more}}}'" if len(several) > 1 else ""
+    return f"{rule}: {describe_values(above, len(above)) if above else 'none of these'}{advice}"
 
 
 def find_useless_masks(records: Sequence[Record], facts: Sequence["Facts"], mask_threshold: int) -> list[str]:

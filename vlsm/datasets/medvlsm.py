@@ -33,7 +33,7 @@ def _layout_records(name: str, uri: str, split: str) -> Iterator[Record | Manife
     location = storage.join(uri, "anns", f"{split}.json")
     try:
         rows = json.loads(storage.read_bytes(location))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"dataset {name}: {location} is not JSON: {error}") from error
     if not isinstance(rows, list):
         raise ManifestError(f"dataset {name}: {location} holds a {type(rows).__name__}; it must be a list of records")

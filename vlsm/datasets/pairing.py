@@ -41,7 +41,9 @@ _IMAGE_WORD, _MASK_WORD = (
     for words in (_IMAGE, _MASK)
 )
 _NUMBERED = re.compile(
-    rf"(.+?){_SEPARATOR}+(?:{'|'.join(_MASK)}|ground{_SEPARATOR}truth)(?:{_SEPARATOR}*\(?\d+\)?)+", re.IGNORECASE
+    rf"(.+?){_SEPARATOR}+(?:{'|'.join(_MASK)}|ground{_SEPARATOR}truth)"
+    rf"\(?\d*\)?(?:{_SEPARATOR}+\(?\d+\)?)*(?<=[\d)])",
+    re.IGNORECASE,
 )
 _ENDINGS = sorted((ending for known in FORMATS.values() for ending in known.endings), key=len, reverse=True)
 

@@ -1,5 +1,6 @@
 """Reads a labelled dataset: finds out how a folder or list is laid out, and returns its records."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from vlsm import storage
@@ -77,11 +78,24 @@ def _all_or_problems(name: str, items: Iterable[Record | ManifestError]) -> list
     records: list[Record] = []
     problems: list[str] = []
     for item in items:
-        if isinstance(item, Record):
-            records.append(item)
-        else:
+        if isinstance(item, ManifestError):
             problems.append(str(item))
+        elif (text := _not_unicode(item)) is not None:
+            problems.append(f"{item.where}: {text!r} is no Unicode text; save the list as UTF-8")
+        else:
+            records.append(item)
     if problems:
         more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
         raise ManifestError(f"dataset {name}: {'; '.join(problems[:_SHOWN])}{more}")
     return records
+
+
+def _not_unicode(record: Record) -> str | None:
+    """Return a text of a record that no table can hold, such as one from a list in Latin-1, or None."""
+    texts = [value for value in vars(record).values() if isinstance(value, str)]
+    for text in (*texts, *record.more_masks, *itertools.chain(*record.prompts.values()), *record.prompts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return text.encode("utf-8", "backslashreplace").decode()[:80]
+    return None

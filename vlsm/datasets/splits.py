@@ -47,6 +47,18 @@ def require_splits(records: Sequence[Record], advice: str = _MAKE) -> None:
         raise ConfigError(f"{named} have no split (train, val or test): {advice}")
 
 
+def release_train(records: Sequence[Record], settings: SplitSettings) -> list[Record]:
+    """Return the records; train records lose their split if their dataset has none for val and data.split.val is set.
+
+    Published datasets often have only train, or train and test: `make_splits` then takes val from train.
+    """
+    splits: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        splits[record.dataset].add(record.split)
+    names = {name for name, known in splits.items() if settings.val and "train" in known and not known & {"val", ""}}
+    return [replace(one, split="") if one.dataset in names and one.split == "train" else one for one in records]
+
+
 def make_splits(
     records: Sequence[Record], facts: Sequence[Facts], settings: SplitSettings
 ) -> tuple[list[Record], list[str]]:
@@ -100,8 +112,15 @@ def make_folds(
     made, lines = [replace(record, split=record.split or "train") for record in records], list[str]()
     if settings.test:
         made, lines = make_splits(records, facts, settings.model_copy(update={"val": 0.0}))
-    pool = [index for index, fact in enumerate(facts) if not fact.error and made[index].split != "test"]
-    clusters = _find_clusters(made, facts, pool, settings)
+    good = [index for index, fact in enumerate(facts) if not fact.error]
+    clusters = _find_clusters(made, facts, good, settings)
+    in_test = {clusters[index] for index in good if made[index].split == "test"}
+    followers = [index for index in good if clusters[index] in in_test and made[index].split != "test"]
+    for index in followers:
+        made[index] = replace(made[index], split="test")
+    if followers:
+        lines.append(f"folds: {len(followers):,} records follow a test record that is alike or of the same group")
+    pool = [index for index in good if clusters[index] not in in_test]
     numbers = {str(number): 1 / num_folds for number in range(1, num_folds + 1)}
     parts = _divide(made, facts, clusters, pool, numbers, settings.seed)
     folds = []
@@ -151,10 +170,13 @@ def _find_look_alikes(hashes: Sequence[int]) -> Iterable[tuple[int, int]]:
         if not is_plain[number] and firsts[number] != position:
             yield position, int(firsts[number])
     kept = np.flatnonzero(~is_plain)
+    parents = np.arange(len(kept))  # the lowest known member of each cluster
     for row, number in enumerate(kept):  # all pairs: to read so many images takes longer
-        near = np.bitwise_count(unique[kept[row + 1 :]] ^ unique[number]) <= NEAR_BITS
-        for other in kept[row + 1 :][near]:
-            yield int(firsts[number]), int(firsts[other])
+        near = np.flatnonzero(np.bitwise_count(unique[kept[row + 1 :]] ^ unique[number]) <= NEAR_BITS) + row + 1
+        # one pair for each cluster that is met, not for each image: frames of a video have millions of pairs
+        for other in near[np.unique(parents[near], return_index=True)[1]]:
+            yield int(firsts[number]), int(firsts[kept[other]])
+        parents[near] = parents[row]
 
 
 def _divide(

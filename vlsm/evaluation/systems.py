@@ -106,7 +106,9 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
         with storage.name_errors(f"dataset {name}", uri):
             records = read_dataset(name, uri, settings.data)
         if settings.split != "all":
-            require_splits(records, f"{GIVE}; --set split=all scores all records")
+            require_splits(
+                records, f"{GIVE}; --set split=all scores all records, also those that a model was trained on"
+            )
         split_records = [record for record in records if settings.split in ("all", record.split)][: settings.limit]
         if not split_records:
             splits = ", ".join(sorted({record.split for record in records})) or "none"

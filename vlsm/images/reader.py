@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import queue
+import re
 import threading
 import zipfile
 import zlib
@@ -79,7 +80,14 @@ class Content:
         Raises:
             ImageError: the image cannot be decoded.
         """
-        return self._decode(frame)
+        decode = self._decode  # a damaged file says so itself
+        self._check_frame(frame)
+        return decode(frame)
+
+    def _check_frame(self, frame: str | None) -> None:
+        """Raise an ImageError for a selector that images of this format do not have."""
+        if frame is not None and not re.fullmatch(FORMATS[self.kind or "image"].selector, frame):
+            raise ImageError("corrupt", f"{self.name} has no {frame!r}")
 
     def labels(self, frame: str | None) -> np.ndarray:
         """Return the labels of one image, (H, W) of the stored type, upright.
@@ -90,7 +98,9 @@ class Content:
         Raises:
             ImageError: the labels cannot be read, or files of this format hold none.
         """
-        return self._labels(frame)
+        labels = self._labels
+        self._check_frame(frame)
+        return labels(frame)
 
     def codes(self, frame: str | None, are_colours: bool) -> np.ndarray:
         """Return what tells the classes of a mask apart, (H, W): numbers, or the colours of `Stored.colours`.
@@ -105,6 +115,7 @@ class Content:
             ImageError: as for `labels`, or the format has no colours.
         """
         if self._stored is not None:
+            self._check_frame(frame)
             stored = self._stored(frame)
             return stored.colours() if are_colours else stored.codes()
         if are_colours:

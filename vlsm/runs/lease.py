@@ -271,9 +271,15 @@ def _list_numbers(output: str, patience_s: float) -> list[int]:
 
 
 def _read_claims(output: str) -> dict[int, bytes]:
-    """Return the content of each claim by its number; a claim that vanishes meanwhile is left out."""
-    contents = {number: _read(Token(output, number, "").uri) for number in _list_numbers(output, storage.QUICK_S)}
-    return {number: content for number, content in contents.items() if content}
+    """Return the content of each claim by its number; a claim that vanishes meanwhile is left out.
+
+    No job writes an empty claim, but a copy of the folder or a damaged disk may have one: it is of no known job.
+    """
+    claims = {}
+    for number in _list_numbers(output, storage.QUICK_S):
+        with contextlib.suppress(FileNotFoundError):
+            claims[number] = storage.read_bytes(Token(output, number, "").uri)
+    return claims
 
 
 def _read(uri: str) -> bytes:
@@ -336,11 +342,12 @@ def _is_alive(claim: dict[str, Any]) -> bool | None:
     machine = _this_machine()
     if machine is None or claim.get("machine") != machine:
         return None
-    return bool(claim["process_started"] == _process_start(claim["pid"]))
+    pid = claim.get("pid")
+    return bool(isinstance(pid, int) and claim.get("process_started") == _process_start(pid))
 
 
 def _describe(claim: dict[str, Any]) -> str:
-    if not claim:
+    if not {"job", "pid", "host", "since"} <= claim.keys():
         return "a job that cannot be identified"
     return f"{claim['job']}, process {claim['pid']} on {claim['host']}, since {claim['since']}"
 

@@ -75,9 +75,10 @@ def require_train_and_val(records: Sequence[Record], settings: TrainSettings, nu
             counts = Counter(record.split for record in records)
             described = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none at all"
             broken = f", {num_broken:,} broken" if num_broken else ""
+            advice = ": --set data.split.val=0.1 takes them from train" if split == "val" and counts["train"] else ""
             raise ConfigError(
                 f"no {split} records in {', '.join(settings.datasets)} (there are {described}{broken}); "
-                f"they are needed to {purpose}"
+                f"they are needed to {purpose}{advice}"
             )
 
 

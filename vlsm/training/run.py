@@ -27,7 +27,7 @@ from vlsm.datasets.inspection import check_facts, describe_findings, digest_exam
 from vlsm.datasets.mask_checks import describe_foreground
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
-from vlsm.datasets.splits import make_splits, require_splits
+from vlsm.datasets.splits import make_splits, release_train, require_splits
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
@@ -64,6 +64,7 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
             records += read_dataset(name, uri, settings.data)
+    records = release_train(records, settings.data.split)
     for name, uri in settings.external.items():
         with storage.name_errors(f"dataset {name}", uri):
             external = read_dataset(name, uri, settings.data)
