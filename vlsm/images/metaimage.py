@@ -9,15 +9,14 @@ Source: https://itk.org/Wiki/ITK/MetaIO/Documentation.
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from vlsm.errors import ImageError
-from vlsm.images.grey_levels import Decoded
-from vlsm.images.volume_slices import VolumeImages
+from vlsm.images.volume_slices import VolumeImages, make_openers
 from vlsm.images.volumes import (
     COLOURS,
     GZIP,
@@ -169,20 +168,9 @@ def list_images(file: BinaryIO, name: str, size_bytes: int | None, look: "Look")
     return grid.selectors(), grid.slice_shape
 
 
-def open_images(
-    data: bytes, name: str, settings: "SegmentSettings", values: bytes | None = None
-) -> Callable[[str | None], Decoded]:
-    """The slices of the file's volumes; see `vlsm.images.formats.FormatModule` and PairedModule."""
-    return _open(data, name, settings, values).decode
-
-
-def open_labels(
-    data: bytes, name: str, settings: "SegmentSettings", values: bytes | None = None
-) -> Callable[[str | None], np.ndarray]:
-    """The labels of the slices of the file's volumes; see `vlsm.images.formats.LabelModule`."""
-    return _open(data, name, settings, values).labels
-
-
 def _open(data: bytes, name: str, settings: "SegmentSettings", values: bytes | None) -> VolumeImages:
     header = read_header(io.BytesIO(data), name, settings.slices)
     return VolumeImages(header, data if values is None else values, name, settings)
+
+
+open_images, open_labels = make_openers(_open)

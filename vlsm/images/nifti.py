@@ -8,7 +8,7 @@ import gzip
 import io
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,8 +17,7 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from vlsm.errors import ImageError
-from vlsm.images.grey_levels import Decoded
-from vlsm.images.volume_slices import VolumeImages
+from vlsm.images.volume_slices import VolumeImages, make_openers
 from vlsm.images.volumes import AXES, COLOURS, GZIP, RAW, VolumeGrid, VolumeHeader, has_directions, is_gzip
 
 if TYPE_CHECKING:
@@ -204,22 +203,11 @@ def list_images(file: BinaryIO, name: str, size_bytes: int | None, look: "Look")
     return grid.selectors(), grid.slice_shape
 
 
-def open_images(
-    data: bytes, name: str, settings: "SegmentSettings", values: bytes | None = None
-) -> Callable[[str | None], Decoded]:
-    """The slices of the file's volumes; see `vlsm.images.formats.FormatModule` and PairedModule."""
-    return _open(data, name, settings, values).decode
-
-
-def open_labels(
-    data: bytes, name: str, settings: "SegmentSettings", values: bytes | None = None
-) -> Callable[[str | None], np.ndarray]:
-    """The labels of the slices of the file's volumes; see `vlsm.images.formats.LabelModule`."""
-    return _open(data, name, settings, values).labels
-
-
 def _open(data: bytes, name: str, settings: "SegmentSettings", values: bytes | None) -> VolumeImages:
     header = read_header(io.BytesIO(data), name, settings.slices)
     if values is not None:
         data, header = values, replace(header, encoding=GZIP if is_gzip(values) else RAW)
     return VolumeImages(header, data, name, settings)
+
+
+open_images, open_labels = make_openers(_open)

@@ -10,6 +10,7 @@ import gzip
 import io
 import math
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -113,6 +114,29 @@ class VolumeImages:
             values = self._scale(sample_values(self._volumes[..., volume]))
             self._levels[volume] = choose_levels(values, self._window, self._header.display_range)
         return self._levels[volume]
+
+
+def make_openers(
+    open_volume: Callable[[bytes, str, "SegmentSettings", bytes | None], VolumeImages],
+) -> tuple[Callable[..., Callable[[str | None], Decoded]], Callable[..., Callable[[str | None], np.ndarray]]]:
+    """Return the functions `open_images` and `open_labels` of a format of volumes; see `vlsm.images.formats`.
+
+    Args:
+        open_volume: opens a file. Its arguments are the content and the name of the file, the settings, and the content
+            of a second file with the values, or None.
+    """
+
+    def open_images(
+        data: bytes, name: str, settings: "SegmentSettings", values: bytes | None = None
+    ) -> Callable[[str | None], Decoded]:
+        return open_volume(data, name, settings, values).decode
+
+    def open_labels(
+        data: bytes, name: str, settings: "SegmentSettings", values: bytes | None = None
+    ) -> Callable[[str | None], np.ndarray]:
+        return open_volume(data, name, settings, values).labels
+
+    return open_images, open_labels
 
 
 def _unpack(data: bytes, start: int, header: VolumeHeader, name: str) -> memoryview:
