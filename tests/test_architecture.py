@@ -12,6 +12,9 @@ MODULES = sorted((ROOT / "vlsm").rglob("*.py"))
 # what vlsm/ holds, floor by floor: each imports from lower floors only
 FLOORS = (
     {"errors", "version"},
+    {"locations"},
+    {"redirects"},
+    {"stores"},
     {"storage"},
     {"config"},
     {"images"},

@@ -58,3 +58,16 @@ def test_a_missing_or_shapeless_file_is_named(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(ConfigError, match="must hold keys and values"):
         load(config=str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize("word", ["run.allow=s3://data/", "run.allow=[s3://data/]"])
+def test_one_place_is_a_list_of_places(word):
+    settings = load_settings(
+        SegmentSettings, None, [word], {"input": "i", "output": "o", "members": [{"checkpoint": "c"}]}
+    )
+    assert settings.run.allow == ("s3://data/",)
+
+
+def test_an_empty_place_would_be_every_file():
+    with pytest.raises(ConfigError, match="a place is empty"):
+        load_settings(SegmentSettings, None, ["run.allow=['']"], {"input": "i", "output": "o", "members": []})

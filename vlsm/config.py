@@ -59,7 +59,26 @@ def check_columns(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-class RunSettings(Settings):
+class PlaceSettings(Settings):
+    """Places that lists may name; `vlsm.archive.places` has the rule."""
+
+    allow: tuple[str, ...] = Field(
+        (),
+        description="prefixes, beside its own bucket, that a list in an object store may name; HTTP redirects may lead "
+        "there too",
+    )
+
+    _list_allow = field_validator("allow", mode="before")(one_is_a_list)
+
+    @field_validator("allow")
+    @classmethod
+    def _check_allow(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(place.strip() for place in value):
+            raise ValueError("a place is empty; give prefixes, as in [s3://bucket/images/]")
+        return value
+
+
+class RunSettings(PlaceSettings):
     """How a run is executed. These settings cannot change a mask, so a resumed run may have other values."""
 
     placement: Literal["together", "apart"] = Field(
@@ -72,9 +91,6 @@ class RunSettings(Settings):
     cpus_per_actor: float | None = Field(None, gt=0, description="CPUs per actor; null: 1 with a GPU, else most CPUs")
     batch_size: int = Field(8, ge=1, description="images in one model call")
     fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads in parallel")
-    allow: tuple[str, ...] = Field(
-        (), description="prefixes, beside its own bucket, that a manifest in an object store may have in image_uri"
-    )
     image_timeout_s: float = Field(120, gt=0, description="seconds to read an image (all tries), and to decode it")
     outage_patience_s: float = Field(300, ge=0, description="a store outage of more seconds ends the run")
     max_failed_fraction: float = Field(0.5, ge=0, le=1, description="a larger fraction of failed images ends the run")

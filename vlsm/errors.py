@@ -24,6 +24,10 @@ class StorageError(VlsmError):
     """Storage failed in a way that may be temporary, and all retries failed too."""
 
 
+class RedirectError(PermissionError):
+    """A server redirects to a place that is not allowed. It is a failure of one file, as a lack of permission is."""
+
+
 class LeaseError(VlsmError):
     """Another job holds the lease of OUTPUT, or has taken it over."""
 

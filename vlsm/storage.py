@@ -7,7 +7,6 @@ and `::` have no special meaning. Endpoint and credentials come from the store's
 import contextlib
 import datetime
 import errno
-import hashlib
 import os
 import random
 import re
@@ -16,25 +15,20 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import fsspec
-
-from vlsm.errors import ConfigError, StorageError
+from vlsm.errors import ConfigError, StorageError, VlsmError
+from vlsm.locations import HTTP, LOCAL
+from vlsm.locations import absolute as absolute
+from vlsm.locations import join as join
+from vlsm.locations import spell_out as spell_out
+from vlsm.locations import split_scheme as split_scheme
+from vlsm.stores import is_local as is_local
+from vlsm.stores import open_uri as open_uri
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 T = TypeVar("T")
 
-# One process reads many small objects: it needs fresh listings, a connection for each thread, and timeouts.
-_S3_OPTIONS = {
-    "use_listings_cache": False,
-    "config_kwargs": {
-        "max_pool_connections": 64,
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        "retries": {"mode": "standard", "max_attempts": 1},  # s3fs and with_retries already retry
-    },
-}
 QUICK_S = 10.5  # retry time where a person waits for the answer, or where one object is concerned
 PATIENT_S = 300.0  # retry time of an unattended run: a store may be down for minutes
 _LONGEST_DELAY_S = 30.0
@@ -42,52 +36,9 @@ _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def split_scheme(uri: str) -> tuple[str, str]:
-    """Return the scheme of a location ("file" for a local path) and the rest of the location."""
-    scheme, separator, rest = uri.partition("://")
-    return (scheme, rest) if separator else ("file", uri)
-
-
-def absolute(uri: str) -> str:
-    """Return the location in the form that every process on this machine understands.
-
-    Local paths become absolute. A trailing slash is removed.
-    """
-    scheme, rest = split_scheme(uri)
-    if scheme in ("file", "local"):
-        return os.path.abspath(os.path.expanduser(rest))
-    return uri.rstrip("/")
-
-
-def join(uri: str, *names: str) -> str:
-    """Return the location of a file or folder below a folder or prefix."""
-    return "/".join([uri.rstrip("/"), *names])
-
-
-def open_uri(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a location and the path within it.
-
-    Raises:
-        ConfigError: fsspec knows no file system for the scheme, or its package is not installed.
-    """
-    scheme, _ = split_scheme(uri)
-    if scheme in ("file", "local"):
-        return fsspec.filesystem("file"), absolute(uri)
-    try:
-        fs = fsspec.filesystem(scheme, **(_S3_OPTIONS if scheme in ("s3", "s3a") else {}))
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"cannot open {uri!r}: {error}; use a local path or s3://bucket/prefix") from error
-    return fs, fs._strip_protocol(uri)
-
-
-def is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    """Return whether the file system is this machine's disk."""
-    return bool(fs.protocol == "file" or "file" in fs.protocol)
-
-
-def exists(uri: str) -> bool:
-    """Return whether there is a file or a non-empty folder at the location."""
-    fs, path = open_uri(uri)
+def exists(uri: str, allow: tuple[str, ...] = ()) -> bool:
+    """Return whether there is a file or a non-empty folder at the location; `allow` as for `open_uri`."""
+    fs, path = open_uri(uri, allow)
     return bool(with_retries(lambda: fs.exists(path), uri, QUICK_S))
 
 
@@ -287,12 +238,20 @@ def _delays(patience_s: float) -> Iterator[float]:
 
 @contextlib.contextmanager
 def name_errors(what: str, uri: str) -> Iterator[None]:
-    """Turn storage errors into a ConfigError whose one-line message names the setting (`what`) and the location."""
-    errors: tuple[type[Exception], ...] = (OSError, *store_errors())
+    """Turn storage errors into a ConfigError whose one-line message names the setting (`what`) and the location.
+
+    Clients of unusual stores raise errors of every type, such as NotImplementedError for what they cannot do.
+    """
+    usual = (*LOCAL, *HTTP, "s3", "s3a")
+    is_usual = split_scheme(uri)[0] in usual
+    errors: tuple[type[Exception], ...] = (OSError, *store_errors()) if is_usual else (Exception,)
     try:
         yield
+    except VlsmError:
+        raise
     except errors as error:
-        raise ConfigError(f"{what} {uri!r} cannot be used: {error}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{what} {uri!r} cannot be used: {reason}") from error
 
 
 def store_errors() -> tuple[type[Exception], ...]:
@@ -327,14 +286,3 @@ def _transient_errors() -> tuple[type[BaseException], ...]:
     except ImportError:  # without s3fs only the local disk is read
         return tuple(errors)
     return (*errors, ClientError, BotoConnectionError, HTTPClientError, ResponseStreamingError, ResponseParserError)
-
-
-def spell_out(path: str) -> str:
-    """Return the path if it is valid UTF-8, else a readable and unique UTF-8 text for it.
-
-    Tables cannot hold paths that are not UTF-8. Reading a file by such a text fails with the reason "missing".
-    """
-    readable = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    if readable == path:
-        return path
-    return f"{readable}~{hashlib.sha256(path.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"

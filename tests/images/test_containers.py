@@ -251,7 +251,7 @@ class _Faulty:
         return getattr(self.file, name)
 
 
-def _as_stored(store, uri):
+def _as_stored(store, uri, *_):
     return store, uri
 
 

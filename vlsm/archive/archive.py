@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlsm import storage
@@ -13,6 +13,7 @@ from vlsm.archive.manifest import describe_file, read_image_list
 from vlsm.archive.tables import find_lists, holds_images
 from vlsm.errors import ConfigError
 from vlsm.images.formats import Look, describe_other, header_of, kind_of
+from vlsm.stores import check_input
 
 _ETAG_KEYS = ("ETag", "etag")  # stores use different names
 _MTIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -49,8 +50,7 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
             image. A relative image_uri starts from the manifest's folder.
         prompts: the prompts of every image for which a manifest has none.
         exclude: a folder whose files are not listed, such as an output folder inside the archive.
-        allow: prefixes, beside its own bucket, that a manifest in an object store may have in image_uri. A person who
-            can write a manifest there must not read this machine's files, or other buckets, through the job.
+        allow: the setting `run.allow`; see `vlsm.archive.places`.
         after: the last image_uri and selector of an interrupted listing; only images after them are returned.
         look: options for listing the images in a file.
 
@@ -58,13 +58,14 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
         ConfigError: there is nothing at the location.
         ManifestError: the manifest cannot be read, lacks a column or a value, or has an image_uri that is not allowed.
     """
-    fs, path = storage.open_uri(uri)
+    check_input("INPUT", uri)
+    fs, path = storage.open_uri(uri, allow)
     if (header := header_of(uri)) is not None and not fs.isdir(path):  # a pair is listed by its header
-        uri, (fs, path) = header, storage.open_uri(header)
-    look = look or Look()
+        uri, (fs, path) = header, storage.open_uri(header, allow)
+    look = replace(look or Look(), allow=allow)
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
     lists = find_lists(uri, fs.isfile(path), excluded) if after is None else []
-    archive = Archive(rows=(), is_listed=not lists or holds_images(lists[0], look.columns))
+    archive = Archive(rows=(), is_listed=not lists or holds_images(lists[0], look.columns, allow))
     if not archive.is_listed:
         rows = read_image_list(uri, lists, prompts, allow, look.columns)
         archive.rows = expand_rows(rows, look, archive.skipped, is_list=True)

@@ -91,10 +91,7 @@ def _weight(row: Row) -> int:
 def _look_into(row: Row, look: Look) -> Found:
     """Return the images in a file and its skipped members. A file that cannot be read gives an item with a problem."""
     uri, size_bytes = row["image_uri"], row.get("size_bytes")
-    fs, path = storage.open_uri(uri)
     options: dict[str, Any] = {"block_size": _ARCHIVE_BLOCK if is_archive(uri) else _HEADER_BLOCK}
-    if not storage.is_local(fs):
-        options |= {"cache_type": "readahead"} | ({"size": size_bytes} if size_bytes else {})
     skipped = Counter[str]()
 
     def list_them() -> list[Inside]:
@@ -102,7 +99,9 @@ def _look_into(row: Row, look: Look) -> Found:
         opened: list[WatchedFile] = []
 
         def open_file() -> Any:
-            opened.append(WatchedFile(fs.open(path, "rb", **options)))
+            fs, path = storage.open_uri(uri, look.allow)
+            remote = {"cache_type": "readahead"} | ({"size": size_bytes} if size_bytes else {})
+            opened.append(WatchedFile(fs.open(path, "rb", **options, **({} if storage.is_local(fs) else remote))))
             return opened[-1]
 
         try:
@@ -110,7 +109,7 @@ def _look_into(row: Row, look: Look) -> Found:
                 with open_file() as file:
                     return list_rows(file, uri, look, skipped)
             images = list_images(open_file, uri, look, skipped, size_bytes)
-            return _check_pair(images, open_file, uri) if is_header(uri) else images
+            return _check_pair(images, open_file, uri, look.allow) if is_header(uri) else images
         finally:  # a decoder may report an error of the store as damage of the file
             if error := next((file.error for file in opened if file.error), None):
                 raise error
@@ -124,13 +123,13 @@ def _look_into(row: Row, look: Look) -> Found:
         return [Inside(problem=str(error))], skipped
 
 
-def _check_pair(images: list[Inside], open_file: Callable[[], Any], uri: str) -> list[Inside]:
+def _check_pair(images: list[Inside], open_file: Callable[[], Any], uri: str, allow: tuple[str, ...]) -> list[Inside]:
     """Return the images of a header, or a problem if its second file is missing: one row instead of one per slice."""
     if not images:
         return []
     with open_file() as file:
         uris = data_uris(file.read(_MAX_HEADER_BYTES), uri)
-    if uris and not any(storage.exists(data_uri) for data_uri in uris):
+    if uris and not any(storage.exists(data_uri, allow) for data_uri in uris):
         return [Inside(problem=f"missing: there is no file {uris[0]}")]
     return images
 

@@ -1,14 +1,12 @@
 """Turns the rows of a manifest, the user's own list of images, into rows of the plan, and checks them."""
 
 import datetime
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import fsspec
-
 from vlsm import storage
 from vlsm.archive.columns import Row, shorten
+from vlsm.archive.places import check_place
 from vlsm.archive.tables import read_manifest_rows
 from vlsm.errors import ManifestError
 
@@ -35,7 +33,7 @@ def read_image_list(
     """
     is_folder = list(files) != [uri]
     folder = storage.absolute(uri if is_folder else uri.rsplit("/", 1)[0] if "/" in uri else ".")
-    for where, row in read_manifest_rows(files, columns, folder if is_folder else None):
+    for where, row in read_manifest_rows(files, columns, folder if is_folder else None, allow=allow):
         image_uri = row.get("image_uri")
         if not isinstance(image_uri, str) or not image_uri:
             raise ManifestError(f"{where}: image_uri is {shorten(image_uri)}; it must name an image")
@@ -47,7 +45,7 @@ def read_image_list(
         etag = read_text(row.get("etag"))
         for text in (image_id, location, selector or "", etag or "", *texts):
             check_text(text, where)
-        _check_place(location, uri, allow, where)
+        check_place(location, uri, allow, where)
         yield {"image_id": image_id, "image_uri": location, "selector": selector, "prompts": texts} | describe_file(
             _size(row.get("size_bytes")), etag, row.get("mtime")
         )
@@ -65,36 +63,6 @@ def check_text(text: str, where: str) -> None:
         raise ManifestError(
             f"{where}: a text of {num_bytes:,} bytes; {_MAX_TEXT_BYTES:,} are the most: {shorten(text)}"
         )
-
-
-def _check_place(location: str, uri: str, allow: tuple[str, ...], where: str) -> None:
-    """Raise a ManifestError if a manifest may not name a location; `where` names its row in the message."""
-    scheme, rest = storage.split_scheme(uri)
-    if scheme in ("file", "local"):  # a manifest on this machine may name every file that its user may read
-        if not _is_known(storage.split_scheme(location)[0]):
-            raise ManifestError(
-                f"{where}: image_uri {shorten(location)} is no location that is known here; "
-                "use a path or a URI whose fsspec package is installed"
-            )
-        return
-    if ".." in location.split("/"):
-        raise ManifestError(f"{where}: image_uri {shorten(location)} leads upwards; it must not contain '..'")
-    bucket = f"{scheme}://{rest.partition('/')[0]}/"
-    if not any(location.startswith(prefix.rstrip("/") + "/") for prefix in (bucket, *allow)):
-        raise ManifestError(
-            f"{where}: image_uri {shorten(location)} lies outside of {bucket}; "
-            f"--set 'run.allow=[{location[:60]}]' if it may be read"
-        )
-
-
-@functools.cache
-def _is_known(scheme: str) -> bool:
-    """Return whether fsspec has a file system for the scheme, and its package is installed."""
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except (ValueError, ImportError):
-        return False
-    return True
 
 
 def describe_file(size_bytes: int | None, etag: str | None, mtime: Any) -> dict[str, Any]:

@@ -72,17 +72,17 @@ def ending_of(name: str) -> str | None:
     return next((ending for ending in MANIFEST_EXTENSIONS if name.lower().endswith(ending)), None)
 
 
-def holds_images(uri: str, columns: Mapping[str, str]) -> bool:
+def holds_images(uri: str, columns: Mapping[str, str], allow: tuple[str, ...] = ()) -> bool:
     """Return whether a file is Parquet with images in it, not a list of images: it has no column with locations.
 
-    The setting `columns` decides where it names `image` or `image_uri`.
+    The setting `columns` decides where it names `image` or `image_uri`. `allow` is the setting `run.allow`.
 
     Raises:
         ManifestError: it has several columns that may be the images.
     """
     if ending_of(uri) != ".parquet":
         return False
-    fs, path = storage.open_uri(uri)
+    fs, path = storage.open_uri(uri, allow)
     try:
         with fs.open(path, "rb") as file:
             schema = pq.read_schema(file)
@@ -101,7 +101,11 @@ def holds_images(uri: str, columns: Mapping[str, str]) -> bool:
 
 
 def read_manifest_rows(
-    uris: Sequence[str], chosen: Mapping[str, str] | None = None, folder: str | None = None, setting: str = "columns"
+    uris: Sequence[str],
+    chosen: Mapping[str, str] | None = None,
+    folder: str | None = None,
+    setting: str = "columns",
+    allow: tuple[str, ...] = (),
 ) -> Iterator[tuple[str, Row]]:
     """Yield the name of each row in messages, and its values by the names of known columns, without further checks.
 
@@ -110,6 +114,7 @@ def read_manifest_rows(
         chosen: the setting `columns`; None where it does not exist.
         folder: the folder of a list of several files. Below it, folders such as site=a are a column, as in Hive.
         setting: the name of the setting `columns` in messages.
+        allow: the setting `run.allow`: redirects of HTTP may lead there.
 
     Raises:
         ManifestError: a file cannot be read, has no column image_uri, or a row has more cells than the header.
@@ -117,7 +122,7 @@ def read_manifest_rows(
     columns = Columns(chosen, setting)
     for uri in uris:
         partition = {} if folder is None else read_partition(uri, folder)
-        fs, path = storage.open_uri(uri)
+        fs, path = storage.open_uri(uri, allow)
         try:
             with fs.open(path, "rb") as file:
                 yield from _read_file(file, uri, columns, partition)

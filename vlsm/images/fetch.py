@@ -1,13 +1,13 @@
 """Reading the bytes of one image, with retries and a wait for a store that is down."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from vlsm.errors import ImageError, ManifestError, StorageError
+from vlsm.errors import ImageError, ManifestError, RedirectError, StorageError
 from vlsm.storage import PATIENT_S, QUICK_S, error_code, is_bad_name, is_local, open_uri, store_errors, with_retries
+from vlsm.stores import check_file
 
 T = TypeVar("T")
 
@@ -20,13 +20,14 @@ _NO_CREDENTIALS = (
 )
 
 
-def read_image_bytes(
+def read_image_bytes(  # noqa: PLR0913 - everything that limits a read
     uri: str,
     size_bytes: int | None,
     max_bytes: int,
     timeout_s: float | None = None,
     patience_s: float = PATIENT_S,
     span: tuple[int, int] | None = None,
+    allow: tuple[str, ...] = (),
 ) -> bytes:
     """Return the content of a file, or of a part of it.
 
@@ -40,6 +41,7 @@ def read_image_bytes(
         timeout_s: limit for all tries together, on a remote store; None for no limit.
         patience_s: how long the store may be down, in seconds.
         span: offset and length of the part in bytes; None for the whole file.
+        allow: the setting `run.allow`: redirects of HTTP may lead there.
 
     Raises:
         ImageError: the file is missing, forbidden, empty, too large, ends inside the part or cannot be read. Or the
@@ -49,7 +51,7 @@ def read_image_bytes(
     quick_s = min(QUICK_S, patience_s)
 
     def read() -> bytes:
-        fetch = _Fetch(uri, timeout_s, quick_s)
+        fetch = _Fetch(uri, timeout_s, quick_s, allow)
         return fetch.read(size_bytes, max_bytes) if span is None else fetch.read_span(span, size_bytes, max_bytes)
 
     return read_patiently(read, uri, patience_s)
@@ -73,17 +75,17 @@ def read_patiently(read: Callable[[], T], uri: str, patience_s: float) -> T:
 class _Fetch:
     """The reading of one file; timeout_s starts when it is created."""
 
-    def __init__(self, uri: str, timeout_s: float | None, patience_s: float) -> None:
+    def __init__(self, uri: str, timeout_s: float | None, patience_s: float, allow: tuple[str, ...]) -> None:
         self.uri, self.timeout_s, self.patience_s = uri, timeout_s, patience_s
         with image_errors(uri):
-            self._fs, self._path = open_uri(uri)
+            self._fs, self._path = open_uri(uri, allow)
         self._started_s = time.monotonic()
 
     def read(self, size_bytes: int | None, max_bytes: int) -> bytes:
         """Return the whole content; see `read_image_bytes`."""
         with image_errors(self.uri):
-            if is_local(self._fs) and os.path.exists(self._path) and not os.path.isfile(self._path):
-                raise ImageError("unreadable", f"{self.uri} is no file")  # reading a pipe could block forever
+            if is_local(self._fs):
+                check_file(self._path)  # before its size: a pipe has none
             if size_bytes and len(data := self._read(size_bytes, max_bytes)) <= size_bytes:
                 return data
             size_bytes = with_retries(self._ask_size, self.uri, self.patience_s)
@@ -193,7 +195,8 @@ def image_errors(uri: str) -> Iterator[None]:
     except PermissionError as error:
         if (code := error_code(error)) in _NO_CREDENTIALS:
             raise StorageError(f"{uri}: its store no longer takes the credentials: {code}") from error
-        raise ImageError("forbidden", f"no permission to read {uri}") from error
+        is_redirect = isinstance(error, RedirectError)
+        raise ImageError("forbidden", str(error) if is_redirect else f"no permission to read {uri}") from error
     except StorageError as error:
         raise ImageError("unavailable", str(error)) from error
     except store_errors() as error:  # such as missing credentials; _wait_for_store then finds the cause

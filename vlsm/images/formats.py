@@ -185,6 +185,7 @@ class Look:
         fields: which members of a WebDataset sample are images, such as "image.png"; empty for all.
         columns: the setting `columns`: names of a list's columns, and of the images in Parquet.
         frames: which frames of videos and of objects with several frames are images, as the setting `frames`.
+        allow: the setting `run.allow`: redirects of HTTP may lead there.
     """
 
     axis: str = "axial"
@@ -192,6 +193,7 @@ class Look:
     fields: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     frames: str | None = None
+    allow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

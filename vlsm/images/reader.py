@@ -218,14 +218,14 @@ class Reader:
 
     def _read(self, row: Mapping[str, Any], member: str | None) -> Content:
         uri, settings = row["image_uri"], self._settings
-        limits = settings.max_image_bytes, settings.run.image_timeout_s, settings.run.outage_patience_s
+        limits, allow = _limits(settings), settings.run.allow
         kind = kind_of(member or uri)
         if member is None and is_archive(uri):  # the failed row of an archive that could not be listed
             raise ImageError("unreadable", f"{uri} is an archive; the row does not say which image of it is meant")
         if member is None:
-            data = read_image_bytes(uri, row.get("size_bytes"), *limits)
+            data = read_image_bytes(uri, row.get("size_bytes"), *limits, allow=allow)
         elif not is_compressed_tar(uri) and kind_of(uri) == "tar":
-            data = read_image_bytes(uri, row.get("size_bytes"), *limits, _span(row, settings))
+            data = read_image_bytes(uri, row.get("size_bytes"), *limits, _span(row, settings), allow)
         else:
             with self._archive_lock:
                 data, kind = read_patiently(
@@ -241,11 +241,10 @@ class Reader:
         settings, uris = self._settings, data_uris(data, member or uri)
         if uris and member is not None:
             raise ImageError("unreadable", f"{uri}#{whole_member(member)}")
-        limits = settings.max_image_bytes, settings.run.image_timeout_s, settings.run.outage_patience_s
         errors = []
         for data_uri in uris:
             try:
-                return read_image_bytes(data_uri, None, *limits)
+                return read_image_bytes(data_uri, None, *_limits(settings), allow=settings.run.allow)
             except ImageError as error:
                 errors.append(error)
                 if error.reason != "missing":
@@ -290,7 +289,7 @@ class Reader:
 
     def _open_archive(self, uri: str) -> Any:
         if self._archive is None or self._archive[0] != uri:
-            file = _open(uri)
+            file = _open(uri, self._settings.run.allow)
             if kind_of(uri) == "parquet":
                 opened: Any = ParquetImages(file, self._settings.columns.get("image"))
             else:
@@ -376,8 +375,12 @@ def _size(future: Future[Content]) -> int:
     return len(content.data) + len(content.values or b"")
 
 
-def _open(uri: str) -> Any:
-    fs, path = storage.open_uri(uri)
+def _limits(settings: SegmentSettings) -> tuple[int, float, float]:
+    return settings.max_image_bytes, settings.run.image_timeout_s, settings.run.outage_patience_s
+
+
+def _open(uri: str, allow: tuple[str, ...]) -> Any:
+    fs, path = storage.open_uri(uri, allow)
     return fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
 
 
@@ -388,7 +391,7 @@ def _span(row: Mapping[str, Any], settings: SegmentSettings) -> tuple[int, int]:
     """
     if row.get("offset") is not None:
         return row["offset"], row["length"]
-    span = _spans(row["image_uri"], settings.slices, settings.fields).get(
+    span = _spans(row["image_uri"], settings.slices, settings.fields, settings.run.allow).get(
         split_selector(row["image_uri"], row["selector"])[0]
     )
     if span is None:
@@ -397,11 +400,10 @@ def _span(row: Mapping[str, Any], settings: SegmentSettings) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=2)
-def _spans(uri: str, axis: str, fields: tuple[str, ...]) -> dict[str | None, tuple[int, int]]:
+def _spans(uri: str, axis: str, fields: tuple[str, ...], allow: tuple[str, ...]) -> dict[str | None, tuple[int, int]]:
     """Return the offset and length of each member of a tar, by the member's name."""
-    fs, path = storage.open_uri(uri)
     look = Look(axis, fields=fields)
-    images = list_images(lambda: fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead"), uri, look, Counter())
+    images = list_images(lambda: _open(uri, allow), uri, look, Counter())
     return {
         split_selector(uri, inside.selector and storage.spell_out(inside.selector))[0]: (
             inside.offset or 0,
