@@ -127,7 +127,7 @@ def _run(settings: SweepSettings, groups: list[TrialGroup], lease: Lease) -> dic
     with RaySession(log_to_driver=False) as session:
         session.wait()
         if read_record(output) is None:
-            data = trials[0].settings.data
+            data = trials[0].settings.data.allowing(settings.run.allow)
             for line in write_lists(settings, data, partial(_inspect, data)):
                 logger.info("%s", line)
             create_record(output, make_record(settings, {}, {"trials": len(trials)}))

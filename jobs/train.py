@@ -104,7 +104,7 @@ def _inspect(session: RaySession, settings: TrainSettings, records: Sequence[Rec
     from jobs.train_feed import inspect_records  # which imports Ray
     from vlsm.training.run import input_square
 
-    return inspect_records(records, settings.data, input_square(settings))
+    return inspect_records(records, settings.data.allowing(settings.run.allow), input_square(settings))
 
 
 def train_with_ray(
@@ -142,7 +142,9 @@ def train_with_ray(
     )
     warn_if_none_fits(size.cpus, size.gpus, nodes)
     board = start_board(TrainingBoard, milestones or {"start": time.time()})
-    decoded = keep_decoded(records, settings.data, input_square(settings), settings.run.cache_images)
+    decoded = keep_decoded(
+        records, settings.data.allowing(settings.run.allow), input_square(settings), settings.run.cache_images
+    )
     token = lease.token if lease is not None else None
     work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads, token)
     ended = fit_in_background(work, size, worker or TRAIN_WORKER)

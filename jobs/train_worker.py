@@ -94,7 +94,8 @@ class Worker:
         check_batch_norms(model, self.order)  # here again: only now is the number of workers certain
         if warning := describe_batch_norms(model, self.settings, self.num_workers):
             self.say(warning)
-        self.feed = Feed(self.records, self.settings.data, model.image_spec.square, work.decoded)
+        data = self.settings.data.allowing(self.settings.run.allow)
+        self.feed = Feed(self.records, data, model.image_spec.square, work.decoded)
         self.features = self._open_features(work.run_id, context.get_local_world_size())
         self.learner = Learner(model, self.settings, self.order.num_steps, self.device, self.features)
         self.state = read_state(self.output)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration, build_checkpoint, read_checkpoint
-from vlsm.config import Settings, describe_settings, dump_yaml, load_settings
+from vlsm.config import PlaceSettings, Settings, describe_settings, dump_yaml, load_settings
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import require_foreground
 from vlsm.datasets.read import read_dataset
@@ -46,6 +46,7 @@ class CalibrationSettings(Settings):
         "checkpoint), p0, p1, ... or text:WORDS",
     )
     data: DatasetSettings = DatasetSettings()
+    run: PlaceSettings = PlaceSettings()
 
     @field_validator("datasets")
     @classmethod
@@ -215,7 +216,7 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
     """
     if "://" in directory or Path(directory).exists():
         raise ConfigError(f"CALIBRATED is {directory}; it must be a local folder that does not exist yet")
-    data, choice = settings.data, settings.prompt
+    data, choice = settings.data.allowing(settings.run.allow), settings.prompt
     all_records = [record for name, uri in settings.datasets.items() for record in read_dataset(name, uri, data)]
     require_splits(all_records, GIVE)
     records = [record for record in all_records if record.split == "val"]

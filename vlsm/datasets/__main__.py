@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from PIL import Image
 
 from vlsm import storage
-from vlsm.config import Settings, describe_settings, load_settings
+from vlsm.config import PlaceSettings, Settings, describe_settings, load_settings
 from vlsm.datasets.contact_sheet import draw_contact_sheet
 from vlsm.datasets.overview import describe_overview, inspect_dataset
 from vlsm.datasets.settings import DatasetSettings
@@ -25,6 +25,7 @@ class OverviewSettings(Settings):
     """The settings of the command; they have the same names in a training."""
 
     data: DatasetSettings = DatasetSettings()
+    run: PlaceSettings = PlaceSettings()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +81,8 @@ def show_datasets(words: list[str], assignments: list[str], sheet: str | None, l
         limit: most records to inspect per dataset; 0 for all.
         size: side of a model's input in pixels, to find lesions that vanish; None for none.
     """
-    settings = load_settings(OverviewSettings, None, assignments, {}).data
+    overview = load_settings(OverviewSettings, None, assignments, {})
+    settings = overview.data.allowing(overview.run.allow)
     square = None if size is None else Square(size)
     overviews = []
     for name, uri in _name_datasets(words).items():

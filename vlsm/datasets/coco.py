@@ -150,7 +150,7 @@ def _read_file(name: str, file: CocoFile, settings: DatasetSettings) -> Iterator
 def _load(uri: str, settings: DatasetSettings) -> dict[str, list[Any]]:
     """Return the three lists of a COCO file."""
     try:
-        content = json.loads(read_image_bytes(uri, None, settings.max_image_bytes))
+        content = json.loads(read_image_bytes(uri, None, settings.max_image_bytes, allow=settings.allow))
     except ImageError as error:
         raise ManifestError(f"{uri} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:

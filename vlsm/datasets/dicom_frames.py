@@ -118,8 +118,8 @@ def read_frames(uri: str, settings: DatasetSettings) -> list[Frame]:
     Raises:
         ImageError: a file cannot be read or has no UIDs, the folder has too many files, or two files have one UID.
     """
-    fs, path = storage.open_uri(uri)
     with image_errors(uri):
+        fs, path = storage.open_uri(uri, settings.allow)
         is_folder = storage.with_retries(lambda: fs.isdir(path), uri, storage.QUICK_S)
     uris = [storage.join(uri, name) for name in storage.list_names(uri)] if is_folder else [uri]
     if len(uris) > _MAX_FILES:
@@ -145,9 +145,9 @@ def read_uids(uri: str, settings: DatasetSettings) -> Dataset | None:
     Raises:
         ImageError: it cannot be read.
     """
-    fs, path = storage.open_uri(uri)
 
     def read() -> Dataset | None:
+        fs, path = storage.open_uri(uri, settings.allow)
         with WatchedFile(fs.open(path, "rb")) as file:
             if not is_dicom(file.read(132)):
                 return None
@@ -238,7 +238,7 @@ def read_segmentation(uri: str, settings: DatasetSettings) -> Segmentation | int
     with damage(uri):
         if not _is_segmentation(header):
             return num_frames(header)
-    data = read_image_bytes(uri, None, settings.max_image_bytes)
+    data = read_image_bytes(uri, None, settings.max_image_bytes, allow=settings.allow)
     with damage(uri):
         return _parse_segmentation(uri, header, open_labels(data, uri, settings.reading(RunSettings())))
 

@@ -24,7 +24,11 @@ _SETTING = "data.columns"
 
 
 def read_list(
-    name: str, uri: str, files: Sequence[str] = (), columns: Mapping[str, str] | None = None
+    name: str,
+    uri: str,
+    files: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    allow: tuple[str, ...] = (),
 ) -> Iterator[Record | ManifestError]:
     """Yield the record of each valid row, and the error of each invalid row.
 
@@ -36,17 +40,19 @@ def read_list(
         uri: the list, or the folder of its files. Relative locations start at the folder of the list, or at this one.
         files: the files of the list; empty if it is one.
         columns: the setting data.columns.
+        allow: the setting run.allow: redirects of HTTP may lead there.
 
     Raises:
         ManifestError: the list cannot be read, or has no column with the images or the masks.
     """
-    if (examples := _read_examples(uri)) is not None:
+    if (examples := _read_examples(uri, allow)) is not None:
         yield from [record for record in examples if record.dataset == name] or examples
         return
     is_folder = bool(files) and list(files) != [uri]
     folder = uri if is_folder else uri.rsplit("/", 1)[0]
     has_masks = False
-    for where, row in read_manifest_rows(files or [uri], columns or {}, folder if is_folder else None, _SETTING):
+    rows = read_manifest_rows(files or [uri], columns or {}, folder if is_folder else None, _SETTING, allow)
+    for where, row in rows:
         if not (has_masks := has_masks or "mask_uri" in row):
             raise ManifestError(
                 f"{where} has no mask_uri; --set {_SETTING}.mask_uri=NAME names the column of the masks"
@@ -57,11 +63,11 @@ def read_list(
             yield error
 
 
-def _read_examples(uri: str) -> list[Record] | None:
+def _read_examples(uri: str, allow: tuple[str, ...]) -> list[Record] | None:
     """Return the records of a table that `examples_table` has made, or None for another list."""
     if not uri.lower().endswith(".parquet"):
         return None
-    fs, path = storage.open_uri(uri)
+    fs, path = storage.open_uri(uri, allow)
     try:
         with fs.open(path, "rb") as file:
             parquet = pq.ParquetFile(file)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from vlsm import storage
+from vlsm.archive.places import check_place
 from vlsm.archive.tables import MANIFEST_EXTENSIONS, find_lists
 from vlsm.datasets.coco import find_coco, read_coco
 from vlsm.datasets.completing import complete_records, split_classes
@@ -14,6 +15,7 @@ from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.datasets.volumes import expand_volumes, may_be_dicom_pair
 from vlsm.errors import ConfigError, ManifestError
+from vlsm.stores import check_input
 
 _SHOWN = 10  # problems that one error message lists
 
@@ -31,11 +33,11 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
 
     Raises:
         ConfigError: there is no dataset at the location.
-        ManifestError: an annotation file cannot be read, a record lacks a required value, a record names a file outside
-            the dataset's folder, or an image has no mask.
+        ManifestError: an annotation file cannot be read, a record lacks a required value, a record names a file that it
+            may not name (see `vlsm.archive.places`), or an image has no mask.
     """
     uri, settings = storage.absolute(uri), settings or DatasetSettings()
-    records = _all_or_problems(name, _read_layout(name, uri, settings))
+    records = _all_or_problems(name, _check_places(_read_layout(name, uri, settings), name, uri, settings))
     records = split_classes(name, records, settings)
     records = _all_or_problems(name, _expand(records, settings))
     return complete_records(name, records, settings)
@@ -43,16 +45,17 @@ def read_dataset(name: str, uri: str, settings: DatasetSettings | None = None) -
 
 def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Record | ManifestError]:
     """Return the records as the dataset states them, by the first layout that it has."""
-    if not storage.exists(uri):
+    check_input(f"dataset {name}:", uri)
+    if not storage.exists(uri, settings.allow):
         raise ConfigError(f"dataset {name}: {uri!r} does not exist")
-    fs, path = storage.open_uri(uri)
+    fs, path = storage.open_uri(uri, settings.allow)
     is_file = fs.isfile(path)
     if not is_file and (splits := find_annotations(uri)):
         return read_annotations(name, uri, splits)
     if (not is_file or uri.lower().endswith(".json")) and (files := find_coco(uri)):
         return read_coco(name, files, settings)
     if lists := find_lists(uri, is_file, None):
-        return read_list(name, uri, lists, settings.columns)
+        return read_list(name, uri, lists, settings.columns, settings.allow)
     if is_file:
         raise ConfigError(
             f"dataset {name}: {uri!r} is no folder, no list ({', '.join(MANIFEST_EXTENSIONS)}) and no COCO file (.json)"
@@ -62,6 +65,22 @@ def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Rec
     if not pairing.pairs:
         raise ConfigError(describe_unknown(name, uri, paths, pairing))
     return read_folder(name, uri, paths, pairing, settings)
+
+
+def _check_places(
+    items: Iterable[Record | ManifestError], name: str, uri: str, settings: DatasetSettings
+) -> Iterator[Record | ManifestError]:
+    """Yield the records, and an error instead of a record with a location that it may not name."""
+    allow = (*settings.allow, *(settings.image_folders[name] for name in {name} & settings.image_folders.keys()))
+    for item in items:
+        try:
+            if isinstance(item, Record):
+                check_place(item.image_uri, uri, allow, item.where)
+                for mask_uri in (item.mask_uri, *item.more_masks):
+                    check_place(mask_uri, uri, allow, item.where, "mask_uri")
+            yield item
+        except ManifestError as error:
+            yield error
 
 
 def _expand(records: list[Record], settings: DatasetSettings) -> Iterator[Record | ManifestError]:

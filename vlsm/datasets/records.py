@@ -66,6 +66,11 @@ class Record:
         }
 
 
+def locations_of(record: Record) -> tuple[str, ...]:
+    """Return the locations of all files of a record."""
+    return record.image_uri, record.mask_uri, *record.more_masks
+
+
 def check_texts(value: Any, where: str) -> tuple[str, ...]:
     """Return the alternative texts of a prompt.
 

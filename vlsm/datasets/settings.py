@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices, each_one_is_a_list
 from vlsm.datasets.classes import Named, check_classes
@@ -65,9 +65,23 @@ class DatasetSettings(Settings):
             raise ValueError(f"{unknown[0]!r} must be one of {', '.join(COLUMNS)}; the list's name is the value")
         return value
 
+    _allow: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def allow(self) -> tuple[str, ...]:
+        """The job's setting `run.allow`. It is no setting of this group, because it may differ when a run resumes."""
+        return self._allow
+
+    def allowing(self, allow: tuple[str, ...]) -> Self:
+        """Return these settings with permission for the places of `run.allow`; see `vlsm.archive.places`."""
+        settings = self.model_copy()
+        settings._allow = allow
+        return settings
+
     def reading(self, run: RunSettings) -> SegmentSettings:
         """Return the settings with which a `Reader` reads the files of these datasets."""
         reading = {name: getattr(self, name) for name in READING}
+        run = run.model_copy(update={"allow": (*run.allow, *self.allow)})
         return SegmentSettings(input="", output="", members=(MemberSettings(checkpoint=""),), run=run, **reading)
 
 

@@ -159,7 +159,7 @@ def read_grid(uri: str, settings: DatasetSettings) -> "VolumeGrid":
     module: Any = FORMATS[kind_of(uri) or ""].load()
 
     def read() -> "VolumeGrid":
-        fs, path = storage.open_uri(uri)
+        fs, path = storage.open_uri(uri, settings.allow)
         with fs.open(path, "rb") as file:
             grid: VolumeGrid = module.read_header(file, uri, settings.slices).grid
             return grid

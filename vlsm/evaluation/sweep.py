@@ -13,10 +13,11 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
-from vlsm.config import Settings, load_settings
+from vlsm.config import PlaceSettings, Settings, load_settings
 from vlsm.datasets.settings import SplitSettings
 from vlsm.datasets.shared import share_settings
 from vlsm.errors import ConfigError
+from vlsm.evaluation.places import allow_places, places_of
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.training.settings import TrainSettings
 
@@ -36,8 +37,8 @@ COLUMNS = (
 )
 
 
-class SweepRunSettings(Settings):
-    """Settings of the execution of a sweep; they may change when the sweep resumes."""
+class SweepRunSettings(PlaceSettings):
+    """Settings of the execution of a sweep; they may change when the sweep resumes. All its jobs get `allow`."""
 
     parallel: int | None = Field(
         None, ge=1, description="number of trainings at the same time; default: one per GPU of the cluster"
@@ -203,8 +204,10 @@ def _train_settings(
     except ConfigError as error:
         raise ConfigError(f"models: {model}: {error}") from error
     if not has_lists(settings, trained.data.split):
-        return trained
-    return trained.model_copy(update={"datasets": {name: list_uri(settings, name, fold) for name in names}})
+        return allow_places(trained, settings.run.allow)
+    lists = {name: list_uri(settings, name, fold) for name in names}
+    places = places_of((*settings.datasets.values(), *settings.external.values()))  # which the lists name
+    return allow_places(trained.model_copy(update={"datasets": lists}), (*settings.run.allow, *places))
 
 
 def has_lists(settings: SweepSettings, split: SplitSettings) -> bool:
@@ -227,7 +230,8 @@ def _evaluate_settings(settings: SweepSettings, trials: tuple[Trial, ...]) -> Ev
     except ConfigError as error:
         raise ConfigError(f"evaluate: {error}") from error
     by_name = {f"models: {trial.model}": trial.settings.data for trial in trials}
-    return evaluation.model_copy(update={"data": share_settings(by_name, evaluation.data)})
+    evaluation = evaluation.model_copy(update={"data": share_settings(by_name, evaluation.data)})
+    return allow_places(evaluation, first.settings.run.allow)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from vlsm.datasets.records import Record
 from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import ConfigError
 from vlsm.evaluation.matching import match_images
+from vlsm.evaluation.places import allow_images
 from vlsm.evaluation.prompts import match_texts, needs_stored, report_stored, texts_of
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.runs.lifecycle import resolve_settings
@@ -101,10 +102,10 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
         ConfigError, ManifestError: a dataset cannot be read, or has no records in this split.
     """
     unique_records: dict[str, Record] = {}
-    num_all = 0
+    num_all, data = 0, settings.data.allowing(settings.run.allow)
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
-            records = read_dataset(name, uri, settings.data)
+            records = read_dataset(name, uri, data)
         if settings.split != "all":
             require_splits(
                 records, f"{GIVE}; --set split=all scores all records, also those that a model was trained on"
@@ -162,7 +163,8 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         targets = [Target(*each) for each in zip(records, image_ids, texts, strict=True)]
         source = storage.join(settings.output, "inputs", f"{folders[name]}-{_digest_images(targets)}.parquet")
         output = storage.join(settings.output, "runs", folders[name])
-        segment = _allow_images(settings.segment_settings(source, output, members, own_prompt), records)
+        segment = settings.segment_settings(source, output, members, own_prompt)
+        segment = allow_images(segment, records, settings.datasets.values())
         systems.append(System(name, output, segment, targets))
     run_ids = {}
     for name, uri in settings.masks.items():
@@ -191,18 +193,6 @@ def _read_members(
             f"--set 'prompts=[text:{prompts[0]}]'"
         )
     return prompts[0], [digest_files(one.files) for one in checkpoints]
-
-
-def _allow_images(segment: SegmentSettings, records: Sequence[Record]) -> SegmentSettings:
-    """Return the settings of a segment run with permission to read the images of its manifest in other stores.
-
-    By default, a manifest in an object store cannot name images in other stores, because anybody could have written
-    it. This manifest is safe: the evaluation writes it.
-    """
-    folders = sorted({record.image_uri.rsplit("/", 1)[0] for record in records})
-    run = segment.run.model_copy(update={"allow": (*segment.run.allow, *folders)})
-    is_local = storage.split_scheme(segment.input)[0] in ("file", "local")
-    return segment if is_local else segment.model_copy(update={"run": run})
 
 
 def _check_masks(name: str, uri: str, is_stored_used: bool) -> tuple[str, str]:

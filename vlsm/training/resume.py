@@ -8,8 +8,10 @@ import pyarrow as pa
 
 from vlsm.checkpoints import digest_files, read_checkpoint
 from vlsm.datasets.changes import Inspect, describe_changed_files, describe_changed_records
-from vlsm.datasets.records import Record
+from vlsm.datasets.inspection import good_records
+from vlsm.datasets.records import Record, locations_of
 from vlsm.errors import ConfigError, VlsmError
+from vlsm.locations import LOCAL, split_scheme
 from vlsm.runs.record import describe_differences
 from vlsm.training.settings import TrainSettings
 
@@ -53,10 +55,19 @@ def refuse_other_data(
             raise
         logger.info("the data cannot be compared with the data of the finished run: %s", error)
         return
-    differences = describe_changed_records(examples, records)
+    differences = describe_changed_records(examples, records) or _describe_strangers(settings.output, examples, records)
     if not differences and inspect is not None:
         differences = describe_changed_files(examples, inspect)
     _refuse(settings.output, "data", differences)
+
+
+def _describe_strangers(output: str, examples: pa.Table, records: list[Record]) -> list[str]:
+    """Return a phrase if the examples in a store name files that no dataset names: others may write there."""
+    if split_scheme(output)[0] in LOCAL:
+        return []
+    named = {uri for record in records for uri in locations_of(record)}
+    strangers = {uri for record in good_records(examples) for uri in locations_of(record)} - named
+    return [f"{len(strangers):,} files that no dataset names ({min(strangers)}, ...)"] if strangers else []
 
 
 def _refuse(output: str, kind: str, differences: list[str]) -> None:

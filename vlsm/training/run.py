@@ -61,13 +61,14 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
         ManifestError: a record is invalid, or lacks the prompt that data.prompt asks for.
     """
     records: list[Record] = []
+    data = settings.data.allowing(settings.run.allow)
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
-            records += read_dataset(name, uri, settings.data)
+            records += read_dataset(name, uri, data)
     records = release_train(records, settings.data.split)
     for name, uri in settings.external.items():
         with storage.name_errors(f"dataset {name}", uri):
-            external = read_dataset(name, uri, settings.data)
+            external = read_dataset(name, uri, data)
         records += [replace(record, split="test") for record in external if record.split in ("test", "")]
     if settings.data.split.is_off:
         require_splits(records)

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
-from vlsm.config import Settings, check_range
+from vlsm.config import PlaceSettings, Settings, check_range
 from vlsm.datasets.settings import DatasetSettings, SplitSettings
 from vlsm.models import MODELS
 
@@ -129,7 +129,7 @@ class OptimSettings(Settings):
         return self
 
 
-class TrainRunSettings(Settings):
+class TrainRunSettings(PlaceSettings):
     """How a run is executed. These settings may change when a run is resumed."""
 
     workers: int | str | None = Field(
