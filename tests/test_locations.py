@@ -67,6 +67,7 @@ def test_a_place_does_not_hold_what_only_looks_so(location, place):
         ("s3://arn:aws:s3:eu:1:accesspoint/mine/list.csv", "s3://arn:aws:s3:eu:1:accesspoint/mine"),
         ("http://host:81/a/list.csv", "http://host:81"),
         ("https://host?list=1/2", "https://host"),
+        ("https://user:word@host/list.csv", "https://host"),
         ("sftp://host/home/me/list.csv", "sftp://host/home/me"),
         ("hf://datasets/me/polyps/list.csv", "hf://datasets/me/polyps"),
     ],

@@ -59,7 +59,7 @@ def own_place(uri: str) -> str:
     """
     scheme, rest = split_scheme(uri)
     if scheme in HTTP:
-        return f"{scheme}://{re.split(r'[/?#]', rest, maxsplit=1)[0]}"
+        return f"{scheme}://{re.split(r'[/?#]', rest, maxsplit=1)[0].rpartition('@')[2]}"  # a user may have a password
     parts = rest.split("/")
     num_parts = len(parts) - 1
     if _ALIASES.get(scheme, scheme) in _BUCKETS:

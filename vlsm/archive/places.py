@@ -49,7 +49,7 @@ def check_place(location: str, source: str, allow: Sequence[str], where: str, co
 
 def _hint(location: str) -> str:
     folder = location.rpartition("/")[0] + "/"
-    is_plain = re.fullmatch(r"[\w:/.@%+=-]{1,200}", folder, re.ASCII)  # else YAML and the shell may mistake it
+    is_plain = re.fullmatch(r"[\w:/.%+=-]{1,200}", folder, re.ASCII)  # else YAML and the shell may mistake it
     return f"--set 'run.allow=[{folder if is_plain else 'FOLDER'}]'"
 
 
