@@ -10,14 +10,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from importlib import import_module
 from types import TracebackType
 from typing import Any, Self
 
 from vlsm import storage
-from vlsm.config import Settings, describe_settings
+from vlsm.commands import new_parser
+from vlsm.config import Settings
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
 
 logger = logging.getLogger("vlsm")
@@ -28,16 +29,11 @@ _RAY_STARTS = 5
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wrong, 130 interrupted"
 
 
-def make_parser(module: str, description: str, settings: type[Settings]) -> argparse.ArgumentParser:
-    """Return a parser with --config, --set and --dry-run. Its help lists every setting."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog="\n".join(
-            ["settings, as --set key=value or in --config FILE:", *describe_settings(settings), "", EXIT_CODES]
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def job_parser(
+    module: str, description: str, examples: Sequence[str], settings: type[Settings], common: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Return the parser of a job: `vlsm.commands.new_parser` with --config, --set and --dry-run."""
+    parser = new_parser(module, description, examples, settings, common, EXIT_CODES)
     parser.add_argument("--config", metavar="FILE", help="YAML with settings")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="one setting; may be repeated")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what would be done")

@@ -8,6 +8,7 @@ A trial is a run of `jobs.train` in its own folder. A group has all trials with 
 a run of `jobs.evaluate` compares them. A rerun continues with the trainings and evaluations that are not finished.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
-from jobs.command import RaySession, logger, make_parser, parse_pairs, run_command
+from jobs.command import RaySession, job_parser, logger, parse_pairs, run_command
 from jobs.evaluate import evaluate
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
@@ -48,12 +49,21 @@ from vlsm.runs.record import (
 )
 from vlsm.training.settings import DataSettings
 
+_EXAMPLES = (
+    "sweep --config jobs/configs/sweeps/paper.yaml --dataset kvasir=data/kvasir --dataset busi=data/busi",
+    "sweep --config jobs/configs/sweeps/paper.yaml --dataset kvasir=data/kvasir --set 'seeds=[0, 1, 2]' --dry-run",
+    "folds --config jobs/configs/sweeps/paper.yaml --dataset own=data/own --set folds=5",
+)
+_COMMON = (
+    "models", "prompts", "seeds", "folds", "pooled", "external", "train", "evaluate", "baseline", "start_over",
+    "run.parallel",
+)  # fmt: skip
 _LOG_INTERVAL_S = 30.0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = make_parser("jobs.sweep", str(__doc__).partition("\n")[0], SweepSettings)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = job_parser("jobs.sweep", str(__doc__).partition("\n")[0], _EXAMPLES, SweepSettings, _COMMON)
     parser.add_argument("output", metavar="OUTPUT", help="folder for trials, evaluations and the table")
     parser.add_argument(
         "--dataset",
@@ -62,7 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME=URI",
         help="labelled dataset, as in jobs.train; repeatable",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = make_parser().parse_args(argv)
 
     def work() -> dict[str, Any] | None:
         arguments: dict[str, Any] = {"output": storage.absolute(args.output)}

@@ -14,6 +14,7 @@ FLOORS = (
     {"errors", "version"},
     {"storage"},
     {"config"},
+    {"commands"},
     {"images"},
     {"archive", "models"},
     {"checkpoints", "datasets"},

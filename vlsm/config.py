@@ -326,10 +326,17 @@ def explain(error: ValidationError, settings: type[Settings]) -> str:
     return "; ".join(problems)
 
 
-def describe_settings(settings: type[Settings]) -> list[str]:
-    """Return one line per setting with its default and description, for the --help of a job."""
+def describe_settings(settings: type[Settings], keys: Sequence[str] | None = None) -> list[str]:
+    """Return one line per setting with its default and description, for the help of a command.
+
+    Args:
+        settings: the class of the settings.
+        keys: dotted keys of the settings to describe, in this order; None: all.
+    """
     lines = []
-    for key, info in _leaves(settings):
+    leaves = dict(_leaves(settings))
+    for key in leaves if keys is None else keys:
+        info = leaves[key]
         if info.description:
             default = (
                 "..."
