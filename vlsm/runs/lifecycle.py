@@ -209,8 +209,8 @@ def _check_prompts(settings: SegmentSettings, checkpoints: list[CheckpointSettin
         logger.warning(text, ", ".join(blind), verb, len(prompts))
     elif not settings.allow_equal_masks:
         raise ConfigError(
-            f"{', '.join(blind)} {verb} the text: all {len(prompts)} prompts would have the same mask; give one prompt, "
-            f"such as --set 'prompts=[{prompts[0]}]', or --set allow_equal_masks=true"
+            f"{', '.join(blind)} {verb} the text: all {len(prompts)} prompts would have the same mask; give one "
+            f"prompt, such as --set 'prompts=[{prompts[0]}]', or --set allow_equal_masks=true"
         )
 
 
