@@ -36,6 +36,7 @@ def job_parser(
     parser = new_parser(module, description, examples, settings, common, EXIT_CODES)
     parser.add_argument("--config", metavar="FILE", help="YAML with settings")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="one setting; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on a terminal too")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what would be done")
     return parser
 
@@ -57,10 +58,21 @@ def parse_pairs(flag: str, words: list[str]) -> dict[str, str]:
     return pairs
 
 
-def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
-    """Run the work of a command, print its result as one JSON line on stdout, and return the exit code.
+def run_command(
+    work: Callable[[], dict[str, Any] | None],
+    describe: Callable[[dict[str, Any]], list[str]] = lambda result: [],
+    as_json: bool = False,
+) -> int:
+    """Run the work of a command, print its result, and return the exit code.
 
-    All other output goes to stderr. SIGTERM (`ray job stop`) ends the work as Ctrl-C does.
+    On a terminal, stdout gets the lines that describe the result. Otherwise it gets the result as one JSON line, for
+    programs, and the lines go to the log. All other output goes to stderr. SIGTERM (`ray job stop`) ends the work as
+    Ctrl-C does.
+
+    Args:
+        work: returns the result, or None if it has printed everything itself.
+        describe: returns the lines for a person.
+        as_json: print JSON on a terminal too.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
@@ -79,7 +91,11 @@ def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if result is not None:
+    if result is not None and sys.stdout.isatty() and not as_json:
+        print("\n".join(describe(result)), flush=True)
+    elif result is not None:
+        for line in describe(result):
+            logger.info("%s", line)
         print(json.dumps(result), flush=True)
     return 0
 

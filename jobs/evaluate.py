@@ -19,6 +19,7 @@ from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.errors import VlsmError
 from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.report.endings import evaluate_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, read_summary
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings)
         return None
 
-    return run_command(work)
+    return run_command(work, lambda result: evaluate_ending(storage.absolute(args.output), result), args.json)
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jobs.command import RaySession, job_parser, logger, run_command
 from jobs.segment_pipeline import Wave, stream_shards
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
+from vlsm.report.endings import segment_ending
 from vlsm.report.forecast import describe_forecast, keep_sample, measure
 from vlsm.runs.compare import RunState, compare_run
 from vlsm.runs.lifecycle import Run, finish_run, make_planner, open_input, prepare_run, resolve_settings
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings, args.sample or 0, args.node_price)
         return None
 
-    return run_command(work)
+    return run_command(work, lambda result: segment_ending(storage.absolute(args.output), result), args.json)
 
 
 def segment(settings: SegmentSettings) -> dict[str, Any]:

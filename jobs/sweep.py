@@ -37,6 +37,7 @@ from vlsm.evaluation.sweep import (
     write_markdown,
 )
 from vlsm.evaluation.sweep_scores import average_scores
+from vlsm.report.endings import sweep_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import (
     SUMMARY_NAME,
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"# {trial.name}" for trial in group.trials))
         return None
 
-    return run_command(work)
+    return run_command(work, lambda result: sweep_ending(storage.absolute(args.output), result), args.json)
 
 
 def sweep(settings: SweepSettings) -> dict[str, Any]:

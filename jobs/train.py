@@ -22,6 +22,7 @@ from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
+from vlsm.report.endings import train_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import read_record, read_summary
 from vlsm.training.settings import TrainSettings
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings)
         return None
 
-    return run_command(work)
+    return run_command(work, lambda result: train_ending(storage.absolute(args.output), result), args.json)
 
 
 def train(settings: TrainSettings, holder: str = "") -> dict[str, Any]:

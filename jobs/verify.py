@@ -19,13 +19,14 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser("jobs.verify", str(__doc__), ("masks", "s3://bucket/masks"), epilog=EXIT_CODES)
     parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment run; local or s3://")
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON on a terminal too")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = make_parser().parse_args(argv)
-    return run_command(lambda: verify(storage.absolute(args.output)))
+    return run_command(lambda: verify(storage.absolute(args.output)), as_json=args.json)
 
 
 def verify(output: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command import RaySession
+from jobs.command import RaySession, run_command
 from tests.conftest import LONG_S
 
 
@@ -38,9 +38,23 @@ def test_what_an_interrupted_run_holds_is_released_before_its_session_ends(ray_c
     assert caught and released
 
 
+@pytest.mark.parametrize(
+    ("is_terminal", "as_json", "out"),
+    [(True, False, "one\ntwo\n"), (True, True, '{"ok": 1}\n'), (False, False, '{"ok": 1}\n')],
+)
+def test_a_result_is_for_people_on_a_terminal_and_for_programs_elsewhere(
+    is_terminal, as_json, out, monkeypatch, capsys, caplog
+):
+    caplog.set_level("INFO", "vlsm")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    assert run_command(lambda: {"ok": 1}, lambda result: ["one", "two"], as_json) == 0
+    assert capsys.readouterr().out == out
+    assert caplog.messages == ([] if out.startswith("one") else ["one", "two"])
+
+
 NICENESS = """
 import os
-from jobs.command import RaySession
+from jobs.command import RaySession, run_command
 with RaySession() as session:
     session.wait()
     import ray

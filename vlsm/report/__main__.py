@@ -15,7 +15,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser("vlsm.report", str(main.__doc__), ("masks", "trained pages/training.html"))
     parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment, train or evaluate run; local or s3://")
-    parser.add_argument("file", metavar="FILE", nargs="?", help="a local path (default: OUTPUT's name with .html)")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="default: beside OUTPUT, with its name and .html")
     return parser
 
 
@@ -26,11 +26,11 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        path = write_report(args.output, args.file)
+        uri = write_report(args.output, args.file)
     except (VlsmError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(uri)
     return 0
 
 
