@@ -127,6 +127,8 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         """Start Ray in a thread. Further calls do nothing."""
         if self._thread is None:
             self.milestones["checked"] = time.time()
+            address = os.environ.get("RAY_ADDRESS", "")
+            logger.info("%s", f"joining the Ray cluster at {address}" if address else "starting Ray")
             self._thread = threading.Thread(target=self._run_ray, name="ray")
             self._thread.start()
             self._is_imported.wait()  # two threads that import at the same time only wait for each other
