@@ -77,6 +77,7 @@ def run_command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    storage.expect_answers()
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = work()

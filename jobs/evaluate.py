@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(EvaluateSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return evaluate(settings)
+        with storage.name_errors("OUTPUT", settings.output):
+            storage.check_writable(settings.output)
         dry_run(settings)
         return None
 

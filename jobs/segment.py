@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(SegmentSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return segment(settings)
+        with storage.name_errors("OUTPUT", settings.output):
+            storage.check_writable(settings.output)
         dry_run(settings, args.sample or 0, args.node_price)
         return None
 

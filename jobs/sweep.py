@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = settings.model_copy(update={"models": read_models(settings.models, folder)})
         if not args.dry_run:
             return sweep(settings)
+        with storage.name_errors("OUTPUT", settings.output):
+            storage.check_writable(settings.output)
         print(dump_yaml(settings.model_dump(mode="json")), end="")
         for group in plan_trial_groups(settings):
             print("\n".join(f"# {trial.name}" for trial in group.trials))

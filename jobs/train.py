@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(TrainSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return train(settings)
+        with storage.name_errors("OUTPUT", settings.output):
+            storage.check_writable(settings.output)
         dry_run(settings)
         return None
 
