@@ -25,6 +25,7 @@ logger = logging.getLogger("vlsm")
 
 _STARTED_S = time.time()  # every command imports this module first
 _RAY_STARTS = 5
+_JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks the folder of a submitted job
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wrong, 130 interrupted"
 
@@ -54,8 +55,23 @@ def parse_pairs(flag: str, words: list[str]) -> dict[str, str]:
             raise ConfigError(f"{flag} {word!r} is not of the form NAME=URI, such as kvasir=s3://bucket/kvasir")
         if name in pairs:
             raise ConfigError(f"{flag} {name} is given twice; each {flag} needs its own name")
-        pairs[name] = storage.absolute(uri)
+        pairs[name] = locate(uri)
     return pairs
+
+
+def locate(uri: str) -> str:
+    """Return the absolute location of a word of the command line.
+
+    Raises:
+        ConfigError: the path is relative, and this is a submitted job. It runs in a copy of the submitted folder, which
+            other nodes lack and Ray deletes.
+    """
+    if "://" not in uri and not uri.startswith(("/", "~")) and _JOB_FOLDER in os.getcwd():
+        raise ConfigError(
+            f"{uri!r} is a relative path; a submitted job runs in a temporary copy of its folder, so give a location "
+            f"that every node can reach, such as s3://bucket/{uri} or a shared folder"
+        )
+    return storage.absolute(uri)
 
 
 def run_command(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from jobs.command import RaySession, job_parser, logger, parse_pairs, run_command
+from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.segment import segment
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
 
     def work() -> dict[str, Any] | None:
-        arguments: dict[str, Any] = {"output": storage.absolute(args.output)}
+        arguments: dict[str, Any] = {"output": locate(args.output)}
         given = {
             "checkpoints": args.checkpoint,
             "datasets": parse_pairs("--dataset", args.dataset),
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings)
         return None
 
-    return run_command(work, lambda result: evaluate_ending(storage.absolute(args.output), result), args.json)
+    return run_command(work, lambda result: evaluate_ending(locate(args.output), result), args.json)
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from jobs.command import RaySession, job_parser, logger, run_command
+from jobs.command import RaySession, job_parser, locate, logger, run_command
 from jobs.segment_pipeline import Wave, stream_shards
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
@@ -78,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--node-price goes with --sample")
 
     def work() -> dict[str, Any] | None:
-        arguments: dict[str, Any] = {name: storage.absolute(getattr(args, name)) for name in ("input", "output")}
+        arguments: dict[str, Any] = {name: locate(getattr(args, name)) for name in ("input", "output")}
         if args.checkpoint:
-            arguments["members"] = [{"checkpoint": storage.absolute(uri)} for uri in args.checkpoint]
+            arguments["members"] = [{"checkpoint": locate(uri)} for uri in args.checkpoint]
         settings = load_settings(SegmentSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return segment(settings)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings, args.sample or 0, args.node_price)
         return None
 
-    return run_command(work, lambda result: segment_ending(storage.absolute(args.output), result), args.json)
+    return run_command(work, lambda result: segment_ending(locate(args.output), result), args.json)
 
 
 def segment(settings: SegmentSettings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
-from jobs.command import RaySession, job_parser, logger, parse_pairs, run_command
+from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.evaluate import evaluate
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
 
     def work() -> dict[str, Any] | None:
-        arguments: dict[str, Any] = {"output": storage.absolute(args.output)}
+        arguments: dict[str, Any] = {"output": locate(args.output)}
         if args.dataset:
             arguments["datasets"] = parse_pairs("--dataset", args.dataset)
         settings = load_settings(SweepSettings, args.config, args.set, arguments)
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"# {trial.name}" for trial in group.trials))
         return None
 
-    return run_command(work, lambda result: sweep_ending(storage.absolute(args.output), result), args.json)
+    return run_command(work, lambda result: sweep_ending(locate(args.output), result), args.json)
 
 
 def sweep(settings: SweepSettings) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from jobs.command import RaySession, job_parser, logger, parse_pairs, run_command
+from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.segment_pools import warn_if_none_fits
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
 
     def work() -> dict[str, Any] | None:
-        arguments: dict[str, Any] = {"output": storage.absolute(args.output)}
+        arguments: dict[str, Any] = {"output": locate(args.output)}
         if args.dataset:
             arguments["datasets"] = parse_pairs("--dataset", args.dataset)
         settings = load_settings(TrainSettings, args.config, args.set, arguments)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings)
         return None
 
-    return run_command(work, lambda result: train_ending(storage.absolute(args.output), result), args.json)
+    return run_command(work, lambda result: train_ending(locate(args.output), result), args.json)
 
 
 def train(settings: TrainSettings, holder: str = "") -> dict[str, Any]:

@@ -161,7 +161,10 @@ class SegmentSettings(Settings):
         "none", description="which masks keep the probability of each pixel in their row, as an 8-bit PNG"
     )
     threshold: float | None = Field(
-        None, gt=0, lt=1, description="lowest probability of a foreground pixel; null: the checkpoint's threshold"
+        None,
+        gt=0,
+        lt=1,
+        description="lowest probability of a foreground pixel, as 0.5; null: the checkpoint's threshold",
     )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
@@ -312,7 +315,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 def explain(error: ValidationError, settings: type[Settings]) -> str:
     """Return all problems of a validation error as one line."""
     problems = []
-    known = [key for key, _ in _leaves(settings)]
+    known = {key: info.description for key, info in _leaves(settings)}
     for detail in error.errors():
         key = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
@@ -323,7 +326,9 @@ def explain(error: ValidationError, settings: type[Settings]) -> str:
             problems.append(f"{key} is missing")
         elif key:
             message = detail["msg"][0].lower() + detail["msg"][1:]
-            problems.append(f"{key} is {detail['input']!r}: {message}")
+            is_range = detail["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+            meaning = known.get(key, "") if is_range else ""
+            problems.append(f"{key} is {detail['input']!r}: {message}{meaning and f' ({meaning})'}")
         else:
             problems.append(detail["msg"].removeprefix("Value error, "))
     return "; ".join(problems)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command import RaySession, run_command
+from jobs.command import RaySession, locate, run_command
 from tests.conftest import LONG_S
+from vlsm.errors import ConfigError
 
 
 @pytest.mark.ray
@@ -54,7 +55,7 @@ def test_a_result_is_for_people_on_a_terminal_and_for_programs_elsewhere(
 
 NICENESS = """
 import os
-from jobs.command import RaySession, run_command
+from jobs.command import RaySession, locate, run_command
 with RaySession() as session:
     session.wait()
     import ray
@@ -74,3 +75,14 @@ def test_workers_of_a_cluster_that_a_job_starts_have_its_niceness(given, found):
         capture_output=True, text=True, timeout=LONG_S,
     )  # fmt: skip
     assert done.stdout.split() == found.split(), done.stderr[-2000:]
+
+
+def test_a_submitted_job_refuses_paths_that_other_nodes_cannot_reach(tmp_path, monkeypatch):
+    copy = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert locate("data/scans") == str(tmp_path / "data" / "scans")
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match="'data/scans' is a relative path; a submitted job .* s3://bucket/data/scans"):
+        locate("data/scans")
+    assert locate("/data/scans") == "/data/scans" and locate("s3://bucket/x") == "s3://bucket/x"
