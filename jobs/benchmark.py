@@ -1,29 +1,30 @@
 """Measurements of speed. Each figure is a ratio of two things that are measured in one run.
 
-python -m jobs.benchmark models --json models.json
-python -m jobs.benchmark gpu --json gpu.json
-python -m jobs.benchmark pipeline --json pipeline.json
-python -m jobs.benchmark peers --json peers.json
-python -m jobs.benchmark decode --folder photographs --json decode.json
-python -m jobs.benchmark output --folder masks --json output.json
-python -m jobs.benchmark train --json train.json
-python -m jobs.benchmark nodes --json nodes.json
-python -m jobs.benchmark start --json start.json
-python -m jobs.benchmark scale --rows 10000 --rows 1000000
-python -m jobs.benchmark torture
-python -m jobs.benchmark section
+vlsm benchmark models --json models.json
+vlsm benchmark gpu --json gpu.json
+vlsm benchmark pipeline --json pipeline.json
+vlsm benchmark peers --json peers.json
+vlsm benchmark decode --folder photographs --json decode.json
+vlsm benchmark output --folder masks --json output.json
+vlsm benchmark train --json train.json
+vlsm benchmark nodes --json nodes.json
+vlsm benchmark start --json start.json
+vlsm benchmark scale --rows 10000 --rows 1000000
+vlsm benchmark torture
+vlsm benchmark section
 
 Each writes its figures with --json. `section` writes the tables of all files in `jobs/measured` to README.md there.
 """
 
 import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmarks.figures import name_machine
+from vlsm.commands import new_parser
 
 BENCHMARKS = {
     "models": "each model on CPUs, against the plain way",
@@ -50,11 +51,18 @@ _TITLE = """\
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = ArgumentParser(
-        prog="python -m jobs.benchmark", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="NAME")
     words = sys.argv[1:] if argv is None else argv
+    args = make_parser(words).parse_args(words)
+    if args.measure is None:
+        PAGE.write_text(measured_page(), encoding="utf-8")
+        return 0
+    return int(args.measure(args))
+
+
+def make_parser(words: Sequence[str] = ()) -> ArgumentParser:
+    """Return the parser of the command line. It knows the arguments of the benchmark that the first word names."""
+    parser = new_parser("jobs.benchmark", str(__doc__))
+    commands = parser.add_subparsers(required=True, metavar="NAME")
     for name, about in BENCHMARKS.items():
         command = commands.add_parser(name, help=about)
         if name in words[:1]:  # import only this one: others may need packages that are not installed
@@ -64,11 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
             command.set_defaults(measure=module.measure)
     commands.add_parser("section", help="write jobs/measured/README.md").set_defaults(measure=None)
-    args = parser.parse_args(argv)
-    if args.measure is None:
-        PAGE.write_text(measured_page(), encoding="utf-8")
-        return 0
-    return int(args.measure(args))
+    return parser
 
 
 def measured_page() -> str:
@@ -76,6 +80,8 @@ def measured_page() -> str:
 
     A table holds the figures of one benchmark on one machine. If several files have them, their `runs` are joined.
     """
+    from jobs.benchmarks.figures import name_machine  # here: it imports torch, which --help need not wait for
+
     tables: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(MEASURED.glob("*.json")):
         figures = json.loads(path.read_text(encoding="utf-8"))

@@ -10,36 +10,34 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from importlib import import_module
 from types import TracebackType
 from typing import Any, Self
 
 from vlsm import storage
-from vlsm.config import Settings, describe_settings
+from vlsm.commands import new_parser
+from vlsm.config import Settings
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
 
 logger = logging.getLogger("vlsm")
 
 _STARTED_S = time.time()  # every command imports this module first
 _RAY_STARTS = 5
+_JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks the folder of a submitted job
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wrong, 130 interrupted"
 
 
-def make_parser(module: str, description: str, settings: type[Settings]) -> argparse.ArgumentParser:
-    """Return a parser with --config, --set and --dry-run. Its help lists every setting."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog="\n".join(
-            ["settings, as --set key=value or in --config FILE:", *describe_settings(settings), "", EXIT_CODES]
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def job_parser(
+    module: str, description: str, examples: Sequence[str], settings: type[Settings], common: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Return the parser of a job: `vlsm.commands.new_parser` with --config, --set and --dry-run."""
+    parser = new_parser(module, description, examples, settings, common, EXIT_CODES)
     parser.add_argument("--config", metavar="FILE", help="YAML with settings")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="one setting; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on a terminal too")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what would be done")
     return parser
 
@@ -57,18 +55,45 @@ def parse_pairs(flag: str, words: list[str]) -> dict[str, str]:
             raise ConfigError(f"{flag} {word!r} is not of the form NAME=URI, such as kvasir=s3://bucket/kvasir")
         if name in pairs:
             raise ConfigError(f"{flag} {name} is given twice; each {flag} needs its own name")
-        pairs[name] = storage.absolute(uri)
+        pairs[name] = locate(uri)
     return pairs
 
 
-def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
-    """Run the work of a command, print its result as one JSON line on stdout, and return the exit code.
+def locate(uri: str) -> str:
+    """Return the absolute location of a word of the command line.
 
-    All other output goes to stderr. SIGTERM (`ray job stop`) ends the work as Ctrl-C does.
+    Raises:
+        ConfigError: the path is relative, and this is a submitted job. It runs in a copy of the submitted folder, which
+            other nodes lack and Ray deletes.
+    """
+    if "://" not in uri and not uri.startswith(("/", "~")) and _JOB_FOLDER in os.getcwd():
+        raise ConfigError(
+            f"{uri!r} is a relative path; a submitted job runs in a temporary copy of its folder, so give a location "
+            f"that every node can reach, such as s3://bucket/{uri} or a shared folder"
+        )
+    return storage.absolute(uri)
+
+
+def run_command(
+    work: Callable[[], dict[str, Any] | None],
+    describe: Callable[[dict[str, Any]], list[str]] = lambda result: [],
+    as_json: bool = False,
+) -> int:
+    """Run the work of a command, print its result, and return the exit code.
+
+    On a terminal, stdout gets the lines that describe the result. Otherwise it gets the result as one JSON line, for
+    programs, and the lines go to the log. All other output goes to stderr. SIGTERM (`ray job stop`) ends the work as
+    Ctrl-C does.
+
+    Args:
+        work: returns the result, or None if it has printed everything itself.
+        describe: returns the lines for a person.
+        as_json: print JSON on a terminal too.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    storage.expect_answers()
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = work()
@@ -83,7 +108,11 @@ def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if result is not None:
+    if result is not None and sys.stdout.isatty() and not as_json:
+        print("\n".join(describe(result)), flush=True)
+    elif result is not None:
+        for line in describe(result):
+            logger.info("%s", line)
         print(json.dumps(result), flush=True)
     return 0
 
@@ -115,6 +144,8 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         """Start Ray in a thread. Further calls do nothing."""
         if self._thread is None:
             self.milestones["checked"] = time.time()
+            address = os.environ.get("RAY_ADDRESS", "")
+            logger.info("%s", f"joining the Ray cluster at {address}" if address else "starting Ray")
             self._thread = threading.Thread(target=self._run_ray, name="ray")
             self._thread.start()
             self._is_imported.wait()  # two threads that import at the same time only wait for each other

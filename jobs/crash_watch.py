@@ -107,9 +107,9 @@ class CrashBoard(Milestones):
         """Forget the done images of a shard, because its part file is written and `Progress` counts them."""
         self._images.pop(shard, None)
 
-    def total(self) -> int:
-        """Return the number of done images in shards that are not written yet."""
-        return sum(self._images.values())
+    def look(self) -> tuple[int, dict[str, float]]:
+        """Return the number of done images in shards that are not written yet, and the milestones."""
+        return sum(self._images.values()), self._milestones
 
     def begin(self, stage: str, shard: int) -> EarlierAttempts:
         """Start an attempt and return its earlier deaths. An earlier attempt that never called `end` has died."""

@@ -22,6 +22,7 @@ from jobs.command import RaySession, logger, run_command
 from jobs.phantoms import KINDS, write_labelled
 from jobs.segment import segment
 from jobs.train import train
+from vlsm.commands import new_parser
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.errors import VlsmError
 from vlsm.images.decode import decode_image, decode_mask_file
@@ -37,18 +38,21 @@ _LAYERS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4
 OPTIM = OptimSettings(epochs=8, lr=4e-3, batch_size=8, ce_weight=1.0, clip_norm=1.0, warmup_epochs=1)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser("jobs.demo", str(__doc__))
     parser.add_argument(
         "output", nargs="?", default="demo-output", metavar="OUTPUT", help="output folder (default: demo-output)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed of the images and the training (0)"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = make_parser().parse_args(argv)
     return run_command(lambda: tell(Path(args.output).resolve(), args.seed))
 
 

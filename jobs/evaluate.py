@@ -5,6 +5,7 @@
 `jobs.segment` makes the masks of each system in OUTPUT/runs. It plans, resumes and checks them like any segment run.
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from jobs.command import RaySession, logger, make_parser, parse_pairs, run_command
+from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.segment import segment
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.errors import VlsmError
 from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.report.endings import evaluate_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, read_summary
 
@@ -27,13 +29,22 @@ if TYPE_CHECKING:
     from vlsm.evaluation.parts import PredictionSource
     from vlsm.evaluation.planning import Evaluation
 
+_EXAMPLES = (
+    "scores --checkpoint trained/checkpoint --dataset kvasir=data/kvasir",
+    "scores --checkpoint a/checkpoint --checkpoint b/checkpoint --dataset kvasir=data/kvasir --set split=val",
+    "scores --masks ours=masks --dataset kvasir=data/kvasir",
+)
+_COMMON = (
+    "split", "prompts", "limit", "baseline", "systems", "combine", "threshold", "data.mask_threshold",
+    "prompt_robustness", "retry_failed", "start_over",
+)  # fmt: skip
 _LOG_INTERVAL_S = 10.0
 _TASK_SCORES = 500  # minimum per task: about 15 s of work, as long as a process needs for its imports
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = make_parser("jobs.evaluate", str(__doc__).partition("\n")[0], EvaluateSettings)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = job_parser("jobs.evaluate", str(__doc__).partition("\n")[0], _EXAMPLES, EvaluateSettings, _COMMON)
     parser.add_argument("output", metavar="OUTPUT", help="folder for scores and tables; a rerun continues there")
     repeated: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument(
@@ -54,10 +65,15 @@ def main(argv: list[str] | None = None) -> int:
         help="the OUTPUT of a finished segment run; its masks are scored as they are; may be repeated",
         **repeated,
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = make_parser().parse_args(argv)
 
     def work() -> dict[str, Any] | None:
-        arguments: dict[str, Any] = {"output": storage.absolute(args.output)}
+        arguments: dict[str, Any] = {"output": locate(args.output)}
         given = {
             "checkpoints": args.checkpoint,
             "datasets": parse_pairs("--dataset", args.dataset),
@@ -67,10 +83,12 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(EvaluateSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return evaluate(settings)
+        with storage.name_errors("OUTPUT", settings.output):
+            storage.check_writable(settings.output)
         dry_run(settings)
         return None
 
-    return run_command(work)
+    return run_command(work, lambda result: evaluate_ending(locate(args.output), result), args.json)
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import ray
@@ -13,9 +13,16 @@ from tqdm import tqdm
 
 from jobs import metrics
 from jobs.command import logger
+from vlsm.report.endings import count
 
 _LOG_INTERVAL_S = 10.0
-_BAR_INTERVAL_S = 0.5
+_LOOK_INTERVAL_S = 0.5
+# what a run does until the first image is done: the last milestone that it has reached, and the words for a person
+_PHASES = {
+    "model": "the model is ready: segmenting the first images",
+    "model's process": "loading the model",
+    "Ray": "reading images, and starting the model's process",
+}
 
 
 class Progress:
@@ -34,7 +41,8 @@ class Progress:
         self.total, self.done, self.failed = total, done, failed
         self._done_before, self._is_first_shard = done, True
         self._board = board
-        self._started_s = time.monotonic()
+        self._phase: str | None = ""  # None: images are counted
+        self._model_ready_s, self._shown_s = time.time(), 0.0
         self._stop = threading.Event()
         self._bar = (
             tqdm(total=total(), initial=done, unit="image", unit_scale=False, smoothing=0.05, dynamic_ncols=True)
@@ -71,26 +79,52 @@ class Progress:
             metrics.show(f"vlsm_{name}_images", value, output=self._output)
 
     def _tick(self) -> None:
-        while not self._stop.wait(_BAR_INTERVAL_S if self._bar is not None else _LOG_INTERVAL_S):
+        while not self._stop.wait(_LOOK_INTERVAL_S):
             try:
-                partial = ray.get(self._board.total.remote(), timeout=5)
+                partial, milestones = ray.get(self._board.look.remote(), timeout=5)
             except ray.exceptions.RayError:
-                partial = 0  # a slow or ended cluster: show only finished shards
-            self._show(min(self.total(), self.done + partial))
+                partial, milestones = 0, {}  # a slow or ended cluster: show only finished shards
+            done = min(self.total(), self.done + partial)
+            if done == self._done_before:
+                self._show_phase(milestones)
+                continue
+            self._begin_counting(milestones)
+            if self._bar is not None or time.monotonic() - self._shown_s >= _LOG_INTERVAL_S:
+                self._show(done)
+
+    def _show_phase(self, milestones: Mapping[str, float]) -> None:
+        """Say what the run does before its first image is done, when this changes."""
+        phase = next((words for name, words in _PHASES.items() if name in milestones), self._phase)
+        if phase != self._phase:
+            self._phase = phase
+            if self._bar is not None:
+                self._bar.set_description_str(phase)
+            else:
+                logger.info("%s", phase)
+
+    def _begin_counting(self, milestones: Mapping[str, float]) -> None:
+        """Measure the rate from the time at which the model was ready: a start says nothing about the time left."""
+        if self._phase is None:
+            return
+        self._phase = None
+        self._model_ready_s = milestones.get("model", self._model_ready_s)
+        if self._bar is not None:
+            self._bar.set_description_str("segmenting")
+            self._bar.unpause()  # tqdm measures its rate from here
 
     def _show(self, done: int) -> None:
+        self._shown_s = time.monotonic()
         if self._bar is not None:
             self._bar.n, self._bar.total = done, self.total()
             self._bar.set_postfix(failed=self.failed)
             return
-        elapsed_s = time.monotonic() - self._started_s
-        rate = (done - self._done_before) / elapsed_s
+        rate = (done - self._done_before) / max(1e-3, time.time() - self._model_ready_s)
         total = self.total()
-        time_left = str(datetime.timedelta(seconds=round((total - done) / rate))) if rate else "unknown"
+        left = f"{datetime.timedelta(seconds=round((total - done) / rate))} left" if rate else "time left unknown"
         share = 100 * done / max(1, total)
         print(
-            f"{datetime.datetime.now():%H:%M:%S} {done:,} of {total:,} images ({share:.1f} %), "
-            f"{rate:.1f} images/s, {self.failed:,} failed, {time_left} left",
+            f"{datetime.datetime.now():%H:%M:%S} {done:,} of {count(total, 'image')} ({share:.1f} %), "
+            f"{rate:.1f} images/s, {self.failed:,} failed, {left}",
             file=sys.stderr,
             flush=True,
         )

@@ -7,6 +7,7 @@ and is written in one atomic step, so a part that exists is complete. A rerun se
 that Ray retries, or that outlives its run, can only write the same rows again.
 """
 
+import argparse
 import itertools
 import sys
 import time
@@ -15,10 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from jobs.command import RaySession, logger, make_parser, run_command
+from jobs.command import RaySession, job_parser, locate, logger, run_command
 from jobs.segment_pipeline import Wave, stream_shards
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
+from vlsm.report.endings import segment_ending
 from vlsm.report.forecast import describe_forecast, keep_sample, measure
 from vlsm.runs.compare import RunState, compare_run
 from vlsm.runs.lifecycle import Run, finish_run, make_planner, open_input, prepare_run, resolve_settings
@@ -27,13 +29,22 @@ from vlsm.runs.planner import Planner
 from vlsm.runs.record import SUMMARY_NAME, read_summary
 from vlsm.runs.results import part_name
 
+_EXAMPLES = (
+    "scans masks --checkpoint checkpoint --set 'prompts=[polyp, flat polyp]'",
+    "s3://bucket/scans s3://bucket/masks --checkpoint s3://bucket/checkpoint --dry-run --sample 20",
+    "list.csv masks --checkpoint clipseg --checkpoint unet --set retry_failed=true",
+)
+_COMMON = (
+    "prompts", "classes", "threshold", "label_maps", "probability_maps", "tile.size", "update", "retry_failed",
+    "start_over", "run.batch_size", "run.actors",
+)  # fmt: skip
 _WAVE = 2048  # shards in one Ray dataset: Ray Data plans some hundreds a second
 _MORE_ROUNDS = 3  # of counting and repair: a task that outlived a killed run may overwrite an updated part
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = make_parser("jobs.segment", str(__doc__).partition("\n")[0], SegmentSettings)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = job_parser("jobs.segment", str(__doc__).partition("\n")[0], _EXAMPLES, SegmentSettings, _COMMON)
     parser.add_argument(
         "input", metavar="INPUT", help="folder or prefix (recursive), glob, image, archive or manifest; local or s3://"
     )
@@ -54,6 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--node-price", type=float, metavar="X", help="with --sample: price per hour of a node like this machine"
     )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.sample is not None and not (args.dry_run and args.sample > 0):
         parser.error(f"--sample is {args.sample}; it must be 1 or more, and goes with --dry-run")
@@ -61,16 +78,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--node-price goes with --sample")
 
     def work() -> dict[str, Any] | None:
-        arguments: dict[str, Any] = {name: storage.absolute(getattr(args, name)) for name in ("input", "output")}
+        arguments: dict[str, Any] = {name: locate(getattr(args, name)) for name in ("input", "output")}
         if args.checkpoint:
-            arguments["members"] = [{"checkpoint": storage.absolute(uri)} for uri in args.checkpoint]
+            arguments["members"] = [{"checkpoint": locate(uri)} for uri in args.checkpoint]
         settings = load_settings(SegmentSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return segment(settings)
+        with storage.name_errors("OUTPUT", settings.output):
+            storage.check_writable(settings.output)
         dry_run(settings, args.sample or 0, args.node_price)
         return None
 
-    return run_command(work)
+    return run_command(work, lambda result: segment_ending(locate(args.output), result), args.json)
 
 
 def segment(settings: SegmentSettings) -> dict[str, Any]:

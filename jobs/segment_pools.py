@@ -124,6 +124,6 @@ def warn_if_none_fits(num_cpus: float, num_gpus: float, nodes: list[dict[str, An
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     if not any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in resources):
         logger.warning(
-            "no node has %g CPUs and %g GPUs yet: the run waits for such a node; if none will start, request less",
-            *(num_cpus, num_gpus),
+            "waiting for a node with %g CPUs and %g GPUs: none of %d has them; if none will start, request less",
+            *(num_cpus, num_gpus, len(resources)),
         )

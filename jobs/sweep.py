@@ -8,6 +8,7 @@ A trial is a run of `jobs.train` in its own folder. A group has all trials with 
 a run of `jobs.evaluate` compares them. A rerun continues with the trainings and evaluations that are not finished.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
-from jobs.command import RaySession, logger, make_parser, parse_pairs, run_command
+from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.evaluate import evaluate
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
@@ -36,6 +37,7 @@ from vlsm.evaluation.sweep import (
     write_markdown,
 )
 from vlsm.evaluation.sweep_scores import average_scores
+from vlsm.report.endings import sweep_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import (
     SUMMARY_NAME,
@@ -48,12 +50,21 @@ from vlsm.runs.record import (
 )
 from vlsm.training.settings import DataSettings
 
+_EXAMPLES = (
+    "sweep --config jobs/configs/sweeps/paper.yaml --dataset kvasir=data/kvasir --dataset busi=data/busi",
+    "sweep --config jobs/configs/sweeps/paper.yaml --dataset kvasir=data/kvasir --set 'seeds=[0, 1, 2]' --dry-run",
+    "folds --config jobs/configs/sweeps/paper.yaml --dataset own=data/own --set folds=5",
+)
+_COMMON = (
+    "models", "prompts", "seeds", "folds", "pooled", "external", "train", "evaluate", "baseline", "start_over",
+    "run.parallel",
+)  # fmt: skip
 _LOG_INTERVAL_S = 30.0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = make_parser("jobs.sweep", str(__doc__).partition("\n")[0], SweepSettings)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = job_parser("jobs.sweep", str(__doc__).partition("\n")[0], _EXAMPLES, SweepSettings, _COMMON)
     parser.add_argument("output", metavar="OUTPUT", help="folder for trials, evaluations and the table")
     parser.add_argument(
         "--dataset",
@@ -62,10 +73,15 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME=URI",
         help="labelled dataset, as in jobs.train; repeatable",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = make_parser().parse_args(argv)
 
     def work() -> dict[str, Any] | None:
-        arguments: dict[str, Any] = {"output": storage.absolute(args.output)}
+        arguments: dict[str, Any] = {"output": locate(args.output)}
         if args.dataset:
             arguments["datasets"] = parse_pairs("--dataset", args.dataset)
         settings = load_settings(SweepSettings, args.config, args.set, arguments)
@@ -73,12 +89,14 @@ def main(argv: list[str] | None = None) -> int:
         settings = settings.model_copy(update={"models": read_models(settings.models, folder)})
         if not args.dry_run:
             return sweep(settings)
+        with storage.name_errors("OUTPUT", settings.output):
+            storage.check_writable(settings.output)
         print(dump_yaml(settings.model_dump(mode="json")), end="")
         for group in plan_trial_groups(settings):
             print("\n".join(f"# {trial.name}" for trial in group.trials))
         return None
 
-    return run_command(work)
+    return run_command(work, lambda result: sweep_ending(locate(args.output), result), args.json)
 
 
 def sweep(settings: SweepSettings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ death of a worker, a node or the driver, the run continues from this file: the o
 seed.
 """
 
+import argparse
 import hashlib
 import sys
 import time
@@ -14,23 +15,33 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from jobs.command import RaySession, logger, make_parser, parse_pairs, run_command
+from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.segment_pools import warn_if_none_fits
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
+from vlsm.report.endings import train_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import read_record, read_summary
 from vlsm.training.settings import TrainSettings
 
+_EXAMPLES = (
+    "trained --dataset kvasir=data/kvasir --set model=vlsm_a",
+    "trained --dataset kvasir=data/kvasir --config jobs/configs/strong/unet.yaml --dry-run",
+    "tuned --dataset own=s3://bucket/own --set start_from=trained/checkpoint --set optim.epochs=20",
+)
+_COMMON = (
+    "model", "options", "trainable", "start_from", "data.prompt", "data.split.val", "data.augment.preset",
+    "optim.epochs", "optim.batch_size", "optim.lr", "run.workers", "start_over",
+)  # fmt: skip
 _STARTING_S = 5.0  # after this time without a log line from the workers, the driver logs that they are starting
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    parser = make_parser("jobs.train", str(__doc__).partition("\n")[0], TrainSettings)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = job_parser("jobs.train", str(__doc__).partition("\n")[0], _EXAMPLES, TrainSettings, _COMMON)
     parser.add_argument("output", metavar="OUTPUT", help="folder for the checkpoint and other files; a rerun continues")
     parser.add_argument(
         "--dataset",
@@ -39,19 +50,26 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME=URI",
         help="a folder with images/ and masks/, or a list with image_uri and mask_uri; may be repeated",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    args = make_parser().parse_args(argv)
 
     def work() -> dict[str, Any] | None:
-        arguments: dict[str, Any] = {"output": storage.absolute(args.output)}
+        arguments: dict[str, Any] = {"output": locate(args.output)}
         if args.dataset:
             arguments["datasets"] = parse_pairs("--dataset", args.dataset)
         settings = load_settings(TrainSettings, args.config, args.set, arguments)
         if not args.dry_run:
             return train(settings)
+        with storage.name_errors("OUTPUT", settings.output):
+            storage.check_writable(settings.output)
         dry_run(settings)
         return None
 
-    return run_command(work)
+    return run_command(work, lambda result: train_ending(locate(args.output), result), args.json)
 
 
 def train(settings: TrainSettings, holder: str = "") -> dict[str, Any]:

@@ -8,18 +8,25 @@ from tqdm import tqdm
 
 from jobs.command import EXIT_CODES, run_command
 from vlsm import storage
+from vlsm.commands import new_parser
 from vlsm.errors import ConfigError, ResultError
 from vlsm.runs.verify import Proof, verify_run
 
 _NUM_PRINTED = 100
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser("jobs.verify", str(__doc__), ("masks", "s3://bucket/masks"), epilog=EXIT_CODES)
+    parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment run; local or s3://")
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON on a terminal too")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.verify", description=__doc__, epilog=EXIT_CODES)
-    parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment run; local or s3://")
-    args = parser.parse_args(argv)
-    return run_command(lambda: verify(storage.absolute(args.output)))
+    args = make_parser().parse_args(argv)
+    return run_command(lambda: verify(storage.absolute(args.output)), as_json=args.json)
 
 
 def verify(output: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ FLOORS = (
     {"stores"},
     {"storage"},
     {"config"},
+    {"commands"},
     {"images"},
     {"archive", "models"},
     {"checkpoints", "datasets"},

@@ -46,6 +46,16 @@ def test_what_fetches_writes_plans_checks_and_tells_imports_nothing_heavy():
     assert not modules_after(f"import {', '.join(entries)}") & NOTHING_HEAVY
 
 
+def test_the_help_of_every_command_imports_nothing_heavy():
+    code = """
+from jobs.__main__ import load
+from vlsm.commands import COMMANDS
+for name in COMMANDS:
+    load(name).make_parser()
+"""
+    assert not modules_after(code) & NOTHING_HEAVY
+
+
 def test_options_of_every_model_are_checked_without_torch():
     code = """
 from vlsm.models import MODELS, parse_options

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 import vlsm
+from jobs.__main__ import load
+from vlsm import commands
 from vlsm.checkpoints import Calibration
 from vlsm.evaluation.parts import SCORES_SCHEMA
 from vlsm.models import MODELS
@@ -42,8 +44,8 @@ def lines_of_shell(text):
 
 
 def inline_commands(text):
-    """Commands inside of sentences: `python -m jobs.train --help`; a line of the text may end inside of them."""
-    texts = re.findall(r"(?<!`)`(python -m [^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.S))
+    """Commands inside of sentences: `vlsm train --help`; a line of the text may end inside of them."""
+    texts = re.findall(r"(?<!`)`((?:python -m|vlsm) [^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.S))
     return [" ".join(command.split()) for command in texts]
 
 
@@ -57,7 +59,8 @@ ALL_COMMANDS = [
     command
     for text in (README, JOBS, LIBRARY, MEASURED)
     for command in [*lines_of_shell(text), *inline_commands(text)]
-    if command.startswith("python -m") and "NAME" not in command.split()[2]
+    if (command.startswith("python -m") and "NAME" not in command.split()[2])
+    or (command.startswith("vlsm ") and command.split()[1] in commands.COMMANDS)
 ]
 
 
@@ -129,14 +132,15 @@ def test_the_maps_name_every_module(folder, text):
 
 @pytest.mark.parametrize("command", list(dict.fromkeys(ALL_COMMANDS)))
 def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_path):
-    from jobs import benchmark, demo, evaluate, segment, status, sweep, train, verify
+    from jobs import benchmark, evaluate, segment, status, sweep, train, verify
     from vlsm import calibration, checkpoints
     from vlsm.datasets import __main__ as datasets
     from vlsm.export import __main__ as export
     from vlsm.models import __main__ as models
-    from vlsm.report import __main__ as report
 
-    module, *words = shlex.split(command, comments=True)[2:]
+    words = shlex.split(command, comments=True)
+    modules = {module: name for name, (module, _) in commands.COMMANDS.items()}
+    command_name, *words = words[1:] if words[0] == "vlsm" else [modules[words[2]], *words[3:]]
     seen = []
     monkeypatch.setattr(segment, "segment", lambda settings: seen.append(settings))
     monkeypatch.setattr(segment, "dry_run", lambda *args: seen.append(args))
@@ -146,44 +150,28 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_pat
     monkeypatch.setattr(train, "dry_run", lambda settings: seen.append(settings))
     monkeypatch.setattr(sweep, "sweep", lambda settings: seen.append(settings))
     monkeypatch.setattr(evaluate, "evaluate", lambda settings: seen.append(settings))
+    monkeypatch.setattr("vlsm.storage.check_writable", lambda uri: None)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
     monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *args: seen.append(args) or CALIBRATION)
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
     monkeypatch.setattr(datasets, "show_datasets", lambda *args: seen.append(args))
-    monkeypatch.setattr(report, "write_report", lambda *args: seen.append(args) or ROOT / "README.md")
+    monkeypatch.setattr("vlsm.report.write.write_report", lambda *args: seen.append(args) or ROOT / "README.md")
     for name in benchmark.BENCHMARKS:
         monkeypatch.setattr(f"jobs.benchmarks.{name}.measure", lambda args: seen.append(args) or 0)
     monkeypatch.setattr(benchmark, "measured_page", lambda: seen.append(words) or "")
     monkeypatch.setattr(benchmark, "PAGE", tmp_path / "README.md")
     monkeypatch.setattr("vlsm.models.costs.measure_costs", lambda: seen.append(words) or [])
     monkeypatch.setattr(models, "describe_settings", lambda options: seen.append(options) or [])
-    mains = {
-        "jobs.segment": segment.main,
-        "jobs.train": train.main,
-        "jobs.evaluate": evaluate.main,
-        "jobs.sweep": sweep.main,
-        "jobs.status": status.main,
-        "jobs.verify": verify.main,
-        "jobs.benchmark": benchmark.main,
-        "jobs.demo": demo.main,
-        "vlsm.datasets": datasets.main,
-        "vlsm.export": export.main,
-        "vlsm.calibration": calibration.main,
-        "vlsm.report": report.main,
-        "vlsm.checkpoints": checkpoints.main,
-        "vlsm.models": models.main,
-    }
-    if "--help" in words:
+    main = load(command_name).main
+    if {"--help", "--help-settings"} & {*words}:
         with pytest.raises(SystemExit) as end:
-            mains[module](words)
+            main(words)
         assert end.value.code == 0
     elif words or f"`{command}`" not in JOBS + LIBRARY:  # a command alone in a sentence is a name
-        assert mains[module](words) == 0
+        assert main(words) == 0
         assert seen
-    else:
-        assert module in mains
 
 
 def test_the_reasons_are_those_of_the_code():

@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -84,6 +85,54 @@ def test_a_store_that_comes_back_is_used(monkeypatch):
         return answer
 
     assert storage.with_retries(call, "s3://bucket/x") == b"data"
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """This process as a command; the waits between tries are listed."""
+    delays = []
+    monkeypatch.setattr(storage, "_answered", set())
+    monkeypatch.setattr(storage, "_told_s", {})
+    monkeypatch.setattr(storage, "_first_s", math.inf)
+    monkeypatch.setattr(storage.time, "sleep", delays.append)
+    storage.expect_answers()
+    return delays
+
+
+def refuse():
+    raise OSError("connection refused")
+
+
+def test_a_command_soon_gives_up_on_a_store_that_never_answered(command, caplog):
+    caplog.set_level("INFO", "vlsm")
+    with pytest.raises(StorageError, match="could not be reached in 2 tries"):
+        storage.with_retries(refuse, "s3://bucket/x")
+    assert sum(command) <= storage.FIRST_S
+    assert caplog.messages == ["s3://bucket/x does not answer, and is tried again: connection refused"]
+
+
+def test_a_command_waits_for_a_store_that_has_answered_before(command):
+    def absent():
+        raise FileNotFoundError("x")
+
+    with pytest.raises(FileNotFoundError):  # an answer too
+        storage.with_retries(absent, "s3://bucket/x")
+    with pytest.raises(StorageError, match="in 14 tries"):
+        storage.with_retries(refuse, "s3://bucket/other/y")
+    command.clear()
+    with pytest.raises(StorageError, match="in 2 tries"):
+        storage.with_retries(refuse, "s3://another/y")
+
+
+def test_an_answer_with_an_error_is_an_answer(command):
+    cause = Exception("SlowDown")
+    cause.response = {"Error": {"Code": "SlowDown"}}
+
+    def slow_down():
+        raise OSError("slow down") from cause
+
+    with pytest.raises(StorageError, match="in 14 tries"):
+        storage.with_retries(slow_down, "s3://bucket/x")
 
 
 def test_of_many_that_create_a_file_one_succeeds(tmp_path, s3_folder):
@@ -208,3 +257,29 @@ def test_a_table_is_read_by_the_thread_that_asks_for_it(tmp_path):
     command = [sys.executable, "-c", LATE, str(tmp_path / "t")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S)
     assert (done.returncode, done.stdout) == (0, "False [0, 1] 1\n"), done.stderr
+
+
+def test_where_nothing_can_be_written_is_found_without_writing(tmp_path, s3_folder):
+    storage.check_writable(str(tmp_path / "new" / "out"))
+    storage.check_writable(f"{s3_folder}/out")
+    assert not (tmp_path / "new").exists() and not storage.exists(s3_folder)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        storage.check_writable(str(tmp_path / "file" / "out"))
+    with pytest.raises(FileNotFoundError):
+        storage.check_writable("s3://no-such-bucket-here/out")
+
+
+def test_missing_credentials_name_what_is_read(tmp_path):
+    code = "from vlsm import storage\nwith storage.name_errors('INPUT', 's3://b/x'): storage.list_names('s3://b/x')"
+    names = [name for name in os.environ if name.startswith("AWS_")]
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "HOME": str(tmp_path),
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=LONG_S)
+    assert (
+        "INPUT 's3://b/x' cannot be used: Unable to locate credentials; give them in AWS_ACCESS_KEY_ID" in done.stderr
+    )

@@ -8,16 +8,16 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
-from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration, build_checkpoint, read_checkpoint
-from vlsm.config import PlaceSettings, Settings, describe_settings, dump_yaml, load_settings
+from vlsm.commands import new_parser
+from vlsm.config import PlaceSettings, Settings, dump_yaml, load_settings
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import require_foreground
 from vlsm.datasets.read import read_dataset
@@ -26,9 +26,11 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import CheckpointError, ConfigError, ImageError, ManifestError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
-from vlsm.segmentation.segmenter import Segmenter
 from vlsm.training.origin import describe_differences_to_training
 from vlsm.training.sampling import find_prompt
+
+if TYPE_CHECKING:
+    from vlsm.segmentation.segmenter import Segmenter
 
 _EDGES = np.linspace(-20, 20, 1601)  # edges of logit bins, each 0.025 wide
 _CENTRES = (_EDGES[1:] + _EDGES[:-1]) / 2
@@ -80,6 +82,8 @@ def calibrate(examples: Iterable[Labelled]) -> Calibration:
     if not len(counts):
         raise ConfigError("there are no labelled images; calibration needs one or more in the validation splits")
     shares = (counts / counts.sum(axis=(1, 2), keepdims=True)).mean(axis=0)
+    from scipy.optimize import minimize_scalar
+
     minimum = minimize_scalar(lambda log: _loss(shares, np.exp(log)), bounds=np.log([0.05, 20]), method="bounded")
     temperature = float(np.exp(minimum.x))
     dice = _dice_by_threshold(counts)
@@ -186,7 +190,7 @@ def _sigmoid(values: Any) -> Any:
     return 1 / (1 + np.exp(-values))
 
 
-def _predict(segmenter: Segmenter, records: list[Record], reader: ExampleReader, choice: str) -> Iterator[Labelled]:
+def _predict(segmenter: "Segmenter", records: list[Record], reader: ExampleReader, choice: str) -> Iterator[Labelled]:
     """Yield logits at the original size of each image, and its mask. Unreadable images are reported and skipped."""
     square, stored = segmenter.model.image_spec.square, segmenter.settings.prompt
     for record in tqdm(records, unit="image", disable=not sys.stderr.isatty()):
@@ -230,6 +234,8 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
     if choice == RECORD and (count := sum(record.prompt is None for record in records)):
         print(f"{count} of {len(records)} records have no p1: their prompt is {plain.prompt!r}, as stored in the "
               "checkpoint", file=sys.stderr)  # fmt: skip
+    from vlsm.segmentation.segmenter import Segmenter  # here: --help does not wait for torch
+
     segmenter = Segmenter(type(checkpoint)(checkpoint.model, plain, checkpoint.name))
     calibration = calibrate(_predict(segmenter, records, reader, choice))
     calibrated = plain.model_copy(update={"threshold": calibration.threshold, "calibration": calibration})
@@ -242,15 +248,18 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
     return calibration
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Fit the temperature and threshold of a checkpoint on validation images, and write a calibrated copy."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlsm.calibration",
-        description=main.__doc__,
-        epilog="\n".join(
-            ["settings, as --set key=value or in --config FILE:", *describe_settings(CalibrationSettings)]
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(
+        "vlsm.calibration",
+        str(main.__doc__),
+        (
+            "trained/checkpoint calibrated --dataset kvasir=data/kvasir",
+            "checkpoint calibrated --dataset own=own.csv --prompt text:polyp",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        CalibrationSettings,
+        ("prompt", "data.mask_threshold", "data.classes", "data.prompts"),
+        "exit codes: 0 done, 1 it failed, 2 configuration or usage wrong",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory; local or s3://")
     parser.add_argument("directory", metavar="CALIBRATED", help="a new local folder for the calibrated checkpoint")
@@ -260,7 +269,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", help="the same as --set prompt=..., such as own, p1 or text:WORDS")
     parser.add_argument("--config", metavar="FILE", help="YAML with settings")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="one setting; may be repeated")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fit the temperature and threshold of a checkpoint on validation images, and write a calibrated copy."""
+    args = make_parser().parse_args(argv)
     try:
         pairs = [item.partition("=") for item in args.dataset]
         if wrong := [item for item, (_, equals, uri) in zip(args.dataset, pairs, strict=True) if not (equals and uri)]:

@@ -21,6 +21,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from vlsm import storage
+from vlsm.commands import new_parser
 from vlsm.config import Settings, dump_yaml, explain, parse_assignments
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.images.preprocess import ImageSpec, Resize
@@ -295,22 +296,31 @@ def _check_weights(model: "SegmentationModel", weights: dict[str, Any], uri: str
         raise CheckpointError(f"the weights of checkpoint {uri!r} do not fit its model in {len(wrong)} places: {shown}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write a checkpoint directory with pretrained towers, if the model has any; all other weights are untrained."""
-    parser = argparse.ArgumentParser(prog="python -m vlsm.checkpoints", description=main.__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(
+        "vlsm.checkpoints",
+        str(main.__doc__),
+        ("checkpoint --model clipseg --prompt polyp", "checkpoint --model unet_d --set options.image_size=352"),
+    )
     parser.add_argument("directory", metavar="DIR", help="the checkpoint directory to write")
-    parser.add_argument("--model", required=True, metavar="NAME", help="`python -m vlsm.models` lists them")
+    parser.add_argument("--model", required=True, metavar="NAME", help="`vlsm models` lists them")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="key=value",
-        help="an option of the model; `python -m vlsm.models NAME` lists them",
+        help="an option of the model; `vlsm models NAME` lists them",
     )
     parser.add_argument("--prompt", default="", help="default prompt for runs without prompts")
     parser.add_argument("--threshold", type=float, help="a probability (default: the model's threshold, mostly 0.5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write a checkpoint directory with pretrained towers, if the model has any; all other weights are untrained."""
+    args = make_parser().parse_args(argv)
     try:
         if Path(args.directory, SETTINGS_NAME).exists() and not args.overwrite:
             raise CheckpointError(f"there is a checkpoint at {args.directory} already; --overwrite replaces it")

@@ -168,13 +168,19 @@ class SegmentSettings(Settings):
     classes: dict[str, tuple[str, ...]] = Field(
         {}, description="prompts that stand for one or several texts, whose probabilities are averaged: {name: [texts]}"
     )
+    allow_equal_masks: bool = Field(
+        False, description="take several prompts for models that ignore their text: all prompts get the same mask"
+    )
     member_rows: bool = Field(False, description="write one more row for the mask of each ensemble member")
     label_maps: bool = Field(False, description="write one more row per image: a PNG with the prompt of each pixel")
     probability_maps: Literal["none", "review", "all"] = Field(
         "none", description="which masks keep the probability of each pixel in their row, as an 8-bit PNG"
     )
     threshold: float | None = Field(
-        None, gt=0, lt=1, description="lowest probability of a foreground pixel; null: the checkpoint's threshold"
+        None,
+        gt=0,
+        lt=1,
+        description="lowest probability of a foreground pixel, as 0.5; null: the checkpoint's threshold",
     )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
@@ -325,7 +331,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 def explain(error: ValidationError, settings: type[Settings]) -> str:
     """Return all problems of a validation error as one line."""
     problems = []
-    known = [key for key, _ in _leaves(settings)]
+    known = {key: info.description for key, info in _leaves(settings)}
     for detail in error.errors():
         key = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
@@ -336,16 +342,25 @@ def explain(error: ValidationError, settings: type[Settings]) -> str:
             problems.append(f"{key} is missing")
         elif key:
             message = detail["msg"][0].lower() + detail["msg"][1:]
-            problems.append(f"{key} is {detail['input']!r}: {message}")
+            is_range = detail["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+            meaning = known.get(key, "") if is_range else ""
+            problems.append(f"{key} is {detail['input']!r}: {message}{meaning and f' ({meaning})'}")
         else:
             problems.append(detail["msg"].removeprefix("Value error, "))
     return "; ".join(problems)
 
 
-def describe_settings(settings: type[Settings]) -> list[str]:
-    """Return one line per setting with its default and description, for the --help of a job."""
+def describe_settings(settings: type[Settings], keys: Sequence[str] | None = None) -> list[str]:
+    """Return one line per setting with its default and description, for the help of a command.
+
+    Args:
+        settings: the class of the settings.
+        keys: dotted keys of the settings to describe, in this order; None: all.
+    """
     lines = []
-    for key, info in _leaves(settings):
+    leaves = dict(_leaves(settings))
+    for key in leaves if keys is None else keys:
+        info = leaves[key]
         if info.description:
             default = (
                 "..."

@@ -7,12 +7,15 @@ and `::` have no special meaning. Endpoint and credentials come from the store's
 import contextlib
 import datetime
 import errno
+import logging
+import math
 import os
 import random
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlsm.errors import ConfigError, StorageError, VlsmError
@@ -28,12 +31,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 T = TypeVar("T")
+logger = logging.getLogger("vlsm")
 
 QUICK_S = 10.5  # retry time where a person waits for the answer, or where one object is concerned
 PATIENT_S = 300.0  # retry time of an unattended run: a store may be down for minutes
+FIRST_S = 0.5  # retry time of a command for a store that has never answered it: its address is probably wrong
 _LONGEST_DELAY_S = 30.0
+_SILENCE_S = 60.0  # one line of the log per store in this time; an outage fails thousands of tries
 _TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+_answered: set[str] = set()  # the stores (s3://bucket) that have answered this process
+_told_s: dict[str, float] = {}  # when the log last said that a store does not answer
+_first_s = math.inf
 
 
 def exists(uri: str, allow: tuple[str, ...] = ()) -> bool:
@@ -201,6 +211,10 @@ def remove(uri: str) -> None:
 def with_retries(call: Callable[[], T], uri: str, patience_s: float = PATIENT_S) -> T:
     """Return the result of the call; retry it if a remote store fails in a way that may be temporary.
 
+    A failed try is a line of the log, one per store and minute. After `expect_answers`, a store that has never answered
+    this process is retried for FIRST_S at most: a typing error in its address need not be waited for, an outage in a
+    run is.
+
     Args:
         call: the function to call.
         uri: the location that the call reads or writes; messages name it.
@@ -211,21 +225,41 @@ def with_retries(call: Callable[[], T], uri: str, patience_s: float = PATIENT_S)
         OSError: the local disk fails in another way; this is not retried.
         StorageError: a remote store still fails at the last try.
     """
-    remote = split_scheme(uri)[0] not in ("file", "local")
-    num_tries = 0
-    for delay_s in (*_delays(patience_s), None):
+    scheme, path = split_scheme(uri)
+    if scheme in ("file", "local"):
+        return call()
+    store, num_tries = f"{scheme}://{path.partition('/')[0]}", 0
+    delays = _delays(patience_s if store in _answered else min(patience_s, _first_s))
+    while True:
         num_tries += 1
         try:
-            return call()
+            result = call()
         except (FileNotFoundError, PermissionError):
+            _answered.add(store)
             raise
         except _transient_errors() as error:
-            if not remote:
-                raise
-            if delay_s is None:
+            if store not in _answered and error_code(error):  # it answers, though with an error
+                _answered.add(store)
+                delays = _delays(patience_s)
+            if (delay_s := next(delays, None)) is None:
                 raise StorageError(f"{uri} could not be reached in {num_tries} tries: {error}") from error
+            _tell(store, uri, error)
             time.sleep(delay_s * random.uniform(0.5, 1))  # random: many processes fail at the same moment
-    raise AssertionError("unreachable")
+        else:
+            _answered.add(store)
+            return result
+
+
+def _tell(store: str, uri: str, error: BaseException) -> None:
+    if time.monotonic() - _told_s.get(store, -math.inf) > _SILENCE_S:
+        _told_s[store] = time.monotonic()
+        logger.info("%s does not answer, and is tried again: %s", uri, error)
+
+
+def expect_answers() -> None:
+    """Let this process give up soon on a store that has never answered it. Commands call this; workers do not."""
+    global _first_s  # noqa: PLW0603 - one for each process
+    _first_s = FIRST_S
 
 
 def _delays(patience_s: float) -> Iterator[float]:
@@ -251,7 +285,42 @@ def name_errors(what: str, uri: str) -> Iterator[None]:
         raise
     except errors as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{what} {uri!r} cannot be used: {reason}") from error
+        raise ConfigError(f"{what} {uri!r} cannot be used: {reason}{_credentials_hint(error)}") from error
+
+
+def _credentials_hint(error: BaseException) -> str:
+    if type(error).__name__ not in ("NoCredentialsError", "PartialCredentialsError"):
+        return ""
+    return (
+        "; give them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in a profile (AWS_PROFILE) or as the role of the "
+        "machine"
+    )
+
+
+def check_writable(uri: str) -> None:
+    """Raise an OSError if files cannot be written below a location. Nothing is written.
+
+    On a local disk the deepest folder that exists must be writable. In S3 an upload is begun and aborted at once. Other
+    stores are not checked.
+    """
+    fs, path = open_uri(uri)
+    if is_local(fs):
+        folder = Path(path)
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} may not be written")
+    elif "s3" in fs.protocol:
+        bucket, key, _ = fs.split_path(f"{path}/config.yaml")
+
+        def try_upload() -> None:
+            fs.call_s3("head_bucket", Bucket=bucket)
+            upload = fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+            fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload["UploadId"])
+
+        with_retries(try_upload, uri, QUICK_S)
 
 
 def store_errors() -> tuple[type[Exception], ...]:

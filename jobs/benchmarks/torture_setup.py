@@ -21,6 +21,7 @@ from vlsm.runs.verify import verify_run
 _ROOT = Path(__file__).parents[2]
 LONGEST_S = 900.0  # time limit for one run of the job
 _PROMPTS = ["polyp", "flat lesion"]
+_EQUAL = ("allow_equal_masks=true",)  # UNet-D ignores the prompts
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Arena:
     ) -> "subprocess.Popen[str]":
         """Start the job as a user does, and return its process. `source` replaces the archive as INPUT."""
         words = [source or str(self.archive), output, "--checkpoint", str(self.checkpoint)]
-        for setting in (f"shard_rows={self.shard_rows}", f"prompts={json.dumps(_PROMPTS)}", *settings):
+        for setting in (f"shard_rows={self.shard_rows}", f"prompts={json.dumps(_PROMPTS)}", *_EQUAL, *settings):
             words += ["--set", setting]
         log = (self.folder / "jobs.log").open("a")
         with log:

@@ -123,7 +123,7 @@ def test_label_maps_of_slices_are_a_volume_of_labels(tmp_path, write):
     path = tmp_path / "body.nii"
     path.write_bytes(save_nifti(BODY))
     rows = [label_row(path, np.full((3, 2), n, np.uint8), ["a", "b", "c"], selector=f"slice={n}") for n in range(4)]
-    (name,) = run(write(rows), "nifti", tmp_path / "x")
+    (name,) = run(write(rows), "nifti", tmp_path / "x", "--filter", "kind == labels")
     assert name.endswith(".labels.nii.gz")
     labels = np.asarray(nib.load(tmp_path / "x" / name).dataobj)
     assert [np.unique(labels[..., n]).tolist() for n in range(4)] == [[0], [1], [2], [3]]

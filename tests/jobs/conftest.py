@@ -66,7 +66,7 @@ def hard_archive(tmp_path_factory):
 def undisturbed(ray_cluster, hard_archive, tiny_checkpoint, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     words = [str(hard_archive), str(output), "--checkpoint", str(tiny_checkpoint), "--set", "shard_rows=16"]
-    assert segment.main([*words, "--set", "prompts=[polyp, lesion]"]) == 0
+    assert segment.main([*words, "--set", "prompts=[polyp, lesion]", "--set", "allow_equal_masks=true"]) == 0
     return output
 
 

@@ -140,7 +140,13 @@ def test_everything_that_images_are_kept_in_is_segmented(stored, bright_checkpoi
     folder, wanted = stored
     members = [{"checkpoint": str(bright_checkpoint)}, {"checkpoint": str(bright_checkpoint), "flip": True}]
     words = [f"{folder}/in", f"{folder}/out", "--set", f"members={json.dumps(members)}"]
-    settings = ["prompts=[bright, light]", "member_rows=true", "label_maps=true", "probability_maps=all"]
+    settings = [
+        "prompts=[bright, light]",
+        "allow_equal_masks=true",
+        "member_rows=true",
+        "label_maps=true",
+        "probability_maps=all",
+    ]
     for setting in (*settings, "tile.size=40", "shard_rows=48"):
         words += ["--set", setting]
     assert segment.main(words) == 0

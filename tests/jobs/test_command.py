@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command import RaySession
+from jobs.command import RaySession, locate, run_command
 from tests.conftest import LONG_S
+from vlsm.errors import ConfigError
 
 
 @pytest.mark.ray
@@ -38,9 +39,23 @@ def test_what_an_interrupted_run_holds_is_released_before_its_session_ends(ray_c
     assert caught and released
 
 
+@pytest.mark.parametrize(
+    ("is_terminal", "as_json", "out"),
+    [(True, False, "one\ntwo\n"), (True, True, '{"ok": 1}\n'), (False, False, '{"ok": 1}\n')],
+)
+def test_a_result_is_for_people_on_a_terminal_and_for_programs_elsewhere(
+    is_terminal, as_json, out, monkeypatch, capsys, caplog
+):
+    caplog.set_level("INFO", "vlsm")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    assert run_command(lambda: {"ok": 1}, lambda result: ["one", "two"], as_json) == 0
+    assert capsys.readouterr().out == out
+    assert caplog.messages == ([] if out.startswith("one") else ["one", "two"])
+
+
 NICENESS = """
 import os
-from jobs.command import RaySession
+from jobs.command import RaySession, locate, run_command
 with RaySession() as session:
     session.wait()
     import ray
@@ -60,3 +75,14 @@ def test_workers_of_a_cluster_that_a_job_starts_have_its_niceness(given, found):
         capture_output=True, text=True, timeout=LONG_S,
     )  # fmt: skip
     assert done.stdout.split() == found.split(), done.stderr[-2000:]
+
+
+def test_a_submitted_job_refuses_paths_that_other_nodes_cannot_reach(tmp_path, monkeypatch):
+    copy = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert locate("data/scans") == str(tmp_path / "data" / "scans")
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match="'data/scans' is a relative path; a submitted job .* s3://bucket/data/scans"):
+        locate("data/scans")
+    assert locate("/data/scans") == "/data/scans" and locate("s3://bucket/x") == "s3://bucket/x"

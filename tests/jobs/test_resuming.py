@@ -16,7 +16,9 @@ pytestmark = pytest.mark.ray
 def test_a_finished_run_is_left_alone_and_says_so(undisturbed, hard_archive, tiny_checkpoint):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
     words = [hard_archive, undisturbed, "--checkpoint", tiny_checkpoint, "--set", "shard_rows=16"]
-    done = without_ray(*words, "--set", "prompts=[polyp, lesion]", "--set", "run.batch_size=3")
+    done = without_ray(
+        *words, "--set", "prompts=[polyp, lesion]", "--set", "allow_equal_masks=true", "--set", "run.batch_size=3"
+    )
     assert done.returncode == 0
     assert "is finished: there is nothing to do" in done.stderr
     assert done.stdout == (undisturbed / "summary.json").read_text()

@@ -116,6 +116,7 @@ def test_a_manifest_decides_images_ids_and_prompts(ray_cluster, archive, tiny_ch
         capfd, manifest, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "prompts=tumour"
     )
     assert "7 of 7 images (100.0 %)" in err and "images/s, 1 failed, 0:00:00 left" in err
+    assert "0 of 7" not in err  # before the first image the phase is named instead
     assert (code, summary["failed_by_reason"]) == (0, {"missing": 1})
     rows = read_mask_rows(tmp_path / "out")
     prompts = ["polyp", "lesion", "polyp", "tumour", "flat", "a, b"]

@@ -32,7 +32,10 @@ def test_a_sample_is_of_the_whole_archive_and_the_rows_go_through():
     assert len(list(keep_sample(rows[:3], few, 5))) == len(few) == 3
 
 
-@pytest.mark.parametrize("words", [[], ["tile.size=40"], ["prompts=[a, b]", "classes={a: [x, y]}", "label_maps=true"]])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["tile.size=40"], ["prompts=[a, b]", "classes={a: [x, y]}", "label_maps=true", "allow_equal_masks=true"]],
+)
 def test_every_way_of_segmenting_is_measured(words, archive, tiny_checkpoint, bright_checkpoint):
     words = words if "prompts" in str(words) else [*words, "prompts=[polyp]"]
     found = forecast_of(archive, *words, checkpoints=[tiny_checkpoint, bright_checkpoint])
@@ -51,7 +54,9 @@ def test_what_is_measured_is_what_a_run_does(archive, bright_checkpoint, monkeyp
         return records
 
     monkeypatch.setattr(forecast, "describe_image", describe)
-    forecast_of(archive, "prompts=[polyp, fold]", "run.batch_size=4", checkpoints=[bright_checkpoint])
+    forecast_of(
+        archive, "prompts=[polyp, fold]", "allow_equal_masks=true", "run.batch_size=4", checkpoints=[bright_checkpoint]
+    )
     segmenter = vlsm.Segmenter(vlsm.load_checkpoint(bright_checkpoint))
     images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(archive.iterdir())]
     masks = segmenter.segment(images, ["polyp", "fold"])

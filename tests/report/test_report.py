@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from importlib import resources
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -152,7 +153,7 @@ def pages(segmented, evaluated, trained, tmp_path_factory):
     """The three reports' paths."""
     folder = tmp_path_factory.mktemp("pages")
     return {
-        name: write_report(str(output), folder / f"{name}.html")
+        name: Path(write_report(str(output), folder / f"{name}.html"))
         for name, output in (("segmented", segmented), ("evaluated", evaluated), ("trained", trained))
     }
 
@@ -263,7 +264,7 @@ def test_an_image_that_is_gone_has_its_reason(pages):
 
 
 def test_the_same_run_gives_the_same_page(pages, trained, segmented, tmp_path):
-    assert write_report(str(trained), tmp_path / "again.html").read_bytes() == pages["trained"].read_bytes()
+    assert Path(write_report(str(trained), tmp_path / "again.html")).read_bytes() == pages["trained"].read_bytes()
     surveys = [Survey(metric="confidence", group="prompt") for _ in range(2)]
     for survey in surveys:
         for table in scan(open_results(str(segmented))):
@@ -275,7 +276,7 @@ def test_an_evaluation_without_its_table_has_a_page(evaluated, tmp_path):
     rows = pq.read_table(evaluated / "scores.parquet").slice(0, 3).drop_columns(["prompt_name"])
     write_record(tmp_path / "begun")
     pq.write_table(rows, tmp_path / "begun" / "scores.parquet")
-    page = write_report(str(tmp_path / "begun"), tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Path(write_report(str(tmp_path / "begun"), tmp_path / "page.html")).read_text(encoding="utf-8")
     assert "This evaluation is not complete." in page
     assert stats(page)["Dice, median"] == f"{np.median(rows['dice'].to_numpy()):.3f}"
     assert page.count('class="card"') == 3
@@ -307,7 +308,7 @@ def test_slices_and_masks_of_one_image_are_cards_of_their_own(tmp_path):
     config = {"datasets": {"d": "x"}, "systems": {}, "data": {"slices": "sagittal", "columns": {"mask_uri": "mask"}}}
     write_record(tmp_path / "out", config=config)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "out" / "scores.parquet")
-    page = write_report(str(tmp_path / "out"), tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Path(write_report(str(tmp_path / "out"), tmp_path / "page.html")).read_text(encoding="utf-8")
     assert page.count('class="card"') == 6
     assert 'class="problem"' not in page
 
@@ -359,11 +360,15 @@ def test_a_sample_has_some_of_each_kind():
     assert counts == {("ok", 0.9): 15, ("ok", 0.1): 15, ("failed", 0.1): 15}
 
 
-def test_the_command_line_writes_beside_nothing_else(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main([str(trained)]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
-    assert capsys.readouterr().out.startswith("out.html (")
+def test_the_report_lies_beside_its_run_wherever_the_command_is_called(trained, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(trained, tmp_path / "runs" / "first")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run}.html\n"
+    assert {path.name for path in run.parent.iterdir()} == {"first", "first.html"}
+    assert main([str(run), "mine/page.html"]) == 0
+    assert (tmp_path / "here" / "mine" / "page.html").read_bytes() == (run.parent / "first.html").read_bytes()
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "there is no run in" in capsys.readouterr().err
 

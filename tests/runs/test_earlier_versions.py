@@ -54,7 +54,7 @@ def test_a_finished_run_is_read_and_proven(stored, tmp_path):
     assert len(rows) == 49 and {row["kind"] for row in rows} == {"mask", "member 1", "member 2", "labels"}
     *_, proof = verify_run(f"{ROOT}/output")
     assert proof.differences == []
-    report = write_report(f"{ROOT}/output", tmp_path / "report.html").read_text(encoding="utf-8")
+    report = Path(write_report(f"{ROOT}/output", tmp_path / "report.html")).read_text(encoding="utf-8")
     assert "broken.png" in report
     assert read_status(f"{ROOT}/output").is_finished
 
@@ -101,9 +101,9 @@ def test_trainings_are_read(stored, tmp_path):
         assert len(read_examples(f"{ROOT}/{name}")) == 36
     state = read_state(f"{ROOT}/interrupted")
     assert state.epoch >= 1 and state.weights and state.optimizer["state"] and state.history.rows
-    report = write_report(f"{ROOT}/training", tmp_path / "report.html").read_text(encoding="utf-8")
+    report = Path(write_report(f"{ROOT}/training", tmp_path / "report.html")).read_text(encoding="utf-8")
     assert "drawn" in report
-    assert "drawn" in write_report(f"{ROOT}/evaluation", tmp_path / "scores.html").read_text(encoding="utf-8")
+    assert "drawn" in Path(write_report(f"{ROOT}/evaluation", tmp_path / "scores.html")).read_text(encoding="utf-8")
 
 
 @pytest.mark.ray

@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 from PIL import Image
 
 from vlsm import storage
-from vlsm.config import PlaceSettings, Settings, describe_settings, load_settings
+from vlsm.commands import new_parser
+from vlsm.config import PlaceSettings, Settings, load_settings
 from vlsm.datasets.contact_sheet import draw_contact_sheet
 from vlsm.datasets.overview import describe_overview, inspect_dataset
 from vlsm.datasets.settings import DatasetSettings
@@ -28,20 +29,22 @@ class OverviewSettings(Settings):
     run: PlaceSettings = PlaceSettings()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Show what labelled datasets are taken for: splits, prompts, masks, sizes and problems. Nothing is trained."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlsm.datasets",
-        description=main.__doc__,
-        epilog="\n".join(
-            [
-                "settings, as --set key=value, with the same names as in jobs.train:",
-                *describe_settings(OverviewSettings),
-                "",
-                "exit codes: 0 done, 1 files cannot be read, 2 no dataset there, or usage wrong",
-            ]
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(
+        "vlsm.datasets",
+        str(main.__doc__),
+        ("data/kvasir --sheet kvasir.png", "own=s3://bucket/own --limit 0", "labels.csv --set data.mask_threshold=0"),
+        OverviewSettings,
+        (
+            "data.mask_threshold",
+            "data.classes",
+            "data.prompts",
+            "data.columns",
+            "data.join_masks",
+            "data.skip_unpaired",
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "exit codes: 0 done, 1 files cannot be read, 2 no dataset there, or usage wrong",
     )
     parser.add_argument(
         "datasets", nargs="+", metavar="[NAME=]URI", help="a folder, prefix or list, as --dataset of jobs.train"
@@ -54,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         "--limit", type=int, default=300, help="most images to inspect per dataset, 0 for all (default: %(default)s)"
     )
     parser.add_argument("--size", type=int, metavar="PIXELS", help="count lesions that vanish at this size of a model")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show what labelled datasets are taken for: splits, prompts, masks, sizes and problems. Nothing is trained."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.size is not None and args.size < 1:
         parser.error(f"--size is {args.size}; it must be 1 or more")

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from vlsm import storage
+from vlsm.commands import new_parser
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
@@ -58,9 +59,14 @@ def _parse_value(text: str, column_type: pa.DataType, operator: str) -> Any:
         raise ValueError("it must be a number") from None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Export the masks of a segment run as files."""
-    parser = argparse.ArgumentParser(prog="python -m vlsm.export", description=main.__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    examples = (
+        "masks pictures --format overlays --filter 'confidence < 0.6' --limit 50",
+        "masks coco --format coco",
+        "masks files --format masks --filter 'prompt == polyp'",
+    )
+    parser = new_parser("vlsm.export", str(main.__doc__), examples)
     parser.add_argument("output", metavar="OUTPUT", help="the OUTPUT of a segment run; local or s3://")
     parser.add_argument("directory", metavar="DIR", help="a local folder for the files")
     parser.add_argument("--format", choices=FORMATS, default="overlays", help="format of the files (default: overlays)")
@@ -71,6 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--components", action="store_true", help="with --format coco: one annotation per connected component of a mask"
     )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export the masks of a segment run as files."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 0:
         parser.error(f"--limit is {args.limit}; it must be 0 or more")

@@ -29,7 +29,7 @@ from vlsm.export.origins import (
 from vlsm.images.formats import FORMATS
 from vlsm.images.reader import Reader
 from vlsm.images.volumes import MAX_NIFTI1_SIDE, VolumeGrid, VolumeHeader
-from vlsm.runs.results import ALL_KINDS, decode_ok_row
+from vlsm.runs.results import decode_ok_row
 
 logger = logging.getLogger("vlsm")
 
@@ -41,6 +41,8 @@ def export_nifti(
 
     Masks of the slices of a volume file (NIfTI, Analyze, NRRD, MetaImage) become one volume per prompt and one per
     label map, with the shape and the place of the source file. Slices without a mask are 0, and a warning counts them.
+
+    Masks of members and label maps are written only if a filter names their `kind`.
 
     Any other mask becomes a volume of one slice: voxel (x, y, 0) is the pixel in column x and row y, and the affine is
     the identity. A reader of (z, y, x) arrays, such as SimpleITK, then shows the image unchanged.
@@ -63,7 +65,7 @@ def export_nifti(
     settings = read_settings(output)
     reader = Reader(settings)
     with open_folder(directory) as folder:
-        for source, rows in SourceRows(output, filters, limit, ["label_map"], ALL_KINDS):
+        for source, rows in SourceRows(output, filters, limit, ["label_map"], ["mask"]):
             if "slice=" in (source_of(rows[0])[1] or ""):
                 with folder.attempt(rows):
                     header = _read_header(source, reader, settings.slices)

@@ -33,6 +33,10 @@ MODELS = {
     "vlsm_c": "vlsm.models.ensemble_c:EnsembleC",
 }
 
+BLIND = frozenset(
+    {"unet_d", "unet", "unetplusplus", "deeplabv3plus", "pixel"}
+)  # models that ignore the text of prompts
+
 
 def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any) -> "SegmentationModel":
     """Build a model of the table, in training mode.

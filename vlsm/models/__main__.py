@@ -3,17 +3,23 @@
 import argparse
 import sys
 
+from vlsm.commands import new_parser
 from vlsm.config import describe_settings
 from vlsm.errors import CheckpointError
 from vlsm.models import check_name
 from vlsm.models.options import OPTIONS
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser("vlsm.models", str(main.__doc__), ("", "clipseg"))
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print the options of this model instead of the table")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print every model with its parameters in millions (M), its input size in pixels, and its cost in GFLOP."""
-    parser = argparse.ArgumentParser(prog="python -m vlsm.models", description=main.__doc__)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="print the options of this model instead of the table")
-    name = parser.parse_args(argv).name
+    name = make_parser().parse_args(argv).name
     if name:
         try:
             check_name(name)

@@ -7,23 +7,30 @@ import argparse
 import logging
 import sys
 
+from vlsm.commands import new_parser
 from vlsm.errors import ConfigError, VlsmError
-from vlsm.report.write import write_report
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser("vlsm.report", str(main.__doc__), ("masks", "trained pages/training.html"))
+    parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment, train or evaluate run; local or s3://")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="default: beside OUTPUT, with its name and .html")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the report of a run: one HTML file to open in a browser."""
-    parser = argparse.ArgumentParser(prog="python -m vlsm.report", description=main.__doc__)
-    parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment, train or evaluate run; local or s3://")
-    parser.add_argument("file", metavar="FILE", nargs="?", help="a local path (default: OUTPUT's name with .html)")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
+    from vlsm.report.write import write_report  # here, so that --help does not wait for it
+
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        path = write_report(args.output, args.file)
+        uri = write_report(args.output, args.file)
     except (VlsmError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(uri)
     return 0
 
 

@@ -9,26 +9,25 @@ from vlsm.report.segmentations import segmentation_page
 from vlsm.report.trainings import training_page
 
 
-def write_report(output: str, file: str | Path | None = None) -> Path:
-    """Write the report of a run and return its path.
+def write_report(output: str, file: str | Path | None = None) -> str:
+    """Write the report of a run and return its location.
 
     Args:
         output: OUTPUT of a segment, train or evaluate run, finished or not, local or on an object store.
-        file: a local path; default: the name of OUTPUT with `.html`, in the current folder.
+        file: the file to write, local or on an object store; default: beside OUTPUT, its name with `.html`.
 
     Returns:
-        Path of the report.
+        Location of the report.
 
     Raises:
         ConfigError: there is no run at OUTPUT.
     """
     output = storage.absolute(output)
-    name = output.rpartition("/")[2]
-    path = Path(f"{name}.html" if file is None else file)
-    text = render(_page(output, name))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+    uri = f"{output}.html" if file is None else storage.absolute(str(file))
+    text = render(_page(output, output.rpartition("/")[2]))
+    with storage.name_errors("FILE", uri):
+        storage.write_bytes(uri, text.encode())
+    return uri
 
 
 def _page(output: str, title: str) -> Page:

@@ -17,11 +17,13 @@ from typing import Any
 from vlsm import storage
 from vlsm.archive.archive import Archive, open_archive
 from vlsm.checkpoints import CheckpointSettings, digest_files, read_checkpoint, read_settings
+from vlsm.commands import call
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.formats import Look
 from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
+from vlsm.models import BLIND
 from vlsm.runs.compare import RunState, failed_by_reason, images_by_rule
 from vlsm.runs.plan import Plan, list_plans, new_plan_id, remove_plan, write_plan
 from vlsm.runs.planner import Planner
@@ -69,9 +71,11 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
 
     Raises:
         CheckpointError: a checkpoint is missing or cannot be used.
-        ConfigError: the prompt or threshold is not set, and the members have different ones.
+        ConfigError: the prompt or threshold is not set, and the members have different ones; or no member reads the
+            text of several prompts.
     """
     settings, checkpoints = _resolve(settings)
+    _check_prompts(settings, checkpoints)
     return settings, _read_members(settings, checkpoints)
 
 
@@ -180,6 +184,8 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
         members = _read_members(settings, checkpoints)
         facts = {"checkpoint_digests": [digest_files(member.files) for member in members]}
         if record is None:
+            _check_prompts(settings, checkpoints)
+            _tell_calibration(settings, checkpoints)
             record = _plan_run(settings, facts, archive or open_input(settings))
         if differences := describe_differences(record, settings, facts):
             raise ConfigError(
@@ -189,6 +195,30 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
         if settings.update and not is_new and record["plan"]["is_complete"]:
             record = _update_run(settings, record)
     return Run(settings, members, Plan(**record["plan"]), record["run_id"])
+
+
+def _check_prompts(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> None:
+    """Raise a ConfigError if several prompts go to models that all ignore the text; warn if some of them do."""
+    prompts, names = settings.prompts or (), list(dict.fromkeys(checkpoint.model for checkpoint in checkpoints))
+    blind = [name for name in names if name in BLIND]
+    if len(prompts) < 2 or not blind:
+        return
+    verb = "ignores" if len(blind) == 1 else "ignore"
+    if len(blind) < len(names):
+        text = "%s %s the text: in this ensemble such a member has the same mask for each of the %d prompts"
+        logger.warning(text, ", ".join(blind), verb, len(prompts))
+    elif not settings.allow_equal_masks:
+        raise ConfigError(
+            f"{', '.join(blind)} {verb} the text: all {len(prompts)} prompts would have the same mask; give one "
+            f"prompt, such as --set 'prompts=[{prompts[0]}]', or --set allow_equal_masks=true"
+        )
+
+
+def _tell_calibration(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> None:
+    pairs = zip(settings.members, checkpoints, strict=True)
+    if bare := [member.checkpoint for member, checkpoint in pairs if checkpoint.calibration is None]:
+        text = "%s: not calibrated, so `confidence` says how sure the model is, not how good a mask is; see %s"
+        logger.info(text, ", ".join(bare), call("vlsm.calibration"))
 
 
 def _plan_run(settings: SegmentSettings, facts: dict[str, Any], archive: Archive) -> dict[str, Any]:

@@ -24,9 +24,6 @@ _RUN_KEY = "vlsm.run"
 _MASK_COLUMNS = ("mask_rle", "height", "width")
 
 
-ALL_KINDS = None  # no filter by kind: masks, masks of ensemble members and label maps
-
-
 def part_name(shard: int) -> str:
     """Return the name of a shard's part file. If the file exists, the shard is done."""
     return f"part-{shard:08d}.parquet"

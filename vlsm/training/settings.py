@@ -174,9 +174,9 @@ class TrainSettings(Settings):
 
     output: str
     datasets: dict[str, str] = Field({}, description="datasets by name, as --dataset NAME=URI")
-    model: str | None = Field(None, description="one of `python -m vlsm.models`; required without start_from")
+    model: str | None = Field(None, description="one of `vlsm models`; required without start_from")
     options: dict[str, Any] = Field(
-        {}, description="options of the model: --set options.image_size=224; `python -m vlsm.models NAME` lists them"
+        {}, description="options of the model: --set options.image_size=224; `vlsm models NAME` lists them"
     )
     trainable: Trainable = Field(
         "decoder", description="weights to train: decoder, lora (also adapters in towers), all"

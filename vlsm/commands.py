@@ -1,0 +1,81 @@
+"""All commands by name, and the parts of a command line that they share."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+from vlsm.config import Settings, describe_settings
+
+# name for `vlsm NAME`: the module for `python -m MODULE`, and what it does
+COMMANDS = {
+    "segment": ("jobs.segment", "segment an archive of images"),
+    "train": ("jobs.train", "train a model on labelled datasets"),
+    "evaluate": ("jobs.evaluate", "score and compare models on labelled datasets"),
+    "sweep": ("jobs.sweep", "train and compare many models"),
+    "status": ("jobs.status", "progress of a segment run or a training"),
+    "verify": ("jobs.verify", "prove that every planned image has its rows"),
+    "report": ("vlsm.report", "an HTML page about a segment run, a training or an evaluation"),
+    "export": ("vlsm.export", "masks as files for other tools"),
+    "datasets": ("vlsm.datasets", "what labelled datasets are taken for"),
+    "calibrate": ("vlsm.calibration", "temperature and threshold of a checkpoint"),
+    "checkpoints": ("vlsm.checkpoints", "make a checkpoint from pretrained weights"),
+    "models": ("vlsm.models", "all models and their options"),
+    "demo": ("jobs.demo", "the whole workflow on drawn images"),
+    "benchmark": ("jobs.benchmark", "measurements of speed"),
+}
+
+
+def call(module: str) -> str:
+    """Return how this process calls a command: `vlsm segment` or `python -m jobs.segment`, as the user began."""
+    names = {name for name, (home, _) in COMMANDS.items() if home == module}
+    return f"vlsm {names.pop()}" if names and PurePath(sys.argv[0]).name == "vlsm" else f"python -m {module}"
+
+
+def new_parser(
+    module: str,
+    description: str,
+    examples: Sequence[str] = (),
+    settings: type[Settings] | None = None,
+    common: Sequence[str] = (),
+    epilog: str = "",
+) -> argparse.ArgumentParser:
+    """Return the parser of a command. Its help begins with examples.
+
+    Args:
+        module: module of the command.
+        description: what the command does, in one sentence.
+        examples: the words of example commands, without the command itself.
+        settings: the settings that --set takes, if any; --help-settings lists all of them.
+        common: keys of the settings that --help shows.
+        epilog: the end of the help.
+    """
+    shown = "\n".join([f"  {call(module)} {words}".rstrip() for words in examples])
+    lines = [epilog]
+    if settings is not None:
+        chosen = describe_settings(settings, common)
+        lines = ["settings that people change, as --set key=value (--help-settings lists all):", *chosen, "", epilog]
+    parser = argparse.ArgumentParser(
+        prog=call(module),
+        description=f"{description}\n\nexamples:\n{shown}" if examples else description,
+        epilog="\n".join(lines).strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if settings is not None:
+        parser.add_argument(
+            "--help-settings", action=_ShowSettings, settings=settings, help="list all settings and exit"
+        )
+    return parser
+
+
+class _ShowSettings(argparse.Action):
+    """Print all settings of a command, with their defaults, and exit."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, settings: type[Settings], **options: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **options)
+        self.settings = settings
+
+    def __call__(self, parser: argparse.ArgumentParser, *words: Any) -> None:
+        print("\n".join(["settings, as --set key=value or in --config FILE:", *describe_settings(self.settings)]))
+        parser.exit()
