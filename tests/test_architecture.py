@@ -13,6 +13,7 @@ MODULES = sorted((ROOT / "vlsm").rglob("*.py"))
 FLOORS = (
     {"errors", "version"},
     {"storage"},
+    {"documents"},
     {"config"},
     {"images"},
     {"archive", "models"},

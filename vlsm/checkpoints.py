@@ -17,11 +17,11 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from vlsm import storage
 from vlsm.config import Settings, dump_yaml, explain, parse_assignments
+from vlsm.documents import parse_yaml
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.images.preprocess import ImageSpec, Resize
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
@@ -215,14 +215,12 @@ def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
         CheckpointError: the file is malformed or of a newer format, the model is unknown, or the weights are missing.
     """
     try:
-        tree = yaml.safe_load(files[SETTINGS_NAME])
+        tree = parse_yaml(files[SETTINGS_NAME], f"{SETTINGS_NAME} of checkpoint {uri!r}", CheckpointError)
         if message := newer_format(tree.get("format") if isinstance(tree, dict) else None, f"checkpoint {uri!r}"):
             raise CheckpointError(message)
         settings = CheckpointSettings.model_validate(tree)
-    except (yaml.YAMLError, ValidationError) as error:
-        reason = (
-            explain(error, CheckpointSettings) if isinstance(error, ValidationError) else " ".join(f"{error}".split())
-        )
+    except ValidationError as error:
+        reason = explain(error, CheckpointSettings)
         raise CheckpointError(f"{SETTINGS_NAME} of checkpoint {uri!r}: {reason}") from error
     check_name(settings.model)
     if _WEIGHTS_NAME not in files:
