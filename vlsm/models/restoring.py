@@ -20,7 +20,6 @@ from torch.nn.modules.module import (
 
 from vlsm.documents import parse_json
 from vlsm.errors import CheckpointError, VlsmError
-from vlsm.models.cnn import CNN
 from vlsm.models.contract import SegmentationModel
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -89,7 +88,7 @@ def restore_model(
 def _restore(
     model_class: type[SegmentationModel], options: Any, folder: Path, shapes: Shapes, uri: str
 ) -> SegmentationModel:
-    if not issubclass(model_class, CNN):  # a CNN's only size is its name, and some encoders read values when built
+    if model_class.has_sizes:
         with torch.device("meta"), _bounded(shapes, uri):
             check_shapes(model_class.restore(options, folder), shapes, uri)
     with _bounded(shapes, uri):
