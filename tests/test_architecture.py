@@ -16,6 +16,7 @@ FLOORS = (
     {"redirects"},
     {"stores"},
     {"storage"},
+    {"documents"},
     {"config"},
     {"commands"},
     {"images"},

@@ -14,18 +14,19 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.config import Settings, dump_yaml, explain, parse_assignments
+from vlsm.documents import MAX_JSON_BYTES, parse_yaml
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.images.preprocess import ImageSpec, Resize
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
+from vlsm.models.tower_files import TOWER_FOLDERS, write_tower_files
 from vlsm.version import FORMAT, __version__, newer_format
 
 if TYPE_CHECKING:
@@ -36,14 +37,18 @@ if TYPE_CHECKING:
 SETTINGS_NAME = "checkpoint.yaml"
 _WEIGHTS_NAME = "model.safetensors"
 _PACKAGES = ("torch", "transformers", "open_clip_torch", "timm", "segmentation_models_pytorch")
-_TOWER_FOLDERS = ("clipseg", "openclip")
+_MAX_FILES = 100  # of a folder that is none, such as a whole bucket
 _SUFFIXES = (".yaml", ".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class _ImageSettings(Settings):
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    size: int = Field(ge=1)
+    mean: tuple[_Finite, _Finite, _Finite]
+    std: tuple[_Positive, _Positive, _Positive]
     resize: Resize = "squeeze"  # absent in checkpoints of version 0
 
     @property
@@ -153,7 +158,7 @@ def save_checkpoint(
     model = merged_copy(model)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS_NAME).unlink(missing_ok=True)
-    for stale in _TOWER_FOLDERS:  # of the replaced checkpoint
+    for stale in TOWER_FOLDERS:  # of the replaced checkpoint
         shutil.rmtree(folder / stale, ignore_errors=True)
     model.save_files(folder)
     weights = model.state_dict() if weights is None else weights
@@ -190,9 +195,13 @@ def _list_files(uri: str) -> list[str]:
     fs, path = storage.open_uri(uri)
     if not fs.exists(f"{path}/{SETTINGS_NAME}"):
         raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {SETTINGS_NAME}")
-    found = sorted(file_path.removeprefix(path).lstrip("/") for file_path in fs.find(path))
-    names = [name for name in found if not storage.is_temporary(name.rpartition("/")[2])]  # of a killed process
+    infos = {name.removeprefix(path).lstrip("/"): info for name, info in fs.find(path, detail=True).items()}
+    names = [name for name in sorted(infos) if not storage.is_temporary(name.rpartition("/")[2])]  # of a killed process
+    if len(names) > _MAX_FILES:
+        raise CheckpointError(f"checkpoint {uri!r} has {len(names):,} files; a checkpoint has {_MAX_FILES} at most")
     for name in names:
+        if (size := infos[name].get("size") or 0) > MAX_JSON_BYTES and name != _WEIGHTS_NAME:
+            raise CheckpointError(f"{name} of checkpoint {uri!r} has {size:,} bytes; only {_WEIGHTS_NAME} may")
         if not name.endswith(_SUFFIXES):
             raise CheckpointError(
                 f"checkpoint {uri!r} has {name!r}; only {', '.join(_SUFFIXES)} are allowed (a pickle could run code)"
@@ -216,14 +225,12 @@ def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
         CheckpointError: the file is malformed or of a newer format, the model is unknown, or the weights are missing.
     """
     try:
-        tree = yaml.safe_load(files[SETTINGS_NAME])
+        tree = parse_yaml(files[SETTINGS_NAME], f"{SETTINGS_NAME} of checkpoint {uri!r}", CheckpointError)
         if message := newer_format(tree.get("format") if isinstance(tree, dict) else None, f"checkpoint {uri!r}"):
             raise CheckpointError(message)
         settings = CheckpointSettings.model_validate(tree)
-    except (yaml.YAMLError, ValidationError) as error:
-        reason = (
-            explain(error, CheckpointSettings) if isinstance(error, ValidationError) else " ".join(f"{error}".split())
-        )
+    except ValidationError as error:
+        reason = explain(error, CheckpointSettings)
         raise CheckpointError(f"{SETTINGS_NAME} of checkpoint {uri!r}: {reason}") from error
     check_name(settings.model)
     if _WEIGHTS_NAME not in files:
@@ -240,30 +247,17 @@ def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
     import safetensors.torch  # here: the driver of a run reads checkpoints without loading torch
 
     settings = parse_settings(files, uri)
-    for name, data in files.items():
-        if name.endswith(".json") and b'"auto_map"' in data:
-            raise CheckpointError(f"{name} of checkpoint {uri!r} has an auto_map, which asks to run code; remove it")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            if name != _WEIGHTS_NAME:
-                target = Path(folder, *[part for part in PurePosixPath(name).parts if part not in ("..", "/")])
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data)
-        options = parse_options(settings.model, settings.options)
-        from vlsm.models.towers import LOAD_ERRORS
+    options = parse_options(settings.model, settings.options)
+    from vlsm.models.restoring import read_shapes, restore_model
 
-        try:
-            model = find_model(settings.model).restore(options, Path(folder))
-        except LOAD_ERRORS as error:
-            raise CheckpointError(
-                f"the files of checkpoint {uri!r} do not describe {settings.model}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            ) from error
+    shapes = read_shapes(files[_WEIGHTS_NAME], f"{_WEIGHTS_NAME} of checkpoint {uri!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_tower_files({name: data for name, data in files.items() if name != _WEIGHTS_NAME}, Path(folder), uri)
+        model = restore_model(find_model(settings.model), options, Path(folder), shapes, uri)
     try:
         weights = safetensors.torch.load(bytes(files[_WEIGHTS_NAME]))
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{_WEIGHTS_NAME} of checkpoint {uri!r} is damaged: {error}") from error
-    _check_weights(model, weights, uri)
     model.load_state_dict(weights)
     if settings.image.size != model.image_spec.size:
         raise CheckpointError(
@@ -282,18 +276,6 @@ def load_checkpoint(uri: str | Path) -> Checkpoint:
         CheckpointError: there is no usable checkpoint at the location.
     """
     return build_checkpoint(read_checkpoint(str(uri)), str(uri))
-
-
-def _check_weights(model: "SegmentationModel", weights: dict[str, Any], uri: str) -> None:
-    """Raise a CheckpointError if names or shapes of the weights differ from the model's."""
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    model_shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    wrong = [key for key in sorted(model_shapes.keys() | shapes.keys()) if model_shapes.get(key) != shapes.get(key)]
-    if wrong:
-        shown = "; ".join(
-            f"{key}: {shapes.get(key, 'none')} instead of {model_shapes.get(key, 'none')}" for key in wrong[:3]
-        )
-        raise CheckpointError(f"the weights of checkpoint {uri!r} do not fit its model in {len(wrong)} places: {shown}")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,6 @@
 """Settings: frozen models with their defaults, and a strict reader for YAML files and `key=value` words."""
 
 import difflib
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
@@ -10,11 +9,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from vlsm import storage
+from vlsm.documents import parse_yaml, read_yaml
 from vlsm.errors import ConfigError
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
+_MAX_PROBLEMS, _MAX_LETTERS = 10, 300  # of a message; a file of others may have more
 
 Slices = Literal["axial", "coronal", "sagittal"]
 
@@ -278,7 +278,7 @@ def parse_assignments(assignments: list[str], tree: dict[str, Any] | None = None
             branch = branch.setdefault(group, {})
             if not isinstance(branch, dict):
                 raise ConfigError(f"--set {assignment!r}: {group} is already a value; it must be a group of settings")
-        branch[leaf] = _parse_yaml(value, f"--set {assignment}")
+        branch[leaf] = parse_yaml(value, f"--set {' '.join(assignment[:80].split())}", ConfigError)
     return tree
 
 
@@ -311,29 +311,21 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        text = storage.read_bytes(path).decode()
-    except (OSError, UnicodeDecodeError) as error:
+        tree = read_yaml(path, f"--config {Path(path).name}", ConfigError)
+    except OSError as error:
         raise ConfigError(f"--config {path!r} cannot be read: {error}") from error
-    tree = _parse_yaml(text, f"--config {Path(path).name}")
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path!r} must hold keys and values, such as `prompts: [polyp]`")
     return tree
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    """Return the value of a YAML text; `where` names the text in the error message."""
-    try:
-        return yaml.safe_load(io.StringIO(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def explain(error: ValidationError, settings: type[Settings]) -> str:
     """Return all problems of a validation error as one line."""
     problems = []
     known = {key: info.description for key, info in _leaves(settings)}
-    for detail in error.errors():
-        key = ".".join(str(part) for part in detail["loc"])
+    details = error.errors(include_url=False)
+    for detail in details[:_MAX_PROBLEMS]:
+        key = ".".join(str(part) for part in detail["loc"])[:_MAX_LETTERS]
         if detail["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
@@ -344,10 +336,11 @@ def explain(error: ValidationError, settings: type[Settings]) -> str:
             message = detail["msg"][0].lower() + detail["msg"][1:]
             is_range = detail["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
             meaning = known.get(key, "") if is_range else ""
-            problems.append(f"{key} is {detail['input']!r}: {message}{meaning and f' ({meaning})'}")
+            problems.append(f"{key} is {detail['input']!r:.{_MAX_LETTERS}}: {message}{meaning and f' ({meaning})'}")
         else:
             problems.append(detail["msg"].removeprefix("Value error, "))
-    return "; ".join(problems)
+    more = len(details) - _MAX_PROBLEMS
+    return "; ".join(problems) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def describe_settings(settings: type[Settings], keys: Sequence[str] | None = None) -> list[str]:

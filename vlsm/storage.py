@@ -52,10 +52,16 @@ def exists(uri: str, allow: tuple[str, ...] = ()) -> bool:
     return bool(with_retries(lambda: fs.exists(path), uri, QUICK_S))
 
 
-def read_bytes(uri: str, patience_s: float = QUICK_S) -> bytes:
-    """Return the whole content of a file."""
+def read_bytes(uri: str, patience_s: float = QUICK_S, max_bytes: int | None = None) -> bytes:
+    """Return the whole content of a file; if it is longer than `max_bytes`, its first `max_bytes` + 1 bytes."""
     fs, path = open_uri(uri)
-    return bytes(with_retries(lambda: fs.cat_file(path), uri, patience_s))
+
+    def read() -> bytes:
+        # stores refuse a range of an empty file, so the size comes first; a pipe of the local disk has no size
+        is_long = max_bytes is not None and (is_local(fs) or (fs.size(path) or 0) > max_bytes)
+        return bytes(fs.cat_file(path, end=max_bytes + 1) if is_long and max_bytes is not None else fs.cat_file(path))
+
+    return with_retries(read, uri, patience_s)
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> "pa.Table":

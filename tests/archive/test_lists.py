@@ -155,7 +155,7 @@ def test_a_prompt_that_is_a_list_or_nothing_written_as_text(tmp_path, kind, colu
         ("x.csv", gzip.compress(b"image_uri\na.png\n", mtime=0), "is packed with gzip; its name must end with .gz"),
         ("x.csv", b"PK\3\4\x14\0", "is a zip file, as .xlsx is; save it as CSV"),
         ("x.jsonl", '[{"image_uri": "a.png"}]', "line 1 is [{'image_uri': 'a.png'}]; a manifest's line is an object"),
-        ("x.jsonl", '[\n{"image_uri": "a.png"}\n]', "line 1 is not JSON: Expecting value at column 1; each"),
+        ("x.jsonl", '[\n{"image_uri": "a.png"}\n]', "line 1 is not JSON: Expecting value at column 2; each"),
         ("x.jsonl", '{"image_uri": "a.png"},\n{"image_uri": "b.png"}', "line 1 is not JSON: Extra data at column 23;"),
         ("x.jsonl", '{"image_uri": "a.png", "prompt": "x", "prompt": "y"}', "line 1 is not JSON: a key stands twice"),
         ("x.jsonl", '{"image_uri": "a.png"}\n{"path": "b.png"}', "row 2 has the keys path; a manifest needs image_uri"),

@@ -10,9 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from vlsm.errors import ManifestError
+from vlsm.documents import parse_json, parse_yaml
+from vlsm.errors import ManifestError, VlsmError
 
 logger = logging.getLogger("vlsm")
 
@@ -172,8 +171,15 @@ def normalize(name: str) -> str:
 
 def assign(known: str, name: str, setting: str = "columns") -> str:
     """Return the word for --set that says which column of a list has a meaning, as a shell takes it."""
-    is_plain = yaml.safe_load(f"x: {name}\n") == {"x": name} if re.fullmatch(r"[\w .\-]+", name) else False
-    return shlex.quote(f"{setting}.{known}={name if is_plain else json.dumps(name, ensure_ascii=False)}")
+    return shlex.quote(f"{setting}.{known}={name if _is_plain(name) else json.dumps(name, ensure_ascii=False)}")
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether a name without quotes is the same text in YAML."""
+    try:
+        return bool(re.fullmatch(r"[\w .\-]+", name)) and parse_yaml(f"x: {name}\n", "a name") == {"x": name}
+    except VlsmError:
+        return False
 
 
 def parse_texts(text: str, where: str) -> str | list[str]:
@@ -200,8 +206,8 @@ def parse_texts(text: str, where: str) -> str | list[str]:
 
 def _read_list(inner: str) -> list[str] | None:
     try:
-        texts = json.loads(inner)
-    except (ValueError, RecursionError):
+        texts = parse_json(inner, "the list", ManifestError)
+    except ManifestError:
         if inner[0] + inner[-1] not in ("[]", "()"):
             return None
         literals = _QUOTED.findall(inner)

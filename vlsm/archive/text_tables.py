@@ -5,12 +5,12 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from typing import IO, Any
 
 from vlsm.archive.columns import Cells, Columns, parse_texts, shorten
+from vlsm.documents import parse_json
 from vlsm.errors import ManifestError
 
 _MOST_CELL_LETTERS = 1 << 24  # of a CSV; a longer cell is a quote that nobody closed
@@ -163,18 +163,7 @@ def read_json(text: IO[str], uri: str, columns: Columns) -> Cells:
 
 def _json_record(line: str, where: str) -> dict[str, Any]:
     """Return the object in a line of JSON; `where` names the line in messages."""
-    try:
-        record = json.loads(line, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise ManifestError(f"{where} is not JSON: {reason}; each line must be one object with image_uri") from error
+    record = parse_json(line.strip(), where, ManifestError, "; each line must be one object with image_uri")
     if not isinstance(record, dict):
         raise ManifestError(f"{where} is {shorten(record)}; a manifest's line is an object with image_uri")
-    return record
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError("a key stands twice in an object")
     return record

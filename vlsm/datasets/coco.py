@@ -14,7 +14,6 @@ The rules:
 Source: https://cocodataset.org/#format-data.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from vlsm import storage
 from vlsm.datasets.coco_shapes import encode_segmentation, join
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.documents import parse_json
 from vlsm.errors import ImageError, ManifestError
 from vlsm.images.fetch import read_image_bytes
 
@@ -150,11 +150,10 @@ def _read_file(name: str, file: CocoFile, settings: DatasetSettings) -> Iterator
 def _load(uri: str, settings: DatasetSettings) -> dict[str, list[Any]]:
     """Return the three lists of a COCO file."""
     try:
-        content = json.loads(read_image_bytes(uri, None, settings.max_image_bytes, allow=settings.allow))
+        data = read_image_bytes(uri, None, settings.max_image_bytes, allow=settings.allow)
     except ImageError as error:
         raise ManifestError(f"{uri} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{uri} is not JSON: {error}") from error
+    content = parse_json(data, uri, ManifestError)
     lists = ("images", "annotations", "categories")
     missing = [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:

@@ -1,6 +1,5 @@
 """Folders of images and masks without annotation files; `vlsm.datasets.pairing` has the rules that pair them."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from vlsm.datasets.classes import Labels, labels_of, split_by_class
 from vlsm.datasets.pairing import Pair, Pairing, pair_by_stem
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.documents import read_json
 from vlsm.errors import ManifestError
 from vlsm.images.formats import FORMATS, describe_other, kind_of
 
@@ -140,9 +140,9 @@ def _read_nnunet_labels(name: str, uri: str) -> Labels:
     labels; {"1": "polyp"} in version 1. Neither 0, the background, nor "ignore" is a class.
     """
     try:
-        labels = json.loads(storage.read_bytes(uri)).get("labels", {})
+        labels = read_json(uri, uri, ManifestError, "; --set data.classes states the classes").get("labels", {})
         pairs = [_nnunet_label(key, value) for key, value in labels.items()]
-    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
         raise ManifestError(
             f"{uri} is no dataset.json of nnU-Net ({error}); --set data.classes states the classes"
         ) from error

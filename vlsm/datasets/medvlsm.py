@@ -3,13 +3,13 @@
 Source: MedVLSM, MIDL 2024, arXiv 2308.07706.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 from vlsm import storage
 from vlsm.datasets.records import SPLITS, Record, check_texts
+from vlsm.documents import read_json
 from vlsm.errors import ManifestError
 
 
@@ -31,10 +31,7 @@ def read_annotations(name: str, uri: str, splits: list[str]) -> Iterator[Record 
 def _layout_records(name: str, uri: str, split: str) -> Iterator[Record | ManifestError]:
     """Yield the record of each valid row, and the error of each invalid row."""
     location = storage.join(uri, "anns", f"{split}.json")
-    try:
-        rows = json.loads(storage.read_bytes(location))
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"dataset {name}: {location} is not JSON: {error}") from error
+    rows = read_json(location, f"dataset {name}: {location}", ManifestError)
     if not isinstance(rows, list):
         raise ManifestError(f"dataset {name}: {location} holds a {type(rows).__name__}; it must be a list of records")
     for number, row in enumerate(rows, start=1):
@@ -47,11 +44,11 @@ def _layout_records(name: str, uri: str, split: str) -> Iterator[Record | Manife
 
 def _layout_record(name: str, uri: str, split: str, row: Any, where: str) -> Record:
     if not isinstance(row, dict):
-        raise ManifestError(f"{where} is {row!r}; it must be an object")
+        raise ManifestError(f"{where} is {row!r:.100}; it must be an object")
     image, mask = (_file_name(row, key, where) for key in ("img_name", "mask_name"))
     prompts = row.get("prompts")
     if not isinstance(prompts, dict):
-        raise ManifestError(f"{where}: prompts are {prompts!r}; they must be named, as in {{'p1': 'polyp'}}")
+        raise ManifestError(f"{where}: prompts are {prompts!r:.100}; they must be named, as in {{'p1': 'polyp'}}")
     return Record(
         name,
         split,
@@ -66,7 +63,7 @@ def _file_name(row: dict[str, Any], key: str, where: str) -> str:
     """Return a file name below the dataset's folder. Sub-folders are allowed; a path that leaves the folder is not."""
     name = row.get(key)
     if not isinstance(name, str) or not name:
-        raise ManifestError(f"{where}: {key} is {name!r}; it must name a file")
+        raise ManifestError(f"{where}: {key} is {name!r:.100}; it must name a file")
     if name.startswith("/") or ".." in PurePosixPath(name).parts or "://" in name:
-        raise ManifestError(f"{where}: {key} is {name!r}; it must lie below the dataset's folder")
+        raise ManifestError(f"{where}: {key} is {name!r:.300}; it must lie below the dataset's folder")
     return name

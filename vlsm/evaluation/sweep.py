@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
 from vlsm.config import PlaceSettings, Settings, load_settings
 from vlsm.datasets.settings import SplitSettings
 from vlsm.datasets.shared import share_settings
+from vlsm.documents import read_yaml
 from vlsm.errors import ConfigError
 from vlsm.evaluation.places import allow_places, places_of
 from vlsm.evaluation.settings import EvaluateSettings
@@ -141,8 +141,8 @@ def read_models(models: dict[str, dict[str, Any]], folder: str) -> dict[str, dic
             path = str(model_settings["config"])
             uri = path if "://" in path or path.startswith("/") else storage.join(folder, path)
             try:
-                file_tree = yaml.safe_load(storage.read_bytes(uri))
-            except (OSError, yaml.YAMLError) as error:
+                file_tree = read_yaml(uri, f"models: {name}: {uri}", ConfigError)
+            except OSError as error:
                 raise ConfigError(f"models: {name}: {uri} cannot be read: {' '.join(str(error).split())}") from error
             if not isinstance(file_tree, dict):
                 raise ConfigError(f"models: {name}: {uri} holds no settings; it must hold settings of jobs.train")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlsm.errors import ConfigError, ImageError
+from vlsm.documents import parse_json
+from vlsm.errors import ConfigError, ImageError, ResultError
 from vlsm.export.folder import ExportFolder, open_folder
 from vlsm.export.origins import Filters, Numbering, read_settings
 from vlsm.runs.results import choose_rows, decode_ok_row, read_ok_rows, read_rows
@@ -68,7 +69,7 @@ def decode_labels(png: bytes) -> np.ndarray:
 
 def class_names(row: dict[str, Any]) -> list[str]:
     """Return the class names of a row of kind "labels", in the order of their values from 1."""
-    return [str(name) for name in json.loads(row["prompt"])]
+    return [str(name) for name in parse_json(row["prompt"], "the prompt of a label map", ResultError)]
 
 
 def _write_label_maps(output: str, folder: ExportFolder, filters: Filters, limit: int | None) -> dict[str, int]:

@@ -36,7 +36,9 @@ class CLIPSegTowers(Towers):
                 f"image_size is {image_size}; it must be a multiple of the patch size {vision.patch_size}"
             )
         if list(config.extract_layers) != sorted(set(config.extract_layers)):
-            raise CheckpointError(f"extract_layers of the CLIPSeg are {config.extract_layers}; they must increase")
+            raise CheckpointError(
+                f"extract_layers of the CLIPSeg are {config.extract_layers!s:.100}; they must increase"
+            )
         self.config = config
         self.taps = list(config.extract_layers)
         self.clip = clip
@@ -90,14 +92,14 @@ class CLIPSegTowers(Towers):
         self.tokenizer.save_pretrained(folder / _FOLDER)
 
 
-def load_tokenizer(source: str) -> Any:
-    """Return the tokenizer of a folder or hub id.
+def load_tokenizer(source: str, local_files_only: bool = False) -> Any:
+    """Return the tokenizer of a folder or hub id. No code of the source runs.
 
     Raises:
         CheckpointError: the tokenizer cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer of {source!r} cannot be loaded: {explain_source(error)}") from error
 
@@ -112,8 +114,8 @@ def load_towers(source: str, image_size: int) -> tuple[CLIPSegTowers, PromptDeco
 
 def restore_towers(folder: Path, image_size: int) -> tuple[CLIPSegTowers, PromptDecoder]:
     """Return the towers and the decoder of a checkpoint directory. The caller loads their weights afterwards."""
-    config = CLIPSegConfig.from_pretrained(folder / _FOLDER)
-    tokenizer = load_tokenizer(str(folder / _FOLDER))
+    config = CLIPSegConfig.from_pretrained(folder / _FOLDER, local_files_only=True)
+    tokenizer = load_tokenizer(str(folder / _FOLDER), local_files_only=True)
     return CLIPSegTowers(config, CLIPSegModel(config), tokenizer, image_size), PromptDecoder(config)
 
 

@@ -21,6 +21,7 @@ class CNN(ImageOnlyModel):
     """
 
     architecture: ClassVar[str]
+    has_sizes = False  # and some encoders read values while they are built, which torch's meta device does not have
 
     @classmethod
     def build(cls, options: CNNOptions) -> Self:

@@ -30,6 +30,7 @@ class SegmentationModel(nn.Module):
     options: Settings
     image_spec: ImageSpec
     is_folded = False  # True after `fold_batch_norms`; the model then serves inference only
+    has_sizes: ClassVar[bool] = True  # False: names alone describe the network, so no file can make it large
     threshold: ClassVar[float] = 0.5  # probability at or above which the published model marks a pixel as foreground
 
     @classmethod

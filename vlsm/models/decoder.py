@@ -93,7 +93,10 @@ def load_network(source: str) -> CLIPSegForImageSegmentation:
     """
     try:
         # transformers prefers safetensors; without them it reads a pickle with weights_only
-        network, report = CLIPSegForImageSegmentation.from_pretrained(source, output_loading_info=True)
+        # a configuration may name an attention whose code transformers would fetch from the hub
+        network, report = CLIPSegForImageSegmentation.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
     except LOAD_ERRORS as error:
         raise CheckpointError(f"CLIPSeg weights {source!r} cannot be loaded: {explain_source(error)}") from error
     if report["missing_keys"]:  # transformers would continue with random weights

@@ -15,9 +15,10 @@ from vlsm.models.openclip_source import (
     CONFIG_NAME,
     build_architecture,
     explain_text_tower,
-    local_text_tower,
+    load_tokenizer,
     read_config,
     resolve_source,
+    text_tower,
 )
 from vlsm.models.towers import LOAD_ERRORS, Towers, cut_tokens, encode_by_length, explain_source
 
@@ -68,13 +69,13 @@ class OpenCLIPTowers(Towers):
         name, tag = resolve_source(source)
         try:
             config = read_config(name)
-            overrides = local_text_tower(name, config)
             if tag and not Path(tag).is_file():  # create_model would log a download error and raise it
                 open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
-            model = open_clip.create_model(
-                name, tag, force_custom_text=True, force_image_size=image_size, require_pretrained=True, **overrides
-            )
-            tokenizer = open_clip.get_tokenizer(name)
+            with text_tower(name, config) as overrides:
+                model = open_clip.create_model(
+                    name, tag, force_custom_text=True, force_image_size=image_size, require_pretrained=True, **overrides
+                )
+            tokenizer = load_tokenizer(name, config)
         except LOAD_ERRORS as error:
             raise CheckpointError(
                 f"open_clip weights {source!r} cannot be loaded: {explain_source(error)}{explain_text_tower(name)}"
@@ -92,8 +93,9 @@ class OpenCLIPTowers(Towers):
         name, _ = resolve_source(source)
         try:
             config = read_config(name)
-            model = build_architecture(config["model_cfg"] | local_text_tower(name, config))
-            tokenizer = open_clip.get_tokenizer(name)
+            with text_tower(name, config) as overrides:
+                model = build_architecture(config["model_cfg"] | overrides)
+            tokenizer = load_tokenizer(name, config)
         except LOAD_ERRORS as error:
             raise CheckpointError(f"open_clip model {source!r} cannot be built: {explain_source(error)}") from error
         statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
@@ -107,9 +109,10 @@ class OpenCLIPTowers(Towers):
         config = read_config(name)
         if "hf_model_name" in config["model_cfg"]["text_cfg"] and not (folder / _FOLDER / "config.json").is_file():
             raise FileNotFoundError(f"{_FOLDER}/config.json, which describes the text tower, is missing")
-        model = build_architecture(config["model_cfg"] | local_text_tower(name, config), image_size)
+        with text_tower(name, config) as overrides:
+            model = build_architecture(config["model_cfg"] | overrides, image_size)
         model.visual.preprocess_cfg = config["preprocess_cfg"]
-        return cls(model, config, open_clip.get_tokenizer(name), taps)
+        return cls(model, config, load_tokenizer(name, config, local_files_only=True), taps)
 
     @property
     def image_tower(self) -> nn.Module:
@@ -204,7 +207,7 @@ class OpenCLIPTowers(Towers):
         self.taps = taps or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
         if not all(0 <= tap < depth for tap in self.taps) or list(self.taps) != sorted(set(self.taps)):
             raise CheckpointError(
-                f"taps are {list(self.taps)}; they must increase, and the image tower has blocks 0 to {depth - 1}"
+                f"taps are {list(self.taps)!s:.99}; they must increase, and the image tower has blocks 0 to {depth - 1}"
             )
         tower.prune_intermediate_layers(list(self.taps), prune_norm=True, prune_head=True)
         for module in tower.modules():

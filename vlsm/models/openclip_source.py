@@ -1,17 +1,24 @@
 """Sources of open_clip models (open_clip's names, the hub, local folders) and their configurations."""
 
+import contextlib
 import copy
 import difflib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import open_clip
 from huggingface_hub import hf_hub_download
+from transformers import PreTrainedConfig
 
+from vlsm.documents import read_json
 from vlsm.errors import CheckpointError
+from vlsm.models.tower_files import check_open_clip, clean_config
 
 CONFIG_NAME = "open_clip_config.json"
+TOWER_CONFIG_NAME = "config.json"  # of a text tower of transformers
 
 
 def build_architecture(model_config: dict[str, Any], image_size: int | None = None) -> open_clip.CustomTextCLIP:
@@ -64,7 +71,8 @@ def read_config(name: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder has no such file.
-        ValueError: the configuration asks to run code, or describes a captioner.
+        ValueError: the configuration describes a captioner.
+        CheckpointError: it is not JSON, or names files or places.
     """
     schema, separator, identifier = name.partition(":")
     if not separator:
@@ -75,9 +83,8 @@ def read_config(name: str) -> dict[str, Any]:
             path = Path(hf_hub_download(identifier, CONFIG_NAME))
         elif not path.is_file():
             raise FileNotFoundError(f"the folder has no {CONFIG_NAME}")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    if "trust_remote_code" in config["model_cfg"]["text_cfg"].get("tokenizer_kwargs", {}):
-        raise ValueError(f"{CONFIG_NAME} asks to run code that comes with a tokenizer; remove trust_remote_code")
+        config = read_json(str(path), CONFIG_NAME, CheckpointError)
+    check_open_clip(config, CONFIG_NAME)
     if "multimodal_cfg" in config["model_cfg"]:
         raise ValueError(
             "it is a captioner (CoCa); choose a model whose text tower returns one embedding and nothing else"
@@ -85,13 +92,39 @@ def read_config(name: str) -> dict[str, Any]:
     return config
 
 
-def local_text_tower(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return keywords that make open_clip read the text tower's config.json from the folder instead of the hub."""
-    folder = name.removeprefix("local-dir:")
+@contextlib.contextmanager
+def text_tower(name: str, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield keywords that make open_clip read the configuration of a text tower of transformers from a folder.
+
+    The folder holds known keys only. open_clip itself would read the configuration from the hub and, if it comes with
+    code, let transformers ask on the terminal whether to run it. The configuration comes from the source's folder if it
+    has one, else from the hub.
+
+    Raises:
+        CheckpointError: the configuration describes no known text tower.
+        OSError: it cannot be read.
+    """
     text = config["model_cfg"]["text_cfg"]
-    if folder == name or "hf_model_name" not in text or not Path(folder, "config.json").is_file():
-        return {}
-    return {"text_cfg": text | {"hf_model_name": folder, "hf_model_pretrained": False}}
+    if not text.get("hf_model_name"):
+        yield {}
+        return
+    folder = name.removeprefix("local-dir:")
+    is_local = folder != name and Path(folder, TOWER_CONFIG_NAME).is_file()
+    source = folder if is_local else text["hf_model_name"]
+    if is_local:
+        tower = read_json(f"{folder}/{TOWER_CONFIG_NAME}", TOWER_CONFIG_NAME, CheckpointError)
+    else:
+        tower, _ = PreTrainedConfig.get_config_dict(source)
+    with tempfile.TemporaryDirectory() as clean:
+        Path(clean, TOWER_CONFIG_NAME).write_text(json.dumps(clean_config(tower, f"{TOWER_CONFIG_NAME} of {source!r}")))
+        yield {"text_cfg": text | {"hf_model_name": clean, "hf_model_pretrained": False}}
+
+
+def load_tokenizer(name: str, config: dict[str, Any], local_files_only: bool = False) -> Any:
+    """Return the tokenizer of a source. No code of the source runs."""
+    if not config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        return open_clip.get_tokenizer(name)
+    return open_clip.get_tokenizer(name, trust_remote_code=False, local_files_only=local_files_only)
 
 
 def explain_text_tower(name: str) -> str:
@@ -102,7 +135,7 @@ def explain_text_tower(name: str) -> str:
     folder = Path(name.removeprefix("local-dir:"))
     if not (folder / CONFIG_NAME).is_file() or (folder / "config.json").is_file():
         return ""
-    text = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+    text = read_json(str(folder / CONFIG_NAME), CONFIG_NAME, CheckpointError)["model_cfg"]["text_cfg"]
     return (
         f"; its text tower needs the config.json of {text['hf_model_name']}: put that file into the folder"
         if "hf_model_name" in text

@@ -13,6 +13,9 @@ SOURCE_HELP = "hub id, local folder with open_clip_config.json, or open_clip's N
 DECODER_HELP = "CLIPSeg whose decoder is used, hub id or local folder; null: the decoder is untrained"
 
 
+MAX_SIDE = 4096  # the memory of a larger input is hundreds of gigabytes, whatever the weights
+
+
 class InputOptions(Settings):
     """How an image becomes the input of any model."""
 
@@ -33,7 +36,7 @@ class UNetDSettings(InputOptions):
 class UNetDOptions(UNetDSettings):
     """Options of UNet-D without a VLSM."""
 
-    image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
+    image_size: int = Field(352, le=MAX_SIDE, ge=16, multiple_of=16, description="side of the input square in pixels")
     normalize: bool = Field(
         True, description="subtract the mean of ImageNet's images; false: levels from 0 to 1, as published"
     )
@@ -43,7 +46,7 @@ class CLIPSegOptions(InputOptions):
     """Source of the pretrained weights, and the input size."""
 
     source: str = Field(PUBLISHED, description="hub id or local folder, as for from_pretrained")
-    image_size: int = Field(352, ge=16, description="side of the input square in pixels")
+    image_size: int = Field(352, le=MAX_SIDE, ge=16, description="side of the input square in pixels")
 
 
 class BiomedCLIPSegOptions(InputOptions):
@@ -55,7 +58,7 @@ class BiomedCLIPSegOptions(InputOptions):
     """
 
     source: str = Field(BIOMEDCLIP, description=SOURCE_HELP)
-    image_size: int = Field(224, ge=16, description="side of the input square in pixels")
+    image_size: int = Field(224, le=MAX_SIDE, ge=16, description="side of the input square in pixels")
     taps: tuple[int, ...] = Field(
         (4, 7, 10), min_length=1, description="0-based image-tower blocks whose outputs enter the decoder"
     )
@@ -73,7 +76,7 @@ class OpenCLIPSegOptions(UNetDSettings):
 
     source: str = Field(description=SOURCE_HELP)
     image_size: int | None = Field(
-        None, ge=16, description="side of the input square in pixels; null: the tower's side"
+        None, le=MAX_SIDE, ge=16, description="side of the input square in pixels; null: the tower's side"
     )
     taps: tuple[int, ...] | None = Field(
         None,
@@ -87,13 +90,13 @@ class OpenCLIPSegOptions(UNetDSettings):
 class EnsembleAOptions(BiomedCLIPSegOptions, UNetDSettings):
     """BiomedCLIPSeg's options and UNet-D's."""
 
-    image_size: int = Field(224, ge=16, multiple_of=16, description="side of the input square in pixels")
+    image_size: int = Field(224, le=MAX_SIDE, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
 class EnsembleBOptions(CLIPSegOptions, UNetDSettings):
     """CLIPSeg's options and UNet-D's."""
 
-    image_size: int = Field(352, ge=16, multiple_of=16, description="side of the input square in pixels")
+    image_size: int = Field(352, le=MAX_SIDE, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
 class EnsembleCOptions(UNetDSettings):
@@ -103,14 +106,14 @@ class EnsembleCOptions(UNetDSettings):
     clipseg_source: str = Field(PUBLISHED, description="hub id or local folder, as for from_pretrained")
     decoder_source: str | None = Field(None, description=f"for A: {DECODER_HELP}")
     taps: tuple[int, ...] = Field((4, 7, 10), min_length=1, description="for A: 0-based image-tower blocks")
-    image_size: int = Field(224, ge=16, multiple_of=16, description="side of the input square in pixels")
+    image_size: int = Field(224, le=MAX_SIDE, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
 class CRISOptions(InputOptions):
     """Options of CRIS. Without `weights`, it starts from CLIP's towers and learns all other parts."""
 
     source: str = Field("RN50-quickgelu/openai", description=SOURCE_HELP)
-    image_size: int = Field(416, ge=32, multiple_of=32, description="side of the input square in pixels")
+    image_size: int = Field(416, le=MAX_SIDE, ge=32, multiple_of=32, description="side of the input square in pixels")
     width: int = Field(
         512, ge=32, multiple_of=32, description="channels of the decoder; the neck has half to twice as many"
     )
@@ -127,18 +130,20 @@ class CNNOptions(InputOptions):
     """Options of the CNN baselines. The defaults are MedVLSM's: ResNet-50 with ImageNet weights."""
 
     encoder: str = Field(
-        "resnet50", description="any encoder of segmentation_models_pytorch, or tu-NAME for an encoder of timm"
+        "resnet50",
+        pattern=r"^[\w.\-]+$",  # no place: a checkpoint must load without a network
+        description="any encoder of segmentation_models_pytorch, or tu-NAME for an encoder of timm",
     )
     encoder_weights: str | None = Field(
         "imagenet", description="name of a pretrained set, a local .safetensors file, or null for random weights"
     )
-    image_size: int = Field(352, ge=32, multiple_of=32, description="side of the input square in pixels")
+    image_size: int = Field(352, le=MAX_SIDE, ge=32, multiple_of=32, description="side of the input square in pixels")
 
 
 class PixelOptions(InputOptions):
     """The only option of the pixel model is its input size."""
 
-    image_size: int = Field(32, ge=1, description="side of the input square in pixels")
+    image_size: int = Field(32, le=MAX_SIDE, ge=1, description="side of the input square in pixels")
 
 
 OPTIONS: dict[str, type[InputOptions]] = {

@@ -4,13 +4,13 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, Calibration
 from vlsm.config import RunSettings, SegmentSettings
 from vlsm.datasets.settings import READING
+from vlsm.documents import read_yaml
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.reader import Reader
 from vlsm.report.charts import Ridge, draw_reliability, draw_ridge
@@ -136,10 +136,10 @@ def calibrations(checkpoints: dict[str, str]) -> list[Section]:
     """
     lines, rows = [], []
     unusable: tuple[type[Exception], ...] = (OSError, VlsmError, *storage.store_errors())
-    unusable += (yaml.YAMLError, ValidationError, KeyError, TypeError)
+    unusable += (ValidationError, KeyError, TypeError)
     for name, uri in checkpoints.items():
         try:
-            tree = yaml.safe_load(storage.read_bytes(storage.join(uri, SETTINGS_NAME)))
+            tree = read_yaml(storage.join(uri, SETTINGS_NAME), SETTINGS_NAME)
             calibration = Calibration.model_validate(tree["calibration"])
         except unusable:
             continue

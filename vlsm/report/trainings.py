@@ -5,13 +5,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-import yaml
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import records_from_table
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.documents import read_yaml
+from vlsm.errors import ConfigError
 from vlsm.images.reader import Reader
 from vlsm.report import parts
 from vlsm.report.charts import draw_lines
@@ -136,5 +137,5 @@ def _checkpoint_facts(output: str) -> list[tuple[str, str]]:
     uri = storage.join(output, CHECKPOINT_NAME, SETTINGS_NAME)
     if not storage.exists(uri):
         return []
-    settings = yaml.safe_load(storage.read_bytes(uri))
+    settings = read_yaml(uri, uri, ConfigError)
     return [(f"Checkpoint's {name}", str(settings[name])) for name in ("prompt", "threshold") if name in settings]

@@ -29,7 +29,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from vlsm import storage
-from vlsm.errors import LeaseError
+from vlsm.documents import parse_json
+from vlsm.errors import LeaseError, VlsmError
 
 logger = logging.getLogger("vlsm")
 
@@ -291,8 +292,8 @@ def _read(uri: str) -> bytes:
 
 def _parse(content: bytes) -> dict[str, Any]:
     try:
-        return dict(json.loads(content))
-    except (ValueError, TypeError):
+        return dict(parse_json(content, "the claim"))
+    except (VlsmError, ValueError, TypeError):
         return {}
 
 

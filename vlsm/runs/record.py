@@ -5,7 +5,6 @@ written last, so a run that has it is finished.
 """
 
 import datetime
-import json
 import os
 import subprocess
 from collections.abc import Iterable
@@ -13,11 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from vlsm import storage
 from vlsm.config import Settings, dump_yaml, flatten
+from vlsm.documents import read_json, read_yaml
 from vlsm.errors import ConfigError, ResultError
 from vlsm.version import FORMAT, __version__, newer_format
 
@@ -67,9 +66,9 @@ def read_record(output: str) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     try:
-        record = yaml.safe_load(storage.read_bytes(uri))
-    except yaml.YAMLError:
-        record = None
+        record = read_yaml(uri, uri, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it is not the record of a run: choose another OUTPUT") from error
     if not isinstance(record, dict) or not {"config", "plan"} <= record.keys():
         raise ConfigError(f"{uri} is not the record of a run; choose another OUTPUT")
     if message := newer_format(record.get("format"), uri):
@@ -87,8 +86,8 @@ def read_summary(output: str) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     try:
-        return dict(json.loads(storage.read_bytes(uri)))
-    except (ValueError, TypeError) as error:
+        return dict(read_json(uri, uri, ResultError))
+    except (ResultError, ValueError, TypeError) as error:
         raise ResultError(f"{uri} is damaged: {error}; remove it, and the same command writes it again") from error
 
 

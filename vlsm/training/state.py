@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, save_checkpoint
+from vlsm.documents import parse_json
 from vlsm.errors import ConfigError, StorageError
 from vlsm.training.history import History, Row
 from vlsm.version import FORMAT, newer_format
@@ -69,16 +70,26 @@ def read_state(output: str) -> State:
     """Return the state of a run from last.safetensors, or the initial state if the file does not exist.
 
     Raises:
-        ConfigError: a newer version has written it.
+        ConfigError: a newer version has written it, or it is damaged.
     """
-    import safetensors.torch
+    from safetensors import SafetensorError
 
     uri = storage.join(output, LAST_NAME)
     if not storage.exists(uri):
         return State()
-    data = storage.read_bytes(uri)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    progress = json.loads(header["__metadata__"]["progress"])
+    try:
+        return _parse_state(storage.read_bytes(uri), uri)
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            f"{uri} is damaged: {type(error).__name__} {error!s:.200}; --set start_over=true trains anew"
+        ) from error
+
+
+def _parse_state(data: bytes, uri: str) -> State:
+    import safetensors.torch
+
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], f"the header of {uri}", ConfigError)
+    progress = parse_json(header["__metadata__"]["progress"], f"the progress in {uri}", ConfigError)
     if message := newer_format(progress.get("format"), uri):
         raise ConfigError(message)
     state = State(**{name: progress[name] for name in ("epoch", "step", "steps")})

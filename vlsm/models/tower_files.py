@@ -1,0 +1,180 @@
+"""The files of a checkpoint that libraries read: only known files, keys and values reach a library.
+
+transformers, open_clip and timm take names of code, of hub repositories and of paths from such files. A checkpoint
+comes from other people: everything that is not on a list here is left out, and what asks to run code is refused.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlsm.documents import MAX_JSON_BYTES, parse_json
+from vlsm.errors import CheckpointError
+
+TOWER_FOLDERS = ("clipseg", "openclip")
+_RUNS_CODE = {"auto_map", "custom_pipelines", "trust_remote_code"}
+_VOCABULARIES = {"vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"}
+# text towers that open_clip can build, and CLIPSeg
+_MODEL_TYPES = {"clipseg", "bert", "roberta", "xlm-roberta", "mt5", "m2m_100"}
+_TOKENIZERS = {"CLIP", "Bert", "Roberta", "XLMRoberta", "T5", "MT5", "Nllb", "M2M100", "Gemma"}
+_TOKENIZER_CLASSES = {f"{name}Tokenizer" for name in _TOKENIZERS} | {"TokenizersBackend", "PreTrainedTokenizer"}
+_TOKENIZER_KEYS = set(
+    "add_bos_token add_eos_token add_prefix_space added_tokens_decoder additional_special_tokens "
+    "clean_up_tokenization_spaces do_basic_tokenize do_lower_case errors extra_ids extra_special_tokens "
+    "language_codes legacy model_max_length never_split padding_side spaces_between_special_tokens "
+    "split_special_tokens src_lang strip_accents tgt_lang tokenize_chinese_chars tokenizer_class trim_offsets "
+    "truncation_side".split()
+)
+_TOKENIZER_OPTIONS = {"clean", "strip_sep_token"}  # of open_clip; others name files, or download
+_MAX_EXTRA_TOKENS = 10_000  # T5 adds `extra_ids` of them; published are 0 to 100
+_NAME = re.compile(r"[\w.\-]{1,200}")  # no place: neither a path nor a hub id
+
+
+def write_tower_files(files: Mapping[str, bytes], folder: Path, uri: str) -> None:
+    """Write the known files of a checkpoint into a folder, as libraries may read them.
+
+    Args:
+        files: contents by the path within the checkpoint.
+        folder: receives `clipseg/` and `openclip/`.
+        uri: location of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: a file is not JSON, asks to run code, or names a model or tokenizer that is not known here.
+    """
+    for name, data in files.items():
+        where = f"{name} of checkpoint {uri!r}"
+        room, _, base = name.rpartition("/")
+        content = None
+        if name.endswith(".json"):
+            if len(data) > MAX_JSON_BYTES:
+                raise CheckpointError(f"{where} is longer than {MAX_JSON_BYTES:,} bytes")
+            tree = parse_json(data, where, CheckpointError)
+            _refuse_code(tree, where)
+            clean = _CLEANERS.get(base)
+            content = json.dumps(clean(tree, where)).encode() if clean else None
+        elif base in _VOCABULARIES:
+            content = data
+        if content is not None and room in TOWER_FOLDERS:
+            (folder / room).mkdir(parents=True, exist_ok=True)
+            (folder / room / base).write_bytes(content)
+
+
+def clean_config(tree: Any, where: str) -> dict[str, Any]:
+    """Return the known keys of a config.json of transformers. Keys that name code, kernels or files are left out.
+
+    Raises:
+        CheckpointError: it describes none of the models that are known here.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = tree.get("model_type") if isinstance(tree, dict) else None
+    if kind not in _MODEL_TYPES:
+        raise CheckpointError(
+            f"{where}: model_type is {kind!r:.80}; it must be one of {', '.join(sorted(_MODEL_TYPES))}"
+        )
+    config = CONFIG_MAPPING[kind]
+    cleaned = {key: value for key, value in tree.items() if key in config.__annotations__ and _is_plain(value)}
+    for key, part in config.sub_configs_defaults.items():
+        if isinstance(tree.get(key), dict):
+            known = getattr(part, "config_class", part).__annotations__
+            cleaned[key] = {name: value for name, value in tree[key].items() if name in known and _is_plain(value)}
+    return cleaned | {"model_type": kind}
+
+
+def check_name(name: object, where: str) -> None:
+    """Raise a CheckpointError if a name is a path, a hub id or a location, as `hf-hub:OWNER/NAME`."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise CheckpointError(f"{where} is {name!r:.80}; it must be a name of timm, such as vit_base_patch16_224")
+
+
+def _refuse_code(tree: Any, where: str) -> None:
+    """Raise a CheckpointError if any object of a document has a key that makes a library run code."""
+    waiting = [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for key in _RUNS_CODE & value.keys():
+                if value[key] and type(value[key]) is not int:  # a vocabulary may have the word, with its number
+                    raise CheckpointError(f"{where} has the key {key}, which asks to run code; remove it")
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+
+
+def check_open_clip(tree: Any, where: str) -> Any:
+    """Return open_clip's configuration, checked. open_clip itself refuses unknown keys of towers.
+
+    Raises:
+        CheckpointError: the image tower is no name of timm, or the tokenizer has options that name files or download.
+    """
+    text, vision = (_part(_part(tree, "model_cfg"), key) for key in ("text_cfg", "vision_cfg"))
+    if vision.get("timm_model_name"):
+        check_name(vision["timm_model_name"], f"{where}: timm_model_name")
+    if unknown := sorted(_part(text, "tokenizer_kwargs").keys() - _TOKENIZER_OPTIONS):
+        raise CheckpointError(
+            f"{where}: tokenizer_kwargs has {unknown[0]!r:.80}; known are {' and '.join(sorted(_TOKENIZER_OPTIONS))}"
+        )
+    return tree
+
+
+def _clean_tokenizer_config(tree: Any, where: str) -> dict[str, Any]:
+    tree = tree if isinstance(tree, dict) else {}
+    kind = tree.get("tokenizer_class")
+    if kind is not None and str(kind).removesuffix("Fast") not in _TOKENIZER_CLASSES:
+        raise CheckpointError(
+            f"{where}: tokenizer_class is {kind!r:.80}; it must be one of {', '.join(sorted(_TOKENIZER_CLASSES))}"
+        )
+    cleaned = {key: value for key, value in tree.items() if key in _TOKENIZER_KEYS or key.endswith("_token")}
+    for key, value in cleaned.items():
+        if key != "model_max_length" and type(value) in (int, float) and not abs(value) <= _MAX_EXTRA_TOKENS:
+            raise CheckpointError(f"{where}: {key} is {value!r:.80}; it must be {_MAX_EXTRA_TOKENS:,} at most")
+    return cleaned
+
+
+def _check_tokenizer(tree: Any, where: str) -> Any:
+    """Refuse a tokenizer.json whose rules could make a prompt grow without end, or search it for hours."""
+    waiting, num_replacements = [_part(tree, "normalizer"), _part(tree, "pre_tokenizer")], 0
+    while waiting:
+        step = waiting.pop()
+        waiting += [
+            part for value in step.values() if isinstance(value, list) for part in value if isinstance(part, dict)
+        ]
+        pattern = _part(step, "pattern").get("Regex", "")
+        if step.get("type") == "Replace":
+            num_replacements += 1
+            if len(str(step.get("content", ""))) > 1 or num_replacements > 8:
+                raise CheckpointError(
+                    f"{where}: a rule makes prompts longer; it may replace letters by one letter only"
+                )
+        if re.search(r"\)[*+{]|[*+}]\)[*+{?]", str(pattern)):
+            raise CheckpointError(f"{where}: the pattern {pattern!r:.80} repeats a group; it may take hours")
+    return tree
+
+
+def _part(tree: Any, key: str) -> dict[str, Any]:
+    value = tree.get(key) if isinstance(tree, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is a number, a short word, or a list of these."""
+    if isinstance(value, list):
+        return all(not isinstance(item, list) and _is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 100)
+
+
+def _unchanged(tree: Any, where: str) -> Any:
+    return tree
+
+
+_CLEANERS = {
+    "config.json": clean_config,
+    "open_clip_config.json": check_open_clip,
+    "tokenizer_config.json": _clean_tokenizer_config,
+    "tokenizer.json": _check_tokenizer,
+    "special_tokens_map.json": _unchanged,
+    "added_tokens.json": _unchanged,
+    "vocab.json": _unchanged,
+}
