@@ -1,9 +1,14 @@
-"""The limits for files from outside. Settings (`max_image_bytes`, `max_pixels`) limit what a run decodes; the constants
-here limit what any reader does before: while images are counted, and while one is looked for in its file.
+"""The limits for files from outside.
 
-Each is far above what cameras, scanners and hubs write. A file beyond a limit is a failed row that names it; the readable
-images before that place stay.
+The settings `max_image_bytes` and `max_pixels` limit what is decoded. The constants here limit the work before: while
+images are counted, and while one is looked for in its file. Each is far above what cameras, scanners and hubs write. A
+file beyond a limit is a failed row that names the limit; the images of an archive before that place stay.
 """
+
+
+class BeyondLimitError(ValueError):
+    """A file is beyond a limit. The message names the limit."""
+
 
 # Images in one file: pages, frames, slices, rows of a Parquet file.
 MAX_IMAGES = 1_000_000
@@ -11,14 +16,15 @@ MAX_IMAGES = 1_000_000
 MAX_MEMBERS, MAX_NAMES_BYTES = 1 << 18, 1 << 26
 # A name of a member, as the image_id of a manifest.
 MAX_NAME_BYTES = 8192
-# One header of a tar: a long name, attributes. Headers, zeros and damage between two members.
-MAX_TAR_HEADER_BYTES, MAX_TAR_GAP_BYTES = 1 << 20, 1 << 26
+# One header of a tar (a long name, attributes); headers, zeros and damage between two members; all of these together.
+MAX_TAR_HEADER_BYTES, MAX_TAR_GAP_BYTES, MAX_TAR_HEADERS_BYTES = 1 << 20, 1 << 26, 1 << 29
+MAX_TAR_ATTRIBUTES = 1000  # that hold for all members behind them
 # The table of a zip's members.
 MAX_ZIP_TABLE_BYTES = 1 << 27
 # All that is unpacked of one archive while it is listed: this many bytes, or this many times its own size.
 MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 1 << 36, 100
-# A packed member, or a file without a stated length, that is kept in memory while it is listed.
-MAX_LISTED_BYTES = 1 << 28
+# A packed member, or a file whose server states no length, that is kept in memory while it is listed.
+MAX_LISTED_BYTES = 1 << 29
 # A line or a cell of a list, and a list that must be read as a whole (JSON).
 MAX_LINE_LETTERS, MAX_JSON_BYTES = 1 << 24, 1 << 28
 # A reply by HTTP: silence, and the slowest transfer.

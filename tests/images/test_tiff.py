@@ -410,7 +410,7 @@ class CountedFile(io.BytesIO):
 
 
 def chain(num_pages, num_shared=0, subfile_type=0):
-    """A TIFF of 4 x 4 pages that follow each other. All their values lie in the same num_shared x 4 bytes behind them."""
+    """A TIFF of 4 x 4 pages that follow each other. Their values lie in the same num_shared x 4 bytes."""
     page_bytes = 2 + 6 * 12 + 4
     data = bytearray(b"II*\0" + struct.pack("<I", 8))
     for number in range(num_pages):

@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import gzip
 import io
 import itertools
 import json
@@ -12,6 +11,7 @@ from typing import IO, Any
 
 from vlsm.archive.columns import Cells, Columns, parse_texts, shorten
 from vlsm.errors import ManifestError
+from vlsm.images.gunzip import open_gzip
 
 _MOST_CELL_LETTERS = 1 << 24  # of a CSV; a longer cell is a quote that nobody closed
 _HEAD_BYTES = 4096
@@ -36,7 +36,7 @@ def open_text(file: Any, uri: str) -> io.TextIOWrapper:
         ManifestError: it is packed in another way, or has NUL bytes, which no text has.
     """
     if uri.lower().endswith(".gz"):
-        file = gzip.GzipFile(fileobj=file)
+        file = open_gzip(file)
     head = file.read(_HEAD_BYTES)
     file.seek(0)
     if encoding := next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None):
