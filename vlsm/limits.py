@@ -5,11 +5,6 @@ images are counted, and while one is looked for in its file. Each is far above w
 file beyond a limit is a failed row that names the limit; the images of an archive before that place stay.
 """
 
-
-class BeyondLimitError(ValueError):
-    """A file is beyond a limit. The message names the limit."""
-
-
 # Images in one file: pages, frames, slices, rows of a Parquet file.
 MAX_IMAGES = 1_000_000
 # Members of a tar or zip, and the bytes of all their names together.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
-from vlsm.errors import ImageError
+from vlsm.errors import BeyondLimitError, ImageError
 from vlsm.images.formats import (
     Inside,
     Look,
@@ -29,7 +29,7 @@ from vlsm.images.formats import (
 from vlsm.images.gunzip import Budget, open_gzip, open_member
 from vlsm.images.samples import Members, choose_fields
 from vlsm.images.tar_walk import Walk
-from vlsm.limits import MAX_MEMBERS, MAX_NAME_BYTES, MAX_ZIP_TABLE_BYTES, BeyondLimitError
+from vlsm.limits import MAX_MEMBERS, MAX_NAME_BYTES, MAX_ZIP_TABLE_BYTES
 
 _UTF8_FLAG = 0x800  # of a zip member's name
 _ENTRY = b"PK\1\2"  # the start of a member in the table of a zip
@@ -185,7 +185,7 @@ def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str], budg
                     images = _list_member(functools.partial(look_into, info), info.filename, skipped)
                     _add(members, info.filename, images, skipped)
     except BeyondLimitError as error:
-        return members, [Inside(problem=f"too_large: {name}: {error}")]
+        return members, [Inside(problem=error.of(name))]
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError) as error:
         raise ImageError("corrupt", f"{name} cannot be read as a zip: {error}") from error
     return members, []
@@ -209,13 +209,13 @@ def _list_tar(file: BinaryIO, name: str, look: Look, skipped: Counter[str], budg
     members: Members = {}
     is_packed = is_compressed_tar(name)
     walk = Walk(open_gzip(file, budget.note) if is_packed else file)
-    look_into = functools.partial(_look_into_tar, look=look, skipped=skipped, note=budget.note if is_packed else None)
+    look_into = functools.partial(_look_into_tar, look=look, skipped=skipped, is_packed=is_packed)
     try:
         # ignore_zeros: continue after damage, and after the end of a tar to which another tar was appended
         with tarfile.TarFile(fileobj=walk, ignore_zeros=True) as archive:  # type: ignore[arg-type]
             _walk_tar(archive, walk, look_into, members, skipped)
     except BeyondLimitError as error:
-        return members, [Inside(problem=f"too_large: {name}: {error}")]
+        return members, [Inside(problem=error.of(name))]
     except Exception as error:  # damage of any kind; the file object records the errors of its store
         # Bytes after the end of a complete tar are not damage.
         if not (isinstance(error, gzip.BadGzipFile) and walk.num_zeros):
@@ -259,14 +259,14 @@ def _look_into_tar(
     member: tarfile.TarInfo,
     look: Look,
     skipped: Counter[str],
-    note: Callable[[int], None] | None,
+    is_packed: bool,
 ) -> list[Inside]:
-    """Return the images in a member; `note` counts the bytes of a packed tar."""
+    """Return the images in a member. In a packed tar, seeking backwards would unpack all again."""
     if member.issparse():
         raise ImageError("unreadable", f"{member.name} is a sparse member; only plain members are read")
 
     def opening() -> Any:
         file = archive.extractfile(member)
-        return file if note is None else open_member(file, member.name, note)
+        return open_member(file, member.name) if is_packed else file
 
     return list_frames(opening, member.name, member.size, look, skipped)

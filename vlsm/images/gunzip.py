@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
-from vlsm.errors import ImageError
-from vlsm.limits import MAX_LISTED_BYTES, MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO, BeyondLimitError
+from vlsm.errors import BeyondLimitError, ImageError
+from vlsm.limits import MAX_LISTED_BYTES, MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO
 
 _BLOCK = 1 << 14  # packed bytes that are read at once
 _SKIPPED = 1 << 20  # unpacked bytes that a seek drops at once
@@ -34,7 +34,7 @@ class Budget:
             raise BeyondLimitError(f"counting its images unpacks more than {self._most:,} bytes, which are the most")
 
 
-def open_member(file: Any, name: str, note: Callable[[int], None]) -> BinaryIO:
+def open_member(file: Any, name: str, note: Callable[[int], None] = lambda num_bytes: None) -> BinaryIO:
     """Return a packed member of an archive that is unpacked once, as far as it is read, whatever is sought in it.
 
     Args:

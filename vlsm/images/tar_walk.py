@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
+from vlsm.errors import BeyondLimitError
 from vlsm.limits import (
     MAX_MEMBERS,
     MAX_NAMES_BYTES,
@@ -12,7 +13,6 @@ from vlsm.limits import (
     MAX_TAR_GAP_BYTES,
     MAX_TAR_HEADER_BYTES,
     MAX_TAR_HEADERS_BYTES,
-    BeyondLimitError,
 )
 
 _LARGEST_READ = 1 << 26  # bytes of a member at once
