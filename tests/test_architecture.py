@@ -12,6 +12,7 @@ MODULES = sorted((ROOT / "vlsm").rglob("*.py"))
 # what vlsm/ holds, floor by floor: each imports from lower floors only
 FLOORS = (
     {"errors", "limits", "version"},
+    {"http_files"},
     {"storage"},
     {"config"},
     {"images"},

@@ -74,6 +74,10 @@ def open_uri(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if scheme in ("file", "local"):
         return fsspec.filesystem("file"), absolute(uri)
     try:
+        if scheme in ("http", "https"):
+            from vlsm.http_files import BoundedHttpFiles  # needs aiohttp
+
+            return BoundedHttpFiles(), uri
         fs = fsspec.filesystem(scheme, **(_S3_OPTIONS if scheme in ("s3", "s3a") else {}))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"cannot open {uri!r}: {error}; use a local path or s3://bucket/prefix") from error
