@@ -20,7 +20,7 @@ MAX_ZIP_TABLE_BYTES = 1 << 27
 MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 1 << 36, 100
 # A packed member, or a file whose server states no length, that is kept in memory while it is listed.
 MAX_LISTED_BYTES = 1 << 29
-# A line or a cell of a list, and a list that must be read as a whole (JSON).
-MAX_LINE_LETTERS, MAX_JSON_BYTES = 1 << 24, 1 << 28
+# A line of a list in text, a cell of a list in Parquet, a list that must be read as a whole (JSON).
+MAX_LINE_LETTERS, MAX_CELL_BYTES, MAX_JSON_BYTES = 1 << 24, 1 << 16, 1 << 28
 # A reply by HTTP: silence, and the slowest transfer.
 MAX_SILENCE_S, MIN_BYTES_PER_S = 60, 50_000

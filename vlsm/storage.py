@@ -95,10 +95,18 @@ def exists(uri: str) -> bool:
     return bool(with_retries(lambda: fs.exists(path), uri, QUICK_S))
 
 
-def read_bytes(uri: str, patience_s: float = QUICK_S) -> bytes:
-    """Return the whole content of a file."""
+def read_bytes(uri: str, patience_s: float = QUICK_S, max_bytes: int | None = None) -> bytes:
+    """Return the whole content of a file.
+
+    Raises:
+        ValueError: it has more than max_bytes.
+    """
     fs, path = open_uri(uri)
-    return bytes(with_retries(lambda: fs.cat_file(path), uri, patience_s))
+    limits = {} if max_bytes is None else {"start": 0, "end": max_bytes + 1}
+    data = bytes(with_retries(lambda: fs.cat_file(path, **limits), uri, patience_s))
+    if max_bytes is not None and len(data) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes:,} bytes, which are the most")
+    return data
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> "pa.Table":

@@ -14,6 +14,7 @@ from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ManifestError
 from vlsm.images.formats import FORMATS, describe_other, kind_of
+from vlsm.limits import MAX_JSON_BYTES
 
 logger = logging.getLogger("vlsm")
 
@@ -140,7 +141,7 @@ def _read_nnunet_labels(name: str, uri: str) -> Labels:
     labels; {"1": "polyp"} in version 1. Neither 0, the background, nor "ignore" is a class.
     """
     try:
-        labels = json.loads(storage.read_bytes(uri)).get("labels", {})
+        labels = json.loads(storage.read_bytes(uri, max_bytes=MAX_JSON_BYTES)).get("labels", {})
         pairs = [_nnunet_label(key, value) for key, value in labels.items()]
     except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ManifestError(

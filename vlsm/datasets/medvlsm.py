@@ -11,6 +11,7 @@ from typing import Any
 from vlsm import storage
 from vlsm.datasets.records import SPLITS, Record, check_texts
 from vlsm.errors import ManifestError
+from vlsm.limits import MAX_JSON_BYTES
 
 
 def find_annotations(uri: str) -> list[str]:
@@ -32,7 +33,7 @@ def _layout_records(name: str, uri: str, split: str) -> Iterator[Record | Manife
     """Yield the record of each valid row, and the error of each invalid row."""
     location = storage.join(uri, "anns", f"{split}.json")
     try:
-        rows = json.loads(storage.read_bytes(location))
+        rows = json.loads(storage.read_bytes(location, max_bytes=MAX_JSON_BYTES))
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"dataset {name}: {location} is not JSON: {error}") from error
     if not isinstance(rows, list):
