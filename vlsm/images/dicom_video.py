@@ -9,9 +9,11 @@ from typing import Any, BinaryIO, cast
 
 from pydicom.dataset import Dataset
 
+from vlsm.errors import BeyondLimitError
 from vlsm.images import video
 from vlsm.images.dicom_form import read_number, read_numbers
 from vlsm.images.dicom_header import UNDEFINED_LENGTH, read_header
+from vlsm.limits import MAX_IMAGES
 
 _PIXEL_DATA = 0x7FE00010
 _ITEM = 0xE000FFFE
@@ -68,6 +70,8 @@ def _find_fragments(file: BinaryIO, offset: int) -> list[tuple[int, int]]:
             return spans[1:]
         length = struct.unpack("<II", head)[1]
         spans.append((offset + 8, length))
+        if len(spans) > MAX_IMAGES:
+            raise BeyondLimitError(f"its stream has more than {MAX_IMAGES:,} fragments, which are the most")
         offset += 8 + length
 
 
