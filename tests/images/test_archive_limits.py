@@ -140,6 +140,16 @@ def test_a_member_that_must_be_unpacked_too_far_is_a_failed_row(name):
     assert problems[0].startswith("too_large")
 
 
+def test_a_stored_member_of_any_size_is_listed_without_reading_it():
+    """A whole slide is larger than what may be unpacked."""
+    file = CountedFile()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a.tif", zigzag(50, 10 * MIB))
+    file.num_bytes = 0
+    assert len(list_images(lambda: file, "a.zip", Look(), Counter())) == 50
+    assert file.num_bytes < 52 * (1 << 17)
+
+
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz"])
 def test_a_stack_in_a_packed_archive_is_listed(name):
     file = io.BytesIO()

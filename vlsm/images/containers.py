@@ -28,10 +28,12 @@ from vlsm.images.formats import (
 )
 from vlsm.images.gunzip import Budget, open_gzip, open_member
 from vlsm.images.samples import Members, choose_fields
+from vlsm.images.spans import Spans
 from vlsm.images.tar_walk import Walk
 from vlsm.limits import MAX_MEMBERS, MAX_NAME_BYTES, MAX_ZIP_TABLE_BYTES
 
 _UTF8_FLAG = 0x800  # of a zip member's name
+_LOCAL_BYTES = 30  # of the header before a member
 _ENTRY = b"PK\1\2"  # the start of a member in the table of a zip
 
 Listed = tuple[Members, list[Inside]]  # the images of each member, and the problem of a damaged archive
@@ -175,7 +177,13 @@ def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str], budg
 
     def look_into(info: zipfile.ZipInfo) -> list[Inside]:
         check_zip_member(f"{name}#{info.filename}", info)
-        opening: Any = lambda: open_member(archive.open(info), info.filename, budget.note)  # noqa: E731
+
+        def opening() -> BinaryIO:
+            member = archive.open(info)
+            if info.compress_type == zipfile.ZIP_STORED:  # zipfile would read it again for every step backwards
+                return _open_stored(file, info)
+            return open_member(member, info.filename, budget.note)
+
         return list_frames(opening, info.filename, info.file_size, look, skipped)
 
     try:
@@ -189,6 +197,16 @@ def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str], budg
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError) as error:
         raise ImageError("corrupt", f"{name} cannot be read as a zip: {error}") from error
     return members, []
+
+
+def _open_stored(file: BinaryIO, info: zipfile.ZipInfo) -> BinaryIO:
+    """Return a stored member of a zip as a file."""
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_BYTES)
+    start = (
+        info.header_offset + _LOCAL_BYTES + sum(struct.unpack_from("<HH", header, 26))
+    )  # of its name and extra field
+    return cast(BinaryIO, io.BufferedReader(Spans(file, [(start, info.file_size)]), 1 << 16))
 
 
 def _add(members: Members, name: str, images: list[Inside], skipped: Counter[str]) -> None:
