@@ -208,3 +208,11 @@ def test_a_table_is_read_by_the_thread_that_asks_for_it(tmp_path):
     command = [sys.executable, "-c", LATE, str(tmp_path / "t")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S)
     assert (done.returncode, done.stdout) == (0, "False [0, 1] 1\n"), done.stderr
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    assert storage.read_bytes(str(path), max_bytes=5) == b"12345"
+    with pytest.raises(ValueError, match="more than 4 bytes"):
+        storage.read_bytes(str(path), max_bytes=4)

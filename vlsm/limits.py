@@ -12,7 +12,7 @@ MAX_MEMBERS, MAX_NAMES_BYTES = 1 << 18, 1 << 26
 # A name of a member, as the image_id of a manifest.
 MAX_NAME_BYTES = 8192
 # One header of a tar (a long name, attributes); headers, zeros and damage between two members; all of these together.
-MAX_TAR_HEADER_BYTES, MAX_TAR_GAP_BYTES, MAX_TAR_HEADERS_BYTES = 1 << 20, 1 << 26, 1 << 29
+MAX_TAR_HEADER_BYTES, MAX_TAR_GAP_BYTES, MAX_TAR_HEADERS_BYTES = 1 << 24, 1 << 26, 1 << 29
 MAX_TAR_ATTRIBUTES = 1000  # that hold for all members behind them
 # The table of a zip's members.
 MAX_ZIP_TABLE_BYTES = 1 << 27

@@ -60,6 +60,7 @@ def look_into(data, name):
 
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch):
+    monkeypatch.setattr("vlsm.images.tar_walk.MAX_TAR_HEADER_BYTES", MIB)
     monkeypatch.setattr("vlsm.images.tar_walk.MAX_TAR_GAP_BYTES", 4 * MIB)
     monkeypatch.setattr("vlsm.images.tar_walk.MAX_TAR_HEADERS_BYTES", 8 * MIB)
     monkeypatch.setattr("vlsm.images.tar_walk.MAX_MEMBERS", 500)
@@ -244,3 +245,10 @@ def test_a_kept_member_reads_as_any_file():
     assert file.seek(0, io.SEEK_END) == len(data)
     file.seek(1000)
     assert (file.read(70_000), file.read()) == (data[1000:71_000], data[71_000:])
+
+
+def test_an_ordinary_tar_of_many_members_is_listed(monkeypatch):
+    monkeypatch.undo()
+    data = b"".join(header(f"case {number}/image.png") for number in range(3000)) + bytes(10_240)
+    images, problems = look_into(data + data, "a.tar")  # tars may be joined
+    assert (len(images), problems) == (3000, [])

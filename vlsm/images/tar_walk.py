@@ -37,9 +37,10 @@ class Walk:
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes. Raise a BeyondLimitError if they are too many."""
-        most = _LARGEST_READ if self._is_inside else MAX_TAR_HEADER_BYTES
-        if not 0 <= size <= most:
-            raise BeyondLimitError(f"a header asks for {size:,} bytes; {most:,} are the most")
+        if not self._is_inside and not 0 <= size <= MAX_TAR_HEADER_BYTES:
+            raise BeyondLimitError(f"a header asks for {size:,} bytes; {MAX_TAR_HEADER_BYTES:,} are the most")
+        if not 0 <= size <= _LARGEST_READ:  # the fault of this member
+            raise ValueError(f"it asks for {size:,} bytes at once; {_LARGEST_READ:,} are the most")
         is_marked = self._file.tell() == self.marked_offset
         data = bytes(self._file.read(size))
         if is_marked:
