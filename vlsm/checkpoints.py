@@ -22,9 +22,10 @@ from pydantic import Field, ValidationError
 from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.config import Settings, dump_yaml, explain, parse_assignments
-from vlsm.documents import MAX_JSON_BYTES, parse_yaml
+from vlsm.documents import parse_yaml
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.images.preprocess import ImageSpec, Resize
+from vlsm.limits import MAX_JSON_BYTES
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
 from vlsm.models.tower_files import TOWER_FOLDERS, write_tower_files
 from vlsm.version import FORMAT, __version__, newer_format

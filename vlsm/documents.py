@@ -14,9 +14,9 @@ import yaml
 
 from vlsm import storage
 from vlsm.errors import VlsmError
+from vlsm.limits import MAX_JSON_BYTES
 
 MAX_YAML_BYTES = 1 << 21
-MAX_JSON_BYTES = 1 << 27  # the tokenizer with the largest vocabulary has a third of it
 _MAX_DEPTH = 100  # far below Python's limit, so that whoever walks through the values needs no guard
 _MAX_VALUES = 500_000  # of a YAML file, with every alias written out
 _MAX_DIGITS = 100  # tokenizers write 10^30 for "no limit"

@@ -69,6 +69,21 @@ class ImageError(VlsmError):
         self.reason = reason
 
 
+class BeyondLimitError(ImageError):
+    """A file is beyond a limit of `vlsm.limits`.
+
+    Args:
+        message: names the limit.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("too_large", message)
+
+    def of(self, name: str) -> str:
+        """Return the text of the error, "REASON: message", with the name of the file."""
+        return f"{self.reason}: {name}: {str(self).removeprefix(f'{self.reason}: ')}"
+
+
 @contextlib.contextmanager
 def optional_packages(extra: str) -> Iterator[None]:
     """Enclose imports of packages that only an extra of vlsm installs.

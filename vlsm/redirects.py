@@ -8,14 +8,14 @@ from typing import Any
 
 import aiohttp
 import yarl
-from fsspec.implementations.http import HTTPFileSystem
 
 from vlsm.errors import RedirectError
+from vlsm.http_files import BoundedHttpFiles
 from vlsm.locations import may_redirect
 
 
-class HttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no types
-    """Files by HTTP.
+class HttpFiles(BoundedHttpFiles):
+    """Files by HTTP, within limits.
 
     Args:
         allow: places that a redirect may lead to, beside the host of the file; see `vlsm.locations.may_redirect`.

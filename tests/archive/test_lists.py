@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vlsm.archive import text_tables
 from vlsm.archive.archive import open_archive
+from vlsm.archive.columns import Columns
 from vlsm.errors import ManifestError
 from vlsm.images.formats import Look
 
@@ -148,8 +150,8 @@ def test_a_prompt_that_is_a_list_or_nothing_written_as_text(tmp_path, kind, colu
         ("x.csv", "image_uri,prompt\nz.png,a\na.png,polype pédiculé\n".encode("latin-1"), "row 2: 'polype p\\udce9"),
         ("x.csv", "image_uri,prompt\na.png,polyp\n".encode("utf-16-le"), "has NUL bytes"),
         ("x.csv", b"image_uri,prompt\n" + b"a.png,polyp\n" * 1000 + b"a\0.png,polyp\n", "row 1001: "),
-        pytest.param("x.csv", "image_uri,x\na.png," + "x" * 20_000_000, "field larger than field limit", id="long"),
-        pytest.param("x.csv", "x" * 20_000_000, "field larger than field limit", id="long header"),
+        pytest.param("x.csv", "image_uri,x\na.png," + "x" * 20_000_000, "line 2 has more than 16,777,216", id="long"),
+        pytest.param("x.csv", "x" * 20_000_000, "line 1 has more than 16,777,216", id="long header"),
         *((name, content, "is empty; a manifest needs image_uri") for name in ("x.csv", "x.tsv.gz")
           for content in ("", "\n \n", BOM)),
         ("x.csv", gzip.compress(b"image_uri\na.png\n", mtime=0), "is packed with gzip; its name must end with .gz"),
@@ -340,3 +342,29 @@ def test_a_folder_with_the_output_of_the_run_and_one_whose_files_a_log_counts(pa
     assert [row["image_id"] for row in archive.rows] == ["a.png"]
     folder = parts({"delta/0.parquet": record, "delta/_delta_log/0.json": ""}) / "delta"
     assert "is a Delta table" in refusal(folder)
+
+
+class CountedText(io.StringIO):
+    num_letters = 0
+
+    def readline(self, size=-1):
+        line = super().readline(size)
+        self.num_letters += len(line)
+        return line
+
+
+@pytest.mark.parametrize("kind", ["csv header", "csv", "jsonl"])
+def test_a_line_without_an_end_is_not_read_to_its_end(monkeypatch, kind):
+    monkeypatch.setattr("vlsm.archive.text_tables.MAX_LINE_LETTERS", 1000)
+    start = {"csv header": "image_uri,", "csv": "image_uri\n", "jsonl": '{"image_uri": "a.png"}\n{"image_uri": "'}[kind]
+    text = CountedText(start + "x" * 10_000)
+    read = text_tables.read_json if kind == "jsonl" else text_tables.read_csv
+    with pytest.raises(ManifestError, match=f"line {1 if kind == 'csv header' else 2} has more than 1,000 letters"):
+        list(read(text, "x", Columns({}), *(() if kind == "jsonl" else ((),))))
+    assert text.num_letters < 2100
+
+
+def test_a_line_of_the_largest_length_is_read(monkeypatch):
+    monkeypatch.setattr("vlsm.archive.text_tables.MAX_LINE_LETTERS", 1000)
+    rows = list(text_tables.read_csv(io.StringIO(f"image_uri,x\na.png,{'y' * 993}\nb.png,z\n"), "x", Columns({}), ()))
+    assert [cells[0] for _, _, cells in rows] == ["a.png", "b.png"]

@@ -354,3 +354,13 @@ def test_a_mask_may_be_in_the_alpha_channel_only(colour, channels, depth):
     values[:4, :, 0] = colour + 50  # the colours say something: alpha does not count
     expected = values[..., :-1].max(axis=2) > 127
     np.testing.assert_array_equal(expected, decode_mask_file(imagecodecs.png_encode(values), "x.png", 127))
+
+
+def test_a_jpeg_2000_whose_codestream_is_larger_than_its_header_is_refused():
+    levels = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    data = bytearray(imagecodecs.jpeg2k_encode(levels, level=0, codecformat="jp2"))
+    assert decode_picture(bytes(data), "x.jp2").pixels.shape == (64, 64, 3)
+    place = data.index(b"ihdr") + 4
+    data[place : place + 8] = struct.pack(">II", 8, 8)
+    with pytest.raises(ImageError):
+        decode_picture(bytes(data), "x.jp2", max_pixels=100)  # else 4,096 pixels were decoded

@@ -565,3 +565,26 @@ def test_mutated_objects_are_pictures_or_errors_of_ours(kind, changes, end, in_h
         assert error.reason in ("corrupt", "too_large")
     else:
         assert (image.dtype, image.ndim, image.shape[2]) == (np.uint8, 3, 3)
+
+
+def test_more_items_than_the_limit_are_refused_before_pydicom_keeps_them(monkeypatch):
+    monkeypatch.setattr("vlsm.images.dicom.MAX_IMAGES", 50)
+    data = save(make(np.zeros((8, 8), np.uint8)))
+    place = data.rindex(b"\xe0\x7f\x10\x00")
+    sequence = b"\x00\x52\x30\x92SQ\0\0\xff\xff\xff\xff%s\xfe\xff\xdd\xe0\0\0\0\0"
+    item = b"\xfe\xff\x00\xe0\0\0\0\0"
+    few, many = (data[:place] + sequence % (item * count) + data[place:] for count in (100, 101))
+    assert DicomImages(few, "x", 100, None).num_frames == 1
+    with pytest.raises(ImageError, match="too_large: x has 101 items; 100 are the most"):
+        DicomImages(many, "x", 100, None)
+
+
+@pytest.mark.parametrize("end", [b"", b"\xfe\xff\x0d\xe0\0\0\0\0\xfe\xff\xdd\xe0\0\0\0\0"])
+def test_sequences_in_sequences_without_an_end_are_damage(end):
+    data = save(make(np.zeros((8, 8), np.uint8)))
+    place = data.rindex(b"\x28\x00\x02\x00")
+    inner = b"\x20\x00\x10\x92SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    deep = data[:place] + inner * 10_000 + end * 10_000 + data[place:]
+    for read in (lambda: count_frames(io.BytesIO(deep)), lambda: DicomImages(deep, "x", 100, None)):
+        with pytest.raises(ImageError, match="corrupt"):
+            read()

@@ -278,3 +278,44 @@ def test_a_file_that_is_no_image_column_at_all_is_refused_with_what_it_has(tmp_p
     assert found(path, image="scan") == [("row=0", ["default"], 1)]
     with pytest.raises(ImageError, match="there is no x"):
         ParquetImages(io.BytesIO(path.read_bytes())).read(0, "x")
+
+
+def repeated(value, count=3000):
+    """A column of one value in each row, which the file stores once."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([value]))
+
+
+def test_a_long_path_of_every_row_is_a_problem_and_not_unpacked(tmp_path):
+    path = write(tmp_path / "a.parquet", 3000, image=pa.nulls(3000, pa.binary()), path=repeated("x" * (1 << 17)))
+    before = pa.total_allocated_bytes()
+    (row,) = rows(path)[0]
+    assert "a text has 131,072 bytes" in row["problem"]
+    assert pa.default_memory_pool().max_memory() - before < 100 << 20  # 3,000 paths would be 393 MB
+
+
+def test_a_long_location_of_every_row_is_a_sentence(tmp_path):
+    path = write(tmp_path / "a.parquet", 3000, image_uri=repeated("x" * (1 << 17)))
+    with pytest.raises(ManifestError, match="a text has 131,072 bytes"):
+        rows(path)
+
+
+def test_repeated_locations_are_read(tmp_path):
+    path = write(tmp_path / "a.parquet", 3000, image_uri=repeated("a.png", 5), prompts=pa.array([["p", "q"]] * 5))
+    assert [row["prompts"] for row in rows(path)[0]] == [["p", "q"]] * 5
+
+
+def test_a_large_image_of_every_row_is_unpacked_for_one_row(tmp_path):
+    image = png(1) + bytes(16 << 20)
+    path = write(tmp_path / "a.parquet", 3000, image=repeated(image, 40))
+    before = pa.total_allocated_bytes()
+    images = ParquetImages(open(path, "rb"))  # noqa: SIM115
+    assert [len(images.read(row, "x")[0]) for row in (0, 1, 39)] == [len(image)] * 3
+    assert pa.default_memory_pool().max_memory() - before < 8 * len(image)  # 40 of them are 640 MB
+
+
+def test_more_rows_than_the_limit_are_a_problem(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlsm.images.parquet.MAX_IMAGES", 50)
+    assert len(rows(write(tmp_path / "a.parquet", 100, image=pa.nulls(50, pa.binary())))[0]) == 50
+    (row,) = rows(write(tmp_path / "b.parquet", 100, image=pa.nulls(51, pa.binary())))[0]
+    assert row["problem"].startswith("too_large: ")
+    assert "51 rows; 50 are the most" in row["problem"]

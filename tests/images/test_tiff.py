@@ -396,3 +396,70 @@ def test_a_jpeg_tile_that_ends_early_is_corrupt_and_one_without_end_marker_is_wh
     data[end - 60 : end] = bytes(60)
     with pytest.raises(ImageError, match=r"^corrupt: x.tif: the JPEG of a strip or tile ends early"):
         decode(bytes(data))
+
+
+class CountedFile(io.BytesIO):
+    """A file that counts the bytes that are read."""
+
+    num_bytes = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.num_bytes += len(data)
+        return data
+
+
+def chain(num_pages, num_shared=0, subfile_type=0):
+    """A TIFF of 4 x 4 pages that follow each other. Their values lie in the same num_shared x 4 bytes."""
+    page_bytes = 2 + 6 * 12 + 4
+    data = bytearray(b"II*\0" + struct.pack("<I", 8))
+    for number in range(num_pages):
+        offsets = (4, num_shared or 1, 8 + num_pages * page_bytes)
+        tags = [
+            (254, 4, 1, subfile_type),
+            (256, 4, 1, 4),
+            (257, 4, 1, 4),
+            (258, 3, 1, 8),
+            (262, 3, 1, 1),
+            (273, *offsets),
+        ]
+        data += struct.pack("<H", 6) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+        data += struct.pack("<I", 0 if number == num_pages - 1 else len(data) + 4)
+    return bytes(data) + bytes(4 * num_shared)
+
+
+def test_the_pages_of_a_long_chain_are_counted_without_their_values():
+    file = CountedFile(chain(2000, num_shared=100_000))  # 2,000 pages that share 400 kB
+    selectors, size = list_images(file, "x.tif", None, Look())
+    assert (len(selectors), selectors[-1], size) == (2000, "page=1999", (4, 4))
+    assert file.num_bytes < 10 * len(file.getvalue())  # all values of all pages would be 800 MB
+
+
+def test_a_circle_of_pages_ends():
+    data = bytearray(chain(150))
+    data[-4:] = struct.pack("<I", 8 + 120 * 78)
+    assert len(list_images(io.BytesIO(bytes(data)), "x.tif", None, Look())[0]) == 150
+
+
+def test_more_pages_than_the_limit_are_an_error(monkeypatch):
+    monkeypatch.setattr("vlsm.images.tiff_pages.MAX_IMAGES", 20)
+    assert len(list_images(io.BytesIO(chain(20)), "x.tif", None, Look())[0]) == 20
+    with pytest.raises(ImageError, match="more than 20 pages"):
+        list_images(io.BytesIO(chain(21)), "x.tif", None, Look())
+
+
+def test_a_page_with_too_many_tags_is_an_error():
+    data = b"II*\0" + struct.pack("<IH", 8, 65535) + bytes(65535 * 12 + 4)
+    with pytest.raises(ImageError, match="tags"):
+        list_images(io.BytesIO(data), "x.tif", None, Look())
+
+
+@pytest.mark.parametrize("bigtiff", [False, True])
+def test_a_late_page_that_pillow_decodes_is_the_right_one(bigtiff):
+    pages = [np.full((16, 16, 3), 10 * number, np.uint8) for number in range(5)]
+    data = write(*pages, photometric="cielab", bigtiff=bigtiff)
+    shown = [
+        open_images(data, "x.tif", SegmentSettings(input="", output="", members=[{"checkpoint": ""}]))(f"page={n}")
+        for n in (1, 4)
+    ]
+    assert shown[0].pixels.mean() < shown[1].pixels.mean()

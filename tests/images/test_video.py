@@ -13,7 +13,10 @@ from tests.images.test_dicom import make, save
 from vlsm.config import SegmentSettings, TileSettings
 from vlsm.errors import ImageError
 from vlsm.images import dicom, video
+from vlsm.images.dicom_video import open_stream
 from vlsm.images.formats import Look, list_frames, sniff_kind
+from vlsm.images.mp4_boxes import check_frames
+from vlsm.images.video import list_images
 
 av = pytest.importorskip("av")
 
@@ -255,3 +258,63 @@ def test_frames_that_an_edit_list_cuts_off_have_no_number(num_frames, b_frames):
     decode = video.open_images(data, "x", settings("every 1"))
     for selector in reversed(selectors):
         np.testing.assert_array_equal(frames[int(selector[6:])], decode(selector).pixels)
+
+
+def mp4(**options):
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4", options=options) as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for level in range(0, 200, 20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, np.uint8))))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def claim(data, count, is_sound=False, length=1024):
+    """A video whose tables state a number of equal samples, each so long."""
+    data = bytearray(data)
+    for kind, start, numbers in (("stsz", 8, (1, count)), ("stts", 8, (1, count, length)), ("stsc", 12, (1, count, 1))):
+        place = data.index(kind.encode()) + start
+        data[place : place + 4 * len(numbers)] = struct.pack(f">{len(numbers)}I", *numbers)
+    return bytes(data).replace(b"vide", b"soun", 1) if is_sound else bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(lambda: claim(mp4(), 50_000_000), id="table"),
+        pytest.param(lambda: claim(mp4(), 50_000_000, is_sound=True), id="sound"),
+        pytest.param(lambda: b"\0\0\0\x08free" + claim(mp4(), 10**9), id="behind another box"),
+        pytest.param(  # the user data of the file end with zeros, as QuickTime writes them
+            lambda: claim(mp4(), 10**9).replace(b"moov", b"moov\0\0\0\x0cudta\0\0\0\0", 1), id="behind zeros"
+        ),
+        pytest.param(
+            lambda: mp4(movflags="frag_keyframe+empty_moov").replace(
+                b"trun\0\0", b"trun" + bytes(4) + struct.pack(">I", 10**9) + b"xx", 1
+            ),
+            id="fragment",
+        ),
+    ],
+)
+def test_more_frames_than_any_video_has_are_refused_before_ffmpeg_counts_them(data):
+    with pytest.raises(ImageError, match="frames; 4,000,000 are the most"):
+        list_images(io.BytesIO(data()), "x.mp4", None, Look())
+
+
+@pytest.mark.parametrize("flags", ["", "frag_keyframe+empty_moov"])
+def test_ordinary_tables_and_uncompressed_sound_pass(flags):
+    data = mp4(**({"movflags": flags} if flags else {}))
+    assert list_images(io.BytesIO(data), "x.mp4", None, Look())[0] == ["frame=0"]
+    if not flags:
+        check_frames(io.BytesIO(claim(data, 100_000_000, is_sound=True, length=1)), "x.mp4")
+
+
+def test_more_fragments_than_the_limit_are_an_error(monkeypatch):
+    monkeypatch.setattr("vlsm.images.dicom_video.MAX_IMAGES", 50)
+    data = save(make(np.zeros((8, 8), np.uint8)))
+    data = data[: data.rindex(b"\xe0\x7f\x10\x00")] + b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff"
+    item = b"\xfe\xff\x00\xe0\0\0\0\0"
+    assert open_stream(io.BytesIO(data + item * 50), "x").read() == b""
+    with pytest.raises(ImageError, match="more than 50 fragments"):
+        open_stream(io.BytesIO(data + item * 51), "x")

@@ -15,7 +15,7 @@ from vlsm.archive.listing import list_files
 from vlsm.archive.text_tables import open_text, read_csv, read_json
 from vlsm.errors import ImageError, ManifestError
 from vlsm.images.formats import kind_of
-from vlsm.images.parquet import PARQUET_ERRORS, find_image_column, list_image_columns
+from vlsm.images.parquet import PARQUET_ERRORS, find_image_column, list_image_columns, open_texts, read_texts
 
 logger = logging.getLogger("vlsm")
 
@@ -161,8 +161,9 @@ def _parquet_cells(file: Any, uri: str, columns: Columns, also: tuple[str, ...])
     names = table.schema_arrow.names
     read = {known: names[position] for known, position in columns.require(names, uri, also).items()}
     number = 0
-    for batch in table.iter_batches(batch_size=4096, columns=list(read.values())):
+    texts = open_texts(file, table, list(read.values()))
+    for batch in texts.iter_batches(batch_size=4096, columns=list(read.values())):
         found = {known: batch.schema.names.index(name) for known, name in read.items()}
-        for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        for cells in zip(*map(read_texts, batch.columns), strict=True):
             number += 1
             yield number, found, cells

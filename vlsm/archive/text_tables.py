@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import gzip
 import io
 import itertools
 import re
@@ -12,8 +11,9 @@ from typing import IO, Any
 from vlsm.archive.columns import Cells, Columns, parse_texts, shorten
 from vlsm.documents import parse_json
 from vlsm.errors import ManifestError
+from vlsm.images.gunzip import open_gzip
+from vlsm.limits import MAX_LINE_LETTERS
 
-_MOST_CELL_LETTERS = 1 << 24  # of a CSV; a longer cell is a quote that nobody closed
 _HEAD_BYTES = 4096
 _MARKS = {  # byte order marks; that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
@@ -36,7 +36,7 @@ def open_text(file: Any, uri: str) -> io.TextIOWrapper:
         ManifestError: it is packed in another way, or has NUL bytes, which no text has.
     """
     if uri.lower().endswith(".gz"):
-        file = gzip.GzipFile(fileobj=file)
+        file = open_gzip(file)
     head = file.read(_HEAD_BYTES)
     file.seek(0)
     if encoding := next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), None):
@@ -66,17 +66,18 @@ def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -
         ManifestError: the file is empty, there is no column image_uri, a quote is not closed, or a row has more cells
             than the header.
     """
-    csv.field_size_limit(_MOST_CELL_LETTERS)
-    line = next((line for line in text if line.strip()), "")
+    csv.field_size_limit(MAX_LINE_LETTERS)  # a longer cell is a quote that nobody closed
+    read_lines = _lines(text, uri)
+    line = next((line for line in read_lines if line.strip()), "")
     delimiters = "\t,;|" if uri.lower().endswith((".tsv", ".tsv.gz")) else ",;\t|"
     if stated := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):  # a line for Excel
-        delimiters, line = stated[1], next(text, "")
+        delimiters, line = stated[1], next(read_lines, "")
     if not line:
         raise ManifestError(f"{uri} is empty; a manifest needs image_uri")
     header, delimiter = _find_header(line, delimiters, columns, uri)
     is_padded = any(name != name.strip(" ") for name in header)
     found = columns.require(header, uri, also)
-    lines = itertools.chain([line], text)
+    lines = itertools.chain([line], read_lines)
     rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=is_padded)
     for number, cells in enumerate(_read_rows(rows, uri)):
         if number == 0 or not any(map(str.strip, cells)):  # the header, or blank cells
@@ -86,6 +87,20 @@ def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -
             if known in ("prompt", "prompts") and position < len(cells):
                 cells[position] = _clean_text(cells[position], f"{uri}, row {number}")
         yield number, found, [(cell.strip(" ") if is_padded else cell) or None for cell in cells]
+
+
+def _lines(text: IO[str], uri: str) -> Iterator[str]:
+    """Yield the lines of a text. Raise a ManifestError for a line that is too long: it may be as long as the file."""
+    for number in itertools.count(1):
+        line = text.readline(MAX_LINE_LETTERS + 1)
+        if len(line) > MAX_LINE_LETTERS:
+            raise ManifestError(
+                f"{uri}, line {number} has more than {MAX_LINE_LETTERS:,} letters, which are the most; each line is a "
+                "row of the list"
+            )
+        if not line:
+            return
+        yield line
 
 
 def _find_header(line: str, delimiters: str, columns: Columns, uri: str) -> tuple[list[str], str]:
@@ -149,7 +164,7 @@ def read_json(text: IO[str], uri: str, columns: Columns) -> Cells:
         ManifestError: a line is no object, or has no image_uri.
     """
     number = 0
-    for line_number, line in enumerate(text, start=1):
+    for line_number, line in enumerate(_lines(text, uri), start=1):
         if line.strip():
             number += 1
             record = _json_record(line, f"{uri}, line {line_number}")

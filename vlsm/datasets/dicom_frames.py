@@ -18,6 +18,7 @@ from vlsm.images.dicom_form import HeaderError, read_number, read_numbers
 from vlsm.images.dicom_header import read_header
 from vlsm.images.fetch import WatchedFile, image_errors, read_image_bytes
 from vlsm.images.formats import Labels
+from vlsm.limits import MAX_LISTED_BYTES
 
 _SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _TAGS = [
@@ -154,7 +155,10 @@ def read_uids(uri: str, settings: DatasetSettings) -> Dataset | None:
             file.seek(0)
             try:
                 with damage(uri):
-                    stop, max_bytes = lambda tag, *_: tag in PIXEL_DATA_TAGS, settings.max_image_bytes
+                    stop, max_bytes = (
+                        lambda tag, *_: tag in PIXEL_DATA_TAGS,
+                        min(settings.max_image_bytes, MAX_LISTED_BYTES),
+                    )
                     return read_header(cast(BinaryIO, file), stop, _TAGS, max_bytes, uri)
             except ImageError as error:
                 raise file.error or error from None  # a store that fails is no damage

@@ -10,11 +10,12 @@ from pydicom.dataset import Dataset
 
 from vlsm.errors import ImageError
 from vlsm.export.dicom_values import Repairs, copy_common_elements, copy_elements, read_numbers, read_texts
-from vlsm.export.origins import MAX_EXPORT_BYTES, Row, SourceFile
+from vlsm.export.origins import Row, SourceFile
 from vlsm.images.dicom import PIXEL_DATA_TAGS, count_frames, is_dicom
 from vlsm.images.dicom_header import quiet, read_header
 from vlsm.images.formats import HEAD_BYTES, UNNAMED, kind_of
 from vlsm.images.reader import Reader
+from vlsm.limits import MAX_LISTED_BYTES
 
 _DETAILS = (
     *("Manufacturer", "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber", "InstitutionName"),
@@ -106,7 +107,7 @@ def read_dicom_image(source: SourceFile, reader: Reader, repairs: Repairs) -> Di
     try:
         with quiet():
             header = read_header(
-                io.BytesIO(data), lambda tag, vr, length: tag in PIXEL_DATA_TAGS, [], MAX_EXPORT_BYTES, source.name
+                io.BytesIO(data), lambda tag, vr, length: tag in PIXEL_DATA_TAGS, [], MAX_LISTED_BYTES, source.name
             )
             return _read_image(header, num_frames, source.name, repairs)
     except ImageError:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gzip
+import io
 import posixpath
 import struct
 import tarfile
@@ -11,9 +12,9 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from vlsm.errors import ImageError
+from vlsm.errors import BeyondLimitError, ImageError
 from vlsm.images.formats import (
     Inside,
     Look,
@@ -25,13 +26,15 @@ from vlsm.images.formats import (
     kind_of,
     list_frames,
 )
+from vlsm.images.gunzip import Budget, open_gzip, open_member
 from vlsm.images.samples import Members, choose_fields
-
-_LARGEST_READ = 1 << 26  # bytes; a tar header that asks for more is damaged
-_MOST_ZEROS = 1 << 27  # a tar with more consecutive zero bytes is damaged
-_MOST_NAME_BYTES = 8192  # the same limit as for an image_id in a manifest
+from vlsm.images.spans import Spans
+from vlsm.images.tar_walk import Walk
+from vlsm.limits import MAX_MEMBERS, MAX_NAME_BYTES, MAX_ZIP_TABLE_BYTES
 
 _UTF8_FLAG = 0x800  # of a zip member's name
+_LOCAL_BYTES = 30  # of the header before a member
+_ENTRY = b"PK\1\2"  # the start of a member in the table of a zip
 
 Listed = tuple[Members, list[Inside]]  # the images of each member, and the problem of a damaged archive
 
@@ -54,7 +57,10 @@ def list_images(
     """
     if is_archive(name):
         with open_file() as file:
-            members, problems = (_list_tar if kind_of(name) == "tar" else _list_zip)(file, name, look, skipped)
+            budget = Budget(file.seek(0, io.SEEK_END) if size_bytes is None else size_bytes)
+            file.seek(0)
+            list_members = _list_tar if kind_of(name) == "tar" else _list_zip
+            members, problems = list_members(file, name, look, skipped, budget)
         members = choose_fields(members, look.fields, kind_of(name) == "tar", skipped)
         images = [image for found in members.values() for image in found] + problems
         if not images:
@@ -91,7 +97,9 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile:
     Raises:
         zipfile.BadZipFile and others: the file is no valid zip.
     """
-    archive = zipfile.ZipFile(file)
+    archive = zipfile.ZipFile(cast(BinaryIO, _Table(file)))
+    if sum(info.compress_size for info in archive.infolist()) > file.seek(0, io.SEEK_END):
+        raise zipfile.BadZipFile("its members overlap")
     for info in archive.infolist():
         if not (info.flag_bits & _UTF8_FLAG or info.filename.isascii()):
             raw = info.filename.encode("cp437")
@@ -99,6 +107,24 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile:
                 info.filename = (_unicode_path(info.extra, raw) or raw).decode("utf-8")
     archive.NameToInfo |= {info.filename: info for info in archive.infolist()}
     return archive
+
+
+class _Table:
+    """The file of a zip. zipfile reads the table of all members at once, and would keep any number of them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_ZIP_TABLE_BYTES:
+            raise BeyondLimitError(f"its table has {size:,} bytes; {MAX_ZIP_TABLE_BYTES:,} are the most")
+        data = self._file.read(size)
+        if data.startswith(_ENTRY) and data.count(_ENTRY) > MAX_MEMBERS:
+            raise BeyondLimitError(f"it has more than {MAX_MEMBERS:,} members, which are the most")
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
@@ -117,11 +143,13 @@ def _list_member(look_into: Callable[[], list[Inside]], member: str, skipped: Co
     if kind_of(member) is None or is_archive(member) or is_of_macos:
         skipped[describe_other(member)] += 1
         return []
-    if len(member.encode("utf-8", "surrogateescape")) > _MOST_NAME_BYTES:
+    if is_long_name(member):
         skipped["name that is too long"] += 1
         return []
     try:
         images = look_into()
+    except BeyondLimitError:
+        raise  # a limit of the archive
     except ImageError as error:
         images = [Inside(problem=str(error))]
     except Exception as error:  # damage of any kind; the file object records the errors of its store
@@ -131,6 +159,11 @@ def _list_member(look_into: Callable[[], list[Inside]], member: str, skipped: Co
     return [replace(image, selector=f"{member}#{image.selector}" if image.selector else member) for image in images]
 
 
+def is_long_name(member: str) -> bool:
+    """Return whether a name is longer than an image_id may be. tarfile and zipfile accept any name."""
+    return len(member.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES
+
+
 def whole_member(member: str) -> str:
     """Return the sentence that refuses a member whose values are in another member."""
     return (
@@ -138,14 +171,20 @@ def whole_member(member: str) -> str:
     )
 
 
-def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> Listed:
-    """Return the images in a zip, by the names of its members, and no problem."""
+def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str], budget: Budget) -> Listed:
+    """Return the images in a zip, by the names of its members, and a problem if it is beyond a limit."""
     members: Members = {}
 
     def look_into(info: zipfile.ZipInfo) -> list[Inside]:
         check_zip_member(f"{name}#{info.filename}", info)
-        open_member: Any = functools.partial(archive.open, info)
-        return list_frames(open_member, info.filename, info.file_size, look, skipped)
+
+        def opening() -> BinaryIO:
+            member = archive.open(info)
+            if info.compress_type == zipfile.ZIP_STORED:  # zipfile would read it again for every step backwards
+                return _open_stored(file, info)
+            return open_member(member, info.filename, budget.note)
+
+        return list_frames(opening, info.filename, info.file_size, look, skipped)
 
     try:
         with open_zip(file) as archive:
@@ -153,9 +192,21 @@ def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> L
                 if not info.is_dir():
                     images = _list_member(functools.partial(look_into, info), info.filename, skipped)
                     _add(members, info.filename, images, skipped)
+    except BeyondLimitError as error:
+        return members, [Inside(problem=error.of(name))]
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError) as error:
         raise ImageError("corrupt", f"{name} cannot be read as a zip: {error}") from error
     return members, []
+
+
+def _open_stored(file: BinaryIO, info: zipfile.ZipInfo) -> BinaryIO:
+    """Return a stored member of a zip as a file."""
+    file.seek(info.header_offset)
+    header = file.read(_LOCAL_BYTES)
+    start = (
+        info.header_offset + _LOCAL_BYTES + sum(struct.unpack_from("<HH", header, 26))
+    )  # of its name and extra field
+    return cast(BinaryIO, io.BufferedReader(Spans(file, [(start, info.file_size)]), 1 << 16))
 
 
 def _add(members: Members, name: str, images: list[Inside], skipped: Counter[str]) -> None:
@@ -171,14 +222,18 @@ def _unpacked_path(name: str) -> str:
     return posixpath.normpath(name).lstrip("/")
 
 
-def _list_tar(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> Listed:
+def _list_tar(file: BinaryIO, name: str, look: Look, skipped: Counter[str], budget: Budget) -> Listed:
     """Return the images in a tar, by the paths of its members. A damaged tar also gives one item with a problem."""
     members: Members = {}
-    walk = _Walk(gzip.GzipFile(fileobj=file) if is_compressed_tar(name) else file)
+    is_packed = is_compressed_tar(name)
+    walk = Walk(open_gzip(file, budget.note) if is_packed else file)
+    look_into = functools.partial(_look_into_tar, look=look, skipped=skipped, is_packed=is_packed)
     try:
         # ignore_zeros: continue after damage, and after the end of a tar to which another tar was appended
         with tarfile.TarFile(fileobj=walk, ignore_zeros=True) as archive:  # type: ignore[arg-type]
-            _walk_tar(archive, walk, look, members, skipped)
+            _walk_tar(archive, walk, look_into, members, skipped)
+    except BeyondLimitError as error:
+        return members, [Inside(problem=error.of(name))]
     except Exception as error:  # damage of any kind; the file object records the errors of its store
         # Bytes after the end of a complete tar are not damage.
         if not (isinstance(error, gzip.BadGzipFile) and walk.num_zeros):
@@ -186,23 +241,31 @@ def _list_tar(file: BinaryIO, name: str, look: Look, skipped: Counter[str]) -> L
     return members, [Inside(problem=f"corrupt: {name}: {walk.problem}")] if walk.problem else []
 
 
-def _walk_tar(archive: tarfile.TarFile, walk: "_Walk", look: Look, members: Members, skipped: Counter[str]) -> None:
+def _walk_tar(
+    archive: tarfile.TarFile,
+    walk: Walk,
+    look_into: Callable[..., list[Inside]],
+    members: Members,
+    skipped: Counter[str],
+) -> None:
     """Add the images of every member of a tar to `members`."""
     spans: dict[str, tuple[int, int]] = {}  # the path of a member to offset and length of its bytes
     end = 0
     while (member := archive.next()) is not None:
         archive.members = []  # type: ignore[attr-defined] # tarfile would keep all headers in memory
+        walk.count(archive, member)
         walk.check_gap(end, member.offset)
         if archive.offset <= member.offset:
             raise tarfile.ReadError(f"{member.name!r} has a negative size; it must be 0 bytes or more")
         end = walk.marked_offset = archive.offset
         if member.islnk() and (target := _unpacked_path(member.linkname)) in spans:  # a hard link to an earlier member
             member.type, (member.offset_data, member.size) = tarfile.REGTYPE, spans[target]
-        if member.isreg():
+        if is_long_name(member.name):
+            skipped["name that is too long"] += 1
+        elif member.isreg():
             spans[_unpacked_path(member.name)] = span = member.offset_data, member.size
-            images = _list_member(
-                functools.partial(_look_into_tar, archive, member, look, skipped), member.name, skipped
-            )
+            with walk.inside():
+                images = _list_member(functools.partial(look_into, archive, member), member.name, skipped)
             _add(members, member.name, [replace(image, offset=span[0], length=span[1]) for image in images], skipped)
         elif not member.isdir():
             skipped["link or device"] += 1
@@ -210,65 +273,18 @@ def _walk_tar(archive: tarfile.TarFile, walk: "_Walk", look: Look, members: Memb
 
 
 def _look_into_tar(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, look: Look, skipped: Counter[str]
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    look: Look,
+    skipped: Counter[str],
+    is_packed: bool,
 ) -> list[Inside]:
+    """Return the images in a member. In a packed tar, seeking backwards would unpack all again."""
     if member.issparse():
         raise ImageError("unreadable", f"{member.name} is a sparse member; only plain members are read")
-    open_member: Any = functools.partial(archive.extractfile, member)
-    return list_frames(open_member, member.name, member.size, look, skipped)
 
+    def opening() -> Any:
+        file = archive.extractfile(member)
+        return open_member(file, member.name) if is_packed else file
 
-class _Walk:
-    """A file object that tarfile reads from header to header. It refuses huge reads, which damaged headers cause.
-
-    Attributes:
-        marked_offset: offset at which the next member should begin. The block read there is kept.
-        num_zeros: length in bytes of the run of zeros that was read last.
-        problem: description of the first damage, or None.
-    """
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._marked: bytes = b""
-        self.marked_offset, self.num_zeros = 0, 0
-        self.problem: str | None = None
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _LARGEST_READ:
-            raise ValueError(f"a header asks for {size:,} bytes; {_LARGEST_READ:,} are the most")
-        is_marked = self._file.tell() == self.marked_offset
-        data = bytes(self._file.read(size))
-        if is_marked:
-            self._marked = data
-        self.num_zeros = 0 if not data or data.strip(b"\0") else self.num_zeros + len(data)
-        if self.num_zeros > _MOST_ZEROS:
-            raise ValueError(f"more than {_MOST_ZEROS:,} zero bytes in a row")
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def seekable(self) -> bool:
-        return True
-
-    def check_gap(self, end: int, begin: int | None) -> None:
-        """Note the problem if the next member does not begin at `end`, unless the tar has its end mark there."""
-        if begin == end or self.problem:
-            return
-        block = self._marked[: tarfile.BLOCKSIZE]
-        if not block:
-            self.problem = "it breaks off between two members"
-        elif block.strip(b"\0") and not _is_header(block):
-            self.problem = f"the member at byte {end:,} cannot be read"
-
-
-def _is_header(block: bytes) -> bool:
-    """Return whether a block is a valid header, also of a kind that tarfile skips, such as git's global header."""
-    try:
-        tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return True
+    return list_frames(opening, member.name, member.size, look, skipped)

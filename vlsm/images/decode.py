@@ -146,6 +146,8 @@ def _read_deep(image: Image.Image, data: bytes) -> Stored | None:
     if image.format == "JPEG2000" and _jpeg2000_bits(data) > 8:
         import imagecodecs
 
+        if (codestream_size(data) or (0, 0))[:2] != (image.height, image.width):
+            raise ValueError("the size in its codestream is not that in its header")  # which max_pixels has passed
         return _split_alpha(imagecodecs.jpeg2k_decode(data), _jpeg2000_bits(data))
     return None
 

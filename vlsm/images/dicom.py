@@ -24,6 +24,7 @@ from vlsm.images.dicom_tables import first_of_palette, has_supplemental_palette,
 from vlsm.images.dicom_video import choose_frames, open_stream
 from vlsm.images.formats import NoImages
 from vlsm.images.grey_levels import STORED, Decoded, Window, as_rgb
+from vlsm.limits import MAX_IMAGES
 
 if TYPE_CHECKING:
     from vlsm.config import SegmentSettings
@@ -55,7 +56,7 @@ _IMAGE_TAGS = [
     *(0x52009229, 0x52009230),  # shared and per-frame functional groups
     *(0x7FE00001, 0x7FE00002, *PIXEL_DATA_TAGS),
 ]
-_MAX_FRAMES = 1_000_000
+_ITEM = b"\xfe\xff\x00\xe0"
 _SMALL_BYTES = 1 << 16  # so many bytes of a file are read at once anyway
 _MAX_HEADER_BYTES = 4 << 20  # unpacked from a deflated object to count its frames
 
@@ -160,7 +161,7 @@ def _check_form(header: Dataset, num_bytes: int, name: str) -> PixelForm:
     """Return how pixels are stored, after a check of the number and size of the frames; `num_bytes` is of the file."""
     form = read_form(header)
     height, width = form.size
-    if not (0 < height < 1 << 16 and 0 < width < 1 << 16 and form.num_frames <= _MAX_FRAMES):
+    if not (0 < height < 1 << 16 and 0 < width < 1 << 16 and form.num_frames <= MAX_IMAGES):
         raise ImageError("corrupt", f"{name} has frames of no size, or more of them than any file has")
     least = form.num_frames * height * width * form.allocated * form.samples // 8
     if form.photometric.endswith("_422"):
@@ -198,6 +199,8 @@ class DicomImages:
         self, data: bytes, name: str, max_pixels: int, window: Window | None, max_bytes: int = 1 << 31
     ) -> None:
         self._name, self._window = name, window
+        if (num_items := data.count(_ITEM)) > 2 * MAX_IMAGES:  # each takes 8 bytes here, and a kilobyte in pydicom
+            raise ImageError("too_large", f"{name} has {num_items:,} items; {2 * MAX_IMAGES:,} are the most")
         with damage(name):
             self._dataset = read_header(io.BytesIO(data), None, _IMAGE_TAGS, max_bytes, name)
             height, width = int(self._dataset.get("Rows") or 0), int(self._dataset.get("Columns") or 0)

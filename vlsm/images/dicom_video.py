@@ -3,15 +3,17 @@
 import io
 import itertools
 import struct
-from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from pydicom.dataset import Dataset
 
+from vlsm.errors import BeyondLimitError
 from vlsm.images import video
 from vlsm.images.dicom_form import read_number, read_numbers
 from vlsm.images.dicom_header import UNDEFINED_LENGTH, read_header
+from vlsm.images.spans import Spans
+from vlsm.limits import MAX_IMAGES
 
 _PIXEL_DATA = 0x7FE00010
 _ITEM = 0xE000FFFE
@@ -55,7 +57,7 @@ def open_stream(file: BinaryIO, name: str) -> BinaryIO:
     read_header(file, is_pixels, [], 0, name)
     offset, length = found[0] if found else (0, 0)
     spans = [(offset, length)] if length != UNDEFINED_LENGTH else _find_fragments(file, offset)
-    return cast(BinaryIO, io.BufferedReader(_Spans(file, spans), 1 << 16))
+    return cast(BinaryIO, io.BufferedReader(Spans(file, spans), 1 << 16))
 
 
 def _find_fragments(file: BinaryIO, offset: int) -> list[tuple[int, int]]:
@@ -68,37 +70,6 @@ def _find_fragments(file: BinaryIO, offset: int) -> list[tuple[int, int]]:
             return spans[1:]
         length = struct.unpack("<II", head)[1]
         spans.append((offset + 8, length))
+        if len(spans) > MAX_IMAGES:
+            raise BeyondLimitError(f"its stream has more than {MAX_IMAGES:,} fragments, which are the most")
         offset += 8 + length
-
-
-class _Spans(io.RawIOBase):
-    """Some parts of a file, read as one file."""
-
-    def __init__(self, file: BinaryIO, spans: list[tuple[int, int]]) -> None:
-        self._file, self._spans, self._position = file, spans, 0
-        self._starts = [0, *itertools.accumulate(length for _, length in spans)]
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._starts[-1])[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        number = bisect_right(self._starts, self._position) - 1
-        if number >= len(self._spans):
-            return 0
-        inside = self._position - self._starts[number]
-        offset, length = self._spans[number]
-        self._file.seek(offset + inside)
-        content = self._file.read(min(len(buffer), length - inside))
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)

@@ -89,6 +89,8 @@ class _Fetch:
             if size_bytes and len(data := self._read(size_bytes, max_bytes)) <= size_bytes:
                 return data
             size_bytes = with_retries(self._ask_size, self.uri, self.patience_s)
+            if size_bytes is None:
+                return self._read_unsized(max_bytes)
             if len(data := self._read(size_bytes, max_bytes)) > size_bytes:
                 raise ImageError("unreadable", f"{self.uri} grows beyond {size_bytes:,} bytes while it is read")
             return data
@@ -101,7 +103,7 @@ class _Fetch:
 
         def get() -> bytes:
             data = bytes(self._ask(self._fs.cat_file, start=offset, end=offset + length))
-            if len(data) < length and self._ask_size() >= offset + length:
+            if len(data) < length and (self._ask_size() or 0) >= offset + length:
                 raise OSError(f"only {len(data):,} bytes came")
             return data
 
@@ -120,7 +122,7 @@ class _Fetch:
         def get() -> bytes:
             data = bytes(self._ask(self._fs.cat_file, start=0, end=size_bytes + 1))
             # A response may end early without an error, or the file may have changed since it was listed.
-            if len(data) < size_bytes and len(data) != self._ask_size():
+            if len(data) < size_bytes and self._ask_size() not in (len(data), None):
                 raise OSError(f"only {len(data):,} bytes came")
             return data
 
@@ -128,8 +130,20 @@ class _Fetch:
             return data
         raise ImageError("empty", f"{self.uri} has 0 bytes")
 
-    def _ask_size(self) -> int:
-        return int(self._ask(self._fs.info)["size"])
+    def _read_unsized(self, max_bytes: int) -> bytes:
+        """Return the content of a file of which the server states no length."""
+        data = bytes(
+            with_retries(lambda: self._ask(self._fs.cat_file, start=0, end=max_bytes + 1), self.uri, self.patience_s)
+        )
+        if len(data) > max_bytes:
+            raise ImageError("too_large", f"{self.uri} has more bytes than max_image_bytes, which is {max_bytes:,}")
+        check_size(self.uri, len(data), max_bytes)
+        return data
+
+    def _ask_size(self) -> int | None:
+        """Return the size of the file in bytes; None if an HTTP server does not state it."""
+        size = self._ask(self._fs.info)["size"]
+        return None if size is None else int(size)
 
     def _ask(self, method: Callable[..., Any], **limits: int) -> Any:
         """Return the result of a method of the file system, called with the rest of timeout_s as its timeout."""

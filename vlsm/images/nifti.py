@@ -4,7 +4,6 @@ The orientation is the first of sform (if it has a code), qform (if it has a cod
 axis a direction. Voxel sizes of 0 count as 1. Neither is an error: nibabel and ITK read such files alike.
 """
 
-import gzip
 import io
 import logging
 import math
@@ -17,6 +16,7 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from vlsm.errors import ImageError
+from vlsm.images.gunzip import open_gzip
 from vlsm.images.volume_slices import VolumeImages, make_openers
 from vlsm.images.volumes import AXES, COLOURS, GZIP, RAW, VolumeGrid, VolumeHeader, has_directions, is_gzip
 
@@ -69,7 +69,7 @@ def _read_block(file: BinaryIO) -> bytes:
     """Return the first 540 unpacked bytes of a file."""
     is_packed = is_gzip(file.read(2))
     file.seek(0)
-    return bytes((gzip.GzipFile(fileobj=file) if is_packed else file).read(_MAX_HEADER_BYTES))
+    return bytes((open_gzip(file) if is_packed else file).read(_MAX_HEADER_BYTES))
 
 
 def _parse(block: bytes, name: str) -> Any:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from vlsm.errors import ImageError
 from vlsm.images.fetch import WatchedFile
 from vlsm.images.formats import FORMATS, HEAD_BYTES, Look, kind_of, sniff_kind
+from vlsm.limits import MAX_CELL_BYTES, MAX_IMAGES
 
 PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeError, OverflowError)  # of a damaged file
 
@@ -136,6 +137,8 @@ class ParquetImages:
         counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.num_rows = sum(counts)
+        if self.column is not None and self.num_rows > MAX_IMAGES:
+            raise ImageError("too_large", f"the file has {self.num_rows:,} rows; {MAX_IMAGES:,} are the most")
         self._bytes_leaf, self._path_leaf = self._leaves()
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: list[pa.Array] = []  # of the bytes, and of the paths
@@ -168,10 +171,13 @@ class ParquetImages:
         if not leaves:
             yield from ((None, ()) for _ in range(self.num_rows))
             return
-        batches = self._parquet.iter_batches(batch_size=4096, columns=leaves)
+        with self._damage("the file"):
+            texts = open_texts(self._file, self._parquet, leaves)
+        batches = texts.iter_batches(batch_size=4096, columns=leaves)
         while (batch := self._next(batches, "the file")) is not None:
-            paths = _values(batch, self._path_leaf).to_pylist() if self._path_leaf else [None] * len(batch)
-            cells = [batch.column(name).to_pylist() for name in columns]
+            with self._damage("the file"):
+                paths = read_texts(_values(batch, self._path_leaf)) if self._path_leaf else [None] * len(batch)
+                cells = [read_texts(batch.column(name)) for name in columns]
             yield from zip(paths, zip(*cells, strict=True) if cells else [()] * len(batch), strict=True)
 
     def _next(self, batches: Iterator[pa.RecordBatch], name: str) -> pa.RecordBatch | None:
@@ -192,7 +198,7 @@ class ParquetImages:
         if group != self._group or row < self._first:
             self._group = group
             self._first = self._end = start
-            self._batches = self._parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=leaves)
+            self._batches = self._parquet.iter_batches(self._batch_rows(group), row_groups=[group], columns=leaves)
         while row >= self._end:
             if (batch := self._next(self._batches, name)) is None:
                 raise ImageError("corrupt", f"{name} is behind the end of its row group")
@@ -203,6 +209,40 @@ class ParquetImages:
             only = f", only the path {paths[0]!r}; a list with image_uri can name it" if paths and paths[0] else ""
             raise ImageError("empty", f"{name} has no bytes in the column {self.column}{only}")
         return data, paths[0] if paths else None
+
+    def _batch_rows(self, group: int) -> int:
+        """Return how many images of a row group are unpacked at once. Rows of a dictionary can repeat a huge image."""
+        chunks = self._parquet.metadata.row_group(group)
+        found = [chunks.column(number) for number in range(chunks.num_columns)]
+        repeats = any(chunk.has_dictionary_page for chunk in found if chunk.path_in_schema == self._bytes_leaf)
+        return 1 if repeats else _BATCH_ROWS
+
+
+def open_texts(file: Any, opened: pq.ParquetFile, columns: list[str]) -> pq.ParquetFile:
+    """Return a Parquet file again, with columns of texts as dictionaries, for `read_texts`.
+
+    A text of megabytes that stands in every row takes its place in the file once, and would be unpacked for each row.
+    """
+    schema = opened.metadata.schema
+    leaves = {schema.column(number).path for number in range(len(schema))}
+    texts = [column for column in columns if column in leaves and "." not in column]  # none in lists and structs
+    return pq.ParquetFile(file, metadata=opened.metadata, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
+
+
+def read_texts(column: pa.Array) -> list[Any]:
+    """Return the cells of a column.
+
+    Raises:
+        OverflowError: a text has more than MAX_CELL_BYTES.
+    """
+    stored = column.dictionary if pa.types.is_dictionary(column.type) else column
+    stored = stored.flatten() if pa.types.is_list(stored.type) else stored
+    if pa.types.is_string(stored.type) or pa.types.is_binary(stored.type) or pa.types.is_large_string(stored.type):
+        longest = pc.max(pc.binary_length(stored)).as_py() or 0
+        if longest > MAX_CELL_BYTES:
+            raise OverflowError(f"a text has {longest:,} bytes; {MAX_CELL_BYTES:,} are the most")
+    cells: list[Any] = column.to_pylist()
+    return cells
 
 
 def _values(batch: pa.RecordBatch, leaf: str) -> pa.Array:

@@ -40,6 +40,7 @@ from vlsm.images.formats import (
     split_selector,
 )
 from vlsm.images.grey_levels import Decoded
+from vlsm.images.gunzip import open_gzip
 from vlsm.images.parquet import ParquetImages, kind_by_bytes, kind_by_name
 from vlsm.images.stored import Stored
 
@@ -293,7 +294,7 @@ class Reader:
             if kind_of(uri) == "parquet":
                 opened: Any = ParquetImages(file, self._settings.columns.get("image"))
             else:
-                opened = open_zip(file) if kind_of(uri) == "zip" else gzip.GzipFile(fileobj=file)
+                opened = open_zip(file) if kind_of(uri) == "zip" else open_gzip(file)
             self._archive = uri, opened
         return self._archive[1]
 

@@ -2,8 +2,7 @@
 
 import io
 import logging
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
 import imagecodecs
@@ -17,11 +16,12 @@ from vlsm.images import decode
 from vlsm.images.codestreams import codestream_size
 from vlsm.images.formats import Decode, Labels, Look
 from vlsm.images.stored import Stored, check_pixels, decoder_errors, full_range
+from vlsm.images.tiff_pages import find_pages, start_at
+from vlsm.limits import MAX_IMAGES
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its warnings name no file; what matters is an error here
 
-_REDUCED_OR_MASK = 0b101  # TIFF 6.0, tag NewSubfileType
-_MAX_PAGES = 1_000_000
+_MOST_LEVELS = 64  # of a pyramid
 _GREY, _RGB, _PALETTE, _MASK, _CMYK, _YCBCR, _LAB = (0, 1), 2, 3, 4, 5, 6, 8  # TIFF 6.0, tag PhotometricInterpretation
 _OLD_JPEG, _JPEG, _JPEG_2000 = 6, 7, (33003, 33004, 33005, 34712)
 _KEEPS_YCBCR = (1, 5, 8, 32946, 32773)  # compressions whose YCbCr values tifffile does not convert
@@ -55,7 +55,7 @@ class TiffPages:
         self._data, self._name, self._max_pixels = data, name, max_pixels
         with decoder_errors(name):
             self._tiff = tifffile.TiffFile(io.BytesIO(data), name=name)
-            self._num_planes = _count_planes(self._tiff)
+            self._num_planes = _count_planes(self._tiff, len(_find_pages(self._tiff)))
 
     def read(self, page: int | None) -> Stored:
         """Return the values of a page; None for the first one that is no mask and no reduced copy.
@@ -72,8 +72,7 @@ class TiffPages:
         check_pixels((page.imagelength, page.imagewidth), self._name, self._max_pixels)
         orientation = int(page.tags.valueof(274, 1))
         if _needs_pillow(page):
-            with Image.open(io.BytesIO(self._data), formats=("TIFF",)) as image:
-                image.seek(number)
+            with Image.open(io.BytesIO(start_at(self._data, page)), formats=("TIFF",)) as image:
                 return Stored(np.asarray(image.convert("RGB"))), orientation
         if problem := _describe_unsupported(page):
             raise ImageError("unreadable", f"{self._name} is a TIFF {problem}; this is not supported")
@@ -207,64 +206,53 @@ def list_pages(tiff: Any) -> list[int]:
     """Return the numbers of the pages that are images.
 
     Raises:
-        ValueError: the list of pages is damaged.
+        ValueError: the list of pages is damaged, or too long.
     """
-    if (num_planes := _count_planes(tiff)) > 1:
+    are_images = _find_pages(tiff)
+    if (num_planes := _count_planes(tiff, len(are_images))) > 1:
         return list(range(num_planes))
-    pages = [(number, tiff.pages[number]) for number in range(_count_pages(tiff))]
-    pages = [(number, page) for number, page in pages if not int(page.tags.valueof(254, 0)) & _REDUCED_OR_MASK]
-    num_levels = _count_levels([page for _, page in pages])
-    return [number for number, _ in pages[:1] + pages[num_levels:]] or [0]
+    numbers = [number for number, is_image in enumerate(are_images) if is_image]
+    num_levels = _count_levels(tiff.pages[number] for number in numbers[:_MOST_LEVELS])
+    return (numbers[:1] + numbers[num_levels:]) or [0]
 
 
-def _count_planes(tiff: Any) -> int:
+def _find_pages(tiff: Any) -> list[bool]:
+    return find_pages(tiff.filehandle, tiff.pages[0].offset, tiff.tiff)
+
+
+def _count_planes(tiff: Any, num_pages: int) -> int:
     """Return how many images follow each other behind the only page of a file; 1 for all other files.
 
     ImageJ writes stacks of more than 4 GB so, and tifffile does on request. The description of the page tells it.
     """
-    if not (tiff.is_imagej or tiff.is_shaped) or not tiff.pages[0].is_final or _count_pages(tiff) > 1:
+    if not (tiff.is_imagej or tiff.is_shaped) or not tiff.pages[0].is_final or num_pages > 1:
         return 1
     num_planes: int = tiff.series[0].size // max(tiff.pages[0].size, 1)
-    if num_planes > _MAX_PAGES:
-        raise ValueError(f"it states {num_planes:,} images; {_MAX_PAGES:,} are the most")
+    if num_planes > MAX_IMAGES:
+        raise ValueError(f"it states {num_planes:,} images; {MAX_IMAGES:,} are the most")
     return num_planes
 
 
-def _count_pages(tiff: Any) -> int:
-    """Return the number of pages, up to one that is listed twice.
-
-    tifffile alone would run in such a circle, and would take a damaged list, or a store that fails, for the end.
-    """
-    sizes, file = tiff.tiff, tiff.filehandle
-    offset, offsets = tiff.pages[0].offset, set[int]()
-    while offset and offset not in offsets:
-        offsets.add(offset)
-        file.seek(offset)
-        count = file.read(sizes.tagnosize)
-        if len(count) == sizes.tagnosize:
-            file.seek(offset + sizes.tagnosize + struct.unpack(sizes.tagnoformat, count)[0] * sizes.tagsize)
-        if len(following := file.read(sizes.offsetsize)) < sizes.offsetsize or len(offsets) > _MAX_PAGES:
-            raise ValueError(f"its list of pages breaks off after page {len(offsets) - 1}")
-        (offset,) = struct.unpack(sizes.offsetformat, following)
-    return len(offsets)
-
-
-def _count_levels(pages: list[Any]) -> int:
+def _count_levels(pages: Iterable[Any]) -> int:
     """Return how many of the first pages are one image and reduced copies of it that no tag marks; at least 1.
 
     Such a pyramid has three levels or more, or tiles. Each level is the first page divided by a growing whole number.
+    A page is loaded only as long as all pages before it are levels.
     """
-    shapes = [(page.imagelength, page.imagewidth, page.samplesperpixel, page.bitspersample) for page in pages]
-    count, last_factor = 1, 1
-    for height, width, *kind in shapes[1:]:
-        factor = round(shapes[0][0] / max(height, 1))
+    whole: Any = None
+    count, last_factor = 0, 0
+    for page in pages:
+        whole = whole or page
+        factor = round(whole.imagelength / max(page.imagelength, 1))
         matches = all(
-            abs(side - full / max(factor, 1)) < 1 for side, full in zip((height, width), shapes[0], strict=False)
+            abs(side - full / max(factor, 1)) < 1
+            for side, full in ((page.imagelength, whole.imagelength), (page.imagewidth, whole.imagewidth))
         )
-        if factor <= last_factor or not matches or kind != list(shapes[0][2:]):
+        is_alike = (page.samplesperpixel, page.bitspersample) == (whole.samplesperpixel, whole.bitspersample)
+        if page is not whole and (factor <= last_factor or not matches or not is_alike):
             break
-        count, last_factor = count + 1, factor
-    return count if count > 2 or (count > 1 and pages[0].is_tiled) else 1
+        count, last_factor = count + 1, max(factor, 1)
+    return count if count > 2 or (count > 1 and whole.is_tiled) else 1
 
 
 def list_images(

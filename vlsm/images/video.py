@@ -19,6 +19,8 @@ import numpy as np
 
 from vlsm.errors import ImageError
 from vlsm.images.grey_levels import STORED, Decoded
+from vlsm.images.mp4_boxes import check_frames
+from vlsm.limits import MAX_IMAGES
 
 if TYPE_CHECKING:
     from vlsm.config import SegmentSettings
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
 DEFAULT_FRAMES = "1 per second"
 _TOLERANCE_S = 1e-3  # containers round times to milliseconds
-_MAX_FRAMES = 1_000_000
 _MAX_LISTED_PIXELS = 1 << 27  # FFmpeg's own limit is about as large
 _ALIGNMENT_PIXELS = 1 << 20  # FFmpeg counts the padding of rows too
 _MAX_READY = 32  # decoded frames that wait for their turn
@@ -79,6 +80,7 @@ class Video:
         self._lock = threading.Lock()
         self._ready: dict[int, np.ndarray] = {}
         with video_errors(name):
+            check_frames(file, name)
             self._open()
             self._pts, self.times_s, self._keys = _read_times(self._container, self._stream)
             self._open()
@@ -249,7 +251,7 @@ def _read_times(container: Any, stream: Any) -> tuple[list[Any], list[float], li
     Nothing is decoded: each packet holds a frame. Packets that are not shown, because the container cuts them off or a
     keyframe is missing before them, have no number. Without times there are no keyframes, and the rate is even.
     """
-    demuxed = itertools.islice(container.demux(stream), _MAX_FRAMES)
+    demuxed = itertools.islice(container.demux(stream), MAX_IMAGES)
     packets = [(packet.pts, packet.is_keyframe, packet.is_discard) for packet in demuxed if packet.size]
     # The times in an .avi are those of decoding.
     if container.format.name == "avi" or len({pts for pts, _, _ in packets} - {None}) < len(packets):
@@ -265,7 +267,7 @@ def _read_index(stream: Any) -> list[float] | None:
 
     The index has times of decoding. They tell the times of presentation only if all frames are equally long.
     """
-    if not 1 < stream.frames == len(stream.index_entries) <= _MAX_FRAMES or stream.time_base is None:
+    if not 1 < stream.frames == len(stream.index_entries) <= MAX_IMAGES or stream.time_base is None:
         return None
     times = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
     steps = np.diff(times)
@@ -285,6 +287,8 @@ def list_images(
     """
     rule = look.frames or DEFAULT_FRAMES
     av = import_av(name)
+    with video_errors(name):
+        check_frames(file, name)
     with video_errors(name), av.open(file, container_options=_CONTAINERS) as container:
         stream = video_stream(container, name)
         times_s = _read_index(stream)

@@ -6,7 +6,6 @@ time points of a series, are volumes of their own: "volume=2,slice=17".
 """
 
 import bz2
-import gzip
 import io
 import math
 import zlib
@@ -17,6 +16,7 @@ import numpy as np
 
 from vlsm.errors import ImageError
 from vlsm.images.grey_levels import STORED, Decoded, Levels, as_rgb, choose_levels, sample_values, show
+from vlsm.images.gunzip import open_gzip
 from vlsm.images.volumes import BZIP2, GZIP, TEXT, VolumeHeader, is_gzip, parse_selector
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _unpack(data: bytes, start: int, header: VolumeHeader, name: str) -> memoryv
 def _gunzip(data: bytes, start: int, num_bytes: int) -> bytes:
     packed = io.BytesIO(data)  # without a copy of the data
     packed.seek(start)
-    with gzip.GzipFile(fileobj=packed) as file:
-        content = file.read(num_bytes)
-        file.read(1)  # gzip checks the checksum at the end of the file
+    file = open_gzip(packed)
+    content = file.read(num_bytes)
+    file.read(1)  # zlib checks the checksum at the end of the file
     return content

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from vlsm.errors import ImageError
+from vlsm.limits import MAX_IMAGES
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 RAW, GZIP, BZIP2, TEXT = "raw", "gzip", "bzip2", "text"  # how the values are packed
@@ -22,7 +23,6 @@ COLOURS = {count: np.dtype([(channel, "u1") for channel in "RGBA"[:count]]) for 
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _MAX_RATIO = 1032  # deflate compresses 1,032-fold at most
-_MAX_SLICES = 1_000_000  # in one file
 MAX_NIFTI1_SIDE = 32_767
 _SCANNER = 1  # code of a NIfTI affine: positions in the scanner
 
@@ -153,8 +153,8 @@ class VolumeHeader:
             num_file_bytes: size of the file with the values; None if unknown.
             name: the file's name in error messages.
         """
-        if self.grid.num_volumes * max(self.grid.shape) > _MAX_SLICES:
-            raise ImageError("too_large", f"{name} has more than {_MAX_SLICES:,} slices")
+        if self.grid.num_volumes * max(self.grid.shape) > MAX_IMAGES:
+            raise ImageError("too_large", f"{name} has more than {MAX_IMAGES:,} slices")
         ratio = {RAW: 1, GZIP: _MAX_RATIO}.get(self.encoding)
         if num_file_bytes is None or ratio is None:
             return

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlsm.documents import MAX_JSON_BYTES, parse_json
+from vlsm.documents import parse_json
 from vlsm.errors import CheckpointError
+from vlsm.limits import MAX_JSON_BYTES
 
 TOWER_FOLDERS = ("clipseg", "openclip")
 _RUNS_CODE = {"auto_map", "custom_pipelines", "trust_remote_code"}

@@ -1,0 +1,118 @@
+"""Files by HTTP, read within limits, whatever a server announces.
+
+fsspec reads a reply to its end. A server may state a false length or none, ignore the range that was asked for, pack
+its reply, or send a byte each second.
+"""
+
+import io
+import time
+import zlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+from fsspec.asyn import sync, sync_wrapper
+from fsspec.implementations.http import HTTPFile, HTTPFileSystem
+
+from vlsm.errors import BeyondLimitError, ImageError
+from vlsm.limits import MAX_LISTED_BYTES, MAX_SILENCE_S, MIN_BYTES_PER_S
+
+_BLOCK = 1 << 16
+_UNPACKED = {"gzip", "x-gzip", "deflate"}
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=MAX_SILENCE_S, sock_read=MAX_SILENCE_S)
+
+
+class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no types
+    """Files by HTTP. Of a reply no more is read than was asked for.
+
+    A reply that is slower than MIN_BYTES_PER_S, after MAX_SILENCE_S, is an ImageError "timeout".
+    """
+
+    async def _info(self, url: str, **options: Any) -> Any:
+        return await super()._info(url, **{"timeout": _TIMEOUT} | options)
+
+    async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        if min(start or 0, end or 0) < 0:
+            raise ValueError("positions count from the start of a file")
+        if end is not None and end <= (start or 0):
+            return b""
+        content = bytearray()
+        try:
+            async for block in self._blocks(url, start or 0, end, options):
+                content += block
+        except aiohttp.SocketTimeoutError as error:
+            raise ImageError("timeout", f"{url}: the server sent nothing for {MAX_SILENCE_S} s") from error
+        return bytes(content)
+
+    async def _blocks(self, url: str, start: int, end: int | None, options: dict[str, Any]) -> AsyncIterator[bytes]:
+        """Yield the bytes of a file from start to end, or to its own end."""
+        headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+        if start or end is not None:
+            headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        session = await self.set_session()
+        options = {"timeout": _TIMEOUT, "auto_decompress": False} | options
+        async with session.get(self.encode_url(url), headers=headers, **options) as reply:
+            if reply.status == 416:  # the file ends before
+                return
+            self._raise_not_found_for_status(reply, url)
+            is_packed = reply.headers.get("Content-Encoding", "").lower() in _UNPACKED
+            if start and (reply.status != 206 or is_packed):
+                raise ValueError("its server sends no parts of files; copy it to a disk or a bucket before the run")
+            left = None if end is None else end - start
+            is_longer = left is not None and not 0 <= (-1 if is_packed else reply.content_length or -1) <= left
+            async for block in _watch_speed(_unpack(reply) if is_packed else _read(reply), url):
+                yield block[:left]
+                left = None if left is None else max(left - len(block), 0)
+                if is_longer and left == 0:
+                    reply.close()  # the rest is not read; any other reply ends here, and its connection is kept
+                    break
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
+        """Return a file that reads blocks. A file without a stated length is read into memory."""
+        size = options.pop("size", None) or self.info(path)["size"]
+        if size is None:
+            data = self.cat_file(path, 0, MAX_LISTED_BYTES + 1)
+            if len(data) > MAX_LISTED_BYTES:
+                raise BeyondLimitError(
+                    f"{path}: its server states no length, and sends more than {MAX_LISTED_BYTES:,} bytes, which are "
+                    "the most for such a file; copy it to a disk or a bucket before the run"
+                )
+            return io.BytesIO(data)
+        session = sync(self.loop, self.set_session)
+        options = {"cache_type": self.cache_type, "cache_options": self.cache_options} | options
+        return _Blocks(self, path, session, block_size or self.block_size, mode, size=size, loop=self.loop, **options)
+
+
+class _Blocks(HTTPFile):  # type: ignore[misc] # fsspec has no types
+    async def _read_block(self, start: int, end: int) -> bytes:
+        return bytes(await self.fs._cat_file(self.url, start, end))
+
+    _fetch_range = sync_wrapper(_read_block)
+
+    def _fetch_all(self) -> None:
+        """Read blocks also for the whole file: the reply to a request without a range may be longer."""
+
+
+async def _read(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async for block in reply.content.iter_chunked(_BLOCK):
+        yield block
+
+
+async def _unpack(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """Yield the unpacked content of a packed reply; of a part of it, what can be unpacked."""
+    unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)  # gzip or zlib
+    async for packed in _read(reply):
+        while packed and not unpacker.eof:
+            yield unpacker.decompress(packed, _BLOCK)
+            packed = unpacker.unconsumed_tail
+
+
+async def _watch_speed(blocks: AsyncIterator[bytes], url: str) -> AsyncIterator[bytes]:
+    """Pass blocks on. Raise an ImageError if they come too slowly."""
+    started_s, num_bytes = time.monotonic(), 0
+    async for block in blocks:
+        num_bytes += len(block)
+        yield block
+        passed_s = time.monotonic() - started_s
+        if passed_s > MAX_SILENCE_S + num_bytes / MIN_BYTES_PER_S:
+            raise ImageError("timeout", f"{url}: the server sent {num_bytes:,} bytes in {passed_s:.0f} s")
