@@ -11,6 +11,7 @@ python -m jobs.benchmark nodes --json nodes.json
 python -m jobs.benchmark start --json start.json
 python -m jobs.benchmark scale --rows 10000 --rows 1000000
 python -m jobs.benchmark torture
+python -m jobs.benchmark fuzz --minutes 5
 python -m jobs.benchmark section
 
 Each writes its figures with --json. `section` writes the tables of all files in `jobs/measured` to README.md there.
@@ -37,6 +38,7 @@ BENCHMARKS = {
     "start": "seconds from a command to its first image",
     "scale": "the segment job over archives of growing size",
     "torture": "the segment job under faults: killed processes, lost nodes, a failing store, a full disk",
+    "fuzz": "damaged files, against every reader",
 }
 MEASURED = Path(__file__).parent / "measured"  # figures, as benchmarks have written them
 PAGE = MEASURED / "README.md"

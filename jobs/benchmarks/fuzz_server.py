@@ -1,0 +1,66 @@
+"""A server on this machine that answers every request with bytes that were prepared, valid HTTP or not."""
+
+import contextlib
+import re
+import socketserver
+import threading
+from types import TracebackType
+
+_MOST_REQUEST_BYTES = 1 << 16
+
+
+class AnswerServer(contextlib.AbstractContextManager[str]):
+    """A context with a server; its value is the server's address, host:port.
+
+    Args:
+        listing: the answer to requests for a listing of S3 (`list-type` in the query): head and body.
+        content: the answer to all other requests. A request with HEAD gets its head alone.
+    """
+
+    def __init__(self, listing: bytes, content: bytes) -> None:
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with contextlib.suppress(OSError):  # the client has seen enough
+                    self.request.settimeout(5)
+                    request = b""
+                    while b"\r\n\r\n" not in request and len(request) < _MOST_REQUEST_BYTES:
+                        if not (data := self.request.recv(4096)):
+                            return
+                        request += data
+                    answer = listing if b"list-type" in request.partition(b"\r\n")[0] else content
+                    answer = _part_of(answer, request)
+                    if request.startswith(b"HEAD"):
+                        head, end, _ = answer.partition(b"\r\n\r\n")
+                        answer = head + end
+                    self.request.sendall(answer)
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        host, port = self._server.server_address[:2]
+        return f"{host!s}:{port}"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _part_of(answer: bytes, request: bytes) -> bytes:
+    """Return the bytes that the request asks for, if it asks for a part and the head of the answer is undamaged."""
+    head, end, body = answer.partition(b"\r\n\r\n")
+    wanted = re.search(rb"\r\nrange: bytes=(\d+)-(\d*)\r\n", request, re.IGNORECASE)
+    length = b"Content-Length: %d\r\n" % len(body)
+    if not wanted or not head.startswith(b"HTTP/1.1 200") or length not in head:
+        return answer
+    first = int(wanted[1])
+    part = body[first : int(wanted[2]) + 1 if wanted[2] else None]
+    where = b"Content-Length: %d\r\nContent-Range: bytes %d-%d/%d\r\n" % (
+        len(part), first, first + len(part) - 1, len(body),
+    )  # fmt: skip
+    return head.replace(b"200 OK", b"206 Partial Content").replace(length, where) + end + part
