@@ -43,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def measure(args: Namespace) -> int:
-    """Read damaged files with every reader, and keep those that cause a fault. Exit code 1 if there is one."""
+    """Read damaged files with every reader, and keep those that cause a fault. The exit code is 1 if there is one."""
     names = list(dict.fromkeys(args.reader or READERS))
     if args.again:
         if len(names) != 1:
@@ -97,8 +97,6 @@ class _Tally:
 
     def fill(self, child: "_Child", tries: int | None, budget_s: float) -> Self:
         """Try until the number of tries is reached, or else until the time is over; print a line."""
-        if (outcome := child.read_seeds(self.reader)).kind == "fault":
-            self._keep(child, -1, outcome)
         start_s, number = time.monotonic(), 0
         while number < tries if tries is not None else time.monotonic() < start_s + budget_s:
             outcome = child.read(self.reader, number)
@@ -116,7 +114,7 @@ class _Tally:
 
     def _keep(self, child: "_Child", number: int, outcome: Outcome) -> None:
         self.faults[outcome.cause] += 1
-        folder = self.folder / f"{self.reader}-{'seeds' if number < 0 else number}"
+        folder = self.folder / f"{self.reader}-{number}"
         self.kept.setdefault(outcome.cause, folder)
         if self.faults[outcome.cause] <= _MOST_KEPT:
             shutil.copytree(child.folder / TRY, folder, symlinks=True)
@@ -149,34 +147,29 @@ class _Child:
         self.folder = Path(self._home.name)
         self._process: Any = None
         self._connection: Connection | None = None
-        self._warm: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
 
-    def read_seeds(self, reader: str) -> Outcome:
-        """Read the undamaged files of a reader."""
-        self._warm.add(reader)
-        return self._ask((reader, -1, None), _START_S)
-
     def read(self, reader: str, number: int, again: str | None = None) -> Outcome:
-        """Do one try."""
-        if reader not in self._warm and again is None:  # a new process: its imports are no part of the try
-            self.read_seeds(reader)
-        return self._ask((reader, number, again), _LONGEST_S)
-
-    def _ask(self, request: tuple[str, int, str | None], longest_s: float) -> Outcome:
-        if self._process is None:
+        """Do one try, or read the files of a folder as they are."""
+        if self._connection is None:
             self._start()
         assert self._connection is not None  # noqa: S101 - for mypy
-        self._connection.send(request)
-        if self._connection.poll(longest_s):
+        self._connection.send((reader, number, again))
+        for longest_s in (_START_S, _LONGEST_S):
+            if not self._connection.poll(longest_s):
+                os.kill(self._process.pid, signal.SIGPROF)  # it writes its stack and dies
+                break
             try:
-                return self._connection.recv()
+                if (outcome := self._connection.recv()) is not None:
+                    return outcome
             except EOFError:  # it is dead
-                pass
-        else:
-            os.kill(self._process.pid, signal.SIGPROF)  # it writes its stack and dies
+                break
+        return self._bury()
+
+    def _bury(self) -> Outcome:
+        """Return why the process has died."""
         self._process.join(10)
         code = self._process.exitcode
         stack = (self.folder / STACK).read_text(encoding="utf-8", errors="replace")
@@ -184,7 +177,7 @@ class _Child:
         is_hang = code in (None, -signal.SIGPROF)
         name = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
         lines = [line.strip() for line in stack.splitlines() if "/vlsm/" in line]
-        what = f"hang of {CPU_S:g} s of CPU time or {longest_s:g} s" if is_hang else f"crash ({name})"
+        what = f"hang of {CPU_S:g} s of CPU time or {_LONGEST_S:g} s" if is_hang else f"crash ({name})"
         return Outcome("fault", f"{what} {lines[0] if lines else ''}".strip(), stack)
 
     def _start(self) -> None:
@@ -196,12 +189,12 @@ class _Child:
             raise ConfigError("the process that reads did not start")
 
     def _stop(self) -> None:
-        self._warm.clear()
+        if self._connection is not None:
+            self._connection.close()  # the process ends by itself, unless it hangs
         if self._process is not None:
+            self._process.join(5)
             self._process.kill()
             self._process.join()
-        if self._connection is not None:
-            self._connection.close()
         self._process = self._connection = None
 
     def __exit__(

@@ -10,7 +10,7 @@ from jobs.benchmarks.fuzz_mutations import Files
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.runs.compare import compare_run
 from vlsm.runs.lifecycle import Run, finish_run
-from vlsm.runs.plan import write_plan
+from vlsm.runs.plan import PlanWriter, cut_shards, shard_table
 from vlsm.runs.record import make_record, write_record
 from vlsm.runs.results import write_part
 from vlsm.segmentation.masks import describe_mask, encode_png, encode_probability
@@ -40,12 +40,17 @@ def draw_output(folder: Path, images: Files, sizes: dict[tuple[str, str | None],
         probability_maps="all",
     )
     planned = [_plan(name, selector) for name, selector in sizes]
-    plan = write_plan(output, planned, 8, settings.kinds)
-    write_record(output, make_record(settings, {"run_id": _RUN_ID, "checkpoint_digests": ["ab" * 32]}, asdict(plan)))
+    writer = PlanWriter(output, _RUN_ID, settings.kinds)
+    for shard in cut_shards(planned, 8):
+        writer.add(shard_table(shard))
+    plan = writer.finish()
+    record = make_record(settings, {"run_id": _RUN_ID, "checkpoint_digests": ["ab" * 32]}, asdict(plan))
+    fixed = {"git_revision": "cd" * 20, "planned_at": "2026-01-02T03:04:05+00:00"}  # equal seeds give equal files
+    write_record(output, record | fixed)
     rows = [row for (name, selector), size in sizes.items() for row in _rows(name, selector, size)]
     per_shard = 6 * (8 // 2) // 2  # 8 planned rows are 4 images with 2 prompts, and each image has 3 rows
-    for shard in range(plan.num_shards):
-        write_part(output, shard, rows[shard * per_shard : (shard + 1) * per_shard], _RUN_ID, 0)
+    for number in range(plan.num_shards):
+        write_part(output, number, rows[number * per_shard : (number + 1) * per_shard], _RUN_ID, 0)
     run = Run(settings.model_copy(update={"output": output}), (), plan, _RUN_ID)
     finish_run(run, compare_run(output, plan, _RUN_ID), 0, 1.0)
 
@@ -71,7 +76,7 @@ def _rows(name: str, selector: str | None, size: tuple[int, int]) -> list[dict[s
         mask = np.asfortranarray(labels == label)
         probability = np.where(mask, 0.8, 0.1)
         row = {"prompt": prompt, "kind": "mask", "probability_map": encode_probability(probability)}
-        rows.append(common | row | asdict(describe_mask(mask, probability)))
+        rows.append(common | asdict(describe_mask(mask, probability)) | row)
     union = np.asfortranarray(labels > 0)
     row = {"prompt": '["polyp", "a <b>fold</b>"]', "kind": "labels", "label_map": encode_png(labels)}
-    return [*rows, common | row | asdict(describe_mask(union, np.ones(size)))]
+    return [*rows, common | asdict(describe_mask(union, np.ones(size))) | row]

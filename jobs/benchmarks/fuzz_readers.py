@@ -5,15 +5,14 @@ Commands are called as a user calls them: their own exit code is the answer, and
 """
 
 import contextlib
-import functools
 import itertools
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from jobs.benchmarks.fuzz_mutations import WAY
 from jobs.benchmarks.fuzz_server import AnswerServer
 from vlsm.archive.archive import open_archive
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, TileSettings, load_settings
@@ -29,7 +28,6 @@ from vlsm.runs.results import read_masks
 MAX_PIXELS, MAX_BYTES = 4_000_000, 1 << 25
 _RUN = RunSettings(image_timeout_s=2, outage_patience_s=0)
 _MOST_READ = 8  # images of a file that are decoded; all of them are listed
-_EXPORTS = ("masks", "overlays", "probability", "coco", "labels", "nifti", "dicom-seg", "rtstruct")
 
 
 def read_images(uri: str = ".") -> int:
@@ -102,34 +100,37 @@ def read_checkpoint() -> int:
 
 
 def read_output() -> int:
-    """Read the OUTPUT of a segment run in one of the ways that there are: the content of the files decides which."""
-    ways: list[Callable[[], int]] = [
-        lambda: sum(1 for _ in read_masks("o")),
-        functools.partial(_command, "jobs.verify", "o"),
-        functools.partial(_command, "jobs.status", "o"),
-        functools.partial(_command, "vlsm.report", "o", "report.html"),
-        *(functools.partial(_command, "vlsm.export", "o", "e", "--format", name) for name in _EXPORTS),
-    ]
-    return ways[_digest() % len(ways)]()
+    """Read the OUTPUT of a segment run in the way that a file names."""
+    way = _way()
+    if way == "masks":
+        return sum(1 for _ in read_masks("o"))
+    return _command("vlsm.export", "o", "e", "--format", way[1:]) if way.startswith("=") else _read_run(way)
 
 
 def read_training() -> int:
-    """Read the OUTPUT of a training: its state, its examples, its status or its report."""
+    """Read the OUTPUT of a training in the way that a file names."""
     from vlsm.training.run import read_examples
     from vlsm.training.state import read_state
 
-    ways: list[Callable[[], int]] = [
-        lambda: 1 if read_state("o") else 0,
-        lambda: len(read_examples("o")),
-        functools.partial(_command, "jobs.status", "o"),
-        functools.partial(_command, "vlsm.report", "o", "report.html"),
-    ]
-    return ways[_digest() % len(ways)]()
+    way = _way()
+    if way == "state":
+        return int(read_state("o") is not None)
+    return len(read_examples("o")) if way == "examples" else _read_run(way)
+
+
+def _read_run(way: str) -> int:
+    if way == "report":
+        return _command("vlsm.report", "o", "report.html")
+    return _command(f"jobs.{way}", "o")
+
+
+def _way() -> str:
+    return Path(WAY).read_text(encoding="utf-8")
 
 
 def read_evaluation() -> int:
     """Write the report of an evaluation."""
-    return _command("vlsm.report", "o", "report.html")
+    return _read_run("report")
 
 
 def read_http() -> int:
@@ -178,11 +179,6 @@ def _command(module: str, *words: str) -> int:
     if code:
         raise RuntimeError(f"{module} ended with exit code {code}")
     return 1
-
-
-def _digest() -> int:
-    """Return a number that only the files below the current folder decide."""
-    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path().rglob("*")) if path.is_file()))
 
 
 @contextlib.contextmanager

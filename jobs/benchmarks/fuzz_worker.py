@@ -50,8 +50,9 @@ class Outcome:
 def serve(connection: Connection, folder: str, seed: int) -> None:
     """Do the tries that the parent asks for, until it closes the connection.
 
-    A request is the name of a reader and the number of a try; -1 reads the undamaged seeds and answers their number.
-    Instead of these, `again` reads the files as they are.
+    A request is the name of a reader, the number of a try, and None, or else a folder whose files are read as they are.
+    Each has two answers: None when the try begins, then its outcome. An undamaged file of the try that is new here is
+    read before, so that the imports of its reader are no part of the try. If it is refused, this is the only answer.
 
     Args:
         connection: to the parent.
@@ -61,20 +62,25 @@ def serve(connection: Connection, folder: str, seed: int) -> None:
     work = Path(folder)
     stack = _prepare(work)
     seeds: dict[str, list[Files]] = {}
+    known: set[tuple[str, int]] = set()
     connection.send(None)  # it has started
     with contextlib.suppress(EOFError):
         while True:
             name, number, again = connection.recv()
             if again is not None:
-                connection.send(_try(work, name, read_folder(Path(again)), stack))
-                continue
-            if name not in seeds:
-                seeds[name] = SEEDS[name]()
-            if number < 0:
-                connection.send(_read_seeds(work, name, seeds[name]))
-                continue
-            rng = random.Random(f"{seed} {name} {number}")
-            connection.send(_try(work, name, mutate(rng.choice(seeds[name]), rng), stack))
+                files = read_folder(Path(again))
+            else:
+                if name not in seeds:
+                    seeds[name] = SEEDS[name]()
+                rng = random.Random(f"{seed} {name} {number}")
+                chosen = rng.randrange(len(seeds[name]))
+                if (name, chosen) not in known and (refused := _read_seed(work, name, seeds[name][chosen])):
+                    connection.send(refused)
+                    continue
+                known.add((name, chosen))
+                files = mutate(seeds[name][chosen], rng)
+            connection.send(None)
+            connection.send(_try(work, name, files, stack))
 
 
 def _prepare(work: Path) -> int:
@@ -93,19 +99,16 @@ def _prepare(work: Path) -> int:
     return stack
 
 
-def _read_seeds(work: Path, name: str, seeds: list[Files]) -> Outcome:
-    """Read the undamaged files, which also imports all that the reader needs."""
-    refused = []
-    for number, files in enumerate(seeds):
-        with _enter(work, files):
-            try:
-                num_read = READERS[name]()
-            except Exception:
-                refused.append(f"seed {number} ({', '.join(files)[:100]}): {traceback.format_exc()}")
-            else:
-                if not num_read:
-                    refused.append(f"seed {number} ({', '.join(files)[:100]}): nothing was read")
-    return Outcome("fault", "undamaged files are refused", "\n".join(refused)) if refused else Outcome("accepted")
+def _read_seed(work: Path, name: str, files: Files) -> Outcome | None:
+    """Read undamaged files; return the fault if they are refused."""
+    with _enter(work, files):
+        try:
+            if READERS[name]():
+                return None
+            reason = "nothing was read"
+        except Exception:
+            reason = traceback.format_exc()
+    return Outcome("fault", "undamaged files are refused", reason)
 
 
 def _try(work: Path, name: str, files: Files, stack: int) -> Outcome:
