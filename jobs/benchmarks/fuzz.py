@@ -62,7 +62,7 @@ def measure(args: Namespace) -> int:
         for cause, count in tally.faults.most_common():
             print(f"{tally.reader}: {count} x {cause}: {tally.kept[cause]}")
     if num_faults:
-        print(f"{num_faults} faults; their files are below {kept}")
+        print(f"{num_faults} faults with seed {args.seed}; their files are below {kept}")
     else:
         kept.rmdir()
     write_json(args.json, "fuzz", {"seed": args.seed, "runs": [tally.describe() for tally in tallies]})
