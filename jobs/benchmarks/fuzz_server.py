@@ -7,10 +7,14 @@ import threading
 from types import TracebackType
 
 _MOST_REQUEST_BYTES = 1 << 16
+_MOST_BYTES = 3 << 29  # of an answer that goes on: more than a reader may keep in memory
 
 
 class AnswerServer(contextlib.AbstractContextManager[str]):
     """A context with a server; its value is the server's address, host:port.
+
+    Content that announces more bytes than it has, or no number, goes on with zeros until the client hangs up. A listing
+    does not: clients of S3 read it whole, and the endpoint is the user's choice.
 
     Args:
         listing: the answer to requests for a listing of S3 (`list-type` in the query): head and body.
@@ -27,12 +31,15 @@ class AnswerServer(contextlib.AbstractContextManager[str]):
                         if not (data := self.request.recv(4096)):
                             return
                         request += data
-                    answer = listing if b"list-type" in request.partition(b"\r\n")[0] else content
+                    is_listing = b"list-type" in request.partition(b"\r\n")[0]
+                    answer = listing if is_listing else content
                     answer = _part_of(answer, request)
                     if request.startswith(b"HEAD"):
                         head, end, _ = answer.partition(b"\r\n\r\n")
                         answer = head + end
                     self.request.sendall(answer)
+                    for _ in range(0 if is_listing else _missing(answer) >> 20):
+                        self.request.sendall(bytes(1 << 20))
 
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -64,3 +71,12 @@ def _part_of(answer: bytes, request: bytes) -> bytes:
         len(part), first, first + len(part) - 1, len(body),
     )  # fmt: skip
     return head.replace(b"200 OK", b"206 Partial Content").replace(length, where) + end + part
+
+
+def _missing(answer: bytes) -> int:
+    """Return how many bytes an answer lacks, by its head."""
+    head, end, body = answer.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 2") or not body:
+        return 0
+    length = re.search(rb"\r\ncontent-length: *(\d{1,18})\r\n", head + b"\r\n", re.IGNORECASE)
+    return min(int(length[1]) - len(body) if length else _MOST_BYTES, _MOST_BYTES)
