@@ -5,6 +5,7 @@ Commands are called as a user calls them: their own exit code is the answer, and
 """
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 from jobs.benchmarks.fuzz_mutations import WAY
 from jobs.benchmarks.fuzz_server import AnswerServer
+from jobs.benchmarks.stores import free_port
 from vlsm.archive.archive import open_archive
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, TileSettings, load_settings
 from vlsm.datasets.examples import ExampleReader
@@ -142,13 +144,19 @@ def read_http() -> int:
 
 def read_s3() -> int:
     """List and read a bucket of a store that sends the damaged answers."""
-    answers = [path.read_bytes() if path.exists() else b"" for path in (Path("listing"), Path("object"))]
-    with AnswerServer(*answers) as address, _environment(AWS_ENDPOINT_URL=f"http://{address}"):
-        import s3fs
+    listing, content = (path.read_bytes() if path.exists() else b"" for path in (Path("listing"), Path("object")))
+    import s3fs
 
-        s3fs.S3FileSystem.clear_instance_cache()  # the next one reads the environment again
-        s3fs.S3FileSystem.retries = 1
+    s3fs.S3FileSystem.retries = 1
+    port = _s3_port()
+    with AnswerServer(listing, content, port) as address, _environment(AWS_ENDPOINT_URL=f"http://{address}"):
         return read_images("s3://b")
+
+
+@functools.cache
+def _s3_port() -> int:
+    """Return one port for all tries: a client of S3 takes long to make, and is kept with its address."""
+    return free_port()
 
 
 READERS: dict[str, Callable[[], int]] = {

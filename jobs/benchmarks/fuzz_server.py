@@ -19,9 +19,10 @@ class AnswerServer(contextlib.AbstractContextManager[str]):
     Args:
         listing: the answer to requests for a listing of S3 (`list-type` in the query): head and body.
         content: the answer to all other requests. A request with HEAD gets its head alone.
+        port: port of the server; 0 for any free one.
     """
 
-    def __init__(self, listing: bytes, content: bytes) -> None:
+    def __init__(self, listing: bytes, content: bytes, port: int = 0) -> None:
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 with contextlib.suppress(OSError):  # the client has seen enough
@@ -41,8 +42,10 @@ class AnswerServer(contextlib.AbstractContextManager[str]):
                     for _ in range(0 if is_listing else _missing(answer) >> 20):
                         self.request.sendall(bytes(1 << 20))
 
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads, allow_reuse_address = True, True
+
+        self._server = Server(("127.0.0.1", port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     def __enter__(self) -> str:
