@@ -11,6 +11,7 @@ vlsm benchmark nodes --json nodes.json
 vlsm benchmark start --json start.json
 vlsm benchmark scale --rows 10000 --rows 1000000
 vlsm benchmark torture
+vlsm benchmark fuzz --minutes 5
 vlsm benchmark section
 
 Each writes its figures with --json. `section` writes the tables of all files in `jobs/measured` to README.md there.
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "start": "seconds from a command to its first image",
     "scale": "the segment job over archives of growing size",
     "torture": "the segment job under faults: killed processes, lost nodes, a failing store, a full disk",
+    "fuzz": "damaged files, against every reader",
 }
 MEASURED = Path(__file__).parent / "measured"  # figures, as benchmarks have written them
 PAGE = MEASURED / "README.md"

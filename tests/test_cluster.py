@@ -2,9 +2,15 @@
 
 import copy
 import functools
+import hashlib
+import importlib.util
+import ipaddress
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import jsonschema
@@ -18,12 +24,15 @@ from vlsm.config import SegmentSettings, load_settings
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
-JOB = yaml.safe_load((ROOT / "jobs" / "rayjob.yaml").read_text(encoding="utf-8"))
+*POLICIES, JOB = yaml.safe_load_all((ROOT / "jobs" / "rayjob.yaml").read_text(encoding="utf-8"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TAG = CLUSTER["docker"]["image"].partition(":")[2]
+TAG = re.fullmatch(r"rayproject/ray:([^@]+)@sha256:EDIT", CLUSTER["docker"]["image"])[1]
 SPEC = JOB["spec"]["rayClusterSpec"]
 GROUPS = {group["groupName"]: group for group in SPEC["workerGroupSpecs"]}
 NODES = CLUSTER["available_node_types"]
+PODS = {"submitter": JOB["spec"]["submitterPodTemplate"], "head": SPEC["headGroupSpec"]["template"]} | {
+    name: group["template"] for name, group in GROUPS.items()
+}
 
 
 def scalars(tree):
@@ -62,9 +71,18 @@ def test_the_version_of_ray_and_python_is_the_packages():
     assert Version(ray) in wanted.specifier
     assert f"Programming Language :: Python :: 3.{python[1:]}" in PROJECT["classifiers"]
     assert SPEC["rayVersion"] == ray
-    images = {container(group)["image"] for group in (SPEC["headGroupSpec"], *GROUPS.values())}
-    assert images == {f"REGISTRY/vlsm:{TAG}"}
-    assert f"FROM {CLUSTER['docker']['image']}\n" in (ROOT / "jobs" / "rayjob.yaml").read_text(encoding="utf-8")
+    text = (ROOT / "jobs" / "rayjob.yaml").read_text(encoding="utf-8")
+    assert f"FROM rayproject/ray:{TAG}@sha256:DIGEST\n" in text and f"docker push REGISTRY/vlsm:{TAG}\n" in text
+
+
+def test_images_have_digests_and_the_files_do_not_work_before_these_are_filled_in():
+    images = {only["image"] for pod in PODS.values() for only in pod["spec"]["containers"]}
+    assert images == {"REGISTRY/vlsm@sha256:DIGEST"}
+    for image in (*images, CLUSTER["docker"]["image"]):
+        assert not re.search(r"@sha256:[0-9a-f]{64}$", image)  # what Docker and Kubernetes take
+    for path, word in (("cluster.yaml", "EDIT"), ("jobs/rayjob.yaml", "DIGEST")):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert "docker buildx imagetools inspect" in text and f"sha256:{word}" in text
 
 
 def test_nothing_is_open_to_the_outside():
@@ -96,7 +114,7 @@ def test_shared_memory_holds_the_object_store():
     assert store == 16 * 2**30 < int(limit) * 2**30
     for group in GROUPS.values():
         assert int(group["rayStartParams"]["object-store-memory"]) == store
-        (volume,) = group["template"]["spec"]["volumes"]
+        (volume,) = (volume for volume in group["template"]["spec"]["volumes"] if volume["name"] == "shm")
         assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "17Gi"}
 
 
@@ -132,7 +150,13 @@ RAY_CLUSTER = fields(
     enableInTreeAutoscaling=FLAG,
     authOptions=fields("mode", mode={"enum": ["disabled", "token"]}),
     autoscalerOptions=fields(
-        "", idleTimeoutSeconds=COUNT, upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]}
+        "",
+        idleTimeoutSeconds=COUNT,
+        upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
+        env={"type": "array"},
+        securityContext={"type": "object"},
+        volumeMounts={"type": "array"},
+        resources={"type": "object"},
     ),
     headGroupSpec=HEAD,
     workerGroupSpecs={"type": "array", "items": WORKERS},
@@ -147,6 +171,7 @@ RAY_JOB = fields(
         backoffLimit=COUNT,
         entrypoint=TEXT,
         shutdownAfterJobFinishes=FLAG,
+        submitterPodTemplate=POD,
         ttlSecondsAfterFinished=COUNT,
         rayClusterSpec=RAY_CLUSTER,
     ),
@@ -190,9 +215,136 @@ def test_the_head_does_no_work_and_a_run_is_planned_before_there_are_workers():
     assert (pool.num_actors, pool.num_gpus, pool.num_cpus) == ((1, GROUPS["gpu"]["maxReplicas"]), 1, 1)
 
 
-def test_its_pods_are_kuberneteses_by_its_own_schema():
+def test_its_pods_and_policies_are_kuberneteses_by_its_own_schema():
     import kubernetes_validate
 
-    for group in (SPEC["headGroupSpec"], *GROUPS.values()):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, **group["template"]}
-        kubernetes_validate.validate(pod, "1.34", strict=True)
+    pods = [
+        {"apiVersion": "v1", "kind": "Pod", **pod, "metadata": {"name": "ray", **pod["metadata"]}}
+        for pod in PODS.values()
+    ]
+    options = SPEC["autoscalerOptions"]  # of the container that KubeRay adds to the head
+    autoscaler = {key: options[key] for key in ("env", "securityContext", "volumeMounts", "resources")}
+    pods[1]["spec"] = copy.deepcopy(pods[1]["spec"])
+    pods[1]["spec"]["containers"].append(autoscaler | {"name": "autoscaler", "image": "x"})
+    for document in (*pods, *POLICIES):
+        kubernetes_validate.validate(document, "1.34", strict=True)
+
+
+def containers():
+    """Every container of the file, by a name, with the settings of its pod."""
+    for name, pod in PODS.items():
+        yield name, pod["spec"], container({"template": pod})
+    yield "autoscaler", PODS["head"]["spec"], SPEC["autoscalerOptions"]
+
+
+@pytest.mark.parametrize(("name", "pod", "own"), list(containers()), ids=[name for name, *_ in containers()])
+def test_no_container_is_root_or_may_become_it_or_writes_to_its_image(name, pod, own):
+    assert {"runAsNonRoot": True, "runAsUser": 1000}.items() <= pod["securityContext"].items()
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert own["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert own["resources"]["limits"].keys() >= {"cpu", "memory"}
+    # what they write (Ray's sessions, caches below the home) goes to folders that end with the pod
+    written = {mount["name"] for mount in own["volumeMounts"] if mount["mountPath"] == "/tmp"}
+    assert written == {"tmp"} and {"name": "HOME", "value": "/tmp"} in own["env"]
+    assert all(set(volume) == {"name", "emptyDir"} for volume in pod["volumes"])
+
+
+def test_only_the_head_has_a_token_for_the_kubernetes_api():
+    """Ray's autoscaler, a container of the head, reads it there."""
+    from ray.autoscaler._private.kuberay import node_provider
+
+    assert node_provider.IN_CLUSTER_TOKEN_PATH.startswith("/var/run/secrets/kubernetes.io/serviceaccount/")
+    without = {name for name, pod in PODS.items() if pod["spec"].get("automountServiceAccountToken") is False}
+    assert without == PODS.keys() - {"head"}
+
+
+def selects(policy, labels):
+    return policy["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_policies_admit_the_runs_own_pods_and_three_others_by_port():
+    ours = {"podSelector": {"matchLabels": {"app": "vlsm-segment"}}}
+    everything, head = POLICIES
+    assert {policy["apiVersion"] for policy in POLICIES} == {"networking.k8s.io/v1"}
+    for name, pod in PODS.items():
+        assert selects(everything, pod["metadata"]["labels"]), f"{name} is open to all"
+    assert everything["spec"]["policyTypes"] == ["Ingress", "Egress"]  # what no rule admits is denied
+    rules = everything["spec"]["ingress"] + everything["spec"]["egress"] + head["spec"]["egress"]
+    peers = [rule.get("from") or rule.get("to") for rule in rules]
+    assert all(peers) and not any(peer == {} for of_rule in peers for peer in of_rule)  # an empty one is everybody
+    for rule, of_rule in zip(rules, peers, strict=True):
+        assert of_rule == [ours] or rule["ports"], f"{rule} admits every port"
+    opened = {port["port"] for rule in everything["spec"]["ingress"] for port in rule.get("ports", [])}
+    assert opened == {8265, 8080}
+    blocks = [peer["ipBlock"]["cidr"] for of_rule in peers for peer in of_rule if "ipBlock" in peer]
+    assert blocks == ["STORE-CIDR", "API-SERVER-CIDR"]  # no addresses: Kubernetes refuses the file until they are given
+    for block in blocks:
+        with pytest.raises(ValueError):
+            ipaddress.ip_network(block)
+    assert selects(head, PODS["head"]["metadata"]["labels"] | {"ray.io/node-type": "head"})
+    assert not selects(head, PODS["cpu"]["metadata"]["labels"] | {"ray.io/node-type": "worker"})
+
+
+def test_containers_on_aws_gain_no_rights():
+    options = CLUSTER["docker"]["run_options"]
+    assert {"--cap-drop=ALL", "--security-opt=no-new-privileges"} <= set(options)
+    assert not [option for option in options if re.search("privileged|cap-add|docker.sock|--user", option)]
+
+
+def test_metrics_are_private_where_ray_binds_them():
+    """Ray binds this port to all addresses of a node that has more than the loopback one; see the top of both files."""
+    agent = Path(importlib.util.find_spec("ray").origin).parent / "dashboard/modules/reporter/reporter_agent.py"
+    binding = 'address=get_localhost_ip() if is_localhost(self._ip) else ""'
+    assert binding in agent.read_text(encoding="utf-8")  # else the comments in both files are out of date
+    commands = CLUSTER["head_start_ray_commands"] + CLUSTER["worker_start_ray_commands"]
+    ports = {port for text in commands for port in re.findall(r"--metrics-export-port=(\d+)", text)}
+    ports |= {group["rayStartParams"]["metrics-export-port"] for group in (SPEC["headGroupSpec"], *GROUPS.values())}
+    assert ports == {"8080"}
+    (rule,) = (
+        rule for rule in POLICIES[0]["spec"]["ingress"] if {"port": 8080, "protocol": "TCP"} in rule.get("ports", [])
+    )
+    (peer,) = rule["from"]
+    assert peer == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "PROMETHEUS-NAMESPACE"}}}
+
+
+INSTALL = "python -m pip install -q --require-hashes -r requirements.lock"
+
+
+def test_nodes_and_the_image_install_nothing_without_its_hash():
+    text = (ROOT / "jobs" / "rayjob.yaml").read_text(encoding="utf-8")
+    (setup,) = CLUSTER["setup_commands"]
+    (build,) = re.findall(r"#   RUN cd vlsm && (.*?)\n#   END", text, re.S)
+    for command in (setup.removeprefix("cd ~/vlsm && "), re.sub(r"\\\n#\s+", "", build)):
+        first, second = command.strip().split(" && ")
+        assert first == INSTALL and second == "python -m pip install -q --no-deps --no-build-isolation ."
+    build_system = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+    assert set(build_system["requires"]) <= set(PROJECT["optional-dependencies"]["cluster"])  # is in the lock too
+
+
+def test_the_documented_command_writes_a_lock_with_hashes_and_without_hosts(tmp_path):
+    """As it stands in jobs/README.md, for a small project and from a folder with one wheel."""
+    readme = (ROOT / "jobs" / "README.md").read_text(encoding="utf-8")
+    pin, command = re.search(r"^echo ray==(\S+) \| uv (pip compile .*?[^\\])$", readme, re.M | re.S).groups()
+    words = shlex.split(command.replace("\\\n", " "))
+    assert pin == SPEC["rayVersion"]
+    stated = [words[words.index(flag) + 1] for flag in ("--python-version", "--output-file")]
+    assert stated == [TAG.split("py")[1].split("-")[0].replace("3", "3.", 1), "requirements.lock"]
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "tiny-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        wheel.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("tiny-1.0.dist-info/RECORD", "")
+    project = '[project]\nname = "p"\nversion = "1"\ndependencies = ["tiny"]\n'
+    (tmp_path / "pyproject.toml").write_text(project + "[project.optional-dependencies]\ntrain = []\ncluster = []\n")
+    uv = [str(Path(sys.executable).with_name("uv")), "--no-config", "--offline"]
+    own = [*uv, *words, "--no-index", "--find-links", "wheels"]
+    subprocess.run(own, cwd=tmp_path, check=True, capture_output=True, timeout=60, input=b"tiny==1.0\n")
+    lock = (tmp_path / "requirements.lock").read_text(encoding="utf-8")
+    digest = hashlib.sha256((wheels / "tiny-1.0-py3-none-any.whl").read_bytes()).hexdigest()
+    assert "tiny==1.0" in lock and f"--hash=sha256:{digest}" in lock
+    assert "://" not in lock and "index" not in lock

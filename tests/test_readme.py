@@ -1,3 +1,4 @@
+import ast
 import re
 import shlex
 from dataclasses import fields
@@ -262,6 +263,19 @@ def test_every_link_leads_somewhere(name):
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), f"{name}: {link} leads to no heading"
     assert links or name.endswith("CHANGELOG.md")
+
+
+def test_every_promise_to_strangers_has_tests_that_exist():
+    rows = re.findall(r"^\| (.+) \| (.+) \| (.*) \|$", section(JOBS, "## Who may supply what"), re.M)[1:]
+    assert len(rows) > 10
+    for _, promise, cell in rows:
+        names = re.findall(r"`([^`]+)`", cell)
+        assert names, f"{promise}: no test holds it"
+        for name in names:
+            path, _, test = name.partition("::")
+            tree = ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8"))
+            found = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+            assert test.startswith("test_") and test in found, f"{promise}: there is no test {name}"
 
 
 def test_every_document_can_be_reached_from_the_readme():

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 
 def alternate(repeats: int, *calls: Callable[[], object]) -> list[float]:
     """Return the median seconds of each call. The calls are interleaved; a first warm-up round does not count."""
@@ -64,6 +62,8 @@ def _foreign_core_s() -> float:
 
 def describe_machine() -> dict[str, Any]:
     """Return the CPU, its number of cores, and the versions of torch and Python."""
+    import torch  # here: not every benchmark and its processes need it
+
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

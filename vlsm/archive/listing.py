@@ -39,14 +39,23 @@ def _list_s3(fs: Any, path: str, uri: str, after: str | None) -> Iterator[Info]:
     request = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/" if key else ""}
     if after:
         request["StartAfter"] = fs.split_path(after)[1]
-    while True:
-        page = storage.with_retries(lambda: fs.call_s3("list_objects_v2", **request), uri, storage.PATIENT_S)
-        for item in page.get("Contents", ()):
-            if not item["Key"].endswith("/"):  # S3 consoles create such objects to show an empty folder
-                yield item | {"name": f"{bucket}/{item['Key']}", "size": item["Size"], "type": "file"}
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = page["NextContinuationToken"]
+    token: str | None = ""
+    while token is not None:
+        try:
+            page = storage.with_retries(lambda: fs.call_s3("list_objects_v2", **request), uri, storage.PATIENT_S)
+            files = [
+                item | {"name": f"{bucket}/{item['Key']}", "size": item["Size"], "type": "file"}
+                for item in page.get("Contents", ())
+                if not item["Key"].endswith("/")  # S3 consoles create such objects to show an empty folder
+            ]
+            token = page["NextContinuationToken"] if page.get("IsTruncated") else None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # of the client's parser too
+            what = f"{type(error).__name__}: {error}"
+            raise StorageError(f"the store of {uri} sends a damaged listing ({what}); check its endpoint") from error
+        if token == request.get("ContinuationToken", ""):
+            raise StorageError(f"the store of {uri} lists the same files again and again; check its endpoint")
+        yield from files
+        request["ContinuationToken"] = token or ""
 
 
 def _walk(fs: Any, folder: str, uri: str, last: tuple[str, ...]) -> Iterator[Info]:
