@@ -18,12 +18,13 @@ Each writes its figures with --json. `section` writes the tables of all files in
 
 import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jobs.benchmarks.figures import name_machine
+from vlsm.shown import Parser
 
 BENCHMARKS = {
     "models": "each model on CPUs, against the plain way",
@@ -50,9 +51,7 @@ _TITLE = """\
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = ArgumentParser(
-        prog="python -m jobs.benchmark", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m jobs.benchmark", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="NAME")
     words = sys.argv[1:] if argv is None else argv
     for name, about in BENCHMARKS.items():

@@ -19,6 +19,7 @@ from typing import Any, Self
 from vlsm import storage
 from vlsm.config import Settings, describe_settings
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
+from vlsm.shown import Parser, say, say_error, set_up_logging
 
 logger = logging.getLogger("vlsm")
 
@@ -30,7 +31,7 @@ EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wro
 
 def make_parser(module: str, description: str, settings: type[Settings]) -> argparse.ArgumentParser:
     """Return a parser with --config, --set and --dry-run. Its help lists every setting."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {module}",
         description=description,
         epilog="\n".join(
@@ -66,25 +67,25 @@ def run_command(work: Callable[[], dict[str, Any] | None]) -> int:
 
     All other output goes to stderr. SIGTERM (`ray job stop`) ends the work as Ctrl-C does.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    set_up_logging("%(asctime)s %(message)s")
     for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = work()
     except (ConfigError, CheckpointError, ManifestError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     except VlsmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        say("interrupted; the same command goes on from here", sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
     if result is not None:
-        print(json.dumps(result), flush=True)
+        say(json.dumps(result))
     return 0
 
 

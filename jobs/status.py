@@ -1,6 +1,5 @@
 """Print the progress of a segment run or a training from its files alone: without Ray, during the run or after it."""
 
-import argparse
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -8,11 +7,12 @@ from typing import Any
 from jobs.command import EXIT_CODES, run_command
 from vlsm import storage
 from vlsm.report.status import describe_status, read_status
+from vlsm.shown import Parser, say
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.status", description=__doc__, epilog=EXIT_CODES)
+    parser = Parser(prog="python -m jobs.status", description=__doc__, epilog=EXIT_CODES)
     parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment run or a training; local or s3://")
     parser.add_argument("--json", action="store_true", help="print one JSON line, for programs")
     parser.add_argument("--exact", action="store_true", help="read all part files of a large run, not only a sample")
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
             status = read_status(output, args.exact)
         if args.json:
             return asdict(status)
-        print("\n".join(describe_status(status)))
+        say("\n".join(describe_status(status)))
         return None
 
     return run_command(work)

@@ -1,6 +1,5 @@
 """Read all parts of a segment run, and check one row per planned image and prompt, and every mask against its row."""
 
-import argparse
 import sys
 from typing import Any
 
@@ -10,13 +9,14 @@ from jobs.command import EXIT_CODES, run_command
 from vlsm import storage
 from vlsm.errors import ConfigError, ResultError
 from vlsm.runs.verify import Proof, verify_run
+from vlsm.shown import Parser, say
 
 _NUM_PRINTED = 100
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.verify", description=__doc__, epilog=EXIT_CODES)
+    parser = Parser(prog="python -m jobs.verify", description=__doc__, epilog=EXIT_CODES)
     parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment run; local or s3://")
     args = parser.parse_args(argv)
     return run_command(lambda: verify(storage.absolute(args.output)))
@@ -37,13 +37,13 @@ def verify(output: str) -> dict[str, Any]:
     if proof is None:
         raise ConfigError(f"nothing is planned in {output!r}")
     for difference in proof.differences[:_NUM_PRINTED]:
-        print(difference)
+        say(difference)
     if len(proof.differences) > _NUM_PRINTED:
-        print(f"... and {len(proof.differences) - _NUM_PRINTED:,} more")
+        say(f"... and {len(proof.differences) - _NUM_PRINTED:,} more")
     if proof.differences:
         raise ResultError(f"{len(proof.differences):,} differences between {output!r} and its plan")
     counts = proof.counts
-    print(
+    say(
         f"{proof.plan.num_images:,} images and {proof.plan.num_rows:,} rows were planned; there are {counts['rows']:,} "
         f"rows, one for each, in {counts['parts']:,} parts; {counts['masks']:,} masks are as their rows say",
         file=sys.stderr,

@@ -27,6 +27,7 @@ from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import CheckpointError, ConfigError, ImageError, ManifestError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.segmenter import Segmenter
+from vlsm.shown import Parser, say, say_error
 from vlsm.training.origin import describe_differences_to_training
 from vlsm.training.sampling import find_prompt
 
@@ -193,7 +194,7 @@ def _predict(segmenter: Segmenter, records: list[Record], reader: ExampleReader,
             example = reader.read(record)
             prompt = find_prompt(record, choice, stored, "prompt")
         except (ImageError, ManifestError) as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            say(f"skipped: {error}", sys.stderr)
             continue
         mask = example.target.mask
         logits = segmenter.predict_logits(square.resize_image(example.image)[None], [[prompt]])[0][0]
@@ -221,14 +222,14 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
     records = [record for record in all_records if record.split == "val"]
     files = read_checkpoint(source)
     if sentence := describe_differences_to_training(source, data, (choice,)):
-        print(sentence, file=sys.stderr)
+        say(sentence, sys.stderr)
     reader = ExampleReader(data)
     require_foreground(records, reader, data)
     checkpoint = build_checkpoint(files, source)
     plain = checkpoint.settings.model_copy(update={"calibration": None})
     if choice == RECORD and (count := sum(record.prompt is None for record in records)):
-        print(f"{count} of {len(records)} records have no p1: their prompt is {plain.prompt!r}, as stored in the "
-              "checkpoint", file=sys.stderr)  # fmt: skip
+        say(f"{count} of {len(records)} records have no p1: their prompt is {plain.prompt!r}, as stored in the "
+              "checkpoint", sys.stderr)  # fmt: skip
     segmenter = Segmenter(type(checkpoint)(checkpoint.model, plain, checkpoint.name))
     calibration = calibrate(_predict(segmenter, records, reader, choice))
     calibrated = plain.model_copy(update={"threshold": calibration.threshold, "calibration": calibration})
@@ -243,7 +244,7 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
 
 def main(argv: list[str] | None = None) -> int:
     """Fit the temperature and threshold of a checkpoint on validation images, and write a calibrated copy."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vlsm.calibration",
         description=main.__doc__,
         epilog="\n".join(
@@ -269,9 +270,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(CalibrationSettings, args.config, args.set, arguments)
         calibration = calibrate_checkpoint(args.checkpoint, args.directory, settings)
     except (VlsmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2 if isinstance(error, (ConfigError, CheckpointError)) else 1
-    print(json.dumps(calibration.model_dump(mode="json", exclude={"reliability"})))
+    say(json.dumps(calibration.model_dump(mode="json", exclude={"reliability"})))
     return 0
 
 

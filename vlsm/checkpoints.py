@@ -7,7 +7,6 @@
 `python -m vlsm.checkpoints DIR --model clipseg` writes one from pretrained weights.
 """
 
-import argparse
 import hashlib
 import shutil
 import sys
@@ -25,6 +24,7 @@ from vlsm.config import Settings, dump_yaml, explain, parse_assignments
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.images.preprocess import ImageSpec, Resize
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
+from vlsm.shown import Parser, say, say_error
 from vlsm.version import FORMAT, __version__, newer_format
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def _check_weights(model: "SegmentationModel", weights: dict[str, Any], uri: str
 
 def main(argv: list[str] | None = None) -> int:
     """Write a checkpoint directory with pretrained towers, if the model has any; all other weights are untrained."""
-    parser = argparse.ArgumentParser(prog="python -m vlsm.checkpoints", description=main.__doc__)
+    parser = Parser(prog="python -m vlsm.checkpoints", description=main.__doc__)
     parser.add_argument("directory", metavar="DIR", help="the checkpoint directory to write")
     parser.add_argument("--model", required=True, metavar="NAME", help="`python -m vlsm.models` lists them")
     parser.add_argument(
@@ -320,9 +320,9 @@ def main(argv: list[str] | None = None) -> int:
             build_model(args.model, **parse_assignments(args.set)), args.directory, args.prompt, args.threshold
         )
     except (VlsmError, ValidationError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error if isinstance(error, VlsmError) else " ".join(str(error).split()))
         return 2 if isinstance(error, ConfigError | CheckpointError | ValidationError) else 1
-    print(args.directory)
+    say(args.directory)
     return 0
 
 

@@ -3,8 +3,6 @@
 `python -m vlsm.export OUTPUT DIR --format overlays`
 """
 
-import argparse
-import logging
 import re
 import sys
 from typing import Any
@@ -17,6 +15,7 @@ from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
 from vlsm.runs.results import check_columns
 from vlsm.runs.schema import RESULT_SCHEMA
+from vlsm.shown import Parser, say, say_error, set_up_logging
 
 
 def parse_filter(words: str) -> tuple[str, str, Any]:
@@ -60,7 +59,7 @@ def _parse_value(text: str, column_type: pa.DataType, operator: str) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Export the masks of a segment run as files."""
-    parser = argparse.ArgumentParser(prog="python -m vlsm.export", description=main.__doc__)
+    parser = Parser(prog="python -m vlsm.export", description=main.__doc__)
     parser.add_argument("output", metavar="OUTPUT", help="the OUTPUT of a segment run; local or s3://")
     parser.add_argument("directory", metavar="DIR", help="a local folder for the files")
     parser.add_argument("--format", choices=FORMATS, default="overlays", help="format of the files (default: overlays)")
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--limit is {args.limit}; it must be 0 or more")
     if args.components and args.format != "coco":
         parser.error(f"--components needs --format coco, not {args.format}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    set_up_logging()
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, ValueError, *storage.store_errors())
     try:
         filters = [parse_filter(words) for words in args.filter]
@@ -84,10 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         with ExportFolder(args.directory) as folder:
             count = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
     except failures as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2 if isinstance(error, ConfigError) else 1
     unit = "annotations in coco.json" if args.format == "coco" else "files"
-    print(f"{count:,} {unit} below {args.directory}")
+    say(f"{count:,} {unit} below {args.directory}")
     return 1 if folder.num_failed else 0
 
 

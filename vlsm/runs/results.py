@@ -16,6 +16,7 @@ from vlsm import storage
 from vlsm.errors import ConfigError, ImageError
 from vlsm.runs.schema import RESULT_SCHEMA, check_format, complete, with_format
 from vlsm.segmentation.masks import decode_mask, decode_probability
+from vlsm.shown import hide_secrets, public_uri
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -44,9 +45,15 @@ def write_part(output: str, shard: int, rows: list[dict[str, Any]], run_id: str,
     """
     schema = with_format(RESULT_SCHEMA, **{_RUN_KEY: run_id})
     sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(rows, schema=schema)
+    table = pa.Table.from_pylist([_without_secrets(row) for row in rows], schema=schema)
     pq.write_table(table, sink, compression="zstd", compression_level=9)  # 5 % smaller, costs 0.02 ms per row
     storage.write_bytes(storage.join(output, "masks", part_name(shard)), sink.getvalue().to_pybytes(), patience_s)
+
+
+def _without_secrets(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as people see it; the plan keeps what is needed to fetch the image."""
+    error = row.get("error")
+    return row | {"image_uri": public_uri(row["image_uri"]), "error": error and hide_secrets(error)}
 
 
 def read_part(
