@@ -107,6 +107,16 @@ def public_uri(uri: str) -> str:
     return hide_secrets(start + sharp + fragment).replace(start, start + _digest_query(query), 1)
 
 
+def describe_secret(uri: str) -> str | None:
+    """Return why a location cannot be opened, if it holds credentials in vain, or is one that was shown."""
+    scheme, _, rest = uri.partition("://")
+    if scheme.lower() in ("s3", "s3a", "gs", "gcs") and _without_user(uri) != uri:
+        return "its user and password are not used; the environment states them, as AWS_ACCESS_KEY_ID"
+    if scheme.lower() in ("http", "https") and _DIGEST.fullmatch(rest.partition("?")[2].partition("#")[0]):
+        return "a digest stands for its query, as in all records and results; give the URL with its query"
+    return None
+
+
 def _without_user(text: str) -> str:
     return _USER.sub(lambda found: found[0] if _CONTAINERS.fullmatch(found[0]) else found[1], text)
 

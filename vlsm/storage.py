@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import fsspec
 
 from vlsm.errors import ConfigError, StorageError
+from vlsm.shown import describe_secret
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,6 +74,8 @@ def open_uri(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     scheme, _ = split_scheme(uri)
     if scheme in ("file", "local"):
         return fsspec.filesystem("file"), absolute(uri)
+    if problem := describe_secret(uri):
+        raise ConfigError(f"cannot open {uri!r}: {problem}")
     try:
         fs = fsspec.filesystem(scheme, **(_S3_OPTIONS if scheme in ("s3", "s3a") else {}))
     except (ValueError, ImportError) as error:

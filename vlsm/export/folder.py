@@ -12,7 +12,7 @@ from vlsm import storage
 from vlsm.cells import INDEX_COLUMNS, CsvWriter
 from vlsm.errors import ConfigError, ImageError, VlsmError
 from vlsm.export.naming import path_key, relative_path
-from vlsm.shown import show
+from vlsm.shown import public_uri, show
 
 logger = logging.getLogger("vlsm")
 
@@ -147,9 +147,7 @@ class ExportFolder:
         self._write({"file": "", "error": text} | _columns_of(row))
 
     def _write(self, line: dict[str, Any]) -> None:
-        shown = {
-            name: show(value) if name in ("image_uri", "error") and value else value for name, value in line.items()
-        }
+        shown = line | {"image_uri": public_uri(line["image_uri"] or ""), "error": show(line["error"])}
         (self._rows or self._open_index()).write(shown)
 
     def _open_index(self) -> CsvWriter:

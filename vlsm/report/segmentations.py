@@ -37,7 +37,7 @@ def segmentation_page(output: str, title: str) -> Page:
     def open_files(paths: list[str]) -> ds.Dataset:
         return ds.dataset(paths, schema=RESULT_SCHEMA, filesystem=dataset.filesystem, format="parquet")
 
-    painter = Painter(parts.open_reader(record["config"]), read_rle_masks)
+    painter = Painter(parts.open_reader(record["config"], output), read_rle_masks)
     columns = ["mask_rle", "height", "width"]
     groups, cards = parts.show(ends, survey.sample, painter, columns, open_files)
     return Page(

@@ -170,7 +170,8 @@ def read_ok_rows(
     rows = read_rows(output, all_filters, names)
     total = open_results(output).count_rows(filter=_as_expression(all_filters))
     total = total if limit is None else min(total, limit)
-    yield from tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty())
+    for row in tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty()):
+        yield row | {"image_id": public_uri(row["image_id"])}  # it names files; earlier versions kept signatures in it
 
 
 def choose_rows(filters: list[tuple[str, str, Any]] | None, kinds: Sequence[str] | None) -> list[tuple[str, str, Any]]:
