@@ -43,11 +43,10 @@ class CsvWriter:
     Args:
         file: a text file.
         columns: names of the columns; the header is written at once.
-        line_end: between rows.
     """
 
-    def __init__(self, file: TextIO, columns: Sequence[str], line_end: str = "\n") -> None:
-        self._writer = csv.DictWriter(file, columns, lineterminator=line_end)
+    def __init__(self, file: TextIO, columns: Sequence[str]) -> None:
+        self._writer = csv.DictWriter(file, columns)  # with line ends that make it quote a cell with a part of them
         self._writer.writeheader()
 
     def write(self, row: Mapping[str, Any]) -> None:

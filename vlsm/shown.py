@@ -31,7 +31,7 @@ _SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]{0,30}://"
 _PORT = r"\d{1,5}(?:[\s/?#\"',;:)\]}>]|$)"
 # up to the last @ of the authority; or, in a password with a slash, up to the first @ behind a colon without a port
 _USER = re.compile(
-    rf"({_SCHEME})(?:[^\s/?#]{{0,2048}}@|(?!\[)[^\s/?#@:]{{0,255}}:(?!{_PORT}|[\s/?#]|$)[^\s@]{{0,2048}}@)",
+    rf"({_SCHEME})(?:[^\s/?#]{{0,2048}}@|(?!\[)[^\s/?#@:]{{0,255}}:(?!{_PORT}|[\s/?#]|$)[^\s@]{{0,2048}}@)+",
     re.IGNORECASE,
 )
 _LOCATION = re.compile(r"[A-Za-z][A-Za-z0-9+.:\-]*://")
@@ -39,7 +39,7 @@ _CONTAINERS = re.compile(r"(abfss?|wasbs?|az|adl)://[^:@]+@", re.IGNORECASE)  # 
 _END = r"""(?:(?!["'`](?![\w%=&.+/~-])|\\["'])[^\s<>])"""  # a character of a query; a quote behind it ends it
 _QUERY = re.compile(rf"\?({_END}+)")
 _PARAMETER = r"[\w.-]{1,255}=[^\s&/\"'<>]*"
-_FRAGMENT = re.compile(rf"(https?://[^\s#]{{0,2048}})#({_PARAMETER}(?:&{_PARAMETER})*)(?![\w/])", re.IGNORECASE)
+_FRAGMENT = re.compile(rf"#({_PARAMETER}(?:&{_PARAMETER})*)(?![\w/])")
 _PLACE = re.compile(r"(?:volume=\d+,)?(?:page|frame|slice|row|volume)=\d+")  # a selector of an image in a file
 _LONGEST_URL = 8192  # characters
 _DIGEST = re.compile(r"~[0-9a-f]{16}")
@@ -77,8 +77,7 @@ def hide_secrets(text: str) -> str:
     """
     if "://" in text:
         text = _QUERY.sub(_without_query, _without_user(text))
-        if "#" in text:
-            text = _FRAGMENT.sub(lambda found: found[0] if _PLACE.fullmatch(found[2]) else found[1], text)
+        text = _FRAGMENT.sub(_without_fragment, text)
     if "=" in text:
         text = _LOOSE.sub(r"\1hidden", text)
     return _HEADER.sub(r"\1hidden", text) if "uthorization" in text.lower() else text
@@ -128,14 +127,28 @@ def _is_signed(query: str) -> bool:
 
 def _without_query(found: "re.Match[str]") -> str:
     """Return what stands for a question mark and the characters behind it, wherever it may be in a text."""
-    before = found.string[max(0, found.start() - _LONGEST_URL) : found.start()].rpartition("\n")[2]
+    before = _line_before(found)
     plain = found[1].rstrip(_PUNCTUATION)
     query, sharp, fragment = plain.partition("#")
-    is_http = "http://" in before.lower() or "https://" in before.lower()  # its path may have blanks
+    is_http = "http://" in before or "https://" in before  # its path may have blanks
     is_other = "://" in before.rpartition(" ")[2] and _is_signed(query)
     if not query or not (is_http or is_other):
         return found[0]
     return _digest_query(query) + sharp + fragment + found[1][len(plain) :]
+
+
+def _without_fragment(found: "re.Match[str]") -> str:
+    """Return what stands for parameters behind a number sign: nothing in an HTTP URL, unless they select an image."""
+    plain = found[1].rstrip(_PUNCTUATION)
+    word = _line_before(found).rpartition(" ")[2]
+    if _PLACE.fullmatch(plain) or not ("http://" in word or "https://" in word):
+        return found[0]
+    return found[1][len(plain) :]
+
+
+def _line_before(found: "re.Match[str]") -> str:
+    """Return the text before a match in its line, as far as a URL may be long, in lower case."""
+    return found.string[max(0, found.start() - _LONGEST_URL) : found.start()].rpartition("\n")[2].lower()
 
 
 def _digest_query(query: str) -> str:
@@ -173,12 +186,12 @@ class Lines(str):
 
 def show(value: object) -> str:
     """Return a value as one line of text that may be printed, logged or written where people read it."""
-    return escape(hide_secrets(str(value)))
+    return hide_secrets(escape(str(value)))  # escaped first: a line break would end a URL
 
 
 def show_lines(text: str) -> str:
     """Return a text of several lines as `show` does; its line breaks and tabs stay."""
-    return escape(hide_secrets(text), keep="\n\t")
+    return hide_secrets(escape(text, keep="\n\t"))
 
 
 def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
@@ -221,6 +234,8 @@ class ShownRecords(logging.Filter):
         with contextlib.suppress(TypeError, ValueError):  # a wrong format: logging reports it
             if isinstance(record.args, tuple):
                 record.args = tuple(map(_show_value, record.args))
+            elif record.args:
+                record.args = {name: _show_value(value) for name, value in record.args.items()}
             record.msg, record.args = show_lines(record.getMessage()), None
         if record.exc_info and not record.exc_text:
             record.exc_text = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")

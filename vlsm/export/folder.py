@@ -153,7 +153,7 @@ class ExportFolder:
     def _open_index(self) -> CsvWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._index = (self.directory / INDEX_NAME).open("w", encoding="utf-8", newline="")
-        self._rows = CsvWriter(self._index, INDEX_COLUMNS, "\r\n")
+        self._rows = CsvWriter(self._index, INDEX_COLUMNS)
         return self._rows
 
 
