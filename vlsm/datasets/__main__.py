@@ -18,7 +18,7 @@ from vlsm.datasets.overview import describe_overview, inspect_dataset
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError, ManifestError, VlsmError
 from vlsm.images.preprocess import Square
-from vlsm.shown import Parser, say, say_error, set_up_logging
+from vlsm.shown import Parser, public_uri, say, say_error, set_up_logging
 
 
 class OverviewSettings(Settings):
@@ -103,7 +103,7 @@ def _name_datasets(words: list[str]) -> dict[str, str]:
     for word in words:
         match = re.fullmatch(r"([^/=:]+)=(.+)", word)
         uri = storage.absolute(match[2] if match else word)
-        name = match[1] if match else PurePosixPath(uri.rstrip("/")).stem
+        name = match[1] if match else PurePosixPath(public_uri(uri).partition("?")[0].rstrip("/")).stem
         if name in datasets:
             raise ConfigError(f"two datasets have the name {name}; give one of them another name, as NAME={word}")
         datasets[name] = uri

@@ -89,7 +89,7 @@ def _name_checkpoints(uris: Sequence[str]) -> Iterable[tuple[str, str]]:
     """
     counts: Counter[str] = Counter()
     for uri in uris:
-        parts = [part for part in storage.split_scheme(uri)[1].split("/") if part] or ["checkpoint"]
+        parts = [part for part in storage.split_scheme(public_uri(uri))[1].split("/") if part] or ["checkpoint"]
         name = parts[-2] if parts[-1] == "checkpoint" and len(parts) > 1 else parts[-1]
         counts[name] += 1
         yield (name if counts[name] == 1 else f"{name}-{counts[name]}"), uri

@@ -15,6 +15,7 @@ from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import Extremes, Survey, scan
 from vlsm.runs.record import read_summary
+from vlsm.shown import public_uri
 
 _SCORES_NAME, _TABLE_NAME = "scores.parquet", "table.csv"
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
@@ -68,7 +69,7 @@ def _checkpoints(config: dict[str, Any]) -> dict[str, str]:
     """Return the locations of the systems' checkpoints by a short name."""
     members = [member for system_members in config.get("systems", {}).values() for member in system_members]
     uris = [*config.get("checkpoints", ()), *(member["checkpoint"] for member in members)]
-    return {"/".join(uri.rstrip("/").split("/")[-2:]): uri for uri in uris}
+    return {"/".join(public_uri(uri).rstrip("/").split("/")[-2:]): uri for uri in uris}
 
 
 def _read_table(output: str) -> list[dict[str, Any]]:
