@@ -88,6 +88,10 @@ def test_a_digest_tells_images_apart_that_differ_in_their_query_and_not_in_their
 
 
 def test_headers_and_parameters_that_stand_alone_are_hidden():
+    escaped = f"https:\\/\\/u:{S}@host\\/a?sig={S}"
+    encoded = f"/proxy/https%3A%2F%2Fu%3A{S}%40host%2Fa%3Fsig%3D{S}"
+    for text in (escaped, encoded, f"AWS_SECRET_ACCESS_KEY={S}"):
+        assert S not in hide_secrets(text)
     for text in (f"{{'Authorization': 'Basic {S}'}}", f"authorization: Bearer {S}", f"host/x?X-Amz-Signature={S}&a=1"):
         assert S not in hide_secrets(text)
     assert hide_secrets("signature=(int, str) -> x=1, token=3") == "signature=(int, str) -> x=1, token=3"

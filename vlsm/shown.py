@@ -58,10 +58,11 @@ _LOGINS = set(
 )
 # what stands in texts without its URL
 _LOOSE = re.compile(
-    r"(?<![\w-])((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|GoogleAccessId|OSSAccessKeyId"
+    r"(?<![\w-])((?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|AWS_SECRET_ACCESS_KEY|AWS_SESSION_TOKEN|GoogleAccessId|OSSAccessKeyId"
     r"|access_token|(?<=[?&])(?:sig|signature|token))=)[^\s&\"'<>]+",
     re.IGNORECASE,
 )
+_ENCODED = re.compile(r"(https?%3A%2F%2F)[^\s&\"'<>]+", re.IGNORECASE)  # a URL as a parameter
 _HEADER = re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?(?:basic|bearer|digest|aws4-hmac-sha256)\s+)[^'\"\n]+", re.I)
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories of characters that no font shows
@@ -75,9 +76,13 @@ def hide_secrets(text: str) -> str:
 
     The text may be a location, or a message with locations in it. A text that was shown before stays the same.
     """
+    if ":\\/\\/" in text:  # JSON
+        text = text.replace("\\/", "/")
     if "://" in text:
         text = _QUERY.sub(_without_query, _without_user(text))
         text = _FRAGMENT.sub(_without_fragment, text)
+    if "%3" in text:
+        text = _ENCODED.sub(r"\1hidden", text)
     if "=" in text:
         text = _LOOSE.sub(r"\1hidden", text)
     return _HEADER.sub(r"\1hidden", text) if "uthorization" in text.lower() else text
