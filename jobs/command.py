@@ -19,7 +19,7 @@ from typing import Any, Self
 from vlsm import storage
 from vlsm.config import Settings, describe_settings
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
-from vlsm.shown import Parser, ShownRecords, say, say_error, set_up_logging
+from vlsm.shown import Parser, say, say_error, set_up_logging, show_records
 
 logger = logging.getLogger("vlsm")
 
@@ -130,7 +130,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
 
         # keep warnings; drop the progress lines of Ray Data, because the job prints its own
         for handler in logging.getLogger("ray.data").handlers:
-            handler.addFilter(ShownRecords())  # it logs the errors of tasks with their causes, on stderr and in a file
+            show_records(handler)  # it logs the errors of tasks with their causes, on stderr and in a file
             if isinstance(handler, logging.StreamHandler) and handler not in logging.root.handlers:
                 handler.setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

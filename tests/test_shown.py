@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.errors import ConfigError, ImageError, VlsmError
-from vlsm.shown import Lines, Parser, ShownRecords, escape, hide_secrets, hide_secrets_in, public_uri, show, show_lines
+from vlsm.shown import Lines, Parser, escape, hide_secrets, hide_secrets_in, public_uri, show, show_lines, show_records
 
 S = "S3cr3t"
 SECRETS = {
@@ -151,7 +151,7 @@ def logged():
     """A logger as that of vlsm, and what its handler has written."""
     logger, stream = logging.getLogger("vlsm.of.a.test"), io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.addFilter(ShownRecords())
+    show_records(handler)
     logger.addHandler(handler)
     logger.propagate = False
     yield logger, stream
@@ -176,7 +176,7 @@ def test_log_records_show_their_values_and_tracebacks_without_secrets(logged):
 
 def test_numbers_tables_and_wrong_formats_are_logged_as_before(logged):
     logger, stream = logged
-    logger.warning("%d, %.2f, %5.1f %s %(x)s" if False else "%d, %.2f, %d", 3, 0.5, np.int64(7))
+    logger.warning("%d, %.2f, %d", 3, 0.5, np.int64(7))
     logger.warning("%(a)s %(b)d", {"a": "x\ny", "b": 2})
     logger.warning("%s:\n%s", "table\n.md", Lines("| a |\n| b |"))
     logger.warning("100 %")

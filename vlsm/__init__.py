@@ -8,7 +8,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlsm.shown import ShownRecords
+from vlsm.shown import show_records
 from vlsm.version import __version__
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ __all__ = [
 
 
 # also in the processes of a cluster, whose handlers are not ours, and in programs that use the library
-logging.getLogger("vlsm").addFilter(ShownRecords())
+show_records(logging.getLogger("vlsm"))
 
 
 def __getattr__(name: str) -> Any:

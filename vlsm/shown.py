@@ -34,6 +34,7 @@ _USER = re.compile(
     rf"({_SCHEME})(?:[^\s/?#]{{0,2048}}@|(?!\[)[^\s/?#@:]{{0,255}}:(?!{_PORT}|[\s/?#]|$)[^\s@]{{0,2048}}@)+",
     re.IGNORECASE,
 )
+_SUSPICIOUS = re.compile(r"[?@#=]|%3|\\/")
 _LOCATION = re.compile(r"[A-Za-z][A-Za-z0-9+.:\-]*://")
 _CONTAINERS = re.compile(r"(abfss?|wasbs?|az|adl)://[^:@]+@", re.IGNORECASE)  # container@account: not a user
 _END = r"""(?:(?!["'`](?![\w%=&.+/~-])|\\["'])[^\s<>])"""  # a character of a query; a quote behind it ends it
@@ -102,6 +103,8 @@ def public_uri(uri: str) -> str:
 
     A local path stays as it is: it has no secrets.
     """
+    if not _SUSPICIOUS.search(uri):  # nearly every location: this is called for each row of a run
+        return uri
     if not _LOCATION.match(uri):
         return hide_secrets(uri) if "://" in uri else uri
     start, mark, end = _without_user(uri).partition("?")
@@ -231,7 +234,7 @@ class Parser(argparse.ArgumentParser):
         super().error(show(message))
 
 
-class ShownRecords(logging.Filter):
+class _ShownRecords(logging.Filter):
     """Shows what log records hold: values in one line each, and the message, which may have several lines."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -269,11 +272,19 @@ class _Shown:
         return show(repr(self._value))
 
 
+_RECORDS = _ShownRecords()
+
+
+def show_records(place: logging.Filterer) -> None:
+    """Make a logger or a handler show the values, messages and tracebacks of its records as `show` does."""
+    place.addFilter(_RECORDS)  # does nothing if it has it
+
+
 def set_up_logging(form: str = "%(message)s") -> None:
     """Log to stderr from now on; foreign records are shown as our own are."""
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", stream=sys.stderr)
     for handler in logging.root.handlers:
-        handler.addFilter(ShownRecords())
+        show_records(handler)
 
 
 def _say_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
