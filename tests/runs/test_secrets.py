@@ -12,12 +12,15 @@ import pytest
 import yaml
 
 from tests.conftest import save_square
+from vlsm import storage
 from vlsm.archive.archive import open_archive
 from vlsm.cells import INDEX_COLUMNS, CsvWriter
 from vlsm.config import SegmentSettings
-from vlsm.datasets.changes import describe_changed_records, renew_signatures
+from vlsm.datasets.changes import describe_changed_records, list_versions, renew_signatures
 from vlsm.datasets.inspection import EXAMPLES_SCHEMA
+from vlsm.datasets.overview import Overview, describe_overview
 from vlsm.datasets.records import Record
+from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ManifestError
 from vlsm.evaluation.sweep import COLUMNS, write_csv
 from vlsm.evaluation.tables import TableRow, format_csv, format_markdown
@@ -32,7 +35,7 @@ from vlsm.runs.results import part_name, write_part
 from vlsm.runs.schema import RESULT_SCHEMA, with_format
 from vlsm.runs.updates import update_plan
 from vlsm.segmentation.masks import encode_mask
-from vlsm.shown import public_uri
+from vlsm.shown import public_uri, show_lines
 from vlsm.training.settings import TrainSettings
 from vlsm.training.trackers import _parameters
 
@@ -234,6 +237,26 @@ def test_a_training_recognises_its_records_by_new_signatures_and_takes_them():
     assert "with another prompt, split, group or label" in phrase
     assert renew_signatures([old], [new]) == [new]
     assert renew_signatures([old], []) == [old]
+
+
+def test_the_folder_of_a_signed_url_is_not_listed(monkeypatch):
+    """A signature is for one file: a store would refuse the listing, or retry it for seconds."""
+    asked = []
+    monkeypatch.setattr(storage, "list_versions", lambda folder: asked.append(folder) or {"b.png": "etag"})
+    records = [Record("d", "train", "x", signed(1, "1"), f"https://u:{S}@host/b.png", {})]
+    assert list_versions([*records, Record("d", "train", "y", "s3://bucket/b.png", "s3://bucket/b.png", {})]) == [
+        (None, None),
+        ("etag", "etag"),
+    ]
+    assert asked == ["s3://bucket"]
+
+
+def test_what_a_dataset_is_taken_for_is_told_without_secrets(tmp_path):
+    save_square(tmp_path / "a.png")
+    records = [Record("d", "train", "x", signed(1, "1"), f"https://user:{S}@host/masks/b.png?sig={S}", {})]
+    overview = Overview("d", f"https://user:{S}@host/list.csv?sig={S}", records, [], [], [], DatasetSettings())
+    text = show_lines("\n".join(describe_overview(overview)))  # as the command prints it
+    assert S not in text and " masks/*.png (1)" in text and " data/* (1)" in text
 
 
 def test_trackers_get_no_secret():

@@ -28,6 +28,8 @@ def list_versions(records: Sequence[Record]) -> list[Versions]:
     folders: dict[str, dict[str, str]] = {}
 
     def version_of(uri: str) -> str:
+        if public_uri(uri) != uri:  # a signature is for one file: its folder cannot be listed
+            return ""
         folder, _, name = uri.rpartition("/")
         if folder not in folders:
             try:
