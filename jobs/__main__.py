@@ -5,6 +5,7 @@ from importlib import import_module
 from types import ModuleType
 
 from vlsm.commands import COMMANDS
+from vlsm.shown import say_error
 from vlsm.version import __version__
 
 _COMPLETION = {
@@ -31,13 +32,13 @@ def main(argv: list[str] | None = None) -> int:
         print(completion(words[1]))
         return 0
     if name == "completion":
-        print(f"error: vlsm completion needs the name of a shell: {', '.join(_COMPLETION)}", file=sys.stderr)
+        say_error(f"vlsm completion needs the name of a shell: {', '.join(_COMPLETION)}")
         return 2
     from difflib import get_close_matches
 
     near = get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
-    print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
+    say_error(f"unknown command {name!r}; {hint}")
     return 2
 
 

@@ -20,6 +20,7 @@ from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.config import Settings
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
+from vlsm.shown import say, say_error, set_up_logging, show_records
 
 logger = logging.getLogger("vlsm")
 
@@ -90,7 +91,7 @@ def run_command(
         describe: returns the lines for a person.
         as_json: print JSON on a terminal too.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    set_up_logging("%(asctime)s %(message)s")
     for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     storage.expect_answers()
@@ -98,22 +99,22 @@ def run_command(
     try:
         result = work()
     except (ConfigError, CheckpointError, ManifestError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     except VlsmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        say("interrupted; the same command goes on from here", sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
     if result is not None and sys.stdout.isatty() and not as_json:
-        print("\n".join(describe(result)), flush=True)
+        say("\n".join(describe(result)))
     elif result is not None:
         for line in describe(result):
             logger.info("%s", line)
-        print(json.dumps(result), flush=True)
+        say(json.dumps(result))
     return 0
 
 
@@ -160,6 +161,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
 
         # keep warnings; drop the progress lines of Ray Data, because the job prints its own
         for handler in logging.getLogger("ray.data").handlers:
+            show_records(handler)  # it logs the errors of tasks with their causes, on stderr and in a file
             if isinstance(handler, logging.StreamHandler) and handler not in logging.root.handlers:
                 handler.setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

@@ -29,6 +29,7 @@ from vlsm.images.decode import decode_image, decode_mask_file
 from vlsm.images.overlays import draw_overlay, draw_sheet
 from vlsm.runs.results import read_masks
 from vlsm.segmentation.metrics import dice_score
+from vlsm.shown import say
 from vlsm.training.settings import OptimSettings, TrainRunSettings, TrainSettings
 
 SPLITS, NUM_ARCHIVE = {"train": 240, "val": 20}, 60
@@ -90,7 +91,7 @@ def tell(output: Path, seed: int = 0) -> None:
 
     dice = score(output / "archive", segmentation.output, output / "overlays.png", training.data.mask_threshold)
     report = write_report(segmentation.output, output / "report.html")
-    print(
+    say(
         f"\nsegmented {summary['ok']} images, {summary['failed']} could not be read ({summary['failed_by_reason']}); "
         f"mean Dice on images never seen: {', '.join(f'{kind} {value:.3f}' for kind, value in dice.items())}\n"
         f"curves    {training.output}/curves.png\n"

@@ -22,6 +22,7 @@ from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.report.endings import evaluate_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, read_summary
+from vlsm.shown import Lines, say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,7 +130,7 @@ def _evaluate(settings: EvaluateSettings, lease: Lease) -> dict[str, Any]:
         lease.token.check()
     summary = finish_evaluation(evaluation, tables, time.monotonic() - started_s)
     table = storage.join(settings.output, MARKDOWN_NAME)
-    logger.info("%s:\n%s", table, storage.read_bytes(table).decode())
+    logger.info("%s:\n%s", table, Lines(storage.read_bytes(table).decode()))
     return summary
 
 
@@ -139,10 +140,10 @@ def dry_run(settings: EvaluateSettings) -> None:
     from vlsm.evaluation.systems import list_images
 
     evaluation, _ = plan_evaluation(settings)
-    print(dump_yaml(evaluation.settings.model_dump(mode="json")), end="")
+    say(dump_yaml(evaluation.settings.model_dump(mode="json")), end="")
     for system in evaluation.systems:
         num_images = len(list_images(system.targets)) if system.segment else 0
-        print(f"# {system.name}: {num_images:,} images to segment, {system.num_rows:,} scores")
+        say(f"# {system.name}: {num_images:,} images to segment, {system.num_rows:,} scores")
 
 
 def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":

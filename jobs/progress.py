@@ -14,6 +14,7 @@ from tqdm import tqdm
 from jobs import metrics
 from jobs.command import logger
 from vlsm.report.endings import count
+from vlsm.shown import public_uri
 
 _LOG_INTERVAL_S = 10.0
 _LOOK_INTERVAL_S = 0.5
@@ -76,7 +77,7 @@ class Progress:
     def _update_metrics(self) -> None:
         values = {"planned": self.total(), "done": self.done, "failed": self.failed}
         for name, value in values.items():
-            metrics.show(f"vlsm_{name}_images", value, output=self._output)
+            metrics.show(f"vlsm_{name}_images", value, output=public_uri(self._output))
 
     def _tick(self) -> None:
         while not self._stop.wait(_LOOK_INTERVAL_S):

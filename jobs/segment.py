@@ -28,6 +28,7 @@ from vlsm.runs.plan import planned_keys
 from vlsm.runs.planner import Planner
 from vlsm.runs.record import SUMMARY_NAME, read_summary
 from vlsm.runs.results import part_name
+from vlsm.shown import say
 
 _EXAMPLES = (
     "scans masks --checkpoint checkpoint --set 'prompts=[polyp, flat polyp]'",
@@ -193,14 +194,14 @@ def dry_run(settings: SegmentSettings, sample_size: int = 0, node_price: float |
     sample: list[dict[str, Any]] = []
     for row in keep_sample(archive.rows, sample, sample_size):
         counts.update(images=1, rows=len(planned_keys(row["prompts"], settings.kinds)))
-    print(dump_yaml(settings.model_dump(mode="json")), end="")
-    print(
+    say(dump_yaml(settings.model_dump(mode="json")), end="")
+    say(
         f"# {counts['images']:,} images, {counts['rows']:,} output rows; "
         f"skipped files: {dict(archive.skipped) or 'none'}"
     )
     if sample:
         for line in describe_forecast(measure(settings, members, sample), counts["images"], node_price):
-            print(f"# {line}")
+            say(f"# {line}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from jobs.command import EXIT_CODES, run_command
 from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.report.status import describe_status, read_status
+from vlsm.shown import say
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             status = read_status(output, args.exact)
         if args.json:
             return asdict(status)
-        print("\n".join(describe_status(status)))
+        say("\n".join(describe_status(status)))
         return None
 
     return run_command(work)

@@ -48,6 +48,7 @@ from vlsm.runs.record import (
     read_record,
     read_summary,
 )
+from vlsm.shown import Lines, say
 from vlsm.training.settings import DataSettings
 
 _EXAMPLES = (
@@ -91,9 +92,9 @@ def main(argv: list[str] | None = None) -> int:
             return sweep(settings)
         with storage.name_errors("OUTPUT", settings.output):
             storage.check_writable(settings.output)
-        print(dump_yaml(settings.model_dump(mode="json")), end="")
+        say(dump_yaml(settings.model_dump(mode="json")), end="")
         for group in plan_trial_groups(settings):
-            print("\n".join(f"# {trial.name}" for trial in group.trials))
+            say("\n".join(f"# {trial.name}" for trial in group.trials))
         return None
 
     return run_command(work, lambda result: sweep_ending(locate(args.output), result), args.json)
@@ -161,7 +162,7 @@ def _run(settings: SweepSettings, groups: list[TrialGroup], lease: Lease) -> dic
     markdown = write_markdown(table, settings)
     storage.write_bytes(storage.join(output, "table.csv"), write_csv(table).encode())
     storage.write_bytes(storage.join(output, "table.md"), markdown.encode())
-    logger.info("%s/table.md:\n%s", output, markdown)
+    logger.info("%s/table.md:\n%s", output, Lines(markdown))
     summary: dict[str, Any] = {"trials": len(trials), "cells": len(table)}
     summary["seconds"] = round(time.monotonic() - started_s, 1)
     storage.write_bytes(storage.join(output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())

@@ -25,6 +25,7 @@ from vlsm.errors import VlsmError
 from vlsm.report.endings import train_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import read_record, read_summary
+from vlsm.shown import say
 from vlsm.training.settings import TrainSettings
 
 _EXAMPLES = (
@@ -111,8 +112,8 @@ def dry_run(settings: TrainSettings) -> None:
     with RaySession(log_to_driver=False) as session:
         inspect = partial(_inspect, session, settings)
         _, lines, errors = check_examples(settings, inspect, num_shown=None, begin=session.start)
-    print(dump_yaml(settings.model_dump(mode="json")), end="")
-    print("\n".join(f"# {line}" for line in lines))
+    say(dump_yaml(settings.model_dump(mode="json")), end="")
+    say("\n".join(f"# {line}" for line in lines))
     if errors:  # not as an error of the usage: the dry run itself has done its work
         raise VlsmError(str(errors[0])) from errors[0]
 

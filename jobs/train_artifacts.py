@@ -7,6 +7,7 @@ from typing import Literal
 from vlsm import storage
 from vlsm.checkpoints import read_checkpoint
 from vlsm.runs.record import RECORD_NAME, SUMMARY_NAME
+from vlsm.shown import hide_secrets
 from vlsm.training.state import CHECKPOINT_NAME
 
 _NAMES = (RECORD_NAME, SUMMARY_NAME, "metrics.parquet", "curves.png")
@@ -26,7 +27,10 @@ def copy_artifacts(output: str, kind: Literal["checkpoint", "report"]) -> "tempf
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     for name in _NAMES:
-        (root / name).write_bytes(storage.read_bytes(storage.join(output, name)))
+        data = storage.read_bytes(storage.join(output, name))
+        if name == RECORD_NAME:  # an earlier version recorded passwords and signatures
+            data = hide_secrets(data.decode()).encode()
+        (root / name).write_bytes(data)
     if kind == "report":
         from vlsm.report.write import write_report  # here: it imports what draws
 

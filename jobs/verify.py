@@ -11,6 +11,7 @@ from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.errors import ConfigError, ResultError
 from vlsm.runs.verify import Proof, verify_run
+from vlsm.shown import say
 
 _NUM_PRINTED = 100
 
@@ -44,13 +45,13 @@ def verify(output: str) -> dict[str, Any]:
     if proof is None:
         raise ConfigError(f"nothing is planned in {output!r}")
     for difference in proof.differences[:_NUM_PRINTED]:
-        print(difference)
+        say(difference)
     if len(proof.differences) > _NUM_PRINTED:
-        print(f"... and {len(proof.differences) - _NUM_PRINTED:,} more")
+        say(f"... and {len(proof.differences) - _NUM_PRINTED:,} more")
     if proof.differences:
         raise ResultError(f"{len(proof.differences):,} differences between {output!r} and its plan")
     counts = proof.counts
-    print(
+    say(
         f"{proof.plan.num_images:,} images and {proof.plan.num_rows:,} rows were planned; there are {counts['rows']:,} "
         f"rows, one for each, in {counts['parts']:,} parts; {counts['masks']:,} masks are as their rows say",
         file=sys.stderr,

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vlsm import storage
 from vlsm.archive.archive import open_archive
+from vlsm.cells import read_cell
 from vlsm.errors import ImageError, ManifestError
 from vlsm.export import export_masks
 from vlsm.images.decode import decode_image
@@ -188,7 +189,10 @@ def test_exports_never_leave_their_folder_and_never_collide(names, tmp_path):
     assert export_masks(str(place / "run"), place / "pngs") == len(rows)
     files = {path for path in place.rglob("*") if path.is_file()}
     with (place / "pngs" / "index.csv").open(encoding="utf-8", newline="") as file:
-        index = {place / "pngs" / line["file"]: (line["image_id"], line["prompt"]) for line in csv.DictReader(file)}
+        index = {
+            place / "pngs" / read_cell(line["file"]): (read_cell(line["image_id"]), read_cell(line["prompt"]))
+            for line in csv.DictReader(file)
+        }
     assert list(index.values()) == [(row["image_id"], row["prompt"]) for row in rows]
     assert files == {*index, place / "pngs" / "index.csv", place / "run" / "masks" / "part-00000000.parquet"}
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["place"]

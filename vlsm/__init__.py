@@ -4,9 +4,11 @@
 for torch.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vlsm.shown import show_records
 from vlsm.version import __version__
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ __all__ = [
     "read_masks",
     "save_checkpoint",
 ]
+
+
+# also in the processes of a cluster, whose handlers are not ours, and in programs that use the library
+show_records(logging.getLogger("vlsm"))
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import CheckpointError, ConfigError, ImageError, ManifestError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
+from vlsm.shown import say, say_error
 from vlsm.training.origin import describe_differences_to_training
 from vlsm.training.sampling import find_prompt
 
@@ -198,7 +199,7 @@ def _predict(segmenter: "Segmenter", records: list[Record], reader: ExampleReade
             example = reader.read(record)
             prompt = find_prompt(record, choice, stored, "prompt")
         except (ImageError, ManifestError) as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            say(f"skipped: {error}", sys.stderr)
             continue
         mask = example.target.mask
         logits = segmenter.predict_logits(square.resize_image(example.image)[None], [[prompt]])[0][0]
@@ -226,14 +227,16 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
     records = [record for record in all_records if record.split == "val"]
     files = read_checkpoint(source)
     if sentence := describe_differences_to_training(source, data, (choice,)):
-        print(sentence, file=sys.stderr)
+        say(sentence, sys.stderr)
     reader = ExampleReader(data)
     require_foreground(records, reader, data)
     checkpoint = build_checkpoint(files, source)
     plain = checkpoint.settings.model_copy(update={"calibration": None})
     if choice == RECORD and (count := sum(record.prompt is None for record in records)):
-        print(f"{count} of {len(records)} records have no p1: their prompt is {plain.prompt!r}, as stored in the "
-              "checkpoint", file=sys.stderr)  # fmt: skip
+        say(
+            f"{count} of {len(records)} records have no p1: their prompt is {plain.prompt!r}, from the checkpoint",
+            sys.stderr,
+        )
     from vlsm.segmentation.segmenter import Segmenter  # here: --help does not wait for torch
 
     segmenter = Segmenter(type(checkpoint)(checkpoint.model, plain, checkpoint.name))
@@ -284,9 +287,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_settings(CalibrationSettings, args.config, args.set, arguments)
         calibration = calibrate_checkpoint(args.checkpoint, args.directory, settings)
     except (VlsmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2 if isinstance(error, (ConfigError, CheckpointError)) else 1
-    print(json.dumps(calibration.model_dump(mode="json", exclude={"reliability"})))
+    say(json.dumps(calibration.model_dump(mode="json", exclude={"reliability"})))
     return 0
 
 

@@ -28,6 +28,7 @@ from vlsm.images.preprocess import ImageSpec, Resize
 from vlsm.limits import MAX_JSON_BYTES
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
 from vlsm.models.tower_files import TOWER_FOLDERS, write_tower_files
+from vlsm.shown import say, say_error
 from vlsm.version import FORMAT, __version__, newer_format
 
 if TYPE_CHECKING:
@@ -313,9 +314,9 @@ def main(argv: list[str] | None = None) -> int:
             build_model(args.model, **parse_assignments(args.set)), args.directory, args.prompt, args.threshold
         )
     except (VlsmError, ValidationError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error if isinstance(error, VlsmError) else " ".join(str(error).split()))
         return 2 if isinstance(error, ConfigError | CheckpointError | ValidationError) else 1
-    print(args.directory)
+    say(args.directory)
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from vlsm.config import Settings, describe_settings
+from vlsm.shown import Parser, say
 
 # name for `vlsm NAME`: the module for `python -m MODULE`, and what it does
 COMMANDS = {
@@ -56,7 +57,7 @@ def new_parser(
     if settings is not None:
         chosen = describe_settings(settings, common)
         lines = ["settings that people change, as --set key=value (--help-settings lists all):", *chosen, "", epilog]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=call(module),
         description=f"{description}\n\nexamples:\n{shown}" if examples else description,
         epilog="\n".join(lines).strip(),
@@ -77,5 +78,5 @@ class _ShowSettings(argparse.Action):
         self.settings = settings
 
     def __call__(self, parser: argparse.ArgumentParser, *words: Any) -> None:
-        print("\n".join(["settings, as --set key=value or in --config FILE:", *describe_settings(self.settings)]))
+        say("\n".join(["settings, as --set key=value or in --config FILE:", *describe_settings(self.settings)]))
         parser.exit()

@@ -3,9 +3,17 @@
 import contextlib
 from collections.abc import Iterator
 
+from vlsm.shown import show
+
 
 class VlsmError(Exception):
-    """The base class of all errors of this package. A job prints the message on one line and ends."""
+    """The base class of all errors of this package. A job prints the message on one line and ends.
+
+    The message may quote names and locations from anywhere: `vlsm.shown` removes their secrets and control characters.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(show(part) if isinstance(part, str) else part for part in parts))
 
 
 class ConfigError(VlsmError):
@@ -60,12 +68,7 @@ class ImageError(VlsmError):
     def __init__(self, reason: str, message: str) -> None:
         if reason not in self.REASONS:
             raise ValueError(f"unknown reason {reason!r}; known reasons: {', '.join(self.REASONS)}")
-        # File names are untrusted: they must not add lines to a log.
-        printable = "".join(
-            character if character.isprintable() else character.encode("unicode_escape").decode()
-            for character in message
-        )
-        super().__init__(f"{reason}: {printable}")
+        super().__init__(f"{reason}: {message}")
         self.reason = reason
 
 

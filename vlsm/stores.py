@@ -9,6 +9,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from vlsm.errors import ConfigError
 from vlsm.locations import HTTP, LOCAL, absolute, split_scheme
+from vlsm.shown import describe_secret
 
 # One process reads many small objects: it needs fresh listings, a connection for each thread, and timeouts.
 _S3_OPTIONS = {
@@ -76,6 +77,8 @@ def open_uri(uri: str, allow: tuple[str, ...] = ()) -> tuple[fsspec.AbstractFile
     """
     if split_scheme(uri)[0] in LOCAL:
         return Disk(), absolute(uri)
+    if problem := describe_secret(uri):
+        raise ConfigError(f"cannot open {uri!r}: {problem}")
     try:
         fs = _build(uri, allow)
         return fs, fs._strip_protocol(uri)

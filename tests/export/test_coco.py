@@ -243,7 +243,7 @@ def test_the_index_leads_from_names_to_images(tmp_path, export_rows):
     dataset = export_rows(rows)
     lines = (tmp_path / "x" / "index.csv").read_text().splitlines()
     assert lines[0] == "file,image_id,image_uri,selector,prompt,kind,error"
-    assert lines[1:] == [f"l_dcm_frame_{n}.png,=id {n},{tmp_path}/in/l.dcm,frame={n},,," for n in range(2)]
+    assert lines[1:] == [f"l_dcm_frame_{n}.png,'=id {n},{tmp_path}/in/l.dcm,frame={n},,," for n in range(2)]
     assert not any("score" in annotation for annotation in dataset["annotations"])
 
 

@@ -13,6 +13,7 @@ from vlsm.archive.manifest import describe_file, read_image_list
 from vlsm.archive.tables import find_lists, holds_images
 from vlsm.errors import ConfigError
 from vlsm.images.formats import Look, describe_other, header_of, kind_of
+from vlsm.shown import public_uri
 from vlsm.stores import check_input
 
 _ETAG_KEYS = ("ETag", "etag")  # stores use different names
@@ -63,6 +64,7 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     if (header := header_of(uri)) is not None and not fs.isdir(path):  # a pair is listed by its header
         uri, (fs, path) = header, storage.open_uri(header, allow)
     look = replace(look or Look(), allow=allow)
+    after = after if after is None else (_respell(after[0], uri), after[1])
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
     lists = find_lists(uri, fs.isfile(path), excluded) if after is None else []
     archive = Archive(rows=(), is_listed=not lists or holds_images(lists[0], look.columns, allow))
@@ -77,6 +79,12 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     rows = expand_rows(_file_rows(fs, root, infos, prompts, (excluded, archive.skipped)), look, archive.skipped)
     archive.rows = rows if after is None else _rows_after(rows, after, archive.skipped)
     return archive
+
+
+def _respell(place: str, uri: str) -> str:
+    """Return a location below INPUT as this command spells it: a password or signature may have changed since."""
+    shown, root = public_uri(place), public_uri(uri)
+    return uri + shown[len(root) :] if shown != place and shown.startswith(root) else place
 
 
 def _find_files(fs: Any, path: str, uri: str, after: str | None) -> tuple[str, Iterable[Info]]:
@@ -115,7 +123,7 @@ def _file_rows(
         readable = storage.spell_out(path)
         etag = next((str(info[key]).strip('"') for key in _ETAG_KEYS if info.get(key) is not None), None)
         yield {
-            "image_id": readable.removeprefix(storage.spell_out(prefix)),
+            "image_id": public_uri(readable).removeprefix(public_uri(storage.spell_out(prefix))),
             "image_uri": readable if storage.is_local(fs) else fs.unstrip_protocol(readable),
             "prompts": list(prompts),
         } | describe_file(info.get("size"), etag, next((info[key] for key in _MTIME_KEYS if info.get(key)), None))

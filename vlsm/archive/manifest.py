@@ -9,6 +9,7 @@ from vlsm.archive.columns import Row, shorten
 from vlsm.archive.places import check_place
 from vlsm.archive.tables import read_manifest_rows
 from vlsm.errors import ManifestError
+from vlsm.shown import public_uri
 
 _MAX_TEXT_BYTES = 8192  # limit for an image_id, a location, an etag and a prompt
 
@@ -40,7 +41,9 @@ def read_image_list(
         is_relative = "://" not in image_uri and not image_uri.startswith("/")
         location = storage.join(folder, image_uri) if is_relative else image_uri
         selector = read_text(row.get("selector")) or None
-        image_id = read_text(row.get("image_id")) or (f"{image_uri}#{selector}" if selector else image_uri)
+        name = public_uri(image_uri)  # an image_id is in all results: it has no signature
+        stated = read_text(row.get("image_id"))
+        image_id = public_uri(stated) if stated else f"{name}#{selector}" if selector else name
         texts = read_prompts(row, prompts, where)
         etag = read_text(row.get("etag"))
         for text in (image_id, location, selector or "", etag or "", *texts):

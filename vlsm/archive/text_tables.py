@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from vlsm.archive.columns import Cells, Columns, parse_texts, shorten
+from vlsm.cells import INDEX_COLUMNS, read_cell
 from vlsm.documents import parse_json
 from vlsm.errors import ManifestError
 from vlsm.images.gunzip import open_gzip
@@ -77,12 +78,14 @@ def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -
     header, delimiter = _find_header(line, delimiters, columns, uri)
     is_padded = any(name != name.strip(" ") for name in header)
     found = columns.require(header, uri, also)
+    is_ours = tuple(header) == INDEX_COLUMNS  # the index of an export
     lines = itertools.chain([line], read_lines)
     rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=is_padded)
     for number, cells in enumerate(_read_rows(rows, uri)):
         if number == 0 or not any(map(str.strip, cells)):  # the header, or blank cells
             continue
         _check_cells(cells, header, delimiter, f"{uri}, row {number}")
+        cells = list(map(read_cell, cells)) if is_ours else cells
         for known, position in found.items():
             if known in ("prompt", "prompts") and position < len(cells):
                 cells[position] = _clean_text(cells[position], f"{uri}, row {number}")

@@ -5,7 +5,6 @@
 
 import argparse
 import io
-import logging
 import re
 import sys
 from pathlib import PurePosixPath
@@ -20,6 +19,7 @@ from vlsm.datasets.overview import describe_overview, inspect_dataset
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError, ManifestError, VlsmError
 from vlsm.images.preprocess import Square
+from vlsm.shown import public_uri, say, say_error, set_up_logging
 
 
 class OverviewSettings(Settings):
@@ -70,12 +70,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--limit is {args.limit}; it must be 0 or more")
     if args.sheet and not args.sheet.lower().endswith(".png"):
         parser.error(f"--sheet is {args.sheet!r}; its name must end with .png")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    set_up_logging()
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, *storage.store_errors())
     try:
         show_datasets(args.datasets, args.set, args.sheet, args.limit, args.size)
     except failures as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2 if isinstance(error, ConfigError | ManifestError) else 1
     return 0
 
@@ -96,12 +96,12 @@ def show_datasets(words: list[str], assignments: list[str], sheet: str | None, l
     overviews = []
     for name, uri in _name_datasets(words).items():
         overviews.append(inspect_dataset(name, uri, settings, limit, square))
-        print("\n".join(describe_overview(overviews[-1])), end="\n\n", flush=True)
+        say("\n".join(describe_overview(overviews[-1])), end="\n\n")
     if sheet is not None:
         buffer = io.BytesIO()
         Image.fromarray(draw_contact_sheet(overviews)).save(buffer, "PNG")
         storage.write_bytes(storage.absolute(sheet), buffer.getvalue())
-        print(f"{sheet}: examples with outlines of their masks")
+        say(f"{sheet}: examples with outlines of their masks")
 
 
 def _name_datasets(words: list[str]) -> dict[str, str]:
@@ -114,7 +114,7 @@ def _name_datasets(words: list[str]) -> dict[str, str]:
     for word in words:
         match = re.fullmatch(r"([^/=:]+)=(.+)", word)
         uri = storage.absolute(match[2] if match else word)
-        name = match[1] if match else PurePosixPath(uri.rstrip("/")).stem
+        name = match[1] if match else PurePosixPath(public_uri(uri).partition("?")[0].rstrip("/")).stem
         if name in datasets:
             raise ConfigError(f"two datasets have the name {name}; give one of them another name, as NAME={word}")
         datasets[name] = uri

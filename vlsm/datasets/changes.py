@@ -14,6 +14,7 @@ import pyarrow as pa
 from vlsm import storage
 from vlsm.datasets.inspection import Facts, records_from_table
 from vlsm.datasets.records import Record
+from vlsm.shown import public_uri
 
 _SHOWN = 3  # names in a phrase
 _COLUMNS = ("image_version", "mask_version")
@@ -27,6 +28,8 @@ def list_versions(records: Sequence[Record]) -> list[Versions]:
     folders: dict[str, dict[str, str]] = {}
 
     def version_of(uri: str) -> str:
+        if public_uri(uri) != uri:  # a signature is for one file: its folder cannot be listed
+            return ""
         folder, _, name = uri.rpartition("/")
         if folder not in folders:
             try:
@@ -96,6 +99,22 @@ def describe_changed_files(table: pa.Table, inspect: Inspect) -> list[str]:
     return [_phrase("files", "with another content", names)] if names else []
 
 
+def renew_signatures(records: Sequence[Record], current: Iterable[Record]) -> list[Record]:
+    """Return the records of a run with the locations that its datasets give them now: signatures expire."""
+    now = {
+        public_uri(uri): uri for record in current for uri in (record.image_uri, record.mask_uri, *record.more_masks)
+    }
+    return [
+        replace(
+            record,
+            image_uri=now.get(public_uri(record.image_uri), record.image_uri),
+            mask_uri=now.get(public_uri(record.mask_uri), record.mask_uri),
+            more_masks=tuple(now.get(public_uri(uri), uri) for uri in record.more_masks),
+        )
+        for record in records
+    ]
+
+
 def is_comparable(table: pa.Table) -> bool:
     """Return whether a table of examples has the versions of the files."""
     return set(_COLUMNS) <= set(table.column_names)
@@ -109,12 +128,13 @@ def _phrase(what: str, kind: str, names: list[str]) -> str:
 def _group_by_files(records: Iterable[Record]) -> defaultdict[tuple[Any, ...], list[Record]]:
     groups = defaultdict[tuple[Any, ...], list[Record]](list)
     for record in records:
-        masks = (record.mask_uri, record.mask_selector, record.more_masks)
-        groups[record.dataset, record.image_uri, record.image_selector, *masks].append(record)
+        masks = (public_uri(record.mask_uri), record.mask_selector, tuple(map(public_uri, record.more_masks)))
+        groups[record.dataset, public_uri(record.image_uri), record.image_selector, *masks].append(record)
     return groups
 
 
 def _content_of(record: Record, is_split: bool) -> str:
     """Return a text that is equal for equal records, wherever they stand in their lists."""
     plain = replace(record, where="", split=record.split if is_split else "", prompts={})
+    plain = replace(plain, image_uri="", mask_uri="", more_masks=())  # as in the key of the group
     return f"{plain} {sorted(record.prompts.items())}"

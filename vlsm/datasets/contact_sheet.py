@@ -11,6 +11,7 @@ from vlsm.datasets.overview import Overview, read_all, spread
 from vlsm.datasets.records import Record
 from vlsm.errors import ImageError
 from vlsm.images.overlays import draw_label, draw_sheet, shrink_mask
+from vlsm.shown import public_uri
 
 _COLUMNS, _TILE_PX = 6, 240
 _MOST_PICTURES = 48
@@ -61,7 +62,9 @@ def _draw(notes: dict[str, str], record: Record, reader: ExampleReader) -> Pictu
     small = np.asarray(Image.fromarray(image).resize(size, resampling))
     picture = draw_label(small, shrink_mask(mask, size))
     prompt = next((text for texts in record.prompts.values() for text in texts if text), "no prompt")
-    name = record.image_uri.rpartition("/")[2] + (f" {record.image_selector}" if record.image_selector else "")
+    name = public_uri(record.image_uri).rpartition("/")[2] + (
+        f" {record.image_selector}" if record.image_selector else ""
+    )
     area = f"{100 * mask.mean():.2g} %" if mask.mean() < 1 else "100 %"
     note = f"{notes[record.where].upper()}: " if record.where in notes else ""
     lines = f"{note}{name}", f"{record.dataset}, {record.split or 'no split'}: {area} of {width} x {height}", prompt

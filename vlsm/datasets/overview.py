@@ -1,6 +1,7 @@
 """What a dataset is taken for, in lines to read before a training: files, splits, prompts, masks, sizes, problems."""
 
 import logging
+import posixpath
 import re
 import time
 from collections import Counter
@@ -8,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import SPLITS, Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.images.preprocess import Square
+from vlsm.shown import public_uri
 
 logger = logging.getLogger("vlsm")
 
@@ -140,7 +141,7 @@ def describe_layout(uri: str, records: Sequence[Record]) -> str:
 
     A position is such as "anns/val.json, record 7"; without a list, it is the dataset itself and a file of it.
     """
-    places = (record.where for record in records)
+    uri, places = public_uri(uri), (record.where for record in records)
     # a list can be the dataset itself: "list.csv, row 3"
     listed = (where for where in places if not where.startswith(f"{uri}, ") or _POSITION.match(where, len(uri)))
     sources = list(dict.fromkeys(_relative(uri, _POSITION.split(where)[0]) for where in listed))
@@ -150,10 +151,14 @@ def describe_layout(uri: str, records: Sequence[Record]) -> str:
 def _describe_folders(uri: str, files: Iterable[str]) -> str:
     """Return the folders and endings of files with their counts, the most frequent first."""
     kinds = Counter(
-        str(PurePosixPath(path).parent / f"*{PurePosixPath(path).suffix}")
-        for path in (_relative(uri, file) for file in files)
+        posixpath.join(posixpath.dirname(path), f"*{posixpath.splitext(path)[1]}")
+        for path in (_relative(uri, _without_query(file)) for file in files)
     )
     return _shorten([f"{kind} ({count:,})" for kind, count in kinds.most_common()])
+
+
+def _without_query(uri: str) -> str:
+    return public_uri(uri).partition("?")[0] if "://" in uri else uri
 
 
 def _describe_masks(overview: Overview) -> str:
@@ -236,7 +241,7 @@ def _relative(uri: str, file: str) -> str:
 
 def _folders(uri: str) -> tuple[str, str]:
     """Return the folder of a dataset, then the folder above: a list names files beside itself."""
-    folder = uri.rstrip("/")
+    folder = public_uri(uri).rstrip("/")
     return folder, folder.rpartition("/")[0]
 
 

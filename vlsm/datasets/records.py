@@ -4,6 +4,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from vlsm.errors import ManifestError
+from vlsm.shown import hide_secrets, public_uri
 
 SPLITS = ("train", "val", "test")
 # choices of a prompt in calibration and evaluation, beside the kinds of a record's prompts and text:WORDS
@@ -46,6 +47,11 @@ class Record:
     mask_rle: str | None = None
     mask_size: tuple[int, int] | None = None
     group: str = ""
+
+    def __post_init__(self) -> None:
+        # the name of the record in messages and scores, and that of its group, which may be its image
+        object.__setattr__(self, "where", hide_secrets(self.where))
+        object.__setattr__(self, "group", public_uri(self.group))
 
     @property
     def has_words(self) -> bool:

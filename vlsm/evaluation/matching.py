@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from vlsm import storage
 from vlsm.datasets.records import Record
 from vlsm.runs.results import open_results
+from vlsm.shown import public_uri
 
 logger = logging.getLogger("vlsm")
 
@@ -32,10 +33,10 @@ def match_images(name: str, output: str, records: Sequence[Record]) -> tuple[lis
     table = open_results(output).to_table(columns=columns, filter=pc.field("kind") == "mask")
     prompts = set(pc.unique(table["prompt"]).to_pylist())
     image_ids = {
-        (storage.absolute(row["image_uri"]), row["selector"]): row["image_id"]
+        (public_uri(storage.absolute(row["image_uri"])), row["selector"]): row["image_id"]
         for row in table.drop_columns(["prompt"]).to_pylist()
     }
-    places = [(storage.absolute(record.image_uri), record.image_selector) for record in records]
+    places = [(public_uri(storage.absolute(record.image_uri)), record.image_selector) for record in records]
     unmatched = {place for place in places if place not in image_ids}
     unmatched_in_run = image_ids.keys() - set(places)
     run_by_name = _group_by_name(unmatched_in_run)

@@ -19,6 +19,7 @@ from vlsm.runs.plan import Plan
 from vlsm.runs.record import read_record
 from vlsm.runs.results import part_name, read_part
 from vlsm.segmentation.masks import decode_mask, encode_mask
+from vlsm.shown import hide_secrets, public_uri
 
 _SCORE_COLUMNS = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px")
 
@@ -140,9 +141,9 @@ def _describe(system: str, target: Target, name: str, settings: EvaluateSettings
         "group": record.group or None,
         "record": record.where,
         "image_id": target.image_id,
-        "image_uri": record.image_uri,
+        "image_uri": public_uri(record.image_uri),
         "selector": record.image_selector,
-        "mask_uri": record.mask_uri,
+        "mask_uri": public_uri(record.mask_uri),
         "prompt_name": name,
         "prompt": target.texts[name],
         "prompt_class": classify(name, settings),
@@ -150,7 +151,7 @@ def _describe(system: str, target: Target, name: str, settings: EvaluateSettings
 
 
 def _failed(error: str) -> dict[str, Any]:
-    return {"status": "failed", "error": error}
+    return {"status": "failed", "error": hide_secrets(error)}
 
 
 def _score_target(

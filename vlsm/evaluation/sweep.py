@@ -1,6 +1,5 @@
 """A sweep: a matrix of trainings (models x datasets x prompts x seeds) and the table of its results."""
 
-import csv
 import io
 import itertools
 import re
@@ -12,6 +11,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
+from vlsm.cells import CsvWriter, markdown_cell
 from vlsm.config import PlaceSettings, Settings, load_settings
 from vlsm.datasets.settings import SplitSettings
 from vlsm.datasets.shared import share_settings
@@ -284,9 +284,7 @@ def tabulate(rows: Iterable[dict[str, Any]], settings: SweepSettings) -> list[di
 def write_csv(table: list[dict[str, Any]]) -> str:
     """Return the table as CSV."""
     sink = io.StringIO()
-    writer = csv.DictWriter(sink, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
+    CsvWriter(sink, COLUMNS).write_all(table)
     return sink.getvalue()
 
 
@@ -298,7 +296,7 @@ def write_markdown(table: list[dict[str, Any]], settings: SweepSettings) -> str:
     folds = "" if settings.folds is None else f"{settings.folds} folds with "
     num_seeds = len(settings.seeds)
     parts = [f"Dice in percent: mean and standard deviation over {folds}{num_seeds} seeds, and the difference to "]
-    parts[0] += f"{settings.baseline or next(iter(settings.models))}.\n"
+    parts[0] += f"{markdown_cell(settings.baseline or next(iter(settings.models)))}.\n"
     if any(row["num_failed"] for row in table):
         parts[0] += "Failed scores are in no mean; square brackets hold their number, over all seeds.\n"
     for prompt_class, heading in (
@@ -317,13 +315,13 @@ def _grid(rows: list[dict[str, Any]]) -> list[str]:
     rows_by_cell = {(row["model"], _column(row)): row for row in rows}
     best = {column: max(row["mean"] or 0.0 for row in rows if _column(row) == column) for column in columns}
     headings = [
-        f"{dataset}, {prompt}" + ("" if trained_on == dataset else f" (trained on {trained_on})")
+        markdown_cell(f"{dataset}, {prompt}" + ("" if trained_on == dataset else f" (trained on {trained_on})"))
         for trained_on, dataset, prompt in columns
     ]
     lines = ["| model | " + " | ".join(headings) + " |", "|---" * (len(columns) + 1) + "|"]
     for model in models:
         cells = [_cell(rows_by_cell.get((model, column)), best[column]) for column in columns]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown_cell(model)} | " + " | ".join(cells) + " |")
     return lines
 
 

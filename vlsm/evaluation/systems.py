@@ -23,6 +23,7 @@ from vlsm.evaluation.prompts import match_texts, needs_stored, report_stored, te
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.runs.record import read_record, read_summary
+from vlsm.shown import hide_secrets_in, public_uri
 from vlsm.training.origin import describe_differences_to_training
 
 logger = logging.getLogger("vlsm")
@@ -89,7 +90,7 @@ def _name_checkpoints(uris: Sequence[str]) -> Iterable[tuple[str, str]]:
     """
     counts: Counter[str] = Counter()
     for uri in uris:
-        parts = [part for part in storage.split_scheme(uri)[1].split("/") if part] or ["checkpoint"]
+        parts = [part for part in storage.split_scheme(public_uri(uri))[1].split("/") if part] or ["checkpoint"]
         name = parts[-2] if parts[-1] == "checkpoint" and len(parts) > 1 else parts[-1]
         counts[name] += 1
         yield (name if counts[name] == 1 else f"{name}-{counts[name]}"), uri
@@ -176,7 +177,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         texts = match_texts(name, records, texts, run_prompts)
         targets = [Target(*each) for each in zip(records, matched_ids, texts, strict=True)]
         systems.append(System(name, uri, None, targets))
-    digest = hashlib.sha256(json.dumps([record.stated() for record in records]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([hide_secrets_in(record.stated()) for record in records]).encode()).hexdigest()
     return systems, {"checkpoint_digests": digests, "mask_runs": run_ids, "records_digest": digest}
 
 
@@ -228,9 +229,9 @@ def _name_images(records: Sequence[Record]) -> list[str]:
     """Return an image_id per record: the dataset's name, the path below its images' common folder, the selector."""
     uris = defaultdict(list)
     for record in records:
-        uris[record.dataset].append(record.image_uri)
+        uris[record.dataset].append(public_uri(record.image_uri))
     lengths = {dataset: os.path.commonprefix(image_uris).rfind("/") + 1 for dataset, image_uris in uris.items()}
-    ids = [f"{record.dataset}/{record.image_uri[lengths[record.dataset] :]}" for record in records]
+    ids = [f"{record.dataset}/{public_uri(record.image_uri)[lengths[record.dataset] :]}" for record in records]
     selectors = [record.image_selector for record in records]
     return [id if selector is None else f"{id}#{selector}" for id, selector in zip(ids, selectors, strict=True)]
 
@@ -255,4 +256,4 @@ def _without_selector(row: dict[str, Any]) -> dict[str, Any]:
 
 def _digest_images(targets: Iterable[Target]) -> str:
     """Return 8 hex digits for the manifest's file name. A segment run recognizes its INPUT by name, not by content."""
-    return hashlib.sha256(json.dumps(list_images(targets)).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(hide_secrets_in(list_images(targets))).encode()).hexdigest()[:8]

@@ -1,6 +1,5 @@
 """Summary tables of scores: one row per dataset, prompt and system, as CSV and Markdown."""
 
-import csv
 import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vlsm.cells import CsvWriter, markdown_cell
 from vlsm.evaluation.prompts import HONEST, ROBUSTNESS, UPPER_BOUND
 from vlsm.segmentation.metrics import BAD_DICE
 
@@ -159,9 +159,7 @@ def _compare_pairs(rows: Rows, baseline_rows: Rows) -> tuple[float | None, int |
 def format_csv(rows: Iterable[TableRow]) -> str:
     """Return the table as CSV with all columns; None becomes an empty cell."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, [field.name for field in fields(TableRow)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(map(asdict, rows))
+    CsvWriter(file, [field.name for field in fields(TableRow)]).write_all(map(asdict, rows))
     return file.getvalue()
 
 
@@ -171,7 +169,7 @@ original size. `±` is the standard deviation. Square brackets hold the 95 % boo
 Hausdorff distance) and ASD (average symmetric surface distance) are medians in pixels, over the number of records in
 parentheses. If mask and label are both empty, overlaps are 1 and distances are 0. If exactly one of them is empty,
 overlaps are 0 and there is no distance. Failed records are counted beside n and are in no other number. Difference is
-mean Dice minus the mean Dice of the baseline, `{baseline}`, over the records that both systems have scored. p is
+mean Dice minus the mean Dice of the baseline, {baseline}, over the records that both systems have scored. p is
 Wilcoxon's signed-rank test of these pairs, two-sided and **not corrected** for the number of comparisons. The best mean
 Dice of a dataset and prompt is bold. Review is the number of masks that the column `review` marks for review. The
 parentheses hold two shares: marked masks with a Dice below 0.7, among all marked masks; and the same masks, among all
@@ -199,14 +197,16 @@ def format_markdown(rows: Sequence[TableRow], baseline: str, telling: Mapping[tu
         baseline: the system that the other systems are compared with.
         telling: prompts that reveal the answer, from `find_telling`.
     """
-    sections = ["# Scores", _RULES.format(baseline=baseline).strip()]
+    sections = ["# Scores", _RULES.format(baseline=markdown_cell(baseline)).strip()]
     for prompt_class, heading in _HEADINGS.items():
         section_rows = [row for row in rows if row.prompt_class == prompt_class]
         if not section_rows:
             continue
         sections.append(heading)
         if prompt_class == UPPER_BOUND and telling:
-            notes = [f"- {dataset}, {name}: {reason}" for (dataset, name), reason in telling.items()]
+            notes = [
+                f"- {', '.join(map(markdown_cell, key))}: {markdown_cell(reason)}" for key, reason in telling.items()
+            ]
             sections.append(
                 "These prompts reveal the answer, although their names do not show it:\n\n" + "\n".join(notes)
             )
@@ -217,7 +217,7 @@ def format_markdown(rows: Sequence[TableRow], baseline: str, telling: Mapping[tu
 
 
 def _cells(row: TableRow, section_rows: Sequence[TableRow]) -> list[str]:
-    names = [_escape(name) for name in (row.dataset, row.prompt_name, row.system)]
+    names = [markdown_cell(name) for name in (row.dataset, row.prompt_name, row.system)]
     start = [*names, f"{row.n} ({row.n_failed})"]
     dice = _number(row.dice_mean)
     if _is_best(row, section_rows):
@@ -256,7 +256,3 @@ def _is_best(row: TableRow, section_rows: Sequence[TableRow]) -> bool:
 
 def _number(value: float | None, form: str = ".3f") -> str:
     return "" if value is None else format(value, form)
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import logging
 import re
 import sys
 from typing import Any
@@ -18,6 +17,7 @@ from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
 from vlsm.runs.results import check_columns
 from vlsm.runs.schema import RESULT_SCHEMA
+from vlsm.shown import say, say_error, set_up_logging
 
 
 def parse_filter(words: str) -> tuple[str, str, Any]:
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--limit is {args.limit}; it must be 0 or more")
     if args.components and args.format != "coco":
         parser.error(f"--components needs --format coco, not {args.format}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    set_up_logging()
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, ValueError, *storage.store_errors())
     try:
         filters = [parse_filter(words) for words in args.filter]
@@ -96,10 +96,10 @@ def main(argv: list[str] | None = None) -> int:
         with ExportFolder(args.directory) as folder:
             count = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
     except failures as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2 if isinstance(error, ConfigError) else 1
     unit = "annotations in coco.json" if args.format == "coco" else "files"
-    print(f"{count:,} {unit} below {args.directory}")
+    say(f"{count:,} {unit} below {args.directory}")
     return 1 if folder.num_failed else 0
 
 

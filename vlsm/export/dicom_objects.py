@@ -23,6 +23,7 @@ from vlsm.export.folder import ExportFolder
 from vlsm.export.origins import Filters, Numbering, Row, SourceFile, SourceRows, file_id, read_settings
 from vlsm.images.dicom_header import quiet
 from vlsm.images.reader import Reader
+from vlsm.runs.locations import Locations
 from vlsm.runs.record import read_record
 
 logger = logging.getLogger("vlsm")
@@ -73,7 +74,7 @@ class DicomExport:
     def __init__(self, output: str, folder: ExportFolder, limit: int | None, make: Maker, suffix: str) -> None:
         self.output, self.folder, self.limit, self.make, self.suffix = output, folder, limit, make, suffix
         self.settings = read_settings(output)
-        self.reader = Reader(self.settings)
+        self.reader = Reader(self.settings, Locations(output))
         self.made_at = _read_planned_at(output)
         self.repairs, self.num_others, self.num_copies = Repairs(), 0, 0
 

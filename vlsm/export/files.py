@@ -14,6 +14,7 @@ from vlsm.export.folder import ExportFolder, open_folder
 from vlsm.export.origins import Filters, read_settings
 from vlsm.images.overlays import draw_overlay
 from vlsm.images.reader import Reader
+from vlsm.runs.locations import Locations
 from vlsm.runs.results import decode_ok_row, read_ok_rows
 from vlsm.segmentation.masks import decode_probability
 
@@ -53,7 +54,7 @@ def export_overlays(output: str, directory: Directory, filters: Filters = None, 
 
     The function reads the images again from their original location. An unreadable image is a row that fails.
     """
-    reader = Reader(read_settings(output))
+    reader = Reader(read_settings(output), Locations(output))
     with open_folder(directory) as folder:
         for row in read_ok_rows(output, filters, limit):
             with folder.file(row) as path:

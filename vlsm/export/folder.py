@@ -1,7 +1,6 @@
 """The folder that an export fills: different names, an index of its files, and a list of rows that failed."""
 
 import contextlib
-import csv
 import errno
 import itertools
 import logging
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from vlsm import storage
+from vlsm.cells import INDEX_COLUMNS, CsvWriter
 from vlsm.errors import ConfigError, ImageError, VlsmError
 from vlsm.export.naming import path_key, relative_path
+from vlsm.shown import public_uri, show
 
 logger = logging.getLogger("vlsm")
 
 INDEX_NAME = "index.csv"
-INDEX_COLUMNS = ("file", "image_id", "image_uri", "selector", "prompt", "kind", "error")
 _NUM_NAMED = 5  # failed rows in the log; index.csv has all
 # Errors that concern one file. Others, such as a full disk, end the export.
 _FILE_ERRORS = {None, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST}
@@ -48,6 +48,7 @@ class ExportFolder:
             raise ConfigError(f"{nearest} is not a folder; exports need one")
         self.num_written = self.num_failed = 0
         self._index: TextIO | None = None
+        self._rows: CsvWriter | None = None
         self._taken: set[int] = set()  # hashes of the used names: about 100 bytes per file
         self._failed: set[int] = set()  # hashes of the failed rows
         self._first_errors: list[str] = []
@@ -146,13 +147,14 @@ class ExportFolder:
         self._write({"file": "", "error": text} | _columns_of(row))
 
     def _write(self, line: dict[str, Any]) -> None:
-        csv.DictWriter(self._index or self._open_index(), INDEX_COLUMNS).writerow(line)
+        shown = line | {"image_uri": public_uri(line["image_uri"] or ""), "error": show(line["error"])}
+        (self._rows or self._open_index()).write(shown)
 
-    def _open_index(self) -> TextIO:
+    def _open_index(self) -> CsvWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._index = (self.directory / INDEX_NAME).open("w", encoding="utf-8", newline="")
-        csv.DictWriter(self._index, INDEX_COLUMNS).writeheader()
-        return self._index
+        self._rows = CsvWriter(self._index, INDEX_COLUMNS)
+        return self._rows
 
 
 def open_folder(directory: "str | Path | ExportFolder") -> contextlib.AbstractContextManager[ExportFolder]:

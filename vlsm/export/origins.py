@@ -58,15 +58,16 @@ class SourceFile:
         """
         if self.member is not None:
             return self.read(reader)
+        uri = reader.locate(self.uri)
 
         def read() -> bytes:
-            with image_errors(self.uri):
-                fs, path = storage.open_uri(self.uri)
+            with image_errors(uri):
+                fs, path = storage.open_uri(uri)
                 return bytes(
-                    storage.with_retries(lambda: fs.cat_file(path, start=0, end=HEAD_BYTES), self.uri, storage.QUICK_S)
+                    storage.with_retries(lambda: fs.cat_file(path, start=0, end=HEAD_BYTES), uri, storage.QUICK_S)
                 )
 
-        return read_patiently(read, self.uri, storage.PATIENT_S)
+        return read_patiently(read, uri, storage.PATIENT_S)
 
 
 def source_of(row: dict[str, Any]) -> tuple[SourceFile, str | None]:

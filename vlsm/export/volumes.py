@@ -29,6 +29,7 @@ from vlsm.export.origins import (
 from vlsm.images.formats import FORMATS
 from vlsm.images.reader import Reader
 from vlsm.images.volumes import MAX_NIFTI1_SIDE, VolumeGrid, VolumeHeader
+from vlsm.runs.locations import Locations
 from vlsm.runs.results import decode_ok_row
 
 logger = logging.getLogger("vlsm")
@@ -63,7 +64,7 @@ def export_nifti(
         ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
     settings = read_settings(output)
-    reader = Reader(settings)
+    reader = Reader(settings, Locations(output))
     with open_folder(directory) as folder:
         for source, rows in SourceRows(output, filters, limit, ["label_map"], ["mask"]):
             if "slice=" in (source_of(rows[0])[1] or ""):

@@ -165,9 +165,14 @@ class Reader:
     """Reads the images of planned rows. A file with several images is read once, an archive in order is opened once.
 
     Threads may share a Reader.
+
+    Args:
+        settings: of the run.
+        locate: returns the location to read for the one in a row, if they differ.
     """
 
-    def __init__(self, settings: SegmentSettings) -> None:
+    def __init__(self, settings: SegmentSettings, locate: Callable[[str], str] = str) -> None:
+        self.locate = locate
         Image.MAX_IMAGE_PIXELS = None  # the setting max_pixels is the limit
         self._settings = settings
         self._contents: dict[tuple[str, str | None], Future[Content]] = {}  # of files with several images
@@ -187,6 +192,8 @@ class Reader:
         if row.get("problem"):
             reason, _, message = row["problem"].partition(": ")
             raise ImageError(reason, message)
+        if (uri := self.locate(row["image_uri"])) != row["image_uri"]:
+            row = {**row, "image_uri": uri}
         member, frame = split_selector(row["image_uri"], row["selector"])
         if frame is None:
             content = self._read(row, member)

@@ -1,13 +1,13 @@
 """The command `python -m vlsm.models`, which prints the table of models."""
 
 import argparse
-import sys
 
 from vlsm.commands import new_parser
 from vlsm.config import describe_settings
 from vlsm.errors import CheckpointError
 from vlsm.models import check_name
 from vlsm.models.options import OPTIONS
+from vlsm.shown import say, say_error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     if name:
         try:
             check_name(name)
-            print("\n".join(describe_settings(OPTIONS[name])))
+            say("\n".join(describe_settings(OPTIONS[name])))
         except CheckpointError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say_error(error)
             return 2
         return 0
     from vlsm.models.costs import measure_costs  # late import: it loads the libraries of all models
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     for row in (heads, *rows):
-        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]))
+        say("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]))
     return 0
 
 

@@ -4,11 +4,11 @@
 """
 
 import argparse
-import logging
 import sys
 
 from vlsm.commands import new_parser
 from vlsm.errors import ConfigError, VlsmError
+from vlsm.shown import say, say_error, set_up_logging
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,13 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     from vlsm.report.write import write_report  # here, so that --help does not wait for it
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    set_up_logging()
     try:
         uri = write_report(args.output, args.file)
     except (VlsmError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2 if isinstance(error, ConfigError) else 1
-    print(uri)
+    say(uri)
     return 0
 
 

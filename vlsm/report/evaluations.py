@@ -9,11 +9,13 @@ import pyarrow.csv
 import pyarrow.dataset as ds
 
 from vlsm import storage
+from vlsm.cells import read_cell
 from vlsm.report import parts
 from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import Extremes, Survey, scan
 from vlsm.runs.record import read_summary
+from vlsm.shown import public_uri
 
 _SCORES_NAME, _TABLE_NAME = "scores.parquet", "table.csv"
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
@@ -37,7 +39,7 @@ def evaluation_page(output: str, title: str) -> Page:
         survey.add(rows)
     leader = _leader(table)
     leader_survey, ends = _ends(dataset, leader)
-    painter = Painter(parts.open_reader(record["config"]), read_rle_masks)
+    painter = Painter(parts.open_reader(record["config"], output), read_rle_masks)
     columns = ["mask_rle", "target_rle", "height", "width"]
     groups, cards = parts.show(ends, survey.sample, painter, columns, open_files)
     intro = f"From {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
@@ -67,7 +69,7 @@ def _checkpoints(config: dict[str, Any]) -> dict[str, str]:
     """Return the locations of the systems' checkpoints by a short name."""
     members = [member for system_members in config.get("systems", {}).values() for member in system_members]
     uris = [*config.get("checkpoints", ()), *(member["checkpoint"] for member in members)]
-    return {"/".join(uri.rstrip("/").split("/")[-2:]): uri for uri in uris}
+    return {"/".join(public_uri(uri).rstrip("/").split("/")[-2:]): uri for uri in uris}
 
 
 def _read_table(output: str) -> list[dict[str, Any]]:
@@ -80,7 +82,10 @@ def _read_table(output: str) -> list[dict[str, Any]]:
     )
     lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
     table = pyarrow.csv.read_csv(io.BytesIO(storage.read_bytes(uri)), None, lines, options)
-    return list(table.rename_columns([_SHORT.get(name, name) for name in table.column_names]).to_pylist())
+    rows = table.rename_columns([_SHORT.get(name, name) for name in table.column_names]).to_pylist()
+    return [
+        {name: read_cell(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows
+    ]
 
 
 def _scores(table: list[dict[str, Any]]) -> list[Section]:

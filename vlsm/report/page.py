@@ -14,6 +14,7 @@ from markupsafe import Markup
 from vlsm.report.charts import LineChart, Ridge
 from vlsm.report.pictures import Key, Picture, shorten
 from vlsm.report.survey import METRICS, row_key
+from vlsm.shown import hide_secrets_in, show_lines
 from vlsm.version import __version__
 
 _CARD_WORDS = ("dataset", "split", "system", "prompt_name", "prompt", "status")
@@ -179,9 +180,9 @@ def render(page: Page) -> str:
     """Return the page as HTML. All data are escaped; a security policy forbids scripts and sources from outside."""
     parts = {name: _read(f"page.{name}") for name in ("css", "js")}
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_show
     )
-    record = yaml.safe_dump(hide_places(page.record), sort_keys=False, allow_unicode=True)
+    record = yaml.safe_dump(hide_places(hide_secrets_in(page.record)), sort_keys=False, allow_unicode=True)
     if len(record) > _MAX_CONFIG:
         record = record[:_MAX_CONFIG] + "\n… the rest is in the run's config.yaml"
     metrics = {name: label for name, label in METRICS.items() if any(name in card.numbers for card in page.cards)}
@@ -194,6 +195,11 @@ def render(page: Page) -> str:
         **{name: Markup(text) for name, text in parts.items()},
         **{f"{name}_hash": _digest(text) for name, text in parts.items()},
     )
+
+
+def _show(value: Any) -> Any:
+    """Return what a place of the page shows: texts without secrets and control characters, before they are escaped."""
+    return show_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _read(name: str) -> str:

@@ -17,6 +17,7 @@ from vlsm.report.charts import Ridge, draw_reliability, draw_ridge
 from vlsm.report.page import Case, Cell, Section, Stat, Table, as_case
 from vlsm.report.pictures import MAX_CARDS, MAX_CASES, OpenFiles, Painter, describe_error, paint, shorten
 from vlsm.report.survey import METRICS, Extremes, Sample, Survey, row_key
+from vlsm.runs.locations import Locations
 from vlsm.runs.record import read_record
 
 _READING = (
@@ -48,13 +49,13 @@ def read_config(output: str) -> dict[str, Any]:
     return record
 
 
-def open_reader(config: dict[str, Any]) -> Reader:
+def open_reader(config: dict[str, Any], output: str) -> Reader:
     """Return a reader that decodes images in the same way as the run, but waits only a short time for a store."""
     data = config.get("data", {})  # an evaluation has its settings of reading in this group
     known = {name: config[name] for name in _READING if name in config}
     known |= {name: data[name] for name in READING if name in data}
     fixed = {"input": "", "output": "", "members": [{"checkpoint": ""}], "run": SHORT_WAIT}
-    return Reader(SegmentSettings.model_validate(fixed | known))
+    return Reader(SegmentSettings.model_validate(fixed | known), Locations(output))
 
 
 def metric_stats(survey: Survey, metrics: tuple[str, ...]) -> list[Stat]:

@@ -18,6 +18,7 @@ from vlsm.images.overlays import outline, shrink_mask
 from vlsm.images.reader import Reader
 from vlsm.report.survey import FILE, KEY, row_key
 from vlsm.segmentation import masks
+from vlsm.shown import hide_secrets, public_uri
 
 # Okabe and Ito's sky blue and orange differ for every kind of colour vision. The dashes also differ without colours.
 PREDICTION, TARGET = (86, 180, 233), (230, 159, 0)
@@ -129,15 +130,16 @@ def _complete(
 
 def describe_error(row: dict[str, Any]) -> str:
     """Return a row's error with the folders removed, since a report must not reveal storage locations."""
-    error = str(row.get("error") or "")
+    error = hide_secrets(str(row.get("error") or ""))  # rows of earlier versions have all of it
     for name in ("image_uri", "mask_uri"):  # also folders with spaces in their names, which _FOLDERS does not match
-        if folder := os.path.dirname(str(row.get(name) or "").partition("#")[0]):
+        if folder := os.path.dirname(public_uri(str(row.get(name) or "")).partition("#")[0]):
             error = error.replace(f"{folder}/", "")
     return shorten(_FOLDERS.sub("", error), 300)
 
 
 def shorten(text: str, length: int = 160) -> str:
-    """Return a text of at most `length` characters. A longer text loses its middle."""
+    """Return a text of at most `length` characters, without secrets. A longer text loses its middle."""
+    text = hide_secrets(text)
     return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length // 2 - 1) :]}"
 
 

@@ -12,6 +12,7 @@ from vlsm.report.survey import Extremes, Survey, scan
 from vlsm.runs.record import read_summary
 from vlsm.runs.results import open_results
 from vlsm.runs.schema import RESULT_SCHEMA
+from vlsm.shown import public_uri
 
 
 def segmentation_page(output: str, title: str) -> Page:
@@ -37,7 +38,7 @@ def segmentation_page(output: str, title: str) -> Page:
     def open_files(paths: list[str]) -> ds.Dataset:
         return ds.dataset(paths, schema=RESULT_SCHEMA, filesystem=dataset.filesystem, format="parquet")
 
-    painter = Painter(parts.open_reader(record["config"]), read_rle_masks)
+    painter = Painter(parts.open_reader(record["config"], output), read_rle_masks)
     columns = ["mask_rle", "height", "width"]
     groups, cards = parts.show(ends, survey.sample, painter, columns, open_files)
     return Page(
@@ -49,7 +50,10 @@ def segmentation_page(output: str, title: str) -> Page:
             *_prompts(survey),
             *parts.distributions(survey, "masks"),
             *parts.calibrations(
-                {member["checkpoint"].rstrip("/").rsplit("/", 1)[-1]: member["checkpoint"] for member in members}
+                {
+                    public_uri(uri).rstrip("/").rsplit("/", 1)[-1]: uri
+                    for uri in (member["checkpoint"] for member in members)
+                }
             ),
             Section("look", "Look at these first", groups=groups, has_legend=True),
             *parts.failures(survey),

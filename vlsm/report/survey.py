@@ -75,9 +75,15 @@ def _as_rows(table: pa.Table, generator: np.random.Generator) -> pa.Table:
                 values = pc.if_else(pc.is_finite(values), values, None)
         columns.append(values)
     # an evaluation's row has no image_id if no segment run has its image
-    names = pc.replace_substring_regex(columns[ROW.get_field_index("image_uri")], ".*/", "")
+    names = file_names(columns[ROW.get_field_index("image_uri")])
     columns[0] = pc.coalesce(columns[0], names)
     return pa.table(columns, schema=ROW)
+
+
+def file_names(uris: Any) -> Any:
+    """Return the last parts of locations, an array or an expression, without the query of a URL."""
+    plain = pc.replace_substring_regex(uris, pattern=r"(?is)^(https?://[^?#]*)[?#].*$", replacement=r"\1")
+    return pc.replace_substring_regex(plain, pattern=".*/", replacement="")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from vlsm.report import parts
 from vlsm.report.charts import draw_lines
 from vlsm.report.page import Page, Section, Stat, Table, as_table, provenance
 from vlsm.report.pictures import Painter
-from vlsm.report.survey import Survey, scan
+from vlsm.report.survey import Survey, file_names, scan
 from vlsm.runs.record import read_summary
 from vlsm.training.history import MEAN, History, Row
 from vlsm.training.state import CHECKPOINT_NAME
@@ -27,7 +27,7 @@ _EXAMPLES_NAME, _METRICS_NAME = "examples.parquet", "metrics.parquet"
 # columns of a survey that examples.parquet lacks
 _READ = DatasetSettings.model_fields  # settings that decide what the masks are
 _COMPUTED = {
-    "image_id": pc.replace_substring_regex(pc.field("image_uri"), pattern=".*/", replacement=""),
+    "image_id": file_names(pc.field("image_uri")),
     "status": pc.scalar("ok"),
 }
 

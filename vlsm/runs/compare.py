@@ -13,6 +13,7 @@ import pyarrow as pa
 from vlsm import storage
 from vlsm.runs.plan import SHARDS_PER_FILE, Plan, planned_keys, read_plan, read_shard
 from vlsm.runs.results import part_name, read_part
+from vlsm.shown import public_uri
 
 logger = logging.getLogger("vlsm")
 
@@ -89,8 +90,8 @@ def _is_done(image: dict[str, Any], rows: list[dict[str, Any]], kinds: list[str]
     statuses = {row["status"] for row in rows}
     if image["vanished"]:
         return statuses == {"vanished"}
-    source = (image["image_uri"], image["image_version"])
-    if any((row["image_uri"], row["image_version"]) != source for row in rows):
+    source = (public_uri(image["image_uri"]), image["image_version"])
+    if any((public_uri(row["image_uri"]), row["image_version"]) != source for row in rows):
         return False
     return statuses == {"ok"} or (statuses == {"failed"} and not retry_failed)
 

@@ -255,7 +255,10 @@ def _update_run(settings: SegmentSettings, record: dict[str, Any]) -> dict[str, 
     output, before = settings.output, Plan(**record["plan"])
     archive = open_input(settings)
     plan, update = update_plan(output, before, archive.rows, settings.shard_rows)
-    logger.info("since the last plan %d images are new, %d changed, %d vanished", *asdict(update).values())
+    *counts, num_renewed = asdict(update).values()
+    logger.info("since the last plan %d images are new, %d changed, %d vanished", *counts)
+    if num_renewed:
+        logger.info("%d images have another signature: the plan has it now", num_renewed)
     if not any(asdict(update).values()):
         remove_plan(output, plan.id)
         return record

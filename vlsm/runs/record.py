@@ -18,6 +18,7 @@ from vlsm import storage
 from vlsm.config import Settings, dump_yaml, flatten
 from vlsm.documents import read_json, read_yaml
 from vlsm.errors import ConfigError, ResultError
+from vlsm.shown import hide_secrets_in
 from vlsm.version import FORMAT, __version__, newer_format
 
 RECORD_NAME = "config.yaml"
@@ -48,12 +49,17 @@ def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any])
 
 def create_record(output: str, record: dict[str, Any]) -> bool:
     """Write config.yaml if there is none. Returns whether this call has written it; of several jobs, only one does."""
-    return storage.create_bytes(storage.join(output, RECORD_NAME), dump_yaml(record).encode())
+    return storage.create_bytes(storage.join(output, RECORD_NAME), _dump(record))
 
 
 def write_record(output: str, record: dict[str, Any]) -> None:
     """Write config.yaml into the output folder, or replace it."""
-    storage.write_bytes(storage.join(output, RECORD_NAME), dump_yaml(record).encode())
+    storage.write_bytes(storage.join(output, RECORD_NAME), _dump(record))
+
+
+def _dump(record: dict[str, Any]) -> bytes:
+    """Return a record as YAML, without passwords and signatures of locations: each command gives them again."""
+    return dump_yaml(hide_secrets_in(record)).encode()
 
 
 def read_record(output: str) -> dict[str, Any] | None:
@@ -96,6 +102,7 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
 
     Settings under `run` may differ. A checkpoint may move: its content is compared, not its location. If an earlier
     version did not record a setting, the setting's default is compared. A fact that it did not record is not compared.
+    Passwords and signatures of locations are not compared.
 
     Args:
         record: the record of the run.
@@ -106,7 +113,7 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
         One phrase per differing key.
     """
     trees = _with_defaults(record["config"], type(settings)), settings.model_dump(mode="json", exclude=_ACTIONS)
-    before, now = (flatten(_deciding(tree)) for tree in trees)
+    before, now = (flatten(_deciding(hide_secrets_in(tree))) for tree in trees)
     known = {key: value for key, value in facts.items() if key in record}
     before |= {key: record[key] for key in known}
     now |= known

@@ -16,6 +16,7 @@ from vlsm import storage
 from vlsm.errors import ConfigError, ImageError
 from vlsm.runs.schema import RESULT_SCHEMA, check_format, complete, with_format
 from vlsm.segmentation.masks import decode_mask, decode_probability
+from vlsm.shown import hide_secrets, public_uri
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -41,9 +42,15 @@ def write_part(output: str, shard: int, rows: list[dict[str, Any]], run_id: str,
     """
     schema = with_format(RESULT_SCHEMA, **{_RUN_KEY: run_id})
     sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(rows, schema=schema)
+    table = pa.Table.from_pylist([_without_secrets(row) for row in rows], schema=schema)
     pq.write_table(table, sink, compression="zstd", compression_level=9)  # 5 % smaller, costs 0.02 ms per row
     storage.write_bytes(storage.join(output, "masks", part_name(shard)), sink.getvalue().to_pybytes(), patience_s)
+
+
+def _without_secrets(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as people see it; the plan keeps what is needed to fetch the image."""
+    error = row.get("error")
+    return row | {"image_uri": public_uri(row["image_uri"]), "error": error and hide_secrets(error)}
 
 
 def read_part(
@@ -160,7 +167,8 @@ def read_ok_rows(
     rows = read_rows(output, all_filters, names)
     total = open_results(output).count_rows(filter=_as_expression(all_filters))
     total = total if limit is None else min(total, limit)
-    yield from tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty())
+    for row in tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty()):
+        yield row | {"image_id": public_uri(row["image_id"])}  # it names files; earlier versions kept signatures in it
 
 
 def choose_rows(filters: list[tuple[str, str, Any]] | None, kinds: Sequence[str] | None) -> list[tuple[str, str, Any]]:

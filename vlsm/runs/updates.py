@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlsm.runs.plan import Plan, PlanWriter, cut_shards, read_plan, shard_table
+from vlsm.shown import public_uri
 
 _CHUNK = 10_000  # rows per lookup
 
@@ -16,12 +17,14 @@ _CHUNK = 10_000  # rows per lookup
 class Update:
     """Numbers of new, changed and vanished images since the last plan.
 
-    An image has changed if its version, location or prompts have changed, or if it was marked as vanished before.
+    An image has changed if its version, location or prompts have changed, or if it was marked as vanished before. Of an
+    image that has not changed, only the signature of its location may be another one: it is renewed.
     """
 
     num_new: int = 0
     num_changed: int = 0
     num_vanished: int = 0
+    num_renewed: int = 0
 
 
 @dataclass
@@ -31,16 +34,20 @@ class _Known:
     Attributes:
         ids: digests of the image_ids, (N,) of 16 bytes.
         contents: digests of the columns that make an image a changed one, (N,) uint64.
+        locations: digests of the locations with their signatures, (N,) uint64.
         order: the permutation that sorts `ids`, (N,).
         seen: whether the archive still has the image, (N,) bool.
         changed: the new row of each changed image, by its position in the plan.
+        renewed: the new location of each image that has only another signature, by its position in the plan.
     """
 
     ids: np.ndarray
     contents: np.ndarray
+    locations: np.ndarray
     order: np.ndarray
     seen: np.ndarray
     changed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    renewed: dict[int, str] = field(default_factory=dict)
 
 
 def update_plan(output: str, plan: Plan, rows: Iterable[dict[str, Any]], shard_rows: int) -> tuple[Plan, Update]:
@@ -78,13 +85,14 @@ def update_plan(output: str, plan: Plan, rows: Iterable[dict[str, Any]], shard_r
 def _index(output: str, plan: Plan) -> _Known:
     """Return the images of a plan as digests."""
     ids = np.zeros(plan.num_images, "S16")
-    contents = np.zeros(plan.num_images, np.uint64)
+    contents, locations = np.zeros(plan.num_images, np.uint64), np.zeros(plan.num_images, np.uint64)
     position = 0
     for shard in read_plan(output, plan):
         for row in shard.to_pylist():
             ids[position], contents[position] = _digest_id(row), _digest_content(row)
+            locations[position] = _digest(row["image_uri"])
             position += 1
-    return _Known(ids, contents, np.argsort(ids), np.zeros(plan.num_images, bool))
+    return _Known(ids, contents, locations, np.argsort(ids), np.zeros(plan.num_images, bool))
 
 
 def _compare(rows: Iterable[dict[str, Any]], known: _Known) -> Iterator[dict[str, Any]]:
@@ -110,6 +118,8 @@ def _compare_chunk(rows: list[dict[str, Any]], known: _Known) -> Iterator[dict[s
         known.seen[position] = True
         if known.contents[position] != _digest_content(row):
             known.changed[position] = row
+        elif known.locations[position] != _digest(row["image_uri"]):
+            known.renewed[position] = row["image_uri"]
 
 
 def _revise(row: dict[str, Any], position: int, known: _Known, update: Update) -> dict[str, Any]:
@@ -118,13 +128,22 @@ def _revise(row: dict[str, Any], position: int, known: _Known, update: Update) -
         update.num_vanished += not row["vanished"]
         return row | {"vanished": True}
     update.num_changed += position in known.changed or row["vanished"]
-    return known.changed.get(position, row) | {"vanished": False}
+    update.num_renewed += position in known.renewed
+    renewed = {"image_uri": known.renewed[position]} if position in known.renewed else {}
+    return known.changed.get(position, row) | renewed | {"vanished": False}
 
 
 def _digest_id(row: dict[str, Any]) -> bytes:
-    return hashlib.blake2b(row["image_id"].encode(), digest_size=16).digest()
+    # an earlier version planned ids with signatures
+    return hashlib.blake2b(public_uri(row["image_id"]).encode(), digest_size=16).digest()
 
 
 def _digest_content(row: dict[str, Any]) -> int:
-    content = repr((row["image_uri"], row["image_version"], row["prompts"], row.get("offset"), row.get("problem")))
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
+    content = repr(
+        (public_uri(row["image_uri"]), row["image_version"], row["prompts"], row.get("offset"), row.get("problem"))
+    )
+    return _digest(content)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

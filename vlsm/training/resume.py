@@ -38,7 +38,7 @@ def refuse_other_settings(record: dict[str, Any], settings: TrainSettings) -> No
 
 def refuse_other_data(
     settings: TrainSettings, examples: pa.Table, read_records: Callable[[], list[Record]], inspect: Inspect | None
-) -> None:
+) -> list[Record]:
     """Raise a ConfigError that names what has changed in the data since the run began.
 
     Args:
@@ -47,6 +47,9 @@ def refuse_other_data(
         read_records: returns the records as they are now.
         inspect: returns the facts of records. None for a finished run: its files are not read again, and it does not
             need its datasets any more.
+
+    Returns:
+        The records as they are now; none if they are no longer there.
     """
     try:
         records = read_records()
@@ -54,11 +57,12 @@ def refuse_other_data(
         if inspect is not None:
             raise
         logger.info("the data cannot be compared with the data of the finished run: %s", error)
-        return
+        return []
     differences = describe_changed_records(examples, records) or _describe_strangers(settings.output, examples, records)
     if not differences and inspect is not None:
         differences = describe_changed_files(examples, inspect)
     _refuse(settings.output, "data", differences)
+    return records
 
 
 def _describe_strangers(output: str, examples: pa.Table, records: list[Record]) -> list[str]:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from vlsm import storage
 from vlsm.checkpoints import load_checkpoint, read_settings
-from vlsm.datasets.changes import Inspect, add_versions, list_versions
+from vlsm.datasets.changes import Inspect, add_versions, list_versions, renew_signatures
 from vlsm.datasets.inspection import check_facts, describe_findings, digest_examples, examples_table, good_records
 from vlsm.datasets.mask_checks import describe_foreground
 from vlsm.datasets.read import read_dataset
@@ -175,8 +175,10 @@ def _resume(
         _take(lease, output)
         begin()
     examples = _read_table(output)
-    refuse_other_data(settings, examples, partial(read_all_records, settings), None if is_finished else inspect)
-    return good_records(examples)
+    current = refuse_other_data(
+        settings, examples, partial(read_all_records, settings), None if is_finished else inspect
+    )
+    return renew_signatures(good_records(examples), current)
 
 
 def _take(lease: Lease | None, output: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from vlsm import storage
 from vlsm.errors import ConfigError, optional_packages
+from vlsm.shown import hide_secrets, hide_secrets_in, public_uri
 from vlsm.training.history import History, Row
 from vlsm.training.settings import TrainSettings
 
@@ -86,7 +87,7 @@ class Tracker:
                 self._is_failing = False
             except Exception as error:  # whatever the package raises: the training does not depend on it
                 if not self._is_failing:
-                    reason = " ".join(str(error).split())[:300]
+                    reason = hide_secrets(" ".join(str(error).split()))[:300]
                     self._say(f"{self._name} cannot be used: {reason}; the training goes on, and tries it again")
                 self._is_failing = True
 
@@ -204,7 +205,8 @@ def _open_mlflow_run(client: Any, settings: TrainSettings, run_id: str) -> str:
     earlier_runs = client.search_runs([experiment_id], f"tags.vlsm_run = '{run_id}'")
     if earlier_runs:
         return str(earlier_runs[0].info.run_id)
-    tags, name = {"vlsm_run": run_id, "output": settings.output}, settings.output.rsplit("/", 1)[-1]
+    output = public_uri(settings.output)
+    tags, name = {"vlsm_run": run_id, "output": output}, output.rsplit("/", 1)[-1]
     mlflow_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     for key, value in _parameters(settings).items():
         client.log_param(mlflow_id, key, value)
@@ -242,4 +244,4 @@ def _scalars(row: Row) -> dict[str, float]:
 def _parameters(settings: TrainSettings) -> dict[str, Any]:
     from vlsm.config import flatten
 
-    return flatten(settings.model_dump(mode="json", exclude={"run", "start_over"}))
+    return flatten(hide_secrets_in(settings.model_dump(mode="json", exclude={"run", "start_over"})))
