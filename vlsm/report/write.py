@@ -7,6 +7,7 @@ from vlsm.report.evaluations import evaluation_page
 from vlsm.report.page import Page, render
 from vlsm.report.segmentations import segmentation_page
 from vlsm.report.trainings import training_page
+from vlsm.runs.tables import name_damage
 
 
 def write_report(output: str, file: str | Path | None = None) -> Path:
@@ -21,11 +22,13 @@ def write_report(output: str, file: str | Path | None = None) -> Path:
 
     Raises:
         ConfigError: there is no run at OUTPUT.
+        ResultError: a file of OUTPUT is damaged.
     """
     output = storage.absolute(output)
     name = output.rpartition("/")[2]
     path = Path(f"{name}.html" if file is None else file)
-    text = render(_page(output, name))
+    with name_damage(f"OUTPUT {output!r}"):  # a page shows hundreds of values, and each may be of another type
+        text = render(_page(output, name))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path

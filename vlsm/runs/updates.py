@@ -1,6 +1,7 @@
 """Updates a plan after its archive has changed: new images are added, changed ones planned again, the rest stays."""
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,14 +78,13 @@ def update_plan(output: str, plan: Plan, rows: Iterable[dict[str, Any]], shard_r
 
 def _index(output: str, plan: Plan) -> _Known:
     """Return the images of a plan as digests."""
-    ids = np.zeros(plan.num_images, "S16")
-    contents = np.zeros(plan.num_images, np.uint64)
-    position = 0
+    id_digests, contents = bytearray(), array("Q")  # they grow: the number of images in the record may be wrong
     for shard in read_plan(output, plan):
         for row in shard.to_pylist():
-            ids[position], contents[position] = _digest_id(row), _digest_content(row)
-            position += 1
-    return _Known(ids, contents, np.argsort(ids), np.zeros(plan.num_images, bool))
+            id_digests += _digest_id(row)
+            contents.append(_digest_content(row))
+    ids = np.frombuffer(id_digests, "S16")
+    return _Known(ids, np.frombuffer(contents, np.uint64), np.argsort(ids), np.zeros(len(ids), bool))
 
 
 def _compare(rows: Iterable[dict[str, Any]], known: _Known) -> Iterator[dict[str, Any]]:
