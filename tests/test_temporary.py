@@ -100,12 +100,13 @@ def test_links_files_and_open_folders_of_others_are_neither_used_nor_removed(tem
     victim = tmp_path / "victim"
     victim.mkdir(mode=0o700)
     (victim / "keep").write_text("keep")
-    names = [f"vlsm-features-0123-{letters}" for letters in ("aaaaaaaa", "bbbbbbbb", "cccccccc")]
+    names = [f"vlsm-held-features-0123-{letters}" for letters in ("aaaaaaaa", "bbbbbbbb", "cccccccc")]
     (temporary / names[0]).symlink_to(victim)
     (temporary / names[1]).write_text("a file")
     (temporary / names[2]).mkdir()
     (temporary / names[2]).chmod(0o777)
     (temporary / "vlsm-features-0123456789abcdef").mkdir(mode=0o700)  # the name that earlier versions had
+    (temporary / "vlsm-fuzz-aaaaaaaa").mkdir(mode=0o700)  # of another part of vlsm, which holds no lock
     before = sorted(path.name for path in temporary.iterdir())
     with PrivateFolder("features-0123") as folder:
         assert folder.name not in before
@@ -118,7 +119,7 @@ def test_links_files_and_open_folders_of_others_are_neither_used_nor_removed(tem
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
 def test_a_folder_of_another_user_is_left_alone(temporary):
-    folder = temporary / "vlsm-features-0123-aaaaaaaa"
+    folder = temporary / "vlsm-held-features-0123-aaaaaaaa"
     folder.mkdir(mode=0o700)
     os.chown(folder, 12345, 12345)
     remove_abandoned()

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _KIND = re.compile(r"[a-z]+(-[0-9a-f]+)?")
-_NAME = re.compile(r"vlsm-[a-z]+(-[0-9a-f]+)?-[A-Za-z0-9_]{8}", re.ASCII)  # of `tempfile`, behind the kind
+_NAME = re.compile(
+    r"vlsm-held-[a-z]+(-[0-9a-f]+)?-[A-Za-z0-9_]{8}", re.ASCII
+)  # `tempfile` adds the last 8; without `held`, a folder has no lock
 
 
 class PrivateFolder(contextlib.AbstractContextManager[Path]):
@@ -78,7 +80,7 @@ def remove_abandoned(kind: str | None = None, patience_s: float = 0.0) -> None:
         patience_s: how long to wait for processes that are about to end, in seconds.
     """
     end_s = time.monotonic() + patience_s
-    prefix = "vlsm" if kind is None else _prefix(kind)
+    prefix = "vlsm-held" if kind is None else _prefix(kind)
     with contextlib.suppress(OSError):
         for entry in os.scandir(tempfile.gettempdir()):
             if _NAME.fullmatch(entry.name) and entry.name.startswith(f"{prefix}-"):
@@ -89,7 +91,7 @@ def remove_abandoned(kind: str | None = None, patience_s: float = 0.0) -> None:
 def _prefix(kind: str) -> str:
     if not _KIND.fullmatch(kind):
         raise ValueError(f"kind is {kind!r}; it must be a word, such as features, or features-0123")
-    return f"vlsm-{kind}"
+    return f"vlsm-held-{kind}"
 
 
 def _remove_unlocked(path: Path) -> bool:
