@@ -26,7 +26,7 @@ from vlsm.runs.compare import RunState, compare_run
 from vlsm.runs.lifecycle import Run, finish_run, make_planner, open_input, prepare_run, resolve_settings
 from vlsm.runs.plan import planned_keys
 from vlsm.runs.planner import Planner
-from vlsm.runs.record import SUMMARY_NAME, read_summary
+from vlsm.runs.record import SUMMARY_NAME, read_segment_summary
 from vlsm.runs.results import part_name
 from vlsm.shown import say
 
@@ -120,7 +120,7 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
 
 def _final_summary(run: Run) -> dict[str, Any] | None:
     """Return the summary of a finished run; if its failed images must be retried, remove it and return None."""
-    summary = read_summary(run.settings.output)
+    summary = read_segment_summary(run.settings.output, run.plan.num_images, run.plan.num_rows)
     if summary and run.settings.retry_failed and summary["failed"]:
         storage.remove(storage.join(run.settings.output, SUMMARY_NAME))
         return None

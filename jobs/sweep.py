@@ -48,6 +48,7 @@ from vlsm.runs.record import (
     read_record,
     read_summary,
 )
+from vlsm.runs.tables import open_table
 from vlsm.shown import Lines, say
 from vlsm.training.settings import DataSettings
 
@@ -238,10 +239,11 @@ def _train(settings: Any, holder: str) -> str:
 def _evaluate_group(group: TrialGroup) -> list[dict[str, Any]]:
     """Evaluate a group and return the mean Dice per trial, dataset and prompt, as rows for `tabulate`."""
     evaluate(group.settings)
+    from vlsm.evaluation.parts import SCORES_SCHEMA
+
     columns = ["system", "dataset", "prompt_name", "prompt_class", "status", "dice"]
-    return average_scores(
-        storage.read_table(storage.join(group.settings.output, "scores.parquet"), columns), group.trials
-    )
+    scores = open_table(storage.join(group.settings.output, "scores.parquet"), SCORES_SCHEMA)
+    return average_scores(scores.read(columns), group.trials)
 
 
 if __name__ == "__main__":

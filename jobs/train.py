@@ -8,12 +8,13 @@ seed.
 """
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.segment_pools import warn_if_none_fits
@@ -26,7 +27,11 @@ from vlsm.report.endings import train_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import read_record, read_summary
 from vlsm.shown import say
+from vlsm.temporary import PrivateFolder, remove_abandoned
 from vlsm.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from jobs.train_group import Ended
 
 _EXAMPLES = (
     "trained --dataset kvasir=data/kvasir --set model=vlsm_a",
@@ -37,6 +42,7 @@ _COMMON = (
     "model", "options", "trainable", "start_from", "data.prompt", "data.split.val", "data.augment.preset",
     "optim.epochs", "optim.batch_size", "optim.lr", "run.workers", "start_over",
 )  # fmt: skip
+_KILLED_S = 10.0  # workers that are killed need some seconds to end
 _STARTING_S = 5.0  # after this time without a log line from the workers, the driver logs that they are starting
 
 
@@ -87,7 +93,11 @@ def train(settings: TrainSettings, holder: str = "") -> dict[str, Any]:
     from vlsm.training.run import prepare_training  # here, so that --help does not wait for this import
 
     # the lease is given back after Ray has ended the workers, which write to OUTPUT
-    with Lease(settings.output, "jobs.train", holder) as lease, RaySession(log_to_driver=False) as session:
+    with (
+        Lease(settings.output, "jobs.train", holder) as lease,
+        _removed_features(settings),
+        RaySession(log_to_driver=False) as session,
+    ):
         records = prepare_training(settings, partial(_inspect, session, settings), session.start, lease)
         if summary := read_summary(settings.output):
             logger.info("%s is finished: there is nothing to do", settings.output)
@@ -98,6 +108,17 @@ def train(settings: TrainSettings, holder: str = "") -> dict[str, Any]:
     if summary is None:
         raise VlsmError("the workers ended without a summary; the same command goes on from here")
     return summary
+
+
+@contextlib.contextmanager
+def _removed_features(settings: TrainSettings) -> Iterator[None]:
+    """Return a context that removes the features of killed workers on this machine: they cannot do it themselves."""
+    try:
+        yield
+    finally:
+        if settings.run.feature_cache_bytes:
+            with contextlib.suppress(VlsmError, OSError):  # a store that is down: the next run removes them
+                remove_abandoned(_features_kind(settings.output), _KILLED_S)
 
 
 def dry_run(settings: TrainSettings) -> None:
@@ -165,8 +186,25 @@ def train_with_ray(
         records, settings.data.allowing(settings.run.allow), input_square(settings), settings.run.cache_images
     )
     token = lease.token if lease is not None else None
-    work = Work(settings, _run_id(settings.output), decoded, board, size.num_threads, token)
-    ended = fit_in_background(work, size, worker or TRAIN_WORKER)
+    work = Work(
+        settings, _run_id(settings.output), decoded, board, size.num_threads, _features_kind(settings.output), token
+    )
+    with PrivateFolder("train") as folder:
+        ended = fit_in_background(work, size, folder, worker or TRAIN_WORKER)
+        _follow(ended, board, lease)
+    if message := ray.get(board.failure.remote()):
+        raise VlsmError(message)
+    if ended.error is not None:
+        raise VlsmError(
+            f"training failed after run.max_failures={settings.run.max_failures} repetitions: {ended.error}; "
+            "the same command goes on from here"
+        ) from ended.error
+
+
+def _follow(ended: "Ended", board: Any, lease: Lease | None) -> None:
+    """Log the lines of the workers, and note their progress, until the training has ended."""
+    import ray
+
     started_s, num_lines = time.monotonic(), 0
     while not ended.wait(1.0):
         lines, progress = ray.get(board.take.remote())
@@ -176,19 +214,16 @@ def train_with_ray(
         if lease is not None:
             lease.check()
             lease.note(progress)
-        waited_s = time.monotonic() - started_s
-        if not num_lines and waited_s >= _STARTING_S:
+        if not num_lines and time.monotonic() - started_s >= _STARTING_S:
             logger.info("the workers are starting and loading the model")
             num_lines += 1
     for line in ray.get(board.take.remote())[0]:
         logger.info("%s", line)
-    if message := ray.get(board.failure.remote()):
-        raise VlsmError(message)
-    if ended.error is not None:
-        raise VlsmError(
-            f"training failed after run.max_failures={settings.run.max_failures} repetitions: {ended.error}; "
-            "the same command goes on from here"
-        ) from ended.error
+
+
+def _features_kind(output: str) -> str:
+    """Return the kind of the temporary folders with the features of a run; see `vlsm.temporary`."""
+    return f"features-{_run_id(output)}"
 
 
 def _run_id(output: str) -> str:

@@ -4,11 +4,11 @@ Ray Train's controller imports this module, so it must not import torch. Only th
 """
 
 import pkgutil
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jobs.crash_watch import Milestones
@@ -31,6 +31,7 @@ class Work:
         decoded: the decoded examples in Ray's object store, or None if they are not kept there.
         board: handle of the `TrainingBoard` actor.
         num_threads: number of threads that torch may use.
+        features_kind: kind of the temporary folders for the feature cache; see `vlsm.temporary`.
         lease: the lease of OUTPUT; the first worker checks it before it writes. None: nothing is checked.
     """
 
@@ -39,6 +40,7 @@ class Work:
     decoded: Decoded | None
     board: Any
     num_threads: int
+    features_kind: str
     lease: Token | None = None
 
 
@@ -113,7 +115,7 @@ class Ended(threading.Event):
     error: BaseException | None = None
 
 
-def fit_in_background(work: Work, size: GroupSize, worker: str = TRAIN_WORKER) -> Ended:
+def fit_in_background(work: Work, size: GroupSize, folder: Path, worker: str = TRAIN_WORKER) -> Ended:
     """Start Ray Train in a thread and return the event of its end.
 
     In the main thread, Ray Train would handle Ctrl-C itself and end the process with exit code 0.
@@ -121,6 +123,7 @@ def fit_in_background(work: Work, size: GroupSize, worker: str = TRAIN_WORKER) -
     Args:
         work: work for each worker.
         size: size of the group.
+        folder: a temporary folder; Ray Train needs one, although vlsm keeps nothing there.
         worker: MODULE:NAME of the function that each worker calls with the work.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -137,7 +140,7 @@ def fit_in_background(work: Work, size: GroupSize, worker: str = TRAIN_WORKER) -
         ),
         run_config=RunConfig(
             name=f"{work.run_id}-{time.time_ns()}",
-            storage_path=tempfile.gettempdir(),  # a required value; vlsm writes nothing there
+            storage_path=str(folder),
             failure_config=FailureConfig(max_failures=work.settings.run.max_failures),
         ),
     )

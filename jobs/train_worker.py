@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,8 +19,9 @@ from jobs.train_artifacts import copy_artifacts
 from jobs.train_feed import Feed, prepare_streams
 from jobs.train_group import FIRST_STEP, Work
 from vlsm import storage
-from vlsm.errors import VlsmError
+from vlsm.errors import ResultError, VlsmError
 from vlsm.runs.record import SUMMARY_NAME
+from vlsm.temporary import PrivateFolder, use_folder
 from vlsm.training.checks import check_batch_norms
 from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import Row, describe_epoch, summarize
@@ -32,7 +31,9 @@ from vlsm.training.run import build_learning_model, default_prompt, read_example
 from vlsm.training.sampling import ExampleOrder, MicroBatch
 from vlsm.training.settings import TrainSettings
 from vlsm.training.state import (
+    ADVICE,
     CHECKPOINT_NAME,
+    LAST_NAME,
     State,
     copy_best,
     pack_state,
@@ -52,11 +53,29 @@ def train_worker(work: Work) -> None:
     work.board.reach.remote("workers", time.time())
     torch.set_num_threads(work.num_threads)
     try:
-        Worker(work).run()
+        with features_folder(work) as folder:
+            Worker(work, folder).run()
     except Exception as error:
         if message := _explain(error, work.settings):
             ray.get(work.board.fail.remote(message))
         raise
+
+
+@contextlib.contextmanager
+def features_folder(work: Work) -> Iterator[Path | None]:
+    """Return a context with the folder of the feature cache, which the first worker of each node creates, or None.
+
+    It is removed at the end, also after an error. If the worker is killed, the driver or the next run removes it.
+    """
+    if not work.settings.run.feature_cache_bytes:
+        yield None
+        return
+    context, node = ray.train.get_context(), ray.get_runtime_context().get_node_id()
+    with contextlib.ExitStack() as stack:
+        is_first = context.get_local_rank() == 0
+        created = [stack.enter_context(PrivateFolder(work.features_kind))] if is_first else []
+        folders = dict(gather([(node, folder) for folder in created]))
+        yield created[0] if created else stack.enter_context(use_folder(folders[node]))
 
 
 def _explain(error: BaseException, settings: TrainSettings) -> str | None:
@@ -81,7 +100,7 @@ def _explain(error: BaseException, settings: TrainSettings) -> str | None:
 class Worker:
     """The part of a run that one worker executes."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, features_folder: Path | None) -> None:
         context = ray.train.get_context()
         self.settings, self.output, self.board = work.settings, work.settings.output, work.board
         self.lease = work.lease
@@ -96,11 +115,12 @@ class Worker:
             self.say(warning)
         data = self.settings.data.allowing(self.settings.run.allow)
         self.feed = Feed(self.records, data, model.image_spec.square, work.decoded)
-        self.features = self._open_features(work.run_id, context.get_local_world_size())
+        max_bytes, num_sharing = self.settings.run.feature_cache_bytes, context.get_local_world_size()
+        self.features = FeatureCache(features_folder, max_bytes, num_sharing) if features_folder else None
         self.learner = Learner(model, self.settings, self.order.num_steps, self.device, self.features)
         self.state = read_state(self.output)
         if self.state.weights is not None:
-            self.learner.restore(self.state.weights, self.state.optimizer or {})
+            self._restore(self.state.weights)
             self.say(f"goes on at epoch {self.state.epoch + 1}, step {self.state.step + 1}")
         self.state.weights = self.state.optimizer = None
         self.trackers = open_trackers(self.settings, work.run_id, self.say) if self.rank == 0 else []
@@ -110,6 +130,16 @@ class Worker:
         self.clock = _Clock()
         self.saver = ThreadPoolExecutor(1)  # writing a large model takes seconds, and much longer to a remote store
         self.saving: Future[None] | None = None
+
+    def _restore(self, weights: dict[str, torch.Tensor]) -> None:
+        # a collective of several workers raises a RuntimeError also if another worker dies
+        errors: tuple[type[Exception], ...] = (LookupError, ValueError, TypeError, AttributeError)
+        errors += (RuntimeError,) if self.num_workers == 1 else ()
+        try:
+            self.learner.restore(weights, self.state.optimizer or {})
+        except errors as error:
+            reason, uri = " ".join(str(error).split())[:200], storage.join(self.output, LAST_NAME)
+            raise ResultError(f"{uri} does not fit the model: {reason!r}; {ADVICE}") from error
 
     def run(self) -> None:
         """Train from the current state of the run to its end, test the best checkpoint, and write the summary."""
@@ -267,8 +297,7 @@ class Worker:
         state, monitor = self.state, self.settings.optim.monitor
         best = state.history.best_epoch(monitor)
         if self.features is not None:
-            gather([])  # wait until no worker reads them any more
-            shutil.rmtree(self.features.folder, ignore_errors=True)
+            gather([])  # wait until no worker reads them any more: the first one of each node removes them
         if self.rank:
             return
         self.check_lease()
@@ -297,16 +326,12 @@ class Worker:
             folder = None
             if self.settings.run.log_artifacts != "none":
                 try:
-                    folder = stack.enter_context(copy_artifacts(self.output, self.settings.run.log_artifacts))
+                    artifacts = copy_artifacts(self.output, self.settings.run.log_artifacts)
+                    folder = str(stack.enter_context(artifacts))
                 except Exception as error:  # a full temporary disk, an image that cannot be read again
                     self.say(f"the trackers get no files: {type(error).__name__}: {error}")
             for tracker in self.trackers:
                 tracker.finish(folder)
-
-    def _open_features(self, run_id: str, num_sharing: int) -> FeatureCache | None:
-        max_bytes = self.settings.run.feature_cache_bytes
-        folder = Path(tempfile.gettempdir(), f"vlsm-features-{run_id}")
-        return FeatureCache(folder, max_bytes, num_sharing) if max_bytes else None
 
 
 class _Clock:

@@ -12,7 +12,7 @@ MODULES = sorted((ROOT / "vlsm").rglob("*.py"))
 # what vlsm/ holds, floor by floor: each imports from lower floors only
 FLOORS = (
     {"shown"},
-    {"cells", "errors", "limits", "version"},
+    {"cells", "errors", "limits", "temporary", "version"},
     {"locations"},
     {"http_files"},
     {"redirects"},

@@ -44,6 +44,10 @@ class ResultError(VlsmError):
     """The output of a run is damaged, or its rows differ from the planned rows."""
 
 
+class DamageError(ResultError):
+    """One file of an OUTPUT is no such file as a run writes. Where the run can write it again, it does."""
+
+
 class ImageError(VlsmError):
     """One image cannot be read. It becomes a failed row; the run continues.
 

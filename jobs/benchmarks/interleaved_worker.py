@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jobs.train_feed import Loaded
 from jobs.train_group import Work
-from jobs.train_worker import Worker
+from jobs.train_worker import Worker, features_folder
 from vlsm.models.prompts import PromptCache
 from vlsm.training.losses import segmentation_losses
 
@@ -23,7 +23,8 @@ TURNS_NAME = "turns.json"  # file in OUTPUT: the seconds of both loops, per epoc
 def train_in_turns(work: Work) -> None:
     """Train with an interleaved bare loop. `jobs.benchmarks.train` passes this function to its workers."""
     torch.set_num_threads(work.num_threads)
-    _InterleavedWorker(work).run()
+    with features_folder(work) as folder:
+        _InterleavedWorker(work, folder).run()
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class _Batch:
 class _InterleavedWorker(Worker):
     """A worker that runs one epoch of the bare loop after each epoch of its own."""
 
-    def __init__(self, work: Work) -> None:
-        super().__init__(work)
+    def __init__(self, work: Work, features_folder: Path | None) -> None:
+        super().__init__(work, features_folder)
         self._prompt_cache = PromptCache(self.learner.model)
         self._train = self._keep(self.feed.stream(self.order.train(0)))
         self._val = self._keep(self.feed.stream(self.order.evaluate("val", 0)))

@@ -80,7 +80,9 @@ def test_a_run_that_died_tells_how_to_go_on(tmp_path):
     found = core.read_status(str(tmp_path), now_s=NOW_S + 7200)
     assert (found.images_per_s, found.seconds_left, found.silent_s) == (None, None, 7200)
     (step,) = found.next_steps
-    assert step.startswith("it seems not to run") and step.endswith(rerun_command(read_record(str(tmp_path))))
+    assert step.startswith("it seems not to run") and step.endswith(
+        rerun_command(str(tmp_path), read_record(str(tmp_path)))
+    )
 
 
 def test_a_run_that_has_only_its_plan_has_nothing_done(tmp_path):
@@ -150,7 +152,7 @@ def test_the_command_that_goes_on_has_the_settings_of_the_run(words, tmp_path, m
     tree |= {} if "members" in str(words) else {"members": [{"checkpoint": "/checkpoint"}]}
     settings = load_settings(SegmentSettings, None, ["prompts=[polyp]", *words], tree)
     write_record(str(tmp_path), make_record(settings, {"run_id": "run"}, {}))
-    command = rerun_command(read_record(str(tmp_path)), "retry_failed=true")
+    command = rerun_command(str(tmp_path), read_record(str(tmp_path)), "retry_failed=true")
     again = settings_of_command(command, segment, monkeypatch)
     assert again == settings.model_copy(update={"retry_failed": True})
 
@@ -160,7 +162,7 @@ def test_the_command_that_goes_on_with_a_training_has_its_settings(tmp_path, mon
     tree = {"output": str(tmp_path), "datasets": {"kvasir": "/kvasir"}}
     settings = load_settings(TrainSettings, None, words, tree)
     write_record(str(tmp_path), make_record(settings, {}, {"epochs": 3}))
-    assert settings_of_command(rerun_command(read_record(str(tmp_path))), train, monkeypatch) == settings
+    assert settings_of_command(rerun_command(str(tmp_path), read_record(str(tmp_path))), train, monkeypatch) == settings
 
 
 def write_training(output, num_epochs):

@@ -80,11 +80,13 @@ def test_a_new_setting_with_a_default_and_a_new_column_orphan_nothing(stored):
 
 
 def test_a_column_that_may_not_be_null_or_has_another_type_is_no_older_version():
-    table = PLAN_SCHEMA.empty_table()
-    assert complete(table, PLAN_SCHEMA).schema == PLAN_SCHEMA
-    assert complete(table.drop_columns(["image_id"]), PLAN_SCHEMA) is None
-    wrong = table.set_column(5, "problem", pa.array([], pa.int64()))
-    assert complete(wrong, PLAN_SCHEMA) is None
+    row = {"image_id": "a", "image_uri": "/a", "prompts": ["polyp"], "vanished": False}
+    table = pa.Table.from_pylist([row], schema=PLAN_SCHEMA)
+    assert complete(table.drop_columns(["problem"]), PLAN_SCHEMA) == table
+    with pytest.raises(ValueError, match="the column image_id is absent or has nulls"):
+        complete(table.drop_columns(["image_id"]), PLAN_SCHEMA)
+    with pytest.raises(pa.ArrowException):
+        complete(table.set_column(5, "problem", pa.array([{"a": 1}])), PLAN_SCHEMA)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "pixel", "clipseg"])

@@ -15,7 +15,10 @@ from vlsm.segmentation.masks import encode_mask, encode_probability
     [
         (None, None),
         (encode_probability(np.full((3, 4), 0.7)), None),
-        (encode_probability(np.full((4, 3), 0.7)), "the probability map has another size than the mask"),
+        (
+            encode_probability(np.full((4, 3), 0.7)),
+            "the probability map has another size than the mask",
+        ),
         (b"no picture", "the row cannot be read: SyntaxError: "),
     ],
 )

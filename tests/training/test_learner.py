@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 
 import vlsm
 from tests.tiny import save_tiny_clipseg, tiny_options
@@ -157,6 +158,31 @@ def test_kept_features_change_nothing(source, tmp_path):
     assert sum(calls) == 10  # each example once in three epochs
     assert np.allclose([s.loss for s in scores], [s.loss for s in expected], atol=1e-5)
     assert largest_difference(weights_of(plain), weights_of(learner)) < 1e-4
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, None, {"0": torch.zeros(3)}, {"a": torch.zeros(3)}])
+def test_damaged_features_are_computed_again(source, tmp_path, content):
+    settings = make_settings(source)
+    _, expected = learn(settings)
+    cache = FeatureCache(tmp_path, max_bytes=1 << 30)
+    learn(settings, features=cache)
+    path = tmp_path / "0.safetensors"
+    intact = path.read_bytes()
+    damaged = save(content) if isinstance(content, dict) else content
+    path.write_bytes(intact[: len(intact) // 2] if damaged is None else damaged)
+    _, scores = learn(settings, features=cache)
+    assert np.allclose([s.loss for s in scores], [s.loss for s in expected], atol=1e-5)
+    shapes = [{name: part.shape for name, part in load(data).items()} for data in (path.read_bytes(), intact)]
+    assert shapes[0] == shapes[1]
+
+
+def test_features_that_cannot_be_written_cost_nothing_but_time(source, tmp_path):
+    settings = make_settings(source)
+    _, expected = learn(settings)
+    cache = FeatureCache(tmp_path / "features", max_bytes=1 << 30)
+    (tmp_path / "features").rmdir()  # the first worker of the node has ended, and removed it
+    _, scores = learn(settings, features=cache)
+    assert np.allclose([s.loss for s in scores], [s.loss for s in expected], atol=1e-5)
 
 
 def test_features_keep_to_their_bytes(source, tmp_path):

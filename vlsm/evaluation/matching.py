@@ -4,11 +4,9 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-import pyarrow.compute as pc
-
 from vlsm import storage
 from vlsm.datasets.records import Record
-from vlsm.runs.results import open_results
+from vlsm.runs.results import read_rows
 from vlsm.shown import public_uri
 
 logger = logging.getLogger("vlsm")
@@ -30,12 +28,10 @@ def match_images(name: str, output: str, records: Sequence[Record]) -> tuple[lis
         records: all records to score.
     """
     columns = ["image_id", "image_uri", "selector", "prompt"]
-    table = open_results(output).to_table(columns=columns, filter=pc.field("kind") == "mask")
-    prompts = set(pc.unique(table["prompt"]).to_pylist())
-    image_ids = {
-        (public_uri(storage.absolute(row["image_uri"])), row["selector"]): row["image_id"]
-        for row in table.drop_columns(["prompt"]).to_pylist()
-    }
+    prompts, image_ids = set[str](), dict[Place, str]()
+    for row in read_rows(output, [("kind", "==", "mask")], columns):
+        prompts.add(row["prompt"])
+        image_ids[public_uri(storage.absolute(row["image_uri"])), row["selector"]] = row["image_id"]
     places = [(public_uri(storage.absolute(record.image_uri)), record.image_selector) for record in records]
     unmatched = {place for place in places if place not in image_ids}
     unmatched_in_run = image_ids.keys() - set(places)

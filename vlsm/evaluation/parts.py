@@ -1,5 +1,6 @@
 """Scores of one part file of a segment run: its masks compared with the labels of the images."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vlsm import storage
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.records import OWN, RECORD, Record
 from vlsm.errors import ImageError, ResultError
@@ -15,10 +17,10 @@ from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.systems import System, Target
-from vlsm.runs.plan import Plan
+from vlsm.runs.plan import plan_of
 from vlsm.runs.record import read_record
-from vlsm.runs.results import part_name, read_part
-from vlsm.segmentation.masks import decode_mask, encode_mask
+from vlsm.runs.results import decode_ok_row, part_name, read_part
+from vlsm.segmentation.masks import encode_mask
 from vlsm.shown import hide_secrets, public_uri
 
 _SCORE_COLUMNS = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px")
@@ -116,7 +118,11 @@ def open_source(system: System, settings: EvaluateSettings) -> PredictionSource:
     for target in system.targets:
         if target.image_id is not None:
             targets[target.image_id].append(target)
-    num_parts = Plan(**record["plan"]).num_shards
+    num_parts = plan_of(record, system.output).num_shards
+    if num_parts > (num_found := len(storage.list_names(storage.join(system.output, "masks")))):
+        raise ResultError(
+            f"{system.output!r} has {num_found:,} part files; its plan has {num_parts:,}; run that segment job again"
+        )
     return PredictionSource(system.name, system.output, record["run_id"], num_parts, dict(targets), settings)
 
 
@@ -183,8 +189,9 @@ def _score_target(
             scores_by_mask[row["mask_rle"]] = _score_row(row, label, target.record.mask_uri)
         scored |= scores_by_mask[row["mask_rle"]]
         if scored["prompt_class"] == ROBUSTNESS and scored["status"] == "ok" and not isinstance(reference, str):
-            size = (row["height"], row["width"])
-            scored["reference_dice"] = encoded_dice(row["mask_rle"], reference["mask_rle"], size)
+            with contextlib.suppress(ValueError, TypeError):  # the mask of the reference is damaged or absent
+                size = (row["height"], row["width"])
+                scored["reference_dice"] = encoded_dice(row["mask_rle"], reference["mask_rle"], size)
         yield scored
 
 
@@ -209,7 +216,10 @@ def _score_row(row: dict[str, Any], label: np.ndarray | str, mask_uri: str) -> d
     if label.shape != size:
         (height, width), (label_height, label_width) = size, label.shape
         return _failed(f"size: {mask_uri} is {label_width} x {label_height}, its image {width} x {height}")
-    return {"status": "ok", "error": None} | asdict(score_mask(decode_mask(row["mask_rle"], size), label))
+    try:
+        return {"status": "ok", "error": None} | asdict(score_mask(decode_ok_row(row), label))
+    except ImageError as error:
+        return _failed(str(error))
 
 
 def _find_row(rows_by_prompt: dict[str, dict[str, Any]], target: Target, name: str) -> dict[str, Any] | str:

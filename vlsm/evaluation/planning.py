@@ -12,6 +12,7 @@ OUTPUT/lease/            while a job works on the evaluation (see vlsm.runs.leas
 import io
 import json
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,7 +72,10 @@ def _keep_earlier_prompts(settings: EvaluateSettings) -> EvaluateSettings:
         record = read_record(settings.output)
     if record is None or "data" in record["config"]:
         return settings
-    prompts = tuple(record["config"].get("prompts", (OWN,)))
+    prompts = record["config"].get("prompts", (OWN,))
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ResultError(f"config.yaml of {settings.output!r} is damaged: its prompts are {prompts!r}")
+    prompts = tuple(prompts)
     logger.info("an earlier version began the evaluation in %s: it goes on with prompts=[%s]", settings.output,
                 ", ".join(prompts))  # fmt: skip
     return settings.model_copy(update={"prompts": prompts})
@@ -136,11 +140,18 @@ def _write_plan(evaluation: Evaluation, facts: dict[str, Any]) -> None:
     create_record(output, make_record(evaluation.settings, facts, plan))
 
 
+def _is_run(name: object) -> bool:
+    """Return whether a name in config.yaml is that of a folder below runs/, as this module writes it."""
+    return isinstance(name, str) and re.fullmatch(r"runs/\w[\w.-]*", name, re.ASCII) is not None
+
+
 def _remove_evaluation(output: str, record: dict[str, Any]) -> None:
     """Remove only the files of an earlier evaluation. Its config.yaml names its segment runs, so it goes after them."""
     runs = record["plan"].get("runs")
     if runs is None:
         raise ConfigError(f"OUTPUT {output!r} belongs to another job; choose another OUTPUT")
+    if not isinstance(runs, dict) or not all(map(_is_run, runs.values())):
+        raise ResultError(f"config.yaml of {output!r} is damaged: its segment runs {runs!r} are not all below runs/")
     for run in runs.values():
         forget_run(storage.join(output, run), folders=(("masks", "part-"), ("manifest", "plan-")))
     forget_run(output, (SCORES_NAME, CSV_NAME, MARKDOWN_NAME), [("inputs", "")])

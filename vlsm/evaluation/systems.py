@@ -16,13 +16,14 @@ from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
 from vlsm.datasets.splits import GIVE, require_splits
-from vlsm.errors import ConfigError
+from vlsm.errors import ConfigError, ResultError
 from vlsm.evaluation.matching import match_images
 from vlsm.evaluation.places import allow_images
 from vlsm.evaluation.prompts import match_texts, needs_stored, report_stored, texts_of
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.runs.lifecycle import resolve_settings
-from vlsm.runs.record import read_record, read_summary
+from vlsm.runs.plan import plan_of
+from vlsm.runs.record import read_record, read_segment_summary
 from vlsm.shown import hide_secrets_in, public_uri
 from vlsm.training.origin import describe_differences_to_training
 
@@ -201,9 +202,12 @@ def _check_masks(name: str, uri: str, is_stored_used: bool) -> tuple[str, str]:
     record = read_record(uri)
     if record is None or "run_id" not in record:
         raise ConfigError(f"masks {name}: there is no segment run in {uri!r}; give the OUTPUT of a segment run")
-    if read_summary(uri) is None:
+    plan = plan_of(record, uri)
+    if read_segment_summary(uri, plan.num_images, plan.num_rows) is None:
         raise ConfigError(f"masks {name}: the segment run in {uri!r} is not finished; run it again")
-    prompts = record["config"]["prompts"]
+    prompts = record["config"].get("prompts")
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ResultError(f"masks {name}: config.yaml of {uri!r} is damaged: its prompts are {prompts!r}")
     if len(prompts) > 1 and is_stored_used:
         raise ConfigError(
             f"masks {name}: the segment run has several prompts, {', '.join(map(repr, prompts))}; choose one: "

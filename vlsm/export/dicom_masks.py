@@ -60,7 +60,7 @@ def _decode_rows(
     for row in rows:
         with folder.attempt([row]):
             is_labels = row["kind"] == "labels"
-            values = decode_labels(row["label_map"]) if is_labels else decode_ok_row(row)
+            values = decode_labels(row) if is_labels else decode_ok_row(row)
             prompts = class_names(row) if is_labels else [row["prompt"]]
             frame = int((source_of(row)[1] or "frame=0").removeprefix("frame="))
             if not 0 <= frame < image.size[0] or values.shape != image.size[1:]:

@@ -16,7 +16,7 @@ from vlsm.images.overlays import draw_overlay
 from vlsm.images.reader import Reader
 from vlsm.runs.locations import Locations
 from vlsm.runs.results import decode_ok_row, read_ok_rows
-from vlsm.segmentation.masks import decode_probability
+from vlsm.segmentation.masks import decode_png
 
 logger = logging.getLogger("vlsm")
 
@@ -79,7 +79,7 @@ def export_probability(output: str, directory: Directory, filters: Filters = Non
                 num_without += 1
                 continue
             with folder.file(row) as path:
-                decode_probability(row["probability_map"])  # raises an error for a damaged one
+                decode_png(row["probability_map"], (row["height"], row["width"]))  # raises an error for a damaged one
                 path.write_bytes(row["probability_map"])
         if num_without:
             logger.warning(

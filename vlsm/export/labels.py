@@ -54,16 +54,16 @@ def export_labels(
         return folder.num_written
 
 
-def decode_labels(png: bytes) -> np.ndarray:
-    """Return a stored label map as (H, W) uint8, or uint16 if it has more than 255 prompts.
+def decode_labels(row: dict[str, Any]) -> np.ndarray:
+    """Return the stored label map of a row as (H, W) uint8, or uint16 if it has more than 255 prompts.
 
     Raises:
-        ImageError: it is a PNG of colours.
+        ImageError: there is none.
         Exception: of any type, for other damage.
     """
-    labels = decode_png(png)
-    if labels.ndim != 2:
-        raise ImageError("corrupt", "the label map is not grey")
+    if row["label_map"] is None:
+        raise ImageError("corrupt", "the row has no label map")
+    labels = decode_png(row["label_map"], (row["height"], row["width"]))
     return labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
 
 
@@ -83,7 +83,7 @@ def _write_label_maps(output: str, folder: ExportFolder, filters: Filters, limit
                     "the classes of %s differ from those of earlier images; labels.json does not describe it",
                     row["image_id"],
                 )
-            decode_labels(row["label_map"])  # raises an error for a damaged one
+            decode_labels(row)  # raises an error for a damaged one
             path.write_bytes(row["label_map"])
             names = names or row_names
     return names

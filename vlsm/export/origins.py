@@ -12,7 +12,7 @@ from vlsm.config import SegmentSettings
 from vlsm.images.fetch import image_errors, read_patiently
 from vlsm.images.formats import HEAD_BYTES, split_selector
 from vlsm.images.reader import Content, Reader
-from vlsm.runs.record import read_record
+from vlsm.runs.record import read_record, settings_of
 from vlsm.runs.results import choose_rows, read_ok_rows, read_rows
 
 Filters = list[tuple[str, str, Any]] | None
@@ -144,7 +144,7 @@ def read_settings(output: str) -> SegmentSettings:
     """Return the settings in the config.yaml of the run at OUTPUT; settings that it lacks have their defaults."""
     config = (read_record(storage.absolute(output)) or {}).get("config") or {}
     known = {key: value for key, value in config.items() if key in SegmentSettings.model_fields and key != "run"}
-    return SegmentSettings.model_validate({"input": "", "output": output, "members": [{"checkpoint": ""}]} | known)
+    return settings_of({"input": "", "output": output, "members": [{"checkpoint": ""}]} | known, SegmentSettings)
 
 
 class Numbering:

@@ -152,7 +152,7 @@ def _warn_of_missing(rows: list[Row], grid: VolumeGrid, source: SourceFile) -> N
 
 def _decode(row: Row) -> np.ndarray:
     """Return the label map or the mask of a row, (H, W) uint8 or uint16."""
-    return decode_labels(row["label_map"]) if row["kind"] == "labels" else decode_ok_row(row)
+    return decode_labels(row) if row["kind"] == "labels" else decode_ok_row(row)
 
 
 def _save(volume: np.ndarray, header: Any, path: Path) -> None:

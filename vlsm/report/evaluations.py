@@ -6,18 +6,25 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.dataset as ds
 
 from vlsm import storage
 from vlsm.cells import read_cell
 from vlsm.report import parts
 from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
-from vlsm.report.survey import Extremes, Survey, scan
+from vlsm.report.survey import FILE, ROW, Extremes, Survey, scan
 from vlsm.runs.record import read_summary
+from vlsm.runs.tables import Tables
 from vlsm.shown import public_uri
 
 _SCORES_NAME, _TABLE_NAME = "scores.parquet", "table.csv"
+# earlier versions, and evaluations that have just begun, lack columns
+_SCORES = pa.schema(
+    [
+        *(field for field in ROW if field.name not in (FILE, "priority")),
+        *(pa.field(name, pa.string()) for name in ("mask_rle", "target_rle")),
+    ]
+)
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
 
 
@@ -28,20 +35,15 @@ def evaluation_page(output: str, title: str) -> Page:
         ConfigError: there is no run at OUTPUT.
     """
     record, summary = parts.read_config(output), read_summary(output)
-    fs, path = storage.open_uri(storage.join(output, _SCORES_NAME))
-
-    def open_files(paths: list[str]) -> ds.Dataset:
-        return ds.dataset(paths, filesystem=fs, format="parquet")
-
-    dataset, table = open_files([path]), _read_table(output)
+    scores, table = Tables([storage.join(output, _SCORES_NAME)], _SCORES), _read_table(output)
     survey = Survey(metric="dice", group="system")
-    for rows in scan(dataset):
+    for rows in scan(scores):
         survey.add(rows)
     leader = _leader(table)
-    leader_survey, ends = _ends(dataset, leader)
+    leader_survey, ends = _ends(scores, leader)
     painter = Painter(parts.open_reader(record["config"], output), read_rle_masks)
     columns = ["mask_rle", "target_rle", "height", "width"]
-    groups, cards = parts.show(ends, survey.sample, painter, columns, open_files)
+    groups, cards = parts.show(ends, survey.sample, painter, columns, scores)
     intro = f"From {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
     return Page(
         kind="Evaluation",
@@ -124,7 +126,7 @@ def _leader(table: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"system": system, "prompt_name": prompt_name, "rows": leader_rows}
 
 
-def _ends(dataset: ds.Dataset, leader: dict[str, Any] | None) -> tuple[Survey, parts.Ends]:
+def _ends(scores: Tables, leader: dict[str, Any] | None) -> tuple[Survey, parts.Ends]:
     """Return a survey and the extreme cases of the leader's rows, or of all rows if there is no leader.
 
     The cases have the highest, median and lowest Dice, and the lowest confidence and agreement.
@@ -134,7 +136,7 @@ def _ends(dataset: ds.Dataset, leader: dict[str, Any] | None) -> tuple[Survey, p
         condition = pc.field("system") == leader["system"]
         condition &= pc.field("prompt_name") == leader["prompt_name"]
     survey = Survey(metric="dice", group="system")
-    for table in scan(dataset, condition):
+    for table in scan(scores, condition):
         survey.add(table)
     dice = survey.total("dice")
     ends = [
@@ -144,7 +146,7 @@ def _ends(dataset: ds.Dataset, leader: dict[str, Any] | None) -> tuple[Survey, p
         ("Least confident", "lowest mean probability inside the mask", Extremes("confidence")),
         ("Least agreement", "between the ensemble's members", Extremes("agreement")),
     ]
-    for table in scan(dataset, condition):
+    for table in scan(scores, condition):
         for *_, extremes in ends:
             extremes.add(table)
     return survey, ends

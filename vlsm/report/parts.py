@@ -11,14 +11,15 @@ from vlsm.checkpoints import SETTINGS_NAME, Calibration
 from vlsm.config import RunSettings, SegmentSettings
 from vlsm.datasets.settings import READING
 from vlsm.documents import read_yaml
-from vlsm.errors import ConfigError, VlsmError
+from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.reader import Reader
 from vlsm.report.charts import Ridge, draw_reliability, draw_ridge
 from vlsm.report.page import Case, Cell, Section, Stat, Table, as_case
-from vlsm.report.pictures import MAX_CARDS, MAX_CASES, OpenFiles, Painter, describe_error, paint, shorten
+from vlsm.report.pictures import MAX_CARDS, MAX_CASES, Painter, describe_error, paint, shorten
 from vlsm.report.survey import METRICS, Extremes, Sample, Survey, row_key
 from vlsm.runs.locations import Locations
-from vlsm.runs.record import read_record
+from vlsm.runs.record import read_record, settings_of
+from vlsm.runs.tables import Tables
 
 _READING = (
     "columns",
@@ -52,10 +53,12 @@ def read_config(output: str) -> dict[str, Any]:
 def open_reader(config: dict[str, Any], output: str) -> Reader:
     """Return a reader that decodes images in the same way as the run, but waits only a short time for a store."""
     data = config.get("data", {})  # an evaluation has its settings of reading in this group
+    if not isinstance(data, dict):
+        raise ResultError("config.yaml is damaged: data is no group of settings")
     known = {name: config[name] for name in _READING if name in config}
     known |= {name: data[name] for name in READING if name in data}
     fixed = {"input": "", "output": "", "members": [{"checkpoint": ""}], "run": SHORT_WAIT}
-    return Reader(SegmentSettings.model_validate(fixed | known), Locations(output))
+    return Reader(settings_of(fixed | known, SegmentSettings), Locations(output))
 
 
 def metric_stats(survey: Survey, metrics: tuple[str, ...]) -> list[Stat]:
@@ -101,7 +104,7 @@ def failures(survey: Survey) -> list[Section]:
 
 
 def show(
-    ends: Ends, sample: Sample, painter: Painter, columns: Sequence[str], open_files: OpenFiles | None
+    ends: Ends, sample: Sample, painter: Painter, columns: Sequence[str], tables: Tables | None
 ) -> tuple[list[tuple[str, str, list[Case]]], list[Case]]:
     """Return the extreme rows as groups of large cases, and these rows and a sample as cards, with their pictures.
 
@@ -110,13 +113,13 @@ def show(
         sample: rows for the gallery.
         painter: draws a row.
         columns: columns of the part files that the painter needs.
-        open_files: opens part files as a dataset; None if the rows have all columns already.
+        tables: the files of the rows; None if the rows have all columns already.
     """
     groups = [(name, note, extremes.rows(MAX_CASES // max(5, len(ends)))) for name, note, extremes in ends]
     extreme_rows = [row for *_, rows in groups for row in rows]
     cards = {row_key(row): row for row in (*extreme_rows, *sample.rows(MAX_CARDS))}
     cards = dict(itertools.islice(cards.items(), MAX_CARDS))
-    pictures = paint(cards.values(), {row_key(row) for row in extreme_rows}, painter, columns, open_files)
+    pictures = paint(cards.values(), {row_key(row) for row in extreme_rows}, painter, columns, tables)
     large = [
         (name, note, [as_case(row, pictures, is_large=True) for row in rows]) for name, note, rows in groups if rows
     ]

@@ -5,18 +5,18 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 from PIL import Image
 
 from vlsm.errors import StorageError, VlsmError
 from vlsm.images.overlays import outline, shrink_mask
 from vlsm.images.reader import Reader
 from vlsm.report.survey import FILE, KEY, row_key
+from vlsm.runs.tables import Tables
 from vlsm.segmentation import masks
 from vlsm.shown import hide_secrets, public_uri
 
@@ -30,7 +30,6 @@ _CARD_PX, _CARD_BYTES = 240, 14_000
 _FOLDERS = re.compile(r"(?<![\w.])(?:\w+:/)?/(?:[^\s/#]+/)+")
 
 Key = tuple[Any, ...]
-OpenFiles = Callable[[list[str]], ds.Dataset]
 Masks = tuple[np.ndarray | None, np.ndarray | None]
 
 
@@ -72,7 +71,7 @@ class Painter:
             content, frame = self._reader.open(row)
             image = content.decode(frame).pixels
             prediction, target = self._read_masks(row)
-        except VlsmError as error:
+        except (VlsmError, ValueError, TypeError) as error:  # also damaged run lengths
             if isinstance(error, StorageError):
                 self._away.add(store)
             return Picture(problem=describe_error(row | {"error": str(error)}))
@@ -86,7 +85,7 @@ def paint(
     cases: set[Key],
     painter: Painter,
     columns: Sequence[str],
-    open_files: OpenFiles | None,
+    tables: Tables | None,
 ) -> dict[Key, Picture]:
     """Return the pictures of rows by row key. Only a few masks are in memory at a time.
 
@@ -95,35 +94,32 @@ def paint(
         cases: keys of the rows that are also shown large.
         painter: draws a row.
         columns: columns that the painter needs and the rows do not have.
-        open_files: opens the part files of the rows as a dataset; None if the rows have all columns already.
+        tables: the files of the rows; None if the rows have all columns already.
     """
     chosen = {row_key(row): row for row in rows}
     painted = {key: painter.draw(row, is_case=False) for key, row in chosen.items() if row["status"] != "ok"}
     chosen = {key: row for key, row in chosen.items() if key not in painted}
-    for row in _complete(chosen, columns, open_files):
+    for row in _complete(chosen, columns, tables):
         key = row_key(row)
         painted[key] = painter.draw(row, is_case=key in cases)
     return painted
 
 
 def _complete(
-    chosen: dict[Key, dict[str, Any]], columns: Sequence[str], open_files: OpenFiles | None
+    chosen: dict[Key, dict[str, Any]], columns: Sequence[str], tables: Tables | None
 ) -> Iterator[dict[str, Any]]:
     """Yield the chosen rows with more columns, in the order of their files."""
-    if open_files is None:
+    if tables is None:
         yield from sorted(chosen.values(), key=lambda row: (row["image_uri"], row["selector"] or ""))
         return
     by_file: dict[str, list[dict[str, Any]]] = {}
     for row in chosen.values():
         by_file.setdefault(row[FILE], []).append(row)
-    for path, rows in sorted(by_file.items()):
-        dataset = open_files([path])
-        wanted = [name for name in (*KEY, "kind", *columns) if name in dataset.schema.names]
+    wanted = [name for name in (*KEY, "kind", *columns) if name in tables.schema.names]
+    for uri, rows in sorted(by_file.items()):
         condition = pc.field("image_id").isin([row["image_id"] for row in rows])
-        # masks may have many megabytes: read few rows at a time, and do not read ahead
-        batches = dataset.to_batches(columns=wanted, filter=condition, batch_size=32, batch_readahead=1)
-        for batch in batches:
-            for more in batch.to_pylist():
+        for _, table in replace(tables, uris=[uri]).pieces(wanted):
+            for more in table.filter(condition).to_pylist():
                 if more.pop("kind", "mask") == "mask" and (chosen_row := chosen.get(row_key(more))):
                     yield chosen_row | more
 

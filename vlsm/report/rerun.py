@@ -5,35 +5,54 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from vlsm import storage
 from vlsm.config import MemberSettings, SegmentSettings, Settings
+from vlsm.errors import ResultError
+from vlsm.runs.record import ACTIONS
 
 
-def rerun_command(record: dict[str, Any], *more: str) -> str:
+def shell_command(module: str, *words: str) -> str:
+    """Return the shell command that runs a module, each word quoted: words come from files and users."""
+    return " ".join(["python -m", shlex.quote(module), *map(shlex.quote, words)])
+
+
+def rerun_command(output: str, record: dict[str, Any], *more: str) -> str:
     """Return the shell command that resumes a segment run or a training.
 
     The command has all resolved settings of the run that differ from the defaults. A rerun with other settings is
-    refused.
+    refused. Settings of one command, such as `start_over`, are left out: anybody may have written them into the file.
 
     Args:
+        output: OUTPUT of the run, where it is now.
         record: content of the run's config.yaml.
         more: further settings, such as "retry_failed=true".
+
+    Raises:
+        ResultError: the record has no such settings.
     """
-    config = dict(record["config"])
-    output = config.pop("output")
+    config = {name: value for name, value in record["config"].items() if name not in {"output", *ACTIONS}}
+    try:
+        module, words, defaults = _split_words(config, output)
+        words += [f"--set={word}" for word in [*_changed(config, defaults), *more]]
+        return shell_command(module, *words)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ResultError(f"config.yaml of {output!r} is damaged: it has no settings of a run: {error!r}") from error
+
+
+def _split_words(config: dict[str, Any], output: str) -> tuple[str, list[str], dict[str, Any]]:
+    """Return the module, its arguments, which are removed from the settings, and the defaults of the settings.
+
+    A location is made absolute, so that no argument begins with a dash.
+    """
     if "datasets" in config:
         from vlsm.training.settings import TrainSettings
 
-        datasets = config.pop("datasets")
-        words = ["jobs.train", output, *(f"--dataset={name}={uri}" for name, uri in datasets.items())]
-        defaults = _defaults(TrainSettings)
-    else:
-        members = config.get("members", [])
-        words = ["jobs.segment", config.pop("input"), output]
-        if all(member == _defaults(MemberSettings) | {"checkpoint": member["checkpoint"]} for member in members):
-            words += [f"--checkpoint={member['checkpoint']}" for member in config.pop("members", [])]
-        defaults = _defaults(SegmentSettings)
-    words += [f"--set={word}" for word in [*_changed(config, defaults), *more]]
-    return " ".join(["python -m", *map(shlex.quote, words)])
+        words = [f"--dataset={name}={storage.absolute(uri)}" for name, uri in config.pop("datasets").items()]
+        return "jobs.train", [output, *words], _defaults(TrainSettings)
+    words, members = [storage.absolute(config.pop("input")), output], config.get("members", [])
+    if all(member == _defaults(MemberSettings) | {"checkpoint": member["checkpoint"]} for member in members):
+        words += [f"--checkpoint={member['checkpoint']}" for member in config.pop("members", [])]
+    return "jobs.segment", words, _defaults(SegmentSettings)
 
 
 def _defaults(settings: type[Settings]) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
+from vlsm.config import SegmentSettings
+from vlsm.errors import ResultError
 from vlsm.report import parts
 from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks
 from vlsm.report.survey import Extremes, Survey, scan
-from vlsm.runs.record import read_summary
+from vlsm.runs.record import read_segment_summary, settings_of
 from vlsm.runs.results import open_results
-from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.shown import public_uri
 
 
@@ -21,8 +21,10 @@ def segmentation_page(output: str, title: str) -> Page:
     Raises:
         ConfigError: there is no run at OUTPUT, or the run has no masks yet.
     """
-    record, summary = parts.read_config(output), read_summary(output)
-    dataset, members = open_results(output), record["config"]["members"]
+    record = parts.read_config(output)
+    results, config = open_results(output), record["config"]
+    members = settings_of({"input": "", "output": "", "members": config.get("members")}, SegmentSettings).members
+    summary = read_segment_summary(output, *_plan_size(record))
     survey = Survey(metric="confidence", group="prompt")
     ends = [
         ("Least confident", "lowest mean probability inside the mask", Extremes("confidence")),
@@ -30,17 +32,14 @@ def segmentation_page(output: str, title: str) -> Page:
         ("Largest areas", "as a share of the image", Extremes("area_fraction", is_highest=True)),
         ("At random", "a random sample of all masks", Extremes("priority")),
     ]
-    for table in scan(dataset, pc.field("kind") == "mask"):
+    for table in scan(results, pc.field("kind") == "mask"):
         survey.add(table)
         for *_, extremes in ends:
             extremes.add(table)
 
-    def open_files(paths: list[str]) -> ds.Dataset:
-        return ds.dataset(paths, schema=RESULT_SCHEMA, filesystem=dataset.filesystem, format="parquet")
-
-    painter = Painter(parts.open_reader(record["config"], output), read_rle_masks)
+    painter = Painter(parts.open_reader(config, output), read_rle_masks)
     columns = ["mask_rle", "height", "width"]
-    groups, cards = parts.show(ends, survey.sample, painter, columns, open_files)
+    groups, cards = parts.show(ends, survey.sample, painter, columns, results)
     return Page(
         kind="Segment run",
         title=title,
@@ -52,7 +51,7 @@ def segmentation_page(output: str, title: str) -> Page:
             *parts.calibrations(
                 {
                     public_uri(uri).rstrip("/").rsplit("/", 1)[-1]: uri
-                    for uri in (member["checkpoint"] for member in members)
+                    for uri in (member.checkpoint for member in members)
                 }
             ),
             Section("look", "Look at these first", groups=groups, has_legend=True),
@@ -64,6 +63,14 @@ def segmentation_page(output: str, title: str) -> Page:
         record=record,
         facts=[*provenance(record), ("Model", ", ".join(survey.values["model"]))],
     )
+
+
+def _plan_size(record: dict[str, Any]) -> tuple[int, int]:
+    """Return the planned images and rows of a run; very many if its record does not say."""
+    size = [record["plan"].get(key, 1 << 53) for key in ("num_images", "num_rows")]
+    if not all(type(number) is int and number >= 0 for number in size):
+        raise ResultError(f"config.yaml is damaged: its plan has {size[0]!r} images and {size[1]!r} rows")
+    return size[0], size[1]
 
 
 def _banner(record: dict[str, Any], survey: Survey) -> str:

@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlsm import storage
-from vlsm.errors import ConfigError
-from vlsm.report.rerun import rerun_command
+from vlsm.errors import ConfigError, ResultError
+from vlsm.report.rerun import rerun_command, shell_command
 from vlsm.runs.compare import compare_run, failed_by_reason, sample_run
 from vlsm.runs.lease import PATIENCE_S, Holder, read_holder
-from vlsm.runs.plan import Plan, count_planned
-from vlsm.runs.record import read_record, read_summary
-from vlsm.runs.results import part_name
-from vlsm.training.history import History, Row
+from vlsm.runs.plan import Plan, count_planned, plan_of
+from vlsm.runs.record import read_record, read_segment_summary, read_summary
+from vlsm.runs.results import shard_of
+from vlsm.training.history import History, read_history
 
 _MOST_READ = 256  # parts of a few hundred kilobytes; of more parts only a sample is read, unless exact is asked for
+_LONGEST_S = 1e10
 _RECENT_S = 600.0  # window of the rate; a run that writes nothing for this time seems dead
 
 
@@ -106,13 +107,14 @@ def read_status(output: str, exact: bool = False, now_s: float | None = None) ->
 
 
 def _segment_status(output: str, record: dict[str, Any], exact: bool, now_s: float) -> SegmentStatus:
-    plan = Plan(**record["plan"])
+    plan = plan_of(record, output)
     if not plan.is_complete:
         num_images, num_shards = count_planned(output, plan.id)
         plan = replace(plan, num_images=num_images, num_shards=num_shards)
     times = storage.list_times(storage.join(output, "masks"))
-    written = {shard: times[name] for shard in range(plan.num_shards) if (name := part_name(shard)) in times}
-    summary = read_summary(output)
+    numbered = sorted((shard, times[name]) for name in times if (shard := shard_of(name)) is not None)
+    written = {shard: time_s for shard, time_s in numbered if shard < plan.num_shards}
+    summary = read_segment_summary(output, plan.num_images, plan.num_rows)
     exact = exact or summary is not None or len(written) <= _MOST_READ
     counts = summary or _count(output, plan, record["run_id"], list(written), exact)
     num_done = counts["ok"] + counts["failed"] + counts["vanished"]
@@ -130,7 +132,7 @@ def _segment_status(output: str, record: dict[str, Any], exact: bool, now_s: flo
         images_per_s=rate and round(rate, 2),
         seconds_left=(plan.num_images - num_done) / rate if rate else 0.0 if summary else None,
         silent_s=silent_s,
-        next_steps=list(_next_steps(record, summary is not None, counts["failed"], silent_s)),
+        next_steps=list(_next_steps(output, record, summary is not None, counts["failed"], silent_s)),
     )
 
 
@@ -155,28 +157,36 @@ def _rate(times: Sequence[float], images_per_part: float, now_s: float) -> float
 
 
 def _next_steps(
-    record: dict[str, Any], is_finished: bool, num_failed: int, silent_s: float | None, patience_s: float = _RECENT_S
+    output: str,
+    record: dict[str, Any],
+    is_finished: bool,
+    num_failed: int,
+    silent_s: float | None,
+    patience_s: float = _RECENT_S,
 ) -> Iterator[str]:
     if not is_finished:
         is_alive = silent_s is not None and silent_s < patience_s
         state = "it seems to run; if it does not" if is_alive else "it seems not to run; if so"
-        yield f"{state}, this command resumes it: {rerun_command(record)}"
+        yield f"{state}, this command resumes it: {rerun_command(output, record)}"
     elif num_failed:
-        yield f"this command repeats the failed images: {rerun_command(record, 'retry_failed=true')}"
+        yield f"this command repeats the failed images: {rerun_command(output, record, 'retry_failed=true')}"
     elif "run_id" in record:
-        yield f"nothing is left to do; this command verifies it: python -m jobs.verify {record['config']['output']}"
+        yield f"nothing is left to do; this command verifies it: {shell_command('jobs.verify', output)}"
     else:
-        yield f"nothing is left to do; the checkpoint is {storage.join(record['config']['output'], 'checkpoint')}"
+        yield f"nothing is left to do; the checkpoint is {storage.join(output, 'checkpoint')}"
 
 
 def _training_status(output: str, record: dict[str, Any], now_s: float) -> TrainingStatus:
-    uri, optim = storage.join(output, "metrics.parquet"), record["config"]["optim"]
-    rows = []
-    if storage.exists(uri):
-        rows = [Row(**row) for row in storage.read_table(uri).to_pylist()]
-    history, num_planned = History([row for row in rows if row.split != "test"]), record["plan"]["epochs"]
+    rows, num_planned = read_history(output).rows, record["plan"]["epochs"]
+    optim = record["config"].get("optim")
+    monitor = optim.get("monitor") if isinstance(optim, dict) else None
+    if type(num_planned) is not int or num_planned < 0 or monitor not in ("dice", "loss"):
+        raise ResultError(
+            f"config.yaml of {output!r} is damaged: it plans {num_planned!r} epochs, and monitors {monitor!r}"
+        )
+    history = History([row for row in rows if row.split != "test"])
     num_done = max((row.epoch for row in history.rows), default=0)
-    best_epoch = history.best_epoch(optim["monitor"]) or None
+    best_epoch = history.best_epoch(monitor) or None
     per_epoch = {row.epoch: row.seconds for row in history.rows}
     seconds = statistics.median(per_epoch.values()) if per_epoch else None
     newest_s = max((row.finished_at for row in rows), default=None)
@@ -191,15 +201,17 @@ def _training_status(output: str, record: dict[str, Any], now_s: float) -> Train
         is_finished=is_finished,
         epochs=num_done,
         planned_epochs=num_planned,
-        monitor=optim["monitor"],
+        monitor=monitor,
         best_epoch=best_epoch,
-        best=history.monitored(optim["monitor"])[best_epoch - 1] if best_epoch else None,
+        best=history.monitored(monitor)[best_epoch - 1] if best_epoch else None,
         seconds_per_epoch=seconds,
         seconds_left=0.0 if is_finished else None if seconds is None else seconds * (num_planned - num_done),
         silent_s=silent_s,
         is_running=is_running,
         running=None if holder is None else _describe_holder(holder),
-        next_steps=list(_next_steps(record, is_finished, 0, None if is_running is False else silent_s, patience_s)),
+        next_steps=list(
+            _next_steps(output, record, is_finished, 0, None if is_running is False else silent_s, patience_s)
+        ),
     )
 
 
@@ -207,9 +219,10 @@ def _describe_holder(holder: Holder) -> str:
     """Return the job that holds a lease, and how far it is, as a phrase."""
     progress = holder.progress or {}
     where = f"{holder.job}, process {holder.pid} on {holder.host}, since {holder.since}"
-    if not progress:
+    numbers = [progress.get(key) for key in ("epoch", "epochs", "step", "steps")]
+    if not all(type(number) is int for number in numbers):
         return f"{where}; before its first step"
-    return f"{where}; epoch {progress['epoch']} of {progress['epochs']}, step {progress['step']} of {progress['steps']}"
+    return "{}; epoch {} of {}, step {} of {}".format(where, *numbers)
 
 
 def describe_status(status: SegmentStatus | TrainingStatus) -> list[str]:
@@ -252,4 +265,6 @@ def _describe_training(status: TrainingStatus) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
+    if not abs(seconds) < _LONGEST_S:  # of a damaged file; also NaN
+        return "an unknown time"
     return str(datetime.timedelta(seconds=round(seconds)))

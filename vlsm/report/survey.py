@@ -4,14 +4,15 @@ The pass does not read the mask columns, and it keeps only a bounded number of r
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
+
+from vlsm.runs.tables import Tables
 
 METRICS = {"dice": "Dice", "confidence": "Confidence", "agreement": "Agreement", "area_fraction": "Area fraction"}
 # the values of these columns are unique in a run
@@ -24,7 +25,8 @@ ROW = pa.schema(
     + [pa.field(name, pa.int64()) for name in ("height", "width")]
     + [pa.field(name, pa.float64()) for name in (*METRICS, "priority")]
 )
-_BATCH_ROWS = 1 << 14
+_BATCH_ROWS, _BATCH_BYTES = 1 << 14, 1 << 26
+_MOST_LETTERS = 1 << 13  # of a text; lists have no longer ones
 _FINE = 4000  # bins of a distribution; a median is exact to 0.00025
 _MAX_VALUES = 1000  # distinct values that are counted separately; a run may have as many prompts as images
 _MAX_STRATA, _PER_STRATUM, _CANDIDATES = 200, 240, 512
@@ -32,34 +34,40 @@ _OTHERS = "others"
 
 
 def scan(
-    dataset: ds.Dataset,
+    tables: Tables,
     condition: pc.Expression | None = None,
-    computed: dict[str, pc.Expression] | None = None,
+    compute: Callable[[pa.Table], pa.Table] | None = None,
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a dataset in their order, in tables of some thousand rows with the columns of ROW.
+    """Yield the rows of a run in their order, in tables of some thousand rows with the columns of ROW.
 
-    Missing columns and numbers that are not finite become null. `priority` is random, but depends only on the position
-    of the row, so that each scan gives the same samples.
+    Missing columns and numbers that are not finite become null. Longer texts than any run writes are cut. `priority` is
+    random, but depends only on the position of the row, so that each scan gives the same samples.
 
     Args:
-        dataset: rows of a run.
-        condition: filter of the rows, or None for all.
-        computed: expressions for columns that the dataset lacks.
+        tables: rows of a run.
+        condition: filter of the rows, or None for all. It may use the columns of ROW and `kind`.
+        compute: returns a table with the columns that the run lacks.
+
+    Raises:
+        ResultError: a file is damaged.
     """
-    known = set(dataset.schema.names)
-    names = [name for name in ROW.names if name in known]
-    # pyarrow can add the file's name only to plain columns, not to expressions
-    columns = {name: pc.field(name) for name in names} | computed if computed else [*names, FILE]
-    batches: list[pa.RecordBatch] = []
-    generator, num_rows = np.random.default_rng(0), 0
-    for batch in dataset.to_batches(columns=columns, filter=condition, batch_size=_BATCH_ROWS):
-        batches.append(batch)
-        num_rows += len(batch)
-        if num_rows >= _BATCH_ROWS:
-            yield _as_rows(pa.Table.from_batches(batches), generator)
-            batches, num_rows = [], 0
-    if num_rows:
-        yield _as_rows(pa.Table.from_batches(batches), generator)
+    names = [name for name in tables.schema.names if name in (*ROW.names, "kind", "image_selector")]
+    waiting: list[pa.Table] = []
+    generator = np.random.default_rng(0)
+    for uri, table in tables.pieces(names):
+        chosen = table if condition is None else table.filter(condition)
+        chosen = chosen if compute is None else compute(chosen)
+        waiting.append(chosen.append_column(FILE, pa.repeat(uri, len(chosen)).cast(pa.string())))
+        if sum(map(len, waiting)) >= _BATCH_ROWS or sum(each.nbytes for each in waiting) >= _BATCH_BYTES:
+            yield from _merge(waiting, generator)
+            waiting = []
+    yield from _merge(waiting, generator)
+
+
+def _merge(tables: list[pa.Table], generator: np.random.Generator) -> Iterator[pa.Table]:
+    """Yield some tables as one, unless they have no rows."""
+    if any(map(len, tables)):
+        yield _as_rows(pa.concat_tables(tables), generator)
 
 
 def _as_rows(table: pa.Table, generator: np.random.Generator) -> pa.Table:
@@ -71,6 +79,8 @@ def _as_rows(table: pa.Table, generator: np.random.Generator) -> pa.Table:
             values = pa.nulls(len(table), column.type)
         else:
             values = table[column.name].cast(column.type)
+            if pa.types.is_string(column.type):
+                values = pc.utf8_slice_codeunits(values, 0, _MOST_LETTERS)
             if pa.types.is_floating(column.type):
                 values = pc.if_else(pc.is_finite(values), values, None)
         columns.append(values)

@@ -4,12 +4,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME
 from vlsm.datasets.examples import ExampleReader
-from vlsm.datasets.inspection import records_from_table
+from vlsm.datasets.inspection import good_records
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.documents import read_yaml
 from vlsm.errors import ConfigError
@@ -19,17 +18,19 @@ from vlsm.report.charts import draw_lines
 from vlsm.report.page import Page, Section, Stat, Table, as_table, provenance
 from vlsm.report.pictures import Painter
 from vlsm.report.survey import Survey, file_names, scan
-from vlsm.runs.record import read_summary
-from vlsm.training.history import MEAN, History, Row
+from vlsm.runs.record import read_summary, settings_of
+from vlsm.runs.tables import Tables
+from vlsm.training.examples import EXAMPLES_NAME, read_examples_table
+from vlsm.training.history import MEAN, History, read_history
 from vlsm.training.state import CHECKPOINT_NAME
 
-_EXAMPLES_NAME, _METRICS_NAME = "examples.parquet", "metrics.parquet"
-# columns of a survey that examples.parquet lacks
 _READ = DatasetSettings.model_fields  # settings that decide what the masks are
-_COMPUTED = {
-    "image_id": file_names(pc.field("image_uri")),
-    "status": pc.scalar("ok"),
-}
+_TEXTS = "image_id dataset split where image_uri mask_uri image_selector error".split()
+_SCANNED = pa.schema(
+    [pa.field(name, pa.string()) for name in _TEXTS]
+    + [pa.field(name, pa.int64()) for name in ("height", "width")]
+    + [pa.field("area_fraction", pa.float64())]
+)
 
 
 def training_page(output: str, title: str) -> Page:
@@ -39,21 +40,18 @@ def training_page(output: str, title: str) -> Page:
         ConfigError: there is no run at OUTPUT.
     """
     record, summary = parts.read_config(output), read_summary(output)
-    config, metrics = record["config"], _read_metrics(output)
-    fs, path = storage.open_uri(storage.join(output, _EXAMPLES_NAME))
+    config, history = record["config"], read_history(output)
+    uri = storage.join(output, EXAMPLES_NAME)
     survey = Survey(metric="area_fraction", group="dataset")
-    examples = ds.dataset([path], filesystem=fs, format="parquet").filter(pc.field("error").is_null())
-    has_selectors = "image_selector" in examples.schema.names  # earlier versions had none
-    selectors = {"selector": pc.field("image_selector")} if has_selectors else {}
-    for table in scan(examples, computed=_COMPUTED | {"where": pc.field("where")} | selectors):
+    for table in scan(Tables([uri], _SCANNED), pc.field("error").is_null(), _compute):
         survey.add(table)
-    records = {record.where: record for record in records_from_table(examples.to_table())}
-    data = DatasetSettings.model_validate({name: config["data"][name] for name in _READ if name in config["data"]})
+    records = {record.where: record for record in good_records(read_examples_table(uri))}
+    data = settings_of({name: config["data"][name] for name in _READ if name in config["data"]}, DatasetSettings)
     masks = ExampleReader(data, parts.SHORT_WAIT)
     reader = Reader(data.reading(parts.SHORT_WAIT))
     painter = Painter(reader, lambda row: (None, masks.read(records[row["where"]]).target.mask))
     _, cards = parts.show([], survey.sample, painter, (), None)
-    history = History([Row(**row) for row in metrics.to_pylist()])
+    metrics = history.table()
     best = history.best_epoch(config["optim"]["monitor"])
     banner = f"This run is not complete: {len(history.monitored('dice')):,} of {config['optim']['epochs']:,} epochs."
     return Page(
@@ -76,12 +74,13 @@ def training_page(output: str, title: str) -> Page:
     )
 
 
-def _read_metrics(output: str) -> pa.Table:
-    """Return metrics.parquet as a table. It has no rows before the end of the first epoch."""
-    uri = storage.join(output, _METRICS_NAME)
-    if not storage.exists(uri):
-        return History().table()
-    return storage.read_table(uri)
+def _compute(table: pa.Table) -> pa.Table:
+    """Return a table of examples with the columns of a survey that it lacks."""
+    return (
+        table.set_column(0, "image_id", file_names(table["image_uri"]))
+        .append_column("status", pa.repeat("ok", len(table)))
+        .rename_columns({"image_selector": "selector"})
+    )
 
 
 def _stats(config: dict[str, Any], history: History, best: int, survey: Survey) -> list[Stat]:

@@ -7,6 +7,7 @@ from vlsm.report.evaluations import evaluation_page
 from vlsm.report.page import Page, render
 from vlsm.report.segmentations import segmentation_page
 from vlsm.report.trainings import training_page
+from vlsm.runs.tables import name_damage
 
 
 def write_report(output: str, file: str | Path | None = None) -> str:
@@ -21,10 +22,12 @@ def write_report(output: str, file: str | Path | None = None) -> str:
 
     Raises:
         ConfigError: there is no run at OUTPUT.
+        ResultError: a file of OUTPUT is damaged.
     """
     output = storage.absolute(output)
     uri = f"{output}.html" if file is None else storage.absolute(str(file))
-    text = render(_page(output, output.rpartition("/")[2]))
+    with name_damage(f"OUTPUT {output!r}"):  # a page shows hundreds of values, and each may be of another type
+        text = render(_page(output, output.rpartition("/")[2]))
     with storage.name_errors("FILE", uri):
         storage.write_bytes(uri, text.encode())
     return uri

@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vlsm import storage
 from vlsm.runs.plan import SHARDS_PER_FILE, Plan, planned_keys, read_plan, read_shard
 from vlsm.runs.results import part_name, read_part
+from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.shown import public_uri
 
 logger = logging.getLogger("vlsm")
 
-_COLUMNS = ["image_id", "image_uri", "image_version", "prompt", "kind", "status", "error", "grey_rule"]
+# columns that `compare_shard` needs
+COMPARED = ["image_id", "image_uri", "image_version", "prompt", "kind", "status", "error", "grey_rule"]
+_PLANNED = ["image_id", "image_uri", "image_version", "prompts", "vanished"]
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,15 @@ def compare_shard(images: pa.Table, rows: pa.Table | None, kinds: list[str], ret
         kinds: the kinds of rows of the plan.
         retry_failed: whether failed images count as undone.
     """
+    rows = (RESULT_SCHEMA.empty_table() if rows is None else rows).select(COMPARED)
+    is_planned = pc.is_in(rows["image_id"], images["image_id"].combine_chunks())
+    num_extra = len(rows) - int(pc.sum(is_planned).as_py() or 0)
+    planned = images.select(_PLANNED).to_pylist()
     rows_by_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in [] if rows is None else rows.select(_COLUMNS).to_pylist():
+    for row in _keep_planned(rows.filter(is_planned), planned, kinds).to_pylist():
         rows_by_image[row["image_id"]].append(row)
     undone, counts = [], Counter[str]()
-    for position, image in enumerate(images.to_pylist()):
+    for position, image in enumerate(planned):
         image_rows = rows_by_image.pop(image["image_id"], [])
         if not _is_done(image, image_rows, kinds, retry_failed):
             undone.append(position)
@@ -78,10 +86,21 @@ def compare_shard(images: pa.Table, rows: pa.Table | None, kinds: list[str], ret
         status, error = image_rows[0]["status"], image_rows[0]["error"]
         counts.update({"rows": len(image_rows), status: 1})
         if status == "failed":
-            counts["failed: " + error.partition(":")[0]] += 1
+            counts["failed: " + (error or "").partition(":")[0]] += 1
         if rule := image_rows[0]["grey_rule"]:
             counts["levels: " + rule] += 1
-    return ShardState(undone, sum(map(len, rows_by_image.values())), counts)
+    return ShardState(undone, num_extra, counts)
+
+
+def _keep_planned(rows: pa.Table, images: list[dict[str, Any]], kinds: list[str]) -> pa.Table:
+    """Return the rows of the images that have as many rows as planned; so a part with millions of rows costs little."""
+    counts = {item["values"]: item["counts"] for item in pc.value_counts(rows["image_id"]).to_pylist()}
+    kept = [
+        image["image_id"]
+        for image in images
+        if counts.get(image["image_id"]) == len(planned_keys(image["prompts"], kinds))
+    ]
+    return rows.filter(pc.is_in(rows["image_id"], pa.array(kept, pa.string())))
 
 
 def _is_done(image: dict[str, Any], rows: list[dict[str, Any]], kinds: list[str], retry_failed: bool) -> bool:
@@ -103,7 +122,7 @@ def compare_run(output: str, plan: Plan, run_id: str, retry_failed: bool = False
 
     def compare(numbered: tuple[int, pa.Table]) -> tuple[int, ShardState]:
         shard, images = numbered
-        rows = read_part(output, shard, run_id, _COLUMNS) if part_name(shard) in names else None
+        rows = read_part(output, shard, run_id, COMPARED) if part_name(shard) in names else None
         return shard, compare_shard(images, rows, plan.kinds, retry_failed)
 
     with ThreadPoolExecutor(max_workers=16) as pool:
@@ -119,7 +138,7 @@ def sample_run(output: str, plan: Plan, run_id: str, shards: Sequence[int]) -> C
     """Return counts, as `RunState.counts`, of some shards only, for runs that are too large to read whole."""
 
     def compare(shard: int) -> Counter[str]:
-        images, rows = read_shard(output, plan.id, shard), read_part(output, shard, run_id, _COLUMNS)
+        images, rows = read_shard(output, plan.id, shard), read_part(output, shard, run_id, COMPARED)
         return compare_shard(images, rows, plan.kinds).counts
 
     with ThreadPoolExecutor(max_workers=16) as pool:

@@ -31,11 +31,13 @@ from typing import Any, Self
 from vlsm import storage
 from vlsm.documents import parse_json
 from vlsm.errors import LeaseError, VlsmError
+from vlsm.runs.links import check_links
 
 logger = logging.getLogger("vlsm")
 
 INTERVAL_S = 10.0  # between two heartbeats
 PATIENCE_S = 60.0  # a job on another machine without a heartbeat for this time is dead
+_LONGEST_WORD = 300  # a host name has 253 characters at most
 _CLAIM = re.compile(r"(\d{8})\.json")
 
 
@@ -133,7 +135,9 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
 
         Raises:
             LeaseError: another job holds it.
+            ConfigError: a link leads out of OUTPUT.
         """
+        check_links(self.output)
         claim = {
             "owner": self._owner,
             "holder": self._holder,
@@ -258,9 +262,11 @@ def read_holder(output: str, now_s: float) -> Holder | None:
     times = storage.list_times(storage.join(output, "lease"))
     names = [uri.rpartition("/")[2] for uri in (token.uri, token.beat_uri)]
     newest_s = max((times[name] for name in names if name in times), default=now_s)
+    progress = beat.get("progress")
     return Holder(
-        **{key: claim.get(key, "") for key in ("job", "host", "pid", "since")},
-        progress=beat.get("progress"),
+        **{key: _as_word(claim.get(key, "")) for key in ("job", "host", "since")},
+        pid=pid if isinstance(pid := claim.get("pid"), int) else 0,
+        progress=progress if isinstance(progress, dict) else None,
         silent_s=max(0.0, now_s - newest_s),
         is_dead=_is_alive(claim) is False,
     )
@@ -344,13 +350,20 @@ def _is_alive(claim: dict[str, Any]) -> bool | None:
     if machine is None or claim.get("machine") != machine:
         return None
     pid = claim.get("pid")
-    return bool(isinstance(pid, int) and claim.get("process_started") == _process_start(pid))
+    return bool(isinstance(pid, int) and 0 < pid < 1 << 32 and claim.get("process_started") == _process_start(pid))
 
 
 def _describe(claim: dict[str, Any]) -> str:
-    if not {"job", "pid", "host", "since"} <= claim.keys():
+    job, pid, host, since = (_as_word(claim.get(key, "")) for key in ("job", "pid", "host", "since"))
+    if "" in (job, pid, host, since):
         return "a job that cannot be identified"
-    return f"{claim['job']}, process {claim['pid']} on {claim['host']}, since {claim['since']}"
+    return f"{job}, process {pid} on {host}, since {since}"
+
+
+def _as_word(value: object) -> str:
+    """Return a value of a claim for messages, or "" for one that no job writes: anybody may have written the file."""
+    text = str(value) if isinstance(value, str | int) else ""
+    return text if text.isprintable() and len(text) <= _LONGEST_WORD else ""
 
 
 def _refusal(output: str, claim: dict[str, Any], patience_s: float) -> str:

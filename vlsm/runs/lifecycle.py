@@ -25,7 +25,8 @@ from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
 from vlsm.models import BLIND
 from vlsm.runs.compare import RunState, failed_by_reason, images_by_rule
-from vlsm.runs.plan import Plan, list_plans, new_plan_id, remove_plan, write_plan
+from vlsm.runs.links import check_links
+from vlsm.runs.plan import Plan, list_plans, new_plan_id, plan_of, remove_plan, write_plan
 from vlsm.runs.planner import Planner
 from vlsm.runs.record import (
     SUMMARY_NAME,
@@ -174,6 +175,7 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
     settings, checkpoints = _resolve(settings)
     output = settings.output
     with storage.name_errors("OUTPUT", output):
+        check_links(output)
         record = None if settings.start_over else read_record(output)
         is_new = record is None
         archive = open_input(settings) if record is None else None
@@ -192,9 +194,9 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
                 f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
                 "choose another OUTPUT, or --set start_over=true to forget that run"
             )
-        if settings.update and not is_new and record["plan"]["is_complete"]:
+        if settings.update and not is_new and plan_of(record, output).is_complete:
             record = _update_run(settings, record)
-    return Run(settings, members, Plan(**record["plan"]), record["run_id"])
+    return Run(settings, members, plan_of(record, output), record["run_id"])
 
 
 def _check_prompts(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> None:
@@ -252,7 +254,7 @@ def _describe_plan(plan: Plan, archive: Archive) -> None:
 
 def _update_run(settings: SegmentSettings, record: dict[str, Any]) -> dict[str, Any]:
     """Plan the archive again and return the new record, or the same record if the archive has not changed."""
-    output, before = settings.output, Plan(**record["plan"])
+    output, before = settings.output, plan_of(record, settings.output)
     archive = open_input(settings)
     plan, update = update_plan(output, before, archive.rows, settings.shard_rows)
     *counts, num_renewed = asdict(update).values()
@@ -275,7 +277,7 @@ def make_planner(run: Run) -> Planner:
 
     def save(plan: Plan, archive: Archive | None) -> None:
         record = read_record(settings.output)
-        if record is None or record["plan"]["id"] != plan.id:
+        if record is None or record["plan"].get("id") != plan.id:
             raise ResultError(
                 f"another job has planned {settings.output!r} again in the meantime; run the command again"
             )
@@ -304,7 +306,7 @@ def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> di
             f"{output!r} has {counts['rows']} rows of {state.num_done} images; it must have {plan.num_rows} rows of "
             f"{plan.num_images} images; run the command again"
         )
-    if (record := read_record(output)) is None or record["plan"] != asdict(plan):
+    if (record := read_record(output)) is None or plan_of(record, output) != plan:
         raise ResultError(f"another job has planned {output!r} again in the meantime; run the command again")
     check_failed_share(run.settings, state.num_done, counts["failed"], [])
     summary = {

@@ -5,24 +5,31 @@ only its own shard. A plan never changes: an update writes another plan beside i
 """
 
 import hashlib
-import io
 import json
+import re
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 
 from vlsm import storage
-from vlsm.errors import ManifestError, ResultError
-from vlsm.runs.schema import PLAN_SCHEMA, check_format, complete, with_format
+from vlsm.errors import DamageError, ManifestError, ResultError
+from vlsm.runs.schema import PLAN_SCHEMA, with_format
+from vlsm.runs.tables import TableFile, name_damage, open_table
 
 SHARDS_PER_FILE = 64
+
+
+_Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 53)]
+_PLAN_ID = re.compile(r"\w{1,64}", re.ASCII)  # a part of file names
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,37 @@ class Plan:
     While the archive is still being listed, the plan is not complete and all numbers are 0.
     """
 
-    id: str
-    num_images: int = 0
-    num_rows: int = 0
-    num_shards: int = 0
-    is_complete: bool = True
-    kinds: list[str] = field(default_factory=lambda: ["mask"])
+    id: StrictStr
+    num_images: _Count = 0
+    num_rows: _Count = 0
+    num_shards: _Count = 0
+    is_complete: StrictBool = True
+    kinds: list[StrictStr] = field(default_factory=lambda: ["mask"])
+
+
+_PLAN = TypeAdapter(Plan)
+
+
+def plan_of(record: dict[str, Any], output: str) -> Plan:
+    """Return the plan in the record of a segment run.
+
+    Raises:
+        ResultError: the record has no such plan, as after damage. Its numbers may still differ from the plan's files.
+    """
+    try:
+        plan = _PLAN.validate_python(record["plan"])
+    except (ValidationError, LookupError) as error:
+        details = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "there is none"}
+        where = ".".join(["plan", *map(str, details["loc"])])
+        raise ResultError(f"config.yaml of {output!r} is damaged: {where}: {details['msg']}") from error
+    if not isinstance(record.get("run_id"), str):
+        raise ResultError(f"config.yaml of {output!r} is damaged: run_id is no text")
+    if plan.num_shards > plan.num_images or not _PLAN_ID.fullmatch(plan.id):
+        raise ResultError(
+            f"config.yaml of {output!r} is damaged: its plan {plan.id!r} has {plan.num_images:,} images in "
+            f"{plan.num_shards:,} shards"
+        )
+    return plan
 
 
 def planned_keys(prompts: list[str], kinds: list[str]) -> list[tuple[str, str]]:
@@ -122,8 +154,8 @@ class PlanWriter:
     def resume(self) -> None:
         """Continue after the plan files that an interrupted planner or another job has written."""
         while not self.is_ended and storage.exists(uri := self._next_uri()):
-            parquet = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri, storage.PATIENT_S)), pre_buffer=False)
-            self._count([_read_group(parquet, number, uri) for number in range(parquet.num_row_groups)])
+            file = _open_file(uri, storage.PATIENT_S)
+            self._count([_read_group(file, number) for number in range(file.parquet.num_row_groups)])
 
     def add(self, shard: pa.Table) -> bool:
         """Add a shard, with the columns of PLAN_SCHEMA.
@@ -180,33 +212,51 @@ class PlanWriter:
 
 
 def read_shard(output: str, plan_id: str, shard: int, patience_s: float = storage.PATIENT_S) -> pa.Table:
-    """Return the planned images of one shard, a table with the columns of PLAN_SCHEMA."""
+    """Return the planned images of one shard, a table with the columns of PLAN_SCHEMA.
+
+    Raises:
+        ResultError: the plan's file is damaged or missing, or has no such shard.
+    """
     file, row_group = divmod(shard, SHARDS_PER_FILE)
     uri = _file_uri(output, plan_id, file)
-    fs, path = storage.open_uri(uri)
 
-    def read() -> pa.Table:
-        with fs.open(path, "rb") as opened:
-            return _read_group(pq.ParquetFile(opened), row_group, uri)
-
-    return storage.with_retries(read, uri, patience_s)
+    # of a remote file, only the shard is read
+    return storage.with_retries(lambda: _read_group(_open_file(uri, patience_s, 0), row_group), uri, patience_s)
 
 
 def read_plan(output: str, plan: Plan) -> Iterator[pa.Table]:
-    """Yield the planned images of every shard, in order; each file is read once."""
-    for file in range(-(-plan.num_shards // SHARDS_PER_FILE)):
-        data = storage.read_bytes(_file_uri(output, plan.id, file), storage.PATIENT_S)
-        parquet = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)  # as in storage.read_table
-        for row_group in range(parquet.num_row_groups):
-            yield _read_group(parquet, row_group, f"a plan file of {output!r}")
+    """Yield the planned images of every shard, in order; each file is read once.
+
+    Raises:
+        ResultError: a file of the plan is damaged or missing, or the files have more or fewer shards than the plan.
+    """
+    for first in range(0, plan.num_shards, SHARDS_PER_FILE):
+        file = _open_file(_file_uri(output, plan.id, first // SHARDS_PER_FILE), storage.PATIENT_S)
+        num_shards = min(SHARDS_PER_FILE, plan.num_shards - first)
+        if file.parquet.num_row_groups != num_shards:
+            raise DamageError(
+                f"{file.uri} is damaged: it has {file.parquet.num_row_groups:,} shards; the plan has {num_shards} there"
+            )
+        for row_group in range(num_shards):
+            yield _read_group(file, row_group)
 
 
-def _read_group(parquet: pq.ParquetFile, row_group: int, name: str) -> pa.Table:
+def _open_file(uri: str, patience_s: float, num_bytes: int | None = None) -> TableFile:
+    try:
+        return open_table(uri, PLAN_SCHEMA, patience_s, num_bytes)
+    except FileNotFoundError as error:
+        raise DamageError(f"{uri} is missing: the plan of the run is damaged") from error
+
+
+def _read_group(file: TableFile, row_group: int) -> pa.Table:
     """A shard of a plan file; columns that an earlier version did not write are null."""
-    check_format(parquet.schema_arrow, name)
-    table = complete(parquet.read_row_group(row_group), PLAN_SCHEMA)
-    if table is None:
-        raise ResultError(f"{name} does not have the columns of a plan: {', '.join(parquet.schema_arrow.names)}")
+    if row_group >= file.parquet.num_row_groups:
+        raise DamageError(f"{file.uri} is damaged: it has no shard {row_group}")
+    table = file.read(group=row_group)
+    with name_damage(file.uri):
+        pc.min_max(table["mtime"]).as_py()  # raises an error for years that Python does not know
+        if table["prompts"].combine_chunks().flatten().null_count:
+            raise ValueError("a prompt is null")
     return table
 
 
@@ -229,13 +279,7 @@ def count_planned(output: str, plan_id: str) -> tuple[int, int]:
 
 
 def _read_footer(uri: str) -> pq.FileMetaData:
-    fs, path = storage.open_uri(uri)
-
-    def read() -> pq.FileMetaData:
-        with fs.open(path, "rb") as opened:
-            return pq.read_metadata(opened)
-
-    return storage.with_retries(read, uri, storage.QUICK_S)
+    return _open_file(uri, storage.QUICK_S, 0).parquet.metadata
 
 
 def list_plans(output: str) -> set[str]:

@@ -5,6 +5,7 @@ written last, so a run that has it is finished.
 """
 
 import datetime
+import math
 import os
 import subprocess
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vlsm import storage
-from vlsm.config import Settings, dump_yaml, flatten
+from vlsm.config import Settings, SettingsT, dump_yaml, explain, flatten
 from vlsm.documents import read_json, read_yaml
 from vlsm.errors import ConfigError, ResultError
 from vlsm.shown import hide_secrets_in
@@ -23,7 +24,8 @@ from vlsm.version import FORMAT, __version__, newer_format
 
 RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
-_ACTIONS = {"start_over", "retry_failed", "update"}  # settings of one command, not of the run
+ACTIONS = {"start_over", "retry_failed", "update"}  # settings of one command, not of the run
+_ADVICE = "remove it, and the same command writes it again"
 _POOL_KEYS = ("actors", "_per_actor")
 _PACKAGES = "ray torch torchvision transformers pillow simplejpeg cykooz-resizer pyarrow fsspec s3fs scipy".split()
 
@@ -38,7 +40,7 @@ def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any])
     """
     return {
         "format": FORMAT,
-        "config": settings.model_dump(mode="json", exclude=_ACTIONS),
+        "config": settings.model_dump(mode="json", exclude=ACTIONS),
         **facts,
         "plan": plan,
         "versions": {"vlsm": __version__} | {package: _version(package) for package in _PACKAGES},
@@ -75,7 +77,7 @@ def read_record(output: str) -> dict[str, Any] | None:
         record = read_yaml(uri, uri, ConfigError)
     except ConfigError as error:
         raise ConfigError(f"{error}; it is not the record of a run: choose another OUTPUT") from error
-    if not isinstance(record, dict) or not {"config", "plan"} <= record.keys():
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("config", "plan")):
         raise ConfigError(f"{uri} is not the record of a run; choose another OUTPUT")
     if message := newer_format(record.get("format"), uri):
         raise ConfigError(message)
@@ -94,7 +96,51 @@ def read_summary(output: str) -> dict[str, Any] | None:
     try:
         return dict(read_json(uri, uri, ResultError))
     except (ResultError, ValueError, TypeError) as error:
-        raise ResultError(f"{uri} is damaged: {error}; remove it, and the same command writes it again") from error
+        raise ResultError(f"{uri} is damaged: {error}; {_ADVICE}") from error
+
+
+def read_segment_summary(output: str, num_images: int, num_rows: int) -> dict[str, Any] | None:
+    """Return the content of summary.json of a segment run, or None if the run is not finished.
+
+    Args:
+        output: OUTPUT of the run.
+        num_images: number of images in its plan.
+        num_rows: number of rows in its plan.
+
+    Raises:
+        ResultError: it is damaged, or claims more than the plan.
+    """
+    if (summary := read_summary(output)) is None:
+        return None
+    uri = storage.join(output, SUMMARY_NAME)
+    counts: list[Any] = [summary.get(key) for key in ("ok", "failed", "vanished", "rows")]
+    reasons = summary.get("failed_by_reason")
+    numbers = [*counts, *(reasons.values() if isinstance(reasons, dict) else [None])]
+    rates = [summary.get(key, 0) for key in ("seconds", "images_per_s")]
+    if not all(type(number) is int and number >= 0 for number in numbers) or not all(map(_is_finite, rates)):
+        raise ResultError(f"{uri} is damaged: its numbers are no counts; {_ADVICE}")
+    if sum(counts[:3]) > num_images or counts[3] > num_rows:
+        raise ResultError(
+            f"{uri} is damaged: it claims {sum(counts[:3]):,} images and {counts[3]:,} rows, but the plan has "
+            f"{num_images:,} and {num_rows:,}; {_ADVICE}"
+        )
+    return summary
+
+
+def _is_finite(number: object) -> bool:
+    return type(number) in (int, float) and math.isfinite(number)  # type: ignore[arg-type]
+
+
+def settings_of(tree: dict[str, Any], settings: type[SettingsT]) -> SettingsT:
+    """Return recorded settings, checked.
+
+    Raises:
+        ResultError: config.yaml is damaged, so that these are no settings.
+    """
+    try:
+        return settings.model_validate(tree)
+    except ValidationError as error:
+        raise ResultError(f"config.yaml is damaged: {explain(error, settings)[:500]}") from error
 
 
 def describe_differences(record: dict[str, Any], settings: Settings, facts: dict[str, Any]) -> list[str]:
@@ -112,7 +158,7 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
     Returns:
         One phrase per differing key.
     """
-    trees = _with_defaults(record["config"], type(settings)), settings.model_dump(mode="json", exclude=_ACTIONS)
+    trees = _with_defaults(record["config"], type(settings)), settings.model_dump(mode="json", exclude=ACTIONS)
     before, now = (flatten(_deciding(hide_secrets_in(tree))) for tree in trees)
     known = {key: value for key, value in facts.items() if key in record}
     before |= {key: record[key] for key in known}
@@ -127,7 +173,7 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
 def _with_defaults(tree: dict[str, Any], settings: type[Settings]) -> dict[str, Any]:
     """Return recorded settings with the defaults of absent settings, or unchanged if they are no longer valid."""
     try:
-        return settings.model_validate(tree).model_dump(mode="json", exclude=_ACTIONS)
+        return settings.model_validate(tree).model_dump(mode="json", exclude=ACTIONS)
     except ValidationError:
         return tree
 
@@ -135,13 +181,19 @@ def _with_defaults(tree: dict[str, Any], settings: type[Settings]) -> dict[str, 
 def _deciding(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the recorded settings that decide the results."""
     deciding = {key: value for key, value in tree.items() if key not in ("run", "output", "members", "systems")}
-    groups = {name: list(map(_deciding_member, members)) for name, members in tree.get("systems", {}).items()}
-    members = list(map(_deciding_member, tree.get("members", ())))
+    systems, members = tree.get("systems"), _deciding_members(tree.get("members"))
+    groups = {name: _deciding_members(each) for name, each in systems.items()} if isinstance(systems, dict) else systems
     return deciding | ({"members": members} if members else {}) | ({"systems": groups} if groups else {})
 
 
-def _deciding_member(member: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in member.items() if key != "checkpoint" and not key.endswith(_POOL_KEYS)}
+def _deciding_members(members: Any) -> Any:
+    """Return the settings of members that decide the results. A damaged record may have something else there."""
+    if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
+        return members
+    return [
+        {key: value for key, value in member.items() if key != "checkpoint" and not str(key).endswith(_POOL_KEYS)}
+        for member in members
+    ]
 
 
 def forget_run(output: str, names: Iterable[str] = (), folders: Iterable[tuple[str, str]] = ()) -> None:

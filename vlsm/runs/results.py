@@ -1,11 +1,12 @@
 """Writes and reads the part files of a run, and yields their rows with decoded masks."""
 
 import itertools
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from operator import and_, or_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,21 +14,27 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vlsm import storage
-from vlsm.errors import ConfigError, ImageError
-from vlsm.runs.schema import RESULT_SCHEMA, check_format, complete, with_format
+from vlsm.errors import ConfigError, DamageError, ImageError, ResultError
+from vlsm.runs.schema import RESULT_SCHEMA, with_format
+from vlsm.runs.tables import TableFile, Tables, open_table
 from vlsm.segmentation.masks import decode_mask, decode_probability
 from vlsm.shown import hide_secrets, public_uri
 
-if TYPE_CHECKING:
-    import pyarrow.dataset as ds
-
 _RUN_KEY = "vlsm.run"
+_PART_NAME = re.compile(r"part-(\d{8,18})\.parquet", re.ASCII)
 _MASK_COLUMNS = ("mask_rle", "height", "width")
+_MASKS_BYTES = 1 << 29  # of the masks of a part file, if they compress well
 
 
 def part_name(shard: int) -> str:
     """Return the name of a shard's part file. If the file exists, the shard is done."""
     return f"part-{shard:08d}.parquet"
+
+
+def shard_of(name: str) -> int | None:
+    """Return the number of the shard of a part file by its name, or None for the name of another file."""
+    found = _PART_NAME.fullmatch(name)
+    return int(found[1]) if found and part_name(int(found[1])) == name else None
 
 
 def write_part(output: str, shard: int, rows: list[dict[str, Any]], run_id: str, patience_s: float) -> None:
@@ -68,18 +75,24 @@ def read_part(
         ResultError: a newer version has written it.
     """
     try:
-        data = storage.read_bytes(storage.join(output, "masks", part_name(shard)), patience_s)
-    except FileNotFoundError:
+        return open_part(output, shard, run_id, patience_s).read(columns, most_bytes=_MASKS_BYTES)
+    except (FileNotFoundError, DamageError):
         return None
-    try:
-        parquet = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)  # as in storage.read_table
-        if (parquet.schema_arrow.metadata or {}).get(_RUN_KEY.encode()) != run_id.encode():
-            return None
-        check_format(parquet.schema_arrow, part_name(shard))
-        schema = RESULT_SCHEMA if columns is None else pa.schema([RESULT_SCHEMA.field(name) for name in columns])
-        return complete(parquet.read([name for name in schema.names if name in parquet.schema_arrow.names]), schema)
-    except (pa.ArrowException, OSError):  # pyarrow raises both for a file that is not Parquet
-        return None
+
+
+def open_part(output: str, shard: int, run_id: str, patience_s: float = storage.PATIENT_S) -> TableFile:
+    """Open a shard's part file; see `TableFile`.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        DamageError: it is damaged or of another run.
+        ResultError: a newer version has written it.
+    """
+    uri = storage.join(output, "masks", part_name(shard))
+    part = open_table(uri, RESULT_SCHEMA, patience_s, num_bytes=None)
+    if part.metadata.get(_RUN_KEY.encode()) != run_id.encode():
+        raise DamageError(f"{uri} is of another run")
+    return part
 
 
 def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -99,21 +112,38 @@ def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) 
 
     Raises:
         ConfigError: there are no masks at the location, or a column is unknown.
+        ResultError: a part file or a mask is damaged.
     """
     for row in read_rows(uri, filters, None if columns is None else [*columns, *_MASK_COLUMNS]):
-        decoded: dict[str, Any] = {"mask": decode_row(row)}
-        if "probability_map" in row:
-            png = row["probability_map"]
-            decoded["probability"] = None if png is None else decode_probability(png)
+        try:
+            decoded: dict[str, Any] = {"mask": decode_row(row)}
+            if "probability_map" in row:
+                png = row["probability_map"]
+                decoded["probability"] = None if png is None else decode_probability(png, (row["height"], row["width"]))
+        except (ValueError, TypeError, OSError, SyntaxError) as error:
+            place = f" of {row['image_id']!r}" if "image_id" in row else ""
+            raise ResultError(f"a mask{place} in {uri!r} is damaged: {' '.join(str(error).split())[:200]}") from error
         yield (row if columns is None else {name: row[name] for name in columns}) | decoded
 
 
 def read_rows(uri: str, filters: Any = None, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of a run's output as they are stored. Arguments and errors are as for `read_masks`."""
+    for table in _filtered(uri, filters, columns):
+        yield from table.to_pylist()
+
+
+def _filtered(uri: str, filters: Any, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    """Yield the chosen columns of the matching rows of a run's output."""
     check_columns(columns or ())
-    names = None if columns is None else [*dict.fromkeys(columns)]
-    for batch in open_results(uri).to_batches(columns=names, filter=_as_expression(filters), batch_size=256):
-        yield from batch.to_pylist()
+    condition, results = _as_expression(filters), open_results(uri)
+    names = RESULT_SCHEMA.names if columns is None else [*dict.fromkeys(columns)]
+    # an expression does not tell its columns
+    more = RESULT_SCHEMA.names if condition is not None else []
+    if isinstance(filters, list):
+        more = [column for group in _groups(filters) for column, *_ in group]
+    needed = [*dict.fromkeys([*names, *more])]
+    for _, table in results.pieces(needed):
+        yield (table if condition is None else table.filter(condition)).select(names)
 
 
 def decode_row(row: dict[str, Any]) -> np.ndarray | None:
@@ -164,10 +194,11 @@ def read_ok_rows(
     """
     all_filters = choose_rows(filters, kinds)
     names = ["image_id", "image_uri", "selector", "prompt", "kind", "area_px", *_MASK_COLUMNS, *columns]
-    rows = read_rows(output, all_filters, names)
-    total = open_results(output).count_rows(filter=_as_expression(all_filters))
-    total = total if limit is None else min(total, limit)
-    for row in tqdm(itertools.islice(rows, limit), total=total, unit="mask", disable=not sys.stderr.isatty()):
+    rows: Iterable[dict[str, Any]] = itertools.islice(read_rows(output, all_filters, names), limit)
+    if sys.stderr.isatty():
+        total = sum(map(len, _filtered(output, all_filters, ["kind"])))
+        rows = tqdm(rows, total=total if limit is None else min(total, limit), unit="mask")
+    for row in rows:
         yield row | {"image_id": public_uri(row["image_id"])}  # it names files; earlier versions kept signatures in it
 
 
@@ -201,27 +232,27 @@ def _as_expression(filters: Any) -> Any:
 
     if not isinstance(filters, list):
         return filters
-    groups = filters if filters and isinstance(filters[0], list) else [filters]  # a list of lists: one of them matches
+    groups = _groups(filters)
     check_columns(column for group in groups for column, *_ in group)
     expressions = [[condition(*parts) for parts in group] for group in groups if group]
     return reduce(or_, [reduce(and_, group) for group in expressions]) if expressions else None
 
 
-def open_results(uri: str) -> "ds.Dataset":
-    """Return the part files of a run's output as one Arrow dataset.
+def _groups(filters: list[Any]) -> list[list[Any]]:
+    """Return filters as a list of lists: one of these must match."""
+    return filters if filters and isinstance(filters[0], list) else [filters]
+
+
+def open_results(uri: str) -> Tables:
+    """Return the part files of a run's output.
 
     Raises:
         ConfigError: there are no part files.
-        ResultError: a newer version has written them.
+        ResultError: a newer version has written them, or the first one is damaged.
     """
-    import pyarrow.dataset as ds  # not at the top: it imports pandas, which tasks that only write parts do not need
-
-    fs, path = storage.open_uri(storage.join(storage.absolute(uri), "masks"))
-    names = [
-        name for name in storage.list_names(storage.join(storage.absolute(uri), "masks")) if name.startswith("part-")
-    ]
+    folder = storage.join(storage.absolute(uri), "masks")
+    names = [name for name in storage.list_names(folder) if name.startswith("part-")]
     if not names:
         raise ConfigError(f"there are no masks in {uri!r}; it must be the OUTPUT of a segment run")
-    with fs.open(f"{path}/{names[0]}", "rb") as file:
-        check_format(pq.read_schema(file), names[0])
-    return ds.dataset([f"{path}/{name}" for name in names], schema=RESULT_SCHEMA, filesystem=fs, format="parquet")
+    open_table(storage.join(folder, names[0]), RESULT_SCHEMA)
+    return Tables([storage.join(folder, name) for name in names], RESULT_SCHEMA)

@@ -72,18 +72,22 @@ def check_format(schema: pa.Schema, name: str) -> None:
         raise ResultError(message)
 
 
-def complete(table: pa.Table, schema: pa.Schema) -> pa.Table | None:
-    """Return a table of an earlier version with the columns of the present schema; absent ones are null.
+def complete(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table of an earlier version, or of anybody, with the columns of a schema; absent ones are null.
 
-    Returns:
-        None if a column has another type, or one is absent that may not be null.
+    Raises:
+        ValueError: a column is absent, or has nulls, which its schema forbids.
+        pa.ArrowException: a column cannot be cast, or its values are invalid.
     """
     columns = []
-    for column in schema:
-        if column.name in table.column_names and table.schema.field(column.name).type == column.type:
-            columns.append(table[column.name])
-        elif column.name not in table.column_names and column.nullable:
-            columns.append(pa.nulls(len(table), column.type))
-        else:
-            return None
-    return pa.table(columns, schema=schema)
+    for field in schema:
+        if field.name not in table.column_names:
+            column = pa.chunked_array([pa.nulls(len(table), field.type)])
+        elif (column := table[field.name]).type != field.type:
+            column = column.cast(field.type)
+        if not field.nullable and column.null_count:
+            raise ValueError(f"the column {field.name} is absent or has nulls")
+        columns.append(column)
+    completed = pa.Table.from_arrays(columns, schema=schema)
+    completed.validate(full=True)  # also that texts are UTF-8
+    return completed

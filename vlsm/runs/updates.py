@@ -1,6 +1,7 @@
 """Updates a plan after its archive has changed: new images are added, changed ones planned again, the rest stays."""
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,15 +85,15 @@ def update_plan(output: str, plan: Plan, rows: Iterable[dict[str, Any]], shard_r
 
 def _index(output: str, plan: Plan) -> _Known:
     """Return the images of a plan as digests."""
-    ids = np.zeros(plan.num_images, "S16")
-    contents, locations = np.zeros(plan.num_images, np.uint64), np.zeros(plan.num_images, np.uint64)
-    position = 0
+    # they grow: the number of images in the record may be wrong
+    id_digests, contents, locations = bytearray(), array("Q"), array("Q")
     for shard in read_plan(output, plan):
         for row in shard.to_pylist():
-            ids[position], contents[position] = _digest_id(row), _digest_content(row)
-            locations[position] = _digest(row["image_uri"])
-            position += 1
-    return _Known(ids, contents, locations, np.argsort(ids), np.zeros(plan.num_images, bool))
+            id_digests += _digest_id(row)
+            contents.append(_digest_content(row))
+            locations.append(_digest(row["image_uri"]))
+    ids, places = np.frombuffer(id_digests, "S16"), np.frombuffer(locations, np.uint64)
+    return _Known(ids, np.frombuffer(contents, np.uint64), places, np.argsort(ids), np.zeros(len(ids), bool))
 
 
 def _compare(rows: Iterable[dict[str, Any]], known: _Known) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """Proves a run from storage: every planned row exists once, and its columns agree with its mask."""
 
+import contextlib
 import itertools
+import threading
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -12,14 +14,17 @@ import numpy as np
 import pyarrow as pa
 
 from vlsm import storage
-from vlsm.errors import ConfigError, ImageError, ResultError
-from vlsm.runs.compare import compare_shard, failed_by_reason, images_by_rule
-from vlsm.runs.plan import Plan, read_plan
-from vlsm.runs.record import read_record, read_summary
-from vlsm.runs.results import part_name, read_part
-from vlsm.segmentation.masks import decode_mask, decode_png, decode_probability
+from vlsm.errors import ConfigError, DamageError, ImageError, ResultError
+from vlsm.images.run_lengths import measure_run_lengths
+from vlsm.runs.compare import COMPARED, compare_shard, failed_by_reason, images_by_rule
+from vlsm.runs.plan import Plan, plan_of, planned_keys, read_plan
+from vlsm.runs.record import read_record, read_segment_summary
+from vlsm.runs.results import open_part, part_name, shard_of
+from vlsm.segmentation.masks import decode_png, encode_mask
 
 _SHARDS_AT_ONCE = 16
+_LARGE_PIXELS = 1 << 24  # larger maps are decoded one at a time
+_one_large_map = threading.Lock()
 
 
 @dataclass
@@ -52,11 +57,11 @@ def verify_run(output: str) -> Iterator[Proof]:
     record = read_record(output)
     if record is None or "run_id" not in record:
         raise ConfigError(f"there is no segment run in {output!r}; it must be the OUTPUT of a segment run")
-    plan = Plan(**record["plan"])
+    plan = plan_of(record, output)
     proof = Proof(plan)
     names = [name for name in storage.list_names(storage.join(output, "masks")) if not name.startswith(".")]
-    planned = {part_name(shard) for shard in range(plan.num_shards)}
-    proof.differences += [f"masks/{name} is no part of this run" for name in names if name not in planned]
+    others = [name for name in names if (shard := shard_of(name)) is None or shard >= plan.num_shards]
+    proof.differences += [f"masks/{name} is no part of this run" for name in others]
     ids = array("q")  # hashes of the image_ids: 8 bytes per image
     numbered = enumerate(read_plan(output, plan))
 
@@ -79,11 +84,12 @@ def _verify_shard(
     output: str, run_id: str, kinds: list[str], shard: int, images: pa.Table
 ) -> tuple[Counter[str], list[str]]:
     """Return the counts and the differences of one shard; see `Proof`."""
-    rows = read_part(output, shard, run_id)
     name = f"masks/{part_name(shard)}"
-    if rows is None:
+    try:
+        part = open_part(output, shard, run_id)
+        state = compare_shard(images, part.read(COMPARED), kinds)
+    except (FileNotFoundError, DamageError):
         return Counter(), [f"{name} is missing, damaged or of another run: {len(images)} images have no rows"]
-    state = compare_shard(images, rows, kinds)
     differences = []
     if state.undone:
         ids = images["image_id"].take(pa.array(state.undone, pa.int64())).to_pylist()
@@ -92,40 +98,45 @@ def _verify_shard(
     if state.num_extra:
         differences.append(f"{name}: {state.num_extra} rows were not planned")
     counts = state.counts + Counter(parts=1)
-    for row in rows.to_pylist():
-        counts["masks"] += row["mask_rle"] is not None
-        try:
-            problem = _describe_problem(row)
-        except Exception as error:  # a damaged row can raise any error
-            problem = f"the row cannot be read: {type(error).__name__}: {error}"
-        if problem:
-            differences.append(f"{name}: {row['image_id']!r}, {row['prompt']!r}: {problem}")
+    planned = sum(len(planned_keys(prompts, kinds)) for prompts in images["prompts"].to_pylist())
+    try:
+        # a damaged part may have millions of rows, and masks of any size: they pass one after the other
+        rows = (row for piece in part.pieces() for row in piece.to_pylist())
+        for row in itertools.islice(rows, planned):
+            counts["masks"] += row["mask_rle"] is not None
+            if problem := _describe_problem(row):
+                differences.append(f"{name}: {row['image_id']!r}, {row['prompt']!r}: {problem}")
+    except DamageError as error:
+        differences.append(str(error))
     return counts, differences
 
 
 def _describe_problem(row: dict[str, Any]) -> str | None:
+    try:
+        return _find_contradiction(row)
+    except Exception as error:  # a damaged row can raise any error
+        return f"the row cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _find_contradiction(row: dict[str, Any]) -> str | None:
     """Return a description of the first contradiction between the columns of a row, or None."""
     if row["status"] == "failed" and (row["error"] or "").partition(": ")[0] not in ImageError.REASONS:
         return f"status is failed, but error {row['error']!r} has no known reason"
     if row["mask_rle"] is None:
         return "status is ok, but there is no mask" if row["status"] == "ok" else None
-    mask = decode_mask(row["mask_rle"], (row["height"], row["width"]))
-    if int(mask.sum()) != row["area_px"]:
-        return f"area_px is {row['area_px']}, but the mask has {int(mask.sum())} pixels"
-    if row["label_map"] is not None and ((decode_png(row["label_map"]) > 0) != mask).any():
-        return "the foreground of the label map is not the mask"
-    if row["probability_map"] is not None and decode_probability(row["probability_map"]).shape != mask.shape:
-        return "the probability map has another size than the mask"
-    box = _bounding_box(mask)
+    size = (row["height"], row["width"])
+    area, box = measure_run_lengths(row["mask_rle"], size)
+    if area != row["area_px"]:
+        return f"area_px is {row['area_px']}, but the mask has {area} pixels"
+    with _one_large_map if size[0] * size[1] > _LARGE_PIXELS else contextlib.nullcontext():
+        if row["label_map"] is not None:
+            labels = decode_png(row["label_map"], size)
+            if labels.shape != size or encode_mask(labels > 0) != row["mask_rle"]:
+                return "the foreground of the label map is not the mask"
+        if row["probability_map"] is not None:
+            if decode_png(row["probability_map"], size).shape != size:
+                return "the probability map has another size than the mask"
     return None if box == row["bbox"] else f"bbox is {row['bbox']}, but the mask's bounding box is {box}"
-
-
-def _bounding_box(mask: np.ndarray) -> list[int] | None:
-    """Return [x, y, width, height] of the foreground in pixels, or None for an empty mask."""
-    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(ys):
-        return None
-    return [int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1)]
 
 
 def _verify_counts(output: str, proof: Proof, num_ids: int) -> list[str]:
@@ -137,7 +148,7 @@ def _verify_counts(output: str, proof: Proof, num_ids: int) -> list[str]:
     if counts["rows"] != plan.num_rows:
         differences.append(f"{counts['rows']} rows are as planned; there should be {plan.num_rows}")
     try:
-        summary = read_summary(output)
+        summary = read_segment_summary(output, plan.num_images, plan.num_rows)
     except ResultError as error:
         return [*differences, str(error)]
     if summary is None:

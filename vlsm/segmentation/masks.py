@@ -9,9 +9,7 @@ from PIL.PngImagePlugin import PngImageFile
 from pycocotools import mask as coco
 
 from vlsm.images.preprocess import Square
-from vlsm.images.run_lengths import decode_run_lengths
-
-_MAX_PIXELS = 1 << 32  # of one mask; pycocotools kills the process if it gets no memory
+from vlsm.images.run_lengths import MAX_PIXELS, decode_run_lengths
 
 
 @dataclass(frozen=True)
@@ -103,10 +101,8 @@ def decode_mask(mask_rle: str, size: tuple[int, int]) -> np.ndarray:
     """Return the mask of COCO compressed run lengths: (H, W) uint8, 0 or 1. size is (height, width).
 
     Raises:
-        ValueError: the run lengths do not fit the size.
+        ValueError: the run lengths do not fit the size, or no mask has this size.
     """
-    if size[0] * size[1] > _MAX_PIXELS:
-        raise ValueError(f"a mask of {size[0]:,} x {size[1]:,} pixels does not fit into memory")
     return decode_run_lengths(mask_rle, size)
 
 
@@ -115,20 +111,31 @@ def encode_probability(probability: np.ndarray) -> bytes:
     return encode_png(np.rint(probability * 255).astype(np.uint8))
 
 
-def decode_probability(png: bytes) -> np.ndarray:
-    """Return the probability map of a PNG from `encode_probability`, (H, W) float32 in 0..1."""
-    return decode_png(png).astype(np.float32) / 255
+def decode_probability(png: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Return the probability map of a PNG from `encode_probability`, (H, W) float32 in 0..1; see `decode_png`."""
+    return decode_png(png, size).astype(np.float32) / 255
 
 
-def decode_png(png: bytes) -> np.ndarray:
+def decode_png(png: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
     """Return the array of a PNG from `encode_png`, (H, W) of its stored type.
 
     The images of a run may be larger than the limit in `Image.open`, which is a fixed number of pixels.
 
+    Args:
+        png: the bytes.
+        size: (height, width) in pixels that its row states: the PNG must not have more pixels. None for a PNG that
+            this process has made.
+
     Raises:
-        OSError, SyntaxError: the PNG is damaged.
+        ValueError: the PNG has more pixels, or several channels.
+        OSError, SyntaxError: it is damaged.
     """
+    most = MAX_PIXELS if size is None else min(MAX_PIXELS, (size[0] or 0) * (size[1] or 0))
     with PngImageFile(io.BytesIO(png)) as image:
+        if image.width * image.height > most:
+            raise ValueError(f"the PNG has {image.height} x {image.width} pixels, which are more than its row states")
+        if image.mode not in ("L", "I;16", "I"):
+            raise ValueError(f"the PNG is not grey: {image.mode}")
         return np.asarray(image)
 
 

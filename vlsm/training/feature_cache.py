@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from vlsm.models.contract import Features, SegmentationModel
 
 class FeatureCache:
     """A folder with one file per example. All processes of a node share it.
+
+    A file that is missing, damaged or cannot be written costs time, and nothing else: its features are computed again.
 
     Args:
         folder: must belong to one model and one list of examples; it is created if it does not exist.
@@ -38,13 +41,25 @@ class FeatureCache:
         kept = [self._read(example, pixel_values.device) for example in examples]
         missing = [index for index, features in enumerate(kept) if features is None]
         if missing:
-            computed = model.encode_towers(pixel_values[missing])
-            for row, index in enumerate(missing):
-                features = tuple(part[row] for part in computed)
-                kept[index] = features
-                self._write(examples[index], features)
+            self._compute(missing, kept, examples, pixel_values, model)
+        if len({_form(features) for features in kept}) > 1:  # a damaged file has other tensors than the model gives
+            self._compute(range(len(kept)), kept, examples, pixel_values, model)
         complete = [features for features in kept if features is not None]
         return tuple(torch.stack(parts) for parts in zip(*complete, strict=True))
+
+    def _compute(
+        self,
+        missing: Sequence[int],
+        kept: list[Features | None],
+        examples: Sequence[int],
+        pixel_values: Tensor,
+        model: SegmentationModel,
+    ) -> None:
+        computed = model.encode_towers(pixel_values[list(missing)])
+        for row, index in enumerate(missing):
+            features = tuple(part[row] for part in computed)
+            kept[index] = features
+            self._write(examples[index], features)
 
     def _path(self, example: int) -> Path:
         return self.folder / f"{example}.safetensors"
@@ -52,9 +67,9 @@ class FeatureCache:
     def _read(self, example: int, device: torch.device) -> Features | None:
         try:
             tensors = load_file(self._path(example), device=str(device))
-        except FileNotFoundError:
+            return tuple(tensors[str(index)] for index in range(len(tensors))) or None
+        except (OSError, SafetensorError, LookupError):
             return None
-        return tuple(tensors[str(index)] for index in range(len(tensors)))
 
     def _write(self, example: int, features: Features) -> None:
         num_bytes = sum(part.nbytes for part in features)
@@ -62,5 +77,13 @@ class FeatureCache:
             return
         self._left_bytes -= num_bytes
         temporary = self.folder / f".{uuid.uuid4().hex}"
-        save_file({str(index): part.cpu().contiguous().clone() for index, part in enumerate(features)}, temporary)
-        os.replace(temporary, self._path(example))
+        try:
+            save_file({str(index): part.cpu().contiguous().clone() for index, part in enumerate(features)}, temporary)
+            os.replace(temporary, self._path(example))
+        except (OSError, SafetensorError):  # such as a full disk
+            temporary.unlink(missing_ok=True)
+            self._left_bytes = 0
+
+
+def _form(features: Features | None) -> tuple[object, ...]:
+    return () if features is None else tuple((part.shape, part.dtype) for part in features)

@@ -6,7 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
 
+from vlsm import storage
+from vlsm.runs.tables import name_damage, open_table
+
+METRICS_NAME = "metrics.parquet"
 MEAN = "mean"  # over datasets: a large dataset has the same weight as a small one
 
 
@@ -36,6 +41,41 @@ class Row:
     lr: float
     seconds: float
     finished_at: float
+
+
+_TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+_SCHEMA = pa.schema([pa.field(column.name, _TYPES[column.type], nullable=False) for column in fields(Row)])  # type: ignore[index]
+_ROWS = TypeAdapter(list[Row])
+
+
+def parse_rows(rows: Any) -> list[Row]:
+    """Return the rows of a stored history, checked.
+
+    Raises:
+        ValueError: these are no such rows.
+    """
+    try:
+        parsed = _ROWS.validate_python(rows)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise ValueError(f"row {'.'.join(map(str, detail['loc']))}: {detail['msg']}") from error
+    if wrong := [row for row in parsed if not (1 <= row.epoch < 1 << 31 and row.step >= 0 and row.num_examples >= 0)]:
+        raise ValueError(f"there is no epoch {wrong[0].epoch} with {wrong[0].num_examples} examples")
+    return parsed
+
+
+def read_history(output: str) -> "History":
+    """Return the history in metrics.parquet, without rows before the end of the first epoch.
+
+    Raises:
+        ResultError: the file is damaged.
+    """
+    uri = storage.join(output, METRICS_NAME)
+    if not storage.exists(uri):
+        return History()
+    rows = open_table(uri, _SCHEMA).read().to_pylist()
+    with name_damage(uri):
+        return History(parse_rows(rows))
 
 
 @dataclass
@@ -69,9 +109,7 @@ class History:
 
     def table(self) -> pa.Table:
         """Return the rows as a table with the columns of metrics.parquet."""
-        types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
-        schema = pa.schema([pa.field(column.name, types[column.type], nullable=False) for column in fields(Row)])  # type: ignore[index]
-        return pa.Table.from_pylist([asdict(row) for row in self.rows], schema=schema)
+        return pa.Table.from_pylist([asdict(row) for row in self.rows], schema=_SCHEMA)
 
 
 def summarize(

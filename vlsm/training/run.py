@@ -34,10 +34,12 @@ from vlsm.models import build_model, parse_options
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, forget_run, make_record, read_record, write_record
 from vlsm.training.checks import check_training, require_train_and_val
+from vlsm.training.examples import EXAMPLES_NAME, read_examples_table
+from vlsm.training.history import METRICS_NAME
 from vlsm.training.resume import digest_start, refuse_other_data, refuse_other_settings
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
-from vlsm.training.state import CHECKPOINT_NAME, CURVES_NAME, LAST_NAME, METRICS_NAME
+from vlsm.training.state import CHECKPOINT_NAME, CURVES_NAME, LAST_NAME
 from vlsm.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -45,8 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vlsm")
 
-_EXAMPLES_NAME = "examples.parquet"
-_NAMES = (LAST_NAME, _EXAMPLES_NAME, METRICS_NAME, CURVES_NAME)
+_NAMES = (LAST_NAME, EXAMPLES_NAME, METRICS_NAME, CURVES_NAME)
 _FOLDERS = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
 
 
@@ -152,7 +153,7 @@ def prepare_training(
         records = good_records(table)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
-        storage.write_bytes(storage.join(output, _EXAMPLES_NAME), sink.getvalue().to_pybytes())
+        storage.write_bytes(storage.join(output, EXAMPLES_NAME), sink.getvalue().to_pybytes())
         facts = {"data_digest": digest_examples(table.filter(pc.is_null(table["error"])))} | digest_start(settings)
         write_record(output, make_record(settings, facts, _plan(settings, records)))
     return records
@@ -249,7 +250,7 @@ def read_examples(output: str) -> list[Record]:
 
 
 def _read_table(output: str) -> pa.Table:
-    return storage.read_table(storage.join(output, _EXAMPLES_NAME))
+    return read_examples_table(storage.join(output, EXAMPLES_NAME))
 
 
 def default_prompt(records: Sequence[Record], settings: TrainSettings) -> str:

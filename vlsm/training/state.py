@@ -1,10 +1,8 @@
 """The state of a training on storage: last.safetensors, the checkpoint of the best epoch, and the metrics."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,8 +11,9 @@ import pyarrow.parquet as pq
 from vlsm import storage
 from vlsm.checkpoints import SETTINGS_NAME, save_checkpoint
 from vlsm.documents import parse_json
-from vlsm.errors import ConfigError, StorageError
-from vlsm.training.history import History, Row
+from vlsm.errors import ConfigError, DamageError, StorageError
+from vlsm.temporary import PrivateFolder
+from vlsm.training.history import METRICS_NAME, History, parse_rows
 from vlsm.version import FORMAT, newer_format
 
 if TYPE_CHECKING:
@@ -22,12 +21,8 @@ if TYPE_CHECKING:
 
     from vlsm.models.contract import SegmentationModel
 
-CHECKPOINT_NAME, LAST_NAME, METRICS_NAME, CURVES_NAME = (
-    "checkpoint",
-    "last.safetensors",
-    "metrics.parquet",
-    "curves.png",
-)
+CHECKPOINT_NAME, LAST_NAME, CURVES_NAME = "checkpoint", "last.safetensors", "curves.png"
+ADVICE = "remove it, and the training begins anew with the same command"
 
 
 @dataclass
@@ -70,31 +65,44 @@ def read_state(output: str) -> State:
     """Return the state of a run from last.safetensors, or the initial state if the file does not exist.
 
     Raises:
-        ConfigError: a newer version has written it, or it is damaged.
+        ConfigError: a newer version has written it.
+        ResultError: it is damaged.
     """
     from safetensors import SafetensorError
 
     uri = storage.join(output, LAST_NAME)
     if not storage.exists(uri):
         return State()
+    data = storage.read_bytes(uri)
     try:
-        return _parse_state(storage.read_bytes(uri), uri)
-    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ConfigError(
-            f"{uri} is damaged: {type(error).__name__} {error!s:.200}; --set start_over=true trains anew"
-        ) from error
+        return _unpack_state(data, uri)
+    except (
+        SafetensorError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        text = " ".join(str(error).split())[:200]
+        raise DamageError(f"{uri} is damaged: {type(error).__name__}: {text!r}; {ADVICE}") from error
 
 
-def _parse_state(data: bytes, uri: str) -> State:
+def _unpack_state(data: bytes, uri: str) -> State:
+    """Return the state in the bytes of last.safetensors. Damaged bytes raise errors of several types."""
     import safetensors.torch
 
-    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], f"the header of {uri}", ConfigError)
-    progress = parse_json(header["__metadata__"]["progress"], f"the progress in {uri}", ConfigError)
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], f"the header of {uri}", DamageError)
+    progress = parse_json(header["__metadata__"]["progress"], f"the progress in {uri}", DamageError)
     if message := newer_format(progress.get("format"), uri):
         raise ConfigError(message)
-    state = State(**{name: progress[name] for name in ("epoch", "step", "steps")})
-    state.scores = [(int(example), loss, dice) for example, loss, dice in progress["scores"]]
-    state.history = History([Row(**row) for row in progress["history"]])
+    numbers = {name: progress[name] for name in ("epoch", "step", "steps")}
+    if not all(type(number) is int and 0 <= number < 1 << 31 for number in numbers.values()):
+        raise ValueError(f"there is no such progress: {numbers}")
+    state = State(**numbers)
+    state.scores = [(int(example), float(loss), float(dice)) for example, loss, dice in progress["scores"]]
+    state.history = History(parse_rows(progress["history"]))
     state.weights, moments = {}, dict[str, dict[str, "Tensor"]]()
     for name, value in safetensors.torch.load(data).items():
         kind, _, rest = name.partition(" ")
@@ -107,9 +115,7 @@ def _parse_state(data: bytes, uri: str) -> State:
     return state
 
 
-def copy_best(
-    model: "SegmentationModel", prompt: str, weights: "dict[str, Tensor] | None" = None
-) -> "tempfile.TemporaryDirectory[str]":
+def copy_best(model: "SegmentationModel", prompt: str, weights: "dict[str, Tensor] | None" = None) -> PrivateFolder:
     """Save the model as it is now as a checkpoint in a temporary folder, and return the folder.
 
     Args:
@@ -122,13 +128,13 @@ def copy_best(
     """
     from safetensors import SafetensorError
 
-    folder = tempfile.TemporaryDirectory()
+    folder = PrivateFolder("checkpoint")
     try:
-        save_checkpoint(model, folder.name, prompt, weights=weights)
+        save_checkpoint(model, folder.path, prompt, weights=weights)
     except (OSError, SafetensorError) as error:
-        folder.cleanup()
+        folder.remove()
         raise StorageError(
-            f"{folder.name} could not be written: {error}; make room there or set TMPDIR to a larger disk, and the "
+            f"{folder.path} could not be written: {error}; make room there or set TMPDIR to a larger disk, and the "
             "same command goes on from here"
         ) from error
     return folder
@@ -137,7 +143,7 @@ def copy_best(
 def put_progress(
     output: str,
     packed: bytes,
-    best: "tempfile.TemporaryDirectory[str] | None",
+    best: PrivateFolder | None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the best model to OUTPUT/checkpoint (checkpoint.yaml last), then write last.safetensors.
@@ -153,7 +159,7 @@ def put_progress(
     if best is not None:
         with best as folder:
             check()
-            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            files = [path for path in folder.rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: path.name == SETTINGS_NAME):
                 target = storage.join(output, CHECKPOINT_NAME, *path.relative_to(folder).parts)
                 storage.write_bytes(target, path.read_bytes())

@@ -5,7 +5,6 @@ import logging
 import os
 import queue
 import struct
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from vlsm import storage
 from vlsm.errors import ConfigError, optional_packages
 from vlsm.shown import hide_secrets, hide_secrets_in, public_uri
+from vlsm.temporary import PrivateFolder
 from vlsm.training.history import History, Row
 from vlsm.training.settings import TrainSettings
 
@@ -123,7 +123,8 @@ def write_events(output: str, history: History) -> None:
         return
     with storage.name_full_disk(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "r+b" if os.path.exists(path) else "w+b") as file:
+        # never through a link, which may lead out of OUTPUT
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b") as file:
             before = file.read()
             # an epoch that was repeated after a crash has other times, but records of the same lengths
             start = len(before) if data.startswith(before) else 0
@@ -216,8 +217,9 @@ def _open_mlflow_run(client: Any, settings: TrainSettings, run_id: str) -> str:
 def _open_wandb(settings: TrainSettings, run_id: str) -> Connection:
     import wandb
 
+    folder = PrivateFolder("wandb")
     run = wandb.init(
-        project=settings.run.wandb, id=run_id, resume="allow", config=_parameters(settings), dir=tempfile.gettempdir()
+        project=settings.run.wandb, id=run_id, resume="allow", config=_parameters(settings), dir=str(folder.path)
     )
     # its own step may only grow, but the test is that of an earlier epoch, and a resumed run may repeat an epoch
     run.define_metric("*", step_metric="epoch")
@@ -226,12 +228,13 @@ def _open_wandb(settings: TrainSettings, run_id: str) -> Connection:
         values = {key: value for row in rows for key, value in _scalars(row).items()}
         run.log(values | {"epoch": rows[-1].epoch})
 
-    def finish(folder: str | None) -> None:
-        if folder is not None:
+    def finish(files: str | None) -> None:
+        if files is not None:
             artifact = wandb.Artifact(f"training-{run_id}", type="model")
-            artifact.add_dir(folder)
+            artifact.add_dir(files)
             run.log_artifact(artifact)
         run.finish()
+        folder.remove()
 
     return Connection(track, finish)
 

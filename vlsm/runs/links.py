@@ -1,0 +1,31 @@
+"""Links in an OUTPUT: a job never writes or deletes outside of the folder that its user has named."""
+
+import os
+
+from vlsm import storage
+from vlsm.errors import ConfigError
+
+_FLAT = {"masks", "manifest"}  # folders of many files, without folders
+
+
+def check_links(output: str) -> None:
+    """Do nothing if no folder below OUTPUT is a link that leads out of it. OUTPUT itself may be a link.
+
+    A link in the place of a file needs no check: a file is written beside it and then renamed, which replaces the link.
+
+    Raises:
+        ConfigError: there is such a link.
+    """
+    fs, root = storage.open_uri(output)
+    if not storage.is_local(fs):
+        return
+    real_root = os.path.realpath(root)
+    for folder, names, _ in os.walk(root):
+        for path in (os.path.join(folder, name) for name in names):
+            target = os.path.realpath(path)
+            if os.path.islink(path) and os.path.commonpath([target, real_root]) != real_root:
+                raise ConfigError(
+                    f"{path!r} is a link to {target!r}, outside of OUTPUT: the job would write there; replace it by a "
+                    "folder, or choose another OUTPUT"
+                )
+        names[:] = [name for name in names if name not in _FLAT]
