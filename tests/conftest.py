@@ -104,6 +104,15 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.fixture(autouse=True)
+def _no_command(monkeypatch):
+    """Jobs that run in this process set how long a store without any answer is waited for."""
+    from vlsm import storage
+
+    monkeypatch.setattr(storage, "_first_s", storage._first_s)
+    monkeypatch.setattr(storage, "_answered", set())
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A tiny UNet-D whose weights give masks that are neither empty nor full."""

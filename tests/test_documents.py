@@ -8,7 +8,7 @@ import yaml
 
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.documents import MAX_YAML_BYTES, parse_json, parse_yaml, read_json, read_yaml
-from vlsm.errors import ConfigError, ResultError, VlsmError
+from vlsm.errors import ConfigError, DamageError, ResultError, VlsmError
 from vlsm.runs.record import read_record, read_summary
 from vlsm.training.state import read_state
 
@@ -151,7 +151,7 @@ def test_a_damaged_state_of_a_training_is_one_sentence(tmp_path, progress):
     path.write_bytes(safetensors.torch.save({}, {"progress": progress}))
     for _ in range(2):  # then only its beginning
         with pytest.raises(
-            ConfigError, match=r"last.safetensors( is damaged| is not JSON| has the format|:)"
+            (ConfigError, DamageError), match=r"last.safetensors( is damaged| is not JSON| has the format|:)"
         ) as caught:
             read_state(str(tmp_path))
         assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """All commands by name, and the parts of a command line that they share."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -32,6 +33,11 @@ def call(module: str) -> str:
     """Return how this process calls a command: `vlsm segment` or `python -m jobs.segment`, as the user began."""
     names = {name for name, (home, _) in COMMANDS.items() if home == module}
     return f"vlsm {names.pop()}" if names and PurePath(sys.argv[0]).name == "vlsm" else f"python -m {module}"
+
+
+def shell_command(module: str, *words: str) -> str:
+    """Return the shell command that runs a command with these words, each quoted: they come from files and users."""
+    return " ".join([call(module), *map(shlex.quote, words)])
 
 
 def new_parser(

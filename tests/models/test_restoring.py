@@ -220,7 +220,7 @@ def test_overlapping_tensors_are_refused(checkpoints, tmp_path):
     header["network.head.weight"]["data_offsets"] = header["network.head.bias"]["data_offsets"]
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    with pytest.raises(CheckpointError, match="is damaged: .*invalid offset"):
+    with pytest.raises(CheckpointError, match="is damaged: .*offset"):
         vlsm.load_checkpoint(tmp_path / "ck")
     assert set(read_shapes(data, "x")) == header.keys() - {"__metadata__"}
 

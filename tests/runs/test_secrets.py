@@ -4,6 +4,7 @@ import csv
 import http.server
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -207,7 +208,7 @@ def test_reports_and_exports_of_earlier_versions_have_no_secret_either(tmp_path)
     (output / "config.yaml").write_text(yaml.safe_dump(record))
     (output / "masks").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=RESULT_SCHEMA), output / "masks" / part_name(0))
-    page = write_report(str(output), tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Path(write_report(str(output), tmp_path / "report.html")).read_text(encoding="utf-8")
     assert export_masks(str(output), tmp_path / "x") == 2
     names = " ".join(str(path) for path in (tmp_path / "x").rglob("*"))
     index = (tmp_path / "x" / "index.csv").read_text(encoding="utf-8")

@@ -68,8 +68,15 @@ def decode_labels(row: dict[str, Any]) -> np.ndarray:
 
 
 def class_names(row: dict[str, Any]) -> list[str]:
-    """Return the class names of a row of kind "labels", in the order of their values from 1."""
-    return [str(name) for name in parse_json(row["prompt"], "the prompt of a label map", ResultError)]
+    """Return the class names of a row of kind "labels", in the order of their values from 1.
+
+    Raises:
+        ImageError: the row has none.
+    """
+    try:
+        return [str(name) for name in parse_json(row["prompt"], "the prompt of the label map", ResultError)]
+    except (ResultError, TypeError) as error:
+        raise ImageError("corrupt", str(error)) from error
 
 
 def _write_label_maps(output: str, folder: ExportFolder, filters: Filters, limit: int | None) -> dict[str, int]:

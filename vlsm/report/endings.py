@@ -4,7 +4,8 @@ import shlex
 from typing import Any
 
 from vlsm import storage
-from vlsm.commands import call
+from vlsm.commands import call, shell_command
+from vlsm.training.history import MEAN
 
 
 def count(number: int, noun: str) -> str:
@@ -24,23 +25,25 @@ def segment_ending(output: str, summary: dict[str, Any]) -> list[str]:
     if summary["failed"]:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in summary["failed_by_reason"].items())
         lines.append(f"{count(summary['failed'], 'image')} failed ({reasons}): the rows with status failed say why")
-    return [*lines, f"look: {_command('vlsm.report', output)}"]
+    return [*lines, f"look: {shell_command('vlsm.report', output)}"]
 
 
 def train_ending(output: str, summary: dict[str, Any]) -> list[str]:
     """Return the last lines of a training; arguments as for `segment_ending`."""
-    scores = ", ".join(f"{dice:.3f} on {name}" for name, dice in summary["dice"].items())
-    checkpoint = summary["checkpoint"]
+    has_mean = len(summary["dice"]) > 4  # of one dataset in val and test, the mean says nothing new
+    shown = {name: dice for name, dice in summary["dice"].items() if has_mean or not name.endswith(f" {MEAN}")}
+    scores = ", ".join(f"{dice:.3f} on {name}" for name, dice in shown.items())
+    checkpoint = shlex.quote(summary["checkpoint"])
     return [
-        f"best epoch {summary['best_epoch']} of {summary['epochs']}, Dice {scores}; checkpoint: {_quote(checkpoint)}",
-        f"look: {_command('vlsm.report', output)}",
-        f"use it: {call('jobs.segment')} INPUT OUTPUT --checkpoint {_quote(checkpoint)}",
+        f"best epoch {summary['best_epoch']} of {summary['epochs']}, Dice {scores}; checkpoint: {checkpoint}",
+        f"look: {shell_command('vlsm.report', output)}",
+        f"use it: {call('jobs.segment')} INPUT OUTPUT --checkpoint {checkpoint}",
     ]
 
 
 def evaluate_ending(output: str, summary: dict[str, Any]) -> list[str]:
     """Return the last lines of an evaluation; arguments as for `segment_ending`."""
-    return [f"all scores: {_join(output, 'scores.parquet')}", f"look: {_command('vlsm.report', output)}"]
+    return [f"all scores: {_join(output, 'scores.parquet')}", f"look: {shell_command('vlsm.report', output)}"]
 
 
 def sweep_ending(output: str, summary: dict[str, Any]) -> list[str]:
@@ -50,12 +53,4 @@ def sweep_ending(output: str, summary: dict[str, Any]) -> list[str]:
 
 
 def _join(output: str, name: str) -> str:
-    return _quote(storage.join(output, name))
-
-
-def _command(module: str, *words: str) -> str:
-    return " ".join([call(module), *map(_quote, words)])
-
-
-def _quote(word: str) -> str:
-    return shlex.quote(word)
+    return shlex.quote(storage.join(output, name))

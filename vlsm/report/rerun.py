@@ -1,19 +1,14 @@
 """The command that resumes a run, built from its config.yaml."""
 
 import json
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from vlsm import storage
+from vlsm.commands import shell_command
 from vlsm.config import MemberSettings, SegmentSettings, Settings
 from vlsm.errors import ResultError
 from vlsm.runs.record import ACTIONS
-
-
-def shell_command(module: str, *words: str) -> str:
-    """Return the shell command that runs a module, each word quoted: words come from files and users."""
-    return " ".join(["python -m", shlex.quote(module), *map(shlex.quote, words)])
 
 
 def rerun_command(output: str, record: dict[str, Any], *more: str) -> str:

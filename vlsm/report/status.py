@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlsm import storage
+from vlsm.commands import shell_command
 from vlsm.errors import ConfigError, ResultError
-from vlsm.report.rerun import rerun_command, shell_command
+from vlsm.report.rerun import rerun_command
 from vlsm.runs.compare import compare_run, failed_by_reason, sample_run
 from vlsm.runs.lease import PATIENCE_S, Holder, read_holder
 from vlsm.runs.plan import Plan, count_planned, plan_of

@@ -178,6 +178,8 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
         check_links(output)
         record = None if settings.start_over else read_record(output)
         is_new = record is None
+        if record is None:
+            storage.check_writable(output)
         archive = open_input(settings) if record is None else None
         if record is None or not (
             describe_differences(record, settings, {}) or storage.exists(storage.join(output, SUMMARY_NAME))
