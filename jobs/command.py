@@ -94,7 +94,6 @@ def run_command(
     set_up_logging("%(asctime)s %(message)s")
     for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    storage.expect_answers()
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = work()

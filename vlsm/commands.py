@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
+from vlsm import storage
 from vlsm.config import Settings, describe_settings
 from vlsm.shown import Parser, say
 
@@ -58,6 +59,7 @@ def new_parser(
         common: keys of the settings that --help shows.
         epilog: the end of the help.
     """
+    storage.expect_answers()  # whoever has a parser is a command, with a person who waits
     shown = "\n".join([f"  {call(module)} {words}".rstrip() for words in examples])
     lines = [epilog]
     if settings is not None:
