@@ -130,8 +130,7 @@ def _decode_bytes(data: bytes, name: str) -> np.ndarray:
     if not data:
         raise ImageError("empty", f"{name} has 0 bytes")
     content = Content(data, name, sniff_kind(data[:HEAD_BYTES]), _SETTINGS)
-    _check_single(content, "FILE")
-    return content.decode(None).pixels
+    return content.decode(_only_image(content, "FILE")).pixels
 
 
 def _read_file(location: str) -> np.ndarray:
@@ -149,9 +148,7 @@ def _read_file(location: str) -> np.ndarray:
     reader = Reader(_SETTINGS)
     Image.MAX_IMAGE_PIXELS = most  # the limit of the caller's program, which a Reader would lift
     content, frame = reader.open({"image_uri": uri, "selector": selector})
-    if frame is None:
-        _check_single(content, content.name)
-    return content.decode(frame).pixels
+    return content.decode(_only_image(content, content.name) if frame is None else frame).pixels
 
 
 def _split_location(uri: str) -> tuple[str, str | None]:
@@ -165,10 +162,14 @@ def _split_location(uri: str) -> tuple[str, str | None]:
     return uri, None
 
 
-def _check_single(content: Content, location: str) -> None:
-    """Raise an ImageError if a file holds several images, or none; the location is for the hint."""
+def _only_image(content: Content, location: str) -> str | None:
+    """Return the selector of the only image of a file, or None if its format has none.
+
+    Raises:
+        ImageError: the file holds several images, or none; the location is for the hint.
+    """
     if content.kind in ("image", None):
-        return
+        return None
     try:
         selectors, _ = (
             FORMATS[content.kind].load().list_images(BytesIO(content.data), content.name, len(content.data), Look())
@@ -177,12 +178,13 @@ def _check_single(content: Content, location: str) -> None:
         raise ImageError("unreadable", f"{content.name}: {error}") from None
     if not selectors:
         raise ImageError("unreadable", f"{content.name} holds no image")
-    if list(selectors) != [None]:
+    if len(selectors) > 1:
         raise ImageError(
             "unreadable",
             f"{content.name} holds {len(selectors):,} images; name one, as {location}#{selectors[0]}, or segment all "
             "with `vlsm segment`",
         )
+    return selectors[0]
 
 
 def _type_name(value: object) -> str:
