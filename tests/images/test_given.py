@@ -181,3 +181,26 @@ def test_the_limit_of_pillow_in_the_callers_program_stays(tmp_path, monkeypatch)
     (tmp_path / "x.png").write_bytes(FILES["RGB"])
     read(tmp_path / "x.png")
     assert Image.MAX_IMAGE_PIXELS == 12345
+
+
+def test_a_url_is_an_image_too(files):
+    import functools
+    import http.server
+    import threading
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=files)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            np.testing.assert_array_equal(read(f"{url}/one.tif?signature=1"), RGB)
+            np.testing.assert_array_equal(read(f"{url}/three.tif#page=1"), RGB[::-1])
+            with pytest.raises(ImageError, match="missing: there is no file http"):
+                read(f"{url}/no.png")
+        finally:
+            server.shutdown()
+            thread.join()
