@@ -2,11 +2,13 @@
 
 import io
 import zipfile
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from vlsm.errors import ImageError
 from vlsm.images.decode import decode_image
@@ -74,6 +76,8 @@ def test_an_image_of_pillow_that_never_was_a_file():
     np.testing.assert_array_equal(read(Image.fromarray(RGB).crop((2, 3, 9, 8))), RGB[3:8, 2:9])
     big_endian = Image.frombytes("I;16B", (22, 14), (GREY.astype(">u2") * 257).tobytes())
     np.testing.assert_array_equal(read(big_endian)[..., 0], GREY)
+    with pytest.raises(ValueError, match="the image has 0 x 5 pixels"):
+        read(Image.new("RGB", (0, 5)))
 
 
 def test_arrays_of_all_layouts():
@@ -204,3 +208,10 @@ def test_a_url_is_an_image_too(files):
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm"])
+def test_the_bytes_of_a_dicom_file_that_begins_as_a_tiff_are_dicom(name):
+    path = Path(get_testdata_file(name))
+    assert path.read_bytes().startswith(b"II*\0")
+    np.testing.assert_array_equal(read(path.read_bytes()), read(path))

@@ -108,6 +108,8 @@ def _how_to_convert(dtype: np.dtype[Any]) -> str:
 
 
 def _read_pillow(image: Image.Image, name: str) -> np.ndarray:
+    if 0 in image.size:
+        raise ValueError(f"{name} has {image.width} x {image.height} pixels; it must have one at least")
     with decoder_errors(name):
         image.load()  # before its orientation: Pillow turns a TIFF while it loads
         if image.mode.startswith(_DEEP):
