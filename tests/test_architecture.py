@@ -18,7 +18,7 @@ FLOORS = (
     {"redirects"},
     {"stores"},
     {"storage"},
-    {"documents"},
+    {"documents", "hints"},
     {"config"},
     {"commands"},
     {"images"},

@@ -148,3 +148,32 @@ def test_the_command_says_in_one_line_what_is_wrong(tiny_checkpoint, tmp_path, c
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def refusal(location):
+    with pytest.raises(CheckpointError, match="there is no checkpoint at") as caught:
+        vlsm.load_checkpoint(location)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).partition("checkpoint.yaml")[2]
+
+
+def test_a_location_beside_a_checkpoint_gets_the_way_to_it(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "trained" / "checkpoint")
+    assert refusal(tmp_path / "trained") == f"; its checkpoint is one folder below: {tmp_path}/trained/checkpoint"
+    for name in ("model.safetensors", "checkpoint.yaml"):
+        hint = refusal(tmp_path / "trained" / "checkpoint" / name)
+        assert hint.endswith(f"; the checkpoint is the folder of this file: {tmp_path}/trained/checkpoint")
+    assert refusal(tmp_path) == refusal(tmp_path / "nothing") == ""
+
+
+def test_a_hub_id_or_a_published_model_gets_the_command_that_makes_a_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "open_clip_config.json").write_text("{}")
+    assert f"--model biomedclipseg --set source={tmp_path}/published" in refusal(tmp_path / "published")
+    (tmp_path / "published" / "config.json").write_text("{}")
+    assert f"vlsm checkpoints DIR --model clipseg --set source={tmp_path}" in refusal(tmp_path / "published")
+    monkeypatch.chdir(tmp_path)
+    assert "vlsm checkpoints DIR --model clipseg --set source=CIDAS/clipseg-rd64 " in refusal("CIDAS/clipseg-rd64")
+    assert "--model NAME --set source=hf-hub:laion/CLIP " in refusal("hf-hub:laion/CLIP")
+    (tmp_path / "owner" / "empty").mkdir(parents=True)
+    assert refusal("owner/empty") == refusal(tmp_path / "a" / "b" / "c") == refusal("nothing") == ""

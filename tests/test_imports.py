@@ -46,6 +46,11 @@ def test_what_fetches_writes_plans_checks_and_tells_imports_nothing_heavy():
     assert not modules_after(f"import {', '.join(entries)}") & NOTHING_HEAVY
 
 
+def test_the_library_shows_its_public_names_and_imports_nothing_heavy_for_it():
+    code = "import vlsm; assert dir(vlsm) == sorted(vlsm.__all__); assert 'segment' in dir(vlsm)"
+    assert not modules_after(code) & NOTHING_HEAVY
+
+
 def test_the_help_of_every_command_imports_nothing_heavy():
     code = """
 from jobs.__main__ import load

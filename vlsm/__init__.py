@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlsm.models import build_model as build_model
     from vlsm.runs.results import read_masks as read_masks
     from vlsm.segmentation.segmenter import Segmenter as Segmenter
+    from vlsm.segmentation.segmenter import segment as segment
 
 _HOMES = {
     "Segmenter": "vlsm.segmentation.segmenter",
@@ -27,6 +28,7 @@ _HOMES = {
     "load_checkpoint": "vlsm.checkpoints",
     "read_masks": "vlsm.runs.results",
     "save_checkpoint": "vlsm.checkpoints",
+    "segment": "vlsm.segmentation.segmenter",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "load_checkpoint",
     "read_masks",
     "save_checkpoint",
+    "segment",
 ]
 
 
@@ -51,3 +54,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vlsm' has no attribute {name!r}; it has {', '.join(sorted(_HOMES))} and export")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -12,6 +12,7 @@ import hashlib
 import shutil
 import sys
 import tempfile
+import textwrap
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +25,12 @@ from vlsm.commands import new_parser
 from vlsm.config import Settings, dump_yaml, explain, parse_assignments
 from vlsm.documents import parse_yaml
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
+from vlsm.hints import hint_at_checkpoint
 from vlsm.images.preprocess import ImageSpec, Resize
 from vlsm.limits import MAX_JSON_BYTES
 from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
 from vlsm.models.tower_files import TOWER_FOLDERS, write_tower_files
-from vlsm.shown import say, say_error
+from vlsm.shown import say, say_error, show
 from vlsm.version import FORMAT, __version__, newer_format
 
 if TYPE_CHECKING:
@@ -97,6 +99,13 @@ class CheckpointSettings(Settings):
     versions: dict[str, str] = {}
     calibration: Calibration | None = None
 
+    @property
+    def summary(self) -> str:
+        """Input size, threshold, prompt and calibration, in words."""
+        side, prompt = self.image.size, show(textwrap.shorten(self.prompt, 40, placeholder="..."))
+        calibrated = "calibrated" if self.calibration else "not calibrated"
+        return f"{side} x {side} pixels, threshold {self.threshold:g}, prompt {prompt!r}, {calibrated}"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -108,6 +117,9 @@ class Checkpoint:
     model: "SegmentationModel"
     settings: CheckpointSettings
     name: str
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.name}: {self.settings.summary}>"
 
 
 def save_checkpoint(
@@ -144,17 +156,7 @@ def save_checkpoint(
     threshold = model.threshold if threshold is None else threshold
     if not 0 < threshold < 1:
         raise CheckpointError(f"threshold is {threshold}; it must be a probability between 0 and 1")
-    kind = f"{type(model).__module__}:{type(model).__qualname__}"
-    name = next(name for name, class_path in MODELS.items() if class_path == kind)
-    settings = CheckpointSettings(
-        format=FORMAT,
-        model=name,
-        options=model.options.model_dump(mode="json"),
-        image=_ImageSettings(**asdict(model.image_spec)),
-        threshold=threshold,
-        prompt=prompt,
-        versions={"vlsm": __version__} | {package: version(package) for package in _PACKAGES},
-    )
+    settings = _settings_of(model, prompt, threshold)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a directory")
     model = merged_copy(model)
@@ -169,6 +171,29 @@ def save_checkpoint(
     # written last; the weights get the mode of this file, because safetensors lets only the owner read them
     (folder / SETTINGS_NAME).write_text(dump_yaml(settings.model_dump(mode="json")), encoding="utf-8")
     shutil.copymode(folder / SETTINGS_NAME, folder / _WEIGHTS_NAME)
+
+
+def _settings_of(model: "SegmentationModel", prompt: str, threshold: float) -> CheckpointSettings:
+    kind = f"{type(model).__module__}:{type(model).__qualname__}"
+    return CheckpointSettings(
+        format=FORMAT,
+        model=next(name for name, class_path in MODELS.items() if class_path == kind),
+        options=model.options.model_dump(mode="json"),
+        image=_ImageSettings(**asdict(model.image_spec)),
+        threshold=threshold,
+        prompt=prompt,
+        versions={"vlsm": __version__} | {package: version(package) for package in _PACKAGES},
+    )
+
+
+def checkpoint_of(model: "SegmentationModel", name: str) -> Checkpoint:
+    """Return a checkpoint of a model in memory, as if it had been saved without a prompt and loaded again.
+
+    Args:
+        model: it is set to eval mode.
+        name: for its `repr` and messages.
+    """
+    return Checkpoint(model.eval(), _settings_of(model, "", model.threshold), name)
 
 
 def read_checkpoint(uri: str) -> dict[str, bytes]:
@@ -196,7 +221,8 @@ def _list_files(uri: str) -> list[str]:
     """Return the sorted paths of a checkpoint's files within its directory."""
     fs, path = storage.open_uri(uri)
     if not fs.exists(f"{path}/{SETTINGS_NAME}"):
-        raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {SETTINGS_NAME}")
+        hint = hint_at_checkpoint(fs, uri, path, SETTINGS_NAME)
+        raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {SETTINGS_NAME}{hint}")
     infos = {name.removeprefix(path).lstrip("/"): info for name, info in fs.find(path, detail=True).items()}
     names = [name for name in sorted(infos) if not storage.is_temporary(name.rpartition("/")[2])]  # of a killed process
     if len(names) > _MAX_FILES:

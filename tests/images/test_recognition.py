@@ -109,11 +109,12 @@ def test_content_is_stronger_than_a_name(tmp_path):
     assert sorted(read_all(tmp_path / "volume.dcm")[0]) == [f"volume.dcm#slice={number}" for number in range(4)]
 
 
-def test_a_file_of_two_formats_has_that_of_its_name():
+def test_a_file_of_two_formats_has_that_of_its_name_and_without_one_is_dicom():
     both = picture("TIFF")[:128].ljust(128, b"\0") + DICOM[128:]  # DICOM leaves the first 128 bytes to others
     assert both[:4] in (b"II*\0", b"MM\0*")
     assert sniff_kind(both[:HEAD_BYTES], "x.tif") == "tiff"
-    assert sniff_kind(both[:HEAD_BYTES], "x.dcm") == "dicom"
+    for name in ("x.dcm", "IM0001", ""):
+        assert sniff_kind(both[:HEAD_BYTES], name) == "dicom"
 
 
 @pytest.mark.parametrize("query", ["?X-Amz-Signature=a.b/c.txt&X-Amz-Expires=900", "?sig=x%2F.png", "#part"])

@@ -14,7 +14,8 @@ from vlsm.images.preprocess import Square
 from vlsm.images.windows import count_windows, plan_windows
 from vlsm.segmentation.cleaning import clean_mask
 from vlsm.segmentation.image_rows import describe_image
-from vlsm.segmentation.masks import decode_mask, decode_probability, mask_from_logits
+from vlsm.segmentation.masks import decode_mask, decode_probability
+from vlsm.segmentation.results import segmentation_of
 from vlsm.segmentation.tiles import probability_map
 
 
@@ -49,7 +50,7 @@ def test_the_record_of_a_mask_is_what_pycocotools_reads():
     logits = np.full((1, 16, 16), -3.0)
     logits[0, 4:8, 2:14] = 2
     (record,) = describe([logits], (32, 48), make_settings())
-    mask = mask_from_logits(logits[0], (32, 48), 0.5, Square(len(logits[0])))
+    mask = segmentation_of(logits, np.zeros((32, 48, 3), np.uint8), "x", 0.5, Square(len(logits[0]))).mask
     theirs = coco.decode({"size": [32, 48], "counts": record.mask_rle})
     np.testing.assert_array_equal(mask, theirs)
     rows, columns = np.nonzero(mask)

@@ -5,9 +5,13 @@ from vlsm.images.preprocess import Square
 from vlsm.segmentation.masks import (
     decode_mask,
     encode_mask,
-    mask_from_logits,
     mirrored_mean,
 )
+from vlsm.segmentation.results import segmentation_of
+
+
+def mask_from_logits(logits, size, threshold, square):
+    return segmentation_of(logits[None], np.zeros((*size, 3), np.uint8), "x", threshold, square).mask
 
 
 @pytest.mark.parametrize("size", [(64, 64), (530, 622), (37, 200), (20, 9), (1, 1)])

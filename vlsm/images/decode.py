@@ -12,7 +12,7 @@ from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
 from vlsm.images.codestreams import codestream_size, has_jpeg_end, is_jpeg_ls, rare_jpeg_bits
 from vlsm.images.grey_levels import Decoded, Window
-from vlsm.images.stored import Stored, check_pixels, decoder_errors, full_range
+from vlsm.images.stored import Stored, check_pixels, decoder_errors, full_range, stored_levels
 
 try:
     import simplejpeg
@@ -94,7 +94,7 @@ def read_stored(data: bytes, name: str, max_pixels: int) -> Stored:
         return _read_rare_jpeg(data, name, max_pixels, num_bits)
     with decoder_errors(name), _open(io.BytesIO(data)) as image:
         check_pixels((image.height, image.width), name, max_pixels)
-        return (_read_deep(image, data) or _read_levels(image, data)).upright(_orientation(image))
+        return (_read_deep(image, data) or _read_levels(image, data)).upright(stated_orientation(image))
 
 
 def _read_rare_jpeg(data: bytes, name: str, max_pixels: int, num_bits: int) -> Stored:
@@ -118,7 +118,7 @@ def orientation_of(data: bytes) -> int:
     """Return the tag Orientation of an image file: 1 is upright, and stands for a file without the tag as well."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _orientation(image)
+            return stated_orientation(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no format of Pillow: it has no such tag
         return 1
 
@@ -193,10 +193,7 @@ def _read_levels(image: Image.Image, data: bytes) -> Stored:
         if image.format != "PNG" or (kept := _without_ancillary_chunks(data)) == data:
             raise
         image = Image.open(io.BytesIO(kept), formats=("PNG",))
-    alpha = np.asarray(image.getchannel("A")) if image.mode in ("LA", "RGBA") else None
-    indices = np.asarray(image) if image.mode == "P" else None
-    levels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
-    return Stored(levels, alpha=alpha, indices=indices)
+    return stored_levels(image)
 
 
 def _decode_jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
@@ -253,8 +250,8 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         position += 12 + length
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) by default.
+def stated_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened image, 1 (upright) by default.
 
     Pillow's exif_transpose is no alternative: it also rewrites the other EXIF tags, and fails if they are damaged.
     """

@@ -151,9 +151,10 @@ _VIDEO = rb".{4}ftyp(?:isom|iso[2-9]|mp4[12]|avc1|M4V|qt  |MSNV)|RIFF.{4}AVI |\x
 _NIFTI = rb"(?:\x5c\x01\0\0|\0\0\x01\x5c).{340}n[+]1\0|(?:\x1c\x02\0\0|\0\0\x02\x1c)n[+]2\0"
 _SLICE = r"(?:volume=\d+,)?slice=\d+"
 FORMATS = {
+    # DICOM comes first: the 128 bytes before its signature may be those of a TIFF
+    "dicom": Format((".dcm", ".dicom"), "vlsm.images.dicom", r"frame=\d+", is_sniffed=True, signature=rb".{128}DICM"),
     "tiff": Format((".tif", ".tiff"), "vlsm.images.tiff", r"page=\d+", signature=_TIFF),
     "image": Format(EXTENSIONS, "vlsm.images.decode", signature=_IMAGE),
-    "dicom": Format((".dcm", ".dicom"), "vlsm.images.dicom", r"frame=\d+", is_sniffed=True, signature=rb".{128}DICM"),
     "nifti": Format(
         (".nii", ".nii.gz", ".hdr", ".hdr.gz"),
         "vlsm.images.nifti",

@@ -5,17 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+Colour = tuple[int, int, int]
+
 _GREEN = (0, 230, 118)
 _MAGENTA = (255, 64, 200)
 
 
-def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.ndarray | None = None) -> np.ndarray:
-    """Return the image with the mask tinted and outlined in green, and the target mask outlined in magenta.
+def draw_overlay(
+    image: np.ndarray, mask: np.ndarray | None, target_mask: np.ndarray | None = None, colour: Colour = _GREEN
+) -> np.ndarray:
+    """Return the image with the mask tinted and outlined in a colour, and the target mask outlined in magenta.
 
     Args:
         image: (H, W, 3) uint8.
         mask: (H, W) of 0 and 1, or None to draw no mask.
         target_mask: (H, W) of 0 and 1, ground truth, or None to draw no target mask.
+        colour: of the mask, RGB.
 
     Returns:
         (H, W, 3) uint8.
@@ -24,8 +29,8 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.nda
     thickness = max(1, round(min(image.shape[:2]) / 250))
     if mask is not None:
         inside = mask.astype(bool)
-        picture[inside] = 0.7 * picture[inside] + 0.3 * np.array(_GREEN, np.float32)
-        picture[outline(inside, thickness)] = _GREEN
+        picture[inside] = 0.7 * picture[inside] + 0.3 * np.array(colour, np.float32)
+        picture[outline(inside, thickness)] = colour
     if target_mask is not None:
         picture[outline(target_mask.astype(bool), thickness)] = _MAGENTA
     return picture.astype(np.uint8)

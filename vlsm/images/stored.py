@@ -98,6 +98,14 @@ class Stored:
         return pixels if has_data is None else np.where(has_data, pixels, np.uint8(0)), levels.rule
 
 
+def stored_levels(image: Image.Image) -> Stored:
+    """Return an image of Pillow with at most 8 bits a channel, its values (H, W) or (H, W, 3) uint8."""
+    alpha = np.asarray(image.getchannel("A")) if image.mode in ("LA", "RGBA") else None
+    indices = np.asarray(image) if image.mode == "P" else None
+    levels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
+    return Stored(levels, alpha=alpha, indices=indices)
+
+
 def upright(values: np.ndarray, orientation: int | None) -> np.ndarray:
     """Return (H, W, ...) values turned as the tag Orientation says. An unknown number turns nothing."""
     turn = _UPRIGHT.get(orientation or 1)

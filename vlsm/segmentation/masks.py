@@ -8,7 +8,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from pycocotools import mask as coco
 
-from vlsm.images.preprocess import Square
 from vlsm.images.run_lengths import MAX_PIXELS, decode_run_lengths
 
 
@@ -25,23 +24,6 @@ class MaskRecord:
     review: str | None = None
     label_map: bytes | None = None
     probability_map: bytes | None = None
-
-
-def mask_from_logits(logits: np.ndarray, size: tuple[int, int], threshold: float, square: Square) -> np.ndarray:
-    """Return the binary mask at the original size of the image.
-
-    Logits are enlarged before thresholding, so that edges follow the image and not the model's grid.
-
-    Args:
-        logits: (S, S) float.
-        size: (height, width) of the image in pixels.
-        threshold: probability in (0, 1); at or above it a pixel is foreground.
-        square: the input square of the model.
-
-    Returns:
-        (height, width) uint8, 0 or 1.
-    """
-    return (square.enlarge_logits(logits, size) >= logit(threshold)).view(np.uint8)
 
 
 def mirrored_mean(logits: np.ndarray, mirrored: np.ndarray) -> np.ndarray:

@@ -1,15 +1,24 @@
-"""Segment images with a checkpoint: arrays in, arrays out, without a cluster."""
+"""Segment images with a checkpoint: images in, masks out, without a cluster."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlsm.checkpoints import Checkpoint
+from vlsm.images.given import as_list, open_given
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
-from vlsm.segmentation.masks import mask_from_logits
+from vlsm.segmentation.published import find_checkpoint
+from vlsm.segmentation.results import Segmentation, segmentation_of
+
+OneImage = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
+Prompts = str | Iterable[str] | None
 
 
 class Segmenter:
@@ -35,47 +44,69 @@ class Segmenter:
         torch.backends.mha.set_fastpath_enabled(False)
         fold_batch_norms(checkpoint.model)
         self.model = checkpoint.model.to(self.device).to(memory_format=torch.channels_last)
-        self.settings = checkpoint.settings
+        self.settings, self._name = checkpoint.settings, checkpoint.name
         self.batch_size = batch_size
         self._temperature = self.settings.calibration.temperature if self.settings.calibration else 1.0
         self._prompts = PromptCache(self.model)
 
+    def __repr__(self) -> str:
+        return f"<Segmenter of {self._name} on {self.device}: {self.settings.summary}>"
+
+    @overload
+    def segment(  # type: ignore[overload-overlap]  # a str is an iterable too
+        self, images: OneImage, prompts: Prompts = None, threshold: float | None = None, probabilities: bool = False
+    ) -> Segmentation: ...
+
+    @overload
     def segment(
         self,
-        images: Sequence[np.ndarray],
-        prompts: str | Sequence[str] | None = None,
+        images: Iterable[Any],
+        prompts: Prompts = None,
         threshold: float | None = None,
-    ) -> list[np.ndarray]:
+        probabilities: bool = False,
+    ) -> list[Segmentation]: ...
+
+    def segment(
+        self, images: Any, prompts: Prompts = None, threshold: float | None = None, probabilities: bool = False
+    ) -> Segmentation | list[Segmentation]:
         """Return one mask per image and prompt, at the original size of the image.
 
+        `vlsm.images.given` has the rules for images. The pixels of an image stay in memory with its result.
+
         Args:
-            images: arrays (H, W, 3) uint8; their sizes may differ.
+            images: one image or an iterable of images, whose sizes may differ. An image is a path or URI (a file with
+                several images needs a selector: `ct.nii.gz#slice=17`), bytes, an image of Pillow, or a uint8 array:
+                (H, W, 3), grey (H, W) or (H, W, 1), or with alpha (H, W, 4).
             prompts: one text or several, for every image. Default: the stored prompt of the checkpoint.
             threshold: a probability in (0, 1). Default: the stored threshold of the checkpoint.
+            probabilities: whether to keep the probability of each pixel too.
 
         Returns:
-            One array per image: (H, W) uint8 of 0 and 1 for one text, (T, H, W) for a sequence of T texts.
+            For each image an array (H, W) uint8 of 0 and 1 for one text, (T, H, W) for a sequence of T texts. It has
+            `mask`, `confidence`, `probability`, `image` and `overlay()`; see `vlsm.segmentation.results.Segmentation`.
+            For a single image its result, else a list.
 
         Raises:
-            ValueError: an image is not (H, W, 3) uint8, there is no prompt, or the threshold is not in (0, 1).
+            ValueError: an array is not uint8 or has another shape, there is no prompt, or the threshold is not in
+                (0, 1).
+            TypeError: images or prompts are of another type.
+            ImageError: a file cannot be read. Then no image has a result.
         """
-        texts = [prompts] if isinstance(prompts, str) else [self.settings.prompt] if prompts is None else list(prompts)
-        for image in images:
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise ValueError(f"an image is {image.dtype} of shape {image.shape}; it must be uint8 (H, W, 3)")
-        if len(images) == 0:
-            return []
+        several, is_one = as_list(images)
+        texts = _list_texts(self.settings.prompt if prompts is None else prompts)
         threshold = self.settings.threshold if threshold is None else threshold
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold is {threshold}; it must be a probability between 0 and 1")
-        square = self.model.image_spec.square
-        resized = np.stack([square.resize_image(image) for image in images])
-        all_logits = self.predict_logits(resized, [texts] * len(images))
-        masks = [
-            np.stack([mask_from_logits(logits, image.shape[:2], threshold, square) for logits in image_logits])
-            for image, image_logits in zip(images, all_logits, strict=True)
-        ]
-        return masks if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [mask[0] for mask in masks]
+            raise ValueError(f"threshold is {threshold}; it must be a probability between 0 and 1, such as 0.5")
+        names = ["the image"] if is_one else [f"image {number}" for number, _ in enumerate(several, start=1)]
+        openings = [open_given(image, name) for image, name in zip(several, names, strict=True)]
+        square, results = self.model.image_spec.square, []
+        for start in range(0, len(openings), self.batch_size):
+            pixels = [read() for read in openings[start : start + self.batch_size]]
+            resized = np.stack([square.resize_image(image) for image in pixels])
+            for logits, image in zip(self.predict_logits(resized, [texts] * len(pixels)), pixels, strict=True):
+                shown = texts if isinstance(prompts, Iterable) and not isinstance(prompts, str) else texts[0]
+                results.append(segmentation_of(logits, image, shown, threshold, square, probabilities))
+        return results[0] if is_one else results
 
     @torch.inference_mode()
     def predict_logits(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
@@ -117,6 +148,72 @@ class Segmenter:
                 pieces.append(self.model.decode(batch_images, batch_texts)[:, 0].float().cpu())
         logits = (torch.cat(pieces) / self._temperature).numpy()  # (sum of T, S, S)
         return np.split(logits, np.cumsum([len(image_prompts) for image_prompts in prompts])[:-1])
+
+
+@overload
+def segment(  # type: ignore[overload-overlap]  # a str is an iterable too
+    images: OneImage,
+    checkpoint: Checkpoint | str | Path,
+    prompts: Prompts = None,
+    *,
+    threshold: float | None = None,
+    probabilities: bool = False,
+    device: str | None = None,
+) -> Segmentation: ...
+
+
+@overload
+def segment(
+    images: Iterable[Any],
+    checkpoint: Checkpoint | str | Path,
+    prompts: Prompts = None,
+    *,
+    threshold: float | None = None,
+    probabilities: bool = False,
+    device: str | None = None,
+) -> list[Segmentation]: ...
+
+
+def segment(
+    images: Any,
+    checkpoint: Checkpoint | str | Path,
+    prompts: Prompts = None,
+    *,
+    threshold: float | None = None,
+    probabilities: bool = False,
+    device: str | None = None,
+) -> Segmentation | list[Segmentation]:
+    """Return one mask per image and prompt: load a model, segment, forget the model.
+
+    To segment again and again, load the model once: `vlsm.Segmenter(vlsm.load_checkpoint(...))`.
+
+    Args:
+        images: one image or several, as for `Segmenter.segment`.
+        checkpoint: a checkpoint's folder or URI, a Checkpoint, or the hub id or folder of a published CLIPSeg, such as
+            "CIDAS/clipseg-rd64-refined", which needs a prompt.
+        prompts: one text or several, for every image. Default: the stored prompt of the checkpoint.
+        threshold: a probability in (0, 1). Default: the stored threshold of the checkpoint.
+        probabilities: whether to keep the probability of each pixel too.
+        device: such as "cpu" or "cuda". Default: the GPU if there is one, else the CPU.
+
+    Returns:
+        As `Segmenter.segment`.
+
+    Raises:
+        CheckpointError: there is no usable model.
+        ValueError, TypeError, ImageError: as for `Segmenter.segment`.
+    """
+    segmenter = Segmenter(find_checkpoint(checkpoint, prompts is not None), device)
+    return segmenter.segment(images, prompts, threshold, probabilities)
+
+
+def _list_texts(prompts: Any) -> list[str]:
+    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("prompts must be a text, or a list of texts, which every image gets")
+    if not texts:
+        raise ValueError("prompts is empty; each image needs one prompt or more")
+    return texts
 
 
 def _take(features: tuple[Tensor, ...], rows: list[int]) -> tuple[Tensor, ...]:
