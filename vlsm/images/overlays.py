@@ -1,12 +1,24 @@
 """Pictures of masks drawn on their images, and contact sheets of such pictures."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _GREEN = (0, 230, 118)
 _MAGENTA = (255, 64, 200)
+# Okabe and Ito's colours without black, which differ for every kind of colour vision, and white
+PROMPT_COLORS = (
+    (86, 180, 233),
+    (230, 159, 0),
+    (0, 158, 115),
+    (240, 228, 66),
+    (204, 121, 167),
+    (213, 94, 0),
+    (0, 114, 178),
+    (255, 255, 255),
+)
 
 
 def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.ndarray | None = None) -> np.ndarray:
@@ -29,6 +41,64 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.nda
     if target_mask is not None:
         picture[outline(target_mask.astype(bool), thickness)] = _MAGENTA
     return picture.astype(np.uint8)
+
+
+def draw_outlines(image: np.ndarray, masks: Sequence[np.ndarray], thickness: int) -> np.ndarray:
+    """Return the image with the outline of each mask in its colour of PROMPT_COLORS, which start again after the last.
+
+    Equal outlines do not hide each other: each mask leaves gaps in its outline, where earlier ones are seen.
+
+    Args:
+        image: (H, W, 3) uint8.
+        masks: (H, W) of 0 and 1 each.
+        thickness: thickness of the outlines in pixels.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    picture = image.copy()
+    period, (rows, columns) = 8 * thickness, np.indices(image.shape[:2], sparse=True)
+    stripes = (rows + columns) // period
+    drawn = np.zeros(image.shape[:2], bool)
+    for number, mask in enumerate(masks):
+        rim = outline(mask.astype(bool), thickness)
+        picture[rim & ~(drawn & (stripes % 2 == 0))] = PROMPT_COLORS[number % len(PROMPT_COLORS)]
+        drawn |= rim
+    return picture
+
+
+def draw_legend(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Return a picture with a strip below it: the colour of each mask of `draw_outlines`, its number and its name.
+
+    Letters that the built-in font lacks become question marks; the number tells which name it is.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        names: one per mask.
+
+    Returns:
+        (H + strip, W, 3) uint8.
+    """
+    side = max(12, min(40, round(min(picture.shape[:2]) / 28)))
+    font = ImageFont.load_default(side)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    width, line_px, places, x, y = picture.shape[1], round(1.5 * side), [], 0, 0
+    for number, name in enumerate(names, start=1):
+        text = f"{number} {name}".encode("latin-1", "replace").decode("latin-1")
+        text = _cut_text(" ".join(text.split()), max(1, width - 3 * side), pen, font)
+        length = round(2.5 * side + pen.textlength(text, font))
+        if x and x + length > width:
+            x, y = 0, y + line_px
+        places.append((x, y, text))
+        x += length
+    strip = Image.new("RGB", (width, y + line_px), (24, 24, 24))
+    pen = ImageDraw.Draw(strip)
+    for number, (x, y, text) in enumerate(places):
+        top = y + (line_px - side) // 2
+        box = (x + side // 2, top, x + side // 2 + side, top + side)
+        pen.rectangle(box, fill=PROMPT_COLORS[number % len(PROMPT_COLORS)])
+        pen.text((x + 2 * side, y + line_px // 2), text, fill=(230, 230, 230), font=font, anchor="lm")
+    return np.concatenate([picture, np.asarray(strip)])
 
 
 def draw_label(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -79,12 +149,13 @@ def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, til
     return np.asarray(sheet)
 
 
-def _cut_text(text: str, width_px: int, pen: ImageDraw.ImageDraw) -> str:
+def _cut_text(text: str, width_px: int, pen: ImageDraw.ImageDraw, font: Any = None) -> str:
     """Return a text that fits the width; a longer one ends with dots."""
-    if pen.textlength(text[:width_px]) <= width_px:
+    if pen.textlength(text[:width_px], font) <= width_px and len(text) <= width_px:
         return text
-    length = next(length for length in range(width_px, 0, -1) if pen.textlength(f"{text[:length]}..") <= width_px)
-    return f"{text[:length]}.."
+    lengths = range(min(width_px, len(text)), 0, -1)
+    fitting = (length for length in lengths if pen.textlength(f"{text[:length]}..", font) <= width_px)
+    return f"{text[: next(fitting, 0)]}.."
 
 
 def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -9,7 +9,9 @@ import pyarrow.csv
 
 from vlsm import storage
 from vlsm.cells import read_cell
+from vlsm.checkpoints import Calibration
 from vlsm.report import parts
+from vlsm.report.glossary import label
 from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import FILE, ROW, Extremes, Survey, scan
@@ -43,6 +45,8 @@ def evaluation_page(output: str, title: str) -> Page:
     leader_survey, ends = _ends(scores, leader)
     painter = Painter(parts.open_reader(record["config"], output), read_rle_masks)
     columns = ["mask_rle", "target_rle", "height", "width"]
+    checkpoints = _checkpoints(record["config"])
+    known = parts.read_calibrations(checkpoints)
     groups, cards = parts.show(ends, survey.sample, painter, columns, scores)
     intro = f"From {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
     return Page(
@@ -53,18 +57,33 @@ def evaluation_page(output: str, title: str) -> Page:
         sections=[
             *_scores(table),
             *parts.distributions(survey, "scored rows, of all prompts"),
-            *parts.calibrations(_checkpoints(record["config"])),
-            Section("cases", "Cases to look at", shorten(intro, 300), groups=groups, has_legend=True),
-            *parts.failures(survey),
+            *parts.reviews(survey, {}),
+            *parts.calibrations(known),
+            Section("cases", "Cases to look at", shorten(intro, 300), groups=groups, outlines=["prediction", "target"]),
+            *parts.failures(survey, "scores"),
         ],
         cards=cards,
         gallery_note=parts.gallery_note(
-            len(cards), survey.num_rows, "datasets, systems, prompts, statuses and ranges of Dice"
+            len(cards), survey.num_rows, "datasets, systems, prompts, statuses, reasons for a review and ranges of Dice"
         ),
         outlines=["prediction", "target"],
         record=record,
         facts=provenance(record),
+        about=_about(record, survey, len(checkpoints), known),
     )
+
+
+def _about(
+    record: dict[str, Any], survey: Survey, num_checkpoints: int, known: dict[str, Calibration | None]
+) -> list[tuple[str, str, str]]:
+    """Return systems, datasets, prompts, date and calibration of the evaluation."""
+    names = {"system": "Models", "dataset": "Datasets", "prompt": "Prompts"}
+    facts = [(title, parts.name_some(survey.values[name]), "") for name, title in names.items() if survey.values[name]]
+    facts.append(("Date", parts.format_date(record), ""))
+    if num_checkpoints:
+        words, is_calibrated = parts.describe_calibrations(num_checkpoints, known)
+        facts.append(("Calibration", words, "" if is_calibrated else "warn"))
+    return facts
 
 
 def _checkpoints(config: dict[str, Any]) -> dict[str, str]:
@@ -99,7 +118,7 @@ def _scores(table: list[dict[str, Any]]) -> list[Section]:
         for name, value in table[0].items()
         if len(table) > 1 and isinstance(value, str) and all(row[name] == value for row in table)
     }
-    intro = "; ".join(f"{name.replace('_', ' ')}: {shorten(value)}" for name, value in same.items())
+    intro = "; ".join(f"{label(name)}: {shorten(value)}" for name, value in same.items())
     note = "The line beside a mean Dice shows its confidence interval on an axis from 0 to 1."
     rows = [{name: value for name, value in row.items() if name not in same} for row in table]
     return [Section("scores", "Scores", intro, tables=[as_table(rows, note)])]
@@ -163,7 +182,7 @@ def _stats(
     counts = [(len(survey.values[name]), name) for name in ("system", "dataset")]
     several = ", ".join(f"{count:,} {name}s" for count, name in counts if count > 1)
     stats.append(Stat("Scores", f"{survey.num_rows:,}", several))
-    stats.append(Stat("Failed", f"{survey.values['status']['failed']:,}", tone="warn" if survey.reasons else ""))
+    stats.append(Stat("Failed scores", f"{survey.values['status']['failed']:,}", tone="warn" if survey.reasons else ""))
     return stats
 
 
