@@ -78,7 +78,7 @@ class Painter:
             return Picture(problem=describe_error(row | {"error": str(error)}))
         if any(mask is not None and mask.shape != image.shape[:2] for mask in (prediction, target)):
             return Picture(problem="the size of its image has changed since the run")
-        return _as_picture(image, (prediction, target), is_case)
+        return draw_outlined(image, (prediction, target), is_case)
 
     def draw_together(self, row: dict[str, Any], masks: Sequence[np.ndarray]) -> str | None:
         """Return the image of a row with the outlines of several masks, as a data URI; None if it cannot be read."""
@@ -162,7 +162,8 @@ def read_rle_masks(row: dict[str, Any]) -> Masks:
     return prediction, target
 
 
-def _as_picture(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:
+def draw_outlined(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:
+    """Return the pictures of an image (H, W, 3) uint8 with the outlines of its prediction and target."""
     outlined, _ = _fit(image, outlines, _CARD_PX)
     card = _data_uri(outlined, _CARD_BYTES)
     return Picture(
