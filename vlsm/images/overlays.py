@@ -1,5 +1,7 @@
 """Pictures of masks drawn on their images, and contact sheets of such pictures."""
 
+import bisect
+import colorsys
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,8 +45,17 @@ def draw_overlay(image: np.ndarray, mask: np.ndarray | None, target_mask: np.nda
     return picture.astype(np.uint8)
 
 
+def prompt_colors(number: int) -> list[tuple[int, int, int]]:
+    """Return the colours of the first prompts, all different: PROMPT_COLORS, then hues of which neighbours differ."""
+    colors = list(PROMPT_COLORS)
+    for index in range(len(colors), number):  # hues at the golden angle
+        shares = colorsys.hsv_to_rgb(index * 0.618034 % 1, (0.55, 0.8, 1.0)[index % 3], (1.0, 0.75)[index % 2])
+        colors.append((round(255 * shares[0]), round(255 * shares[1]), round(255 * shares[2])))
+    return colors[:number]
+
+
 def draw_outlines(image: np.ndarray, masks: Sequence[np.ndarray], thickness: int) -> np.ndarray:
-    """Return the image with the outline of each mask in its colour of PROMPT_COLORS, which start again after the last.
+    """Return the image with the outline of each mask in its colour of `prompt_colors`.
 
     Equal outlines do not hide each other: each mask leaves gaps in its outline, where earlier ones are seen.
 
@@ -57,12 +68,12 @@ def draw_outlines(image: np.ndarray, masks: Sequence[np.ndarray], thickness: int
         (H, W, 3) uint8.
     """
     picture = image.copy()
-    period, (rows, columns) = 8 * thickness, np.indices(image.shape[:2], sparse=True)
-    stripes = (rows + columns) // period
+    height, width = image.shape[:2]
+    stripes = (np.arange(height)[:, None] + np.arange(width)) // (8 * thickness)
     drawn = np.zeros(image.shape[:2], bool)
-    for number, mask in enumerate(masks):
+    for color, mask in zip(prompt_colors(len(masks)), masks, strict=True):
         rim = outline(mask.astype(bool), thickness)
-        picture[rim & ~(drawn & (stripes % 2 == 0))] = PROMPT_COLORS[number % len(PROMPT_COLORS)]
+        picture[rim & ~(drawn & (stripes % 2 == 0))] = color
         drawn |= rim
     return picture
 
@@ -93,10 +104,10 @@ def draw_legend(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
         x += length
     strip = Image.new("RGB", (width, y + line_px), (24, 24, 24))
     pen = ImageDraw.Draw(strip)
-    for number, (x, y, text) in enumerate(places):
+    for color, (x, y, text) in zip(prompt_colors(len(places)), places, strict=True):
         top = y + (line_px - side) // 2
         box = (x + side // 2, top, x + side // 2 + side, top + side)
-        pen.rectangle(box, fill=PROMPT_COLORS[number % len(PROMPT_COLORS)])
+        pen.rectangle(box, fill=color)
         pen.text((x + 2 * side, y + line_px // 2), text, fill=(230, 230, 230), font=font, anchor="lm")
     return np.concatenate([picture, np.asarray(strip)])
 
@@ -153,9 +164,9 @@ def _cut_text(text: str, width_px: int, pen: ImageDraw.ImageDraw, font: Any = No
     """Return a text that fits the width; a longer one ends with dots."""
     if pen.textlength(text[:width_px], font) <= width_px and len(text) <= width_px:
         return text
-    lengths = range(min(width_px, len(text)), 0, -1)
-    fitting = (length for length in lengths if pen.textlength(f"{text[:length]}..", font) <= width_px)
-    return f"{text[: next(fitting, 0)]}.."
+    lengths = range(min(width_px, len(text)) + 1)
+    num_fitting = bisect.bisect_right(lengths, width_px, key=lambda length: pen.textlength(f"{text[:length]}..", font))
+    return f"{text[: max(0, num_fitting - 1)]}.."
 
 
 def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

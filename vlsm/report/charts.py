@@ -72,7 +72,7 @@ def draw_ridge(title: str, groups: Sequence[tuple[str, Distribution]]) -> Ridge:
     highest = max(distribution.highest for _, distribution in groups)
     limit = next(limit for limit in _LIMITS if limit >= min(1.0, highest))
     is_single = len(groups) == 1
-    step, max_height, num_bins = (156, 112, 25) if is_single else (76, 40, 50)
+    step, max_height, num_bins = (156, 112, 25) if is_single else (92, 40, 50)
     width = WIDTH - _LEFT - _RIGHT
     rows = []
     for index, (label, distribution) in enumerate(groups):
@@ -98,7 +98,18 @@ def draw_ridge(title: str, groups: Sequence[tuple[str, Distribution]]) -> Ridge:
         median = distribution.median
         facts = f"median {median:.2f} · mean {distribution.mean:.2f} · n {distribution.count:,}"
         median_x = round(_LEFT + min(median / limit, 1) * width, 2)
-        rows.append(RidgeRow(label, facts, base - step + 20, base, count_ticks, bars, median_x, base - max_height - 4))
+        rows.append(
+            RidgeRow(
+                label,
+                facts,
+                base - step + (20 if is_single else 34),
+                base,
+                count_ticks,
+                bars,
+                median_x,
+                base - max_height - 4,
+            )
+        )
     bottom = len(groups) * step - 4.0
     ticks = [(round(_LEFT + share * width, 2), f"{share * limit:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)]
     return Ridge(title, int(bottom + 24), rows, ticks, bottom)

@@ -12,7 +12,7 @@ from vlsm.cells import read_cell
 from vlsm.checkpoints import Calibration
 from vlsm.report import parts
 from vlsm.report.glossary import label
-from vlsm.report.page import Page, Section, Stat, as_table, provenance
+from vlsm.report.page import Case, Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import FILE, ROW, Extremes, Survey, scan
 from vlsm.runs.record import read_summary
@@ -27,6 +27,9 @@ _SCORES = pa.schema(
         *(pa.field(name, pa.string()) for name in ("mask_rle", "target_rle")),
     ]
 )
+_MOST_COLUMNS = 14  # of a table that fits a page of 1,400 pixels
+_NAMES = ("dataset", "prompt_name", "prompt_class", "system")
+_MAIN = {*_NAMES, "n", "n_failed", "dice_mean", "dice_low", "dice_high", "dice_median", "iou_mean", "difference", "p"}
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
 
 
@@ -59,7 +62,7 @@ def evaluation_page(output: str, title: str) -> Page:
             *parts.distributions(survey, "scored rows, of all prompts"),
             *parts.reviews(survey, {}),
             *parts.calibrations(known),
-            Section("cases", "Cases to look at", shorten(intro, 300), groups=groups, outlines=["prediction", "target"]),
+            *_cases(shorten(intro, 300), groups),
             *parts.failures(survey, "scores"),
         ],
         cards=cards,
@@ -121,7 +124,28 @@ def _scores(table: list[dict[str, Any]]) -> list[Section]:
     intro = "; ".join(f"{label(name)}: {shorten(value)}" for name, value in same.items())
     note = "The line beside a mean Dice shows its confidence interval on an axis from 0 to 1."
     rows = [{name: value for name, value in row.items() if name not in same} for row in table]
-    return [Section("scores", "Scores", intro, tables=[as_table(rows, note)])]
+    tables = [as_table(each, note * (not index)) for index, each in enumerate(_split_columns(rows))]
+    return [Section("scores", "Scores", intro, tables=tables)]
+
+
+def _split_columns(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the rows as one table, or as two if they have too many columns for a page: the main ones come first.
+
+    The second table has only columns with values.
+    """
+    if len(rows[0]) <= _MOST_COLUMNS:
+        return [rows]
+    names = [name for name in rows[0] if name in _NAMES]
+    filled = [name for name in rows[0] if name not in _MAIN and any(row[name] not in (None, "") for row in rows)]
+    more = [name for name in filled if name not in names]
+    parts_of = ([name for name in rows[0] if name in _MAIN], [*names, *more])
+    return [[{name: row[name] for name in part} for row in rows] for part in parts_of if len(part) > len(names)]
+
+
+def _cases(intro: str, groups: list[tuple[str, str, list[Case]]]) -> list[Section]:
+    """Return the section with the extreme cases, or no section if nothing has a score."""
+    outlines = ["prediction", "target"]
+    return [Section("cases", "Cases to look at", intro, groups=groups, outlines=outlines)] if groups else []
 
 
 def _leader(table: list[dict[str, Any]]) -> dict[str, Any] | None:

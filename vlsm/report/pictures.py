@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
+from vlsm import storage
 from vlsm.errors import StorageError, VlsmError
 from vlsm.images.overlays import draw_outlines, outline, shrink_mask
 from vlsm.images.reader import Reader
@@ -60,6 +61,7 @@ class Painter:
     def __init__(self, reader: Reader, read_masks: Callable[[dict[str, Any]], Masks]) -> None:
         self._reader, self._read_masks = reader, read_masks
         self._away: set[str] = set()
+        self._store_errors: tuple[type[Exception], ...] = (StorageError, *storage.store_errors())
 
     def draw(self, row: dict[str, Any], is_case: bool) -> Picture:
         """Return the pictures of a row, with the large ones for a case; or the reason if its image cannot be read."""
@@ -72,8 +74,8 @@ class Painter:
             content, frame = self._reader.open(row)
             image = content.decode(frame).pixels
             prediction, target = self._read_masks(row)
-        except (VlsmError, ValueError, TypeError) as error:  # also damaged run lengths
-            if isinstance(error, StorageError):
+        except (VlsmError, ValueError, TypeError, *self._store_errors) as error:  # also damaged run lengths
+            if isinstance(error, self._store_errors):
                 self._away.add(store)
             return Picture(problem=describe_error(row | {"error": str(error)}))
         if any(mask is not None and mask.shape != image.shape[:2] for mask in (prediction, target)):
@@ -85,7 +87,7 @@ class Painter:
         try:
             content, frame = self._reader.open(row)
             image = content.decode(frame).pixels
-        except (VlsmError, ValueError, TypeError):
+        except (VlsmError, ValueError, TypeError, *self._store_errors):
             return None
         if any(mask.shape != image.shape[:2] for mask in masks):
             return None

@@ -59,7 +59,7 @@ def segmentation_page(output: str, title: str) -> Page:
             *parts.distributions(survey, "masks"),
             *parts.reviews(survey, _rules(config)),
             *parts.calibrations(known),
-            Section("look", "Look at these first", groups=groups, outlines=["prediction"]),
+            *([Section("look", "Look at these first", groups=groups, outlines=["prediction"])] if groups else []),
             *draw_prompts(results, survey, painter),
             *parts.failures(survey, "images"),
         ],

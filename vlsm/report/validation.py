@@ -36,11 +36,13 @@ def predict_examples(
         reason = "no epoch has ended yet" if chosen else "there are no validation images"
         return Section("predictions", _TITLE, f"None: {reason}.")
     unusable: tuple[type[Exception], ...] = (VlsmError, OSError, RuntimeError, ValueError, TypeError, LookupError)
+    unusable += storage.store_errors()
+    unbuildable: tuple[type[Exception], ...] = (*unusable, ImportError)
     try:
         from vlsm.segmentation.segmenter import Segmenter  # here: other reports do not wait for torch
 
         segmenter = Segmenter(load_checkpoint(checkpoint), "cpu")
-    except (*unusable, ImportError, *storage.store_errors()) as error:
+    except unbuildable as error:
         reason = describe_error({"error": str(error), "image_uri": storage.join(checkpoint, SETTINGS_NAME)})
         return Section("predictions", _TITLE, f"None: the checkpoint cannot be used. {reason}")
     stored = segmenter.settings.prompt
