@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.browser import CHROMIUM, Browser
 from tests.conftest import save_square
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.datasets.inspection import EXAMPLES_SCHEMA
@@ -132,6 +133,26 @@ def test_reasons_for_a_review_and_empty_masks_are_counted_and_filtered(output):
     for name in ("review", "mask"):
         assert f'<select data-word="{name}">' in page
     assert "<h3>Empty masks" in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+def test_the_gallery_shows_the_masks_with_one_reason(output):
+    page_of(output)
+    titles = "[...document.querySelectorAll('.card:not([hidden]) .title')].map(title => title.textContent)"
+    with Browser() as browser:
+        browser.open(output.parent / "page.html")
+        for word, value, images in (
+            ("review", "low confidence", ["1.png", "2.png"]),
+            ("review", "odd area", ["2.png"]),
+            ("mask", "empty", ["0.png"]),
+        ):
+            browser.run("document.querySelector('#controls').reset()")
+            browser.run(
+                f"(() => {{ const field = document.querySelector('[data-word={word}]'); field.value = '{value}';"
+                " field.dispatchEvent(new Event('input', {bubbles: true})); })()"
+            )
+            assert sorted(browser.run(titles)) == images
+        assert browser.errors == []
 
 
 def test_failed_is_the_number_of_images_everywhere(output):

@@ -274,13 +274,6 @@ def records_from_table(table: pa.Table) -> list[Record]:
     return [read_record_row(row) for row in table.select(names).to_pylist()]
 
 
-def facts_from_table(table: pa.Table) -> list[Facts]:
-    """Return what such a table has of the facts of its records. Those of earlier versions have fewer columns."""
-    names = [name for name in Facts.__dataclass_fields__ if name in table.column_names]
-    rows = table.select(names).to_pylist()
-    return [Facts(**{name: value for name, value in row.items() if value is not None}) for row in rows]
-
-
 def good_records(table: pa.Table) -> list[Record]:
     """Return the records of such a table whose files can be used."""
     return records_from_table(table.filter(pc.is_null(table["error"])))

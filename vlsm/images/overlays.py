@@ -164,9 +164,12 @@ def _cut_text(text: str, width_px: int, pen: ImageDraw.ImageDraw, font: Any = No
     """Return a text that fits the width; a longer one ends with dots."""
     if pen.textlength(text[:width_px], font) <= width_px and len(text) <= width_px:
         return text
-    lengths = range(min(width_px, len(text)) + 1)
-    num_fitting = bisect.bisect_right(lengths, width_px, key=lambda length: pen.textlength(f"{text[:length]}..", font))
-    return f"{text[: max(0, num_fitting - 1)]}.."
+
+    def fits(length: int) -> bool:
+        return pen.textlength(f"{text[:length]}..", font) <= width_px
+
+    length = bisect.bisect_left(range(1, min(width_px, len(text)) + 1), True, key=lambda number: not fits(number))
+    return f"{text[:length]}.."
 
 
 def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

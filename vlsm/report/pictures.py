@@ -62,6 +62,8 @@ class Painter:
         self._reader, self._read_masks = reader, read_masks
         self._away: set[str] = set()
         self._store_errors: tuple[type[Exception], ...] = (StorageError, *storage.store_errors())
+        unreadable = (VlsmError, ValueError, TypeError)  # also damaged run lengths
+        self._unreadable: tuple[type[Exception], ...] = (*unreadable, *self._store_errors)
 
     def draw(self, row: dict[str, Any], is_case: bool) -> Picture:
         """Return the pictures of a row, with the large ones for a case; or the reason if its image cannot be read."""
@@ -74,7 +76,7 @@ class Painter:
             content, frame = self._reader.open(row)
             image = content.decode(frame).pixels
             prediction, target = self._read_masks(row)
-        except (VlsmError, ValueError, TypeError, *self._store_errors) as error:  # also damaged run lengths
+        except self._unreadable as error:
             if isinstance(error, self._store_errors):
                 self._away.add(store)
             return Picture(problem=describe_error(row | {"error": str(error)}))
@@ -87,7 +89,7 @@ class Painter:
         try:
             content, frame = self._reader.open(row)
             image = content.decode(frame).pixels
-        except (VlsmError, ValueError, TypeError, *self._store_errors):
+        except self._unreadable:
             return None
         if any(mask.shape != image.shape[:2] for mask in masks):
             return None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from vlsm.datasets.inspection import facts_from_table, find_twins, records_from_table
+from vlsm.datasets.inspection import Facts, find_twins, records_from_table
 from vlsm.datasets.records import Record
 from vlsm.images.reader import Reader
 from vlsm.report.page import Case, Section, as_table
@@ -26,7 +26,7 @@ def compare_splits(examples: pa.Table, reader: Reader) -> list[Section]:
     """
     if not {"image_hash", "image_sha256"} <= set(examples.column_names):
         return []
-    records, facts = records_from_table(examples), facts_from_table(examples)
+    records, facts = records_from_table(examples), _read_facts(examples)
     if not any(fact.image_sha256 for fact in facts):
         return []
     sizes = Counter(record.split for record in records)
@@ -52,6 +52,13 @@ def compare_splits(examples: pa.Table, reader: Reader) -> list[Section]:
     cases = [_draw(records[index], records[twin], bits, painter) for index, twin, bits in pairs[:_MAX_PAIRS]]
     groups: Sequence[tuple[str, str, list[Case]]] = [("The most similar pairs", "", cases)]
     return [Section("twins", title, intro, tables=[as_table(rows)], groups=groups)]
+
+
+def _read_facts(examples: pa.Table) -> list[Facts]:
+    """Return what a table of examples has of the facts of its records. Those of earlier versions have fewer columns."""
+    names = [name for name in Facts.__dataclass_fields__ if name in examples.column_names]
+    rows = examples.select(names).to_pylist()
+    return [Facts(**{name: value for name, value in row.items() if value is not None}) for row in rows]
 
 
 def _draw(record: Record, twin: Record, bits: int, painter: Painter) -> Case:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlsm import storage
-from vlsm.checkpoints import SETTINGS_NAME, load_checkpoint
+from vlsm.checkpoints import SETTINGS_NAME, build_checkpoint, read_checkpoint
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.overview import spread
 from vlsm.datasets.records import RECORD, Record
@@ -39,9 +39,10 @@ def predict_examples(
     unusable += storage.store_errors()
     unbuildable: tuple[type[Exception], ...] = (*unusable, ImportError)
     try:
-        from vlsm.segmentation.segmenter import Segmenter  # here: other reports do not wait for torch
+        files = read_checkpoint(checkpoint)
+        from vlsm.segmentation.segmenter import Segmenter  # here: a report without a checkpoint does not wait for torch
 
-        segmenter = Segmenter(load_checkpoint(checkpoint), "cpu")
+        segmenter = Segmenter(build_checkpoint(files, checkpoint), "cpu")
     except unbuildable as error:
         reason = describe_error({"error": str(error), "image_uri": storage.join(checkpoint, SETTINGS_NAME)})
         return Section("predictions", _TITLE, f"None: the checkpoint cannot be used. {reason}")
