@@ -27,7 +27,7 @@ def compare_splits(examples: pa.Table, reader: Reader) -> list[Section]:
     if not {"image_hash", "image_sha256"} <= set(examples.column_names):
         return []
     records, facts = records_from_table(examples), _read_facts(examples)
-    if not any(fact.image_sha256 for fact in facts):
+    if all(fact.error for fact in facts):
         return []
     sizes = Counter(record.split for record in records)
     title = "Images alike in two splits"
@@ -58,7 +58,13 @@ def _read_facts(examples: pa.Table) -> list[Facts]:
     """Return what a table of examples has of the facts of its records. Those of earlier versions have fewer columns."""
     names = [name for name in Facts.__dataclass_fields__ if name in examples.column_names]
     rows = examples.select(names).to_pylist()
-    return [Facts(**{name: value for name, value in row.items() if value is not None}) for row in rows]
+    unknown = Facts(error="its file was not hashed")  # such rows are not compared
+    return [
+        Facts(**{name: value for name, value in row.items() if value is not None})
+        if row.get("image_sha256")
+        else unknown
+        for row in rows
+    ]
 
 
 def _draw(record: Record, twin: Record, bits: int, painter: Painter) -> Case:
