@@ -136,8 +136,15 @@ class CleanSettings(Settings):
 class ReviewSettings(Settings):
     """Which masks are marked for review. A calibrated checkpoint gives the values that are not set here."""
 
-    min_confidence: float | None = Field(None, ge=0, le=1, description="mark masks for review below this confidence")
-    min_agreement: float | None = Field(0.7, ge=0, le=1, description="mark masks for review below this agreement")
+    min_confidence: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="mark masks for review below this confidence, the mean probability inside the mask",
+    )
+    min_agreement: float | None = Field(
+        0.7, ge=0, le=1, description="mark masks for review below this agreement, the mean Dice between members"
+    )
     area_fraction: tuple[float, float] | None = Field(
         None, description="mark masks for review outside [lowest, highest] fraction of the image's area"
     )

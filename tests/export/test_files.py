@@ -11,10 +11,14 @@ import vlsm
 from tests.conftest import save_square
 from tests.export.test_volumes import index
 from vlsm import export
+from vlsm.datasets.examples import ExampleReader
+from vlsm.datasets.records import Record
+from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError
 from vlsm.export.__main__ import main, parse_filter
 from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
+from vlsm.images.overlays import draw_legend, draw_outlines, prompt_colors
 from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.segmentation.masks import encode_mask, encode_png
 
@@ -206,7 +210,60 @@ def test_a_damaged_map_costs_only_its_own_file(output, tmp_path, kind, column):
     with ExportFolder(tmp_path / "x") as folder:
         assert FORMATS[kind](str(output), folder) == 1
     assert folder.num_failed == (4 if kind == "labels" else 3)  # a row may have no probability map
-    assert [path.read_bytes() for path in tmp_path.glob("x/**/*.png")] == [good]
+    assert [np.asarray(Image.open(path)).tolist() for path in tmp_path.glob("x/**/*.png")] == [np.eye(9).tolist()]
+
+
+def test_a_label_map_has_colours_and_keeps_its_values(output, tmp_path):
+    """A palette does not change what readers of the values get, ours included."""
+    labels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    many = np.full((16, 16), 300, np.uint16)
+    damage(output, "kind", "labels", "labels")
+    damage(output, "prompt", '["polyp"]', '["polyp"]')
+    damage(output, "label_map", encode_png(labels), encode_png(many))
+    for column in ("height", "width"):
+        damage(output, column, 16, 16)
+    damage(output, "image_id", "few", "many")
+    assert FORMATS["labels"](str(output), tmp_path / "l", [("prompt", "==", '["polyp"]')]) == 2
+    few = Image.open(tmp_path / "l" / "few.labels.png")
+    assert few.mode == "P"
+    assert (np.asarray(few) == labels).all()
+    colors = np.asarray(few.convert("RGB")).reshape(256, 3)
+    assert (colors[:2].tolist(), len({*map(tuple, colors)})) == ([[0, 0, 0], [86, 180, 233]], 256)
+    assert (np.asarray(Image.open(tmp_path / "l" / "many.labels.png")) == many).all()
+    record = Record("d", "train", "w", "x", str(tmp_path / "l" / "few.labels.png"), {}, labels=(3,))
+    mask = ExampleReader(DatasetSettings()).read_mask(record).mask
+    assert np.argwhere(mask).tolist() == [[0, 3]]
+
+
+def test_all_prompts_of_an_image_are_one_picture_with_a_legend(output, tmp_path):
+    folder = tmp_path / "x"
+    assert main([str(output), str(folder), "--together"]) == 0
+    lines = index(folder)
+    assert len(files(folder)) == 7  # of 14 masks
+    assert [line["prompt"] for line in lines if line["image_id"] == "a/x.png"] == ["round polyp", "round_polyp"]
+    picture = np.asarray(Image.open(folder / "a" / "x.png.png"))
+    assert picture.shape[1] == 40 and picture.shape[0] > 30  # the legend is below the image
+    assert (86, 180, 233) in {*map(tuple, picture[:30].reshape(-1, 3))}
+    assert {(86, 180, 233), (230, 159, 0)} <= {*map(tuple, picture[30:].reshape(-1, 3))}
+    (tmp_path / "images" / "1.png").unlink()
+    assert main([str(output), str(folder), "--together"]) == 1
+    assert sum(bool(line["error"]) for line in index(folder)) == 2  # both rows of the image
+
+
+def test_one_picture_needs_overlays(output, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(output), str(tmp_path / "x"), "--together", "--format", "masks"])
+    assert "--together needs --format overlays" in capsys.readouterr().err
+
+
+def test_equal_and_many_masks_are_all_seen():
+    mask = np.zeros((120, 90), np.uint8)
+    mask[30:90, 20:70] = 1
+    picture = draw_outlines(np.zeros((120, 90, 3), np.uint8), [mask, mask], 2)
+    assert {*map(tuple, picture.reshape(-1, 3))} == {(0, 0, 0), *prompt_colors(2)}
+    legend = draw_legend(picture, [f"prompt {number} \n 息肉 {'x' * 300}" for number in range(60)])
+    assert set(prompt_colors(60)) <= {*map(tuple, legend[120:].reshape(-1, 3))}
+    assert draw_legend(np.zeros((1, 1, 3), np.uint8), ["a"]).shape[1:] == (1, 3)
 
 
 @pytest.mark.parametrize("kind", ["overlays", "labels", "probability"])

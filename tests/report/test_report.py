@@ -391,6 +391,8 @@ def test_a_page_opens_without_complaint_and_fits_its_window(pages, browser, tmp_
     browser.errors.clear()
     browser.open(pages[name], *size, dark=size[0] < 600)
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    boxes = "[...document.querySelectorAll('.scroll')]"
+    assert browser.run(f"{boxes}.every(box => box.scrollWidth <= box.clientWidth)")  # no table is wider than the page
     browser.screenshot(tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as seen:
         assert seen.size == size

@@ -162,15 +162,32 @@ def _twice(records: Sequence[Record], facts: Sequence[Facts], good: list[int]) -
 def _in_two_splits(
     records: Sequence[Record], facts: Sequence[Facts], good: list[int]
 ) -> Iterable[tuple[str, int, str]]:
+    for index, first in _same_files(records, facts, good):
+        message = f"{records[index].image_uri} is the same file as {_describe_record(records[first])}"
+        yield "in two splits", index, message
+    for index, twin, bits in _near_pairs(records, facts, good):
+        message = f"{records[index].image_uri} looks like {_describe_record(records[twin])} ({bits} of 64 bits differ)"
+        yield "alike in two splits", index, message
+
+
+def find_twins(records: Sequence[Record], facts: Sequence[Facts]) -> list[tuple[int, int, int]]:
+    """Return the pairs of images in different splits that are the same file or look alike, the most similar first.
+
+    Returns:
+        Index of an image, index of its twin, and the number of the 64 bits of their hashes that differ.
+    """
+    good = [index for index, fact in enumerate(facts) if not fact.error]
+    same = [(index, first, 0) for index, first in _same_files(records, facts, good)]
+    return same + sorted(_near_pairs(records, facts, good), key=lambda pair: pair[2])
+
+
+def _same_files(records: Sequence[Record], facts: Sequence[Facts], good: list[int]) -> Iterable[tuple[int, int]]:
+    """Yield each image whose file is in another split too, with the first record of the file."""
     firsts: dict[str, int] = {}
     for index in good:
         first = firsts.setdefault(facts[index].image_sha256, index)
         if records[first].split != records[index].split:
-            message = f"{records[index].image_uri} is the same file as {_describe_record(records[first])}"
-            yield "in two splits", index, message
-    for index, twin, bits in _near_pairs(records, facts, good):
-        message = f"{records[index].image_uri} looks like {_describe_record(records[twin])} ({bits} of 64 bits differ)"
-        yield "alike in two splits", index, message
+            yield index, first
 
 
 def _describe_record(record: Record) -> str:

@@ -77,6 +77,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--components", action="store_true", help="with --format coco: one annotation per connected component of a mask"
     )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="with --format overlays: one picture per image, its prompts in colours with a legend",
+    )
     return parser
 
 
@@ -88,11 +93,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--limit is {args.limit}; it must be 0 or more")
     if args.components and args.format != "coco":
         parser.error(f"--components needs --format coco, not {args.format}")
+    if args.together and args.format != "overlays":
+        parser.error(f"--together needs --format overlays, not {args.format}")
     set_up_logging()
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, ValueError, *storage.store_errors())
     try:
         filters = [parse_filter(words) for words in args.filter]
-        more = (True,) if args.components else ()
+        more = (True,) if args.components or args.together else ()
         with ExportFolder(args.directory) as folder:
             count = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
     except failures as error:

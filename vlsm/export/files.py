@@ -1,18 +1,20 @@
 """Export the masks of a run as PNGs, overlays or probability maps, and the table of all export formats."""
 
 import importlib
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from vlsm.errors import ImageError, optional_packages
 from vlsm.export.coco import export_coco
 from vlsm.export.folder import ExportFolder, open_folder
 from vlsm.export.origins import Filters, read_settings
-from vlsm.images.overlays import draw_overlay
+from vlsm.images.overlays import draw_legend, draw_outlines, draw_overlay
 from vlsm.images.reader import Reader
 from vlsm.runs.locations import Locations
 from vlsm.runs.results import decode_ok_row, read_ok_rows
@@ -49,21 +51,64 @@ def export_masks(output: str, directory: Directory, filters: Filters = None, lim
         return folder.num_written
 
 
-def export_overlays(output: str, directory: Directory, filters: Filters = None, limit: int | None = None) -> int:
+def export_overlays(
+    output: str,
+    directory: Directory,
+    filters: Filters = None,
+    limit: int | None = None,
+    is_together: bool = False,
+) -> int:
     """Write every mask, drawn on its image, as a PNG; arguments, result and errors as for `export_masks`.
 
     The function reads the images again from their original location. An unreadable image is a row that fails.
+
+    Args:
+        output: as for `export_masks`.
+        directory: as for `export_masks`.
+        filters: as for `export_masks`.
+        limit: as for `export_masks`.
+        is_together: write one picture per image, `DIR/IMAGE_ID.png`, with all its masks: each prompt has its colour,
+            and a legend below the image names it. If one mask of an image is damaged, the image has no picture.
     """
     reader = Reader(read_settings(output), Locations(output))
     with open_folder(directory) as folder:
+        if is_together:
+            rows = read_ok_rows(output, filters, limit)
+            # different images may have the same image_id in a list
+            for _, image_rows in itertools.groupby(rows, key=lambda row: (row["image_uri"], row["selector"])):
+                members = list(image_rows)
+                with folder.file(members[0] | {"prompt": "", "kind": ""}, rows=members) as path:
+                    Image.fromarray(_draw_together(members, reader)).save(path)
+            return folder.num_written
         for row in read_ok_rows(output, filters, limit):
             with folder.file(row) as path:
-                content, frame = reader.open(row)
-                image, mask = content.decode(frame).pixels, decode_ok_row(row)
-                if image.shape[:2] != mask.shape:
-                    raise ImageError("corrupt", f"the size of {row['image_uri']} changed after segmentation")
+                image, (mask,) = _read([row], reader)
                 Image.fromarray(draw_overlay(image, mask)).save(path)
         return folder.num_written
+
+
+def _read(rows: Sequence[dict[str, Any]], reader: Reader) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the image of some rows, (H, W, 3) uint8, and the mask of each.
+
+    Raises:
+        ImageError: the image cannot be read, a mask is damaged, or their sizes differ.
+    """
+    content, frame = reader.open(rows[0])
+    image, masks = content.decode(frame).pixels, [decode_ok_row(row) for row in rows]
+    if any(image.shape[:2] != mask.shape for mask in masks):
+        raise ImageError("corrupt", f"the size of {rows[0]['image_uri']} changed after segmentation")
+    return image, masks
+
+
+def _draw_together(rows: Sequence[dict[str, Any]], reader: Reader) -> np.ndarray:
+    """Return the image of some rows with the outlines of all their masks, and a legend."""
+    image, masks = _read(rows, reader)
+    picture = draw_outlines(image, masks, max(2, round(min(image.shape[:2]) / 150)))
+    kinds = ["" if row["kind"] == "mask" else f", {row['kind']}" for row in rows]
+    empty = ["" if mask.any() else " (empty)" for mask in masks]
+    return draw_legend(
+        picture, [row["prompt"] + more + none for row, more, none in zip(rows, kinds, empty, strict=True)]
+    )
 
 
 def export_probability(output: str, directory: Directory, filters: Filters = None, limit: int | None = None) -> int:

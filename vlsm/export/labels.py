@@ -13,6 +13,7 @@ from vlsm.documents import parse_json
 from vlsm.errors import ConfigError, ImageError, ResultError
 from vlsm.export.folder import ExportFolder, open_folder
 from vlsm.export.origins import Filters, Numbering, read_settings
+from vlsm.images.overlays import prompt_colors
 from vlsm.runs.results import choose_rows, decode_ok_row, read_ok_rows, read_rows
 from vlsm.segmentation.masks import decode_png
 
@@ -24,7 +25,11 @@ def export_labels(
 ) -> int:
     """Write one label map per image, `DIR/labels.json`, which names the values, and `DIR/index.csv`.
 
-    If the run has label maps (rows whose `kind` is "labels"), the function writes them unchanged. Otherwise it builds
+    The PNGs have a palette, so that a viewer shows the classes in colours; the value of a pixel is its entry:
+    `np.asarray(Image.open(FILE))`. OpenCV and scikit-image return the colours instead. A label map with more than 255
+    classes has 16 bits and no palette.
+
+    If the run has label maps (rows whose `kind` is "labels"), the function writes their values. Otherwise it builds
     them from the masks. The values are 1 to n in the order of the prompts. Where masks overlap, the mask with the
     higher confidence is used. If one mask of an image is damaged, the image has no label map.
 
@@ -90,8 +95,7 @@ def _write_label_maps(output: str, folder: ExportFolder, filters: Filters, limit
                     "the classes of %s differ from those of earlier images; labels.json does not describe it",
                     row["image_id"],
                 )
-            decode_labels(row)  # raises an error for a damaged one
-            path.write_bytes(row["label_map"])
+            _save(decode_labels(row), path)
             names = names or row_names
     return names
 
@@ -105,8 +109,17 @@ def _build_label_maps(output: str, folder: ExportFolder, filters: Filters, limit
     for _, image_rows in itertools.groupby(rows, key=lambda row: (row["image_uri"], row["selector"])):
         members = list(image_rows)
         with folder.file(members[0] | {"prompt": "", "kind": "labels"}, rows=members) as path:
-            Image.fromarray(_paint(members, numbering)).save(path, "PNG")
+            _save(_paint(members, numbering), path)
     return numbering.numbers
+
+
+def _save(labels: np.ndarray, path: Path) -> None:
+    """Write a label map, (H, W) uint8 with the palette, or uint16 as it is."""
+    picture = Image.fromarray(labels)
+    if labels.dtype == np.uint8:
+        colors = [(0, 0, 0), *prompt_colors(255)]
+        picture.putpalette([level for color in colors for level in color])  # the values become entries of the palette
+    picture.save(path, "PNG")
 
 
 def _paint(rows: list[dict[str, Any]], numbering: Numbering) -> np.ndarray:

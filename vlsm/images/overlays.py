@@ -1,14 +1,28 @@
 """Pictures of masks drawn on their images, and contact sheets of such pictures."""
 
+import bisect
+import colorsys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Colour = tuple[int, int, int]
 
 _GREEN = (0, 230, 118)
 _MAGENTA = (255, 64, 200)
+# Okabe and Ito's colours without black, which differ for every kind of colour vision, and white
+PROMPT_COLORS = (
+    (86, 180, 233),
+    (230, 159, 0),
+    (0, 158, 115),
+    (240, 228, 66),
+    (204, 121, 167),
+    (213, 94, 0),
+    (0, 114, 178),
+    (255, 255, 255),
+)
 
 
 def draw_overlay(
@@ -34,6 +48,73 @@ def draw_overlay(
     if target_mask is not None:
         picture[outline(target_mask.astype(bool), thickness)] = _MAGENTA
     return picture.astype(np.uint8)
+
+
+def prompt_colors(number: int) -> list[tuple[int, int, int]]:
+    """Return the colours of the first prompts, all different: PROMPT_COLORS, then hues of which neighbours differ."""
+    colors = list(PROMPT_COLORS)
+    for index in range(len(colors), number):  # hues at the golden angle
+        shares = colorsys.hsv_to_rgb(index * 0.618034 % 1, (0.55, 0.8, 1.0)[index % 3], (1.0, 0.75)[index % 2])
+        colors.append((round(255 * shares[0]), round(255 * shares[1]), round(255 * shares[2])))
+    return colors[:number]
+
+
+def draw_outlines(image: np.ndarray, masks: Sequence[np.ndarray], thickness: int) -> np.ndarray:
+    """Return the image with the outline of each mask in its colour of `prompt_colors`.
+
+    Equal outlines do not hide each other: each mask leaves gaps in its outline, where earlier ones are seen.
+
+    Args:
+        image: (H, W, 3) uint8.
+        masks: (H, W) of 0 and 1 each.
+        thickness: thickness of the outlines in pixels.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    picture = image.copy()
+    height, width = image.shape[:2]
+    stripes = (np.arange(height)[:, None] + np.arange(width)) // (8 * thickness)
+    drawn = np.zeros(image.shape[:2], bool)
+    for color, mask in zip(prompt_colors(len(masks)), masks, strict=True):
+        rim = outline(mask.astype(bool), thickness)
+        picture[rim & ~(drawn & (stripes % 2 == 0))] = color
+        drawn |= rim
+    return picture
+
+
+def draw_legend(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Return a picture with a strip below it: the colour of each mask of `draw_outlines`, its number and its name.
+
+    Letters that the built-in font lacks become question marks; the number tells which name it is.
+
+    Args:
+        picture: (H, W, 3) uint8.
+        names: one per mask.
+
+    Returns:
+        (H + strip, W, 3) uint8.
+    """
+    side = max(12, min(40, round(min(picture.shape[:2]) / 28)))
+    font = ImageFont.load_default(side)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    width, line_px, places, x, y = picture.shape[1], round(1.5 * side), [], 0, 0
+    for number, name in enumerate(names, start=1):
+        text = f"{number} {name}".encode("latin-1", "replace").decode("latin-1")
+        text = _cut_text(" ".join(text.split()), max(1, width - 3 * side), pen, font)
+        length = round(2.5 * side + pen.textlength(text, font))
+        if x and x + length > width:
+            x, y = 0, y + line_px
+        places.append((x, y, text))
+        x += length
+    strip = Image.new("RGB", (width, y + line_px), (24, 24, 24))
+    pen = ImageDraw.Draw(strip)
+    for color, (x, y, text) in zip(prompt_colors(len(places)), places, strict=True):
+        top = y + (line_px - side) // 2
+        box = (x + side // 2, top, x + side // 2 + side, top + side)
+        pen.rectangle(box, fill=color)
+        pen.text((x + 2 * side, y + line_px // 2), text, fill=(230, 230, 230), font=font, anchor="lm")
+    return np.concatenate([picture, np.asarray(strip)])
 
 
 def draw_label(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -84,11 +165,15 @@ def draw_sheet(pictures: Sequence[tuple[np.ndarray, str]], columns: int = 6, til
     return np.asarray(sheet)
 
 
-def _cut_text(text: str, width_px: int, pen: ImageDraw.ImageDraw) -> str:
+def _cut_text(text: str, width_px: int, pen: ImageDraw.ImageDraw, font: Any = None) -> str:
     """Return a text that fits the width; a longer one ends with dots."""
-    if pen.textlength(text[:width_px]) <= width_px:
+    if pen.textlength(text[:width_px], font) <= width_px and len(text) <= width_px:
         return text
-    length = next(length for length in range(width_px, 0, -1) if pen.textlength(f"{text[:length]}..") <= width_px)
+
+    def fits(length: int) -> bool:
+        return pen.textlength(f"{text[:length]}..", font) <= width_px
+
+    length = bisect.bisect_left(range(1, min(width_px, len(text)) + 1), True, key=lambda number: not fits(number))
     return f"{text[:length]}.."
 
 

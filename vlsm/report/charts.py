@@ -7,12 +7,11 @@ import numpy as np
 import pyarrow as pa
 
 from vlsm.errors import optional_packages
-from vlsm.report.survey import Distribution
+from vlsm.report.distribution import Distribution
 from vlsm.training.history import MEAN
 
 WIDTH = 360  # of every chart; a phone shows this width without shrinking the letters
 _LEFT, _RIGHT = 38, 12
-_RIDGE_LEFT = 8
 _LIMITS = (0.05, 0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
@@ -29,12 +28,16 @@ class Ridge:
 
 @dataclass(frozen=True)
 class RidgeRow:
-    """The histogram of one group: bars (x, y, width, height, text with range and count), and the line of its median."""
+    """The histogram of one group: bars (x, y, width, height, text with range and count), and the line of its median.
+
+    `counts` are the ticks of its vertical axis: y and the number of rows.
+    """
 
     label: str
     facts: str
     text_y: float
     base: float
+    counts: list[tuple[float, str]]
     bars: list[tuple[float, float, float, float, str]]
     median_x: float
     median_y: float
@@ -69,8 +72,8 @@ def draw_ridge(title: str, groups: Sequence[tuple[str, Distribution]]) -> Ridge:
     highest = max(distribution.highest for _, distribution in groups)
     limit = next(limit for limit in _LIMITS if limit >= min(1.0, highest))
     is_single = len(groups) == 1
-    step, max_height, num_bins = (156, 112, 25) if is_single else (76, 40, 50)
-    width = WIDTH - _RIDGE_LEFT - _RIGHT
+    step, max_height, num_bins = (156, 112, 25) if is_single else (92, 40, 50)
+    width = WIDTH - _LEFT - _RIGHT
     rows = []
     for index, (label, distribution) in enumerate(groups):
         base, counts = index * step + step - 4.0, distribution.bins(limit, num_bins)
@@ -78,7 +81,7 @@ def draw_ridge(title: str, groups: Sequence[tuple[str, Distribution]]) -> Ridge:
         bar_width, edge = width / num_bins, limit / num_bins
         bars = [
             (
-                round(_RIDGE_LEFT + slot * bar_width + 0.5, 2),
+                round(_LEFT + slot * bar_width + 0.5, 2),
                 round(base - height, 2),
                 round(bar_width - 1, 2),
                 round(float(height), 2),
@@ -89,13 +92,35 @@ def draw_ridge(title: str, groups: Sequence[tuple[str, Distribution]]) -> Ridge:
             )
             if count
         ]
+        most = int(counts.max())
+        shown = sorted({0, most // 2, most} if is_single else {0, most})
+        count_ticks = [(round(base - count / max(1, most) * max_height, 2), format_count(count)) for count in shown]
         median = distribution.median
         facts = f"median {median:.2f} · mean {distribution.mean:.2f} · n {distribution.count:,}"
-        median_x = round(_RIDGE_LEFT + min(median / limit, 1) * width, 2)
-        rows.append(RidgeRow(label, facts, base - step + 20, base, bars, median_x, base - max_height - 4))
+        median_x = round(_LEFT + min(median / limit, 1) * width, 2)
+        rows.append(
+            RidgeRow(
+                label,
+                facts,
+                base - step + (20 if is_single else 34),
+                base,
+                count_ticks,
+                bars,
+                median_x,
+                base - max_height - 4,
+            )
+        )
     bottom = len(groups) * step - 4.0
-    ticks = [(round(_RIDGE_LEFT + share * width, 2), f"{share * limit:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)]
+    ticks = [(round(_LEFT + share * width, 2), f"{share * limit:.3g}") for share in (0, 0.25, 0.5, 0.75, 1)]
     return Ridge(title, int(bottom + 24), rows, ticks, bottom)
+
+
+def format_count(count: int) -> str:
+    """Return a count in at most six letters, such as 99,999 or 1.2M."""
+    for limit, letter in ((10**9, "G"), (10**6, "M"), (10**5, "k")):
+        if count >= limit:
+            return f"{count / (1000 if letter == 'k' else limit):.3g}{letter}"
+    return f"{count:,}"
 
 
 def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> LineChart:

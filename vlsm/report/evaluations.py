@@ -9,8 +9,10 @@ import pyarrow.csv
 
 from vlsm import storage
 from vlsm.cells import read_cell
+from vlsm.checkpoints import Calibration
 from vlsm.report import parts
-from vlsm.report.page import Page, Section, Stat, as_table, provenance
+from vlsm.report.glossary import label
+from vlsm.report.page import Case, Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import FILE, ROW, Extremes, Survey, scan
 from vlsm.runs.record import read_summary
@@ -25,6 +27,9 @@ _SCORES = pa.schema(
         *(pa.field(name, pa.string()) for name in ("mask_rle", "target_rle")),
     ]
 )
+_MOST_COLUMNS = 14  # of a table that fits a page of 1,400 pixels
+_NAMES = ("dataset", "prompt_name", "prompt_class", "system")
+_MAIN = {*_NAMES, "n", "n_failed", "dice_mean", "dice_low", "dice_high", "dice_median", "iou_mean", "difference", "p"}
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
 
 
@@ -43,6 +48,8 @@ def evaluation_page(output: str, title: str) -> Page:
     leader_survey, ends = _ends(scores, leader)
     painter = Painter(parts.open_reader(record["config"], output), read_rle_masks)
     columns = ["mask_rle", "target_rle", "height", "width"]
+    checkpoints = _checkpoints(record["config"])
+    known = parts.read_calibrations(checkpoints)
     groups, cards = parts.show(ends, survey.sample, painter, columns, scores)
     intro = f"From {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
     return Page(
@@ -53,18 +60,33 @@ def evaluation_page(output: str, title: str) -> Page:
         sections=[
             *_scores(table),
             *parts.distributions(survey, "scored rows, of all prompts"),
-            *parts.calibrations(_checkpoints(record["config"])),
-            Section("cases", "Cases to look at", shorten(intro, 300), groups=groups, has_legend=True),
-            *parts.failures(survey),
+            *parts.reviews(survey, {}),
+            *parts.calibrations(known),
+            *_cases(shorten(intro, 300), groups),
+            *parts.failures(survey, "scores"),
         ],
         cards=cards,
         gallery_note=parts.gallery_note(
-            len(cards), survey.num_rows, "datasets, systems, prompts, statuses and ranges of Dice"
+            len(cards), survey.num_rows, "datasets, systems, prompts, statuses, reasons for a review and ranges of Dice"
         ),
         outlines=["prediction", "target"],
         record=record,
         facts=provenance(record),
+        about=_about(record, survey, len(checkpoints), known),
     )
+
+
+def _about(
+    record: dict[str, Any], survey: Survey, num_checkpoints: int, known: dict[str, Calibration | None]
+) -> list[tuple[str, str, str]]:
+    """Return systems, datasets, prompts, date and calibration of the evaluation."""
+    names = {"system": "Models", "dataset": "Datasets", "prompt": "Prompts"}
+    facts = [(title, parts.name_some(survey.values[name]), "") for name, title in names.items() if survey.values[name]]
+    facts.append(("Date", parts.format_date(record), ""))
+    if num_checkpoints:
+        words, is_calibrated = parts.describe_calibrations(num_checkpoints, known)
+        facts.append(("Calibration", words, "" if is_calibrated else "warn"))
+    return facts
 
 
 def _checkpoints(config: dict[str, Any]) -> dict[str, str]:
@@ -99,10 +121,31 @@ def _scores(table: list[dict[str, Any]]) -> list[Section]:
         for name, value in table[0].items()
         if len(table) > 1 and isinstance(value, str) and all(row[name] == value for row in table)
     }
-    intro = "; ".join(f"{name.replace('_', ' ')}: {shorten(value)}" for name, value in same.items())
+    intro = "; ".join(f"{label(name)}: {shorten(value)}" for name, value in same.items())
     note = "The line beside a mean Dice shows its confidence interval on an axis from 0 to 1."
     rows = [{name: value for name, value in row.items() if name not in same} for row in table]
-    return [Section("scores", "Scores", intro, tables=[as_table(rows, note)])]
+    tables = [as_table(each, note * (not index)) for index, each in enumerate(_split_columns(rows))]
+    return [Section("scores", "Scores", intro, tables=tables)]
+
+
+def _split_columns(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the rows as one table, or as two if they have too many columns for a page: the main ones come first.
+
+    The second table has only columns with values.
+    """
+    if len(rows[0]) <= _MOST_COLUMNS:
+        return [rows]
+    names = [name for name in rows[0] if name in _NAMES]
+    filled = [name for name in rows[0] if name not in _MAIN and any(row[name] not in (None, "") for row in rows)]
+    more = [name for name in filled if name not in names]
+    parts_of = ([name for name in rows[0] if name in _MAIN], [*names, *more])
+    return [[{name: row[name] for name in part} for row in rows] for part in parts_of if len(part) > len(names)]
+
+
+def _cases(intro: str, groups: list[tuple[str, str, list[Case]]]) -> list[Section]:
+    """Return the section with the extreme cases, or no section if nothing has a score."""
+    outlines = ["prediction", "target"]
+    return [Section("cases", "Cases to look at", intro, groups=groups, outlines=outlines)] if groups else []
 
 
 def _leader(table: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -163,7 +206,7 @@ def _stats(
     counts = [(len(survey.values[name]), name) for name in ("system", "dataset")]
     several = ", ".join(f"{count:,} {name}s" for count, name in counts if count > 1)
     stats.append(Stat("Scores", f"{survey.num_rows:,}", several))
-    stats.append(Stat("Failed", f"{survey.values['status']['failed']:,}", tone="warn" if survey.reasons else ""))
+    stats.append(Stat("Failed scores", f"{survey.values['status']['failed']:,}", tone="warn" if survey.reasons else ""))
     return stats
 
 

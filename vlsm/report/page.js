@@ -12,7 +12,8 @@
     for (const part of button.querySelectorAll("img, .problem")) pictures.append(part.cloneNode(true));
     const title = document.createElement("h2");
     title.textContent = button.querySelector(".title").textContent;
-    shown.replaceChildren(pictures, title, item.querySelector(".facts").cloneNode(true));
+    const texts = [...item.querySelectorAll(".keys, .facts")].map((part) => part.cloneNode(true));
+    shown.replaceChildren(pictures, title, ...texts);
     current = button;
     if (!viewer.open) viewer.showModal();
     viewer.scrollTop = 0;
@@ -45,9 +46,10 @@
     words: JSON.parse(item.dataset.words),
     numbers: JSON.parse(item.dataset.numbers),
   }));
+  const wordsOf = (card, name) => [card.words[name] ?? []].flat(); // a mask may have several reasons for a review
   const selects = [...controls.querySelectorAll("select[data-word]")];
   for (const select of selects) {
-    const values = new Set(cards.map((card) => card.words[select.dataset.word]).filter((value) => value !== undefined));
+    const values = new Set(cards.flatMap((card) => wordsOf(card, select.dataset.word)));
     for (const value of [...values].sort()) select.add(new Option(value, value));
   }
   const ranges = [...controls.querySelectorAll("[data-number]")].map((field) => ({
@@ -65,7 +67,7 @@
     return value !== undefined && (low === null || value >= low) && (high === null || value <= high);
   };
   const matches = (card) =>
-    selects.every((select) => !select.value || card.words[select.dataset.word] === select.value) &&
+    selects.every((select) => !select.value || wordsOf(card, select.dataset.word).includes(select.value)) &&
     ranges.every((range) => inRange(card, range)) &&
     `${card.title}\n${card.words.prompt ?? ""}`.toLowerCase().includes(search.value.trim().toLowerCase());
 

@@ -12,12 +12,13 @@ import yaml
 from markupsafe import Markup
 
 from vlsm.report.charts import LineChart, Ridge
+from vlsm.report.glossary import explain, explain_all, label, title
 from vlsm.report.pictures import Key, Picture, shorten
-from vlsm.report.survey import METRICS, row_key
+from vlsm.report.survey import METRICS, review_reasons, row_key
 from vlsm.shown import hide_secrets_in, show_lines
 from vlsm.version import __version__
 
-_CARD_WORDS = ("dataset", "split", "system", "prompt_name", "prompt", "status")
+_CARD_WORDS = ("dataset", "split", "system", "prompt_name", "prompt", "status", "review", "mask")
 _MAX_CONFIG = 100_000  # characters; the page stays small also if the run has many settings
 _MAX_TABLE_ROWS = 300
 
@@ -43,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: names of the columns, rows of cells, and a note below them."""
+    """A table: names of the columns, which the page shows as `glossary.label`, rows of cells, and a note below them."""
 
     head: list[str]
     rows: list[list[Cell]]
@@ -59,21 +60,23 @@ class Case:
         uris: data URIs of its pictures.
         problem: why there is no picture, or None.
         facts: label and text of each metric.
-        words: texts of the row, for display and for the gallery's filters.
+        words: texts of the row, for display and for the gallery's filters; several of one kind as a tuple.
         numbers: metrics of the row, for the gallery's ranges.
+        keys: colours (#rrggbb) and names of what is drawn in the picture.
     """
 
     title: str
     uris: Sequence[str]
     problem: str | None
     facts: list[tuple[str, str]]
-    words: dict[str, str]
+    words: dict[str, str | tuple[str, ...]]
     numbers: dict[str, float]
+    keys: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page. Parts that are empty are not shown."""
+    """A section of the page. Parts that are empty are not shown. `outlines` are as in `Page`."""
 
     anchor: str
     title: str
@@ -82,7 +85,7 @@ class Section:
     ridges: Sequence[Ridge] = ()
     lines: Sequence[LineChart] = ()
     groups: Sequence[tuple[str, str, list[Case]]] = ()
-    has_legend: bool = False
+    outlines: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,10 @@ class Page:
         sections: sections in the order of the page.
         cards: cases of the gallery.
         gallery_note: how the cards were chosen.
-        outlines: the outlines in the pictures: "prediction", "target".
+        outlines: the outlines in the pictures of the gallery: "prediction", "target".
         record: content of config.yaml.
         facts: label and text of each fact about the origin of the results.
+        about: label, text and tone ("warn" or "") of what the results are of, on the first screen.
     """
 
     kind: str
@@ -112,11 +116,18 @@ class Page:
     outlines: Sequence[str] = ()
     record: dict[str, Any] = field(default_factory=dict)
     facts: Sequence[tuple[str, str]] = ()
+    about: Sequence[tuple[str, str, str]] = ()
 
 
 def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = False) -> Case:
     """Return a row with its picture as a card of the gallery, or as a large case."""
-    words = {name: shorten(str(row[name])) for name in _CARD_WORDS if row.get(name) is not None}
+    words: dict[str, str | tuple[str, ...]] = {
+        name: shorten(str(row[name])) for name in _CARD_WORDS if row.get(name) is not None
+    }
+    if reasons := review_reasons(row.get("review")):
+        words["review"] = reasons
+    if row["status"] == "ok" and row.get("area_fraction") is not None:
+        words["mask"] = "not empty" if row["area_fraction"] else "empty"
     numbers = {name: float(row[name]) for name in METRICS if row.get(name) is not None}
     facts = [(METRICS[name], format_number(value)) for name, value in numbers.items()]
     picture = pictures.get(row_key(row)) or Picture(problem="its mask is no longer in the run")
@@ -131,7 +142,7 @@ def as_table(rows: Iterable[dict[str, Any]], note: str = "") -> Table:
     if len(rows) > _MAX_TABLE_ROWS:
         note = f"The first {_MAX_TABLE_ROWS} of {len(rows):,} rows. {note}"
     cells = [[_as_cell(name, row) for name in head] for row in rows[:_MAX_TABLE_ROWS]]
-    return Table([name.replace("_", " ") for name in head], cells, note)
+    return Table(head, cells, note)
 
 
 def _as_cell(name: str, row: dict[str, Any]) -> Cell:
@@ -186,11 +197,19 @@ def render(page: Page) -> str:
     if len(record) > _MAX_CONFIG:
         record = record[:_MAX_CONFIG] + "\n… the rest is in the run's config.yaml"
     metrics = {name: label for name, label in METRICS.items() if any(name in card.numbers for card in page.cards)}
+    filters = [name for name in _CARD_WORDS if len({card.words.get(name) for card in page.cards}) > 1]
+    heads = [name for section in page.sections for table in section.tables for name in table.head]
+    outlines = [*page.outlines, *(name for section in page.sections for name in section.outlines)]
     return environment.from_string(_read("page.html")).render(
         page=page,
         record=record,
         metrics=metrics,
-        filters=[name for name in _CARD_WORDS if len({card.words.get(name) for card in page.cards}) > 1],
+        filters=filters,
+        terms=explain_all([*metrics, *filters, *heads]),
+        legends=list(dict.fromkeys(outlines)),
+        label=label,
+        title=title,
+        explain=explain,
         version=__version__,
         **{name: Markup(text) for name, text in parts.items()},
         **{f"{name}_hash": _digest(text) for name, text in parts.items()},

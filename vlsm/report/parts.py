@@ -1,7 +1,9 @@
 """Parts of a page that several kinds of runs share: distributions, failures, cases, and the readers of OUTPUT."""
 
+import contextlib
+import datetime
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,6 +33,7 @@ _READING = (
     "max_image_bytes",
 )  # settings that change the decoded image
 _MAX_GROUPS = 6
+EMPTY = "empty mask"
 SHORT_WAIT = RunSettings(outage_patience_s=storage.QUICK_S, image_timeout_s=30.0)
 
 Ends = Sequence[tuple[str, str, Extremes]]
@@ -61,10 +64,31 @@ def open_reader(config: dict[str, Any], output: str) -> Reader:
     return Reader(settings_of(fixed | known, SegmentSettings), Locations(output))
 
 
-def metric_stats(survey: Survey, metrics: tuple[str, ...]) -> list[Stat]:
-    """Return a headline figure with the median of each metric that has values."""
-    totals = [(name, survey.total(name)) for name in metrics]
-    return [Stat(f"{METRICS[name]}, median", f"{total.median:.3f}") for name, total in totals if total]
+def metric_stats(survey: Survey, metrics: tuple[str, ...], notes: dict[str, str] | None = None) -> list[Stat]:
+    """Return a headline figure with the median of each metric that has values; `notes` warn about some metrics."""
+    totals = [(name, survey.total(name), (notes or {}).get(name, "")) for name in metrics]
+    return [
+        Stat(f"{METRICS[name]}, median", f"{total.median:.3f}", note, "warn" if note else "")
+        for name, total, note in totals
+        if total
+    ]
+
+
+def format_date(record: dict[str, Any]) -> str:
+    """Return when the run was planned, such as "2 January 2026, 03:04 UTC"; as the record has it if it is no date."""
+    text = str(record.get("planned_at") or "unknown")
+    try:
+        date = datetime.datetime.fromisoformat(text).astimezone(datetime.UTC)
+    except (ValueError, OverflowError):
+        return shorten(text, 60)
+    return f"{date.day} {date:%B %Y, %H:%M} UTC"
+
+
+def name_some(names: Iterable[str], number: int = 4) -> str:
+    """Return the first names of many, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - number:,} more" if len(names) > number else ""
+    return ", ".join(shorten(name, 60) for name in names[:number]) + more
 
 
 def distributions(survey: Survey, rows_name: str) -> list[Section]:
@@ -77,14 +101,47 @@ def distributions(survey: Survey, rows_name: str) -> list[Section]:
             labels = [(shorten(name, 28) if has_names else "", distribution) for name, distribution in groups]
             ridges.append(draw_ridge(title, labels))
     num_groups = max((len(survey.groups(metric, 10**6)) for metric in METRICS), default=0)
-    intro = f"All {rows_name}; the dashed line is the median."
+    intro = f"All {rows_name}. The numbers at the left count them in one bar; the dashed line is the median."
     if num_groups > _MAX_GROUPS:
         intro += f" The {_MAX_GROUPS} largest of {num_groups:,} {survey.group}s are shown."
     return [Section("distributions", "Distributions", intro, ridges=ridges)] if ridges else []
 
 
-def failures(survey: Survey) -> list[Section]:
-    """Return a section with the reasons of failures and some image ids, or no section if no row failed."""
+def reviews(survey: Survey, rules: dict[str, Any]) -> list[Section]:
+    """Return a section with the reasons for a review and the empty masks, counted; no section if there is none.
+
+    Args:
+        survey: of all rows.
+        rules: the settings `review` of the run, which say when a mask gets a reason; empty if they are unknown.
+    """
+    num_ok = max(1, survey.values["status"]["ok"])
+    limits = {
+        "low confidence": f"confidence below {rules.get('min_confidence')}",
+        "low agreement": f"agreement below {rules.get('min_agreement')}",
+        "odd area": f"area fraction outside {rules.get('area_fraction')}",
+    }
+    counts = [
+        (reason, count, limits.get(reason, "") if rules else "") for reason, count in survey.reviews.most_common()
+    ]
+    if survey.num_empty:
+        counts.append((EMPTY, survey.num_empty, "no foreground: nothing found, or nothing to find"))
+    rows = [
+        [Cell(reason), Cell(f"{count:,}", True), Cell(f"{100 * count / num_ok:.1f} %", True), Cell(shorten(rule, 80))]
+        for reason, count, rule in counts
+    ]
+    intro = "A mask may have several reasons. The gallery below is filtered by them."
+    return [Section("review", "To review", intro, tables=[Table(["reason", "masks", "share", "rule"], rows)])] * bool(
+        rows
+    )
+
+
+def failures(survey: Survey, unit: str) -> list[Section]:
+    """Return a section with the reasons of failures and some image ids, or no section if nothing failed.
+
+    Args:
+        survey: of all rows.
+        unit: what is counted, in plural.
+    """
     if not survey.reasons:
         return []
     rows = []
@@ -99,7 +156,7 @@ def failures(survey: Survey) -> list[Section]:
                 Cell(shorten(describe_error(examples[0]), 200)),
             ]
         )
-    table = Table(["reason", "rows", "examples", "first message"], rows)
+    table = Table(["reason", unit, "examples", "first message"], rows)
     return [Section("failures", "Failures", tables=[table])]
 
 
@@ -133,19 +190,40 @@ def gallery_note(num_cards: int, num_rows: int, spread: str) -> str:
     return f"{num_cards:,} of {num_rows:,} rows, spread over {spread}."
 
 
-def calibrations(checkpoints: dict[str, str]) -> list[Section]:
-    """Return a section with the calibration of checkpoints (name and location), or no section if none is calibrated.
+def read_calibrations(checkpoints: dict[str, str]) -> dict[str, Calibration | None]:
+    """Return the calibration of checkpoints (name and location), None for those that were never calibrated.
 
-    Checkpoints that no longer exist, or that were never calibrated, are left out.
+    Checkpoints that no longer exist, or that cannot be read, are left out.
     """
-    lines, rows = [], []
+    found: dict[str, Calibration | None] = {}
     unusable: tuple[type[Exception], ...] = (OSError, VlsmError, *storage.store_errors())
     unusable += (ValidationError, KeyError, TypeError)
     for name, uri in checkpoints.items():
-        try:
+        with contextlib.suppress(*unusable):
             tree = read_yaml(storage.join(uri, SETTINGS_NAME), SETTINGS_NAME)
-            calibration = Calibration.model_validate(tree["calibration"])
-        except unusable:
+            stated = tree.get("calibration") if isinstance(tree, dict) else None
+            found[name] = None if stated is None else Calibration.model_validate(stated)
+    return found
+
+
+def describe_calibrations(num_checkpoints: int, known: dict[str, Calibration | None]) -> tuple[str, bool]:
+    """Return in words whether checkpoints are calibrated, and whether all of them are known to be."""
+    calibrated = [each for each in known.values() if each]
+    if len(calibrated) == num_checkpoints:
+        images = sorted({each.num_images for each in calibrated})
+        return f"calibrated on {', '.join(f'{count:,}' for count in images)} validation images", True
+    if not known:
+        return "unknown: the checkpoint cannot be read any more", False
+    if len(known) == 1 == num_checkpoints:
+        return "not calibrated", False
+    return f"{len(calibrated):,} of {num_checkpoints:,} checkpoints are calibrated", False
+
+
+def calibrations(known: dict[str, Calibration | None]) -> list[Section]:
+    """Return a section with calibrations, as from `read_calibrations`, or no section if there is none."""
+    lines, rows = [], []
+    for name, calibration in known.items():
+        if calibration is None:
             continue
         short = shorten(name, 60)
         lines.append(draw_reliability(short, calibration.reliability))

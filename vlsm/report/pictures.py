@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
+from vlsm import storage
 from vlsm.errors import StorageError, VlsmError
-from vlsm.images.overlays import outline, shrink_mask
+from vlsm.images.overlays import draw_outlines, outline, shrink_mask
 from vlsm.images.reader import Reader
 from vlsm.report.survey import FILE, KEY, row_key
 from vlsm.runs.tables import Tables
@@ -22,7 +23,8 @@ from vlsm.shown import hide_secrets, public_uri
 
 # Okabe and Ito's sky blue and orange differ for every kind of colour vision. The dashes also differ without colours.
 PREDICTION, TARGET = (86, 180, 233), (230, 159, 0)
-# A page has at most 30 cases with two pictures each, and 240 cards: 60 * 45 kB + 240 * 14 kB = 8.1 MB in base64.
+# A page has at most 30 cases with two pictures each, 6 pictures of all prompts, and 240 cards:
+# (66 * 45 kB + 240 * 14 kB) * 4 / 3 = 8.4 MB in base64.
 MAX_CASES, MAX_CARDS = 30, 240
 _CASE_PX, _CASE_BYTES = 600, 45_000
 _CARD_PX, _CARD_BYTES = 240, 14_000
@@ -59,6 +61,9 @@ class Painter:
     def __init__(self, reader: Reader, read_masks: Callable[[dict[str, Any]], Masks]) -> None:
         self._reader, self._read_masks = reader, read_masks
         self._away: set[str] = set()
+        self._store_errors: tuple[type[Exception], ...] = (StorageError, *storage.store_errors())
+        unreadable = (VlsmError, ValueError, TypeError)  # also damaged run lengths
+        self._unreadable: tuple[type[Exception], ...] = (*unreadable, *self._store_errors)
 
     def draw(self, row: dict[str, Any], is_case: bool) -> Picture:
         """Return the pictures of a row, with the large ones for a case; or the reason if its image cannot be read."""
@@ -71,13 +76,26 @@ class Painter:
             content, frame = self._reader.open(row)
             image = content.decode(frame).pixels
             prediction, target = self._read_masks(row)
-        except (VlsmError, ValueError, TypeError) as error:  # also damaged run lengths
-            if isinstance(error, StorageError):
+        except self._unreadable as error:
+            if isinstance(error, self._store_errors):
                 self._away.add(store)
             return Picture(problem=describe_error(row | {"error": str(error)}))
         if any(mask is not None and mask.shape != image.shape[:2] for mask in (prediction, target)):
             return Picture(problem="the size of its image has changed since the run")
-        return _as_picture(image, (prediction, target), is_case)
+        return draw_outlined(image, (prediction, target), is_case)
+
+    def draw_together(self, row: dict[str, Any], masks: Sequence[np.ndarray]) -> str | None:
+        """Return the image of a row with the outlines of several masks, as a data URI; None if it cannot be read."""
+        try:
+            content, frame = self._reader.open(row)
+            image = content.decode(frame).pixels
+        except self._unreadable:
+            return None
+        if any(mask.shape != image.shape[:2] for mask in masks):
+            return None
+        plain = _resize(image, _CASE_PX)
+        picture = draw_outlines(np.array(plain), [shrink_mask(mask, plain.size) for mask in masks], 3)
+        return _data_uri(Image.fromarray(picture), _CASE_BYTES)
 
 
 def paint(
@@ -148,7 +166,8 @@ def read_rle_masks(row: dict[str, Any]) -> Masks:
     return prediction, target
 
 
-def _as_picture(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:
+def draw_outlined(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:
+    """Return the pictures of an image (H, W, 3) uint8 with the outlines of its prediction and target."""
     outlined, _ = _fit(image, outlines, _CARD_PX)
     card = _data_uri(outlined, _CARD_BYTES)
     return Picture(
@@ -158,12 +177,7 @@ def _as_picture(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:
 
 def _fit(image: np.ndarray, outlines: Masks, side: int) -> tuple[Image.Image, Image.Image]:
     """Return the image with outlines and without them, with at most `side` pixels on its longer side."""
-    scale = side / max(image.shape[:2])
-    # small images are enlarged by an integer factor, so that their pixels stay visible
-    factor = scale if scale < 1 else int(scale)
-    size = tuple(max(1, round(edge * factor)) for edge in image.shape[1::-1])
-    resampling = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
-    plain = Image.fromarray(image).resize((size[0], size[1]), resampling, reducing_gap=2.0)
+    plain = _resize(image, side)
     picture = np.array(plain)
     prediction, target = (None if mask is None else shrink_mask(mask, plain.size) for mask in outlines)
     thickness = 3 if side <= _CARD_PX else 4
@@ -174,6 +188,16 @@ def _fit(image: np.ndarray, outlines: Masks, side: int) -> tuple[Image.Image, Im
     if prediction is not None:
         _draw_rim(picture, outline(prediction, thickness), PREDICTION, is_dashed=False)
     return Image.fromarray(picture), plain
+
+
+def _resize(image: np.ndarray, side: int) -> Image.Image:
+    """Return the image with at most `side` pixels on its longer side."""
+    scale = side / max(image.shape[:2])
+    # small images are enlarged by an integer factor, so that their pixels stay visible
+    factor = scale if scale < 1 else int(scale)
+    size = tuple(max(1, round(edge * factor)) for edge in image.shape[1::-1])
+    resampling = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
+    return Image.fromarray(image).resize((size[0], size[1]), resampling, reducing_gap=2.0)
 
 
 def _draw_rim(picture: np.ndarray, rim: np.ndarray, color: tuple[int, int, int], is_dashed: bool) -> None:

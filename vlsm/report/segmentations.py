@@ -4,12 +4,14 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from vlsm.checkpoints import Calibration
 from vlsm.config import SegmentSettings
 from vlsm.errors import ResultError
 from vlsm.report import parts
 from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks
-from vlsm.report.survey import Extremes, Survey, scan
+from vlsm.report.prompts import draw_prompts
+from vlsm.report.survey import Extremes, Survey, find_empty, scan
 from vlsm.runs.record import read_segment_summary, settings_of
 from vlsm.runs.results import open_results
 from vlsm.shown import public_uri
@@ -25,17 +27,24 @@ def segmentation_page(output: str, title: str) -> Page:
     results, config = open_results(output), record["config"]
     members = settings_of({"input": "", "output": "", "members": config.get("members")}, SegmentSettings).members
     summary = read_segment_summary(output, *_plan_size(record))
-    survey = Survey(metric="confidence", group="prompt")
+    checkpoints = {
+        public_uri(member.checkpoint).rstrip("/").rsplit("/", 1)[-1]: member.checkpoint for member in members
+    }
+    known = parts.read_calibrations(checkpoints)
+    survey = Survey(metric="confidence", group="prompt", counts_images=True)
     ends = [
         ("Least confident", "lowest mean probability inside the mask", Extremes("confidence")),
         ("Least agreement", "between the ensemble's members", Extremes("agreement")),
         ("Largest areas", "as a share of the image", Extremes("area_fraction", is_highest=True)),
         ("At random", "a random sample of all masks", Extremes("priority")),
     ]
+    empty = Extremes("priority")
     for table in scan(results, pc.field("kind") == "mask"):
         survey.add(table)
         for *_, extremes in ends:
             extremes.add(table)
+        empty.add(table.filter(find_empty(table)))
+    ends.append(("Empty masks", "a random sample of the masks without foreground", empty))
 
     painter = Painter(parts.open_reader(config, output), read_rle_masks)
     columns = ["mask_rle", "height", "width"]
@@ -44,25 +53,45 @@ def segmentation_page(output: str, title: str) -> Page:
         kind="Segment run",
         title=title,
         banner="" if summary else _banner(record, survey),
-        stats=_stats(record, summary, survey),
+        stats=_stats(record, summary, survey, len(checkpoints), known),
         sections=[
             *_prompts(survey),
             *parts.distributions(survey, "masks"),
-            *parts.calibrations(
-                {
-                    public_uri(uri).rstrip("/").rsplit("/", 1)[-1]: uri
-                    for uri in (member.checkpoint for member in members)
-                }
-            ),
-            Section("look", "Look at these first", groups=groups, has_legend=True),
-            *parts.failures(survey),
+            *parts.reviews(survey, _rules(config)),
+            *parts.calibrations(known),
+            *([Section("look", "Look at these first", groups=groups, outlines=["prediction"])] if groups else []),
+            *draw_prompts(results, survey, painter),
+            *parts.failures(survey, "images"),
         ],
         cards=cards,
-        gallery_note=parts.gallery_note(len(cards), survey.num_rows, "prompts, statuses and ranges of confidence"),
+        gallery_note=parts.gallery_note(
+            len(cards), survey.num_rows, "prompts, statuses, reasons for a review and ranges of confidence"
+        ),
         outlines=["prediction"],
         record=record,
         facts=[*provenance(record), ("Model", ", ".join(survey.values["model"]))],
+        about=_about(record, survey, len(checkpoints), known),
     )
+
+
+def _about(
+    record: dict[str, Any], survey: Survey, num_checkpoints: int, known: dict[str, Calibration | None]
+) -> list[tuple[str, str, str]]:
+    """Return model, prompts, date and calibration of the run."""
+    words, is_calibrated = parts.describe_calibrations(num_checkpoints, known)
+    prompts = [prompt for prompt, _ in survey.values["prompt"].most_common()]
+    return [
+        ("Model", parts.name_some(survey.values["model"]), ""),
+        ("Prompt" if len(prompts) == 1 else f"{len(prompts):,} prompts", parts.name_some(prompts), ""),
+        ("Date", parts.format_date(record), ""),
+        ("Calibration", words, "" if is_calibrated else "warn"),
+    ]
+
+
+def _rules(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that mark masks for review. A damaged record may have something else there."""
+    rules = config.get("review")
+    return rules if isinstance(rules, dict) else {}
 
 
 def _plan_size(record: dict[str, Any]) -> tuple[int, int]:
@@ -80,18 +109,35 @@ def _banner(record: dict[str, Any], survey: Survey) -> str:
     return f"This run is not complete: {survey.images.total():,}{total} images are done so far."
 
 
-def _stats(record: dict[str, Any], summary: dict[str, Any] | None, survey: Survey) -> list[Stat]:
+def _stats(
+    record: dict[str, Any],
+    summary: dict[str, Any] | None,
+    survey: Survey,
+    num_checkpoints: int,
+    known: dict[str, Calibration | None],
+) -> list[Stat]:
     images = survey.images
     stats = [
-        Stat("Images", f"{images.total():,}", f"{survey.num_rows:,} rows, one per prompt"),
+        Stat("Images", f"{images.total():,}", f"{survey.num_rows:,} masks, one per prompt"),
         Stat("Ok", f"{images['ok']:,}"),
-        Stat("Failed", f"{images['failed']:,}", tone="warn" if images["failed"] else ""),
+        Stat(
+            "Failed",
+            f"{images['failed']:,}",
+            "images that could not be read" if images["failed"] else "",
+            tone="warn" if images["failed"] else "",
+        ),
     ]
     if images["vanished"]:
         stats.append(Stat("Vanished", f"{images['vanished']:,}", "no longer in the archive"))
     if summary and summary.get("images_per_s"):
         stats.append(Stat("Images per second", f"{summary['images_per_s']:,}", f"{summary['seconds']:,} s in total"))
-    return [*stats, *parts.metric_stats(survey, ("confidence", "agreement", "area_fraction"))]
+    if survey.num_marked:
+        stats.append(Stat("Marked for review", f"{survey.num_marked:,}", "masks"))
+    if survey.values["status"]["ok"]:
+        stats.append(Stat("Empty masks", f"{survey.num_empty:,}", "nothing found in the image"))
+    words, is_calibrated = parts.describe_calibrations(num_checkpoints, known)
+    doubt = {} if is_calibrated else {"confidence": f"{words}: it does not tell how good the masks are"}
+    return [*stats, *parts.metric_stats(survey, ("confidence", "agreement", "area_fraction"), doubt)]
 
 
 def _prompts(survey: Survey) -> list[Section]:
@@ -104,5 +150,5 @@ def _prompts(survey: Survey) -> list[Section]:
         medians = {
             f"median {name}": distribution.median if distribution else None for name, distribution in by_metric.items()
         }
-        rows.append({"prompt": prompt, "rows": count} | medians)
+        rows.append({"prompt": prompt, "masks": count} | medians)
     return [Section("prompts", "Prompts", tables=[as_table(rows)])] if len(rows) > 1 else []

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlsm.report.distribution import Distribution
 from vlsm.runs.tables import Tables
 
 METRICS = {"dice": "Dice", "confidence": "Confidence", "agreement": "Agreement", "area_fraction": "Area fraction"}
@@ -19,7 +20,7 @@ METRICS = {"dice": "Dice", "confidence": "Confidence", "agreement": "Agreement",
 KEY = ("dataset", "split", "system", "prompt_name", "prompt", "image_id", "mask_uri", "where", "record")
 FILE = "__filename"  # a column that pyarrow adds: the file of the row
 _PLACES = ("image_id", "image_uri", "selector", "mask_uri", "where", "record")
-_WORDS = ("dataset", "split", "system", "prompt", "prompt_name", "prompt_class", "model", "status", "error")
+_WORDS = ("dataset", "split", "system", "prompt", "prompt_name", "prompt_class", "model", "status", "error", "review")
 ROW = pa.schema(
     [pa.field(name, pa.string()) for name in (*_PLACES, *_WORDS, FILE)]
     + [pa.field(name, pa.int64()) for name in ("height", "width")]
@@ -27,7 +28,6 @@ ROW = pa.schema(
 )
 _BATCH_ROWS, _BATCH_BYTES = 1 << 14, 1 << 26
 _MOST_LETTERS = 1 << 13  # of a text; lists have no longer ones
-_FINE = 4000  # bins of a distribution; a median is exact to 0.00025
 _MAX_VALUES = 1000  # distinct values that are counted separately; a run may have as many prompts as images
 _MAX_STRATA, _PER_STRATUM, _CANDIDATES = 200, 240, 512
 _OTHERS = "others"
@@ -96,42 +96,6 @@ def file_names(uris: Any) -> Any:
     return pc.replace_substring_regex(plain, pattern=".*/", replacement="")
 
 
-@dataclass
-class Distribution:
-    """The distribution of values in [0, 1]. Its mean is exact; its median comes from 4,000 bins."""
-
-    fine: np.ndarray = field(default_factory=lambda: np.zeros(_FINE, np.int64))
-    total: float = 0.0
-    highest: float = 0.0
-
-    def add(self, values: np.ndarray) -> None:
-        """Add values."""
-        indices = np.clip((values * _FINE).astype(np.int64), 0, _FINE - 1)
-        self.fine += np.bincount(indices, minlength=_FINE)
-        self.total += float(values.sum())
-        self.highest = max(self.highest, float(values.max(initial=0.0)))
-
-    @property
-    def count(self) -> int:
-        """The number of values."""
-        return int(self.fine.sum())
-
-    @property
-    def mean(self) -> float:
-        """The mean of all values. It needs at least one value."""
-        return self.total / self.count
-
-    @property
-    def median(self) -> float:
-        """The median of all values. It needs at least one value."""
-        middle = [(self.count + 1) // 2, self.count // 2 + 1]  # equal if the count is odd
-        return float(np.mean(np.searchsorted(self.fine.cumsum(), middle)) + 0.5) / _FINE
-
-    def bins(self, limit: float, number: int) -> np.ndarray:
-        """Return the number of values in each of `number` equal parts of [0, limit]."""
-        return self.fine[: round(_FINE * limit)].reshape(number, -1).sum(axis=1)
-
-
 class Extremes:
     """The rows with the lowest or highest values of a column, or with the values nearest to a given one.
 
@@ -164,7 +128,7 @@ class Extremes:
 
 
 class Sample:
-    """A random sample, stratified by dataset, split, system, prompt, status and range of a metric."""
+    """A random sample, stratified by dataset, split, system, prompt, status, review and range of a metric."""
 
     def __init__(self, metric: str) -> None:
         self._metric = metric
@@ -176,7 +140,8 @@ class Sample:
         band = pc.cast(pc.floor(pc.multiply(pc.fill_null(table[self._metric], -1.0), 4.999)), pa.string())
         # evaluations have names of prompts; an archive may have as many prompts as images, which then share one stratum
         names = pc.coalesce(table["prompt_name"], table["prompt"])
-        parts = [pc.fill_null(column, "") for column in (table["dataset"], table["split"], table["system"], names)]
+        columns = (table["dataset"], table["split"], table["system"], table["review"], names)
+        parts = [pc.fill_null(column, "") for column in columns]
         texts = pc.binary_join_element_wise(*parts, table["status"], band, "\0")
         for text in pc.unique(texts).to_pylist():
             if len(self._strata) < _MAX_STRATA:
@@ -207,16 +172,23 @@ class Survey:
         images: number of images by status; consecutive rows of one image count once.
         values: number of rows by column and value, for some columns.
         distributions: distributions by metric and value of the group column.
-        reasons: number of failed rows by reason.
+        reviews: number of rows by reason for a review; a row may have several.
+        num_marked, num_empty: number of rows that have such a reason, and of good rows whose mask is empty.
+        reasons: number of failures by reason.
         examples: the first failed rows of each reason.
+        counts_images: count failures of images, as status and summary of a segment run do, and not of rows.
     """
 
     metric: str
     group: str
+    counts_images: bool = False
     num_rows: int = 0
     images: Counter[str] = field(default_factory=Counter)
     values: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     distributions: dict[tuple[str, str], Distribution] = field(default_factory=dict)
+    reviews: Counter[str] = field(default_factory=Counter)
+    num_marked: int = 0
+    num_empty: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _last_id: str | None = None
@@ -240,17 +212,20 @@ class Survey:
     def add(self, table: pa.Table) -> None:
         """Add rows."""
         self.num_rows += len(table)
-        self._count_images(table)
+        is_first = self._count_images(table)
         for name in ("status", "dataset", "system", "split", "prompt", "model"):
             counter = self.values[name]
             for item in pc.value_counts(table[name].drop_null()).to_pylist():
                 known = item["values"] in counter or len(counter) < _MAX_VALUES
                 counter[item["values"] if known else _OTHERS] += item["counts"]
         self._measure(table)
-        self._count_failures(table.filter(pc.equal(table["status"], "failed")))
+        self._count_reviews(table)
+        counted = table.filter(pa.array(is_first)) if self.counts_images else table
+        self._count_failures(counted.filter(pc.equal(counted["status"], "failed")))
         self.sample.add(table)
 
-    def _count_images(self, table: pa.Table) -> None:
+    def _count_images(self, table: pa.Table) -> np.ndarray:
+        """Count the images by the status of their first row. Return which rows are first, (rows,) bool."""
         ids = table["image_id"].combine_chunks()
         is_first = np.ones(len(ids), bool)
         is_first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
@@ -258,6 +233,15 @@ class Survey:
         self._last_id = ids[-1].as_py()
         for item in pc.value_counts(table["status"].filter(pa.array(is_first))).to_pylist():
             self.images[item["values"]] += item["counts"]
+        return is_first
+
+    def _count_reviews(self, table: pa.Table) -> None:
+        self.num_marked += len(table) - table["review"].null_count
+        self.num_empty += int(pc.sum(find_empty(table)).as_py() or 0)
+        for item in pc.value_counts(table["review"].drop_null()).to_pylist():
+            for reason in review_reasons(item["values"]):
+                reason = reason if reason in self.reviews or len(self.reviews) < 50 else _OTHERS
+                self.reviews[reason] += item["counts"]
 
     def _measure(self, table: pa.Table) -> None:
         table = table.filter(pc.equal(table["status"], "ok"))
@@ -277,6 +261,17 @@ class Survey:
             self.reasons[reason] += 1
             if len(examples := self.examples.setdefault(reason, [])) < 5:
                 examples.append(row)
+
+
+def find_empty(table: pa.Table) -> pa.ChunkedArray:
+    """Return which rows have a mask without foreground, as bool without nulls."""
+    is_empty = pc.and_(pc.equal(table["status"], "ok"), pc.equal(table["area_fraction"], 0.0))
+    return pc.fill_null(is_empty, False)
+
+
+def review_reasons(review: str | None) -> tuple[str, ...]:
+    """Return the reasons in a cell of the column `review`."""
+    return tuple(dict.fromkeys(reason[:60] for reason in (review or "").split(", ") if reason))[:5]
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:

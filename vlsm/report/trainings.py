@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlsm import storage
-from vlsm.checkpoints import SETTINGS_NAME
+from vlsm.checkpoints import SETTINGS_NAME, Calibration
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import good_records
 from vlsm.datasets.settings import DatasetSettings
@@ -16,8 +16,10 @@ from vlsm.images.reader import Reader
 from vlsm.report import parts
 from vlsm.report.charts import draw_lines
 from vlsm.report.page import Page, Section, Stat, Table, as_table, provenance
-from vlsm.report.pictures import Painter
+from vlsm.report.pictures import Painter, shorten
 from vlsm.report.survey import Survey, file_names, scan
+from vlsm.report.twins import compare_splits
+from vlsm.report.validation import predict_examples
 from vlsm.runs.record import read_summary, settings_of
 from vlsm.runs.tables import Tables
 from vlsm.training.examples import EXAMPLES_NAME, read_examples_table
@@ -45,12 +47,16 @@ def training_page(output: str, title: str) -> Page:
     survey = Survey(metric="area_fraction", group="dataset")
     for table in scan(Tables([uri], _SCANNED), pc.field("error").is_null(), _compute):
         survey.add(table)
-    records = {record.where: record for record in good_records(read_examples_table(uri))}
+    examples = read_examples_table(uri)
+    records = {record.where: record for record in good_records(examples)}
     data = settings_of({name: config["data"][name] for name in _READ if name in config["data"]}, DatasetSettings)
     masks = ExampleReader(data, parts.SHORT_WAIT)
     reader = Reader(data.reading(parts.SHORT_WAIT))
     painter = Painter(reader, lambda row: (None, masks.read(records[row["where"]]).target.mask))
     _, cards = parts.show([], survey.sample, painter, (), None)
+    checkpoint = storage.join(output, CHECKPOINT_NAME)
+    known = parts.read_calibrations({CHECKPOINT_NAME: checkpoint})
+    checkpoint_facts = _checkpoint_facts(output)
     metrics = history.table()
     best = history.best_epoch(config["optim"]["monitor"])
     banner = f"This run is not complete: {len(history.monitored('dice')):,} of {config['optim']['epochs']:,} epochs."
@@ -62,16 +68,34 @@ def training_page(output: str, title: str) -> Page:
         sections=[
             *([_curves(metrics, best)] if len(metrics) else []),
             *_scores(history, best),
-            *parts.calibrations({"checkpoint": storage.join(output, "checkpoint")}),
+            predict_examples(checkpoint, list(records.values()), masks, config["data"].get("prompt"), bool(best)),
+            *parts.calibrations(known),
             Section("data", "Data", tables=[_counts(record)]),
+            *compare_splits(examples, reader),
             *parts.distributions(survey, "examples"),
         ],
         cards=cards,
         gallery_note=parts.gallery_note(len(cards), survey.num_rows, "datasets, splits and areas"),
         outlines=["target"],
         record=record,
-        facts=[*provenance(record), *_checkpoint_facts(output)],
+        facts=[*provenance(record), *checkpoint_facts],
+        about=[
+            ("Model", shorten(_model(config), 60), ""),
+            *((label, shorten(text, 60), "") for label, text in checkpoint_facts),
+            ("Datasets", parts.name_some(survey.values["dataset"]), ""),
+            ("Date", parts.format_date(record), ""),
+            *([("Calibration", *_calibration(known))] if known else []),
+        ],
     )
+
+
+def _model(config: dict[str, Any]) -> str:
+    return str(config.get("model") or "a checkpoint's")
+
+
+def _calibration(known: dict[str, Calibration | None]) -> tuple[str, str]:
+    words, is_calibrated = parts.describe_calibrations(1, known)
+    return (words, "") if is_calibrated else (f"{words} yet: python -m vlsm.calibration does it", "warn")
 
 
 def _compute(table: pa.Table) -> pa.Table:
@@ -91,9 +115,8 @@ def _stats(config: dict[str, Any], history: History, best: int, survey: Survey) 
         if rows:
             stats.append(Stat(label, f"{rows[-1].dice:.3f}", "mean over datasets, best epoch", "lead"))
     epochs = max((row.epoch for row in history.rows), default=0)
-    model = str(config.get("model") or "a checkpoint's")
     stats += [
-        Stat("Model", model, f"trainable: {config.get('trainable', 'all')}"),
+        Stat("Model", _model(config), f"trainable: {config.get('trainable', 'all')}"),
         Stat("Best epoch", f"{best}" if best else "–", f"of {epochs} done, {config['optim']['epochs']} planned"),
         Stat("Examples", f"{survey.num_rows:,}", "in all splits"),
     ]

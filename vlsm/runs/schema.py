@@ -25,8 +25,36 @@ PLAN_SCHEMA = pa.schema(
     ]
 )
 
+# What the columns of the output mean. Each file states it in the metadata of its columns, for people who open it with
+# another tool: `pyarrow.parquet.read_schema(FILE).field("confidence").metadata`.
+COLUMN_NOTES = {
+    "image_id": "name of the image: its path below INPUT, with the selector behind a #, or the name in the list",
+    "image_uri": "file of the image, without secrets",
+    "selector": "which image of its file: frame=3, page=2, slice=17, or the member of a tar or zip; null: the only one",
+    "image_version": "version of the planned file: its etag, or its size and time of change; null: a list has none",
+    "content_sha256": "SHA-256 of the file's bytes; null: none could be read",
+    "prompt": "text with which the image was segmented, or the name of a class; for a label map, a JSON list of them",
+    "kind": "mask: the result; member N: the mask of one model of an ensemble; labels: a label map of all prompts",
+    "height": "height of the image in pixels",
+    "width": "width of the image in pixels",
+    "grey_rule": "rule that turned stored values of more than 8 bits into grey levels; null: none was needed",
+    "mask_rle": "the mask as COCO run lengths of (height, width); vlsm.read_masks decodes it",
+    "label_map": "of kind labels: PNG, 0 is background, k is the k-th prompt",
+    "probability_map": "PNG with the probability of each pixel: 0 to 255 stand for 0 to 1; null: it was not kept",
+    "area_px": "foreground pixels",
+    "area_fraction": "foreground pixels as a share of the image, from 0 to 1; 0: the mask is empty",
+    "bbox": "[x, y, width, height] of the foreground in pixels; null: the mask is empty",
+    "confidence": "mean probability of the pixels inside the mask, from 0 to 1; null: the mask is empty. A probability "
+    "belongs to one pixel. Without calibration, a high confidence does not mean that the mask is good",
+    "agreement": "mean Dice between the masks of an ensemble's members, from 0 to 1; null: one model only",
+    "review": "why a person should look at the mask: low confidence, low agreement, odd area; null: no reason",
+    "model": "the model and the start of its checkpoint's digest",
+    "status": "ok, failed (see error) or vanished (no longer in INPUT)",
+    "error": "REASON: message of a failed image; null: none",
+}
+
 # The output: one row per (image, prompt, kind). By default the only kind is "mask".
-RESULT_SCHEMA = pa.schema(
+_RESULT_COLUMNS = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image_uri", pa.string(), nullable=False),
@@ -52,6 +80,7 @@ RESULT_SCHEMA = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+RESULT_SCHEMA = pa.schema([field.with_metadata({"description": COLUMN_NOTES[field.name]}) for field in _RESULT_COLUMNS])
 
 
 def with_format(schema: pa.Schema, **metadata: str) -> pa.Schema:

@@ -1,0 +1,90 @@
+"""Words of a report: how columns and metrics are called there, and what they mean."""
+
+from collections.abc import Iterable
+
+_LABELS = {
+    "agreement": "Agreement",
+    "area_fraction": "Area fraction",
+    "asd_median": "median surface distance",
+    "asd_n": "masks with surface distance",
+    "bad_found": "bad masks marked for review",
+    "bad_n": "bad masks",
+    "confidence": "Confidence",
+    "dataset": "Dataset",
+    "dice": "Dice",
+    "dice_high": "Dice, upper end",
+    "dice_low": "Dice, lower end",
+    "dice_mean": "mean Dice",
+    "dice_median": "median Dice",
+    "dice_sd": "Dice, deviation",
+    "difference": "Dice less baseline",
+    "difference_n": "masks in this difference",
+    "hd95_median": "median Hausdorff distance",
+    "hd95_n": "masks with Hausdorff distance",
+    "iou_mean": "mean IoU",
+    "mask": "Mask",
+    "n": "scored masks",
+    "n_failed": "failed",
+    "p": "p value",
+    "precision_mean": "mean precision",
+    "prompt": "Prompt",
+    "prompt_class": "kind of prompt",
+    "prompt_name": "Prompt's name",
+    "recall_mean": "mean recall",
+    "reference_dice_mean": "Dice with the reference prompt's mask",
+    "review": "Review",
+    "review_n": "masks marked for review",
+    "split": "Split",
+    "status": "Status",
+    "system": "System",
+}
+_NOTES = {
+    "agreement": "mean Dice between the masks of an ensemble's members, from 0 to 1; one model has none",
+    "area_fraction": "foreground pixels as a share of the image; 0 is an empty mask",
+    "asd_median": "mean distance between the two outlines, in pixels; median over the masks that have one",
+    "bad_n": "masks with a Dice below 0.7",
+    "confidence": "mean probability of the pixels inside a mask, from 0 to 1; an empty mask has none. A probability "
+    "belongs to one pixel: a pixel at or above the threshold is foreground. Without calibration, a high confidence "
+    "does not mean that the mask is good",
+    "dice": "overlap of prediction and target: 1 if they are equal, 0 if they share no pixel",
+    "dice_high": "upper end of the 95 % interval of the mean",
+    "dice_low": "lower end of the 95 % interval of the mean",
+    "dice_sd": "standard deviation over the masks",
+    "difference": "mean Dice minus the mean Dice of the first system, on the masks that both have",
+    "hd95_median": "95th percentile of the distances between the two outlines, in pixels; median over the masks",
+    "iou_mean": "intersection over union, another measure of overlap; never above Dice",
+    "mask": "whether the mask is empty, that is, has no foreground",
+    "p": "probability of such a difference by chance (Wilcoxon's signed-rank test), not corrected for many comparisons",
+    "precision_mean": "share of the predicted pixels that are right",
+    "prompt_class": "honest: known without the mask. Others describe the target, so that they tell part of the answer",
+    "recall_mean": "share of the target's pixels that are found",
+    "review": "why a person should look at a mask: low confidence, low agreement, odd area",
+    "split": "train: the model learned from it; val: it chose the best epoch; test: neither",
+    "status": "ok, failed (the image could not be read) or vanished (it is no longer in the archive)",
+    "error before": "expected calibration error without the temperature: mean gap of probability and true share",
+    "error after": "expected calibration error with the temperature",
+    "temperature": "the model's raw values are divided by it before they become probabilities",
+    "threshold": "lowest probability of a foreground pixel",
+}
+
+
+def label(name: str) -> str:
+    """Return what people call a column. An unknown name stays, without underscores."""
+    return _LABELS.get(name, name.replace("_", " "))
+
+
+def title(name: str) -> str:
+    """Return the label with a capital at its start."""
+    text = label(name)
+    return text[:1].upper() + text[1:]
+
+
+def explain(name: str) -> str:
+    """Return what a column means, or "" if its name says it."""
+    return _NOTES.get(name.removeprefix("median ").replace(" ", "_"), _NOTES.get(name, ""))
+
+
+def explain_all(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return label and meaning of the columns that need words, in their order, each once."""
+    known = {explain(name): title(name.removeprefix("median ").replace(" ", "_")) for name in names if explain(name)}
+    return [(word, meaning) for meaning, word in known.items()]
