@@ -19,6 +19,7 @@ from vlsm.limits import MAX_LISTED_BYTES, MAX_SILENCE_S, MIN_BYTES_PER_S
 
 _BLOCK = 1 << 16
 _UNPACKED = {"gzip", "x-gzip", "deflate"}
+_REFUSED, _BUSY = (401, 402, 403, 407, 451), (408, 425, 429)  # statuses of HTTP
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=MAX_SILENCE_S, sock_read=MAX_SILENCE_S)
 
 
@@ -29,7 +30,13 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
     """
 
     async def _info(self, url: str, **options: Any) -> Any:
-        return await super()._info(url, **{"timeout": _TIMEOUT} | options)
+        """Return the facts of a file. fsspec reports every failure as a missing file; an answer says what it is."""
+        try:
+            return await super()._info(url, **{"timeout": _TIMEOUT} | options)
+        except FileNotFoundError as error:
+            if isinstance(error.__cause__, aiohttp.ClientResponseError):
+                _raise_for_status(error.__cause__.status, url, error.__cause__)
+            raise
 
     async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         if min(start or 0, end or 0) < 0:
@@ -54,6 +61,7 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
         async with session.get(self.encode_url(url), headers=headers, **options) as reply:
             if reply.status == 416:  # the file ends before
                 return
+            _raise_for_status(reply.status, url)
             self._raise_not_found_for_status(reply, url)
             is_packed = reply.headers.get("Content-Encoding", "").lower() in _UNPACKED
             if start and (reply.status != 206 or is_packed):
@@ -91,6 +99,19 @@ class _Blocks(HTTPFile):  # type: ignore[misc] # fsspec has no types
 
     def _fetch_all(self) -> None:
         """Read blocks also for the whole file: the reply to a request without a range may be longer."""
+
+
+def _raise_for_status(status: int, url: str, cause: BaseException | None = None) -> None:
+    """Raise the error of an answer that is not about a missing file: one says no, another one may succeed later.
+
+    Raises:
+        PermissionError: the server refuses the request. To ask again is in vain.
+        OSError: the server has trouble, or too many requests.
+    """
+    if status in _REFUSED:
+        raise PermissionError(f"{url}: its server answers with {status}") from cause
+    if status in _BUSY or status >= 500:
+        raise OSError(f"its server answers with {status}") from cause
 
 
 async def _read(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
