@@ -77,6 +77,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--components", action="store_true", help="with --format coco: one annotation per connected component of a mask"
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help="images outside of the bucket of an OUTPUT in a store may be read below this folder; repeatable",
+    )
     return parser
 
 
@@ -93,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         filters = [parse_filter(words) for words in args.filter]
         more = (True,) if args.components else ()
-        with ExportFolder(args.directory) as folder:
+        with ExportFolder(args.directory, args.allow) as folder:
             count = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
     except failures as error:
         say_error(error)

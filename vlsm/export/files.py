@@ -54,8 +54,8 @@ def export_overlays(output: str, directory: Directory, filters: Filters = None, 
 
     The function reads the images again from their original location. An unreadable image is a row that fails.
     """
-    reader = Reader(read_settings(output), Locations(output))
     with open_folder(directory) as folder:
+        reader = Reader(read_settings(output), Locations(output, folder.allow))
         for row in read_ok_rows(output, filters, limit):
             with folder.file(row) as path:
                 content, frame = reader.open(row)

@@ -28,7 +28,7 @@ _SCORES = pa.schema(
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
 
 
-def evaluation_page(output: str, title: str) -> Page:
+def evaluation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
     """Return the report page of an evaluation.
 
     Raises:
@@ -41,7 +41,7 @@ def evaluation_page(output: str, title: str) -> Page:
         survey.add(rows)
     leader = _leader(table)
     leader_survey, ends = _ends(scores, leader)
-    painter = Painter(parts.open_reader(record["config"], output), read_rle_masks)
+    painter = Painter(parts.open_reader(record["config"], output, allow), read_rle_masks)
     columns = ["mask_rle", "target_rle", "height", "width"]
     groups, cards = parts.show(ends, survey.sample, painter, columns, scores)
     intro = f"From {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
@@ -53,7 +53,7 @@ def evaluation_page(output: str, title: str) -> Page:
         sections=[
             *_scores(table),
             *parts.distributions(survey, "scored rows, of all prompts"),
-            *parts.calibrations(_checkpoints(record["config"])),
+            *parts.calibrations(_checkpoints(record["config"]), output, allow),
             Section("cases", "Cases to look at", shorten(intro, 300), groups=groups, has_legend=True),
             *parts.failures(survey),
         ],

@@ -15,7 +15,7 @@ from vlsm.runs.results import open_results
 from vlsm.shown import public_uri
 
 
-def segmentation_page(output: str, title: str) -> Page:
+def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
     """Return the report page of a segment run.
 
     Raises:
@@ -37,7 +37,7 @@ def segmentation_page(output: str, title: str) -> Page:
         for *_, extremes in ends:
             extremes.add(table)
 
-    painter = Painter(parts.open_reader(config, output), read_rle_masks)
+    painter = Painter(parts.open_reader(config, output, allow), read_rle_masks)
     columns = ["mask_rle", "height", "width"]
     groups, cards = parts.show(ends, survey.sample, painter, columns, results)
     return Page(
@@ -52,7 +52,9 @@ def segmentation_page(output: str, title: str) -> Page:
                 {
                     public_uri(uri).rstrip("/").rsplit("/", 1)[-1]: uri
                     for uri in (member.checkpoint for member in members)
-                }
+                },
+                output,
+                allow,
             ),
             Section("look", "Look at these first", groups=groups, has_legend=True),
             *parts.failures(survey),

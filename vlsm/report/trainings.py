@@ -62,7 +62,7 @@ def training_page(output: str, title: str) -> Page:
         sections=[
             *([_curves(metrics, best)] if len(metrics) else []),
             *_scores(history, best),
-            *parts.calibrations({"checkpoint": storage.join(output, "checkpoint")}),
+            *parts.calibrations({"checkpoint": storage.join(output, "checkpoint")}, output, ()),
             Section("data", "Data", tables=[_counts(record)]),
             *parts.distributions(survey, "examples"),
         ],
