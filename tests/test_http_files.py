@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -192,6 +193,13 @@ def test_planning_stops_where_a_file_without_a_length_does_not_end(server, path,
     assert row["problem"].startswith("too_large")
     assert "more than 1,048,576 bytes" in row["problem"]
     assert server.num_bytes < 32 << 20
+
+
+def test_a_file_without_a_length_takes_no_memory_while_it_is_listed(server):
+    fs, path = storage.open_uri(server.url + "/unsized")
+    with fs.open(path, "rb") as file:
+        assert os.fstat(file.fileno()).st_nlink == 0  # a temporary file that has no name
+        assert file.read() == DATA
 
 
 def test_a_block_of_an_opened_file_is_no_longer_than_asked_for(server):

@@ -51,6 +51,7 @@ def test_a_listing_is_read(listed, old, new):
         ("<Size>5</Size>", "", "sends a damaged listing .KeyError: 'Size'"),
         ("<Key>a.png</Key>", "", "sends a damaged listing .KeyError: 'Key'"),
         ("2026-01-01T00:00:00.000Z", "yesterday", "sends a damaged listing"),
+        ("01T00:00:00.000Z", "01T00:00:4294967296Z", "sends a damaged listing"),
         ("<KeyCount>1", "<KeyCount>one", "sends a damaged listing"),
         ("<IsTruncated>false", "<IsTruncated>true", "sends a damaged listing .KeyError: 'NextContinuationToken'"),
         (

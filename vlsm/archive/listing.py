@@ -49,7 +49,14 @@ def _list_s3(fs: Any, path: str, uri: str, after: str | None) -> Iterator[Info]:
                 if not item["Key"].endswith("/")  # S3 consoles create such objects to show an empty folder
             ]
             token = page["NextContinuationToken"] if page.get("IsTruncated") else None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # of the client's parser too
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # of botocore
             what = f"{type(error).__name__}: {error}"
             raise StorageError(f"the store of {uri} sends a damaged listing ({what}); check its endpoint") from error
         if token == request.get("ContinuationToken", ""):
