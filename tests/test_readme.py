@@ -158,7 +158,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_pat
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
     monkeypatch.setattr(datasets, "show_datasets", lambda *args: seen.append(args))
-    monkeypatch.setattr("vlsm.report.write.write_report", lambda *args: seen.append(args) or ROOT / "README.md")
+    monkeypatch.setattr("vlsm.report.write.write_report", lambda *args: seen.append(args) or str(ROOT / "README.md"))
     for name in benchmark.BENCHMARKS:
         monkeypatch.setattr(f"jobs.benchmarks.{name}.measure", lambda args: seen.append(args) or 0)
     monkeypatch.setattr(benchmark, "measured_page", lambda: seen.append(words) or "")
