@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from vlsm.config import SegmentSettings, load_settings
@@ -71,3 +73,21 @@ def test_one_place_is_a_list_of_places(word):
 def test_an_empty_place_would_be_every_file():
     with pytest.raises(ConfigError, match="a place is empty"):
         load_settings(SegmentSettings, None, ["run.allow=['']"], {"input": "i", "output": "o", "members": []})
+
+
+def test_settings_may_come_from_an_open_pipe():
+    """As from a shell: --config <(echo "threshold: 0.3")."""
+    reading, writing = os.pipe()
+    os.write(writing, b"threshold: 0.3\n")
+    os.close(writing)
+    try:
+        assert load(config=f"/dev/fd/{reading}").threshold == 0.3
+    finally:
+        os.close(reading)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/fd/999999999", "PIPE"])
+def test_a_device_or_a_named_pipe_is_no_file_of_settings(tmp_path, path):
+    os.mkfifo(tmp_path / "PIPE")  # without a writer, to open it would block for ever
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(config=path.replace("PIPE", str(tmp_path / "PIPE")))

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +29,18 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def answer_status(self):
+        """Answer with a status that the path names, such as /403; return whether it names one."""
+        if is_status := self.path.strip("/").isdecimal():
+            self.server.requests.append((self.path, None, None))
+            self.send_response(int(self.path.strip("/")))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        return is_status
+
     def do_HEAD(self):
+        if self.answer_status():
+            return
         self.send_response(200)
         self.send_header("Content-Length", str({"/false": 100, "/short": 2000}.get(self.path, len(self.server.data))))
         if self.path in ("/unsized", "/endless", "/packed", "/bomb"):
@@ -36,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self):
+        if self.answer_status():
+            return
         self.server.requests.append((self.path, self.headers.get("Range"), self.headers.get("Accept-Encoding")))
         data, start = self.server.data, 0
         if self.path.startswith("/ranges") and (span := self.headers.get("Range")):
@@ -128,6 +142,24 @@ def test_a_server_that_ignores_the_range_is_told(server):
     assert server.num_bytes <= len(DATA)
 
 
+@pytest.mark.parametrize("size_bytes", [None, 100])
+@pytest.mark.parametrize(("status", "reason"), [(401, "forbidden"), (403, "forbidden"), (404, "missing")])
+def test_an_answer_that_is_final_is_not_asked_for_again(server, status, reason, size_bytes):
+    with pytest.raises(ImageError) as caught:
+        read_image_bytes(f"{server.url}/{status}", size_bytes, 1000)
+    assert caught.value.reason == reason
+    assert len(server.requests) <= 2  # fsspec asks for the size in two ways
+
+
+@pytest.mark.parametrize("size_bytes", [None, 100])
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_busy_server_is_not_a_missing_file(server, status, size_bytes):
+    with pytest.raises(ImageError) as caught:
+        read(server, f"/{status}", size_bytes=size_bytes)
+    assert caught.value.reason == "unavailable"
+    assert str(status) in str(caught.value)
+
+
 def test_nothing_packed_is_asked_for(server):
     read(server, "/ranges")
     assert {encoding for _, _, encoding in server.requests} == {"identity"}
@@ -161,6 +193,13 @@ def test_planning_stops_where_a_file_without_a_length_does_not_end(server, path,
     assert row["problem"].startswith("too_large")
     assert "more than 1,048,576 bytes" in row["problem"]
     assert server.num_bytes < 32 << 20
+
+
+def test_a_file_without_a_length_takes_no_memory_while_it_is_listed(server):
+    fs, path = storage.open_uri(server.url + "/unsized")
+    with fs.open(path, "rb") as file:
+        assert os.fstat(file.fileno()).st_nlink == 0  # a temporary file that has no name
+        assert file.read() == DATA
 
 
 def test_a_block_of_an_opened_file_is_no_longer_than_asked_for(server):

@@ -1,5 +1,6 @@
 """Redirects of a real HTTP server."""
 
+import gzip
 import http.server
 import io
 import threading
@@ -31,9 +32,8 @@ def server():
 
             def do_GET(self):
                 self.site_of_class.asked.append(self.path)
-                target, data = (
-                    table.get(self.path) for table in (self.site_of_class.redirects, self.site_of_class.files)
-                )
+                path = self.path.partition("?")[0]
+                target, data = (table.get(path) for table in (self.site_of_class.redirects, self.site_of_class.files))
                 self.send_response(302 if target else 404 if data is None else 200)
                 if target:
                     self.send_header("Location", target)
@@ -136,3 +136,19 @@ def test_masks_of_a_dataset_obey_the_same_rule(server, tmp_path):
     assert server.other.asked == []
     read_dataset("d", str(tmp_path / "list.csv"), DatasetSettings().allowing((server.other.url,)))
     assert "/b.nii.gz" in server.other.asked
+
+
+@pytest.mark.parametrize("query", ["", "?sig=ab/c.d%3D&se=2026", "?X-Amz-Signature=ab/cd"])
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv.gz", "list.jsonl"])
+def test_a_list_with_a_signature_is_a_list(server, name, query):
+    lines = {"list.jsonl": b'{"image_uri": "a.png"}\n', "list.csv": b"image_uri,image_id\na.png,1\n"}
+    data = lines.get(name, gzip.compress(b"image_uri\timage_id\na.png\t1\n"))
+    server.first.files |= {"/d/a.png": picture(), f"/d/{name}": data}
+    (row,) = open_archive(f"{server.url}/d/{name}{query}", ("polyp",)).rows
+    assert row["image_uri"] == f"{server.url}/d/a.png"
+
+
+def test_a_labelled_list_with_a_signature_is_a_list(server):
+    server.first.files |= {"/d/a.png": picture(), "/d/list.csv": b"image_uri,mask_uri,split\na.png,a.png,train\n"}
+    (record,) = read_dataset("x", f"{server.url}/d/list.csv?sig=ab/cd", DatasetSettings())
+    assert record.image_uri == f"{server.url}/d/a.png"

@@ -1,6 +1,9 @@
 """Settings: frozen models with their defaults, and a strict reader for YAML files and `key=value` words."""
 
 import difflib
+import os
+import re
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
@@ -9,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from vlsm.documents import parse_yaml, read_yaml
+from vlsm.documents import MAX_YAML_BYTES, parse_yaml, read_yaml
 from vlsm.errors import ConfigError
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
@@ -318,12 +321,25 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        tree = read_yaml(path, f"--config {Path(path).name}", ConfigError)
+        tree = _read_pipe(path) if _is_pipe(path) else read_yaml(path, f"--config {Path(path).name}", ConfigError)
     except OSError as error:
         raise ConfigError(f"--config {path!r} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {path!r} must hold keys and values, such as `prompts: [polyp]`")
     return tree
+
+
+def _is_pipe(path: str) -> bool:
+    """Return whether a path is an open pipe of this process, as `--config <(command)` gives it.
+
+    A named pipe on the disk is none: somebody else may have put it there, and no one may ever write to it.
+    """
+    return re.fullmatch(r"/dev/(fd/\d{1,9}|stdin)", path) is not None and stat.S_ISFIFO(os.stat(path).st_mode)
+
+
+def _read_pipe(path: str) -> Any:
+    with open(path, "rb") as pipe:
+        return parse_yaml(pipe.read(MAX_YAML_BYTES + 1), f"--config {path}", ConfigError)
 
 
 def explain(error: ValidationError, settings: type[Settings]) -> str:

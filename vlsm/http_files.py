@@ -4,11 +4,11 @@ fsspec reads a reply to its end. A server may state a false length or none, igno
 its reply, or send a byte each second.
 """
 
-import io
+import tempfile
 import time
 import zlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 from fsspec.asyn import sync, sync_wrapper
@@ -19,6 +19,7 @@ from vlsm.limits import MAX_LISTED_BYTES, MAX_SILENCE_S, MIN_BYTES_PER_S
 
 _BLOCK = 1 << 16
 _UNPACKED = {"gzip", "x-gzip", "deflate"}
+_REFUSED, _BUSY = (401, 402, 403, 407, 451), (408, 425, 429)  # statuses of HTTP
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=MAX_SILENCE_S, sock_read=MAX_SILENCE_S)
 
 
@@ -29,7 +30,13 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
     """
 
     async def _info(self, url: str, **options: Any) -> Any:
-        return await super()._info(url, **{"timeout": _TIMEOUT} | options)
+        """Return the facts of a file. fsspec reports every failure as a missing file; an answer says what it is."""
+        try:
+            return await super()._info(url, **{"timeout": _TIMEOUT} | options)
+        except FileNotFoundError as error:
+            if isinstance(error.__cause__, aiohttp.ClientResponseError):
+                _raise_for_status(error.__cause__.status, url, error.__cause__)
+            raise
 
     async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         if min(start or 0, end or 0) < 0:
@@ -37,12 +44,13 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
         if end is not None and end <= (start or 0):
             return b""
         content = bytearray()
-        try:
-            async for block in self._blocks(url, start or 0, end, options):
-                content += block
-        except aiohttp.SocketTimeoutError as error:
-            raise ImageError("timeout", f"{url}: the server sent nothing for {MAX_SILENCE_S} s") from error
+        async for block in self._blocks(url, start or 0, end, options):
+            content += block
         return bytes(content)
+
+    async def _copy(self, url: str, max_bytes: int, target: IO[bytes]) -> None:
+        async for block in self._blocks(url, 0, max_bytes, {}):
+            target.write(block)
 
     async def _blocks(self, url: str, start: int, end: int | None, options: dict[str, Any]) -> AsyncIterator[bytes]:
         """Yield the bytes of a file from start to end, or to its own end."""
@@ -54,6 +62,7 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
         async with session.get(self.encode_url(url), headers=headers, **options) as reply:
             if reply.status == 416:  # the file ends before
                 return
+            _raise_for_status(reply.status, url)
             self._raise_not_found_for_status(reply, url)
             is_packed = reply.headers.get("Content-Encoding", "").lower() in _UNPACKED
             if start and (reply.status != 206 or is_packed):
@@ -68,16 +77,19 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
                     break
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
-        """Return a file that reads blocks. A file without a stated length is read into memory."""
+        """Return a file that reads blocks. A file without a stated length is copied to a temporary file."""
         size = options.pop("size", None) or self.info(path)["size"]
         if size is None:
-            data = self.cat_file(path, 0, MAX_LISTED_BYTES + 1)
-            if len(data) > MAX_LISTED_BYTES:
+            copy = tempfile.TemporaryFile()  # without a name: it is gone when it is closed
+            sync(self.loop, self._copy, path, MAX_LISTED_BYTES + 1, copy)
+            if copy.tell() > MAX_LISTED_BYTES:
+                copy.close()
                 raise BeyondLimitError(
                     f"{path}: its server states no length, and sends more than {MAX_LISTED_BYTES:,} bytes, which are "
                     "the most for such a file; copy it to a disk or a bucket before the run"
                 )
-            return io.BytesIO(data)
+            copy.seek(0)
+            return copy
         session = sync(self.loop, self.set_session)
         options = {"cache_type": self.cache_type, "cache_options": self.cache_options} | options
         return _Blocks(self, path, session, block_size or self.block_size, mode, size=size, loop=self.loop, **options)
@@ -91,6 +103,19 @@ class _Blocks(HTTPFile):  # type: ignore[misc] # fsspec has no types
 
     def _fetch_all(self) -> None:
         """Read blocks also for the whole file: the reply to a request without a range may be longer."""
+
+
+def _raise_for_status(status: int, url: str, cause: BaseException | None = None) -> None:
+    """Raise the error of an answer that is not about a missing file: one says no, another one may succeed later.
+
+    Raises:
+        PermissionError: the server refuses the request. To ask again is in vain.
+        OSError: the server has trouble, or too many requests.
+    """
+    if status in _REFUSED:
+        raise PermissionError(f"{url}: its server answers with {status}") from cause
+    if status in _BUSY or status >= 500:
+        raise OSError(f"its server answers with {status}") from cause
 
 
 async def _read(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -110,9 +135,12 @@ async def _unpack(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
 async def _watch_speed(blocks: AsyncIterator[bytes], url: str) -> AsyncIterator[bytes]:
     """Pass blocks on. Raise an ImageError if they come too slowly."""
     started_s, num_bytes = time.monotonic(), 0
-    async for block in blocks:
-        num_bytes += len(block)
-        yield block
-        passed_s = time.monotonic() - started_s
-        if passed_s > MAX_SILENCE_S + num_bytes / MIN_BYTES_PER_S:
-            raise ImageError("timeout", f"{url}: the server sent {num_bytes:,} bytes in {passed_s:.0f} s")
+    try:
+        async for block in blocks:
+            num_bytes += len(block)
+            yield block
+            passed_s = time.monotonic() - started_s
+            if passed_s > MAX_SILENCE_S + num_bytes / MIN_BYTES_PER_S:
+                raise ImageError("timeout", f"{url}: the server sent {num_bytes:,} bytes in {passed_s:.0f} s")
+    except aiohttp.SocketTimeoutError as error:
+        raise ImageError("timeout", f"{url}: the server sent nothing for {MAX_SILENCE_S} s") from error

@@ -18,7 +18,7 @@ MAX_TAR_ATTRIBUTES = 1000  # that hold for all members behind them
 MAX_ZIP_TABLE_BYTES = 1 << 27
 # All that is unpacked of one archive while it is listed: this many bytes, or this many times its own size.
 MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 1 << 36, 100
-# A packed member, or a file whose server states no length, that is kept in memory while it is listed.
+# A packed member that is kept in memory while it is listed, or a file whose server states no length.
 MAX_LISTED_BYTES = 1 << 29
 # A line of a list in text, a cell of a list in Parquet, a list that must be read as a whole (JSON).
 MAX_LINE_LETTERS, MAX_CELL_BYTES = 1 << 24, 1 << 16

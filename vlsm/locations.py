@@ -36,6 +36,17 @@ def absolute(uri: str) -> str:
     return uri.rstrip("/")
 
 
+def without_query(uri: str) -> str:
+    """Return a location without the query of an HTTP URL, which may have slashes and is no part of a name."""
+    return re.split("[?#]", uri, maxsplit=1)[0] if split_scheme(uri)[0] in HTTP else uri
+
+
+def parent(uri: str) -> str:
+    """Return the folder of a file."""
+    uri = without_query(uri)
+    return uri.rsplit("/", 1)[0] if "/" in uri else "."
+
+
 def join(uri: str, *names: str) -> str:
     """Return the location of a file or folder below a folder or prefix."""
     return "/".join([uri.rstrip("/"), *names])

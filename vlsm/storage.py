@@ -22,8 +22,10 @@ from vlsm.errors import ConfigError, StorageError, VlsmError
 from vlsm.locations import HTTP, LOCAL
 from vlsm.locations import absolute as absolute
 from vlsm.locations import join as join
+from vlsm.locations import parent as parent
 from vlsm.locations import spell_out as spell_out
 from vlsm.locations import split_scheme as split_scheme
+from vlsm.locations import without_query as without_query
 from vlsm.stores import is_local as is_local
 from vlsm.stores import open_uri as open_uri
 

@@ -1,5 +1,8 @@
 """Listings of a store that sends what no store should send."""
 
+import os
+import subprocess
+
 import pytest
 import s3fs
 
@@ -48,6 +51,7 @@ def test_a_listing_is_read(listed, old, new):
         ("<Size>5</Size>", "", "sends a damaged listing .KeyError: 'Size'"),
         ("<Key>a.png</Key>", "", "sends a damaged listing .KeyError: 'Key'"),
         ("2026-01-01T00:00:00.000Z", "yesterday", "sends a damaged listing"),
+        ("01T00:00:00.000Z", "01T00:00:4294967296Z", "sends a damaged listing"),
         ("<KeyCount>1", "<KeyCount>one", "sends a damaged listing"),
         ("<IsTruncated>false", "<IsTruncated>true", "sends a damaged listing .KeyError: 'NextContinuationToken'"),
         (
@@ -80,3 +84,19 @@ class Pages:
 def test_pages_follow_each_other(monkeypatch):
     monkeypatch.setattr("vlsm.storage.open_uri", lambda uri: (Pages(), "bucket"))
     assert [info["name"] for info in list_files("s3://bucket")] == [f"bucket/{number}.png" for number in range(3)]
+
+
+def test_folders_may_be_nested_thousands_of_times(tmp_path):
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):  # deeper than Python's recursion, and not longer than a path may be
+        os.mkdir("a", dir_fd=descriptor)
+        inner = os.open("a", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(os.open("x.png", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
+    os.close(descriptor)
+    try:
+        (info,) = list_files(str(tmp_path))
+        assert info["name"] == f"{tmp_path}/{'a/' * 1500}x.png"
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "a"], check=True)  # Python would recurse

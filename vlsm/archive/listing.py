@@ -49,7 +49,14 @@ def _list_s3(fs: Any, path: str, uri: str, after: str | None) -> Iterator[Info]:
                 if not item["Key"].endswith("/")  # S3 consoles create such objects to show an empty folder
             ]
             token = page["NextContinuationToken"] if page.get("IsTruncated") else None
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # of the client's parser too
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # of botocore
             what = f"{type(error).__name__}: {error}"
             raise StorageError(f"the store of {uri} sends a damaged listing ({what}); check its endpoint") from error
         if token == request.get("ContinuationToken", ""):
@@ -58,19 +65,27 @@ def _list_s3(fs: Any, path: str, uri: str, after: str | None) -> Iterator[Info]:
         request["ContinuationToken"] = token or ""
 
 
-def _walk(fs: Any, folder: str, uri: str, last: tuple[str, ...]) -> Iterator[Info]:
-    try:
-        infos = storage.with_retries(lambda: fs.ls(folder, detail=True), uri, storage.PATIENT_S)
-    except PermissionError as error:  # without this error the run would silently skip its images
-        raise StorageError(f"no permission to list the folder {folder}; allow it, or give another INPUT") from error
-    for info in sorted(infos, key=lambda info: info["name"].rstrip("/")):
+def _walk(fs: Any, root: str, uri: str, last: tuple[str, ...]) -> Iterator[Info]:
+    waiting = [iter(_list_folder(fs, root, uri))]  # no recursion: folders may be nested thousands of times
+    while waiting:
+        if (info := next(waiting[-1], None)) is None:
+            waiting.pop()
+            continue
         name = info["name"].rstrip("/")
         parts = tuple(name.split("/"))
         if info["type"] == "directory":
             if parts >= last[: len(parts)]:
-                yield from _walk(fs, name, uri, last)
+                waiting.append(iter(_list_folder(fs, name, uri)))
         elif parts > last:
             yield follow_link(info)
+
+
+def _list_folder(fs: Any, folder: str, uri: str) -> list[Info]:
+    try:
+        infos = storage.with_retries(lambda: fs.ls(folder, detail=True), uri, storage.PATIENT_S)
+    except PermissionError as error:  # without this error the run would silently skip its images
+        raise StorageError(f"no permission to list the folder {folder}; allow it, or give another INPUT") from error
+    return sorted(infos, key=lambda info: info["name"].rstrip("/"))
 
 
 def follow_link(info: Info) -> Info:

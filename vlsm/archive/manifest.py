@@ -33,7 +33,7 @@ def read_image_list(
         ManifestError: the manifest cannot be read, lacks a column or a value, or has an image_uri that is not allowed.
     """
     is_folder = list(files) != [uri]
-    folder = storage.absolute(uri if is_folder else uri.rsplit("/", 1)[0] if "/" in uri else ".")
+    folder = storage.absolute(uri if is_folder else storage.parent(uri))
     for where, row in read_manifest_rows(files, columns, folder if is_folder else None, allow=allow):
         image_uri = row.get("image_uri")
         if not isinstance(image_uri, str) or not image_uri:

@@ -37,7 +37,7 @@ def check_place(location: str, source: str, allow: Sequence[str], where: str, co
     is_on_disk = split_scheme(source)[0] in LOCAL
     if not is_on_disk and leads_upwards(location):
         raise ManifestError(f"{what} leads upwards; it must not contain '..'")
-    if not is_on_disk and not is_allowed and not lies_in(location, own_place(source)):
+    if lies_outside(location, source, allow):
         raise ManifestError(f"{what} lies outside of {own_place(source)}/; {_hint(location)} if it may be read")
     if is_on_disk and not is_allowed and scheme not in SCHEMES:
         raise ManifestError(
@@ -45,6 +45,16 @@ def check_place(location: str, source: str, allow: Sequence[str], where: str, co
         )
     if problem := _problem(scheme):
         raise ManifestError(f"{what} cannot be opened here: {problem}")
+
+
+def lies_outside(location: str, source: str, allow: Sequence[str]) -> bool:
+    """Return whether a list in a store names a location outside of its own place and of the allowed places.
+
+    The rows of an OUTPUT are such a list: reports and exports read their images again.
+    """
+    if split_scheme(source)[0] in LOCAL:
+        return False
+    return not any(lies_in(location, place) for place in (own_place(source), *allow))
 
 
 def _hint(location: str) -> str:

@@ -14,7 +14,7 @@ from vlsm.archive.columns import Cells, Columns, Row
 from vlsm.archive.listing import list_files
 from vlsm.archive.text_tables import open_text, read_csv, read_json
 from vlsm.errors import ImageError, ManifestError
-from vlsm.images.formats import kind_of
+from vlsm.images.formats import file_name, kind_of
 from vlsm.images.parquet import PARQUET_ERRORS, find_image_column, list_image_columns, open_texts, read_texts
 
 logger = logging.getLogger("vlsm")
@@ -68,8 +68,9 @@ def _counts(inner: str) -> bool:
 
 
 def ending_of(name: str) -> str | None:
-    """Return the ending of a list file, one of MANIFEST_EXTENSIONS, or None for another file."""
-    return next((ending for ending in MANIFEST_EXTENSIONS if name.lower().endswith(ending)), None)
+    """Return the ending of a list file, one of MANIFEST_EXTENSIONS, or None. A URL may have a query."""
+    base = file_name(name)
+    return next((ending for ending in MANIFEST_EXTENSIONS if base.endswith(ending)), None)
 
 
 def holds_images(uri: str, columns: Mapping[str, str], allow: tuple[str, ...] = ()) -> bool:

@@ -12,6 +12,7 @@ from vlsm.archive.columns import Cells, Columns, parse_texts, shorten
 from vlsm.cells import INDEX_COLUMNS, read_cell
 from vlsm.documents import parse_json
 from vlsm.errors import ManifestError
+from vlsm.images.formats import file_name
 from vlsm.images.gunzip import open_gzip
 from vlsm.limits import MAX_LINE_LETTERS
 
@@ -36,7 +37,7 @@ def open_text(file: Any, uri: str) -> io.TextIOWrapper:
     Raises:
         ManifestError: it is packed in another way, or has NUL bytes, which no text has.
     """
-    if uri.lower().endswith(".gz"):
+    if file_name(uri).endswith(".gz"):
         file = open_gzip(file)
     head = file.read(_HEAD_BYTES)
     file.seek(0)
@@ -70,7 +71,7 @@ def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -
     csv.field_size_limit(MAX_LINE_LETTERS)  # a longer cell is a quote that nobody closed
     read_lines = _lines(text, uri)
     line = next((line for line in read_lines if line.strip()), "")
-    delimiters = "\t,;|" if uri.lower().endswith((".tsv", ".tsv.gz")) else ",;\t|"
+    delimiters = "\t,;|" if file_name(uri).endswith((".tsv", ".tsv.gz")) else ",;\t|"
     if stated := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):  # a line for Excel
         delimiters, line = stated[1], next(read_lines, "")
     if not line:

@@ -28,6 +28,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.documents import parse_json
 from vlsm.errors import ImageError, ManifestError
 from vlsm.images.fetch import read_image_bytes
+from vlsm.images.formats import file_name
 
 logger = logging.getLogger("vlsm")
 
@@ -57,7 +58,7 @@ class CocoFile:
         found = {_SPLITS[word] for word in re.findall("[a-z]+", _stem(self.uri).lower()) if word in _SPLITS}
         if len(found) == 1:
             return found.pop()
-        return _SPLITS.get(self.uri.split("/")[-2].lower(), "")
+        return _SPLITS.get(storage.parent(self.uri).rpartition("/")[2].lower(), "")
 
 
 @dataclass
@@ -78,8 +79,8 @@ def find_coco(uri: str) -> list[CocoFile]:
             `_annotations.coco.json`, `annotations.json` or `coco.json` in folders with the name of a split; these files
             in the folder itself.
     """
-    if uri.lower().endswith(".json"):
-        folder = uri.rpartition("/")[0]
+    if file_name(uri).endswith(".json"):
+        folder = storage.parent(uri)
         root = folder.rpartition("/")[0] if folder.endswith("/annotations") else folder
         return [CocoFile(uri, root)] if storage.exists(uri) else []
     listed = [name for name in storage.list_names(storage.join(uri, "annotations")) if name.endswith(".json")]
@@ -272,11 +273,11 @@ def _folders(file: CocoFile) -> list[str]:
     These are the file's folder, the dataset's folder, and its folders `images` and `data`. Then come folders in the
     dataset's folder and in `images`: with the file's name without "instances_" (train2017), or a word for its split.
     """
-    folders = [file.uri.rpartition("/")[0], file.root, *(storage.join(file.root, name) for name in ("images", "data"))]
+    folders = [storage.parent(file.uri), file.root, *(storage.join(file.root, name) for name in ("images", "data"))]
     subset = re.sub("^instances_", "", _stem(file.uri))
     words = [subset, *(word for word, split in _SPLITS.items() if split == file.split)]
     return list(dict.fromkeys([*folders, *(storage.join(folder, word) for word in words for folder in folders[1:3])]))
 
 
 def _stem(uri: str) -> str:
-    return uri.rpartition("/")[2].rpartition(".")[0]
+    return storage.without_query(uri).rpartition("/")[2].rpartition(".")[0]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.archive.tables import read_manifest_rows
+from vlsm.archive.tables import ending_of, read_manifest_rows
 from vlsm.datasets.inspection import EXAMPLES_SCHEMA, good_records
 from vlsm.datasets.pairing import split_of
 from vlsm.datasets.records import SPLITS, Record, check_texts
@@ -49,7 +49,7 @@ def read_list(
         yield from [record for record in examples if record.dataset == name] or examples
         return
     is_folder = bool(files) and list(files) != [uri]
-    folder = uri if is_folder else uri.rsplit("/", 1)[0]
+    folder = uri if is_folder else storage.parent(uri)
     has_masks = False
     rows = read_manifest_rows(files or [uri], columns or {}, folder if is_folder else None, _SETTING, allow)
     for where, row in rows:
@@ -65,7 +65,7 @@ def read_list(
 
 def _read_examples(uri: str, allow: tuple[str, ...]) -> list[Record] | None:
     """Return the records of a table that `examples_table` has made, or None for another list."""
-    if not uri.lower().endswith(".parquet"):
+    if ending_of(uri) != ".parquet":
         return None
     fs, path = storage.open_uri(uri, allow)
     try:

@@ -15,6 +15,7 @@ from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.datasets.volumes import expand_volumes, may_be_dicom_pair
 from vlsm.errors import ConfigError, ManifestError
+from vlsm.images.formats import file_name
 from vlsm.stores import check_input
 
 _SHOWN = 10  # problems that one error message lists
@@ -52,7 +53,7 @@ def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Rec
     is_file = fs.isfile(path)
     if not is_file and (splits := find_annotations(uri)):
         return read_annotations(name, uri, splits)
-    if (not is_file or uri.lower().endswith(".json")) and (files := find_coco(uri)):
+    if (not is_file or file_name(uri).endswith(".json")) and (files := find_coco(uri)):
         return read_coco(name, files, settings)
     if lists := find_lists(uri, is_file, None):
         return read_list(name, uri, lists, settings.columns, settings.allow)

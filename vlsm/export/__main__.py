@@ -82,6 +82,13 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --format overlays: one picture per image, its prompts in colours with a legend",
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help="images outside of the bucket of an OUTPUT in a store may be read below this folder; repeatable",
+    )
     return parser
 
 
@@ -100,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         filters = [parse_filter(words) for words in args.filter]
         more = (True,) if args.components or args.together else ()
-        with ExportFolder(args.directory) as folder:
+        with ExportFolder(args.directory, args.allow) as folder:
             count = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
     except failures as error:
         say_error(error)

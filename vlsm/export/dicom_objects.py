@@ -74,7 +74,7 @@ class DicomExport:
     def __init__(self, output: str, folder: ExportFolder, limit: int | None, make: Maker, suffix: str) -> None:
         self.output, self.folder, self.limit, self.make, self.suffix = output, folder, limit, make, suffix
         self.settings = read_settings(output)
-        self.reader = Reader(self.settings, Locations(output))
+        self.reader = Reader(self.settings, Locations(output, folder.allow))
         self.made_at = _read_planned_at(output)
         self.repairs, self.num_others, self.num_copies = Repairs(), 0, 0
 

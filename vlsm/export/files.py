@@ -70,8 +70,8 @@ def export_overlays(
         is_together: write one picture per image, `DIR/IMAGE_ID.png`, with all its masks: each prompt has its colour,
             and a legend below the image names it. If one mask of an image is damaged, the image has no picture.
     """
-    reader = Reader(read_settings(output), Locations(output))
     with open_folder(directory) as folder:
+        reader = Reader(read_settings(output), Locations(output, folder.allow))
         if is_together:
             rows = read_ok_rows(output, filters, limit)
             # different images may have the same image_id in a list

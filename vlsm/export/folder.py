@@ -31,6 +31,7 @@ class ExportFolder:
 
     Args:
         directory: a local folder, which may exist.
+        allow: places whose images the export may read again, if OUTPUT is in a store and they lie outside of it.
 
     Raises:
         ConfigError: the folder is not local, or a file is in its place.
@@ -39,8 +40,8 @@ class ExportFolder:
         num_written, num_failed: numbers of files and of failed rows.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: str | Path, allow: Sequence[str] = ()) -> None:
+        self.directory, self.allow = Path(directory), tuple(map(storage.absolute, allow))
         if "://" in str(directory):
             raise ConfigError(f"{directory} is not a local folder; exports write local files")
         nearest = next((path for path in (self.directory, *self.directory.parents) if path.exists()), None)

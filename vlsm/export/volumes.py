@@ -64,8 +64,8 @@ def export_nifti(
         ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
     settings = read_settings(output)
-    reader = Reader(settings, Locations(output))
     with open_folder(directory) as folder:
+        reader = Reader(settings, Locations(output, folder.allow))
         for source, rows in SourceRows(output, filters, limit, ["label_map"], ["mask"]):
             if "slice=" in (source_of(rows[0])[1] or ""):
                 with folder.attempt(rows):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from vlsm.errors import ImageError, ManifestError, RedirectError, StorageError
+from vlsm.locations import HTTP, split_scheme
 from vlsm.storage import PATIENT_S, QUICK_S, error_code, is_bad_name, is_local, open_uri, store_errors, with_retries
 from vlsm.stores import check_file
 
@@ -224,9 +225,13 @@ def image_errors(uri: str) -> Iterator[None]:
 def _wait_for_store(uri: str, patience_s: float) -> bool:
     """Wait until the store of a file answers any request. Returns whether the first request failed.
 
+    An HTTP server is not waited for: a list may name thousands, and one of them must not hold up or end a run.
+
     Raises:
         StorageError: the store is down for longer than patience_s.
     """
+    if split_scheme(uri)[0] in HTTP:
+        return False
     fs, path = open_uri(uri)
     num_tries = 0
 

@@ -16,6 +16,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("vlsm.report", str(main.__doc__), ("masks", "trained pages/training.html"))
     parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment, train or evaluate run; local or s3://")
     parser.add_argument("file", metavar="FILE", nargs="?", help="default: beside OUTPUT, with its name and .html")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help="images outside of the bucket of an OUTPUT in a store may be read below this folder; repeatable",
+    )
     return parser
 
 
@@ -26,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     set_up_logging()
     try:
-        uri = write_report(args.output, args.file)
+        uri = write_report(args.output, args.file, args.allow)
     except (VlsmError, OSError, ValueError) as error:
         say_error(error)
         return 2 if isinstance(error, ConfigError) else 1

@@ -33,7 +33,7 @@ _MAIN = {*_NAMES, "n", "n_failed", "dice_mean", "dice_low", "dice_high", "dice_m
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
 
 
-def evaluation_page(output: str, title: str) -> Page:
+def evaluation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
     """Return the report page of an evaluation.
 
     Raises:
@@ -46,10 +46,10 @@ def evaluation_page(output: str, title: str) -> Page:
         survey.add(rows)
     leader = _leader(table)
     leader_survey, ends = _ends(scores, leader)
-    painter = Painter(parts.open_reader(record["config"], output), read_rle_masks)
+    painter = Painter(parts.open_reader(record["config"], output, allow), read_rle_masks)
     columns = ["mask_rle", "target_rle", "height", "width"]
     checkpoints = _checkpoints(record["config"])
-    known = parts.read_calibrations(checkpoints)
+    known = parts.read_calibrations(checkpoints, output, allow)
     groups, cards = parts.show(ends, survey.sample, painter, columns, scores)
     intro = f"From {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
     return Page(

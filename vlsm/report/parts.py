@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vlsm import storage
+from vlsm.archive.places import lies_outside
 from vlsm.checkpoints import SETTINGS_NAME, Calibration
 from vlsm.config import RunSettings, SegmentSettings
 from vlsm.datasets.settings import READING
@@ -53,7 +54,7 @@ def read_config(output: str) -> dict[str, Any]:
     return record
 
 
-def open_reader(config: dict[str, Any], output: str) -> Reader:
+def open_reader(config: dict[str, Any], output: str, allow: Sequence[str]) -> Reader:
     """Return a reader that decodes images in the same way as the run, but waits only a short time for a store."""
     data = config.get("data", {})  # an evaluation has its settings of reading in this group
     if not isinstance(data, dict):
@@ -61,7 +62,7 @@ def open_reader(config: dict[str, Any], output: str) -> Reader:
     known = {name: config[name] for name in _READING if name in config}
     known |= {name: data[name] for name in READING if name in data}
     fixed = {"input": "", "output": "", "members": [{"checkpoint": ""}], "run": SHORT_WAIT}
-    return Reader(settings_of(fixed | known, SegmentSettings), Locations(output))
+    return Reader(settings_of(fixed | known, SegmentSettings), Locations(output, allow))
 
 
 def metric_stats(survey: Survey, metrics: tuple[str, ...], notes: dict[str, str] | None = None) -> list[Stat]:
@@ -190,15 +191,19 @@ def gallery_note(num_cards: int, num_rows: int, spread: str) -> str:
     return f"{num_cards:,} of {num_rows:,} rows, spread over {spread}."
 
 
-def read_calibrations(checkpoints: dict[str, str]) -> dict[str, Calibration | None]:
+def read_calibrations(
+    checkpoints: dict[str, str], output: str, allow: Sequence[str] = ()
+) -> dict[str, Calibration | None]:
     """Return the calibration of checkpoints (name and location), None for those that were never calibrated.
 
-    Checkpoints that no longer exist, or that cannot be read, are left out.
+    Checkpoints that no longer exist, that cannot be read, or that OUTPUT may not name, are left out.
     """
     found: dict[str, Calibration | None] = {}
     unusable: tuple[type[Exception], ...] = (OSError, VlsmError, *storage.store_errors())
     unusable += (ValidationError, KeyError, TypeError)
     for name, uri in checkpoints.items():
+        if lies_outside(uri, output, allow):
+            continue
         with contextlib.suppress(*unusable):
             tree = read_yaml(storage.join(uri, SETTINGS_NAME), SETTINGS_NAME)
             stated = tree.get("calibration") if isinstance(tree, dict) else None

@@ -17,7 +17,7 @@ from vlsm.runs.results import open_results
 from vlsm.shown import public_uri
 
 
-def segmentation_page(output: str, title: str) -> Page:
+def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
     """Return the report page of a segment run.
 
     Raises:
@@ -30,7 +30,7 @@ def segmentation_page(output: str, title: str) -> Page:
     checkpoints = {
         public_uri(member.checkpoint).rstrip("/").rsplit("/", 1)[-1]: member.checkpoint for member in members
     }
-    known = parts.read_calibrations(checkpoints)
+    known = parts.read_calibrations(checkpoints, output, allow)
     survey = Survey(metric="confidence", group="prompt", counts_images=True)
     ends = [
         ("Least confident", "lowest mean probability inside the mask", Extremes("confidence")),
@@ -46,7 +46,7 @@ def segmentation_page(output: str, title: str) -> Page:
         empty.add(table.filter(find_empty(table)))
     ends.append(("Empty masks", "a random sample of the masks without foreground", empty))
 
-    painter = Painter(parts.open_reader(config, output), read_rle_masks)
+    painter = Painter(parts.open_reader(config, output, allow), read_rle_masks)
     columns = ["mask_rle", "height", "width"]
     groups, cards = parts.show(ends, survey.sample, painter, columns, results)
     return Page(

@@ -2,16 +2,20 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlsm import storage
+from vlsm.archive.places import lies_outside
 from vlsm.checkpoints import SETTINGS_NAME, Calibration
+from vlsm.commands import call
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import good_records
+from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.documents import read_yaml
-from vlsm.errors import ConfigError
+from vlsm.errors import ConfigError, ImageError
 from vlsm.images.reader import Reader
 from vlsm.report import parts
 from vlsm.report.charts import draw_lines
@@ -20,6 +24,7 @@ from vlsm.report.pictures import Painter, shorten
 from vlsm.report.survey import Survey, file_names, scan
 from vlsm.report.twins import compare_splits
 from vlsm.report.validation import predict_examples
+from vlsm.runs.locations import Locations
 from vlsm.runs.record import read_summary, settings_of
 from vlsm.runs.tables import Tables
 from vlsm.training.examples import EXAMPLES_NAME, read_examples_table
@@ -35,7 +40,7 @@ _SCANNED = pa.schema(
 )
 
 
-def training_page(output: str, title: str) -> Page:
+def training_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
     """Return the report page of a training run.
 
     Raises:
@@ -48,14 +53,22 @@ def training_page(output: str, title: str) -> Page:
     for table in scan(Tables([uri], _SCANNED), pc.field("error").is_null(), _compute):
         survey.add(table)
     examples = read_examples_table(uri)
-    records = {record.where: record for record in good_records(examples)}
+    records = {record.where: record for record in good_records(examples) if not _lies_outside(record, output, allow)}
     data = settings_of({name: config["data"][name] for name in _READ if name in config["data"]}, DatasetSettings)
     masks = ExampleReader(data, parts.SHORT_WAIT)
-    reader = Reader(data.reading(parts.SHORT_WAIT))
-    painter = Painter(reader, lambda row: (None, masks.read(records[row["where"]]).target.mask))
+    reader = Reader(data.reading(parts.SHORT_WAIT), Locations(output, allow))
+
+    def read_target(row: dict[str, Any]) -> tuple[None, np.ndarray]:
+        if row["where"] not in records:
+            raise ImageError(
+                "forbidden", "its mask lies outside of the bucket of OUTPUT; --allow FOLDER lets it be read"
+            )
+        return None, masks.read(records[row["where"]]).target.mask
+
+    painter = Painter(reader, read_target)
     _, cards = parts.show([], survey.sample, painter, (), None)
     checkpoint = storage.join(output, CHECKPOINT_NAME)
-    known = parts.read_calibrations({CHECKPOINT_NAME: checkpoint})
+    known = parts.read_calibrations({CHECKPOINT_NAME: checkpoint}, output)
     checkpoint_facts = _checkpoint_facts(output)
     metrics = history.table()
     best = history.best_epoch(config["optim"]["monitor"])
@@ -89,13 +102,19 @@ def training_page(output: str, title: str) -> Page:
     )
 
 
+def _lies_outside(record: Record, output: str, allow: tuple[str, ...]) -> bool:
+    """Return whether an OUTPUT in a store may not name the files of a record; other people may have written it."""
+    places = [record.image_uri, record.mask_uri, *record.more_masks]
+    return any(lies_outside(place, output, allow) for place in places if place)
+
+
 def _model(config: dict[str, Any]) -> str:
     return str(config.get("model") or "a checkpoint's")
 
 
 def _calibration(known: dict[str, Calibration | None]) -> tuple[str, str]:
     words, is_calibrated = parts.describe_calibrations(1, known)
-    return (words, "") if is_calibrated else (f"{words} yet: python -m vlsm.calibration does it", "warn")
+    return (words, "") if is_calibrated else (f"{words} yet: {call('vlsm.calibration')} does it", "warn")
 
 
 def _compute(table: pa.Table) -> pa.Table:

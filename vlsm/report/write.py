@@ -1,5 +1,6 @@
 """The report of a run: one HTML file with figures, charts and pictures that needs no network."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlsm import storage
@@ -10,12 +11,13 @@ from vlsm.report.trainings import training_page
 from vlsm.runs.tables import name_damage
 
 
-def write_report(output: str, file: str | Path | None = None) -> str:
+def write_report(output: str, file: str | Path | None = None, allow: Sequence[str] = ()) -> str:
     """Write the report of a run and return its location.
 
     Args:
         output: OUTPUT of a segment, train or evaluate run, finished or not, local or on an object store.
         file: the file to write, local or on an object store; default: beside OUTPUT, its name with `.html`.
+        allow: places whose images may be read again, if OUTPUT is in a store and they lie outside of its bucket.
 
     Returns:
         Location of the report.
@@ -27,18 +29,19 @@ def write_report(output: str, file: str | Path | None = None) -> str:
     output = storage.absolute(output)
     uri = f"{output}.html" if file is None else storage.absolute(str(file))
     with name_damage(f"OUTPUT {output!r}"):  # a page shows hundreds of values, and each may be of another type
-        text = render(_page(output, output.rpartition("/")[2]))
+        text = render(_page(output, tuple(map(storage.absolute, allow))))
     with storage.name_errors("FILE", uri):
         storage.write_bytes(uri, text.encode())
     return uri
 
 
-def _page(output: str, title: str) -> Page:
+def _page(output: str, allow: tuple[str, ...]) -> Page:
     """Return the page of a run. The files in OUTPUT tell the kind of the run."""
+    title = output.rpartition("/")[2]
     with storage.name_errors("OUTPUT", output):
         names = storage.list_names(output)
     if "scores.parquet" in names:
-        return evaluation_page(output, title)
+        return evaluation_page(output, title, allow)
     if "examples.parquet" in names:
-        return training_page(output, title)
-    return segmentation_page(output, title)
+        return training_page(output, title, allow)
+    return segmentation_page(output, title, allow)

@@ -26,6 +26,7 @@ RECORD_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
 ACTIONS = {"start_over", "retry_failed", "update"}  # settings of one command, not of the run
 _ADVICE = "remove it, and the same command writes it again"
+_LONGEST_VALUE = 200  # letters of a value in a message
 _POOL_KEYS = ("actors", "_per_actor")
 _PACKAGES = "ray torch torchvision transformers pillow simplejpeg cykooz-resizer pyarrow fsspec s3fs scipy".split()
 
@@ -164,10 +165,15 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
     before |= {key: record[key] for key in known}
     now |= known
     return [
-        f"{key} (there {before.get(key)!r}, now {now.get(key)!r})"
+        f"{key!s:.80} (there {_brief(before.get(key))}, now {_brief(now.get(key))})"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
+
+
+def _brief(value: object) -> str:
+    text = repr(value)  # a record of other people may hold megabytes
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _with_defaults(tree: dict[str, Any], settings: type[Settings]) -> dict[str, Any]:
