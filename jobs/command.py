@@ -18,7 +18,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any, Self
 
-from jobs.ray_output import quiet_start
+from jobs.ray_output import RayEvents, quiet_start
 from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.config import Settings
@@ -136,8 +136,8 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         self._is_imported, self._is_closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.milestones = {"start": _STARTED_S}  # time of each milestone, in seconds since 1970
-        # stdout holds only the JSON result; all other output, that of Ray included, goes to stderr
-        self._stdout = contextlib.redirect_stdout(sys.stderr)
+        # stdout holds only the JSON result; all other output goes to stderr
+        self._stdout = contextlib.redirect_stdout(RayEvents())
 
     def __enter__(self) -> Self:
         self._stdout.__enter__()

@@ -1,14 +1,16 @@
-r"""Keeps the log lines of Ray's C++ code off the terminal: `[2026-11-28 01:05:26,080 E 2679 2679] core_worker.cc:...`.
+r"""Keeps the output of Ray off the terminal; all of it stands in Ray's own log files.
 
-Ray writes all of them to the log file of this process, and its errors also to the C stream `stderr`; no setting of Ray
-changes that. So Ray gets another C stream, a pipe to a small process. This process drops the log lines and passes on
-all else. It outlives a crash, so it also passes on its message and stack. Python's stderr and file descriptor 2 stay as
-they are.
+A log line of its C++ code is `[2026-11-28 01:05:26,080 E 2679 2679] core_worker.cc:...`. Ray writes all of them to the
+log file of this process, and its errors also to the C stream `stderr`; no setting of Ray changes that. So Ray gets
+another C stream, a pipe to a small process. This process drops the log lines and passes on all else. It outlives a
+crash, so it also passes on its message and stack. Python's stderr and file descriptor 2 stay as they are.
 """
 
 import contextlib
 import ctypes
 import functools
+import io
+import logging
 import os
 import re
 import subprocess
@@ -17,6 +19,33 @@ from collections.abc import Iterator
 
 # levels up to error; Ray writes the stack of a crash as errors from logging.cc, and fatal errors with another letter
 _LOG_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [TDIWE] \d+ \d+\] (?:\([^)]*\) )?(?!logging\.cc)")
+
+_EVENT = re.compile(r"(?:\x1b\[\d*m)?\((?:raylet|autoscaler)[^)]*\)(?:\x1b\[\d*m)? (.*)", re.DOTALL)
+_EXPECTED = "worker processes have been started"  # our tasks use fractions of CPUs, so there are more workers than CPUs
+
+
+class RayEvents(io.TextIOBase):
+    """A stand-in for stdout while Ray runs. All goes to stderr; of the events that Ray prints, one sentence each."""
+
+    _follows_event = False
+
+    def writable(self) -> bool:
+        """Return that it can be written."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Log an event, such as the death of a process, or write other text to stderr."""
+        if event := _EVENT.match(text):
+            if _EXPECTED not in event[1]:
+                logging.getLogger("vlsm").info("Ray: %s", re.split(r"\.\s|\n", event[1].strip())[0])
+        elif not (self._follows_event and text == "\n"):
+            sys.stderr.write(text)
+        self._follows_event = event is not None
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush stderr."""
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import subprocess
 import sys
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.ray_output import RayEvents
 from tests.conftest import LONG_S
 
 STAMP = "[2026-11-28 01:05:26,080"
@@ -58,3 +60,20 @@ def test_the_filter_survives_ctrl_c_which_reaches_all_processes_of_a_terminal():
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=LONG_S, start_new_session=True
     )
     assert done.returncode == 0 and set(CRASH) <= set(done.stderr.splitlines())
+
+
+def test_an_event_that_ray_prints_is_one_sentence_in_the_log(caplog, capsys):
+    from ray._private.worker import print_to_stdstream
+
+    caplog.set_level("INFO", "vlsm")
+    death = (
+        "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot, check\nit"
+    )
+    many = "WARNING: 8 PYTHON worker processes have been started on node: ab with address: 127.0.0.1. This could be"
+    with contextlib.redirect_stdout(RayEvents()):
+        for event in (death, many, "The node ab was lost"):
+            print_to_stdstream({"lines": [event], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+        print("a line of others")
+    assert capsys.readouterr() == ("", "a line of others\n")
+    death = death.partition(". ")[0]
+    assert caplog.messages == [f"Ray: {death}", "Ray: The node ab was lost"]
