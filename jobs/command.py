@@ -147,7 +147,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         """Start Ray in a thread. Further calls do nothing."""
         if self._thread is None:
             self.milestones["checked"] = time.time()
-            address = os.environ.get("RAY_ADDRESS", "")
+            address = cluster_address()
             logger.info("%s", f"joining the Ray cluster at {address}" if address else "starting Ray")
             self._thread = threading.Thread(target=self._run_ray, name="ray")
             self._thread.start()
@@ -222,13 +222,19 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
             _release_frames(error)
             is_of_usage = isinstance(error, ConfigError | CheckpointError | ManifestError)
             if isinstance(error, Exception) and not is_of_usage and "Ray" in self.milestones:
-                where = " on each node" if os.environ.get("RAY_ADDRESS") else ""
+                where = " on each node" if cluster_address() else ""
                 logger.info("the logs of Ray and of its processes are in %s%s", logs_folder(), where)
             self._is_closing.set()
             if self._thread is not None:
                 self._thread.join()
         finally:
             self._stdout.__exit__(kind, error, trace)
+
+
+def cluster_address() -> str:
+    """Return the address of the cluster that the environment names, or "" if Ray shall start here."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
 
 
 def init_ray(*address: str, **options: Any) -> Any:
@@ -243,7 +249,7 @@ def init_ray(*address: str, **options: Any) -> Any:
         return start_patiently(lambda: ray.init(*address, **options), ray.shutdown)
     except Exception as error:  # Ray's own is a bare Exception
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        if cluster := os.environ.get("RAY_ADDRESS", ""):
+        if cluster := cluster_address():
             raise VlsmError(f"the Ray cluster at RAY_ADDRESS={cluster} cannot be joined: {reason}") from error
         raise VlsmError(
             f"Ray did not start: {reason}; the same command tries again. The machine may be too busy, or have too "
