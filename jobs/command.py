@@ -10,12 +10,15 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from importlib import import_module
 from types import TracebackType
 from typing import Any, Self
 
+from jobs.ray_output import RayEvents, quiet_start
 from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.config import Settings
@@ -26,6 +29,7 @@ logger = logging.getLogger("vlsm")
 
 _STARTED_S = time.time()  # every command imports this module first
 _RAY_STARTS = 5
+_STARTING_S = 10.0  # after this time, and again, the log says that Ray is still starting
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks the folder of a submitted job
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wrong, 130 interrupted"
@@ -123,18 +127,16 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
     `start` returns at once; a thread starts Ray while the caller continues. `wait` returns when Ray runs. If Ray
     already runs in this process, the context uses it and does not shut it down.
 
-    Args:
-        log_to_driver: if true, the output of tasks and actors also appears in the log of the job.
+    The output of Ray, of tasks and of actors is in Ray's log files only. If the work fails, the log names their folder.
     """
 
-    def __init__(self, log_to_driver: bool = True) -> None:
-        self._log_to_driver = log_to_driver
+    def __init__(self) -> None:
         self._is_running: Future[None] = Future()
         self._is_imported, self._is_closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.milestones = {"start": _STARTED_S}  # time of each milestone, in seconds since 1970
-        # stdout holds only the JSON result; all other output, that of Ray included, goes to stderr
-        self._stdout = contextlib.redirect_stdout(sys.stderr)
+        # stdout holds only the JSON result; all other output goes to stderr
+        self._stdout = contextlib.redirect_stdout(RayEvents())
 
     def __enter__(self) -> Self:
         self._stdout.__enter__()
@@ -144,7 +146,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         """Start Ray in a thread. Further calls do nothing."""
         if self._thread is None:
             self.milestones["checked"] = time.time()
-            address = os.environ.get("RAY_ADDRESS", "")
+            address = cluster_address()
             logger.info("%s", f"joining the Ray cluster at {address}" if address else "starting Ray")
             self._thread = threading.Thread(target=self._run_ray, name="ray")
             self._thread.start()
@@ -154,16 +156,18 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         """Wait until Ray runs, and switch off the progress output of Ray Data. Raises the error of a failed start."""
         self.start()
         import_module("pandas")  # half of the import time of ray.data, while Ray still starts
+        while not wait_for([self._is_running], _STARTING_S).done:
+            logger.info("Ray is still starting, after %d s", time.time() - self.milestones["checked"])
         self._is_running.result()
         self.milestones.setdefault("Ray", time.time())
         import ray.data
 
-        # keep warnings; drop the progress lines of Ray Data, because the job prints its own
+        # Ray Data logs its progress, slow stages and the errors of tasks in a file too; the job prints its own
+        # progress, and one sentence about an error
         for handler in logging.getLogger("ray.data").handlers:
-            show_records(handler)  # it logs the errors of tasks with their causes, on stderr and in a file
+            show_records(handler)
             if isinstance(handler, logging.StreamHandler) and handler not in logging.root.handlers:
-                handler.setLevel(logging.WARNING)
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+                handler.setLevel(logging.CRITICAL)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -199,9 +203,15 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         os.environ.setdefault("RAY_worker_niceness", "0")
         # training workers do not read preemption notices, and the watcher process takes seconds to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one
-        init_ray(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=self._log_to_driver)
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        os.environ.setdefault("RAY_verbose_spill_logs", "0")  # the raylet logs to the terminal what it moves to a disk
+        # what will change in Ray is for those who change this code
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray(\.|$)")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray(\.|$)")
+        # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one. It
+        # also hides what Ray says about its tokens, which `cluster.yaml` requires
+        with quiet_start():
+            init_ray(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=False)
+        logging.getLogger("ray").setLevel(logging.ERROR)
         return True
 
     def __exit__(
@@ -209,6 +219,10 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
     ) -> None:
         try:
             _release_frames(error)
+            is_of_usage = isinstance(error, ConfigError | CheckpointError | ManifestError)
+            if isinstance(error, Exception) and not is_of_usage and "Ray" in self.milestones:
+                where = " on each node" if cluster_address() else ""
+                logger.info("the logs of Ray and of its processes are in %s%s", logs_folder(), where)
             self._is_closing.set()
             if self._thread is not None:
                 self._thread.join()
@@ -216,11 +230,36 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
             self._stdout.__exit__(kind, error, trace)
 
 
+def cluster_address() -> str:
+    """Return the address of the cluster that the environment names, or "" if Ray shall start here."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
 def init_ray(*address: str, **options: Any) -> Any:
-    """Call `ray.init`, again if the node did not start in time; see `start_patiently`."""
+    """Call `ray.init`, again if the node did not start in time; see `start_patiently`.
+
+    Raises:
+        VlsmError: Ray did not start, or its cluster cannot be joined.
+    """
     import ray
 
-    return start_patiently(lambda: ray.init(*address, **options), ray.shutdown)
+    try:
+        return start_patiently(lambda: ray.init(*address, **options), ray.shutdown)
+    except Exception as error:  # Ray's own is a bare Exception
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        if cluster := cluster_address():
+            raise VlsmError(f"the Ray cluster at RAY_ADDRESS={cluster} cannot be joined: {reason}") from error
+        raise VlsmError(
+            f"Ray did not start: {reason}; the same command tries again. The machine may be too busy, or have too "
+            f"little memory or room in /tmp; the logs of Ray are in {logs_folder()}"
+        ) from error
+
+
+def logs_folder() -> str:
+    """Return the folder on this machine where Ray and all its processes log."""
+    node = import_module("ray._private.worker")._global_node
+    return node.get_logs_dir_path() if node is not None else "/tmp/ray/session_*/logs"  # noqa: S108
 
 
 def start_patiently(start: Callable[[], Any], clean_up: Callable[[], object] = lambda: None) -> Any:
@@ -238,7 +277,11 @@ def start_patiently(start: Callable[[], Any], clean_up: Callable[[], object] = l
         except Exception as error:  # Ray's own is a bare Exception
             if attempt == _RAY_STARTS or "imed out" not in str(error):
                 raise
-            logger.warning("Ray did not start in time: try %d of %d failed", attempt, _RAY_STARTS)
+            logger.info(
+                "Ray did not start within 30 s, which happens on a busy machine: starting it again, try %d of %d",
+                attempt + 1,
+                _RAY_STARTS,
+            )
             clean_up()
 
 

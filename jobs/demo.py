@@ -78,7 +78,7 @@ def tell(output: Path, seed: int = 0) -> None:
         shard_rows=32,
         start_over=True,
     )
-    with RaySession(log_to_driver=False) as session:
+    with RaySession() as session:
         session.start()  # Ray starts while the images are drawn
         draw(output, seed)
         session.wait()

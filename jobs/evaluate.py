@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from jobs.clock import PROGRESS_S, describe_left
 from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.segment import segment
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.errors import VlsmError
 from vlsm.evaluation.settings import EvaluateSettings
-from vlsm.report.endings import evaluate_ending
+from vlsm.report.endings import count, evaluate_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, read_summary
 from vlsm.shown import Lines, say
@@ -39,7 +40,6 @@ _COMMON = (
     "split", "prompts", "limit", "baseline", "systems", "combine", "threshold", "data.mask_threshold",
     "prompt_robustness", "retry_failed", "start_over",
 )  # fmt: skip
-_LOG_INTERVAL_S = 10.0
 _TASK_SCORES = 500  # minimum per task: about 15 s of work, as long as a process needs for its imports
 
 
@@ -117,12 +117,13 @@ def _evaluate(settings: EvaluateSettings, lease: Lease) -> dict[str, Any]:
         lease.take()
         storage.remove(summary_uri)
     started_s = time.monotonic()
-    logger.info("the plan has %d systems and %d scores", len(evaluation.systems), evaluation.num_rows)
+    num_systems = len(evaluation.systems)
+    logger.info("the plan has %s and %s", count(num_systems, "system"), count(evaluation.num_rows, "score"))
     with RaySession() as session:
         session.wait()
-        for system in evaluation.systems:
+        for number, system in enumerate(evaluation.systems, 1):
             if system.segment is not None:
-                logger.info("segmenting with system %s", system.name)
+                logger.info("segmenting with system %s, %d of %d", system.name, number, num_systems)
                 segment(system.segment)
                 lease.check()
         tables = list(score(evaluation))
@@ -156,15 +157,19 @@ def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":
 
     from vlsm.evaluation.parts import missing_rows, open_source
 
+    num_scores = evaluation.num_rows
     for system in evaluation.systems:
-        yield missing_rows(system, evaluation.settings)
+        missing = missing_rows(system, evaluation.settings)
+        num_scores -= missing.num_rows
+        yield missing
+    logger.info("scoring %s", count(num_scores, "mask"))
     sources = [open_source(system, evaluation.settings) for system in evaluation.systems]
     parts = [(number, shard) for number, source in enumerate(sources) for shard in range(source.num_parts)]
     size = -(-len(parts) * _TASK_SCORES // max(1, evaluation.num_rows))
     task, shared = ray.remote(num_cpus=1, max_retries=3)(_score_parts), ray.put(sources)
     pending = [task.remote(shared, parts[start : start + size]) for start in range(0, len(parts), size)]
     try:
-        yield from _collect(pending)
+        yield from _collect(pending, num_scores)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         message = str(cause).strip().splitlines()[-1]
@@ -185,21 +190,24 @@ def _score_parts(sources: "list[PredictionSource]", parts: list[tuple[int, int]]
     return pa.concat_tables([sources[number].score_part(shard) for number, shard in parts])
 
 
-def _collect(pending: list[Any]) -> "Iterator[pa.Table]":
-    """Yield the result of each task when it ends. Show a progress bar on a terminal, else a log line every 10 s."""
+def _collect(pending: list[Any], num_scores: int) -> "Iterator[pa.Table]":
+    """Yield the scores of each task when it ends. Show a progress bar on a terminal, else a log line every 10 s."""
     import ray
 
-    with tqdm(total=len(pending), unit="task", desc="scored", disable=not sys.stderr.isatty()) as bar:
-        logged_s, num_all, num_done = time.monotonic(), len(pending), 0
+    with tqdm(total=num_scores, unit="mask", desc="scored", disable=not sys.stderr.isatty()) as bar:
+        started_s = logged_s = time.monotonic()
+        num_done = 0
         while pending:
             ready, pending = ray.wait(pending, timeout=1.0)
             for reference in ready:
-                yield ray.get(reference)
-                num_done += 1
-                bar.update()
-            if bar.disable and time.monotonic() - logged_s >= _LOG_INTERVAL_S:
+                table = ray.get(reference)
+                yield table
+                num_done += table.num_rows
+                bar.update(table.num_rows)
+            if bar.disable and time.monotonic() - logged_s >= PROGRESS_S:
                 logged_s = time.monotonic()
-                logger.info("scored: %d of %d tasks", num_done, num_all)
+                left = describe_left(num_done, num_scores, logged_s - started_s)
+                logger.info("scored %s of %s, %s", f"{num_done:,}", count(num_scores, "mask"), left)
 
 
 if __name__ == "__main__":

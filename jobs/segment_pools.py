@@ -7,6 +7,7 @@ from typing import Any
 from jobs.command import logger
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 from vlsm.errors import ConfigError
+from vlsm.report.endings import count
 
 _FEW_CPUS = 4  # in the cluster; with more CPUs, a writing task has room beside Ray Data's reservations
 
@@ -53,8 +54,9 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
     pools = plan_pools(settings, nodes)
     for pool in pools:
         logger.info(
-            "%d shards; up to %d actors of %d models with %s CPUs and %s GPUs each",
-            *(num_shards, pool.num_actors[1], len(pool.members), pool.num_cpus, pool.num_gpus),
+            "%s; up to %s of %s with %g CPUs and %g GPUs each",
+            *(count(num_shards, "shard"), count(pool.num_actors[1], "actor"), count(len(pool.members), "model")),
+            *(pool.num_cpus, pool.num_gpus),
         )
         warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
     if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
+from jobs.clock import PROGRESS_S, describe_left
 from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.evaluate import evaluate
 from vlsm import storage
@@ -37,7 +38,7 @@ from vlsm.evaluation.sweep import (
     write_markdown,
 )
 from vlsm.evaluation.sweep_scores import average_scores
-from vlsm.report.endings import sweep_ending
+from vlsm.report.endings import count, sweep_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import (
     SUMMARY_NAME,
@@ -61,7 +62,6 @@ _COMMON = (
     "models", "prompts", "seeds", "folds", "pooled", "external", "train", "evaluate", "baseline", "start_over",
     "run.parallel",
 )  # fmt: skip
-_LOG_INTERVAL_S = 30.0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -144,7 +144,7 @@ def _run(settings: SweepSettings, groups: list[TrialGroup], lease: Lease) -> dic
     """Train and evaluate all that is not finished, write the tables, and return the summary."""
     trials = [trial for group in groups for trial in group.trials]
     output, started_s = settings.output, time.monotonic()
-    with RaySession(log_to_driver=False) as session:
+    with RaySession() as session:
         session.wait()
         if read_record(output) is None:
             data = trials[0].settings.data.allowing(settings.run.allow)
@@ -154,7 +154,8 @@ def _run(settings: SweepSettings, groups: list[TrialGroup], lease: Lease) -> dic
         failures = _train_all(trials, settings, lease)
         if failures:
             raise VlsmError(
-                f"{len(failures)} trials failed: {'; '.join(failures[:3])}; run the same command again to continue"
+                f"{count(len(failures), 'trial')} failed: {'; '.join(failures[:3])}; "
+                "run the same command again to continue"
             )
         rows = [row for group in groups for row in _evaluate_group(group)]
     if lease.token is not None:
@@ -183,11 +184,13 @@ def _train_all(trials: list[Trial], settings: SweepSettings, lease: Lease) -> li
     waiting = [trial for trial in trials if not _is_finished(trial)]
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     parallel = settings.run.parallel or max(1, int(resources.get("GPU", 1)))
-    logger.info("training %d of %d trials, %d at a time", len(waiting), len(trials), parallel)
+    of_all = f"of {count(len(trials), 'training')}"
+    logger.info("%d %s are to be done, %d at a time", len(waiting), of_all, parallel)
     task = ray.remote(num_cpus=0, max_retries=2)(_train)
     running: dict[Any, Trial] = {}
     failures: list[str] = []
-    num_done, logged_s = len(trials) - len(waiting), time.monotonic()
+    num_before = num_done = len(trials) - len(waiting)
+    started_s = logged_s = time.monotonic()
     while waiting or running:
         while waiting and len(running) < parallel:
             trial = waiting.pop(0)
@@ -204,10 +207,11 @@ def _train_all(trials: list[Trial], settings: SweepSettings, lease: Lease) -> li
                 reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
                 failures.append(f"{trial.name}: {reason}")
                 logger.warning("%s: failed: %s", trial.name, reason)
-        if time.monotonic() - logged_s >= _LOG_INTERVAL_S:
+        if running and time.monotonic() - logged_s >= PROGRESS_S:
             logged_s = time.monotonic()
             names = ", ".join(trial.name for trial in running.values())
-            logger.info("%d of %d trials are done; running: %s", num_done, len(trials), names)
+            left = describe_left(num_done - num_before, len(trials) - num_before, logged_s - started_s)
+            logger.info("%d %s done; running: %s; %s", num_done, of_all, names, left)
     return failures
 
 

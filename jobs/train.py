@@ -23,7 +23,7 @@ from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
-from vlsm.report.endings import train_ending
+from vlsm.report.endings import count, train_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import read_record, read_summary
 from vlsm.shown import say
@@ -43,7 +43,6 @@ _COMMON = (
     "optim.epochs", "optim.batch_size", "optim.lr", "run.workers", "start_over",
 )  # fmt: skip
 _KILLED_S = 10.0  # workers that are killed need some seconds to end
-_STARTING_S = 5.0  # after this time without a log line from the workers, the driver logs that they are starting
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -96,7 +95,7 @@ def train(settings: TrainSettings, holder: str = "") -> dict[str, Any]:
     with (
         Lease(settings.output, "jobs.train", holder) as lease,
         _removed_features(settings),
-        RaySession(log_to_driver=False) as session,
+        RaySession() as session,
     ):
         records = prepare_training(settings, partial(_inspect, session, settings), session.start, lease)
         if summary := read_summary(settings.output):
@@ -130,7 +129,7 @@ def dry_run(settings: TrainSettings) -> None:
     from vlsm.training.run import check_examples, check_model
 
     check_model(settings)
-    with RaySession(log_to_driver=False) as session:
+    with RaySession() as session:
         inspect = partial(_inspect, session, settings)
         _, lines, errors = check_examples(settings, inspect, num_shown=None, begin=session.start)
     say(dump_yaml(settings.model_dump(mode="json")), end="")
@@ -178,7 +177,9 @@ def train_with_ray(
     size = group_size(settings, nodes)
     low, high = size.num_workers
     logger.info(
-        "%s workers with %s CPUs and %s GPUs each", low if low == high else f"{low} to {high}", size.cpus, size.gpus
+        "%s with %g CPUs and %g GPUs%s",
+        *(count(low, "worker") if low == high else f"{low} to {high} workers", size.cpus, size.gpus),
+        "" if high == 1 else " each",
     )
     warn_if_none_fits(size.cpus, size.gpus, nodes)
     board = start_board(TrainingBoard, milestones or {"start": time.time()})
@@ -205,18 +206,14 @@ def _follow(ended: "Ended", board: Any, lease: Lease | None) -> None:
     """Log the lines of the workers, and note their progress, until the training has ended."""
     import ray
 
-    started_s, num_lines = time.monotonic(), 0
+    logger.info("starting the workers")
     while not ended.wait(1.0):
         lines, progress = ray.get(board.take.remote())
         for line in lines:
             logger.info("%s", line)
-        num_lines += len(lines)
         if lease is not None:
             lease.check()
             lease.note(progress)
-        if not num_lines and time.monotonic() - started_s >= _STARTING_S:
-            logger.info("the workers are starting and loading the model")
-            num_lines += 1
     for line in ray.get(board.take.remote())[0]:
         logger.info("%s", line)
 

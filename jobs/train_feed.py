@@ -6,6 +6,7 @@ Train can split one dataset, but it gives the next block to the first worker tha
 
 import itertools
 import json
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,12 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 
+from jobs.clock import PROGRESS_S, describe_left
 from jobs.command import logger
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import Facts, inspect_record
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
 from vlsm.images.preprocess import Square
+from vlsm.report.endings import count
 from vlsm.training.augment import augment_example, draw_window
 from vlsm.training.sampling import MicroBatch
 from vlsm.training.settings import DataSettings
@@ -42,7 +45,8 @@ def inspect_records(records: Sequence[Record], settings: DataSettings, square: S
     Raises:
         VlsmError: a task failed, or its process died in every attempt.
     """
-    logger.info("inspecting %d records", len(records))
+    logger.info("checking %s", count(len(records), "image"))
+    started_s = said_s = time.monotonic()
     inspect = ray.remote(num_cpus=1, max_retries=_MOST_DEATHS)(_inspect_chunk)
     chunks = list(_batched(records, max(_CHUNK, len(records) // 4000)))
     all_facts: list[Facts] = []
@@ -53,6 +57,10 @@ def inspect_records(records: Sequence[Record], settings: DataSettings, square: S
             reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             where = f"{chunk[0].where} to {chunk[-1].where}"
             raise VlsmError(f"records {where} could not be inspected: {reason}") from error
+        if time.monotonic() - said_s >= PROGRESS_S:
+            said_s = time.monotonic()
+            left = describe_left(len(all_facts), len(records), said_s - started_s)
+            logger.info("checked %s of %s images, %s", f"{len(all_facts):,}", f"{len(records):,}", left)
     return all_facts
 
 

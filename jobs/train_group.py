@@ -18,6 +18,8 @@ from vlsm.runs.lease import Token
 from vlsm.training.settings import TrainSettings
 
 FIRST_STEP = "first step"
+# what follows a milestone, for a person who waits
+_PHASES = {"workers": "the workers load the model", "model": "the workers read the first images"}
 TRAIN_WORKER = "jobs.train_worker:train_worker"
 
 
@@ -54,11 +56,13 @@ class TrainingBoard(Milestones):
         self._progress: dict[str, int] | None = None
 
     def reach(self, name: str, time_s: float) -> None:
-        """Record a milestone. The first step also adds a log line with all milestones."""
+        """Record a milestone, and add a log line with what follows; after the first step, with all milestones."""
         is_first = name not in self._milestones
         super().reach(name, time_s)
         if is_first and name == FIRST_STEP:
             self.say(self.describe())
+        elif is_first and name in _PHASES:
+            self.say(_PHASES[name])
 
     def say(self, line: str) -> None:
         """Add a log line."""

@@ -15,11 +15,13 @@ import ray.train.torch
 import torch
 
 import vlsm
+from jobs.clock import TrainClock
 from jobs.train_artifacts import copy_artifacts
 from jobs.train_feed import Feed, prepare_streams
 from jobs.train_group import FIRST_STEP, Work
 from vlsm import storage
 from vlsm.errors import ResultError, VlsmError
+from vlsm.report.endings import count
 from vlsm.runs.record import SUMMARY_NAME
 from vlsm.temporary import PrivateFolder, use_folder
 from vlsm.training.checks import check_batch_norms
@@ -42,8 +44,6 @@ from vlsm.training.state import (
     write_metrics,
 )
 from vlsm.training.trackers import open_trackers
-
-_PROGRESS_S = 10.0
 
 
 def train_worker(work: Work) -> None:
@@ -127,7 +127,9 @@ class Worker:
         self.board.reach.remote("model", time.time())
         self.train_scores: list[Score] = []
         self.val_scores: list[Score] = []
-        self.clock = _Clock()
+        counts = Counter(record.split for record in self.records)
+        self.clock = TrainClock(self.settings.optim.epochs, self.order.num_steps, counts["train"], counts["val"])
+        self.loss = float("nan")  # of the last batch
         self.saver = ThreadPoolExecutor(1)  # writing a large model takes seconds, and much longer to a remote store
         self.saving: Future[None] | None = None
 
@@ -190,6 +192,8 @@ class Worker:
                 f"dataset {record.dataset}, {record.where}: {error}; the last good state is in {self.output}; "
                 "try a lower optim.lr, a longer optim.warmup_epochs, or optim.precision=fp32 in another OUTPUT"
             ) from error
+        self.loss = sum(score.loss for score in scores) / len(scores) if scores else self.loss
+        self._tick(batch, batch.step, self.loss)
         if not batch.ends_step:
             return
         self.board.reach.remote(FIRST_STEP, time.time())
@@ -198,10 +202,6 @@ class Worker:
         if self.rank == 0:
             progress = {"epoch": batch.epoch + 1, "epochs": self.settings.optim.epochs}
             self.board.note.remote(progress | {"step": self.state.step, "steps": self.order.num_steps})
-        loss = sum(score.loss for score in scores) / max(1, len(scores))
-        if line := self.clock.tick(batch.batch_size):
-            epoch = f"epoch {batch.epoch + 1} of {self.settings.optim.epochs}"
-            self.say(f"{epoch}, step {self.state.step} of {self.order.num_steps}, loss {loss:.4f}, {line}")
         interval = self.settings.run.checkpoint_steps
         if interval and self.state.step % interval == 0 and self.state.step < self.order.num_steps:
             self._save(self._all_train_scores())
@@ -210,8 +210,15 @@ class Worker:
         if not self.val_scores:
             self.learner.end_training()
         self.val_scores += self.learner.evaluate(batch, images, masks)
+        self._tick(batch, self.order.num_steps)
         if batch.ends_step:
             self.end_epoch(batch.epoch)
+
+    def _tick(self, batch: MicroBatch, step: int, loss: float | None = None) -> None:
+        """Count the examples of a micro-batch, which all workers have at the same time; log a line every 10 s."""
+        self.clock.count(batch.split, sum(batch.weights) * self.num_workers)
+        if line := self.clock.line(batch.epoch, step, loss):
+            self.say(line)
 
     def end_epoch(self, epoch: int) -> None:
         """End an epoch in all workers together: compute its metrics, save the state, and log a line."""
@@ -283,7 +290,8 @@ class Worker:
             return []
         optim = self.settings.optim
         best = self.state.history.best_epoch(optim.monitor)
-        self.say(f"testing the checkpoint of epoch {best}")
+        num_tests = sum(record.split == "test" for record in self.records)
+        self.say(f"testing the checkpoint of epoch {best} on {count(num_tests, 'example')}")
         gather([])  # wait until the first worker has written the checkpoint
         model = vlsm.load_checkpoint(storage.join(self.output, CHECKPOINT_NAME)).model
         tester = Learner(model, self.settings, self.order.num_steps, self.device)
@@ -332,27 +340,3 @@ class Worker:
                     self.say(f"the trackers get no files: {type(error).__name__}: {error}")
             for tracker in self.trackers:
                 tracker.finish(folder)
-
-
-class _Clock:
-    """The durations of epochs, and the time of the next progress line."""
-
-    def __init__(self) -> None:
-        self._epoch_s = self._said_s = time.monotonic()
-        self._num_images = 0
-
-    def tick(self, num_images: int) -> str | None:
-        """Count images; return images per second since the last progress line, or None for 10 s after that line."""
-        self._num_images += num_images
-        elapsed_s = time.monotonic() - self._said_s
-        if elapsed_s < _PROGRESS_S:
-            return None
-        rate = self._num_images / elapsed_s
-        self._said_s, self._num_images = time.monotonic(), 0
-        return f"{rate:.1f} images/s"
-
-    def end_epoch(self) -> dict[str, float]:
-        """Return the time fields of the epoch's rows, and start the next epoch."""
-        seconds = time.monotonic() - self._epoch_s
-        self._epoch_s = time.monotonic()
-        return {"seconds": round(seconds, 3), "finished_at": time.time()}

@@ -112,7 +112,7 @@ def _run(folder: Path, setup: str, repeats: int) -> list[dict[str, float]]:
             },
         }
     )
-    with RaySession(log_to_driver=False) as session:
+    with RaySession() as session:
         session.wait()
         records = prepare_training(settings, lambda records: inspect_records(records, settings.data))
         train_with_ray(settings, records, "jobs.benchmarks.interleaved_worker:train_in_turns")

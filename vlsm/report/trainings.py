@@ -12,7 +12,7 @@ from vlsm.checkpoints import SETTINGS_NAME, Calibration
 from vlsm.commands import call
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import good_records
-from vlsm.datasets.records import Record
+from vlsm.datasets.records import Record, locations_of
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.documents import read_yaml
 from vlsm.errors import ConfigError, ImageError
@@ -61,7 +61,7 @@ def training_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
     def read_target(row: dict[str, Any]) -> tuple[None, np.ndarray]:
         if row["where"] not in records:
             raise ImageError(
-                "forbidden", "its mask lies outside of the bucket of OUTPUT; --allow FOLDER lets it be read"
+                "forbidden", "its files lie outside of the bucket of OUTPUT; --allow FOLDER lets it"
             )
         return None, masks.read(records[row["where"]]).target.mask
 
@@ -104,8 +104,7 @@ def training_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
 
 def _lies_outside(record: Record, output: str, allow: tuple[str, ...]) -> bool:
     """Return whether an OUTPUT in a store may not name the files of a record; other people may have written it."""
-    places = [record.image_uri, record.mask_uri, *record.more_masks]
-    return any(lies_outside(place, output, allow) for place in places if place)
+    return any(lies_outside(place, output, allow) for place in locations_of(record) if place)
 
 
 def _model(config: dict[str, Any]) -> str:
