@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -92,8 +91,6 @@ def test_images_that_kill_their_process_are_failed_rows_and_their_neighbours_hav
     environment = os.environ | {"PYTHONPATH": paths, "RAY_ADDRESS": "local"}
     job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONG_S)
     assert job.returncode == 0, job.stderr[-3000:]
-    # although processes died: no line of Ray, of its C++ code or of a worker
-    assert not [line for line in job.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d \S", line)]
     assert reasons_of(tmp_path / "out") == dict.fromkeys(["decoder.png", "hangs.png", "model.png"], "crashed")
     summary = read_summary(tmp_path / "out")
     assert (summary["ok"], summary["failed_by_reason"]) == (12, {"crashed": 3})
