@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ logger = logging.getLogger("vlsm")
 
 _STARTED_S = time.time()  # every command imports this module first
 _RAY_STARTS = 5
+_CONNECT_S = 10.0
 _STARTING_S = 10.0  # after this time, and again, the log says that Ray is still starting
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks the folder of a submitted job
 
@@ -209,6 +211,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray(\.|$)")
         # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one. It
         # also hides what Ray says about its tokens, which `cluster.yaml` requires
+        _check_address(cluster_address())
         with quiet_start():
             init_ray(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=False)
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -234,6 +237,17 @@ def cluster_address() -> str:
     """Return the address of the cluster that the environment names, or "" if Ray shall start here."""
     address = os.environ.get("RAY_ADDRESS", "")
     return "" if address == "local" else address
+
+
+def _check_address(address: str) -> None:
+    """Raise a VlsmError if nothing listens at the address of a cluster: Ray would wait without an end."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise VlsmError(f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {error}") from error
 
 
 def init_ray(*address: str, **options: Any) -> Any:

@@ -7,6 +7,8 @@ file beyond a limit is a failed row that names the limit; the images of an archi
 
 # Images in one file: pages, frames, slices, rows of a Parquet file.
 MAX_IMAGES = 1_000_000
+# Elements of a DICOM object before its pixels.
+MAX_DICOM_ELEMENTS = 100_000
 # Members of a tar or zip, and the bytes of all their names together.
 MAX_MEMBERS, MAX_NAMES_BYTES = 1 << 18, 1 << 26
 # A name of a member, as the image_id of a manifest.

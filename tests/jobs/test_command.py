@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 
 from jobs.command import RaySession, locate, run_command
 from tests.conftest import LONG_S
-from vlsm.errors import ConfigError
+from vlsm.errors import ConfigError, VlsmError
 
 
 @pytest.mark.ray
@@ -55,6 +56,7 @@ def test_a_result_is_for_people_on_a_terminal_and_for_programs_elsewhere(
 
 NICENESS = """
 import os
+import socket
 from jobs.command import RaySession, locate, run_command
 with RaySession() as session:
     session.wait()
@@ -86,3 +88,12 @@ def test_a_submitted_job_refuses_paths_that_other_nodes_cannot_reach(tmp_path, m
     with pytest.raises(ConfigError, match="'data/scans' is a relative path; a submitted job .* s3://bucket/data/scans"):
         locate("data/scans")
     assert locate("/data/scans") == "/data/scans" and locate("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_a_cluster_that_nothing_listens_for_is_one_sentence(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(VlsmError, match=f"RAY_ADDRESS={address} cannot be reached"), RaySession() as session:
+        session.wait()

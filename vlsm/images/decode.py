@@ -13,6 +13,7 @@ from vlsm.errors import ImageError
 from vlsm.images.codestreams import codestream_size, has_jpeg_end, is_jpeg_ls, rare_jpeg_bits
 from vlsm.images.grey_levels import Decoded, Window
 from vlsm.images.stored import Stored, check_pixels, decoder_errors, full_range, stored_levels
+from vlsm.limits import MAX_LISTED_BYTES
 
 try:
     import simplejpeg
@@ -134,8 +135,9 @@ def _open(file: BinaryIO) -> Image.Image:
         return Image.open(file, formats=_FORMATS)
     except Exception:  # the decoder can raise any error
         file.seek(0)
-        if not (data := file.read()).startswith(_PNG_HEAD):
+        if not (head := file.read(len(_PNG_HEAD))).startswith(_PNG_HEAD):  # of any other file no more is read
             raise
+        data = head + file.read(MAX_LISTED_BYTES)
         return Image.open(io.BytesIO(_without_ancillary_chunks(data)), formats=_FORMATS)
 
 

@@ -14,7 +14,8 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.filereader import _read_file_meta_info, read_dataset, read_partial, read_preamble
 
-from vlsm.errors import ImageError
+from vlsm.errors import BeyondLimitError, ImageError
+from vlsm.limits import MAX_DICOM_ELEMENTS
 
 UNDEFINED_LENGTH = 0xFFFFFFFF  # the length of an element that ends with a delimiter
 
@@ -41,17 +42,21 @@ def read_header(file: BinaryIO, stop_when: Any, tags: list[int], max_bytes: int,
     """
     read_preamble(file, force=True)
     meta = _read_file_meta_info(file)
+    start = file.tell()
+    if file.read(2) == bytes(2):  # pydicom would read such elements without end; DICOM allows them in no file
+        raise ImageError("corrupt", f"{name} has elements of the group 0000, which no DICOM file has")
+    file.seek(start)
     if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
         content, is_all = _inflate(file, max_bytes)
         if not is_all and stop_when is None:
             raise ImageError("too_large", f"{name} holds more than {max_bytes:,} bytes")
-        file, end = io.BytesIO(content), _End(stop_when)
+        file, end = io.BytesIO(content), _End(stop_when, name)
         dataset = read_dataset(file, False, True, stop_when=end.see(file), specific_tags=list(tags))
         if stop_when is None:
             meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
         dataset.file_meta = meta
     else:
-        end = _End(stop_when)
+        end = _End(stop_when, name)
         file.seek(0)
         dataset = read_partial(file, end.see(file), force=True, specific_tags=list(tags))
     dataset.is_cut = end.is_beyond(file)
@@ -65,14 +70,18 @@ def read_header(file: BinaryIO, stop_when: Any, tags: list[int], max_bytes: int,
 class _End:
     """Remembers where the last element that pydicom has seen should end. pydicom skips beyond the end of a file."""
 
-    def __init__(self, stop_when: Any) -> None:
-        self._stop_when = stop_when
+    def __init__(self, stop_when: Any, name: str) -> None:
+        self._stop_when, self._name = stop_when, name
         self._offset = -1
+        self._num_elements = 0
 
     def see(self, file: BinaryIO) -> Any:
         """Return the stop_when for pydicom, which is at an element's value when it calls it."""
 
         def stop(tag: Any, vr: str | None, length: int) -> bool:
+            self._num_elements += 1
+            if self._num_elements > MAX_DICOM_ELEMENTS:
+                raise BeyondLimitError(f"{self._name} has more than {MAX_DICOM_ELEMENTS:,} elements before its pixels")
             self._offset = 0 if length == UNDEFINED_LENGTH else file.tell() + length
             if self._stop_when is None or not self._stop_when(tag, vr, length):
                 return False

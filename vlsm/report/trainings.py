@@ -60,9 +60,7 @@ def training_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
 
     def read_target(row: dict[str, Any]) -> tuple[None, np.ndarray]:
         if row["where"] not in records:
-            raise ImageError(
-                "forbidden", "its files lie outside of the bucket of OUTPUT; --allow FOLDER lets it"
-            )
+            raise ImageError("forbidden", "its files lie outside of the bucket of OUTPUT; --allow FOLDER lets it")
         return None, masks.read(records[row["where"]]).target.mask
 
     painter = Painter(reader, read_target)
