@@ -66,7 +66,7 @@ ALL_COMMANDS = [
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 180
+    assert len(README.splitlines()) <= 185
 
 
 def test_the_table_of_columns_is_the_schema():
