@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = make_parser().parse_args(argv)
 
+    used: list[EvaluateSettings] = []
+
     def work() -> dict[str, Any] | None:
         arguments: dict[str, Any] = {"output": locate(args.output)}
         given = {
@@ -82,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         arguments |= {name: value for name, value in given.items() if value}
         settings = load_settings(EvaluateSettings, args.config, args.set, arguments)
+        used.append(settings)
         if not args.dry_run:
             return evaluate(settings)
         with storage.name_errors("OUTPUT", settings.output):
@@ -89,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings)
         return None
 
-    return run_command(work, lambda result: evaluate_ending(locate(args.output), result), args.json)
+    return run_command(work, lambda result: evaluate_ending(used[0], result), args.json)
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:

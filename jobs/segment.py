@@ -78,11 +78,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.node_price is not None and not args.sample:
         parser.error("--node-price goes with --sample")
 
+    used: list[SegmentSettings] = []
+
     def work() -> dict[str, Any] | None:
         arguments: dict[str, Any] = {name: locate(getattr(args, name)) for name in ("input", "output")}
         if args.checkpoint:
             arguments["members"] = [{"checkpoint": locate(uri)} for uri in args.checkpoint]
         settings = load_settings(SegmentSettings, args.config, args.set, arguments)
+        used.append(settings)
         if not args.dry_run:
             return segment(settings)
         with storage.name_errors("OUTPUT", settings.output):
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings, args.sample or 0, args.node_price)
         return None
 
-    return run_command(work, lambda result: segment_ending(locate(args.output), result), args.json)
+    return run_command(work, lambda result: segment_ending(used[0], result), args.json)
 
 
 def segment(settings: SegmentSettings) -> dict[str, Any]:

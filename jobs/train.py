@@ -63,11 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = make_parser().parse_args(argv)
 
+    used: list[TrainSettings] = []
+
     def work() -> dict[str, Any] | None:
         arguments: dict[str, Any] = {"output": locate(args.output)}
         if args.dataset:
             arguments["datasets"] = parse_pairs("--dataset", args.dataset)
         settings = load_settings(TrainSettings, args.config, args.set, arguments)
+        used.append(settings)
         if not args.dry_run:
             return train(settings)
         with storage.name_errors("OUTPUT", settings.output):
@@ -75,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings)
         return None
 
-    return run_command(work, lambda result: train_ending(locate(args.output), result), args.json)
+    return run_command(work, lambda result: train_ending(used[0], result), args.json)
 
 
 def train(settings: TrainSettings, holder: str = "") -> dict[str, Any]:

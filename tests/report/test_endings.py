@@ -4,7 +4,10 @@ import sys
 
 import pytest
 
+from vlsm.config import SegmentSettings
+from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.report.endings import evaluate_ending, segment_ending, sweep_ending, train_ending
+from vlsm.training.settings import TrainSettings
 
 SEGMENTED = {"planned": 40, "ok": 38, "failed": 2, "failed_by_reason": {"corrupt": 1, "empty": 1}}
 TRAINED = {
@@ -20,8 +23,12 @@ def _as_vlsm(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vlsm"])
 
 
+def segmented(source, output, **more):
+    return SegmentSettings(input=source, output=output, members=[{"checkpoint": "c"}], **more)
+
+
 def test_a_segment_run_says_where_masks_are_and_why_others_are_missing():
-    assert segment_ending("/data/out", SEGMENTED) == [
+    assert segment_ending(segmented("/data/in", "/data/out"), SEGMENTED) == [
         "38 images of 40 have masks, in /data/out/masks",
         "2 images failed (corrupt 1, empty 1): the rows with status failed say why",
         "look: vlsm report /data/out",
@@ -29,19 +36,37 @@ def test_a_segment_run_says_where_masks_are_and_why_others_are_missing():
 
 
 def test_one_is_singular_and_a_run_without_failures_does_not_mention_any():
-    lines = segment_ending("out", {"planned": 1, "ok": 1, "failed": 0, "failed_by_reason": {}})
+    lines = segment_ending(segmented("in", "out"), {"planned": 1, "ok": 1, "failed": 0, "failed_by_reason": {}})
     assert lines == ["1 image of 1 has masks, in out/masks", "look: vlsm report out"]
     assert sweep_ending("out", {"trials": 1}) == ["1 training, the table is in out/table.md and out/table.csv"]
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("s3://masks/in", ""),
+        ("s3://scans/2024", " --allow s3://scans"),
+        ("/data/scans", " --allow /data/scans"),
+        ("https://host/list.csv?x=1", " --allow https://host"),
+    ],
+)
+def test_the_report_of_an_output_in_a_store_may_read_the_images_of_its_run(source, words):
+    *_, look = segment_ending(segmented(source, "s3://masks/out"), SEGMENTED)
+    assert look == f"look: vlsm report s3://masks/out{words}"
+
+
 def test_a_training_names_its_checkpoint_and_quotes_it():
-    assert train_ending("s3://b/my run", TRAINED) == [
+    settings = TrainSettings(
+        output="s3://b/my run", datasets={"kvasir": "s3://b/kvasir", "own": "s3://c/own"}, model="unet_d"
+    )
+    assert train_ending(settings, TRAINED) == [
         "best epoch 8 of 12, Dice 0.888 on val kvasir, 0.870 on test kvasir; checkpoint: 's3://b/my run/checkpoint'",
-        "look: vlsm report 's3://b/my run'",
+        "look: vlsm report 's3://b/my run' --allow s3://c",
         "use it: vlsm segment INPUT OUTPUT --checkpoint 's3://b/my run/checkpoint'",
     ]
 
 
 def test_commands_have_the_form_in_which_the_job_was_called(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/x/jobs/evaluate.py"])
-    assert evaluate_ending("out", {})[-1] == "look: python -m vlsm.report out"
+    settings = EvaluateSettings(output="out", datasets={"a": "/a"}, checkpoints=["/c"])
+    assert evaluate_ending(settings, {})[-1] == "look: python -m vlsm.report out"
