@@ -211,7 +211,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray(\.|$)")
         # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one. It
         # also hides what Ray says about its tokens, which `cluster.yaml` requires
-        _check_address(cluster_address())
+        check_address(cluster_address())
         with quiet_start():
             init_ray(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=False)
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -239,7 +239,7 @@ def cluster_address() -> str:
     return "" if address == "local" else address
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     """Raise a VlsmError if nothing listens at the address of a cluster: Ray would wait without an end."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not (colon and port.isdecimal()):

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny checkpoints in the real formats, drawn archives, one Ray cluster and one S3 server."""
 
 import gc
+import math
 import os
 import shutil
 import signal
@@ -109,7 +110,7 @@ def _no_command(monkeypatch):
     """Jobs that run in this process set how long a store without any answer is waited for."""
     from vlsm import storage
 
-    monkeypatch.setattr(storage, "_first_s", storage._first_s)
+    monkeypatch.setattr(storage, "_first_s", math.inf)
     monkeypatch.setattr(storage, "_answered", set())
 
 

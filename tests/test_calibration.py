@@ -11,7 +11,7 @@ from vlsm import calibration
 from vlsm.calibration import calibrate, expected_error
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError
-from vlsm.report.parts import calibrations
+from vlsm.report.parts import calibrations, read_calibrations
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.segmentation.image_rows import review_reasons
 from vlsm.segmentation.masks import MaskRecord
@@ -110,9 +110,10 @@ def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(bright_check
     assert settings.threshold == told["threshold"]
     assert settings.review.min_confidence == told["min_confidence"]
     assert settings.review.area_fraction == tuple(told["area_fraction"])
-    (section,) = calibrations(
-        {"mine": str(tmp_path / "calibrated"), "plain": str(bright_checkpoint), "gone": "nowhere"}
-    )
+    places = {"mine": str(tmp_path / "calibrated"), "plain": str(bright_checkpoint), "gone": "nowhere"}
+    known = read_calibrations(places, str(tmp_path / "out"))
+    assert {name: each is not None for name, each in known.items()} == {"mine": True, "plain": False}
+    (section,) = calibrations(known)
     assert [cell.text for cell in section.tables[0].rows[0]][0] == "mine" and len(section.tables[0].rows) == 1
     assert section.lines[0].lines[0].path.count("L") == len(calibrated.settings.calibration.reliability) - 1
     assert calibration.main(words) == 2

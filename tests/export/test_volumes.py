@@ -414,12 +414,13 @@ def test_masks_become_label_maps_in_the_order_of_the_prompts(tmp_path, write):
     assert run(output, "labels", tmp_path / "y", "--filter", "image_id = b.png") == ["b.png.labels.png", "labels.json"]
 
 
-def test_label_maps_of_the_run_are_written_as_they_are(tmp_path, write):
+def test_label_maps_of_the_run_are_written_with_a_palette_and_their_values(tmp_path, write):
     labels = np.array([[0, 1], [2, 2]], np.uint8)
     stored = label_row("x/a.png", labels, ["cyst", "stone"])
     output = write([row("x/a.png", (labels == 1).astype(np.uint8), "cyst"), stored])
     run(output, "labels", tmp_path / "x")
-    assert (tmp_path / "x" / "a.png.labels.png").read_bytes() == stored["label_map"]
+    with Image.open(tmp_path / "x" / "a.png.labels.png") as written:
+        assert written.mode == "P" and np.array_equal(np.asarray(written), labels)
     assert json.loads((tmp_path / "x" / "labels.json").read_text()) == {"0": "background", "1": "cyst", "2": "stone"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command import RaySession, locate, run_command
+from jobs.command import RaySession, check_address, locate, run_command
 from tests.conftest import LONG_S
 from vlsm.errors import ConfigError, VlsmError
 
@@ -57,7 +57,7 @@ def test_a_result_is_for_people_on_a_terminal_and_for_programs_elsewhere(
 NICENESS = """
 import os
 import socket
-from jobs.command import RaySession, locate, run_command
+from jobs.command import RaySession, check_address, locate, run_command
 with RaySession() as session:
     session.wait()
     import ray
@@ -90,10 +90,14 @@ def test_a_submitted_job_refuses_paths_that_other_nodes_cannot_reach(tmp_path, m
     assert locate("/data/scans") == "/data/scans" and locate("s3://bucket/x") == "s3://bucket/x"
 
 
-def test_a_cluster_that_nothing_listens_for_is_one_sentence(monkeypatch):
+def test_a_cluster_that_nothing_listens_for_is_one_sentence():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(VlsmError, match=f"RAY_ADDRESS={address} cannot be reached"), RaySession() as session:
-        session.wait()
+    for named in (address, f"ray://{address}"):
+        with pytest.raises(VlsmError, match=f"RAY_ADDRESS={named} cannot be reached"):
+            check_address(named)
+    for named in ("", "auto"):
+        check_address(named)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        check_address(f"127.0.0.1:{server.getsockname()[1]}")
