@@ -266,6 +266,18 @@ def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
     return settings
 
 
+def check_files(files: dict[str, bytes], uri: str) -> None:
+    """Check all files of a checkpoint but its weights, without torch: a job refuses them before it starts Ray.
+
+    Raises:
+        CheckpointError: the settings or other files are invalid, or ask to run code.
+    """
+    settings = parse_settings(files, uri)
+    parse_options(settings.model, settings.options)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tower_files({name: data for name, data in files.items() if name != _WEIGHTS_NAME}, Path(folder), uri)
+
+
 def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
     """Return the checkpoint of these files, its model on the CPU in eval mode.
 

@@ -11,6 +11,7 @@ import yaml
 
 import vlsm
 from tests.tiny import save_tiny_sources, tiny_options
+from vlsm.checkpoints import check_files, read_checkpoint
 from vlsm.errors import CheckpointError
 from vlsm.models.restoring import read_shapes
 from vlsm.models.tower_files import clean_config
@@ -236,3 +237,12 @@ def test_a_folder_with_very_many_or_very_long_files_is_not_read(checkpoints, tmp
         (tmp_path / "ck" / f"{number}.json").write_text("{}")
     with pytest.raises(CheckpointError, match="has 102 files; a checkpoint has 100 at most"):
         vlsm.load_checkpoint(tmp_path / "ck")
+
+
+def test_a_job_refuses_code_and_places_before_it_loads_torch(checkpoints):
+    files = read_checkpoint(str(checkpoints / "clipseg"))
+    check_files(files, "x")
+    name = "clipseg/config.json"
+    text = files[name].decode()
+    with pytest.raises(CheckpointError, match="has the key auto_map, which asks to run code"):
+        check_files(files | {name: text.replace("{", '{"\\u0061uto_map": {}, ', 1).encode()}, "x")

@@ -16,7 +16,7 @@ from typing import Any
 
 from vlsm import storage
 from vlsm.archive.archive import Archive, open_archive
-from vlsm.checkpoints import CheckpointSettings, digest_files, read_checkpoint, read_settings
+from vlsm.checkpoints import CheckpointSettings, check_files, digest_files, read_checkpoint, read_settings
 from vlsm.commands import call
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
@@ -122,7 +122,9 @@ def _read_members(settings: SegmentSettings, checkpoints: list[CheckpointSetting
     members: list[Member] = []
     for member, checkpoint in zip(settings.members, checkpoints, strict=True):
         with storage.name_errors("checkpoint", member.checkpoint):
-            members.append(Member(read_checkpoint(member.checkpoint), checkpoint.image.spec.square))
+            files = read_checkpoint(member.checkpoint)
+            check_files(files, member.checkpoint)
+            members.append(Member(files, checkpoint.image.spec.square))
     return tuple(members)
 
 
@@ -179,6 +181,7 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
         record = None if settings.start_over else read_record(output)
         is_new = record is None
         if record is None:
+            _check_prompts(settings, checkpoints)
             storage.check_writable(output)
         archive = open_input(settings) if record is None else None
         if record is None or not (
@@ -188,7 +191,6 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
         members = _read_members(settings, checkpoints)
         facts = {"checkpoint_digests": [digest_files(member.files) for member in members]}
         if record is None:
-            _check_prompts(settings, checkpoints)
             _tell_calibration(settings, checkpoints)
             record = _plan_run(settings, facts, archive or open_input(settings))
         if differences := describe_differences(record, settings, facts):
