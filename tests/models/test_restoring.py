@@ -245,4 +245,4 @@ def test_a_job_refuses_code_and_places_before_it_loads_torch(checkpoints):
     name = "clipseg/config.json"
     text = files[name].decode()
     with pytest.raises(CheckpointError, match="has the key auto_map, which asks to run code"):
-        check_files(files | {name: text.replace("{", '{"\\u0061uto_map": {}, ', 1).encode()}, "x")
+        check_files(files | {name: text.replace("{", '{"\\u0061uto_map": {"AutoModel": "x--y"}, ', 1).encode()}, "x")
