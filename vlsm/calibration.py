@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         calibration = calibrate_checkpoint(args.checkpoint, args.directory, settings)
     except (VlsmError, OSError) as error:
         say_error(error)
-        return 2 if isinstance(error, (ConfigError, CheckpointError)) else 1
+        return 2 if isinstance(error, (ConfigError, CheckpointError, ManifestError)) else 1
     say(json.dumps(calibration.model_dump(mode="json", exclude={"reliability"})))
     return 0
 
