@@ -10,6 +10,7 @@ from jobs.command import EXIT_CODES, run_command
 from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.errors import ConfigError, ResultError
+from vlsm.report.endings import count
 from vlsm.runs.verify import Proof, verify_run
 from vlsm.shown import say
 
@@ -49,7 +50,7 @@ def verify(output: str) -> dict[str, Any]:
     if len(proof.differences) > _NUM_PRINTED:
         say(f"... and {len(proof.differences) - _NUM_PRINTED:,} more")
     if proof.differences:
-        raise ResultError(f"{len(proof.differences):,} differences between {output!r} and its plan")
+        raise ResultError(f"{count(len(proof.differences), 'difference')} between {output!r} and its plan")
     counts = proof.counts
     say(
         f"{proof.plan.num_images:,} images and {proof.plan.num_rows:,} rows were planned; there are {counts['rows']:,} "
