@@ -149,6 +149,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         if self._thread is None:
             self.milestones["checked"] = time.time()
             address = cluster_address()
+            check_address(address)  # here, before anything is planned
             logger.info("%s", f"joining the Ray cluster at {address}" if address else "starting Ray")
             self._thread = threading.Thread(target=self._run_ray, name="ray")
             self._thread.start()
@@ -211,7 +212,6 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray(\.|$)")
         # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one. It
         # also hides what Ray says about its tokens, which `cluster.yaml` requires
-        check_address(cluster_address())
         with quiet_start():
             init_ray(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=False)
         logging.getLogger("ray").setLevel(logging.ERROR)

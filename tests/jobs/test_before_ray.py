@@ -24,6 +24,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(archive, tiny_checkp
         ({"input": "gs://bucket/x"}, "gs://bucket/x"),
         ({"input": "what://x"}, "what://x"),
         ({"output": "a file"}, "a file"),
+        ({"output": "archive"}, "is INPUT; choose another OUTPUT"),
         ({"checkpoint": "void"}, "there is no checkpoint at"),
         ({"set": "treshold=0.4"}, "did you mean 'threshold'?"),
         ({"config": "absent.yaml"}, "absent.yaml"),

@@ -174,6 +174,8 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
         CheckpointError, ManifestError: the checkpoint or the manifest cannot be used.
     """
+    if storage.absolute(settings.input) == storage.absolute(settings.output):
+        raise ConfigError(f"OUTPUT {settings.output!r} is INPUT; choose another OUTPUT")
     settings, checkpoints = _resolve(settings)
     output = settings.output
     with storage.name_errors("OUTPUT", output):
