@@ -78,6 +78,17 @@ def new_parser(
     return parser
 
 
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Add --allow to a command that reads the images of an OUTPUT again; see `vlsm.archive.places.lies_outside`."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help="images outside of the bucket of an OUTPUT in a store may be read below this folder; repeatable",
+    )
+
+
 class _ShowSettings(argparse.Action):
     """Print all settings of a command, with their defaults, and exit."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from vlsm import storage
-from vlsm.commands import new_parser
+from vlsm.commands import add_allow, new_parser
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
@@ -82,13 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --format overlays: one picture per image, its prompts in colours with a legend",
     )
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="PLACE",
-        help="images outside of the bucket of an OUTPUT in a store may be read below this folder; repeatable",
-    )
+    add_allow(parser)
     return parser
 
 

@@ -6,7 +6,7 @@
 import argparse
 import sys
 
-from vlsm.commands import new_parser
+from vlsm.commands import add_allow, new_parser
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.shown import say, say_error, set_up_logging
 
@@ -16,13 +16,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = new_parser("vlsm.report", str(main.__doc__), ("masks", "trained pages/training.html"))
     parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment, train or evaluate run; local or s3://")
     parser.add_argument("file", metavar="FILE", nargs="?", help="default: beside OUTPUT, with its name and .html")
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="PLACE",
-        help="images outside of the bucket of an OUTPUT in a store may be read below this folder; repeatable",
-    )
+    add_allow(parser)
     return parser
 
 
