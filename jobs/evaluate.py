@@ -92,7 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings)
         return None
 
-    return run_command(work, lambda result: evaluate_ending(used[0], result), args.json)
+    def describe(result: dict[str, Any]) -> list[str]:
+        return evaluate_ending(used[0].output, [*used[0].datasets.values(), *used[0].run.allow])
+
+    return run_command(work, describe, args.json)
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:

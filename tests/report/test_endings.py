@@ -5,7 +5,6 @@ import sys
 import pytest
 
 from vlsm.config import SegmentSettings
-from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.report.endings import evaluate_ending, segment_ending, sweep_ending, train_ending
 from vlsm.training.settings import TrainSettings
 
@@ -68,5 +67,4 @@ def test_a_training_names_its_checkpoint_and_quotes_it():
 
 def test_commands_have_the_form_in_which_the_job_was_called(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/x/jobs/evaluate.py"])
-    settings = EvaluateSettings(output="out", datasets={"a": "/a"}, checkpoints=["/c"])
-    assert evaluate_ending(settings, {})[-1] == "look: python -m vlsm.report out"
+    assert evaluate_ending("out", ["/a"])[-1] == "look: python -m vlsm.report out"

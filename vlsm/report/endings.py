@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlsm import storage
 from vlsm.archive.places import lies_outside
@@ -11,9 +11,6 @@ from vlsm.config import SegmentSettings
 from vlsm.locations import own_place
 from vlsm.training.history import MEAN
 from vlsm.training.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from vlsm.evaluation.settings import EvaluateSettings
 
 
 def count(number: int, noun: str) -> str:
@@ -51,10 +48,14 @@ def train_ending(settings: TrainSettings, summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def evaluate_ending(settings: "EvaluateSettings", summary: dict[str, Any]) -> list[str]:
-    """Return the last lines of an evaluation; arguments as for `segment_ending`."""
-    look = _look(settings.output, [*settings.datasets.values(), *settings.run.allow])
-    return [f"all scores: {_join(settings.output, 'scores.parquet')}", look]
+def evaluate_ending(output: str, sources: Sequence[str]) -> list[str]:
+    """Return the last lines of an evaluation.
+
+    Args:
+        output: OUTPUT of the evaluation.
+        sources: locations of its datasets, and the places of run.allow.
+    """
+    return [f"all scores: {_join(output, 'scores.parquet')}", _look(output, sources)]
 
 
 def sweep_ending(output: str, summary: dict[str, Any]) -> list[str]:
