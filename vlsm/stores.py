@@ -95,7 +95,9 @@ def _build(uri: str, allow: tuple[str, ...]) -> fsspec.AbstractFileSystem:
 
         return HttpFiles(allow=allow)
     if scheme in ("s3", "s3a"):
-        return fsspec.filesystem(scheme, **_S3_OPTIONS)
+        from vlsm.s3_files import S3Files  # needs s3fs
+
+        return S3Files(**_S3_OPTIONS)
     if scheme in _INSIDE:
         raise ValueError("the location of the file itself, such as s3://bucket/a.zip, is needed")
     store = fsspec.get_filesystem_class(scheme)
