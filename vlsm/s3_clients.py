@@ -12,6 +12,7 @@ import os
 import re
 import uuid
 from typing import Any
+from urllib.parse import urlsplit
 
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
@@ -49,7 +50,7 @@ class Access:
         url: of the bucket: the key of an object follows it, behind a slash.
         region: that requests are signed for; "" if they are not signed.
         credentials: access key, secret key and token; None if requests are not signed.
-        ca_path: file with the certificates of trusted authorities.
+        ca_path: file with the certificates of trusted authorities; "" without TLS.
         connect_s, read_s: how long a connection, and a silent server, is waited for.
     """
 
@@ -84,7 +85,7 @@ async def find_access(fs: Any, bucket: str) -> Access:
     if other := {name.lower() for name in request.headers} - _USUAL_HEADERS:
         raise NotAlike(f"requests have the header {min(other)}")
     region, credentials = await _read_signature(request.headers.get("Authorization"), client)
-    ca_path = get_cert_path(await _find_verify(fs))
+    ca_path = get_cert_path(_find_verify(fs)) if url.startswith("https") else ""
     return Access(url, region, credentials, ca_path, float(config.connect_timeout), float(config.read_timeout))
 
 
@@ -125,7 +126,7 @@ async def _read_signature(signature: str | bytes | None, client: Any) -> tuple[s
     return found["region"], (frozen.access_key, frozen.secret_key, frozen.token)
 
 
-async def _find_verify(fs: Any) -> str | bool:
+def _find_verify(fs: Any) -> str | bool:
     """Return the setting that says which certificates are trusted: True, or a file."""
     verify = fs.client_kwargs.get("verify")
     if verify is None:
@@ -157,7 +158,7 @@ def make_store(access: Access, timeout_s: float | None) -> Any:
         "read_timeout": datetime.timedelta(seconds=access.read_s),
         "timeout": datetime.timedelta(seconds=timeout_s) if timeout_s else _FOREVER,
         "proxy_url": _NOWHERE,
-        "proxy_excludes": _host(access.url),
+        "proxy_excludes": urlsplit(access.url).hostname or "",
         "http1_only": True,
     }
     if not is_plain:
@@ -192,7 +193,3 @@ class _Credentials:
         return {"access_key_id": key, "secret_access_key": secret, "token": token, "expires_at": None}
 
 
-def _host(url: str) -> str:
-    from urllib.parse import urlsplit
-
-    return urlsplit(url).hostname or ""
