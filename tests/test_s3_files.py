@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -390,6 +391,15 @@ def test_a_fork_reads_with_s3fs_and_its_parent_goes_on(store):
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=LONG_S)
     assert done.stdout.split() == ["fork", "10240", "10240", "parent", "10240", "10240", "10240"], done.stderr
     assert store.clients() == ["s3fs", "obstore", "s3fs", "s3fs", "obstore"]
+
+
+def test_a_person_can_interrupt_a_request_that_hangs(store):
+    opened(store)
+    store.fault = lambda _: "hang"
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    assert (store.num_hanging, store.clients()) == (1, ["obstore"])
 
 
 def test_a_pickled_file_system_opens_the_bucket_itself(store):

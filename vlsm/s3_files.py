@@ -18,6 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from fsspec.asyn import FSTimeoutError, sync
@@ -74,7 +75,7 @@ class S3Files(S3FileSystem):  # type: ignore[misc] # s3fs has no types
         started_s, access = time.monotonic(), lane.enter()
         if access is not None:
             try:
-                result = fast(lane.store(access, timeout_s), key)
+                result = _interruptible(functools.partial(fast, lane.store(access, timeout_s), key))
             except FileNotFoundError as error:  # probably true; the lane stays open unless s3fs finds the file
                 failure: Exception = error
             except Exception as error:
@@ -182,6 +183,22 @@ def _claim_process() -> None:
 def _is_plain(key: str) -> bool:
     """Return whether obstore asks for exactly this key."""
     return key.isprintable() and not any(part in ("", ".", "..") for part in key.split("/"))
+
+
+def _interruptible(call: Callable[[], T]) -> T:
+    """Return the result of a call of obstore, which sees no Ctrl-C: the main thread waits for another one."""
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # every type of error: the main thread waits for it
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 def _read(store: Any, key: str, start: int, end: int) -> bytes:

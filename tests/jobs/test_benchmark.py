@@ -92,6 +92,7 @@ def test_both_clients_of_s3_read_over_http_and_over_tls(tmp_path):
     assert "| obstore | https |" in "\n".join(s3.tell(figures))
 
 
+@pytest.mark.slow
 def test_the_start_of_both_jobs_is_told_by_its_milestones(tmp_path):
     path = tmp_path / "start.json"
     assert main(["start", "--model", "pixel", "--repeats", "1", "--json", str(path)]) == 0
