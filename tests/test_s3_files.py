@@ -1,5 +1,6 @@
 """What obstore serves, and that everything else is as with s3fs alone: keys, settings, reasons, waits, secrets."""
 
+import copy
 import dataclasses
 import datetime
 import os
@@ -44,7 +45,8 @@ def environment(monkeypatch, tmp_path):
 @pytest.fixture
 def store(environment):
     """A store with one object, which the environment names."""
-    environment.setitem(stores._S3_OPTIONS, "config_kwargs", {"retries": {"max_attempts": 0}})  # no waits of botocore
+    quick = {"config_kwargs": {"retries": {"max_attempts": 0}}}  # no waits of botocore
+    environment.setattr(stores, "_s3_options", lambda: copy.deepcopy(quick))
     environment.setattr(S3FileSystem, "retries", 1)
     with StubStore(objects={"/bucket/folder/a.png": CONTENT}) as stub:
         environment.setenv("AWS_ENDPOINT_URL", stub.url)
