@@ -93,7 +93,7 @@ async def _sign_request(fs: Any, bucket: str) -> tuple[Any, Any]:
     """Return a request for an object as s3fs signs it, and the client of botocore. Its URL is the bucket's."""
     await fs.set_session()
     client, key = await fs.get_s3(bucket), uuid.uuid4().hex
-    requests = []
+    requests: list[Any] = []
 
     def keep(request: Any, **_: Any) -> None:
         if key in request.url:  # other requests pass

@@ -70,7 +70,7 @@ class S3Files(S3FileSystem):  # type: ignore[misc] # s3fs has no types
         """Return the result of obstore, or else of s3fs. Both have timeout_s together."""
         bucket, key, version = self.split_path(path)
         if version or not _is_plain(key):
-            return sync(self.loop, slow, timeout=timeout_s)  # type: ignore[no-any-return]
+            return sync(self.loop, slow, timeout=timeout_s)
         lane = self._lanes.get(bucket) or self._lanes.setdefault(bucket, _Lane(self, bucket))
         started_s, access = time.monotonic(), lane.enter()
         if access is not None:
@@ -84,10 +84,7 @@ class S3Files(S3FileSystem):  # type: ignore[misc] # s3fs has no types
             else:
                 lane.num_misses = 0
                 return result
-            if timeout_s:
-                timeout_s -= time.monotonic() - started_s
-                if timeout_s <= 0:
-                    raise FSTimeoutError
+            timeout_s = _rest(timeout_s, started_s)
         answer: T = sync(self.loop, slow, timeout=timeout_s)
         if access is not None:
             lane.close(access, failure)
@@ -172,12 +169,20 @@ _process_id: int | None = None  # of the process whose threads serve obstore
 
 
 def _is_own_process() -> bool:
+    """Return whether obstore may be used: not in a fork of a process that has used it."""
     return _process_id in (None, os.getpid())
 
 
 def _claim_process() -> None:
     global _process_id  # noqa: PLW0603 - its threads are one for each process, too
     _process_id = _process_id or os.getpid()
+
+
+def _rest(timeout_s: float | None, started_s: float) -> float | None:
+    """Return what is left of a timeout, in seconds; None is no limit."""
+    if timeout_s is None or (left_s := timeout_s - (time.monotonic() - started_s)) > 0:
+        return None if timeout_s is None else left_s
+    raise FSTimeoutError
 
 
 def _is_plain(key: str) -> bool:
@@ -204,7 +209,8 @@ def _interruptible(call: Callable[[], T]) -> T:
 def _read(store: Any, key: str, start: int, end: int) -> bytes:
     import obstore
 
-    content, left = [], end - start
+    content: list[bytes] = []
+    left = end - start
     for block in obstore.get(store, key, options={"range": (start, end)}).stream(min_chunk_size=left):
         content.append(bytes(block)[:left])
         left -= len(content[-1])

@@ -55,8 +55,9 @@ def measure(args: Namespace) -> int:
 def tell(figures: dict[str, Any]) -> list[str]:
     """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
-        f"CPU time of the client for each GET of {figures['bytes']:,} bytes, by {figures['threads']} threads, medians of "
-        f"{figures['repeats']} rounds of {figures['gets']:,} GETs. The server runs on the same cores, which bounds GETs/s.",
+        f"CPU time of the client for each GET of {figures['bytes']:,} bytes, by {figures['threads']} threads: medians "
+        f"of {figures['repeats']} rounds of {figures['gets']:,} GETs. The server runs on the same cores, which bounds "
+        "GETs/s.",
         "",
         "| client | over | core ms per GET | GETs/s |",
         "|---|---|---|---|",
