@@ -30,6 +30,7 @@ class StubStore:
         fault: None, or a function of a Request that returns the answer of a fault (status, headers, body), the words
             "reset", "hang", "cut" (half of the body is sent) or "endless", or None for a true answer.
         requests: all requests, in order.
+        hang_s: how long a request hangs.
         num_hanging: requests that hang.
         num_sent_bytes: of endless answers, which `stopped` when their reader had gone.
     """
@@ -39,6 +40,7 @@ class StubStore:
     objects: dict = field(default_factory=dict)
     fault: object = None
     requests: list = field(default_factory=list)
+    hang_s: float = 30
     num_hanging: int = 0
     num_sent_bytes: int = 0
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -88,7 +90,7 @@ class StubStore:
         fault = self.fault and self.fault(request)
         if fault == "hang":
             self.num_hanging += 1
-            self.released.wait(30)
+            self.released.wait(self.hang_s)
             self.num_hanging -= 1
         if fault in ("reset", "hang"):
             handler.close_connection = True

@@ -39,7 +39,9 @@ def environment(monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "TheKey" if name.endswith("ID") else "TheSecret")
     monkeypatch.setenv("AWS_REGION", "eu-west-9")
-    return monkeypatch
+    S3FileSystem.clear_instance_cache()
+    yield monkeypatch
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -50,9 +52,7 @@ def store(environment):
     environment.setattr(S3FileSystem, "retries", 1)
     with StubStore(objects={"/bucket/folder/a.png": CONTENT}) as stub:
         environment.setenv("AWS_ENDPOINT_URL", stub.url)
-        S3FileSystem.clear_instance_cache()
         yield stub
-    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(params=["obstore", "s3fs"])
@@ -129,7 +129,8 @@ def test_a_fault_has_the_reason_and_the_waits_of_s3fs(client, store, delays, fau
         read(patience_s=2.5)
     assert (caught.value.reason, len(delays)) == (reason, num_waits)
     assert not any(word in str(caught.value) for word in ("Generic S3", "object_store", "TheKey"))
-    assert store.clients().count("obstore") == (client == "obstore")  # it is not asked again while s3fs fails
+    tries = 3 if fault[0] == 200 else 1  # obstore is not asked again while s3fs fails
+    assert store.clients().count("obstore") == (tries if client == "obstore" else 0)
     store.fault = None
     assert [read(), read()] == [CONTENT] * 2
     assert store.clients()[-1] == client
@@ -144,7 +145,7 @@ def test_a_server_that_hangs_is_waited_for_as_long_as_the_limit_says(client, sto
     assert len([request for request in store.requests if "a.png" in request.path]) == 1
 
 
-@pytest.mark.parametrize("code", ["ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"])
+@pytest.mark.parametrize("code", "ExpiredToken InvalidAccessKeyId SignatureDoesNotMatch RequestTimeTooSkewed".split())
 def test_credentials_that_expire_during_a_run_end_it(client, store, code):
     opened(store)
     store.fault = lambda _: refusal(403, code, "StringToSign TheSecret")
@@ -337,12 +338,11 @@ def test_a_store_that_refuses_obstore_is_left_to_s3fs_and_no_secret_is_logged(st
 
 def test_threads_that_fail_together_leave_the_bucket_to_obstore(store, caplog):
     opened(store)
-    together = threading.Barrier(8)
+    together, tickets = threading.Barrier(8), iter(range(8))
 
     def fail_together(request):
-        if request.client == "obstore" and not together.broken:
+        if request.client == "obstore" and next(tickets, None) is not None:
             together.wait(20)
-            together.abort()
             return "reset"
         return None
 
@@ -397,8 +397,13 @@ def test_a_fork_reads_with_s3fs_and_its_parent_goes_on(store):
 
 def test_a_person_can_interrupt_a_request_that_hangs(store):
     opened(store)
-    store.fault = lambda _: "hang"
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    store.hang_s = 5
+
+    def interrupt(_):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return "hang"
+
+    store.fault = interrupt
     with pytest.raises(KeyboardInterrupt):
         read()
     assert (store.num_hanging, store.clients()) == (1, ["obstore"])
@@ -415,20 +420,19 @@ def test_a_pickled_file_system_opens_the_bucket_itself(store):
 
 def test_certificates_are_checked_against_the_bundle_of_the_environment(environment, tmp_path):
     import obstore
+    from obstore.exceptions import BaseError
 
     ca, *files = make_certificates(tmp_path / "own")
     other, *_ = make_certificates(tmp_path / "other")
     with StubStore(tls=files, objects={"/bucket/folder/a.png": CONTENT}) as stub:
         environment.setenv("AWS_ENDPOINT_URL", stub.url)
         environment.setenv("AWS_CA_BUNDLE", ca)
-        S3FileSystem.clear_instance_cache()
         assert [read(), read()] == [CONTENT] * 2
         assert stub.clients() == ["s3fs", "obstore"]
         access = open_uri(URI)[0]._lanes["bucket"]._access
-        S3FileSystem.clear_instance_cache()
         for ca_path, is_trusted in ((ca, True), (other, False)):
             asked = s3_clients.make_store(dataclasses.replace(access, ca_path=ca_path), 5.0)
             try:
                 assert len(obstore.get_range(asked, "folder/a.png", start=0, end=9)) == 9 and is_trusted
-            except obstore.exceptions.GenericError:
+            except BaseError:
                 assert not is_trusted

@@ -146,7 +146,7 @@ class _Lane:
         if self._is_barred or not _is_own_process() or not self._opening.acquire(blocking=False):
             return
         try:
-            access = sync(self._fs.loop, find_access, self._fs, self._bucket, timeout=_FRESH_S)
+            access = sync(self._fs.loop, find_access, self._fs, self._bucket)
             self.store(access, None)
             _claim_process()
             self._access, self._fresh_until_s = access, time.monotonic() + _FRESH_S
