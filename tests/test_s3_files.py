@@ -55,16 +55,10 @@ def store(environment):
         yield stub
 
 
-@pytest.fixture(params=["obstore", "s3fs"])
-def client(request, store, monkeypatch):
+@pytest.fixture
+def client(store, each_client):
     """Which client serves a bucket that has answered."""
-    if request.param == "s3fs":
-
-        async def refuse(*_):
-            raise s3_clients.NotAlike("this test asks for it")
-
-        monkeypatch.setattr(s3_files, "find_access", refuse)
-    return request.param
+    return each_client
 
 
 def read(uri=URI, **limits):
