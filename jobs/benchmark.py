@@ -8,6 +8,7 @@ vlsm benchmark decode --folder photographs --json decode.json
 vlsm benchmark output --folder masks --json output.json
 vlsm benchmark train --json train.json
 vlsm benchmark nodes --json nodes.json
+vlsm benchmark s3 --json s3.json
 vlsm benchmark start --json start.json
 vlsm benchmark scale --rows 10000 --rows 1000000
 vlsm benchmark torture
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "output": "masks in Parquet, against PNG files",
     "train": "the loop of the train job, against a bare loop",
     "nodes": "both jobs on two nodes, against one node",
+    "s3": "CPU time of a client for reading an image from S3, over HTTP and over TLS",
     "start": "seconds from a command to its first image",
     "scale": "the segment job over archives of growing size",
     "torture": "the segment job under faults: killed processes, lost nodes, a failing store, a full disk",

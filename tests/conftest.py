@@ -187,6 +187,23 @@ def s3_server(tmp_path_factory):
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@pytest.fixture(params=["obstore", "s3fs"])
+def each_client(request, monkeypatch):
+    """Runs a test with obstore where it can serve, and with s3fs alone."""
+    from s3fs import S3FileSystem
+
+    from vlsm import s3_clients, s3_files
+
+    async def refuse(*_):
+        raise s3_clients.NotAlike("the test asks for s3fs")
+
+    if request.param == "s3fs":
+        monkeypatch.setattr(s3_files, "find_access", refuse)
+    S3FileSystem.clear_instance_cache()
+    yield request.param
+    S3FileSystem.clear_instance_cache()
+
+
 @pytest.fixture
 def s3_folder(s3_server, request):
     """A new prefix for each test: some servers still list a prefix after its files are deleted."""

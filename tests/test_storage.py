@@ -53,6 +53,7 @@ except Exception as error:
     assert done.stdout == f"forbidden: no permission to read {path}\n"
 
 
+@pytest.mark.usefixtures("each_client")
 def test_reasons_in_an_object_store_are_the_same(s3_folder):
     storage.write_bytes(f"{s3_folder}/empty.png", b"")
     storage.write_bytes(f"{s3_folder}/a b%20[1]#.png", b"abc")
@@ -135,6 +136,7 @@ def test_an_answer_with_an_error_is_an_answer(command):
         storage.with_retries(slow_down, "s3://bucket/x")
 
 
+@pytest.mark.usefixtures("each_client")
 def test_of_many_that_create_a_file_one_succeeds(tmp_path, s3_folder):
     for folder in (str(tmp_path), s3_folder):
         uri = f"{folder}/record"
@@ -145,6 +147,7 @@ def test_of_many_that_create_a_file_one_succeeds(tmp_path, s3_folder):
         assert storage.list_names(folder) == ["record"]
 
 
+@pytest.mark.usefixtures("each_client")
 def test_the_version_of_a_file_changes_with_its_content(tmp_path, s3_folder):
     for folder in (str(tmp_path), s3_folder):
         storage.write_bytes(f"{folder}/a b%20[1]#.png", b"abc")
@@ -175,6 +178,7 @@ def test_a_scheme_that_nobody_knows_is_said():
         storage.open_uri("what://x/y")
 
 
+@pytest.mark.usefixtures("each_client")
 def test_a_file_that_is_larger_than_its_manifest_says_is_read_only_within_the_limit(tmp_path, s3_folder):
     for uri in (str(tmp_path / "x.png"), f"{s3_folder}/x.png"):
         storage.write_bytes(uri, bytes(5000))
@@ -191,6 +195,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         read_image_bytes(str(tmp_path / "x.png"), 10, 1000)
 
 
+@pytest.mark.usefixtures("each_client")
 def test_credentials_that_are_no_longer_taken_are_no_bad_image(s3_folder, monkeypatch):
     import s3fs
 

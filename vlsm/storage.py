@@ -1,4 +1,4 @@
-"""Reading, writing and listing files on local disks and object stores, with fsspec and s3fs.
+"""Reading, writing and listing files on local disks and object stores, with fsspec, s3fs and obstore.
 
 A location is a local path or a URI that fsspec knows (`s3://bucket/key`). Names are literal: brackets, percent signs
 and `::` have no special meaning. Endpoint and credentials come from the store's standard environment variables.

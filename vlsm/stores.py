@@ -11,16 +11,6 @@ from vlsm.errors import ConfigError
 from vlsm.locations import HTTP, LOCAL, absolute, split_scheme
 from vlsm.shown import describe_secret
 
-# One process reads many small objects: it needs fresh listings, a connection for each thread, and timeouts.
-_S3_OPTIONS = {
-    "use_listings_cache": False,
-    "config_kwargs": {
-        "max_pool_connections": 64,
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        "retries": {"mode": "standard", "max_attempts": 1},  # s3fs and with_retries already retry
-    },
-}
 _INSIDE = ("zip", "tar", "libarchive", "generic")  # fsspec takes no location as the current folder, or as any
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -95,11 +85,29 @@ def _build(uri: str, allow: tuple[str, ...]) -> fsspec.AbstractFileSystem:
 
         return HttpFiles(allow=allow)
     if scheme in ("s3", "s3a"):
-        return fsspec.filesystem(scheme, **_S3_OPTIONS)
+        from vlsm.s3_files import S3Files  # needs s3fs
+
+        return S3Files(**_s3_options())
     if scheme in _INSIDE:
         raise ValueError("the location of the file itself, such as s3://bucket/a.zip, is needed")
     store = fsspec.get_filesystem_class(scheme)
     return store(**store._get_kwargs_from_urls(uri))  # such as the host of ftp://host/path
+
+
+def _s3_options() -> dict[str, Any]:
+    """Return the options of s3fs. One process reads many small objects: fresh listings, many connections, timeouts.
+
+    They are new objects: botocore changes them, and fsspec keeps one instance for equal options.
+    """
+    return {
+        "use_listings_cache": False,
+        "config_kwargs": {
+            "max_pool_connections": 64,
+            "connect_timeout": 10,
+            "read_timeout": 60,
+            "retries": {"mode": "standard", "max_attempts": 1},  # s3fs and with_retries already retry
+        },
+    }
 
 
 def _reason(error: Exception) -> str:

@@ -33,13 +33,14 @@ class S3Server:
 
     Args:
         folder: folder of its data. The data remain when the server ends.
+        certificates: of `make_certificates`, to serve HTTPS; None for HTTP.
 
     Raises:
         ConfigError: the binary is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, certificates: tuple[str, str, str] | None = None) -> None:
+        self.folder, self._certificates = folder, certificates
         self._ports = [free_port() for _ in _PORTS]
         self._process: subprocess.Popen[bytes] | None = None
         self._binary = Path(sys.executable).with_name("weed")
@@ -55,11 +56,13 @@ class S3Server:
 
     def environment(self, address: str | None = None) -> dict[str, str]:
         """Return the standard AWS variables for this server, or for a proxy at `address` (host:port)."""
+        scheme, trusted = ("https", {"AWS_CA_BUNDLE": self._certificates[0]}) if self._certificates else ("http", {})
         return {
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{address or self.address}",
+            "AWS_ENDPOINT_URL": f"{scheme}://{address or self.address}",
+            **trusted,
         }
 
     def start(self) -> None:
@@ -86,6 +89,8 @@ class S3Server:
         command += ["-master.telemetry=false", "-master.electionTimeout=500ms", "-master.heartbeatInterval=100ms"]
         command += ["-volume.max=100", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         command += [f"-{name}={port}" for name, port in zip(_PORTS, self._ports, strict=True)]
+        if self._certificates:
+            command += [f"-s3.cert.file={self._certificates[1]}", f"-s3.key.file={self._certificates[2]}"]
         with (self.folder / "weed.log").open("ab") as file:
             self._process = subprocess.Popen(command, env=os.environ | self.environment(), stdout=file, stderr=file)
 
@@ -110,6 +115,7 @@ class S3Server:
             key=settings["AWS_ACCESS_KEY_ID"],
             secret=settings["AWS_SECRET_ACCESS_KEY"],
             endpoint_url=settings["AWS_ENDPOINT_URL"],
+            client_kwargs={"verify": settings.get("AWS_CA_BUNDLE")},
             skip_instance_cache=True,
             config_kwargs={"retries": {"max_attempts": 0}},
         )
@@ -221,6 +227,34 @@ class FaultyProxy:
 def _without_hops(headers: Mapping[str, str]) -> dict[str, str]:
     """Return the headers that a proxy forwards: all but those of the connection itself."""
     return {key: value for key, value in headers.items() if key.lower() not in ("transfer-encoding", "connection")}
+
+
+def make_certificates(folder: Path) -> tuple[str, str, str]:
+    """Make an authority and a certificate of it for 127.0.0.1, with the openssl command.
+
+    Returns:
+        The files of the authority's certificate, of the server's certificate and of the server's key.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ca.cnf").write_text(
+        "[req]\ndistinguished_name=name\nx509_extensions=extensions\nprompt=no\n[name]\nCN=vlsm test authority\n"
+        "[extensions]\nbasicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n"
+    )
+    (folder / "server.cnf").write_text(
+        "[req]\ndistinguished_name=name\nprompt=no\n[name]\nCN=127.0.0.1\n"
+        "[extensions]\nbasicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth\n"
+        "authorityKeyIdentifier=keyid\n"
+    )
+    new_key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+    for words in (
+        f"req -x509 -config ca.cnf {new_key} -days 2 -keyout ca.key -out ca.pem",
+        f"req -config server.cnf {new_key} -keyout server.key -out server.csr",
+        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile server.cnf "
+        "-extensions extensions -out server.pem",
+    ):
+        subprocess.run(["openssl", *words.split()], cwd=folder, check=True, capture_output=True)
+    ca, certificate, key = (str(folder / name) for name in ("ca.pem", "server.pem", "server.key"))
+    return ca, certificate, key
 
 
 def free_port() -> int:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jobs.benchmark import main
-from jobs.benchmarks import decode, output, peers, pipeline, start, train
+from jobs.benchmarks import decode, output, peers, pipeline, s3, start, train
 from tests.tiny import TINY_CLIPSEG
 
 
@@ -79,6 +79,17 @@ def test_the_train_jobs_loop_is_compared_with_a_bare_one(ray_cluster, tmp_path):
     assert 0 < row["efficiency"] == pytest.approx(row["job_per_s"] / row["bare_per_s"])
     assert len(row["turns"]) == 2
     assert "| one worker |" in "\n".join(train.tell(figures))
+
+
+@pytest.mark.slow
+def test_both_clients_of_s3_read_over_http_and_over_tls(tmp_path):
+    path = tmp_path / "s3.json"
+    assert main(["s3", "--gets", "64", "--threads", "2", "--repeats", "1", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    schemes = ("http", "https")
+    assert [(row["client"], row["scheme"]) for row in figures["runs"]] == [(c, s) for s in schemes for c in s3.CLIENTS]
+    assert all(row["core_ms"] > 0 for row in figures["runs"])
+    assert "| obstore | https |" in "\n".join(s3.tell(figures))
 
 
 @pytest.mark.slow

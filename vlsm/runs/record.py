@@ -28,7 +28,9 @@ ACTIONS = {"start_over", "retry_failed", "update"}  # settings of one command, n
 _ADVICE = "remove it, and the same command writes it again"
 _LONGEST_VALUE = 200  # letters of a value in a message
 _POOL_KEYS = ("actors", "_per_actor")
-_PACKAGES = "ray torch torchvision transformers pillow simplejpeg cykooz-resizer pyarrow fsspec s3fs scipy".split()
+_PACKAGES = (
+    "ray torch torchvision transformers pillow simplejpeg cykooz-resizer pyarrow fsspec s3fs obstore scipy".split()
+)
 
 
 def make_record(settings: Settings, facts: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
