@@ -91,6 +91,9 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
         One row for the driver: the numbers of images that this task has done and of the failed ones, and the errors of
         the first three as JSON.
     """
+    import cv2
+
+    cv2.setNumThreads(1)  # there are as many tasks as cores
     batch, settings = ShardBatch.unpack(table), task.settings
     with task.watch("write", batch.shard) as watch:
         images = task.read_images(batch.shard)
