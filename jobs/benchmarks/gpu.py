@@ -143,7 +143,7 @@ class _Steps:
 
     def _keep(self, speed: JobSpeed) -> None:
         self.figures["job"] = [each.as_dict() for each in self._speeds.values()]
-        print(_job_row(speed), flush=True)
+        print(_job_row(speed.as_dict()), flush=True)
 
     def _measure_model(self, name: str) -> None:
         speed = self._bench.measure(name)
@@ -224,14 +224,13 @@ _JOB_HEAD = (
 )
 
 
-def _job_row(speed: JobSpeed) -> str:
-    bare = speed.bare_per_s
-    pipeline = "-" if speed.pipeline_per_s is None else f"{speed.pipeline_per_s / bare:.3f}"
-    of_ray = speed.pipeline_core_ms
+def _job_row(row: dict[str, Any]) -> str:
+    bare, ms, of_ray = row["bare_per_s"], row["core_ms"], row["pipeline_core_ms"]
+    pipeline = "-" if row["pipeline_per_s"] is None else f"{row['pipeline_per_s'] / bare:.3f}"
     ray_ms = f"{of_ray['driver'] + of_ray['ray']:.2f}" if of_ray else "-"
-    row = (
-        f"{speed.name:15} {speed.num_prompts:7} {bare:9,.1f} {speed.segmenter_per_s / bare:9.3f} "
-        f"{speed.actor_per_s / bare:9.3f} {pipeline:>9} {speed.core_ms['fetch']:7.2f} "
-        f"{speed.core_ms['actor']:6.2f} {speed.core_ms['write']:6.2f} {ray_ms:>7} {speed.device_cores:6.1f}"
+    line = (
+        f"{row['name']:15} {row['num_prompts']:7} {bare:9,.1f} {row['segmenter_per_s'] / bare:9.3f} "
+        f"{row['actor_per_s'] / bare:9.3f} {pipeline:>9} {ms['fetch']:7.2f} {ms['actor']:6.2f} {ms['write']:6.2f} "
+        f"{ray_ms:>7} {row['device_cores']:6.1f}"
     )
-    return "\n".join([row, *(f"{'':15} {part}: {problem}" for part, problem in speed.errors.items())])
+    return "\n".join([line, *(f"{'':15} {part}: {problem}" for part, problem in row["errors"].items())])

@@ -1,6 +1,7 @@
 """The segment job's own work around one model on one device, as shares of the bare compiled model."""
 
 import contextlib
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,6 @@ class JobSpeed:
         core_ms: CPU milliseconds per image by stage, without Ray: "fetch" (read from the disk, decode, resize),
             "actor", "write" (masks to a part file).
         pipeline_core_ms: CPU milliseconds per image of the whole job, by kind of process.
-        device_cores: CPU cores that keep the device busy at actor_per_s, with those of Ray if they are measured.
         errors: why a step was not measured, or runs otherwise than planned.
     """
 
@@ -87,15 +87,11 @@ class JobSpeed:
     pipeline_core_ms: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def device_cores(self) -> float:
-        """CPU cores that keep the device busy at actor_per_s; those of Ray count if they are measured."""
-        of_ray = (self.pipeline_core_ms.get(kind, 0.0) for kind in ("driver", "ray"))
-        return self.actor_per_s * (sum(self.core_ms.values()) + sum(of_ray)) / 1000
-
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures, with the number of cores."""
-        return asdict(self) | {"device_cores": self.device_cores}
+        """Return the figures, with the CPU cores that keep the device busy; those of Ray count if they are measured."""
+        of_ray = (self.pipeline_core_ms.get(kind, 0.0) for kind in ("driver", "ray"))
+        cores = self.actor_per_s * (sum(self.core_ms.values()) + sum(of_ray)) / 1000
+        return asdict(self) | {"device_cores": cores}
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ def measure_job(name: str, num_prompts: int, archive: Archive, scale: Scale, dev
     model_files, prompts = run.members[0].files, list(run.settings.prompts or ())
     segmenter = Segmenter(build_checkpoint(model_files, name), str(device), scale.batch_size)
     task = _Alone(run.settings, run.run_id, run.plan.id, (run.members[0].square,), False, None)
-    with _without_metrics(), torch.inference_mode():
+    with _without_metrics():
         first_shard = {"shard": np.array([0]), "exists": np.array([False])}
         fetched, fetch_s = _timed(lambda: fetch_shard(first_shard, task), scale)
         batch = ShardBatch.unpack(fetched)
@@ -174,9 +170,13 @@ def add_pipeline(speed: JobSpeed, archive: Archive, scale: Scale, seconds: float
     if not manifest.exists():
         write_manifest(manifest, [str(file) for file in archive.files], 500_000)
     words = [str(manifest)]
-    for key in ("prompts", "threshold", "allow_equal_masks"):
-        words += ["--set", f"{key}={getattr(settings, key)}"]
-    words += ["--set", f"run.batch_size={scale.batch_size}"]
+    for assignment in (
+        f"prompts={json.dumps(list(settings.prompts or ()))}",
+        f"threshold={settings.threshold}",
+        "allow_equal_masks=true",
+        f"run.batch_size={scale.batch_size}",
+    ):
+        words += ["--set", assignment]
     read_ahead_bytes = 4 << 30 if torch.cuda.is_available() else 200 << 20
     output = case / "pipeline"
     with hold_job(words, archive.save(speed.name), output, num_images, read_ahead_bytes, speed.num_prompts) as job:
@@ -203,10 +203,10 @@ def _settings(archive: Archive, name: str, num_prompts: int, scale: Scale) -> Se
     checkpoint, prompts = archive.save(name), _WORDS[:num_prompts]
     path = archive.folder / f"{name}_threshold.txt"
     if not path.exists():
-        segmenter = Segmenter(vlsm.load_checkpoint(checkpoint), batch_size=2)
+        segmenter = Segmenter(vlsm.load_checkpoint(checkpoint), "cpu", batch_size=2)
         square = segmenter.model.image_spec.square
         images = [decode_image(file.read_bytes(), file.name) for file in archive.files[:2]]
-        logits = segmenter.predict_logits(np.stack([square.resize_image(image) for image in images]), [prompts] * 2)
+        logits = segmenter.predict_logits(np.stack([square.resize_image(image) for image in images]), [prompts[:1]] * 2)
         cut = np.quantile(np.concatenate(logits).astype(np.float64), 1 - _FOREGROUND)
         path.write_text(repr(float(np.clip(1 / (1 + np.exp(-cut)), 1e-6, 1 - 1e-6))))
     return SegmentSettings(
@@ -242,7 +242,7 @@ def _bare(
 
     def make(encode: Any, decode: Any) -> Callable[[], object]:
         def run() -> Tensor:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 features = encode(images)
                 for text in texts:
                     logits = decode(features, text)
