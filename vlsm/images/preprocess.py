@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Resize = Literal["squeeze", "letterbox"]
 
+_FLOATS_OF_HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)  # by the bits of a float16
+
 
 class Square(NamedTuple):
     """The input square of a model. Models with equal squares share the resized pixels of an image.
@@ -74,10 +76,12 @@ class Square(NamedTuple):
         """
         import cv2  # here: it takes memory in processes that only decode
 
-        content = cv2.transpose(logits[self._content(size)])
-        if content.dtype == np.float16:
-            content = cv2.add(content, 0.0, dtype=cv2.CV_32F)  # a cast by NumPy takes five times as long
-        return resize_bilinear(content.astype(np.float32, copy=False), (size[1], size[0])).T
+        content = logits[self._content(size)]
+        if content.dtype == np.float16:  # a cast takes twice as long
+            across = _FLOATS_OF_HALVES.take(cv2.transpose(content.view(np.uint16)), mode="clip")
+        else:
+            across = cv2.transpose(content.astype(np.float32, copy=False))
+        return resize_bilinear(across, (size[1], size[0])).T
 
     def _content(self, size: tuple[int, ...]) -> tuple[slice, slice]:
         """Return the rows and columns of the square that an image of this (height, width) fills."""
