@@ -36,7 +36,7 @@ _KINDS = {
     "write_masks": "write",
     "SegmentActor": "model",
     "ray::IDLE": "idle workers",
-    "default_worker.py": "idle workers",  # its title before it runs
+    "default_worker.py": "starting workers",
     "raylet/raylet": "raylet",
     "CrashBoard": "board",
     "ray::": "Ray's actors",
@@ -55,12 +55,14 @@ class Cost:
             "agents" are Ray's other daemons.
         outside_ms: median of their sum, without the model.
         images_per_s: median images per second of the clock.
+        num_starts: median number of processes that the longer run started beyond those of the shorter one.
     """
 
     source: str
     core_ms: dict[str, float]
     outside_ms: float
     images_per_s: float
+    num_starts: float
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -79,8 +81,9 @@ def measure(args: Namespace) -> int:
 
     Images are JPEGs of 560 x 560 pixels. The model has four weights at 352 x 352 pixels. The figures are differences of
     two runs of different length, so that the start of Ray and of all processes drops out. They are CPU times: other
-    programs on the machine hardly change them. The S3 server is not counted. The CPU time between two samples of a
-    process (0.2 s) counts for its title at the second one.
+    programs on the machine hardly change them. The S3 server is not counted. Processes that the longer run starts later
+    are counted: each costs seconds. The CPU time between two samples of a process (0.2 s) counts for its title at the
+    second one.
     """
     costs = []
     print(f"{'from':5} {'images/s':>9} {'outside of the model':>21}  core ms an image")
@@ -97,7 +100,10 @@ def measure(args: Namespace) -> int:
                 cost = _measure_source(source, folder, uris, words, args)
             costs.append(asdict(cost))
             told = ", ".join(f"{kind} {ms:.2f}" for kind, ms in cost.core_ms.items())
-            print(f"{source:5} {cost.images_per_s:9.1f} {cost.outside_ms:21.2f}  {told}", flush=True)
+            print(
+                f"{source:5} {cost.images_per_s:9.1f} {cost.outside_ms:21.2f}  {told}; {cost.num_starts:g} starts",
+                flush=True,
+            )
             write_json(args.json, "cost", {"shard_rows": args.shard_rows, "images": args.images, "runs": costs})
     return 0
 
@@ -140,21 +146,22 @@ def _measure_source(source: str, folder: Path, uris: list[str], words: list[str]
             runs.append(_run([str(manifest), str(output), *words]))
         pairs.append(runs)
     differences = []
-    for (short_s, short), (long_s, long) in pairs:
+    for (short_s, short, few), (long_s, long, many) in pairs:
         kinds = {kind: 1000 * (long[kind] - short[kind]) / (longer - shorter) for kind in {**short, **long}}
-        differences.append(((longer - shorter) / (long_s - short_s), kinds))
-    rates, all_kinds = zip(*differences, strict=True)
+        differences.append(((longer - shorter) / (long_s - short_s), kinds, many - few))
+    rates, all_kinds, starts = zip(*differences, strict=True)
     order = [*dict.fromkeys(_KINDS.values()), "agents"]
     return Cost(
         source,
         {kind: statistics.median(kinds.get(kind, 0.0) for kinds in all_kinds) for kind in order},
         statistics.median(sum(kinds.values()) - kinds.get("model", 0.0) for kinds in all_kinds),
         statistics.median(rates),
+        statistics.median(starts),
     )
 
 
-def _run(words: list[str]) -> tuple[float, Counter[str]]:
-    """Run the segment job. Returns its seconds, and the CPU seconds of its processes by kind."""
+def _run(words: list[str]) -> tuple[float, Counter[str], int]:
+    """Run the segment job. Returns its seconds, the CPU seconds of its processes by kind, and their number."""
     environment = os.environ | {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0"}
     started_s, core_s, seen = time.monotonic(), Counter[str](), dict[tuple[int, float], float]()
     with tempfile.TemporaryFile("w+") as log:
@@ -173,7 +180,7 @@ def _run(words: list[str]) -> tuple[float, Counter[str]]:
         if job.wait() != 0:
             log.seek(0)
             raise ResultError(f"a measured run failed: {log.read()[-1500:]}")
-    return time.monotonic() - started_s, core_s
+    return time.monotonic() - started_s, core_s, len(seen)
 
 
 def _count(process: psutil.Process, core_s: Counter[str], seen: dict[tuple[int, float], float]) -> None:

@@ -21,6 +21,7 @@ from vlsm.images.preprocess import Square
 from vlsm.segmentation.shard import Entry, Logits, ShardBatch
 
 _SIDE_PX = 352
+_TASK_CPUS = 6  # of the simulated cluster beside its actors: eight tasks at once
 _WARM_SHARDS = 0.25  # share of the shards before the measurement
 
 
@@ -71,7 +72,9 @@ def measure(args: Namespace) -> int:
     os.environ.setdefault("RAY_num_workers_soft_limit", "64")
     os.environ.setdefault("RAY_worker_niceness", "0")
     for num_actors in args.actors or (8, 32):
-        init_ray("local", num_cpus=4 * num_actors, num_gpus=num_actors, include_dashboard=False, log_to_driver=False)
+        init_ray(
+            "local", num_cpus=num_actors + _TASK_CPUS, num_gpus=num_actors, include_dashboard=False, log_to_driver=False
+        )
         try:
             fleet = _simulate(num_actors, args)
         finally:

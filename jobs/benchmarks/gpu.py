@@ -12,14 +12,16 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jobs.benchmarks.figures import write_json
-from jobs.benchmarks.gpu_job import SMALL, Archive, JobSpeed, Scale, add_pipeline, measure_job
-from jobs.benchmarks.gpu_models import HEAD, ModelBench, explain, row_of
+from jobs.benchmarks.gpu_models import HEAD, SMALL, ModelBench, Scale, explain, row_of
 from vlsm.models import MODELS
+
+if TYPE_CHECKING:
+    from jobs.benchmarks.gpu_job import Archive, JobSpeed
 
 _JOB_MODELS = ("clipseg", "vlsm_b", "vlsm_a", "unet_d")
 _PIPELINE_S = 5.0  # duration of one measurement of the whole job
@@ -75,7 +77,7 @@ def measure(args: Namespace) -> int:
     repeats = 1 if args.small else args.repeats
     bench = ModelBench(torch.device(args.device), scale.batch_size, repeats, scale.backend)
     with tempfile.TemporaryDirectory() as folder:
-        figures = _take_steps(_Steps(args, Archive.draw(Path(folder), scale), scale, bench), args)
+        figures = _take_steps(_Steps(args, Path(folder), scale, bench), args)
     return 0 if figures["runs"] or figures["job"] else 1
 
 
@@ -107,8 +109,8 @@ class _Steps:
         figures: what is measured so far.
     """
 
-    def __init__(self, args: Namespace, archive: Archive, scale: Scale, bench: ModelBench) -> None:
-        self._args, self._archive, self._scale, self._bench = args, archive, scale, bench
+    def __init__(self, args: Namespace, folder: Path, scale: Scale, bench: ModelBench) -> None:
+        self._args, self._folder, self._scale, self._bench = args, folder, scale, bench
         self._speeds: dict[tuple[str, int], JobSpeed] = {}
         self.figures: dict[str, Any] = bench.describe() | {"job": [], "runs": [], "failed": {}, "left_out": []}
 
@@ -129,7 +131,15 @@ class _Steps:
         for name in self._args.model or MODELS:
             yield "model", name, functools.partial(self._measure_model, name)
 
+    @functools.cached_property
+    def _archive(self) -> "Archive":
+        from jobs.benchmarks.gpu_job import Archive
+
+        return Archive.draw(self._folder, self._scale)
+
     def _measure_job(self, name: str, num_prompts: int) -> None:
+        from jobs.benchmarks.gpu_job import measure_job  # here: bare models need torch, but nothing else of a run
+
         speed = measure_job(name, num_prompts, self._archive, self._scale, self._bench.device)
         if not self._speeds:
             print(_JOB_HEAD)
@@ -137,11 +147,13 @@ class _Steps:
         self._keep(speed)
 
     def _add_pipeline(self, name: str, num_prompts: int) -> None:
+        from jobs.benchmarks.gpu_job import add_pipeline
+
         if speed := self._speeds.get((name, num_prompts)):
             add_pipeline(speed, self._archive, self._scale, _PIPELINE_S)
             self._keep(speed)
 
-    def _keep(self, speed: JobSpeed) -> None:
+    def _keep(self, speed: "JobSpeed") -> None:
         self.figures["job"] = [each.as_dict() for each in self._speeds.values()]
         print(_job_row(speed.as_dict()), flush=True)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import vlsm
 from jobs import metrics
-from jobs.benchmarks.archives import SMALL_PX, write_files
+from jobs.benchmarks.archives import write_files, write_manifest
+from jobs.benchmarks.gpu_models import Scale, explain
 from jobs.segment_tasks import Task, fetch_shard, write_masks
 from vlsm.checkpoints import build_checkpoint
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings
@@ -32,30 +33,6 @@ from vlsm.segmentation.shard import ShardBatch, Unguarded
 
 _WORDS = [f"a {size} {shape} polyp" for size in ("small", "large") for shape in ("flat", "round", "bright", "left", "")]
 _FOREGROUND = 0.15  # share of the pixels in masks: the mean of Kvasir-SEG
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Amounts of work of the measurement.
-
-    Attributes:
-        batch_size: images per batch.
-        shard_rows: masks per shard.
-        sides_px: range of the height and width of the images; the second value is excluded.
-        round_s: minimum duration of one timed series of calls.
-        repeats: rounds; the median counts.
-        backend: of torch.compile.
-    """
-
-    batch_size: int
-    shard_rows: int = 256
-    sides_px: tuple[int, int] = (560, 561)
-    round_s: float = 1.0
-    repeats: int = 3
-    backend: str = "inductor"
-
-
-SMALL = Scale(2, 4, SMALL_PX, 0.01, 1, "eager")
 
 
 @dataclass
@@ -160,7 +137,6 @@ def measure_job(name: str, num_prompts: int, archive: Archive, scale: Scale, dev
 
 def add_pipeline(speed: JobSpeed, archive: Archive, scale: Scale, seconds: float) -> None:
     """Measure the whole job with Ray, as a user starts it, and add its figures to those of the model."""
-    from jobs.benchmarks.archives import write_manifest
     from jobs.benchmarks.paused_process import hold_job
 
     num_images = max(1, scale.shard_rows // speed.num_prompts)
@@ -258,7 +234,7 @@ def _bare(
     try:
         (compiled := make(encode, decode))()
     except Exception as error:  # the compiler raises errors of many classes
-        return plain, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return plain, explain(error)
     return compiled, None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from jobs.benchmarks.archives import draw_file
+from jobs.benchmarks.archives import SMALL_PX, draw_file
 from jobs.benchmarks.figures import alternate
 from vlsm.images.decode import decode_image
 from vlsm.images.preprocess import Square
@@ -26,6 +26,30 @@ from vlsm.segmentation.metrics import dice_scores
 
 _NUM_FILES = 8
 _ROUND_S = 0.2  # minimum duration of one timed series of calls
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Amounts of work of the measurement.
+
+    Attributes:
+        batch_size: images per batch.
+        shard_rows: masks per shard.
+        sides_px: range of the height and width of the images; the second value is excluded.
+        round_s: minimum duration of one timed series of calls.
+        repeats: rounds; the median counts.
+        backend: of torch.compile.
+    """
+
+    batch_size: int
+    shard_rows: int = 256
+    sides_px: tuple[int, int] = (560, 561)
+    round_s: float = 1.0
+    repeats: int = 3
+    backend: str = "inductor"
+
+
+SMALL = Scale(2, 4, SMALL_PX, 0.01, 1, "eager")
 
 
 @dataclass(frozen=True)
