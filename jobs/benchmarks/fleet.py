@@ -138,9 +138,9 @@ class _SegmentActor:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         batch = ShardBatch.unpack(table)
-        with self._task.watch("segment 0", batch.shard):
+        with self._task.watch("segment 0", batch.shard) as watch:
             time.sleep(self._task.shard_rows / self._task.rate)
-            self._task.board.note.remote(batch.shard, self._task.shard_rows)
+            watch.note(self._task.shard_rows)
         batch.pixels = {}
         count = self._task.shard_rows if self._task.has_pixels else 0
         # packed bits of a mask take a fifth of float16 logits of 352 x 352

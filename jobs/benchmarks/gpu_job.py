@@ -110,7 +110,7 @@ def measure_job(name: str, num_prompts: int, archive: Archive, scale: Scale, dev
 
         def act() -> pa.Table:  # as `SegmentActor.__call__`
             shard = ShardBatch.unpack(fetched)
-            texts = task.texts_of(task.read_images(shard.shard), shard.entries)
+            texts = [run.settings.texts_of(prompts) for prompts in fetched["prompts"][0].as_py()]
             predicted = predictor.predict(shard, texts, Unguarded())
             predicted.pixels = {}
             return predicted.pack()
