@@ -3,6 +3,7 @@
 vlsm benchmark models --json models.json
 vlsm benchmark gpu --json gpu.json
 vlsm benchmark pipeline --json pipeline.json
+vlsm benchmark cost --json cost.json
 vlsm benchmark peers --json peers.json
 vlsm benchmark decode --folder photographs --json decode.json
 vlsm benchmark output --folder masks --json output.json
@@ -10,6 +11,7 @@ vlsm benchmark train --json train.json
 vlsm benchmark nodes --json nodes.json
 vlsm benchmark s3 --json s3.json
 vlsm benchmark start --json start.json
+vlsm benchmark fleet --actors 8 --json fleet.json
 vlsm benchmark scale --rows 10000 --rows 1000000
 vlsm benchmark torture
 vlsm benchmark fuzz --minutes 5
@@ -30,8 +32,9 @@ from vlsm.commands import new_parser
 
 BENCHMARKS = {
     "models": "each model on CPUs, against the plain way",
-    "gpu": "each model on one GPU; needs no Ray",
+    "gpu": "the segment job's work on one GPU, and each model; needs no Ray",
     "pipeline": "the steady state of the segment job, against the bare model loop",
+    "cost": "CPU time of an image from S3 to Parquet, outside of the model, by process",
     "peers": "the segment job, against the usual ways to run CLIPSeg without it",
     "decode": "decoding files and resizing them to the model input, in several libraries",
     "output": "masks in Parquet, against PNG files",
@@ -40,6 +43,7 @@ BENCHMARKS = {
     "s3": "CPU time of a client for reading an image from S3, over HTTP and over TLS",
     "start": "seconds from a command to its first image",
     "scale": "the segment job over archives of growing size",
+    "fleet": "many GPUs under one driver, simulated",
     "torture": "the segment job under faults: killed processes, lost nodes, a failing store, a full disk",
     "fuzz": "damaged files, against every reader",
 }

@@ -199,8 +199,9 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         if ray.is_initialized():
             return False
         # for a cluster that starts here: tasks use fractions of a CPU, so there are more workers than CPUs. Above this
-        # limit Ray ends workers that are idle for 1 s and starts new ones, which cost a third of a small machine
-        os.environ.setdefault("RAY_num_workers_soft_limit", str(4 * (os.cpu_count() or 1)))
+        # limit, for which actors count too, Ray ends workers that are idle for 1 s and starts new ones a moment later.
+        # A start takes 1 to 3 s of a core, an idle worker 0.006 cores
+        os.environ.setdefault("RAY_num_workers_soft_limit", str(max(64, 4 * (os.cpu_count() or 1))))
         # for a cluster that starts here: Ray adds 15 to the niceness of its workers, so beside other load on the same
         # CPUs they hardly run, while this job, which waits for them, has priority; now they get the job's niceness
         os.environ.setdefault("RAY_worker_niceness", "0")

@@ -8,6 +8,7 @@ the same image twice. A shard whose processes die too often outside any image en
 
 import contextlib
 import faulthandler
+import math
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from jobs import metrics
 from vlsm.errors import VlsmError
 
 _DEATHS_TO_BLAME = 2  # an image that was under way at so many deaths is skipped
+_NOTE_INTERVAL_S = 0.5  # between notes of an attempt: as often as `Progress` looks at the board, which all GPUs share
 _MOST_UNEXPLAINED = 10  # deaths of one stage on one shard outside any image; more are not accidents
 
 
@@ -151,7 +153,7 @@ class Watch:
 
     def __init__(self, board: Any, stage: str, shard: int, image_timeout_s: float) -> None:
         self._board, self._stage, self._shard, self._started_s = board, stage, shard, time.monotonic()
-        self._image_timeout_s = image_timeout_s
+        self._image_timeout_s, self._noted_s = image_timeout_s, -math.inf
         earlier: EarlierAttempts = self._call_board("begin")
         if earlier.num_unexplained > _MOST_UNEXPLAINED:
             message = (
@@ -181,6 +183,13 @@ class Watch:
         finally:  # after an error this process is still alive, so the image has not killed it
             if self.is_careful:
                 self._call_board("enter", None)
+
+    def note(self, num_images: int) -> None:
+        """Tell the board the number of done images of the shard, or nothing if it was told a moment ago."""
+        now_s = time.monotonic()
+        if now_s - self._noted_s >= _NOTE_INTERVAL_S:
+            self._noted_s = now_s
+            self._board.note.remote(self._shard, num_images)
 
     @contextlib.contextmanager
     def time_limit(self) -> Iterator[None]:

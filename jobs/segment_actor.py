@@ -38,18 +38,19 @@ class SegmentActor:
         task.board.reach.remote("model", time.time())
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return a packed ShardBatch with the logits of this pool; the last pool removes the pixels."""
+        """Return a packed ShardBatch with the logits of this pool; the last pool removes pixels and prompts."""
         batch = ShardBatch.unpack(table)
         with self._task.watch(f"segment {self._pool}", batch.shard) as watch:
-            texts = self._task.texts_of(self._task.read_images(batch.shard), batch.entries)
+            texts = [self._task.settings.texts_of(prompts) for prompts in table["prompts"][0].as_py()]
 
             def report(num_done: int, num_windows: int, seconds: float) -> None:
                 metrics.observe("vlsm_batch_seconds", seconds, pool=self._pool)
                 metrics.count("vlsm_segmented_images", num_windows, pool=self._pool)
                 if self._is_last:
-                    self._task.board.note.remote(batch.shard, num_done)
+                    watch.note(num_done)
 
             batch = self._predictor.predict(batch, texts, watch, report)
         if self._is_last:
             batch.pixels = {}
-        return batch.pack()
+            return batch.pack()
+        return batch.pack().append_column("prompts", table["prompts"])

@@ -49,7 +49,7 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
     from jobs.crash_watch import CrashBoard, start_board
     from jobs.progress import Progress
 
-    _configure_ray_data()
+    configure_ray_data()
     board = start_board(CrashBoard, session.milestones)
     squares = tuple(member.square for member in run.members)
     task = Task(run.settings, run.run_id, run.plan.id, squares, retry_failed, board)
@@ -60,7 +60,7 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
     try:
         with Progress(count_images, state.num_done, state.counts["failed"], board, task.settings.output) as progress:
             for wave in itertools.chain([first], waves):
-                for part in _plan_stream(wave, task, weights).iter_rows():
+                for part in plan_stream(wave, task, weights).iter_rows():
                     progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
                     if progress.done >= min(run.settings.run.judge_after, count_images()):
                         errors = json.loads(part["first_errors"])
@@ -71,7 +71,8 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
         raise VlsmError(f"a stage failed in all its retries: {reason}; the same command goes on from here") from error
 
 
-def _configure_ray_data() -> None:
+def configure_ray_data() -> None:
+    """Set Ray Data up for shards: one block each, no lost block, few retries of exceptions."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -81,7 +82,7 @@ def _configure_ray_data() -> None:
     context.max_consecutive_actor_init_deaths = 3
 
 
-def _plan_stream(wave: Wave, task: Task, weights: list[Any]) -> Any:
+def plan_stream(wave: Wave, task: Task, weights: list[Any]) -> Any:
     """Return the pipeline as a lazy Ray dataset with one row per written part.
 
     A row is a shard, and every stage has batch_size 1, so that no stage can merge or split shards. At first, a row has
@@ -92,11 +93,11 @@ def _plan_stream(wave: Wave, task: Task, weights: list[Any]) -> Any:
     pools = prepare_pools(task.settings, len(wave))
     shards = [{"shard": shard, "exists": exists} for shard, exists in wave]
     rows: Any = ray.data.from_items(shards, override_num_blocks=len(shards))
-    rows = rows.map_batches(fetch_shard, fn_args=(task,), **pools[0].task_options)
+    rows = rows.map_batches(fetch_shard, fn_args=(task,), **pools[0].fetch_options)
     for pool in pools:
         actor = (task, weights, pool.members, pool.num_threads)
         rows = rows.map_batches(SegmentActor, fn_constructor_args=actor, batch_format="pyarrow", **pool.actor_options)
-    return rows.map_batches(write_masks, fn_args=(task,), batch_format="pyarrow", **pools[0].task_options)
+    return rows.map_batches(write_masks, fn_args=(task,), batch_format="pyarrow", **pools[0].write_options)
 
 
 def _check_checkpoints(run: Run) -> None:

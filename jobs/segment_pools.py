@@ -1,7 +1,7 @@
 """Plans the pools of model actors of a segment run, and the CPUs and GPUs that each pool requests from Ray."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.command import logger
@@ -9,6 +9,9 @@ from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_rang
 from vlsm.errors import ConfigError
 from vlsm.report.endings import count
 
+_TASK_BYTES = 400_000_000  # of the process of a task, and of the pixels of its shard
+_FETCH_BYTES_PX = 24.5  # of one pixel while it is decoded: a float TIFF, the largest
+_WRITE_BYTES_PX, _WRITE_SEVERAL_BYTES_PX = 12, 30  # of one pixel of a mask of one model, and of several
 _FEW_CPUS = 4  # in the cluster; with more CPUs, a writing task has room beside Ray Data's reservations
 
 
@@ -23,6 +26,7 @@ class Pool:
         num_gpus: GPUs that an actor requests from Ray.
         task_cpus: CPUs that a task requests from Ray.
         num_threads: number of torch threads in an actor.
+        fetch_bytes, write_bytes: memory that a task before or after the actors requests from Ray; 0 for none.
     """
 
     members: tuple[int, ...]
@@ -31,11 +35,27 @@ class Pool:
     num_gpus: float
     task_cpus: float
     num_threads: int
+    fetch_bytes: int = 0
+    write_bytes: int = 0
 
     @property
-    def task_options(self) -> dict[str, Any]:
-        """Arguments of `map_batches` for a stage of CPU tasks."""
-        return {"batch_size": 1, "num_cpus": self.task_cpus}
+    def fetch_options(self) -> dict[str, Any]:
+        """Arguments of `map_batches` for the tasks that fetch."""
+        return {"batch_size": 1, "num_cpus": self.task_cpus} | _memory(self.fetch_bytes)
+
+    @property
+    def write_options(self) -> dict[str, Any]:
+        """Arguments of `map_batches` for the tasks that write."""
+        return {"batch_size": 1, "num_cpus": self.task_cpus} | _memory(self.write_bytes)
+
+    def is_bound_by_memory(self, nodes: list[dict[str, Any]]) -> bool:
+        """Whether some node has CPUs for more fetching tasks than its memory holds."""
+        return any(
+            node["Resources"].get("CPU", 0) / self.task_cpus
+            > node["Resources"].get("memory", math.inf) / self.fetch_bytes
+            for node in nodes
+            if node["Alive"] and self.fetch_bytes
+        )
 
     @property
     def actor_options(self) -> dict[str, Any]:
@@ -59,6 +79,12 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
             *(pool.num_cpus, pool.num_gpus),
         )
         warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
+    if pools[0].is_bound_by_memory(nodes):
+        logger.info(
+            "each fetching task reserves %.1f GB, for an image of %s pixels (max_pixels); a lower max_pixels lets more "
+            "tasks run beside each other",
+            *(pools[0].fetch_bytes / 1e9, f"{settings.max_pixels:,}"),
+        )
     if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:  # type: ignore[no-untyped-call]
         # Ray Data rounds down the remaining CPUs. With two CPUs, an actor takes 1.25 and each of two tasks 0.18. By
         # default Ray Data reserves a sixth of the CPUs for fetching, more than one task needs, and less than one task
@@ -83,9 +109,11 @@ def plan_pools(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> list[P
     """
     numbers = tuple(range(len(settings.members)))
     if settings.run.placement == "together":
-        return [_pool(numbers, settings.run, nodes, 1)]
-    count = len(numbers)
-    return [_pool((number,), _merge(settings.run, settings.members[number]), nodes, count) for number in numbers]
+        pools = [_pool(numbers, settings.run, nodes, 1)]
+    else:
+        runs = [_merge(settings.run, member) for member in settings.members]
+        pools = [_pool((number,), run, nodes, len(runs)) for number, run in enumerate(runs)]
+    return [_with_memory(pool, settings, nodes) for pool in pools]
 
 
 def _merge(run: RunSettings, member: MemberSettings) -> RunSettings:
@@ -119,6 +147,30 @@ def _pool(members: tuple[int, ...], run: RunSettings, nodes: list[dict[str, Any]
     task_cpus = 0.75 if num_gpus else min(0.25, 0.09 * cpus)
     task_cpus = task_cpus / 2 if task_cpus == num_cpus else task_cpus
     return Pool(members, num_actors, num_cpus, num_gpus, task_cpus, num_threads)
+
+
+def _with_memory(pool: Pool, settings: SegmentSettings, nodes: list[dict[str, Any]]) -> Pool:
+    """Return the pool with the memory that its tasks request, for the largest image that the settings admit.
+
+    Ray then starts no more tasks on a node than its memory holds. A small node still has room for four tasks, and a
+    larger one for one task per two CPUs: few archives have images as large as `max_pixels`.
+    """
+    shares = [
+        node["Resources"]["memory"] / max(4, node["Resources"]["CPU"] / 2)
+        for node in nodes
+        if node["Alive"] and node["Resources"].get("CPU") and node["Resources"].get("memory")
+    ]
+    most_bytes = min(shares, default=0)  # a cluster without nodes yet: what they will have is unknown
+    num_members = len(settings.members)
+    needs = (_FETCH_BYTES_PX, _WRITE_BYTES_PX if num_members == 1 else _WRITE_SEVERAL_BYTES_PX)
+    fetch_bytes, write_bytes = (
+        int(min(most_bytes, _TASK_BYTES + bytes_px * settings.max_pixels)) for bytes_px in needs
+    )
+    return replace(pool, fetch_bytes=fetch_bytes, write_bytes=write_bytes)
+
+
+def _memory(num_bytes: int) -> dict[str, int]:
+    return {"memory": num_bytes} if num_bytes else {}
 
 
 def warn_if_none_fits(num_cpus: float, num_gpus: float, nodes: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from vlsm.segmentation.image_rows import describe_image
 from vlsm.segmentation.shard import Entry, ShardBatch, read_shard_images
 
 _PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that an output row copies from the plan
+_PROMPTS = pa.list_(pa.list_(pa.string()))  # of each entry of a shard
 
 Row = dict[str, Any]
 
@@ -67,7 +68,12 @@ class Task:
 
 
 def fetch_shard(batch: Mapping[str, np.ndarray], task: Task) -> pa.Table:
-    """Read, decode and resize the undone images of one shard, in a CPU task. Returns a packed ShardBatch."""
+    """Read, decode and resize the undone images of one shard, in a CPU task.
+
+    Returns:
+        A packed ShardBatch, with the prompts of each entry in a further column: an actor that read the plan itself
+        would let its GPU wait for the store.
+    """
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # decode_image checks max_pixels; Pillow's limit would forbid a higher one
@@ -81,7 +87,9 @@ def fetch_shard(batch: Mapping[str, np.ndarray], task: Task) -> pa.Table:
             Entry(position, num_texts=sum(map(len, task.settings.texts_of(row["prompts"]))))
             for position, row in zip(positions, rows, strict=True)
         ]
-        return read_shard_images(ShardBatch(shard, exists, entries), rows, task.squares, task.settings, watch).pack()
+        batch = read_shard_images(ShardBatch(shard, exists, entries), rows, task.squares, task.settings, watch)
+        prompts = pa.array([[row["prompts"] for row in rows]], _PROMPTS)
+        return batch.pack().append_column("prompts", prompts)
 
 
 def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
@@ -91,6 +99,9 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
         One row for the driver: the numbers of images that this task has done and of the failed ones, and the errors of
         the first three as JSON.
     """
+    import cv2
+
+    cv2.setNumThreads(1)  # there are as many tasks as cores
     batch, settings = ShardBatch.unpack(table), task.settings
     with task.watch("write", batch.shard) as watch:
         images = task.read_images(batch.shard)

@@ -1,77 +1,43 @@
-"""Images per second of each model on one GPU, and the number of CPU cores that decode images fast enough for it."""
+"""The segment job's work on one GPU: the bare models, and what the job makes of their speed."""
 
-import copy
+import contextlib
+import functools
+import importlib.util
 import math
+import os
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch._dynamo.utils import counters
 
-from jobs.benchmarks.archives import draw_file
-from jobs.benchmarks.figures import alternate, write_json
-from vlsm.images.decode import decode_image
-from vlsm.images.preprocess import Square
+from jobs.benchmarks.figures import write_json
+from jobs.benchmarks.gpu_models import HEAD, SMALL, ModelBench, Scale, explain, row_of
 from vlsm.models import MODELS
-from vlsm.models.contract import Features, SegmentationModel
-from vlsm.models.costs import build_architecture, measure_cost
-from vlsm.models.folding import fold_batch_norms
-from vlsm.models.prompts import PromptCache
-from vlsm.segmentation.metrics import dice_scores
 
-_NUM_FILES = 8
-_ROUND_S = 0.2  # minimum duration of one timed series of calls
+if TYPE_CHECKING:
+    from jobs.benchmarks.gpu_job import Archive, JobSpeed
 
-
-@dataclass(frozen=True)
-class GpuSpeed:
-    """Speed of one model at its published size, with one prompt whose text features are computed beforehand.
-
-    Attributes:
-        name: key of MODELS.
-        image_size: side of the input in pixels.
-        gflop: operations per image in 10^9, counted as in `python -m vlsm.models`.
-        fp32_per_s: images per second of the unchanged network: eager, float32, channels first.
-        bf16_per_s: images per second as the Segmenter runs it: batch norms folded, channels last, bfloat16.
-        compiled_per_s: images per second of the same, compiled; None if it cannot be compiled.
-        peak_share: fraction of the measured bfloat16 peak rate that the compiled model, or else bf16_per_s, reaches.
-        compile_s: seconds of the first compiled call.
-        graph_breaks: number of places where the compiler returns to Python.
-        largest_difference: largest absolute difference of probabilities between float32 and compiled (or bfloat16).
-        mask_dice: Dice of the masks of the same two. The threshold is the median probability, because random weights
-            suggest no better one.
-        decoded_per_s: files of about 560 x 560 pixels per second that one CPU core decodes and resizes.
-        decode_cores: number of CPU cores that keep the GPU busy.
-        error: reason why the model could not be compiled, or None.
-    """
-
-    name: str
-    image_size: int
-    gflop: float
-    fp32_per_s: float
-    bf16_per_s: float
-    compiled_per_s: float | None
-    peak_share: float
-    compile_s: float
-    graph_breaks: int
-    largest_difference: float
-    mask_dice: float
-    decoded_per_s: float
-    decode_cores: float
-    error: str | None
+_JOB_MODELS = ("clipseg", "vlsm_b", "vlsm_a", "unet_d")
+_PIPELINE_S = 5.0  # duration of one measurement of the whole job
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of `python -m jobs.benchmark gpu`."""
-    parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated (default: all models)")
+    parser.add_argument(
+        "--model",
+        action="append",
+        choices=MODELS,
+        help=f"may be repeated (default: the job around {', '.join(_JOB_MODELS)}, then all bare models)",
+    )
+    parser.add_argument(
+        "--prompts", action="append", type=int, choices=range(1, 11), help="of the job; may be repeated (1 and 10)"
+    )
     parser.add_argument(
         "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="rounds; the median counts (5)"
     )
@@ -79,48 +45,173 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--batch-size", type=int, default=32, choices=range(1, 4097), metavar="N", help="images per batch (32)"
     )
     parser.add_argument("--device", default="cuda", help="torch device (cuda); cpu tries the benchmark without a GPU")
-    parser.add_argument("--seconds-limit", type=float, default=math.inf, metavar="S", help="start no model after S s")
+    parser.add_argument("--seconds-limit", type=float, default=math.inf, metavar="S", help="end after about S s")
+    parser.add_argument(
+        "--small", action="store_true", help="few small images, no compiler, no Ray: whether all of it works"
+    )
 
 
 def measure(args: Namespace) -> int:
-    """Measure images per second of each model on one GPU, and the CPU cores needed to decode for it.
+    """Measure the segment job's work on one GPU, then the bare models. It needs no Ray, but uses it if it is there.
 
-    Models have their published sizes and random weights. Three variants run interleaved: eager float32, bfloat16 as the
-    Segmenter runs it, and the same compiled. Images are on the GPU as uint8 before the measurement; the rates exclude
-    compile time. The peak rate is that of a large bfloat16 matrix product in the same run. The CPU cores decode drawn
-    JPEGs with sides of 480 to 640 pixels.
+    The job is measured around each model, with one prompt and with ten: the bare compiled model on a batch that lies on
+    the device, `Segmenter.predict_logits` from pixels of the host, the model actor's work on shards in memory, and the
+    whole job with Ray, with the CPU time of its stages. Images are JPEGs of 560 x 560 pixels.
+
+    The bare models have their published sizes and random weights. Three variants run interleaved: eager float32,
+    bfloat16 as the Segmenter runs it, and the same compiled. Images are on the GPU as uint8 before the measurement; the
+    rates exclude compile time. The peak rate is that of a large bfloat16 matrix product in the same run. The CPU cores
+    decode drawn JPEGs with sides of 480 to 640 pixels.
+
+    What is most important comes first. With a limit, no step begins that would end after it, by the longest step of its
+    kind so far.
     """
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("error: torch sees no CUDA device here; --device cpu tries the benchmark without one", file=sys.stderr)
         return 2
-    started_s = time.monotonic()
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the job would use a GPU that it sees
     # the fast path of nn.MultiheadAttention computes attention maps; without it torch uses fused attention
     torch.backends.mha.set_fastpath_enabled(False)
-    bench = _Bench(torch.device(args.device), args.batch_size, args.repeats)
-    figures: dict[str, Any] = bench.describe() | {"runs": [], "failed": {}, "left_out": []}
-    print(f"{figures['device']}: {bench.peak_flop_s / 1e12:.1f} TFLOP/s in bfloat16, batches of {bench.batch_size}")
-    print(_HEAD)
-    for name in args.model or MODELS:
-        if time.monotonic() - started_s > args.seconds_limit:
+    scale = SMALL if args.small else Scale(args.batch_size, repeats=min(3, args.repeats))
+    repeats = 1 if args.small else args.repeats
+    bench = ModelBench(torch.device(args.device), scale.batch_size, repeats, scale.backend)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = _take_steps(_Steps(args, Path(folder), scale, bench), args)
+    return 0 if figures["runs"] or figures["job"] else 1
+
+
+def _take_steps(steps: "_Steps", args: Namespace) -> dict[str, Any]:
+    """Take the steps for which there is time; write and return their figures."""
+    figures, clock = steps.figures, _Clock(args.seconds_limit)
+    print(f"{figures['device']}: {figures['peak_tflop_s']:.1f} TFLOP/s in bfloat16, batches of {figures['batch_size']}")
+    for kind, name, step in steps:
+        if not clock.has_time(kind):
             figures["left_out"].append(name)
             continue
-        try:
-            speed = bench.measure(name)
-        except Exception as error:  # any error of a driver, a kernel or the allocator: continue with the next model
-            figures["failed"][name] = _explain(error)
-            print(f"{name:15} failed: {figures['failed'][name]}", flush=True)
-        else:
-            figures["runs"].append(asdict(speed))
-            print(_row(speed), flush=True)
+        with clock.step(kind):
+            try:
+                step()
+            except Exception as error:  # any error of a driver, a kernel or the allocator: continue with the next step
+                figures["failed"][name] = explain(error)
+                print(f"{name:15} failed: {figures['failed'][name]}", flush=True)
         write_json(args.json, "gpu", figures)
     if figures["left_out"]:
         print(f"left out after {args.seconds_limit:.0f} s: {', '.join(figures['left_out'])}")
     write_json(args.json, "gpu", figures)
-    return 0 if figures["runs"] else 1
+    return figures
+
+
+class _Steps:
+    """The steps of the measurement, which write their figures.
+
+    Attributes:
+        figures: what is measured so far.
+    """
+
+    def __init__(self, args: Namespace, folder: Path, scale: Scale, bench: ModelBench) -> None:
+        self._args, self._folder, self._scale, self._bench = args, folder, scale, bench
+        self._speeds: dict[tuple[str, int], JobSpeed] = {}
+        self.figures: dict[str, Any] = bench.describe() | {"job": [], "runs": [], "failed": {}, "left_out": []}
+
+    def __iter__(self) -> Iterator[tuple[str, str, Callable[[], None]]]:
+        """Yield the kind, the name and the function of each step, the most important first."""
+        first, *others = self._args.model or _JOB_MODELS
+        counts = self._args.prompts or [1, 10]
+        has_ray = not self._args.small and all(importlib.util.find_spec(package) for package in ("ray", "psutil"))
+        job_cases = [(name, count) for name in (first, *others) for count in counts]
+        cases = [("job", case) for case in job_cases]
+        if has_ray:
+            cases.insert(len(counts), ("pipeline", (first, counts[0])))
+            ranked = sorted(job_cases[1:], key=lambda case: counts.index(case[1]))
+            cases += [("pipeline", case) for case in ranked]
+        steps = {"job": self._measure_job, "pipeline": self._add_pipeline}
+        for kind, (name, count) in cases:
+            yield kind, f"{kind} of {name}, {count}", functools.partial(steps[kind], name, count)
+        for name in self._args.model or MODELS:
+            yield "model", name, functools.partial(self._measure_model, name)
+
+    @functools.cached_property
+    def _archive(self) -> "Archive":
+        from jobs.benchmarks.gpu_job import Archive
+
+        return Archive.draw(self._folder, self._scale)
+
+    def _measure_job(self, name: str, num_prompts: int) -> None:
+        from jobs.benchmarks.gpu_job import measure_job  # here: bare models need torch, but nothing else of a run
+
+        speed = measure_job(name, num_prompts, self._archive, self._scale, self._bench.device)
+        if not self._speeds:
+            print(_JOB_HEAD)
+        self._speeds[name, num_prompts] = speed
+        self._keep(speed)
+
+    def _add_pipeline(self, name: str, num_prompts: int) -> None:
+        from jobs.benchmarks.gpu_job import add_pipeline
+
+        if speed := self._speeds.get((name, num_prompts)):
+            add_pipeline(speed, self._archive, self._scale, _PIPELINE_S)
+            self._keep(speed)
+
+    def _keep(self, speed: "JobSpeed") -> None:
+        self.figures["job"] = [each.as_dict() for each in self._speeds.values()]
+        print(_job_row(speed.as_dict()), flush=True)
+
+    def _measure_model(self, name: str) -> None:
+        speed = self._bench.measure(name)
+        if not self.figures["runs"]:
+            print(HEAD)
+        self.figures["runs"].append(asdict(speed))
+        print(row_of(speed), flush=True)
+
+
+class _Clock:
+    """Says whether there is time for a step of some kind, by the longest one of this kind so far."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end_s = time.monotonic() + seconds
+        self._longest_s: dict[str, float] = {}
+
+    def has_time(self, kind: str) -> bool:
+        return time.monotonic() + self._longest_s.get(kind, 0.0) < self._end_s
+
+    @contextlib.contextmanager
+    def step(self, kind: str) -> Iterator[None]:
+        start_s = time.monotonic()
+        yield
+        self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), time.monotonic() - start_s)
 
 
 def tell(figures: dict[str, Any]) -> list[str]:
-    """Return the measured figures as lines of Markdown for the documentation."""
+    """Return the measured figures as lines of Markdown for the documentation. Earlier figures have no part `job`."""
+    lines = _tell_job(figures["job"], figures["batch_size"]) if figures.get("job") else []
+    return [*lines, *(_tell_models(figures) if figures["runs"] else [])]
+
+
+def _tell_job(rows: list[dict[str, Any]], batch_size: int) -> list[str]:
+    lines = [
+        f"The segment job around a model, {batch_size} images at once, and its share of the bare compiled model, on a "
+        "batch that lies on the device: `Segmenter` from pixels of the host, the model actor's work from pixels to all "
+        "that leaves it, and the whole job with Ray. Milliseconds of a core are for JPEGs of 560 x 560 pixels, on a "
+        "local disk. Cores are those that keep the device busy, with those of Ray if they are measured.",
+        "",
+        "| model | prompts | bare, images/s | Segmenter | actor | whole job | core ms: fetch | actor | write | driver, "
+        "Ray | cores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        bare, ms, of_ray = row["bare_per_s"], row["core_ms"], row["pipeline_core_ms"]
+        pipeline = "" if row["pipeline_per_s"] is None else f"{row['pipeline_per_s'] / bare:.2f}"
+        ray_ms = f"{of_ray['driver'] + of_ray['ray']:.2f}" if of_ray else ""
+        lines.append(
+            f"| `{row['name']}` | {row['num_prompts']} | {bare:,.0f} | {row['segmenter_per_s'] / bare:.2f} | "
+            f"{row['actor_per_s'] / bare:.2f} | {pipeline} | {ms['fetch']:.2f} | {ms['actor']:.2f} | {ms['write']:.2f} "
+            f"| {ray_ms} | {row['device_cores']:.0f} |"
+        )
+    return [*lines, ""]
+
+
+def _tell_models(figures: dict[str, Any]) -> list[str]:
     lines = [
         f"{figures['peak_tflop_s']:.0f} TFLOP/s of bfloat16 in a large matrix product, {figures['batch_size']} images "
         f"at once, one prompt, medians of {figures['repeats']}. Cores to decode are those that reading and resizing "
@@ -138,161 +229,20 @@ def tell(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-class _Bench:
-    """A device, its measured peak rate, and JPEG files to decode."""
-
-    def __init__(self, device: torch.device, batch_size: int, repeats: int) -> None:
-        self.device, self.batch_size, self.repeats = device, batch_size, repeats
-        self.peak_flop_s = self._measure_peak()
-        self.files = [draw_file(seed) for seed in range(_NUM_FILES)]
-        self._decoded_per_s: dict[int, float] = {}
-
-    def describe(self) -> dict[str, Any]:
-        """Return the device, its peak rate, and the settings of the measurement."""
-        is_cuda = self.device.type == "cuda"
-        return {
-            "device": torch.cuda.get_device_name(self.device) if is_cuda else "CPU",
-            "cuda": torch.version.cuda if is_cuda else None,
-            "peak_tflop_s": self.peak_flop_s / 1e12,
-            "batch_size": self.batch_size,
-            "repeats": self.repeats,
-            "file_bytes": round(float(np.mean([len(data) for data in self.files]))),
-        }
-
-    @torch.no_grad()
-    def measure(self, name: str) -> GpuSpeed:
-        """Return the speed of one model."""
-        torch.compiler.reset()  # otherwise the ninth model reaches the recompile limit
-        gflop = measure_cost(name).image_gflop
-        with tempfile.TemporaryDirectory() as folder:
-            model = build_architecture(name, Path(folder), "cpu").to(self.device)
-        size = model.image_spec.size
-        images = self._load(size)
-        text_features = PromptCache(model).encode(["a small polyp"] * self.batch_size)
-        folded = copy.deepcopy(model)
-        fold_batch_norms(folded)
-        folded.to(memory_format=torch.channels_last)
-        plain, ours = _forward(model, text_features), _forward(folded, text_features, torch.bfloat16)
-        calls = [self._timed(plain, images), self._timed(ours, images)]
-        compiled = torch.compile(ours, dynamic=False)
-        counters.clear()
-        start_s, problem = time.perf_counter(), None
-        try:
-            compiled(images)
-            self._synchronize()
-            compile_s = time.perf_counter() - start_s
-            calls.append(self._timed(compiled, images))
-        except Exception as error:  # the compiler raises errors of many classes
-            compile_s, problem, compiled = time.perf_counter() - start_s, _explain(error), ours
-        rates = [self.batch_size / seconds for seconds in self._alternate(calls)]
-        difference, dice = _compare(compiled(images), plain(images))
-        best, decoded_per_s = max(rates[1:]), self._decode_rate(size)
-        return GpuSpeed(
-            name,
-            size,
-            gflop,
-            rates[0],
-            rates[1],
-            compiled_per_s=None if problem else rates[2],
-            peak_share=rates[-1] * gflop * 1e9 / self.peak_flop_s,
-            compile_s=compile_s,
-            graph_breaks=sum(counters["graph_break"].values()),
-            largest_difference=difference,
-            mask_dice=dice,
-            decoded_per_s=decoded_per_s,
-            decode_cores=best / decoded_per_s,
-            error=problem,
-        )
-
-    def _measure_peak(self) -> float:
-        """Return the floating-point operations per second of a large matrix product in bfloat16."""
-        side = 8192 if self.device.type == "cuda" else 512
-        factors = torch.randn(2, side, side, device=self.device).to(torch.bfloat16)  # zeros would be faster
-        (seconds,) = self._alternate([self._timed(lambda pair: pair[0] @ pair[1], factors)])
-        return 2 * side**3 / seconds
-
-    def _load(self, size: int) -> Tensor:
-        """Return a batch of drawn images on the device, (B, S, S, 3) uint8."""
-        images = [Square(size).resize_image(decode_image(data, "drawn")) for data in self.files]
-        return torch.from_numpy(np.stack([images[index % len(images)] for index in range(self.batch_size)])).to(
-            self.device
-        )
-
-    def _decode_rate(self, size: int) -> float:
-        """Return the files per second that one core decodes and resizes."""
-        if size not in self._decoded_per_s:
-            (seconds,) = alternate(
-                self.repeats, lambda: [Square(size).resize_image(decode_image(data, "drawn")) for data in self.files]
-            )
-            self._decoded_per_s[size] = len(self.files) / seconds
-        return self._decoded_per_s[size]
-
-    def _timed(self, run: Callable[[Tensor], Tensor], argument: Tensor) -> tuple[Callable[[], None], int]:
-        """Return a function that repeats `run` for about 0.2 s, and its number of calls."""
-        run(argument)
-        self._synchronize()
-        start_s = time.perf_counter()
-        run(argument)
-        self._synchronize()
-        count = max(1, math.ceil(_ROUND_S / (time.perf_counter() - start_s)))
-
-        def repeat() -> None:
-            for _ in range(count):
-                run(argument)
-            self._synchronize()
-
-        return repeat, count
-
-    def _alternate(self, calls: list[tuple[Callable[[], None], int]]) -> list[float]:
-        """Return the median seconds per single call, for each entry of `calls`."""
-        medians = alternate(self.repeats, *(repeat for repeat, _ in calls))
-        return [seconds / count for seconds, (_, count) in zip(medians, calls, strict=True)]
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def _forward(
-    model: SegmentationModel, text_features: Features, dtype: torch.dtype | None = None
-) -> Callable[[Tensor], Tensor]:
-    """Return a function from images (B, S, S, 3) uint8 to logits, in float32 or with autocast to `dtype`."""
-
-    def run(images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            pixel_values = model.image_spec.normalize(images)
-            if dtype is None:
-                pixel_values = pixel_values.contiguous()
-            return model.decode(model.encode_images(pixel_values), text_features)
-
-    return run
-
-
-def _compare(logits: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Return the largest difference of probabilities, and the mean Dice of masks at the median expected probability."""
-    actual, wanted = (torch.sigmoid(values.float()) for values in (logits, expected))
-    median = wanted.median()
-    return float((actual - wanted).abs().max()), float(dice_scores(actual >= median, wanted >= median).mean())
-
-
-def _explain(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-_HEAD = (
-    f"{'':15} {'images/s':>27} {'compiled':>8} {'of':>6} {'compiling':>9} {'graph':>6} {'largest':>10} {'':>6} "
-    f"{'decoded/s':>9} {'cores':>6}\n"
-    f"{'model':15} {'fp32':>9}{'bf16':>9}{'compiled':>9} {'to fp32':>8} {'peak':>6} {'s':>9} {'breaks':>6} "
-    f"{'difference':>10} {'Dice':>6} {'per core':>9} {'':>6}"
+_JOB_HEAD = (
+    f"{'':15} {'':>7} {'images/s':>9} {'share of the bare model':>29} {'core ms an image':>29} {'':>6}\n"
+    f"{'job of':15} {'prompts':>7} {'bare':>9} {'Segmenter':>9} {'actor':>9} {'job':>9} {'fetch':>7} {'actor':>6} "
+    f"{'write':>6} {'Ray':>7} {'cores':>6}"
 )
 
 
-def _row(speed: GpuSpeed) -> str:
-    compiled = f"{speed.compiled_per_s:9,.1f}" if speed.compiled_per_s else f"{'-':>9}"
-    ratio = f"{speed.compiled_per_s / speed.fp32_per_s:7.2f}x" if speed.compiled_per_s else f"{'-':>8}"
-    row = (
-        f"{speed.name:15} {speed.fp32_per_s:9,.1f}{speed.bf16_per_s:9,.1f}{compiled} {ratio} {speed.peak_share:6.1%} "
-        f"{speed.compile_s:9.1f} {speed.graph_breaks:6} {speed.largest_difference:10.4f} {speed.mask_dice:6.4f} "
-        f"{speed.decoded_per_s:9.0f} {speed.decode_cores:6.1f}"
+def _job_row(row: dict[str, Any]) -> str:
+    bare, ms, of_ray = row["bare_per_s"], row["core_ms"], row["pipeline_core_ms"]
+    pipeline = "-" if row["pipeline_per_s"] is None else f"{row['pipeline_per_s'] / bare:.3f}"
+    ray_ms = f"{of_ray['driver'] + of_ray['ray']:.2f}" if of_ray else "-"
+    line = (
+        f"{row['name']:15} {row['num_prompts']:7} {bare:9,.1f} {row['segmenter_per_s'] / bare:9.3f} "
+        f"{row['actor_per_s'] / bare:9.3f} {pipeline:>9} {ms['fetch']:7.2f} {ms['actor']:6.2f} {ms['write']:6.2f} "
+        f"{ray_ms:>7} {row['device_cores']:6.1f}"
     )
-    return row if speed.error is None else f"{row}\n{'':15} not compiled: {speed.error}"
+    return "\n".join([line, *(f"{'':15} {part}: {problem}" for part, problem in row["errors"].items())])

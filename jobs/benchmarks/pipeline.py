@@ -174,7 +174,7 @@ def _case(name: str) -> Case:
 
 def _measure(case: Case, name: str, source: str, folder: Path, files: list[Path], args: Namespace) -> Efficiency:
     bare = _BareLoop(folder / "checkpoint", files, case.batch_size)
-    with _archive(source, folder, files) as uris:
+    with archive_at(source, folder, files) as uris:
         manifest, output = folder / f"{source}.parquet", folder / f"out_{source}"
         write_manifest(manifest, uris, case.num_rows)
         words = [str(manifest), "--set", f"run.batch_size={case.batch_size}"]
@@ -203,7 +203,7 @@ def _measure(case: Case, name: str, source: str, folder: Path, files: list[Path]
 
 
 @contextlib.contextmanager
-def _archive(source: str, folder: Path, files: list[Path]) -> Iterator[list[str]]:
+def archive_at(source: str, folder: Path, files: list[Path]) -> Iterator[list[str]]:
     """Yield the URIs of the files: local paths, or copies on an S3 server that runs meanwhile."""
     if source == "disk":
         yield [str(file) for file in files]

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlsm.images.preprocess import ImageSpec, Square
 
@@ -29,6 +30,25 @@ def test_logits_come_back_to_where_the_image_was(size, resize):
     logits = square.enlarge_logits(np.where(target, 5.0, -5.0), size)
     assert logits.shape == size and logits.dtype == np.float32
     assert np.mean((logits > 0) != mask) < 0.05
+
+
+@pytest.mark.parametrize(
+    "size", [(96, 96), (97, 560), (560, 97), (640, 511), (2000, 1500), (95, 96), (1, 300), (300, 1), (1, 70_000)]
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_logits_are_enlarged_as_pillow_enlarges_them_to_the_edges(size, dtype):
+    logits = np.random.default_rng(0).normal(0, 20, (96, 96)).astype(dtype)
+    expected = Image.fromarray(logits.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR)
+    enlarged = Square(96).enlarge_logits(logits, size)
+    assert enlarged.dtype == np.float32 and enlarged.flags.f_contiguous
+    np.testing.assert_allclose(enlarged, np.asarray(expected), rtol=0, atol=1e-4)
+
+
+def test_logits_that_are_no_numbers_stay_so():
+    logits = np.zeros((8, 8), np.float16)
+    logits[0, 0], logits[0, 7] = np.nan, -60_000
+    enlarged = Square(8).enlarge_logits(logits, (16, 16))
+    assert np.isnan(enlarged[0, 0]) and enlarged[0, 15] == -60_000 == logits[0, 7]
 
 
 def test_images_and_masks_are_resized_alike():

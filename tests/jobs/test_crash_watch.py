@@ -1,6 +1,9 @@
 """The conclusions from the deaths of processes."""
 
-from jobs.crash_watch import CrashBoard, EarlierAttempts
+from types import SimpleNamespace
+
+from jobs import crash_watch
+from jobs.crash_watch import CrashBoard, EarlierAttempts, Watch
 
 
 def test_an_image_under_way_at_two_deaths_is_blamed_and_other_deaths_are_counted():
@@ -28,3 +31,15 @@ def test_the_last_error_is_one_that_was_not_got_over():
     assert board.last_error() == "OSError: away"
     board.end("fetch", 1, None)
     assert board.last_error() is None
+
+
+def test_the_board_is_told_of_done_images_twice_a_second_however_fast_they_come(monkeypatch):
+    clock, notes = [100.0], []
+    board = SimpleNamespace(note=SimpleNamespace(remote=lambda *words: notes.append(words)))
+    monkeypatch.setattr(crash_watch, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(Watch, "_call_board", lambda *words: EarlierAttempts(0, 0, []))
+    watch = Watch(board, "segment 0", 7, 120)
+    for number in range(1, 401):  # 4,000 images/s in batches of 32
+        watch.note(32 * number)
+        clock[0] += 0.008
+    assert notes[0] == (7, 32) and 6 <= len(notes) <= 7

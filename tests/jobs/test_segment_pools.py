@@ -61,3 +61,54 @@ def test_actors_are_a_number_or_a_range():
     for wrong in ("0", "many", "3..x", "0..2", "5..2"):
         with pytest.raises(ConfigError, match="run.actors is "):
             plan(GPUS, f"run.actors={wrong}")
+
+
+def node(cpus, memory_gib, store_gib, gpus=0):
+    """What Ray offers of a node: the memory beside its object store."""
+    memory = {"memory": (memory_gib - store_gib) * 2**30} if memory_gib else {}
+    return {"Alive": True, "Resources": {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {}) | memory}
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize(
+    ("cpus", "memory_gib", "store_gib"),
+    [
+        (1, 2, 0.6),
+        (2, 4, 1),
+        (2, 8, 2),
+        (4, 16, 5),
+        (16, 32, 10),
+        (16, 64, 16),
+        (64, 128, 38),
+        (96, 768, 200),
+        (192, 384, 99),
+    ],
+)
+def test_tasks_request_memory_and_still_fit_on_every_node(cpus, memory_gib, store_gib, gpus):
+    (pool,) = plan([node(cpus, memory_gib, store_gib, gpus)], members=1)
+    memory = (memory_gib - store_gib) * 2**30
+    assert 0 < pool.write_bytes <= pool.fetch_bytes
+    assert 3 * pool.fetch_bytes + pool.write_bytes <= memory
+    assert memory // pool.fetch_bytes >= cpus // 2  # however many pixels an image may have
+    assert pool.fetch_options["memory"] == pool.fetch_bytes and pool.write_options["memory"] == pool.write_bytes
+
+
+def test_as_many_tasks_run_as_can_decode_the_largest_image_that_is_admitted():
+    """A float TIFF of 100 megapixels takes 2.45 GB while it is decoded."""
+    large = node(16, 64, 16)
+    (pool,) = plan([large], members=1)
+    beside = large["Resources"]["memory"] // pool.fetch_bytes
+    assert pool.fetch_bytes >= 2.45e9 and beside * 2.45e9 < 48 * 2**30 and beside >= 16
+    (pool,) = plan([large], "max_pixels=4_000_000", members=1)
+    assert pool.fetch_bytes < 1e9 and not pool.is_bound_by_memory([large])
+    assert plan([large], members=2)[0].write_bytes > plan([large], members=1)[0].write_bytes
+
+
+def test_the_smallest_node_decides_and_an_unknown_one_is_asked_for_no_memory():
+    small, large = node(16, 32, 10), node(16, 64, 16)
+    assert plan([large, small])[0].fetch_bytes == plan([small])[0].fetch_bytes < plan([large])[0].fetch_bytes
+    assert plan([small])[0].is_bound_by_memory([small])
+    for nodes in (SMALL, [{"Alive": True, "Resources": {"memory": 1e9}}]):
+        (pool,) = plan(nodes, "run.gpus_per_actor=1", members=1)
+        assert "memory" not in pool.fetch_options and "memory" not in pool.write_options
+        assert not pool.is_bound_by_memory(nodes)

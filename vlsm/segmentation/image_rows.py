@@ -17,6 +17,7 @@ from vlsm.segmentation.masks import (
     encode_probability,
     logit,
     probabilities,
+    values_inside,
 )
 from vlsm.segmentation.tiles import probability_map
 
@@ -65,7 +66,7 @@ def _describe_single(
     """Return the row of one model, one text and one window: only pixels inside the mask need a probability."""
     enlarged = square.enlarge_logits(logits, size)
     mask = clean_mask(enlarged >= logit(settings.threshold or 0.5), settings.clean)
-    record = _with_review(describe_mask(mask, probabilities(enlarged[mask])), settings)
+    record = _with_review(describe_mask(mask, probabilities(values_inside(enlarged, mask))), settings)
     if not _keeps_map(record, settings):  # the probabilities of all pixels take time
         return record
     return _with_map(record, probabilities(enlarged), settings)

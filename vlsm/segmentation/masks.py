@@ -54,7 +54,7 @@ def describe_mask(mask: np.ndarray, probability: np.ndarray) -> MaskRecord:
     """
     encoded = coco.encode(mask.view(np.uint8))
     area_px = int(coco.area(encoded))
-    inside = probability[mask] if probability.ndim == 2 else probability
+    inside = values_inside(probability, mask) if probability.ndim == 2 else probability
     return MaskRecord(
         mask_rle=encoded["counts"].decode("ascii"),
         area_px=area_px,
@@ -66,7 +66,20 @@ def describe_mask(mask: np.ndarray, probability: np.ndarray) -> MaskRecord:
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Return the probabilities of logits, in the same precision and memory layout."""
-    return np.asarray(1 / (1 + np.exp(-np.clip(logits, -80, None))))
+    values = np.asarray(np.clip(logits, -80, None))
+    np.exp(np.negative(values, out=values), out=values)  # in place: new arrays of large images cost as much as exp
+    values += 1
+    return np.reciprocal(values, out=values)
+
+
+def values_inside(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the values inside a mask, one-dimensional, column by column.
+
+    Args:
+        values: (H, W), column-major in memory: read in this order, they take a third of the time.
+        mask: (H, W) bool, column-major in memory.
+    """
+    return values.T[mask.T]
 
 
 def logit(probability: float) -> float:

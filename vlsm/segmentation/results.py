@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlsm.images.overlays import draw_overlay, shrink_mask
 from vlsm.images.preprocess import Square
-from vlsm.segmentation.masks import logit, probabilities
+from vlsm.segmentation.masks import logit, probabilities, values_inside
 from vlsm.shown import show
 
 # one for each prompt of an overlay, from the start again if there are more
@@ -162,7 +162,7 @@ def segmentation_of(  # noqa: PLR0913 - what a mask depends on
     for text_logits in logits:
         enlarged = square.enlarge_logits(text_logits, image.shape[:2])
         mask = enlarged >= logit(threshold)
-        inside = probabilities(enlarged[mask])
+        inside = probabilities(values_inside(enlarged, mask))
         masks.append(mask.view(np.uint8))
         confidences.append(float(np.mean(inside, dtype=np.float64)) if inside.size else None)
         if probability_maps:
