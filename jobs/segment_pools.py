@@ -8,6 +8,7 @@ from jobs.command import logger
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 from vlsm.errors import ConfigError
 from vlsm.report.endings import count
+from vlsm.segmentation.finished import cpu_reason
 
 _FEW_CPUS = 4  # in the cluster; with more CPUs, a writing task has room beside Ray Data's reservations
 
@@ -59,6 +60,10 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
             *(pool.num_cpus, pool.num_gpus),
         )
         warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
+    on_gpu = any(pool.num_gpus for pool in pools)
+    if on_gpu or settings.run.finish == "device":
+        reason = cpu_reason(settings, on_gpu)
+        logger.info("masks are made %s", f"in the writing tasks: {reason}" if reason else "on the models' device")
     if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:  # type: ignore[no-untyped-call]
         # Ray Data rounds down the remaining CPUs. With two CPUs, an actor takes 1.25 and each of two tasks 0.18. By
         # default Ray Data reserves a sixth of the CPUs for fetching, more than one task needs, and less than one task

@@ -1,6 +1,10 @@
 """The conclusions from the deaths of processes."""
 
+import logging
+from types import SimpleNamespace
+
 from jobs.crash_watch import CrashBoard, EarlierAttempts
+from jobs.segment_actor import BoardHandler
 
 
 def test_an_image_under_way_at_two_deaths_is_blamed_and_other_deaths_are_counted():
@@ -28,3 +32,21 @@ def test_the_last_error_is_one_that_was_not_got_over():
     assert board.last_error() == "OSError: away"
     board.end("fetch", 1, None)
     assert board.last_error() is None
+
+
+def test_log_messages_of_actors_reach_the_driver_once_and_are_bounded():
+    board = CrashBoard()
+    log = logging.Logger("actor")
+    tell = SimpleNamespace(remote=board.tell)
+    log.addHandler(BoardHandler(SimpleNamespace(tell=tell)))
+    for _ in range(3):
+        log.info("batches of %d images", 64)
+        log.warning("the model cannot be compiled")
+        log.debug("nothing")
+    assert board.messages() == [
+        (logging.INFO, "batches of 64 images"),
+        (logging.WARNING, "the model cannot be compiled"),
+    ]
+    for number in range(1000):
+        log.info("message %d", number)
+    assert len(board.messages()) == 100
