@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from vlsm.models.towers import Towers
 from vlsm.temporary import lasting_folder
 
 logger = logging.getLogger("vlsm")
+
+ParamT = ParamSpec("ParamT")
+ResultT = TypeVar("ResultT")
 
 _RECOMPILE_LIMIT = 64  # torch's limit of 8 for one function counts all members of an ensemble that share the function
 
@@ -48,29 +51,29 @@ class Network:
         if not self.is_compiled:
             return self._model.encode_images(pixel_values)
         if not self._towers:
-            return self._encode(pixel_values)  # type: ignore[no-any-return]
-        return self._encode(pixel_values, self._model.encode_towers(pixel_values))  # type: ignore[no-any-return]
+            return self._encode(pixel_values)
+        return self._encode(pixel_values, self._model.encode_towers(pixel_values))
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return logits (B, 1, S, S), as `SegmentationModel.decode`."""
         step = self._decode if self.is_compiled else self._model.decode
         return step(image_features, text_features)
 
-    def _compile(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _compile(self, step: Callable[ParamT, ResultT]) -> Callable[ParamT, ResultT]:
         """Return the compiled step. If it fails, this network runs as it is from then on, with one warning."""
         compiled = torch.compile(step, dynamic=False)
 
         @functools.wraps(step)
-        def run(*args: Any) -> Any:
+        def run(*args: ParamT.args, **options: ParamT.kwargs) -> ResultT:
             if not self.is_compiled:
-                return step(*args)
+                return step(*args, **options)
             try:
-                return compiled(*args)
+                return compiled(*args, **options)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of the compiler, in classes of many kinds; an error of the model comes again
                 self.is_compiled = False
-                result = step(*args)
+                result = step(*args, **options)
                 _warn(_explain(getattr(error, "inner_exception", error)))
                 return result
 
