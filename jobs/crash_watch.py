@@ -22,6 +22,7 @@ from vlsm.errors import VlsmError
 
 _DEATHS_TO_BLAME = 2  # an image that was under way at so many deaths is skipped
 _NOTE_INTERVAL_S = 0.5  # between notes of an attempt: as often as `Progress` looks at the board, which all GPUs share
+_MOST_MESSAGES = 100  # that are kept for the driver
 _MOST_UNEXPLAINED = 10  # deaths of one stage on one shard outside any image; more are not accidents
 
 
@@ -99,6 +100,16 @@ class CrashBoard(Milestones):
         self._images: dict[int, int] = {}
         self._attempts: dict[tuple[str, int], _Attempts] = {}
         self._errors: dict[tuple[str, int], str] = {}
+        self._messages: dict[tuple[int, str], None] = {}
+
+    def tell(self, level: int, message: str) -> None:
+        """Keep a log message of an actor for the driver; the same message of several actors counts once."""
+        if len(self._messages) < _MOST_MESSAGES:
+            self._messages.setdefault((level, message))
+
+    def messages(self) -> list[tuple[int, str]]:
+        """Return the level and text of all messages so far."""
+        return list(self._messages)
 
     def note(self, shard: int, num_images: int) -> None:
         """Record the number of done images of an unfinished shard; a retry overwrites the earlier number."""

@@ -41,6 +41,7 @@ class Progress:
         self._output = output
         self.total, self.done, self.failed = total, done, failed
         self._done_before, self._is_first_shard = done, True
+        self._num_shown = 0  # messages of the board
         self._board = board
         self._phase: str | None = ""  # None: images are counted
         self._model_ready_s, self._shown_s = time.time(), 0.0
@@ -60,6 +61,7 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._show_messages()
         self._show(self.done)
         if self._bar is not None:
             self._bar.close()
@@ -69,10 +71,21 @@ class Progress:
         if self._is_first_shard:
             self._is_first_shard = False
             logger.info("%s", ray.get(self._board.describe.remote()))
+            self._show_messages()
         self._board.finish.remote(shard)
         self.done += num_images
         self.failed += num_failed
         self._update_metrics()
+
+    def _show_messages(self) -> None:
+        """Log what the actors have logged since the last call: their batch size, and models that cannot be compiled."""
+        try:
+            messages = ray.get(self._board.messages.remote(), timeout=5)
+        except ray.exceptions.RayError:
+            return  # a slow or ended cluster
+        for level, message in messages[self._num_shown :]:
+            logger.log(level, "%s", message)
+        self._num_shown = len(messages)
 
     def _update_metrics(self) -> None:
         values = {"planned": self.total(), "done": self.done, "failed": self.failed}

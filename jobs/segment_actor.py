@@ -1,5 +1,6 @@
 """The model actors of the segment job. They run between its fetching and writing tasks."""
 
+import logging
 import time
 from typing import Any
 
@@ -10,8 +11,24 @@ from jobs.segment_tasks import Task
 from vlsm.segmentation.shard import ShardBatch
 
 
+class BoardHandler(logging.Handler):
+    """Passes log messages of a process to the board: Ray does not show them on the terminal.
+
+    Args:
+        board: handle of the `jobs.crash_watch.CrashBoard` actor.
+    """
+
+    def __init__(self, board: Any) -> None:
+        super().__init__(logging.INFO)
+        self._board = board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass on one message."""
+        self._board.tell.remote(record.levelno, record.getMessage())
+
+
 class SegmentActor:
-    """Models on their device. They turn the pixels of a shard into logits.
+    """Models on their device. They turn the pixels of a shard into logits, or into masks.
 
     Args:
         task: the data of the run.
@@ -28,6 +45,9 @@ class SegmentActor:
         from vlsm.segmentation.predictor import Predictor
 
         torch.set_num_threads(num_threads)
+        log = logging.getLogger("vlsm")
+        log.setLevel(logging.INFO)
+        log.addHandler(BoardHandler(task.board))
         files = {
             number: {name: data.tobytes() for name, data in ray.get(weights[number]).items()} for number in members
         }
@@ -38,7 +58,7 @@ class SegmentActor:
         task.board.reach.remote("model", time.time())
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return a packed ShardBatch with the logits of this pool; the last pool removes pixels and prompts."""
+        """Return a packed ShardBatch with the results of this pool; the last pool removes pixels and prompts."""
         batch = ShardBatch.unpack(table)
         with self._task.watch(f"segment {self._pool}", batch.shard) as watch:
             texts = [self._task.settings.texts_of(prompts) for prompts in table["prompts"][0].as_py()]

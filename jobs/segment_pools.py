@@ -8,6 +8,7 @@ from jobs.command import logger
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 from vlsm.errors import ConfigError
 from vlsm.report.endings import count
+from vlsm.segmentation.finished import cpu_reason
 
 _TASK_BYTES = 400_000_000  # of the process of a task, and of the pixels of its shard
 _FETCH_BYTES_PX = 24.5  # of one pixel while it is decoded: a float TIFF, the largest
@@ -85,6 +86,10 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
             "tasks run beside each other",
             *(pools[0].fetch_bytes / 1e9, f"{settings.max_pixels:,}"),
         )
+    on_gpu = any(pool.num_gpus for pool in pools)
+    if on_gpu or settings.run.finish == "device":
+        reason = cpu_reason(settings, on_gpu)
+        logger.info("masks are made %s", f"in the writing tasks: {reason}" if reason else "on the models' device")
     if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:  # type: ignore[no-untyped-call]
         # Ray Data rounds down the remaining CPUs. With two CPUs, an actor takes 1.25 and each of two tasks 0.18. By
         # default Ray Data reserves a sixth of the CPUs for fetching, more than one task needs, and less than one task

@@ -18,7 +18,7 @@ from vlsm.images.preprocess import Square
 from vlsm.runs.compare import compare_shard
 from vlsm.runs.plan import planned_keys, read_shard
 from vlsm.runs.results import read_part, write_part
-from vlsm.segmentation.image_rows import describe_image
+from vlsm.segmentation.image_rows import describe_entry
 from vlsm.segmentation.shard import Entry, ShardBatch, read_shard_images
 
 _PLANNED = ("image_id", "image_uri", "selector", "image_version")  # columns that an output row copies from the plan
@@ -160,10 +160,8 @@ class _SegmentedShard:
         if entry.error is not None:
             failed = common | {"status": "failed", "error": entry.error}
             return [failed | {"prompt": prompt, "kind": kind} for prompt, kind in keys]
-        size = entry.height, entry.width
         with self._watch.image(position):
-            logits = self._batch.logits_of(entry, texts)
-            records = list(describe_image(logits, size, self._settings, self._squares))
+            records = describe_entry(self._batch, entry, texts, self._settings, self._squares)
         common |= {"status": "ok", "height": entry.height, "width": entry.width, "grey_rule": entry.grey_rule}
         return [
             common | {"prompt": prompt, "kind": kind, **vars(record)}

@@ -1,8 +1,9 @@
 import os
 
 import pytest
+import yaml
 
-from vlsm.config import SegmentSettings, load_settings
+from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.errors import ConfigError
 
 PATHS = {"input": "in", "output": "out", "members": [{"checkpoint": "ck"}]}
@@ -14,7 +15,7 @@ def load(*assignments, config=None):
 
 def test_defaults_stand_where_nothing_is_set():
     assert load().shard_rows == 256
-    assert load().run.batch_size == 8
+    assert load().run.batch_size == "auto"
 
 
 def test_words_override_the_file_and_reach_into_groups(tmp_path):
@@ -41,6 +42,9 @@ def test_one_prompt_is_a_list_of_one():
         ("threshold=7", "threshold is 7"),
         ("threshold=high", "threshold is 'high'"),
         ("run.batch_size=0", "run.batch_size is 0"),
+        ("run.batch_size=fast", "it must be 1 or more, or auto"),
+        ("run.batch_size=2.5", "run.batch_size"),
+        ("run.compile=maybe", "run.compile"),
         ("shard_rows", "not of the form key=value"),
         ("prompts=[a, a]", "the same prompt stands there twice"),
         ("threshold.x=1", "threshold"),
@@ -91,3 +95,11 @@ def test_a_device_or_a_named_pipe_is_no_file_of_settings(tmp_path, path):
     os.mkfifo(tmp_path / "PIPE")  # without a writer, to open it would block for ever
     with pytest.raises(ConfigError, match="cannot be read"):
         load(config=path.replace("PIPE", str(tmp_path / "PIPE")))
+
+
+@pytest.mark.parametrize(("word", "value"), [("on", "on"), ("off", "off"), ("true", "on"), ("auto", "auto")])
+def test_a_switch_is_what_yaml_makes_of_it(word, value):
+    settings = load(f"run.compile={word}")
+    assert settings.run.compile == value
+    tree = yaml.safe_load(dump_yaml(settings.model_dump(mode="json")))
+    assert SegmentSettings.model_validate(tree) == settings

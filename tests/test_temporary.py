@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LONG_S
-from vlsm.temporary import PrivateFolder, remove_abandoned, use_folder
+from vlsm.temporary import PrivateFolder, lasting_folder, remove_abandoned, use_folder
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
@@ -126,3 +126,26 @@ def test_a_folder_of_another_user_is_left_alone(temporary):
     assert folder.exists()
     with pytest.raises(PermissionError, match="is not a private folder of this user"), use_folder(folder):
         pass
+
+
+def test_a_lasting_folder_is_the_same_private_one_each_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = lasting_folder("compiled")
+    assert folder == lasting_folder("compiled") == tmp_path / "vlsm" / "compiled"
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_lasting_folder_that_others_may_use_or_a_link_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "vlsm" / "open").mkdir(parents=True)
+    (tmp_path / "vlsm" / "open").chmod(0o777)
+    (tmp_path / "vlsm" / "linked").symlink_to(tmp_path)
+    (tmp_path / "vlsm" / "file").write_text("x")
+    for name in ("open", "linked", "file"):
+        folder = lasting_folder(name)
+        assert folder.parent == tmp_path and folder.name.startswith(f"vlsm-held-{name}-")
+        assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "vlsm" / "file" / "below"))
+    assert lasting_folder("compiled").parent == tmp_path

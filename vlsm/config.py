@@ -82,7 +82,7 @@ class PlaceSettings(Settings):
 
 
 class RunSettings(PlaceSettings):
-    """How a run is executed. These settings cannot change a mask, so a resumed run may have other values."""
+    """How a run is executed. A resumed run may have other values: masks differ only in pixels on the threshold."""
 
     placement: Literal["together", "apart"] = Field(
         "together", description="all ensemble members in each actor, or one pool of actors per member"
@@ -92,7 +92,17 @@ class RunSettings(PlaceSettings):
     )
     gpus_per_actor: float | None = Field(None, ge=0, description="GPUs per actor; null: 1 if there are GPUs, else 0")
     cpus_per_actor: float | None = Field(None, gt=0, description="CPUs per actor; null: 1 with a GPU, else most CPUs")
-    batch_size: int = Field(8, ge=1, description="images in one model call")
+    batch_size: int | str = Field(
+        "auto", description="images in one model call; auto: the fastest on a GPU, by a short probe, and 8 on CPUs"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="compile the models, which takes a minute at the first start on a machine; auto: on GPUs"
+    )
+    finish: Literal["auto", "device", "cpu"] = Field(
+        "auto",
+        description="where masks are made from logits: on the models' device, or in the writing tasks; auto: on GPUs. "
+        "Masks differ only in pixels within 0.001 of the threshold",
+    )
     fetch_threads: int = Field(16, ge=1, description="images that one CPU task reads in parallel")
     image_timeout_s: float = Field(120, gt=0, description="seconds to read an image (all tries), and to decode it")
     outage_patience_s: float = Field(300, ge=0, description="a store outage of more seconds ends the run")
@@ -100,6 +110,18 @@ class RunSettings(PlaceSettings):
     judge_after: int = Field(200, ge=1, description="finished images from which max_failed_fraction applies")
 
     _check_actors = field_validator("actors")(check_range)
+
+    @field_validator("batch_size")
+    @classmethod
+    def _check_batch_size(cls, value: int | str) -> int | str:
+        if value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise ValueError("it must be 1 or more, or auto")
+        return value
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _name_switch(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value  # YAML: on is true
 
 
 class MemberSettings(Settings):

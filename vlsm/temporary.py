@@ -5,6 +5,7 @@ lock on it, which ends with the process, however that ends. So a folder without 
 machine removes it.
 """
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -70,6 +71,26 @@ def use_folder(path: Path) -> Iterator[Path]:
         yield path
     finally:
         os.close(descriptor)
+
+
+def lasting_folder(name: str) -> Path:
+    """Return a folder of this user that stays on the machine, for results that later processes use again.
+
+    It is `vlsm/NAME` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache). If no such folder can be made there, or
+    other users own or may use it, a new temporary one is returned; it is removed when this process ends.
+    """
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlsm" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        os.close(_open_own(path))
+        if os.access(path, os.W_OK):
+            return path
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        pass
+    folder = PrivateFolder(name)
+    atexit.register(folder.remove)
+    return folder.path
 
 
 def remove_abandoned(kind: str | None = None, patience_s: float = 0.0) -> None:

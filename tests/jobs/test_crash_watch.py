@@ -1,9 +1,12 @@
 """The conclusions from the deaths of processes."""
 
+import logging
 from types import SimpleNamespace
 
 from jobs import crash_watch
 from jobs.crash_watch import CrashBoard, EarlierAttempts, Watch
+from jobs.segment_actor import BoardHandler
+
 
 
 def test_an_image_under_way_at_two_deaths_is_blamed_and_other_deaths_are_counted():
@@ -43,3 +46,19 @@ def test_the_board_is_told_of_done_images_twice_a_second_however_fast_they_come(
         watch.note(32 * number)
         clock[0] += 0.008
     assert notes[0] == (7, 32) and 6 <= len(notes) <= 7
+def test_log_messages_of_actors_reach_the_driver_once_and_are_bounded():
+    board = CrashBoard()
+    log = logging.Logger("actor")
+    tell = SimpleNamespace(remote=board.tell)
+    log.addHandler(BoardHandler(SimpleNamespace(tell=tell)))
+    for _ in range(3):
+        log.info("batches of %d images", 64)
+        log.warning("the model cannot be compiled")
+        log.debug("nothing")
+    assert board.messages() == [
+        (logging.INFO, "batches of 64 images"),
+        (logging.WARNING, "the model cannot be compiled"),
+    ]
+    for number in range(1000):
+        log.info("message %d", number)
+    assert len(board.messages()) == 100

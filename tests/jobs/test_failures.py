@@ -41,12 +41,12 @@ def patched(name, *words, **options):
             return decode(data, *words)
         decoder.decode_picture = poisoned
     if segmenter is not None and hasattr(segmenter, "Segmenter") and not hasattr(segmenter, "poisoned"):
-        segmenter.poisoned, predict = True, segmenter.Segmenter.predict_logits
-        def poisoned(self, images, prompts):
-            if (images == 77).all(axis=(1, 2, 3)).any():
+        segmenter.poisoned, prepare = True, segmenter.Segmenter.prepare
+        def poisoned(self, images):
+            if (images == 77).flatten(1).all(1).any():
                 os.abort()
-            return predict(self, images, prompts)
-        segmenter.Segmenter.predict_logits = poisoned
+            return prepare(self, images)
+        segmenter.Segmenter.prepare = poisoned
     return module
 builtins.__import__ = patched
 """

@@ -81,13 +81,14 @@ def test_the_forecast_segments_as_the_run_does(letterboxed, pictures, monkeypatc
     rows = [{"image_uri": str(pictures / "images" / name), "selector": None, "prompts": ["bright"]} for name in SIZES]
     masks = {}
 
-    def describe(logits, size, *more):
-        records = list(original(logits, size, *more))
+    def describe(batch, entry, *more):
+        records = original(batch, entry, *more)
+        size = entry.height, entry.width
         masks[size] = decode_mask(records[0].mask_rle, size)
         return records
 
-    original = forecast.describe_image
-    monkeypatch.setattr(forecast, "describe_image", describe)
+    original = forecast.describe_entry
+    monkeypatch.setattr(forecast, "describe_entry", describe)
     assert forecast.measure(settings, members, rows).num_measured == 3
     for name, size in SIZES.items():
         assert_right(masks[size], pictures, name)

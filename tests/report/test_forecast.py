@@ -11,7 +11,7 @@ from vlsm.errors import ConfigError
 from vlsm.report import forecast
 from vlsm.report.forecast import Forecast, describe_forecast, keep_sample, measure
 from vlsm.runs.lifecycle import open_input, resolve_settings
-from vlsm.segmentation.image_rows import describe_image
+from vlsm.segmentation.image_rows import describe_entry
 
 
 def forecast_of(archive, *words, checkpoints):
@@ -49,11 +49,11 @@ def test_what_is_measured_is_what_a_run_does(archive, bright_checkpoint, monkeyp
     areas = []
 
     def describe(*args):
-        records = list(describe_image(*args))
+        records = describe_entry(*args)
         areas.append([record.area_px for record in records])
         return records
 
-    monkeypatch.setattr(forecast, "describe_image", describe)
+    monkeypatch.setattr(forecast, "describe_entry", describe)
     forecast_of(
         archive, "prompts=[polyp, fold]", "allow_equal_masks=true", "run.batch_size=4", checkpoints=[bright_checkpoint]
     )

@@ -2,11 +2,7 @@ import numpy as np
 import pytest
 
 from vlsm.images.preprocess import Square
-from vlsm.segmentation.masks import (
-    decode_mask,
-    encode_mask,
-    mirrored_mean,
-)
+from vlsm.segmentation.masks import decode_mask, encode_mask
 from vlsm.segmentation.results import segmentation_of
 
 
@@ -46,11 +42,3 @@ def test_the_threshold_is_a_probability_and_counts_as_foreground():
 def test_run_lengths_give_the_mask_back(size):
     mask = (np.random.default_rng(2).random(size) < 0.4).astype(np.uint8)
     np.testing.assert_array_equal(mask, decode_mask(encode_mask(mask), size))
-
-
-def test_the_mean_with_the_mirror_image_is_that_of_probabilities():
-    rng = np.random.default_rng(3)
-    one, mirrored = rng.normal(0, 3, (2, 8, 8)), rng.normal(0, 3, (2, 8, 8))
-    found = 1 / (1 + np.exp(-mirrored_mean(one, mirrored)))
-    np.testing.assert_allclose(found, (1 / (1 + np.exp(-one)) + 1 / (1 + np.exp(-mirrored[..., ::-1]))) / 2, rtol=1e-9)
-    assert np.isfinite(mirrored_mean(np.full((1, 2, 2), 900.0), np.full((1, 2, 2), -900.0))).all()

@@ -6,6 +6,7 @@ from PIL import Image
 
 from vlsm.config import SegmentSettings
 from vlsm.images.preprocess import Square
+from vlsm.segmentation.finished import FinishedMask
 from vlsm.segmentation.shard import SHARD_SCHEMA, Entry, Logits, ShardBatch, Unguarded, read_shard_images
 
 
@@ -90,3 +91,24 @@ def test_images_are_decoded_once_and_cut_into_windows(tmp_path):
     for square, pixels in batch.pixels.items():
         assert pixels.shape == (4, 16, 16, 3)
         np.testing.assert_array_equal(pixels[b.first_window + 1], square.resize_image(image[:, 30:]))
+
+
+def test_masks_of_the_device_travel_in_place_of_logits():
+    batch = make_batch(8)
+    batch.entries[0].first_mask, batch.entries[0].num_masks = 0, 2
+    batch.entries[2].first_mask, batch.entries[2].num_masks = 0, 2
+    labels = np.arange(12, dtype=np.uint16).reshape(3, 4).T
+    batch.masks = [
+        FinishedMask(np.array([3, 70_000], np.uint32), 12.5, agreement=0.75),
+        FinishedMask(np.zeros(0, np.uint32), 0.0, label_map=labels),
+    ]
+    batch.logits = {0: Logits("model@0", np.zeros((0, 4, 4), np.float16))}
+    assert batch.num_logits == 0
+    arrived = ShardBatch.unpack(batch.pack())
+    assert arrived.entries == batch.entries and arrived.logits[0].name == "model@0"
+    for mask, other in zip(arrived.masks, batch.masks, strict=True):
+        assert (mask.probability_sum, mask.agreement) == (other.probability_sum, other.agreement)
+        assert mask.changes.dtype == np.uint32
+        np.testing.assert_array_equal(mask.changes, other.changes)
+    assert arrived.masks[0].label_map is None and arrived.masks[1].label_map.dtype == np.uint16
+    np.testing.assert_array_equal(arrived.masks[1].label_map, labels)

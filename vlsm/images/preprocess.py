@@ -83,6 +83,10 @@ class Square(NamedTuple):
             across = cv2.transpose(content.astype(np.float32, copy=False))
         return resize_bilinear(across, (size[1], size[0])).T
 
+    def content(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Return the rows and columns of the square that an image of this (height, width) fills."""
+        return self._content(size)
+
     def _content(self, size: tuple[int, ...]) -> tuple[slice, slice]:
         """Return the rows and columns of the square that an image of this (height, width) fills."""
         if self.resize == "squeeze":
@@ -123,8 +127,11 @@ class ImageSpec:
         """
         import torch  # here: processes that only decode need a quarter of the memory without torch
 
-        mean = torch.tensor(self.mean, device=images.device)
-        std = torch.tensor(self.std, device=images.device)
+        # filled on the device: a copy from the host would wait for all work that is queued there
+        mean, std = (
+            torch.stack([torch.full((), value, device=images.device) for value in values])
+            for values in (self.mean, self.std)
+        )
         return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 

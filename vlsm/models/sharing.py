@@ -47,11 +47,17 @@ class _LastBatch:
         self._activations: Features = ()
 
     def __call__(self, pixel_values: Tensor) -> Features:
-        last_pixels = self._pixel_values
-        if last_pixels is None or last_pixels.shape != pixel_values.shape or not torch.equal(last_pixels, pixel_values):
+        if not self._is_last(pixel_values):
             self._activations = self._encode(pixel_values)
             self._pixel_values = pixel_values
         return self._activations
+
+    def _is_last(self, pixel_values: Tensor) -> bool:
+        """Return whether this is the last batch. A GPU's values are not compared: that would wait for them."""
+        last = self._pixel_values
+        if last is pixel_values or last is None or last.is_cuda or last.shape != pixel_values.shape:
+            return last is pixel_values
+        return torch.equal(last, pixel_values)
 
 
 def _are_equal(one: Towers, other: Towers) -> bool:

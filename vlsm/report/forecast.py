@@ -10,7 +10,7 @@ from typing import Any
 from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError
 from vlsm.runs.lifecycle import Member
-from vlsm.segmentation.image_rows import describe_image
+from vlsm.segmentation.image_rows import describe_entry
 from vlsm.segmentation.shard import Entry, ShardBatch, Unguarded, read_shard_images
 
 _NODES = (1, 2, 4, 8)
@@ -99,8 +99,7 @@ def measure(settings: SegmentSettings, members: Sequence[Member], rows: Sequence
     model_s = time.perf_counter() - started_s
     started_s = time.perf_counter()
     for entry in good:
-        logits = batch.logits_of(entry, texts[entry.position])
-        list(describe_image(logits, (entry.height, entry.width), settings, squares))
+        describe_entry(batch, entry, texts[entry.position], settings, squares)
     write_s = time.perf_counter() - started_s
     num_gpus = torch.cuda.device_count()
     seconds = read_s / len(rows), model_s / len(good), write_s / len(good)

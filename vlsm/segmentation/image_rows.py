@@ -10,8 +10,10 @@ from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.images.preprocess import Square
 from vlsm.images.windows import plan_windows
 from vlsm.segmentation.cleaning import clean_mask
+from vlsm.segmentation.finished import FinishedMask, count_masks, mean_dice
 from vlsm.segmentation.masks import (
     MaskRecord,
+    describe_finished,
     describe_mask,
     encode_png,
     encode_probability,
@@ -19,9 +21,45 @@ from vlsm.segmentation.masks import (
     probabilities,
     values_inside,
 )
+from vlsm.segmentation.shard import Entry, ShardBatch
 from vlsm.segmentation.tiles import probability_map
 
 Logits = np.ndarray  # (K texts, T windows, S, S) of one prompt and one member
+
+
+def describe_entry(
+    batch: ShardBatch,
+    entry: Entry,
+    texts: Sequence[Sequence[str]],
+    settings: SegmentSettings,
+    squares: Sequence[Square],
+) -> list[MaskRecord]:
+    """Return the rows of an image of a segmented shard, in the order of the plan.
+
+    Args:
+        batch: the shard.
+        entry: an image without an error.
+        texts: for each of its prompts the texts for the models.
+        settings: of the run.
+        squares: the input square of each member.
+    """
+    size = entry.height, entry.width
+    if entry.num_masks:
+        masks = batch.masks[entry.first_mask : entry.first_mask + entry.num_masks]
+        return describe_finished_image(masks, size, settings)
+    return list(describe_image(batch.logits_of(entry, texts), size, settings, squares))
+
+
+def describe_finished_image(
+    masks: Sequence[FinishedMask], size: tuple[int, int], settings: SegmentSettings
+) -> list[MaskRecord]:
+    """Return the rows of an image of this (height, width), whose masks the models' device has made."""
+    records = [describe_finished(mask, size) for mask in masks]
+    num_kinds = count_masks(settings, 1) - settings.label_maps  # of each prompt; the first is the combined mask
+    return [
+        record if number % num_kinds or record.label_map is not None else _with_review(record, settings)
+        for number, record in enumerate(records)
+    ]
 
 
 def describe_image(
@@ -93,8 +131,9 @@ def _describe_members(
             records.append(_with_map(describe_mask(masks[-1], probability), probability, settings))
     # rounding: the shares of half of the members may add up to slightly more than 0.5
     mask = clean_mask(votes > 0.5 + 1e-6 if settings.combine == "vote" else mean >= threshold, settings.clean)
-    dices = [_dice(first, second) for first, second in itertools.combinations(masks, 2)]
-    combined = replace(describe_mask(mask, mean), agreement=float(np.mean(dices)) if dices else None)
+    overlaps = [np.count_nonzero(first & second) for first, second in itertools.combinations(masks, 2)]
+    agreement = mean_dice([np.count_nonzero(member) for member in masks], overlaps)
+    combined = replace(describe_mask(mask, mean), agreement=agreement)
     return mean, mask, [_with_map(_with_review(combined, settings), mean, settings), *records]
 
 
@@ -124,8 +163,3 @@ def review_reasons(record: MaskRecord, settings: ReviewSettings) -> str | None:
         if minimum is not None and (value := getattr(record, name)) is not None and value < minimum
     ]
     return ", ".join([*reasons, *([] if low <= record.area_fraction <= high else ["odd area"])]) or None
-
-
-def _dice(first: np.ndarray, second: np.ndarray) -> float:
-    total = np.count_nonzero(first) + np.count_nonzero(second)
-    return 2 * np.count_nonzero(first & second) / total if total else 1.0

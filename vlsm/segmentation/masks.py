@@ -1,7 +1,8 @@
 """Convert logits to masks at the original size of the image, and masks to COCO run lengths and statistics."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL.PngImagePlugin import PngImageFile
 from pycocotools import mask as coco
 
 from vlsm.images.run_lengths import MAX_PIXELS, decode_run_lengths
+from vlsm.segmentation.finished import FinishedMask, run_lengths
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,6 @@ class MaskRecord:
     probability_map: bytes | None = None
 
 
-def mirrored_mean(logits: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Return the logits of the mean probability over an image and its mirror image.
-
-    Args:
-        logits: (..., S, S) float, of the image.
-        mirrored: logits of the image with left and right exchanged, of the same shape.
-
-    Returns:
-        (..., S, S) float64.
-    """
-    plain, flipped_back = (np.asarray(values, np.float64) for values in (logits, mirrored[..., ::-1]))
-    mean = (probabilities(plain) + probabilities(flipped_back)) / 2
-    return np.log(mean) - np.log1p(-np.minimum(mean, 1 - 1e-12))
-
-
 def describe_mask(mask: np.ndarray, probability: np.ndarray) -> MaskRecord:
     """Return a mask as run lengths, with its statistics.
 
@@ -52,15 +39,27 @@ def describe_mask(mask: np.ndarray, probability: np.ndarray) -> MaskRecord:
         Run lengths and statistics. bbox is [x, y, width, height] in pixels. confidence is the mean probability inside
         the mask. Both are None if the mask is empty.
     """
-    encoded = coco.encode(mask.view(np.uint8))
-    area_px = int(coco.area(encoded))
     inside = values_inside(probability, mask) if probability.ndim == 2 else probability
+    return _describe(coco.encode(mask.view(np.uint8)), float(np.sum(inside, dtype=np.float64)))
+
+
+def describe_finished(mask: FinishedMask, size: tuple[int, int]) -> MaskRecord:
+    """Return a mask of this (height, width) that the models' device has made, as `describe_mask` would."""
+    counts = run_lengths(mask.changes, size[0] * size[1])
+    encoded = coco.frPyObjects({"counts": counts, "size": list(size)}, *size)
+    label_map = None if mask.label_map is None else encode_png(mask.label_map)
+    return replace(_describe(encoded, mask.probability_sum), agreement=mask.agreement, label_map=label_map)
+
+
+def _describe(encoded: dict[str, Any], probability_sum: float) -> MaskRecord:
+    """Return the record of COCO run lengths, from the sum of the probabilities inside the mask."""
+    area_px, (height, width) = int(coco.area(encoded)), encoded["size"]
     return MaskRecord(
         mask_rle=encoded["counts"].decode("ascii"),
         area_px=area_px,
-        area_fraction=area_px / mask.size,
+        area_fraction=area_px / (height * width),
         bbox=[int(edge) for edge in coco.toBbox(encoded)] if area_px else None,
-        confidence=float(np.mean(inside, dtype=np.float64)) if area_px else None,
+        confidence=probability_sum / area_px if area_px else None,
     )
 
 

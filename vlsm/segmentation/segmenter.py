@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vlsm.checkpoints import Checkpoint
 from vlsm.images.given import as_list, open_given
+from vlsm.models.compiling import Network
+from vlsm.models.contract import Features
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
 from vlsm.segmentation.published import find_checkpoint
@@ -32,10 +34,14 @@ class Segmenter:
         device: such as "cpu", "cuda" or "cuda:1". Default: the GPU if there is one, else the CPU.
         batch_size: images per batch of the encoder, and (image, prompt) pairs per batch of the decoder. It affects only
             speed.
+        compile: whether torch compiles the model at the first batch. This takes a minute, and pays on a GPU for
+            thousands of images. A model that cannot be compiled runs as it is, with a warning.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str | None = None, batch_size: int = 8) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    def __init__(
+        self, checkpoint: Checkpoint, device: str | None = None, batch_size: int = 8, compile: bool = False
+    ) -> None:
+        self.device = choose_device(device)
         if not isinstance(checkpoint, Checkpoint):
             raise TypeError(f"checkpoint is a {type(checkpoint).__name__}; pass the result of vlsm.load_checkpoint")
         if batch_size < 1:
@@ -48,6 +54,7 @@ class Segmenter:
         self.batch_size = batch_size
         self._temperature = self.settings.calibration.temperature if self.settings.calibration else 1.0
         self._prompts = PromptCache(self.model)
+        self.network = Network(self.model, compile)
 
     def __repr__(self) -> str:
         return f"<Segmenter of {self._name} on {self.device}: {self.settings.summary}>"
@@ -129,25 +136,67 @@ class Segmenter:
         logits: list[np.ndarray] = []
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            logits += self._predict_batch(images[batch], prompts[batch])
+            pixel_values = self.prepare(torch.from_numpy(np.array(images[batch])).to(self.device))
+            predicted = self.predict_tensor(pixel_values, prompts[batch]).cpu().numpy()
+            logits += np.split(predicted, np.cumsum([len(image_prompts) for image_prompts in prompts[batch]])[:-1])
         return logits
 
-    def _predict_batch(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    @torch.inference_mode()
+    def prepare(self, images: Tensor) -> Tensor:
+        """Return resized images on the device, (N, S, S, 3) uint8, as the input of `predict_tensor`.
+
+        Compiled models have batches of one size: black images follow if there are fewer.
+        """
+        missing = self.batch_size - len(images) if self.network.is_compiled else 0
+        if missing > 0:
+            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        return self.model.image_spec.normalize(images)
+
+    @torch.inference_mode()
+    def predict_tensor(self, pixel_values: Tensor, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """Return the logits of one batch on the device, without waiting for them.
+
+        Args:
+            pixel_values: from `prepare`.
+            prompts: the texts of each image; black images that `prepare` has added have none.
+
+        Returns:
+            (texts of all images, S, S) float32, divided by the temperature of a calibrated checkpoint.
+        """
         image_indices = [index for index, image_prompts in enumerate(prompts) for _ in image_prompts]
         texts = [text for image_prompts in prompts for text in image_prompts]
         distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         text_features = self._prompts.encode(list(distinct))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            pixel_values = self.model.image_spec.normalize(torch.from_numpy(np.array(images)).to(self.device))
-            features = self.model.encode_images(pixel_values)
+            features = self.network.encode(pixel_values)
             pieces = []
             for start in range(0, len(texts), self.batch_size):
                 batch = slice(start, start + self.batch_size)
-                batch_texts = _take(text_features, [distinct[text] for text in texts[batch]])
-                batch_images = _take(features, image_indices[batch])
-                pieces.append(self.model.decode(batch_images, batch_texts)[:, 0].float().cpu())
-        logits = (torch.cat(pieces) / self._temperature).numpy()  # (sum of T, S, S)
-        return np.split(logits, np.cumsum([len(image_prompts) for image_prompts in prompts])[:-1])
+                rows = [distinct[text] for text in texts[batch]]
+                decoded = self.network.decode(
+                    self._take(features, image_indices[batch]), self._take(text_features, rows)
+                )
+                pieces.append(decoded[: len(rows), 0].float())
+        return torch.cat(pieces) / self._temperature
+
+    def _take(self, features: Features, rows: list[int]) -> Features:
+        """Return these rows of every tensor, without a copy if all rows are equal or consecutive.
+
+        A compiled model gets copies, as many as the batch size: it would be compiled again for other strides and sizes.
+        """
+        if self.network.is_compiled:
+            rows = rows + [rows[-1]] * (self.batch_size - len(rows))
+        elif len(set(rows)) == 1:
+            return tuple(part[rows[0]].expand(len(rows), *part.shape[1:]) for part in features)
+        elif rows == [*range(rows[0], rows[0] + len(rows))]:
+            return tuple(part[rows[0] : rows[0] + len(rows)] for part in features)
+        index = torch.tensor(rows, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+        return tuple(part[index] for part in features)
+
+
+def choose_device(device: str | None) -> torch.device:
+    """Return a device by its name; None is the GPU if there is one, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @overload
@@ -214,13 +263,3 @@ def _list_texts(prompts: Any) -> list[str]:
     if not texts:
         raise ValueError("prompts is empty; each image needs one prompt or more")
     return texts
-
-
-def _take(features: tuple[Tensor, ...], rows: list[int]) -> tuple[Tensor, ...]:
-    """Return these rows of every tensor, without a copy if all rows are equal or consecutive."""
-    if len(set(rows)) == 1:
-        return tuple(part[rows[0]].expand(len(rows), *part.shape[1:]) for part in features)
-    if rows == [*range(rows[0], rows[0] + len(rows))]:
-        return tuple(part[rows[0] : rows[0] + len(rows)] for part in features)
-    index = torch.tensor(rows, device=features[0].device)
-    return tuple(part[index] for part in features)

@@ -17,6 +17,7 @@ from vlsm.errors import ImageError
 from vlsm.images.preprocess import Square
 from vlsm.images.reader import Content, Opening, open_images
 from vlsm.images.windows import check_windows, plan_windows
+from vlsm.segmentation.finished import MASK_TYPE, FinishedMask, pack_mask, unpack_mask
 
 _ENTRY = pa.struct(
     [
@@ -27,6 +28,8 @@ _ENTRY = pa.struct(
         pa.field("first_window", pa.int32(), nullable=False),
         pa.field("num_windows", pa.int32(), nullable=False),
         pa.field("first_logit", pa.int32(), nullable=False),
+        pa.field("first_mask", pa.int32(), nullable=False),
+        pa.field("num_masks", pa.int32(), nullable=False),
         pa.field("content_sha256", pa.string()),
         pa.field("grey_rule", pa.string()),
         pa.field("error", pa.string()),
@@ -49,6 +52,7 @@ SHARD_SCHEMA = pa.schema(
         pa.field("pixels", pa.large_binary(), nullable=False),  # the arrays of the squares, joined
         pa.field("members", pa.list_(_MEMBER), nullable=False),
         pa.field("logits", pa.large_binary(), nullable=False),  # the arrays of the members, joined
+        pa.field("masks", pa.list_(MASK_TYPE), nullable=False),
     ]
 )
 
@@ -64,7 +68,8 @@ class Entry:
         first_window, num_windows: its rows in `pixels`. Images of equal bytes have the same rows; 0 windows if the
             image cannot be segmented.
         first_logit: its first row in `logits`. It has num_texts x num_windows rows: all windows of the first text, then
-            all windows of the second text, and so on.
+            all windows of the second text, and so on. An image whose masks the models' device makes has no logits.
+        first_mask, num_masks: its items in `masks`, one per output row; 0 masks if the writing task makes them.
         content_sha256: `Content.digest` of the image, if its file could be read.
         grey_rule: the rule that gave its 8-bit levels, as in `vlsm.images.grey_levels`; None if it cannot be read.
         error: why the image cannot be segmented: "REASON: message".
@@ -77,6 +82,8 @@ class Entry:
     first_window: int = 0
     num_windows: int = 0
     first_logit: int = 0
+    first_mask: int = 0
+    num_masks: int = 0
     content_sha256: str | None = None
     grey_rule: str | None = None
     error: str | None = None
@@ -84,7 +91,7 @@ class Entry:
     @property
     def num_logits(self) -> int:
         """Number of its rows in `logits`."""
-        return self.num_texts * self.num_windows
+        return 0 if self.num_masks else self.num_texts * self.num_windows
 
 
 @dataclass
@@ -111,6 +118,7 @@ class ShardBatch:
         entries: one per image to segment, in any order of positions.
         pixels: the resized windows of all images, (W, S, S, 3) uint8, by square. Members with equal squares share them.
         logits: by the member's number in the run.
+        masks: masks that the models' device has made.
     """
 
     shard: int
@@ -118,6 +126,7 @@ class ShardBatch:
     entries: list[Entry]
     pixels: dict[Square, np.ndarray] = field(default_factory=dict)
     logits: dict[int, Logits] = field(default_factory=dict)
+    masks: list[FinishedMask] = field(default_factory=list)
 
     @property
     def num_logits(self) -> int:
@@ -155,13 +164,14 @@ class ShardBatch:
             "pixels": _as_binary([self.pixels[square] for square in squares]),
             "members": [members],
             "logits": _as_binary([self.logits[member["number"]].values for member in members]),
+            "masks": [[pack_mask(mask) for mask in self.masks]],
         }
         return pa.table(columns, schema=SHARD_SCHEMA)
 
     @classmethod
     def unpack(cls, table: pa.Table) -> Self:
         """Return the batch of a table from `pack`. Its arrays are read-only views of the table."""
-        row = table.select(["shard", "exists", "entries", "squares", "members"]).to_pylist()[0]
+        row = table.select(["shard", "exists", "entries", "squares", "members", "masks"]).to_pylist()[0]
         entries = [Entry(**entry) for entry in row["entries"]]
         squares = [Square(**square) for square in row["squares"]]
         num_windows = max((entry.first_window + entry.num_windows for entry in entries), default=0)
@@ -172,7 +182,8 @@ class ShardBatch:
             member["number"]: Logits(member["name"], values)
             for member, values in zip(row["members"], _split(table["logits"], shapes, np.float16), strict=True)
         }
-        return cls(row["shard"], row["exists"], entries, dict(zip(squares, pixels, strict=True)), logits)
+        masks = [unpack_mask(**mask) for mask in row["masks"]]
+        return cls(row["shard"], row["exists"], entries, dict(zip(squares, pixels, strict=True)), logits, masks)
 
 
 def _as_binary(arrays: Sequence[np.ndarray]) -> pa.Array:
@@ -291,11 +302,11 @@ def read_shard_images(
     starts = np.cumsum([0, *counts]).tolist()
     for index, number in numbers.items():
         batch.entries[index].first_window, batch.entries[index].num_windows = starts[number], counts[number]
-    _count_logits(batch.entries)
+    count_logits(batch.entries)
     return replace(batch, pixels=_join(windows, distinct_squares, starts[-1]))
 
 
-def _count_logits(entries: Sequence[Entry]) -> None:
+def count_logits(entries: Sequence[Entry]) -> None:
     """Set `first_logit` of each entry."""
     start = 0
     for entry in entries:

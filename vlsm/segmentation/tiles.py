@@ -29,12 +29,17 @@ def probability_map(logits: np.ndarray, windows: Sequence[Window], size: tuple[i
     if len(windows) == 1:
         return probabilities(square.enlarge_logits(logits[0], size))
     total, weight = np.zeros(size, np.float32, order="F"), np.zeros(size, np.float32, order="F")
-    share = np.outer(_bell(windows[0].height), _bell(windows[0].width)).astype(np.float32, order="F")
+    share = window_weights(windows[0].height, windows[0].width)
     for window_logits, window in zip(logits, windows, strict=True):
         window.cut(total)[:] += share * probabilities(square.enlarge_logits(window_logits, share.shape))
         window.cut(weight)[:] += share
     total /= weight
     return total
+
+
+def window_weights(height: int, width: int) -> np.ndarray:
+    """Return the weight of each pixel of a window, (height, width) float32, column-major in memory."""
+    return np.outer(_bell(height), _bell(width)).astype(np.float32, order="F")
 
 
 def _bell(length: int) -> np.ndarray:
