@@ -44,7 +44,7 @@ class Square(NamedTuple):
         Returns:
             (S, S, 3) uint8.
         """
-        rows, columns = self._content(image.shape[:2])
+        rows, columns = self.content(image.shape[:2])
         content = resize_bilinear(image, (rows.stop - rows.start, columns.stop - columns.start))
         if content.shape[:2] == (self.size, self.size):
             return content
@@ -54,7 +54,7 @@ class Square(NamedTuple):
 
     def resize_mask(self, mask: np.ndarray) -> np.ndarray:
         """Return a mask (H, W) in the model's square, (S, S), by nearest neighbour; the padding is 0."""
-        rows, columns = self._content(mask.shape)
+        rows, columns = self.content(mask.shape)
         size = columns.stop - columns.start, rows.stop - rows.start  # Pillow's order
         square = np.zeros((self.size, self.size), mask.dtype)
         square[rows, columns] = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
@@ -72,10 +72,10 @@ class Square(NamedTuple):
         Returns:
             (height, width) float32, column-major in memory as COCO run lengths are, so that encoding needs no copy.
         """
-        content = logits[self._content(size)]
+        content = logits[self.content(size)]
         return resize_bilinear(content.T.astype(np.float32), (size[1], size[0])).T
 
-    def _content(self, size: tuple[int, ...]) -> tuple[slice, slice]:
+    def content(self, size: tuple[int, ...]) -> tuple[slice, slice]:
         """Return the rows and columns of the square that an image of this (height, width) fills."""
         if self.resize == "squeeze":
             return slice(0, self.size), slice(0, self.size)
@@ -115,8 +115,8 @@ class ImageSpec:
         """
         import torch  # here: processes that only decode need a quarter of the memory without torch
 
-        mean = torch.tensor(self.mean, device=images.device)
-        std = torch.tensor(self.std, device=images.device)
+        # non_blocking: otherwise each call waits until a GPU has finished all its work
+        mean, std = (torch.tensor(values).to(images.device, non_blocking=True) for values in (self.mean, self.std))
         return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
