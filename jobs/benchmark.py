@@ -5,8 +5,10 @@ vlsm benchmark gpu --json gpu.json
 vlsm benchmark pipeline --json pipeline.json
 vlsm benchmark peers --json peers.json
 vlsm benchmark decode --folder photographs --json decode.json
+vlsm benchmark decoders --checkpoint checkpoint --json decoders.json
 vlsm benchmark output --folder masks --json output.json
 vlsm benchmark train --json train.json
+vlsm benchmark learner --json learner.json
 vlsm benchmark nodes --json nodes.json
 vlsm benchmark start --json start.json
 vlsm benchmark scale --rows 10000 --rows 1000000
@@ -33,8 +35,10 @@ BENCHMARKS = {
     "pipeline": "the steady state of the segment job, against the bare model loop",
     "peers": "the segment job, against the usual ways to run CLIPSeg without it",
     "decode": "decoding files and resizing them to the model input, in several libraries",
+    "decoders": "JPEGs decoded on a GPU, against the CPU: pixels, masks, speed; needs no Ray",
     "output": "masks in Parquet, against PNG files",
     "train": "the loop of the train job, against a bare loop",
+    "learner": "the training step on one GPU in every way, against a bare loop; needs no Ray",
     "nodes": "both jobs on two nodes, against one node",
     "start": "seconds from a command to its first image",
     "scale": "the segment job over archives of growing size",
