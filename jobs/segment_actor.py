@@ -51,5 +51,5 @@ class SegmentActor:
 
             batch = self._predictor.predict(batch, texts, watch, report)
         if self._is_last:
-            batch.pixels = {}
+            batch.pixels, batch.encoded = {}, []
         return batch.pack()

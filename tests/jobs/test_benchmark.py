@@ -8,10 +8,11 @@ from argparse import Namespace
 import psutil
 import pytest
 
+import vlsm
 from jobs.benchmark import main
-from jobs.benchmarks import decode, output, peers, pipeline, start, train
+from jobs.benchmarks import decode, decoders, learner, output, peers, pipeline, start, train
 from jobs.benchmarks.busy import Levels
-from tests.tiny import TINY_CLIPSEG
+from tests.tiny import TINY_CLIPSEG, save_tiny_clipseg, tiny_options
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,57 @@ def test_the_train_jobs_loop_is_compared_with_a_bare_one(ray_cluster, tmp_path):
         assert row["niceness"] == os.nice(0)
     page = "\n".join(train.tell(figures))
     assert "with image_size=32" in page and f"| one worker, 1 busy loops, niceness {os.nice(0)} |" in page
+
+
+def _tiny_clipseg(monkeypatch, module, folder):
+    source = save_tiny_clipseg(folder / "clipseg").parent
+
+    def build(name, parts, device, options=None):
+        return vlsm.build_model(name, **tiny_options(source)[name]).eval()
+
+    monkeypatch.setattr(module, "build_architecture", build)
+
+
+def test_every_way_to_train_is_compared_with_a_bare_loop(tmp_path, capsys, monkeypatch):
+    _tiny_clipseg(monkeypatch, learner, tmp_path)
+    ways = [name for name, way in learner.WAYS.items() if not way.compile]  # a compiler takes half a minute
+    path = tmp_path / "learner.json"
+    words = [*(word for name in ways for word in ("--way", name)), "--batch-size", "2", "--steps", "1"]
+    assert main(["learner", *words, "--repeats", "1", "--device", "cpu", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert [row["way"] for row in figures["runs"]] == ways and figures["failed"] == {}
+    assert all(row["efficiency"] > 0 and row["last_loss"] > 0 and not row["warnings"] for row in figures["runs"])
+    assert figures["out_of_memory"].startswith("the machine has too little memory (")
+    assert "lower run.micro_batch_size (now 2;" in capsys.readouterr().out
+    assert "| FSDP |" in "\n".join(learner.tell(figures))
+
+
+def test_a_way_that_fails_is_told_and_the_others_run(tmp_path, monkeypatch):
+    _tiny_clipseg(monkeypatch, learner, tmp_path)
+    monkeypatch.setitem(learner.WAYS, "fp32", learner.Way(trainable="none"))
+    path = tmp_path / "learner.json"
+    words = ["--way", "fp32", "--way", "bf16", "--batch-size", "2", "--steps", "1", "--repeats", "1", "--device", "cpu"]
+    assert main(["learner", *words, "--json", str(path)]) == 1
+    figures = json.loads(path.read_text())
+    assert list(figures["failed"]) == ["fp32"] and [row["way"] for row in figures["runs"]] == ["bf16"]
+
+
+def test_decoders_are_compared_by_pixels_and_masks(tmp_path, monkeypatch):
+    pytest.importorskip("torchcodec")
+    _tiny_clipseg(monkeypatch, decoders, tmp_path)
+    path = tmp_path / "decoders.json"
+    assert main(["decoders", "--images", "3", "--repeats", "1", "--device", "cpu", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    (row,) = figures["runs"]
+    assert (figures["images"], row["encoded"], figures["failed"]) == (3, 3, [0, 0])
+    assert row["largest_difference"] <= 2 and row["smallest_dice"] > 0.9
+
+
+@pytest.mark.parametrize("name", ["learner", "decoders", "gpu"])
+def test_a_benchmark_of_gpus_says_that_there_is_none(name, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([name]) == 2
+    assert "--device cpu tries the benchmark without one" in capsys.readouterr().err
 
 
 def _write_turns(path, count, is_whole=True):

@@ -11,6 +11,7 @@ from vlsm.checkpoints import build_checkpoint
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.images.preprocess import Square
 from vlsm.models.sharing import share_towers
+from vlsm.segmentation.gpu_decode import decode_images
 from vlsm.segmentation.masks import mirrored_mean
 from vlsm.segmentation.segmenter import Segmenter
 from vlsm.segmentation.shard import Entry, Guard, Logits, ShardBatch
@@ -48,6 +49,10 @@ class Predictor:
         """The input square of each member, by its number in the run."""
         return {number: segmenter.model.image_spec.square for number, (_, segmenter) in self._members.items()}
 
+    @property
+    def _device(self) -> str:
+        return str(next(segmenter.device for _, segmenter in self._members.values()))
+
     def warm_up(self) -> None:
         """Predict black images on a GPU, so that it chooses its kernels before the first shard."""
         settings = self._settings
@@ -76,6 +81,7 @@ class Predictor:
             number: np.zeros((batch.num_logits, square.size, square.size), np.float16)
             for number, square in self.squares.items()
         }
+        pixels = decode_images(batch, self.squares.values(), self._settings, guard, self._device)
         work = _distinct_windows(batch, texts)
         done: set[int] = set()  # images, by their first windows
         step = 1 if guard.is_careful else self._settings.run.batch_size
@@ -86,7 +92,7 @@ class Predictor:
             # every member sees a batch before the next one: members may share its features
             for number, square in self.squares.items():
                 with guard.image(chosen[0].entries[0].position):
-                    predicted = self._predict(number, batch.pixels[square][rows], [item.texts for item in chosen])
+                    predicted = self._predict(number, pixels[square][rows], [item.texts for item in chosen])
                 for item, window_logits in zip(chosen, predicted, strict=True):
                     item.store(values[number], window_logits)
             done.update(item.row - item.window for item in chosen)
