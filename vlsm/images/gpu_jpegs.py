@@ -19,11 +19,13 @@ class Jpeg(NamedTuple):
     Attributes:
         size: (height, width) of the upright image in pixels.
         orientation: its EXIF orientation, 1 to 8, to apply after the decoding.
+        name: its name in error messages.
         data: the file without metadata, so that a decoder neither turns the image nor reads a thumbnail.
     """
 
     size: tuple[int, int]
     orientation: int
+    name: str
     data: bytes
 
 
@@ -58,4 +60,5 @@ def find_jpeg(data: bytes, name: str, max_pixels: int) -> Jpeg | None:
     if height * width > _MOST_PIXELS or max(height, width) > _LONGEST_SIDE:
         return None
     orientation = orientation if orientation in range(1, 9) else 1
-    return Jpeg((width, height) if orientation > 4 else (height, width), orientation, without_metadata(data))  # noqa: PLR2004 - 5 to 8 swap the sides
+    size = (width, height) if orientation in range(5, 9) else (height, width)
+    return Jpeg(size, orientation, name, without_metadata(data))

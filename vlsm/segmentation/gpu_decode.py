@@ -1,5 +1,6 @@
 """Decodes and resizes the JPEGs of a shard on the device of the models: with nvJPEG on a GPU, with libjpeg on a CPU."""
 
+import importlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ def decode_images(
     """
     if not batch.encoded:
         return batch.pixels
+    importlib.import_module("torchcodec.decoders")  # here: its absence is no damage of an image
     squares = sorted(set(squares))
     entries: dict[int, list[Entry]] = {}
     for entry in batch.entries:
@@ -106,9 +108,10 @@ def _decode(
         if len(chunk) > 1:
             return [_decode([image], sizes, device)[0] for image in chunk]
     try:
-        pixels = upright(decode_image(chunk[0].data, "the image", 1 << 62), chunk[0].orientation)
-        if pixels.shape[:2] != sizes[chunk[0].row]:
-            raise ImageError("corrupt", "the size of the image is not that in its header")
+        (image,) = chunk
+        pixels = upright(decode_image(image.data, image.name, 1 << 62), image.orientation)
+        if pixels.shape[:2] != sizes[image.row]:
+            raise ImageError("corrupt", f"{image.name}: its size is not that in its header")
         return [pixels]
     except ImageError as error:
         return [error]
@@ -117,13 +120,10 @@ def _decode(
 def _decode_on_device(images: Sequence[Encoded], sizes: dict[int, tuple[int, int]], device: str) -> "list[Tensor]":
     from torchcodec.decoders import decode_jpeg
 
-    tensors = [
-        _turn(decoded.permute(1, 2, 0), image.orientation)
-        for image, decoded in zip(images, decode_jpeg([image.data for image in images], device=device), strict=True)
-    ]
-    for image, tensor in zip(images, tensors, strict=True):
-        if tuple(tensor.shape) != (*sizes[image.row], 3):
-            raise ImageError("corrupt", "the decoded size is not that in the header")
+    decoded = decode_jpeg([image.data for image in images], device=device)
+    tensors = [_turn(pixels.permute(1, 2, 0), image.orientation) for image, pixels in zip(images, decoded, strict=True)]
+    if any(tuple(tensor.shape) != (*sizes[image.row], 3) for image, tensor in zip(images, tensors, strict=True)):
+        raise ValueError("the size of an image is not that in its header")
     return tensors
 
 

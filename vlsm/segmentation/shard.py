@@ -47,6 +47,7 @@ _ENCODED = pa.struct(
         pa.field("row", pa.int32(), nullable=False),
         pa.field("num_windows", pa.int32(), nullable=False),
         pa.field("orientation", pa.int32(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
         pa.field("data", pa.large_binary(), nullable=False),
     ]
 )
@@ -104,12 +105,13 @@ class Encoded:
 
     Attributes:
         row, num_windows: its rows among the windows of the shard.
-        orientation, data: of `vlsm.images.gpu_jpegs.Jpeg`.
+        orientation, name, data: of `vlsm.images.gpu_jpegs.Jpeg`.
     """
 
     row: int
     num_windows: int
     orientation: int
+    name: str
     data: bytes
 
 
@@ -342,7 +344,7 @@ def _resize(cuts: Sequence[np.ndarray], squares: Iterable[Square]) -> dict[Squar
 def _encoded(images: Sequence[dict[Square, np.ndarray] | Jpeg], starts: Sequence[int]) -> list[Encoded]:
     """Return the images that are not decoded, with their rows among all windows."""
     return [
-        Encoded(start, stop - start, image.orientation, image.data)
+        Encoded(start, stop - start, image.orientation, image.name, image.data)
         for image, start, stop in zip(images, starts, starts[1:], strict=False)
         if isinstance(image, Jpeg)
     ]
