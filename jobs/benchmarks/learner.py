@@ -172,7 +172,7 @@ def _measure(name: str, way: Way, model: SegmentationModel, args: Namespace, fea
     cache = FeatureCache(features, 1 << 40) if way.has_cache else None
     learner = Learner(model, _settings(way, args), 1 << 30, device, cache)
     steps = _Steps(learner, args.batch_size)
-    with _warnings() as warnings:
+    with _Warnings(logging.WARNING) as warnings:
         start_s = time.perf_counter()
         first = steps.learn(1)
         first_step_s = time.perf_counter() - start_s
@@ -288,14 +288,16 @@ def _run_out_of_memory(model: SegmentationModel, args: Namespace) -> str:
     return "the device gave a pebibyte"
 
 
-@contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Return a context that keeps the warnings of the library."""
-    lines: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("vlsm").addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logging.getLogger("vlsm").removeHandler(handler)
+class _Warnings(logging.Handler):
+    """A context that keeps the warnings of the library."""
+
+    def __enter__(self) -> list[str]:
+        self.lines: list[str] = []
+        logging.getLogger("vlsm").addHandler(self)
+        return self.lines
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger("vlsm").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

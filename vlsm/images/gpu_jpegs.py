@@ -1,6 +1,8 @@
 """JPEG files that a GPU may decode. `vlsm.images.decode` decodes all other files, and those that the GPU refuses."""
 
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from PIL import Image
@@ -27,6 +29,36 @@ class Jpeg(NamedTuple):
     orientation: int
     name: str
     data: bytes
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A JPEG among the images of a shard; `vlsm.segmentation.gpu_decode` decodes it.
+
+    Attributes:
+        row, num_windows: its rows among the windows of the shard.
+        orientation, name, data: as in `Jpeg`.
+    """
+
+    row: int
+    num_windows: int
+    orientation: int
+    name: str
+    data: bytes
+
+
+def place_jpegs(images: Sequence[object], starts: Sequence[int]) -> list[Encoded]:
+    """Return the images that are a Jpeg, with their rows.
+
+    Args:
+        images: N images, decoded or not.
+        starts: the first row of each image, and the number of all rows.
+    """
+    return [
+        Encoded(start, stop - start, image.orientation, image.name, image.data)
+        for image, start, stop in zip(images, starts, starts[1:], strict=False)
+        if isinstance(image, Jpeg)
+    ]
 
 
 def find_jpeg(data: bytes, name: str, max_pixels: int) -> Jpeg | None:

@@ -10,10 +10,11 @@ import numpy as np
 from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError, ImageError
 from vlsm.images.decode import decode_image
+from vlsm.images.gpu_jpegs import Encoded
 from vlsm.images.preprocess import Square
 from vlsm.images.stored import upright
 from vlsm.images.windows import plan_windows
-from vlsm.segmentation.shard import Encoded, Entry, Guard, ShardBatch
+from vlsm.segmentation.shard import Entry, Guard, ShardBatch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,11 +14,11 @@ import pyarrow as pa
 
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
-from vlsm.images.gpu_jpegs import Jpeg
+from vlsm.images.gpu_jpegs import Encoded, Jpeg, place_jpegs
 from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
 from vlsm.images.reader import Content, Opening, open_images
-from vlsm.images.windows import check_windows, plan_windows
+from vlsm.images.windows import Window, check_windows, plan_windows
 
 _ENTRY = pa.struct(
     [
@@ -97,22 +97,6 @@ class Entry:
     def num_logits(self) -> int:
         """Number of its rows in `logits`."""
         return self.num_texts * self.num_windows
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """An image that the model actor decodes and resizes, see `vlsm.segmentation.gpu_decode`.
-
-    Attributes:
-        row, num_windows: its rows among the windows of the shard.
-        orientation, name, data: of `vlsm.images.gpu_jpegs.Jpeg`.
-    """
-
-    row: int
-    num_windows: int
-    orientation: int
-    name: str
-    data: bytes
 
 
 @dataclass
@@ -313,12 +297,10 @@ def read_shard_images(
             numbers[index] = numbers[first]
             return
         with guard.time_limit():
-            jpeg = content.jpeg(frame) if settings.decode == "gpu" else None
-            image, rule = (None, STORED) if jpeg else content.decode(frame)
-            size = jpeg.size if jpeg else (image.shape[0], image.shape[1])
+            image, size, rule = _decode(content, frame, settings)
             check_windows(size, settings.tile, content.name)
             planned = plan_windows(size, settings.tile)
-            resized = jpeg or _resize([window.cut(image) for window in planned], distinct_squares)
+            resized = _resize(image, planned, distinct_squares)
         (entry.height, entry.width), entry.grey_rule = size, rule
         firsts[key], numbers[index] = index, len(windows)
         windows.append(resized)
@@ -330,24 +312,31 @@ def read_shard_images(
     for index, number in numbers.items():
         batch.entries[index].first_window, batch.entries[index].num_windows = starts[number], counts[number]
     _count_logits(batch.entries)
-    encoded = _encoded(windows, starts)
+    encoded = place_jpegs(windows, starts)
     decoded = [image for image in windows if isinstance(image, dict)]
     num_decoded = starts[-1] - sum(image.num_windows for image in encoded)
     return replace(batch, pixels=_join(decoded, distinct_squares, num_decoded), encoded=encoded)
 
 
-def _resize(cuts: Sequence[np.ndarray], squares: Iterable[Square]) -> dict[Square, np.ndarray]:
-    """Return windows of an image in each square."""
+def _decode(
+    content: Content, frame: str | None, settings: SegmentSettings
+) -> tuple[np.ndarray | Jpeg, tuple[int, int], str]:
+    """Return an image, or the file that the model actor decodes, with its (height, width) and its grey rule."""
+    jpeg = content.jpeg(frame) if settings.decode == "gpu" else None
+    if jpeg is not None:
+        return jpeg, jpeg.size, STORED
+    image, rule = content.decode(frame)
+    return image, (image.shape[0], image.shape[1]), rule
+
+
+def _resize(
+    image: np.ndarray | Jpeg, windows: Sequence[Window], squares: Iterable[Square]
+) -> dict[Square, np.ndarray] | Jpeg:
+    """Return the windows of an image in each square; a file stays as it is."""
+    if isinstance(image, Jpeg):
+        return image
+    cuts = [window.cut(image) for window in windows]
     return {square: np.stack([square.resize_image(cut) for cut in cuts]) for square in squares}
-
-
-def _encoded(images: Sequence[dict[Square, np.ndarray] | Jpeg], starts: Sequence[int]) -> list[Encoded]:
-    """Return the images that are not decoded, with their rows among all windows."""
-    return [
-        Encoded(start, stop - start, image.orientation, image.name, image.data)
-        for image, start, stop in zip(images, starts, starts[1:], strict=False)
-        if isinstance(image, Jpeg)
-    ]
 
 
 def _count_logits(entries: Sequence[Entry]) -> None:

@@ -17,8 +17,10 @@ def compile_or_warn(model: nn.Module) -> None:
     that works without it.
     """
     compiler = _Compiler(type(model).__name__)
+    from torch._dynamo import config  # here and below: they import the compiler
+
     # the frontend's own errors also end in eager execution; the model's errors are raised as they are
-    torch._dynamo.config.suppress_errors = True
+    config.suppress_errors = True
     model.compile(backend=compiler)
 
 
@@ -31,11 +33,12 @@ class _Compiler:
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
         if self._has_failed:
             return graph.forward
-        from torch._dynamo.backends.registry import lookup_backend  # here: it imports the compiler
+        from torch._dynamo.backends.registry import lookup_backend
+        from torch._functorch import config
 
         try:
             # the gradient's graph too: later, its errors would come out of the backward pass
-            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            with config.patch(force_non_lazy_backward_lowering=True):
                 return lookup_backend("inductor")(graph, inputs, **options)
         except torch.OutOfMemoryError:
             raise
