@@ -39,7 +39,7 @@ from vlsm.training.staging import stage
 
 @dataclass(frozen=True)
 class Way:
-    """Settings of one way to train, and whether it needs frozen towers."""
+    """One way to train."""
 
     precision: str = "bf16"
     trainable: str = "decoder"

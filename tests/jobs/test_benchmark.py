@@ -135,7 +135,7 @@ def test_decoders_are_compared_by_pixels_and_masks(tmp_path, monkeypatch):
     figures = json.loads(path.read_text())
     (row,) = figures["runs"]
     assert (figures["images"], row["encoded"], figures["failed"]) == (3, 3, [0, 0])
-    assert row["largest_difference"] <= 2 and row["smallest_dice"] > 0.9
+    assert row["largest_difference"] <= 2 and row["smallest_dice"] > 0.8
 
 
 @pytest.mark.parametrize("name", ["learner", "decoders", "gpu"])
