@@ -31,8 +31,8 @@ def check_gpu_decoding(has_gpu: bool) -> None:
     """
     if not has_gpu:
         raise ConfigError(
-            "decode is gpu, but the model actors have no GPU; set decode=cpu, or run.gpus_per_actor=1 on a cluster with "
-            "GPUs"
+            "decode is gpu, but the model actors have no GPU; set decode=cpu, or run.gpus_per_actor=1 on a cluster "
+            "with GPUs"
         )
     if importlib.util.find_spec("torchcodec") is None:
         raise ConfigError("decode is gpu, which needs the package torchcodec; install vlsm[gpu], or set decode=cpu")
