@@ -6,8 +6,10 @@ vlsm benchmark pipeline --json pipeline.json
 vlsm benchmark cost --json cost.json
 vlsm benchmark peers --json peers.json
 vlsm benchmark decode --folder photographs --json decode.json
+vlsm benchmark decoders --checkpoint checkpoint --json decoders.json
 vlsm benchmark output --folder masks --json output.json
 vlsm benchmark train --json train.json
+vlsm benchmark learner --json learner.json
 vlsm benchmark nodes --json nodes.json
 vlsm benchmark s3 --json s3.json
 vlsm benchmark start --json start.json
@@ -37,8 +39,10 @@ BENCHMARKS = {
     "cost": "CPU time of an image from S3 to Parquet, outside of the model, by process",
     "peers": "the segment job, against the usual ways to run CLIPSeg without it",
     "decode": "decoding files and resizing them to the model input, in several libraries",
+    "decoders": "JPEGs decoded on a GPU, against the CPU: pixels, masks, speed; needs no Ray",
     "output": "masks in Parquet, against PNG files",
     "train": "the loop of the train job, against a bare loop",
+    "learner": "the training step on one GPU in every way, against a bare loop; needs no Ray",
     "nodes": "both jobs on two nodes, against one node",
     "s3": "CPU time of a client for reading an image from S3, over HTTP and over TLS",
     "start": "seconds from a command to its first image",

@@ -18,6 +18,7 @@ from typing import Any
 
 from jobs.command import RaySession, job_parser, locate, logger, run_command
 from jobs.segment_pipeline import Wave, stream_shards
+from jobs.segment_pools import check_decoding
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.report.endings import segment_ending
@@ -103,7 +104,7 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
         VlsmError: the settings are wrong, or the run could not be finished. A rerun continues it.
     """
     with RaySession() as session:
-        run = prepare_run(settings, session.start)
+        run = prepare_run(settings, lambda: _begin(session, settings))
         if summary := _final_summary(run):
             logger.info("%s is finished: there is nothing to do", run.settings.output)
             return summary
@@ -119,6 +120,12 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
             run, num_before = _stream_while_planning(session, run)
         state = _stream_missing(session, run)
     return finish_run(run, state, num_before, time.monotonic() - started_s)
+
+
+def _begin(session: RaySession, settings: SegmentSettings) -> None:
+    """Start Ray, if the settings fit this machine; nothing is written yet."""
+    check_decoding(settings)
+    session.start()
 
 
 def _final_summary(run: Run) -> dict[str, Any] | None:

@@ -71,6 +71,6 @@ class SegmentActor:
 
             batch = self._predictor.predict(batch, texts, watch, report)
         if self._is_last:
-            batch.pixels = {}
+            batch.pixels, batch.encoded = {}, []
             return batch.pack()
         return batch.pack().append_column("prompts", table["prompts"])

@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jobs.command import logger
+from jobs.command import cluster_address, logger
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 from vlsm.errors import ConfigError
 from vlsm.report.endings import count
 from vlsm.segmentation.finished import cpu_reason
+from vlsm.segmentation.gpu_decode import check_gpu_decoding
 
 _TASK_BYTES = 400_000_000  # of the process of a task, and of the pixels of its shard
 _FETCH_BYTES_PX = 24.5  # of one pixel while it is decoded: a float TIFF, the largest
@@ -73,6 +74,8 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
 
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     pools = plan_pools(settings, nodes)
+    if settings.decode == "gpu":
+        check_gpu_decoding(all(pool.num_gpus for pool in pools))
     for pool in pools:
         logger.info(
             "%s; up to %s of %s with %g CPUs and %g GPUs each",
@@ -97,6 +100,14 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
         share = (2 + len(pools)) * pools[0].task_cpus / cpus
         ray.data.DataContext.get_current().op_resource_reservation_ratio = min(0.5, share)
     return pools
+
+
+def check_decoding(settings: SegmentSettings) -> None:
+    """Raise a ConfigError if `decode: gpu` cannot work on this machine. Of a cluster, `prepare_pools` finds out."""
+    if settings.decode == "gpu" and not cluster_address():
+        import torch
+
+        check_gpu_decoding(torch.cuda.is_available() and settings.run.gpus_per_actor != 0)
 
 
 def plan_pools(settings: SegmentSettings, nodes: list[dict[str, Any]]) -> list[Pool]:

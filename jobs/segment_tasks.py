@@ -87,9 +87,9 @@ def fetch_shard(batch: Mapping[str, np.ndarray], task: Task) -> pa.Table:
             Entry(position, num_texts=sum(map(len, task.settings.texts_of(row["prompts"]))))
             for position, row in zip(positions, rows, strict=True)
         ]
-        batch = read_shard_images(ShardBatch(shard, exists, entries), rows, task.squares, task.settings, watch)
+        packed = read_shard_images(ShardBatch(shard, exists, entries), rows, task.squares, task.settings, watch).pack()
         prompts = pa.array([[row["prompts"] for row in rows]], _PROMPTS)
-        return batch.pack().append_column("prompts", prompts)
+        return packed.append_column("prompts", prompts)
 
 
 def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.segment_pools import warn_if_none_fits
@@ -29,9 +29,6 @@ from vlsm.runs.record import read_record, read_summary
 from vlsm.shown import say
 from vlsm.temporary import PrivateFolder, remove_abandoned
 from vlsm.training.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from jobs.train_group import Ended
 
 _EXAMPLES = (
     "trained --dataset kvasir=data/kvasir --set model=vlsm_a",
@@ -173,7 +170,7 @@ def train_with_ray(
 
     from jobs.crash_watch import start_board
     from jobs.train_feed import keep_decoded
-    from jobs.train_group import TRAIN_WORKER, TrainingBoard, Work, fit_in_background, group_size
+    from jobs.train_group import TRAIN_WORKER, TrainingBoard, Work, group_size, start_fit
     from vlsm.training.run import input_square
 
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
@@ -194,23 +191,22 @@ def train_with_ray(
         settings, _run_id(settings.output), decoded, board, size.num_threads, _features_kind(settings.output), token
     )
     with PrivateFolder("train") as folder:
-        ended = fit_in_background(work, size, folder, worker or TRAIN_WORKER)
-        _follow(ended, board, lease)
+        error = _follow(start_fit(work, size, folder, worker or TRAIN_WORKER), board, lease)
     if message := ray.get(board.failure.remote()):
         raise VlsmError(message)
-    if ended.error is not None:
+    if error is not None:
         raise VlsmError(
-            f"training failed after run.max_failures={settings.run.max_failures} repetitions: {ended.error}; "
+            f"training failed after run.max_failures={settings.run.max_failures} repetitions: {error}; "
             "the same command goes on from here"
-        ) from ended.error
+        )
 
 
-def _follow(ended: "Ended", board: Any, lease: Lease | None) -> None:
-    """Log the lines of the workers, and note their progress, until the training has ended."""
+def _follow(fit: Any, board: Any, lease: Lease | None) -> str | None:
+    """Log the lines of the workers, and note their progress, until the training has ended. Returns its error."""
     import ray
 
     logger.info("starting the workers")
-    while not ended.wait(1.0):
+    while not ray.wait([fit], timeout=1.0)[0]:
         lines, progress = ray.get(board.take.remote())
         for line in lines:
             logger.info("%s", line)
@@ -219,6 +215,10 @@ def _follow(ended: "Ended", board: Any, lease: Lease | None) -> None:
             lease.note(progress)
     for line in ray.get(board.take.remote())[0]:
         logger.info("%s", line)
+    try:
+        return cast("str | None", ray.get(fit))
+    except ray.exceptions.RayError as error:  # its process has died
+        return str(error).strip().splitlines()[0]
 
 
 def _features_kind(output: str) -> str:

@@ -7,9 +7,7 @@ Train can split one dataset, but it gives the next block to the first worker tha
 import itertools
 import json
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -188,20 +186,10 @@ class Feed:
 
 
 def _take(decoded: Decoded, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
-    """Stream micro-batches of decoded examples that need no augmentation; fetch one batch ahead."""
-
-    def fetch(batch: MicroBatch) -> Loaded:
+    """Stream micro-batches of decoded examples that need no augmentation."""
+    for batch in batches:
         images, masks = zip(*decoded.fetch(batch.examples), strict=True)
-        return batch, np.stack(images), np.stack(masks)
-
-    with ThreadPoolExecutor(1) as executor:
-        ahead: deque[Future[Loaded]] = deque()
-        for batch in batches:
-            ahead.append(executor.submit(fetch, batch))
-            if len(ahead) > 1:
-                yield ahead.popleft().result()
-        for loaded in ahead:
-            yield loaded.result()
+        yield batch, np.stack(images), np.stack(masks)
 
 
 class _Loader:

@@ -2,9 +2,10 @@
 
 import contextlib
 import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from vlsm.training.checks import check_batch_norms
 from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import Row, describe_epoch, summarize
 from vlsm.training.learner import Learner, NotFiniteError, Score
-from vlsm.training.parallel import describe_batch_norms, gather
+from vlsm.training.memory import explain_out_of_memory
+from vlsm.training.parallel import describe_batch_norms, gather, is_sharded
 from vlsm.training.run import build_learning_model, default_prompt, read_examples
 from vlsm.training.sampling import ExampleOrder, MicroBatch
 from vlsm.training.settings import TrainSettings
+from vlsm.training.staging import stage
 from vlsm.training.state import (
     ADVICE,
     CHECKPOINT_NAME,
@@ -82,19 +85,25 @@ def _explain(error: BaseException, settings: TrainSettings) -> str | None:
     """Return the message of an error that ends the run, or None if another try may succeed, as after a death."""
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, torch.cuda.OutOfMemoryError):
-            run = settings.run
-            return (
-                f"the GPU has too little memory: {chain}; lower run.micro_batch_size (now {run.micro_batch_size}; "
-                f"the result stays the same without batch norms) or options.image_size, set optim.precision=bf16 (now "
-                f"{settings.optim.precision}), or with trainable=all run.fsdp=true (now {run.fsdp})"
-            )
+        if message := explain_out_of_memory(chain, settings):
+            return message
         if isinstance(chain, VlsmError):
             return str(chain)
         chain = getattr(chain, "cause", None) or chain.__cause__ or chain.__context__
     # Ray and torch's collectives raise these errors when other processes die; all other errors would come again
     is_temporary = isinstance(error, ray.exceptions.RayError | RuntimeError | ConnectionError | TimeoutError)
     return None if is_temporary else f"{type(error).__name__}: {error}"
+
+
+class _Warnings(logging.Handler):
+    """Passes the warnings of the library to the job's log."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
 
 
 class Worker:
@@ -109,6 +118,8 @@ class Worker:
         self.records = read_examples(self.output)
         self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers)
         self.device = ray.train.torch.get_device()
+        if self.rank == 0:  # in this process the log of warnings leads only to a file of Ray
+            logging.getLogger("vlsm").addHandler(_Warnings(self.say))
         model = build_learning_model(self.settings)
         check_batch_norms(model, self.order)  # here again: only now is the number of workers certain
         if warning := describe_batch_norms(model, self.settings, self.num_workers):
@@ -145,15 +156,14 @@ class Worker:
 
     def run(self) -> None:
         """Train from the current state of the run to its end, test the best checkpoint, and write the summary."""
-        stream = self.feed.stream(self._rest())
+        stream = stage(self.feed.stream(self._rest()), self.device)
         try:
             while not self._is_over():
                 batch, images, masks = next(stream)
-                pixels, targets = torch.from_numpy(images), torch.from_numpy(masks)
                 if batch.split == "train":
-                    self._learn(batch, pixels, targets)
+                    self._learn(batch, images, masks)
                 else:
-                    self._validate(batch, pixels, targets)
+                    self._validate(batch, images, masks)
         finally:
             self.saver.shutdown()  # also after an error: first the last good state is written
         stream.close()  # type: ignore[attr-defined]
@@ -246,7 +256,7 @@ class Worker:
         state, best = self.state, None
         packed = pack_state(State(state.epoch, state.step, state.steps, scores, state.history, weights, optimizer))
         if is_best:
-            whole = weights if self.settings.run.fsdp and self.num_workers > 1 else None
+            whole = weights if is_sharded(self.learner.model) else None
             best = copy_best(self.learner.model, default_prompt(self.records, self.settings), whole)
         self.saving = self.saver.submit(put_progress, self.output, packed, best, self.check_lease)
 
@@ -296,8 +306,8 @@ class Worker:
         model = vlsm.load_checkpoint(storage.join(self.output, CHECKPOINT_NAME)).model
         tester = Learner(model, self.settings, self.order.num_steps, self.device)
         scores: list[Score] = []
-        for batch, images, masks in self.feed.stream(self.order.evaluate("test", best)):
-            scores += tester.evaluate(batch, torch.from_numpy(images), torch.from_numpy(masks))
+        for batch, images, masks in stage(self.feed.stream(self.order.evaluate("test", best)), self.device):
+            scores += tester.evaluate(batch, images, masks)
         common = {"epoch": best, "step": self.state.steps, "lr": self.learner.lr, **self.clock.end_epoch()}
         return self._rows("test", self._all_once(scores, "test"), common)
 

@@ -230,6 +230,11 @@ class SegmentSettings(Settings):
     )
     max_pixels: int = Field(100_000_000, ge=1, description="refuse images with more pixels, before decoding")
     max_image_bytes: int = Field(1 << 30, ge=1, description="refuse files with more bytes, before reading")
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu",
+        description="where JPEGs are decoded and resized; gpu: with vlsm[gpu], beside the model; pixels, and so masks, "
+        "differ slightly",
+    )
     shard_rows: int = Field(256, ge=1, description="most masks (and windows) in a part file, the unit of work")
     start_over: bool = Field(False, description="discard the earlier run in OUTPUT")
     retry_failed: bool = Field(False, description="segment the failed images of the run in OUTPUT again")

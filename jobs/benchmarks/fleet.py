@@ -170,7 +170,7 @@ def _simulate(num_actors: int, args: Namespace) -> Fleet:
     board = start_board(CrashBoard, {"start": time.time()})
     squares = (Square(_SIDE_PX),)
     task = _Simulated(settings, "run", "plan", squares, False, board, args.shard_rows, args.rate, args.pixels)
-    stages = {"fetch_shard": _fetch_shard, "SegmentActor": _SegmentActor, "write_masks": _write_masks}
+    stages: dict[str, Any] = {"fetch_shard": _fetch_shard, "SegmentActor": _SegmentActor, "write_masks": _write_masks}
     total = args.shards * args.shard_rows
     first, before = int(args.shards * _WARM_SHARDS), dict[str, float]()
     start_s = 0.0

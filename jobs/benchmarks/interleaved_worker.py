@@ -1,8 +1,9 @@
 """A training worker that runs one epoch of a bare loop after each epoch of its own."""
 
 import json
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from jobs.train_worker import Worker, features_folder
 from vlsm.models.prompts import PromptCache
 from vlsm.training.losses import segmentation_losses
 
-TURNS_NAME = "turns.json"  # file in OUTPUT: the seconds of both loops, per epoch
+TURNS_NAME = "turns.json"  # file in OUTPUT: the seconds of both loops, and the worker's niceness, per epoch
+LAST_TIME = "bare_s"  # the last of the seconds of an epoch
 
 
 def train_in_turns(work: Work) -> None:
@@ -45,23 +47,30 @@ class _InterleavedWorker(Worker):
         self._prompt_cache = PromptCache(self.learner.model)
         self._train = self._keep(self.feed.stream(self.order.train(0)))
         self._val = self._keep(self.feed.stream(self.order.evaluate("val", 0)))
-        self._epochs_s: list[dict[str, float]] = []
+        self._turns: list[dict[str, float]] = []
         self._started_s = time.perf_counter()
 
     def end_epoch(self, epoch: int) -> None:
         """End the epoch of the worker, wait until it is saved, then run a bare epoch."""
-        times_s = [self._started_s, time.perf_counter()]
+        start_s = time.perf_counter()
+        self._turns.append({"niceness": os.nice(0), "steps_s": start_s - self._started_s})
+        self._write_turns()
         end_epoch = super().end_epoch
-        for step in (lambda: end_epoch(epoch), self.wait_until_saved, self._train_bare_epoch):
-            step()  # type: ignore[no-untyped-call]  # the lambda has no types
-            times_s.append(time.perf_counter())
-        names = ("steps_s", "end_s", "beside_s", "bare_s")
-        self._epochs_s.append(
-            {name: after - before for name, before, after in zip(names, times_s, times_s[1:], strict=False)}
-        )
-        if self.rank == 0:
-            Path(self.output, TURNS_NAME).write_text(json.dumps(self._epochs_s), encoding="utf-8")
+        steps: dict[str, Callable[[], object]] = {
+            "end_s": lambda: end_epoch(epoch), "beside_s": self.wait_until_saved, LAST_TIME: self._train_bare_epoch
+        }  # fmt: skip
+        for name, step in steps.items():
+            step()
+            self._turns[-1][name] = time.perf_counter() - start_s
+            start_s += self._turns[-1][name]
+        self._write_turns()
         self._started_s = time.perf_counter()
+
+    def _write_turns(self) -> None:
+        if self.rank == 0:
+            path = Path(self.output, TURNS_NAME)
+            path.with_suffix(".new").write_text(json.dumps(self._turns), encoding="utf-8")
+            path.with_suffix(".new").replace(path)  # in one step: the driver reads it at any time
 
     def _keep(self, stream: Iterable[Loaded]) -> list[_Batch]:
         return [self._prepare(*loaded) for loaded in stream]

@@ -28,9 +28,13 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(archive, tiny_checkp
         ({"checkpoint": "void"}, "there is no checkpoint at"),
         ({"set": "treshold=0.4"}, "did you mean 'threshold'?"),
         ({"config": "absent.yaml"}, "absent.yaml"),
+        ({"set": "decode=gpu"}, "decode is gpu, but the model actors have no GPU; set decode=cpu"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence_before_ray_starts(archive, tiny_checkpoint, tmp_path, change, message):
+def test_what_is_wrong_is_said_in_one_sentence_before_ray_starts(
+    archive, tiny_checkpoint, tmp_path, monkeypatch, change, message
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "void").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")

@@ -1,10 +1,18 @@
 import json
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
 
+import psutil
 import pytest
 
+import vlsm
 from jobs.benchmark import main
-from jobs.benchmarks import decode, output, peers, pipeline, s3, start, train
-from tests.tiny import TINY_CLIPSEG
+from jobs.benchmarks import decode, decoders, learner, output, peers, pipeline, s3, start, train
+from jobs.benchmarks.busy import Levels
+from tests.tiny import TINY_CLIPSEG, save_tiny_clipseg, tiny_options
 
 
 @pytest.mark.parametrize(
@@ -73,12 +81,125 @@ def test_masks_in_parquet_are_compared_with_png_files(tmp_path):
 def test_the_train_jobs_loop_is_compared_with_a_bare_one(ray_cluster, tmp_path):
     path = tmp_path / "train.json"
     words = ["--model", "pixel", "--examples", "16", "--repeats", "1", "--setup", "one worker", "--json", str(path)]
+    words += ["--option", "image_size=32", "--busy", "0", "--busy", "1"]
     assert main(["train", *words]) == 0
     figures = json.loads(path.read_text())
+    assert [(row["setup"], row["busy"], len(row["turns"])) for row in figures["runs"]] == [
+        ("one worker", 0, 1), ("one worker", 1, 1)
+    ]  # fmt: skip
+    for row in figures["runs"]:
+        assert 0 < row["efficiency"] == pytest.approx(row["job_per_s"] / row["bare_per_s"])
+        assert row["niceness"] == os.nice(0)
+    page = "\n".join(train.tell(figures))
+    assert "with image_size=32" in page and f"| one worker, 1 busy loops, niceness {os.nice(0)} |" in page
+
+
+def _tiny_clipseg(monkeypatch, module, folder):
+    source = save_tiny_clipseg(folder / "clipseg").parent
+
+    def build(name, parts, device, options=None):
+        return vlsm.build_model(name, **tiny_options(source)[name]).eval()
+
+    monkeypatch.setattr(module, "build_architecture", build)
+
+
+def test_every_way_to_train_is_compared_with_a_bare_loop(tmp_path, capsys, monkeypatch):
+    _tiny_clipseg(monkeypatch, learner, tmp_path)
+    ways = [name for name, way in learner.WAYS.items() if not way.compile]  # a compiler takes half a minute
+    path = tmp_path / "learner.json"
+    words = [*(word for name in ways for word in ("--way", name)), "--batch-size", "2", "--steps", "1"]
+    assert main(["learner", *words, "--repeats", "1", "--device", "cpu", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert [row["way"] for row in figures["runs"]] == ways and figures["failed"] == {}
+    assert all(row["efficiency"] > 0 and row["last_loss"] > 0 and not row["warnings"] for row in figures["runs"])
+    assert figures["out_of_memory"].startswith("the machine has too little memory (")
+    assert "lower run.micro_batch_size (now 2;" in capsys.readouterr().out
+    assert "| FSDP |" in "\n".join(learner.tell(figures))
+
+
+def test_a_way_that_fails_is_told_and_the_others_run(tmp_path, monkeypatch):
+    _tiny_clipseg(monkeypatch, learner, tmp_path)
+    monkeypatch.setitem(learner.WAYS, "fp32", learner.Way(trainable="none"))
+    path = tmp_path / "learner.json"
+    words = ["--way", "fp32", "--way", "bf16", "--batch-size", "2", "--steps", "1", "--repeats", "1", "--device", "cpu"]
+    assert main(["learner", *words, "--json", str(path)]) == 1
+    figures = json.loads(path.read_text())
+    assert list(figures["failed"]) == ["fp32"] and [row["way"] for row in figures["runs"]] == ["bf16"]
+
+
+def test_decoders_are_compared_by_pixels_and_masks(tmp_path, monkeypatch):
+    pytest.importorskip("torchcodec")
+    _tiny_clipseg(monkeypatch, decoders, tmp_path)
+    path = tmp_path / "decoders.json"
+    assert main(["decoders", "--images", "3", "--repeats", "1", "--device", "cpu", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
     (row,) = figures["runs"]
-    assert 0 < row["efficiency"] == pytest.approx(row["job_per_s"] / row["bare_per_s"])
-    assert len(row["turns"]) == 2
-    assert "| one worker |" in "\n".join(train.tell(figures))
+    assert (figures["images"], row["encoded"], figures["failed"]) == (3, 3, [0, 0])
+    assert row["largest_difference"] <= 2 and row["smallest_dice"] > 0.8
+
+
+@pytest.mark.parametrize("name", ["learner", "decoders", "gpu"])
+def test_a_benchmark_of_gpus_says_that_there_is_none(name, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([name]) == 2
+    assert "--device cpu tries the benchmark without one" in capsys.readouterr().err
+
+
+def _write_turns(path, count, is_whole=True):
+    turns = [{"steps_s": 1.0, "bare_s": 0.5, "niceness": 0} for _ in range(count)]
+    if not is_whole:
+        del turns[-1]["bare_s"]
+    path.with_suffix(".new").write_text(json.dumps(turns))
+    path.with_suffix(".new").replace(path)
+
+
+def _loops():
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def _wait_until(is_true):
+    deadline_s = time.monotonic() + 30
+    while not is_true() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert is_true()
+
+
+def test_busy_loops_start_after_the_first_turn_and_end_with_their_level(tmp_path):
+    path = tmp_path / "turns.json"
+    with Levels(path, [1, 0], 2, 60, lambda turn: "bare_s" in turn) as levels:
+        assert not _loops()
+        _write_turns(path, 1)
+        _wait_until(_loops)
+        _write_turns(path, 3, is_whole=False)
+        assert _loops() and not levels.turns
+        _write_turns(path, 3)
+        _wait_until(lambda: levels.turns and not _loops())
+        _write_turns(path, 5)
+    assert [len(turns) for turns in levels.turns] == [2, 2]
+
+
+def test_a_level_without_a_turn_in_time_gives_an_upper_bound(tmp_path):
+    path = tmp_path / "turns.json"
+    _write_turns(path, 1)
+    with Levels(path, [1], 2, 0.2, lambda turn: "bare_s" in turn) as levels:
+        _wait_until(lambda: levels.turns)
+        assert not _loops()
+    args = Namespace(examples=16, busy_limit=0.2)
+    idle = train._row("one worker", 1, [{"steps_s": 1.0, "bare_s": 0.5}], args, [])
+    row = train._row("one worker", 1, levels.turns[0], args, [idle])
+    assert row["is_bound"] and row["job_per_s"] == 16 / 0.2 and row["efficiency"] == 80 / 32
+    figures = {"model": "unet_d", "batch_size": 8, "examples": 16, "repeats": 1, "runs": [idle, row]}
+    assert "| < 80.0 | - | < 2.50x | < 5.00x | - | - |" in "\n".join(train.tell(figures))
+    assert "< 80.00" in train._line(row)
+
+
+def test_busy_loops_end_with_a_killed_benchmark():
+    code = "import time\nfrom jobs.benchmarks.busy import busy_cores\n"
+    code += "with busy_cores(1) as ids:\n    print(*ids, flush=True)\n    time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as benchmark:
+        loop = psutil.Process(int(benchmark.stdout.readline()))
+        benchmark.kill()
+    _wait_until(lambda: not loop.is_running() or loop.status() == psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from jobs.crash_watch import CrashBoard, EarlierAttempts, Watch
 from jobs.segment_actor import BoardHandler
 
 
-
 def test_an_image_under_way_at_two_deaths_is_blamed_and_other_deaths_are_counted():
     board = CrashBoard()
     assert board.begin("fetch", 7) == EarlierAttempts(num_deaths=0, num_unexplained=0, blamed=[])
@@ -46,6 +45,8 @@ def test_the_board_is_told_of_done_images_twice_a_second_however_fast_they_come(
         watch.note(32 * number)
         clock[0] += 0.008
     assert notes[0] == (7, 32) and 6 <= len(notes) <= 7
+
+
 def test_log_messages_of_actors_reach_the_driver_once_and_are_bounded():
     board = CrashBoard()
     log = logging.Logger("actor")

@@ -64,6 +64,22 @@ def has_jpeg_end(encoded: bytes) -> bool:
     return encoded.rfind(b"\xff\xd9") >= start
 
 
+def without_metadata(encoded: bytes) -> bytes:
+    """Return a JPEG codestream without comments and application segments, except those that state its colours.
+
+    Raises:
+        IndexError, struct.error: the codestream ends before its first scan.
+    """
+    kept, position = [encoded[:2]], 2
+    for marker, content in _segments(encoded):
+        start = encoded.index(bytes([0xFF, marker]), position)  # behind fill bytes
+        position = start + 4 + len(content)
+        is_metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE  # noqa: PLR2004 - APP0 to APP15, and COM
+        if not is_metadata or marker in (_APP0, _APP14):
+            kept.append(encoded[start:position])
+    return b"".join([*kept, encoded[position:]])
+
+
 def is_jpeg_ls(encoded: bytes) -> bool:
     """Return whether a codestream is JPEG-LS (ITU-T T.87), which begins as a JPEG does."""
     return next((marker == _SOF55 for marker, _ in _segments(encoded) if marker in _FRAMES), False)

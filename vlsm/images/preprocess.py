@@ -46,7 +46,7 @@ class Square(NamedTuple):
         Returns:
             (S, S, 3) uint8.
         """
-        rows, columns = self._content(image.shape[:2])
+        rows, columns = self.content(image.shape[:2])
         content = resize_bilinear(image, (rows.stop - rows.start, columns.stop - columns.start))
         if content.shape[:2] == (self.size, self.size):
             return content
@@ -56,7 +56,7 @@ class Square(NamedTuple):
 
     def resize_mask(self, mask: np.ndarray) -> np.ndarray:
         """Return a mask (H, W) in the model's square, (S, S), by nearest neighbour; the padding is 0."""
-        rows, columns = self._content(mask.shape)
+        rows, columns = self.content(mask.shape)
         size = columns.stop - columns.start, rows.stop - rows.start  # Pillow's order
         square = np.zeros((self.size, self.size), mask.dtype)
         square[rows, columns] = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
@@ -76,18 +76,14 @@ class Square(NamedTuple):
         """
         import cv2  # here: it takes memory in processes that only decode
 
-        content = logits[self._content(size)]
+        content = logits[self.content(size)]
         if content.dtype == np.float16:  # a cast takes twice as long
             across = _FLOATS_OF_HALVES.take(cv2.transpose(content.view(np.uint16)), mode="clip")
         else:
             across = cv2.transpose(content.astype(np.float32, copy=False))
         return resize_bilinear(across, (size[1], size[0])).T
 
-    def content(self, size: tuple[int, int]) -> tuple[slice, slice]:
-        """Return the rows and columns of the square that an image of this (height, width) fills."""
-        return self._content(size)
-
-    def _content(self, size: tuple[int, ...]) -> tuple[slice, slice]:
+    def content(self, size: tuple[int, ...]) -> tuple[slice, slice]:
         """Return the rows and columns of the square that an image of this (height, width) fills."""
         if self.resize == "squeeze":
             return slice(0, self.size), slice(0, self.size)

@@ -39,6 +39,7 @@ from vlsm.images.formats import (
     sniff_kind,
     split_selector,
 )
+from vlsm.images.gpu_jpegs import Jpeg, find_jpeg
 from vlsm.images.grey_levels import Decoded
 from vlsm.images.gunzip import open_gzip
 from vlsm.images.parquet import ParquetImages, kind_by_bytes, kind_by_name
@@ -84,6 +85,11 @@ class Content:
         decode = self._decode  # a damaged file says so itself
         self._check_frame(frame)
         return decode(frame)
+
+    def jpeg(self, frame: str | None) -> Jpeg | None:
+        """Return the image as a JPEG for a GPU, or None if the CPU must decode it. Raises as `find_jpeg` does."""
+        is_file = frame is None and self.values is None and self.kind == "image"
+        return find_jpeg(self.data, self.name, self._settings.max_pixels) if is_file else None
 
     def _check_frame(self, frame: str | None) -> None:
         """Raise an ImageError for a selector that images of this format do not have."""

@@ -71,7 +71,7 @@ class CLIPSegTowers(Towers):
         device = self.clip.text_projection.weight.device
 
         def encode(ids: Tensor) -> tuple[Tensor]:
-            return (self.clip.get_text_features(input_ids=ids.to(device)).pooler_output,)
+            return (self.clip.get_text_features(input_ids=ids.to(device, non_blocking=True)).pooler_output,)
 
         return encode_by_length(tokens, encode)[0]
 

@@ -90,7 +90,7 @@ class SegmentationModel(nn.Module):
         if not is_encoded:
             texts = cast(Sequence[str], prompts)
             distinct = list(dict.fromkeys(texts))
-            text_rows = torch.tensor([distinct.index(prompt) for prompt in texts], device=self.device)
+            text_rows = torch.tensor([distinct.index(prompt) for prompt in texts]).to(self.device, non_blocking=True)
             prompts = tuple(features[text_rows] for features in self.encode_prompts(distinct))
         return self.decode(self.encode_images(pixel_values, activations), cast(Features, prompts))
 

@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -53,13 +54,19 @@ def measure_cost(name: str) -> Cost:
         return _measure(name, build_architecture(name, Path(folder)))
 
 
-def build_architecture(name: str, folder: Path, device: str = "meta") -> SegmentationModel:
+def build_architecture(
+    name: str, folder: Path, device: str = "meta", options: dict[str, Any] | None = None
+) -> SegmentationModel:
     """Build a model at its published size, with random weights, in eval mode.
 
     Args:
         name: a key of MODELS.
         folder: receives the files that describe the towers.
         device: torch device; "meta" allocates no memory for parameters.
+        options: options of the model that differ from the published ones, such as image_size and width.
+
+    Raises:
+        CheckpointError: an option is unknown or has a wrong value.
     """
     towers = folder / name
     write_clipseg(towers / "clipseg", weights=False)
@@ -69,9 +76,10 @@ def build_architecture(name: str, folder: Path, device: str = "meta") -> Segment
         write_clip_resnet(towers / "openclip", weights=False)
     else:
         write_biomedclip(towers / "openclip", weights=False)
-    options = parse_options(name, {"source": _EXAMPLE} if name == "openclip_seg" else {})
+    example = {"source": _EXAMPLE} if name == "openclip_seg" else {}
+    checked = parse_options(name, example | (options or {}))
     with torch.device(device):
-        model = find_model(name).restore(options, towers).set_trainable("decoder").eval()
+        model = find_model(name).restore(checked, towers).set_trainable("decoder").eval()
         for module in model.modules():
             if isinstance(module, PromptDecoder):
                 initialize_decoder(module)

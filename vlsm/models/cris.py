@@ -213,8 +213,8 @@ class CRIS(SegmentationModel):
         context = self.towers.tokenizer.context_length
 
         def encode(ids: Tensor) -> Features:
-            sentences, words = self.towers.encode_words(ids.to(self.device))
-            lengths = torch.tensor([self.towers.num_tokens(row) for row in ids], device=self.device)
+            sentences, words = self.towers.encode_words(ids.to(self.device, non_blocking=True))
+            lengths = torch.tensor([self.towers.num_tokens(row) for row in ids]).to(self.device, non_blocking=True)
             padding = torch.arange(context, device=self.device) >= lengths[:, None]
             return sentences, functional.pad(words, (0, 0, 0, context - ids.shape[1])), padding
 

@@ -95,7 +95,7 @@ def renormalize(pixel_values: Tensor, current: ImageSpec, wanted: ImageSpec) -> 
         return pixel_values
 
     def column(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, device=pixel_values.device, dtype=pixel_values.dtype)[:, None, None]
+        return torch.tensor(values).to(pixel_values, non_blocking=True)[:, None, None]
 
     pixels = pixel_values * column(current.std) + column(current.mean)
     return (pixels - column(wanted.mean)) / column(wanted.std)

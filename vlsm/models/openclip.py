@@ -131,7 +131,8 @@ class OpenCLIPTowers(Towers):
 
     def encode_tokens(self, tokens: list[Tensor]) -> Tensor:
         """Return the projected text embeddings, (T, text_width)."""
-        return encode_by_length(tokens, lambda ids: self.encode_words(ids.to(self.text_device))[:1])[0]
+        device = self.text_device
+        return encode_by_length(tokens, lambda ids: self.encode_words(ids.to(device, non_blocking=True))[:1])[0]
 
     def encode_words(self, ids: Tensor) -> tuple[Tensor, ...]:
         """Return sentence embeddings (T, text_width), and word features (T, L, width) if `is_causal`."""

@@ -146,7 +146,7 @@ def encode_by_length(tokens: list[Tensor], encode: Callable[[Tensor], tuple[Tens
         by_length.setdefault(len(ids), []).append(index)
     encoded = [encode(torch.stack([tokens[index] for index in group])) for group in by_length.values()]
     order = torch.tensor([index for group in by_length.values() for index in group]).argsort()
-    return tuple(torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*encoded, strict=True))
+    return tuple(torch.cat(parts)[order.to(parts[0].device, non_blocking=True)] for parts in zip(*encoded, strict=True))
 
 
 # exceptions of the libraries for folders that are incomplete, damaged, or of a different kind

@@ -18,6 +18,7 @@ from vlsm.models.sharing import share_towers
 from vlsm.segmentation.batch_size import CPU_BATCH_SIZE, Probe, choose_batch_size, probe_gpu
 from vlsm.segmentation.device_masks import mirrored_mean
 from vlsm.segmentation.finished import count_masks, cpu_reason
+from vlsm.segmentation.gpu_decode import decode_images
 from vlsm.segmentation.outputs import LogitsOutput, MasksOutput, Output, Texts, WindowTexts, distinct_windows
 from vlsm.segmentation.segmenter import Segmenter, choose_device
 from vlsm.segmentation.shard import Guard, Logits, ShardBatch, count_logits
@@ -135,10 +136,12 @@ class Predictor:
             guard: watches the work on each image.
             report: called after each batch of windows.
         """
-        for entry, prompts in zip(batch.entries, texts, strict=True):
+        for entry in batch.entries:
             if entry.position in guard.blamed:
                 entry.error = "crashed: the process that ran the model on the image died each time"
-            elif entry.error is None and self._makes_masks and self._logit_bytes(entry.num_logits) <= MOST_LOGIT_BYTES:
+        pixels = decode_images(batch, self.squares.values(), self._settings, guard, str(self._device))
+        for entry, prompts in zip(batch.entries, texts, strict=True):
+            if entry.error is None and self._makes_masks and self._logit_bytes(entry.num_logits) <= MOST_LOGIT_BYTES:
                 entry.num_masks = count_masks(self._settings, len(prompts))
         count_logits(batch.entries)
         work = distinct_windows(batch, texts)
@@ -148,7 +151,7 @@ class Predictor:
         logits = LogitsOutput(batch, self.squares, self._staging)
         done: set[int] = set()  # images, by their first windows
         for windows, output in ((with_masks, masks), (others, logits)):
-            for taken, seconds in self._run(batch, windows, output, guard):
+            for taken, seconds in self._run(pixels, windows, output, guard):
                 done.update(item.row - item.window for item in taken)
                 report(len(done), len(taken), seconds)
         logits.share(others)
@@ -159,7 +162,7 @@ class Predictor:
         return sum(4 * num_logits * square.size**2 for square in self.squares.values())
 
     def _run(
-        self, batch: ShardBatch, windows: list[WindowTexts], output: Output, guard: Guard
+        self, pixels: Mapping[Square, np.ndarray], windows: list[WindowTexts], output: Output, guard: Guard
     ) -> Iterator[tuple[list[WindowTexts], float]]:
         """Pass windows through the models to an output. Yields the windows of each batch, and its seconds.
 
@@ -179,7 +182,7 @@ class Predictor:
 
         for chosen in self._cut(windows, step):
             with guard.image(chosen[0].entries[0].position):
-                queue.append(self._launch(batch.pixels, chosen))
+                queue.append(self._launch(pixels, chosen))
                 taken = take() if len(queue) > depth else None
             if taken is not None:
                 yield taken

@@ -14,9 +14,11 @@ import pyarrow as pa
 
 from vlsm.config import SegmentSettings
 from vlsm.errors import ImageError
+from vlsm.images.gpu_jpegs import Encoded, Jpeg, place_jpegs
+from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
 from vlsm.images.reader import Content, Opening, open_images
-from vlsm.images.windows import check_windows, plan_windows
+from vlsm.images.windows import Window, check_windows, plan_windows
 from vlsm.segmentation.finished import MASK_TYPE, FinishedMask, pack_mask, unpack_mask
 
 _ENTRY = pa.struct(
@@ -43,6 +45,15 @@ _MEMBER = pa.struct(
         pa.field("size", pa.int32(), nullable=False),
     ]
 )
+_ENCODED = pa.struct(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("num_windows", pa.int32(), nullable=False),
+        pa.field("orientation", pa.int32(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("data", pa.large_binary(), nullable=False),
+    ]
+)
 SHARD_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int64(), nullable=False),
@@ -50,6 +61,7 @@ SHARD_SCHEMA = pa.schema(
         pa.field("entries", pa.list_(_ENTRY), nullable=False),
         pa.field("squares", pa.list_(_SQUARE), nullable=False),
         pa.field("pixels", pa.large_binary(), nullable=False),  # the arrays of the squares, joined
+        pa.field("encoded", pa.list_(_ENCODED), nullable=False),
         pa.field("members", pa.list_(_MEMBER), nullable=False),
         pa.field("logits", pa.large_binary(), nullable=False),  # the arrays of the members, joined
         pa.field("masks", pa.list_(MASK_TYPE), nullable=False),
@@ -117,6 +129,8 @@ class ShardBatch:
         exists: whether the shard has a part file already, which may lack rows.
         entries: one per image to segment, in any order of positions.
         pixels: the resized windows of all images, (W, S, S, 3) uint8, by square. Members with equal squares share them.
+            They lack the rows of encoded images.
+        encoded: the images that are not decoded yet.
         logits: by the member's number in the run.
         masks: masks that the models' device has made.
     """
@@ -127,6 +141,7 @@ class ShardBatch:
     pixels: dict[Square, np.ndarray] = field(default_factory=dict)
     logits: dict[int, Logits] = field(default_factory=dict)
     masks: list[FinishedMask] = field(default_factory=list)
+    encoded: list[Encoded] = field(default_factory=list)
 
     @property
     def num_logits(self) -> int:
@@ -162,6 +177,7 @@ class ShardBatch:
             "entries": [[vars(entry) for entry in self.entries]],
             "squares": [[square._asdict() for square in squares]],
             "pixels": _as_binary([self.pixels[square] for square in squares]),
+            "encoded": [[vars(image) for image in self.encoded]],
             "members": [members],
             "logits": _as_binary([self.logits[member["number"]].values for member in members]),
             "masks": [[pack_mask(mask) for mask in self.masks]],
@@ -171,10 +187,13 @@ class ShardBatch:
     @classmethod
     def unpack(cls, table: pa.Table) -> Self:
         """Return the batch of a table from `pack`. Its arrays are read-only views of the table."""
-        row = table.select(["shard", "exists", "entries", "squares", "members", "masks"]).to_pylist()[0]
+        names = ["shard", "exists", "entries", "squares", "encoded", "members", "masks"]
+        row = table.select(names).to_pylist()[0]
         entries = [Entry(**entry) for entry in row["entries"]]
+        encoded = [Encoded(**image) for image in row["encoded"]]
         squares = [Square(**square) for square in row["squares"]]
         num_windows = max((entry.first_window + entry.num_windows for entry in entries), default=0)
+        num_windows -= sum(image.num_windows for image in encoded)
         num_logits = sum(entry.num_logits for entry in entries)
         pixels = _split(table["pixels"], [(num_windows, square.size, square.size, 3) for square in squares], np.uint8)
         shapes = [(num_logits, member["size"], member["size"]) for member in row["members"]]
@@ -182,8 +201,8 @@ class ShardBatch:
             member["number"]: Logits(member["name"], values)
             for member, values in zip(row["members"], _split(table["logits"], shapes, np.float16), strict=True)
         }
-        masks = [unpack_mask(**mask) for mask in row["masks"]]
-        return cls(row["shard"], row["exists"], entries, dict(zip(squares, pixels, strict=True)), logits, masks)
+        masks, pixels_of = [unpack_mask(**mask) for mask in row["masks"]], dict(zip(squares, pixels, strict=True))
+        return cls(row["shard"], row["exists"], entries, pixels_of, logits, masks, encoded)
 
 
 def _as_binary(arrays: Sequence[np.ndarray]) -> pa.Array:
@@ -250,6 +269,8 @@ def read_shard_images(
 ) -> ShardBatch:
     """Return the batch with its images read, decoded, cut into windows and resized.
 
+    With the setting `decode: gpu`, the JPEGs that a GPU can decode stay as they are.
+
     An image that fails gets an error and no windows. Images with equal bytes are decoded once.
 
     Args:
@@ -263,7 +284,8 @@ def read_shard_images(
         StorageError: a store was unavailable for longer than `run.outage_patience_s`.
     """
     distinct_squares = sorted(set(squares))
-    windows: list[dict[Square, np.ndarray]] = []  # one item for each distinct image
+    windows: list[dict[Square, np.ndarray] | Jpeg] = []  # one item for each distinct image
+    counts: list[int] = []  # of the windows of each
     numbers: dict[int, int] = {}  # index of an entry: index of its image in `windows`
     firsts: dict[tuple[str, str | None], int] = {}  # digest and kind of an image: index of its first entry
 
@@ -287,23 +309,46 @@ def read_shard_images(
             numbers[index] = numbers[first]
             return
         with guard.time_limit():
-            image, rule = content.decode(frame)
-            size = image.shape[0], image.shape[1]
+            image, size, rule = _decode(content, frame, settings)
             check_windows(size, settings.tile, content.name)
-            cuts = [window.cut(image) for window in plan_windows(size, settings.tile)]
-            resized = {square: np.stack([square.resize_image(cut) for cut in cuts]) for square in distinct_squares}
+            planned = plan_windows(size, settings.tile)
+            resized = _resize(image, planned, distinct_squares)
         (entry.height, entry.width), entry.grey_rule = size, rule
         firsts[key], numbers[index] = index, len(windows)
         windows.append(resized)
+        counts.append(len(planned))
 
     for index, opening in open_images(rows, settings, one_by_one=guard.is_careful):
         read(index, opening)
-    counts = [len(next(iter(resized.values()))) for resized in windows]
     starts = np.cumsum([0, *counts]).tolist()
     for index, number in numbers.items():
         batch.entries[index].first_window, batch.entries[index].num_windows = starts[number], counts[number]
     count_logits(batch.entries)
-    return replace(batch, pixels=_join(windows, distinct_squares, starts[-1]))
+    encoded = place_jpegs(windows, starts)
+    decoded = [image for image in windows if isinstance(image, dict)]
+    num_decoded = starts[-1] - sum(image.num_windows for image in encoded)
+    return replace(batch, pixels=_join(decoded, distinct_squares, num_decoded), encoded=encoded)
+
+
+def _decode(
+    content: Content, frame: str | None, settings: SegmentSettings
+) -> tuple[np.ndarray | Jpeg, tuple[int, int], str]:
+    """Return an image, or the file that the model actor decodes, with its (height, width) and its grey rule."""
+    jpeg = content.jpeg(frame) if settings.decode == "gpu" else None
+    if jpeg is not None:
+        return jpeg, jpeg.size, STORED
+    image, rule = content.decode(frame)
+    return image, (image.shape[0], image.shape[1]), rule
+
+
+def _resize(
+    image: np.ndarray | Jpeg, windows: Sequence[Window], squares: Iterable[Square]
+) -> dict[Square, np.ndarray] | Jpeg:
+    """Return the windows of an image in each square; a file stays as it is."""
+    if isinstance(image, Jpeg):
+        return image
+    cuts = [window.cut(image) for window in windows]
+    return {square: np.stack([square.resize_image(cut) for cut in cuts]) for square in squares}
 
 
 def count_logits(entries: Sequence[Entry]) -> None:

@@ -31,8 +31,7 @@ class WeightAverage:
         """Move the average towards the weights. It must be called after each step of the optimiser."""
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         self.steps += 1
-        for name, value in self._live.items():
-            self.values[name].lerp_(value, weight)
+        torch._foreach_lerp_([self.values[name] for name in self._live], list(self._live.values()), weight)
 
     @torch.no_grad()
     def exchange(self) -> None:

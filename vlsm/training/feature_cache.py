@@ -38,14 +38,14 @@ class FeatureCache:
             pixel_values: (B, 3, S, S), the images of these examples.
             model: a model with frozen towers.
         """
-        kept = [self._read(example, pixel_values.device) for example in examples]
+        kept = [self._read(example) for example in examples]
         missing = [index for index, features in enumerate(kept) if features is None]
         if missing:
             self._compute(missing, kept, examples, pixel_values, model)
         if len({_form(features) for features in kept}) > 1:  # a damaged file has other tensors than the model gives
             self._compute(range(len(kept)), kept, examples, pixel_values, model)
         complete = [features for features in kept if features is not None]
-        return tuple(torch.stack(parts) for parts in zip(*complete, strict=True))
+        return tuple(_upload(torch.stack(parts), pixel_values.device) for parts in zip(*complete, strict=True))
 
     def _compute(
         self,
@@ -55,7 +55,8 @@ class FeatureCache:
         pixel_values: Tensor,
         model: SegmentationModel,
     ) -> None:
-        computed = model.encode_towers(pixel_values[list(missing)])
+        rows = pixel_values if len(missing) == len(kept) else pixel_values[list(missing)]
+        computed = tuple(part.cpu() for part in model.encode_towers(rows))  # one transfer per part, not per file
         for row, index in enumerate(missing):
             features = tuple(part[row] for part in computed)
             kept[index] = features
@@ -64,9 +65,9 @@ class FeatureCache:
     def _path(self, example: int) -> Path:
         return self.folder / f"{example}.safetensors"
 
-    def _read(self, example: int, device: torch.device) -> Features | None:
+    def _read(self, example: int) -> Features | None:
         try:
-            tensors = load_file(self._path(example), device=str(device))
+            tensors = load_file(self._path(example))
             return tuple(tensors[str(index)] for index in range(len(tensors))) or None
         except (OSError, SafetensorError, LookupError):
             return None
@@ -78,11 +79,16 @@ class FeatureCache:
         self._left_bytes -= num_bytes
         temporary = self.folder / f".{uuid.uuid4().hex}"
         try:
-            save_file({str(index): part.cpu().contiguous().clone() for index, part in enumerate(features)}, temporary)
+            save_file({str(index): part.contiguous().clone() for index, part in enumerate(features)}, temporary)
             os.replace(temporary, self._path(example))
         except (OSError, SafetensorError):  # such as a full disk
             temporary.unlink(missing_ok=True)
             self._left_bytes = 0
+
+
+def _upload(features: Tensor, device: torch.device) -> Tensor:
+    """Return features on the device. On a GPU the copy runs from pinned memory while the process goes on."""
+    return features.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else features.to(device)
 
 
 def _form(features: Features | None) -> tuple[object, ...]:

@@ -17,10 +17,29 @@ _STEM = re.compile(
 )  # before the first block
 
 
-def build_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Optimizer:
-    """Return the optimiser of all weights that learn, with the groups of `parameter_groups`."""
+def build_optimizer(model: nn.Module, optim: OptimSettings, is_fused: bool = False) -> torch.optim.Optimizer:
+    """Return the optimiser of all weights that learn, with the groups of `parameter_groups`.
+
+    Args:
+        model: model on its device.
+        optim: settings of the optimiser.
+        is_fused: update all weights with one kernel, which differs from many by rounding, and never waits for the GPU.
+    """
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.optimizer]
-    return kind(parameter_groups(model, optim), lr=optim.lr)
+    return kind(parameter_groups(model, optim), lr=optim.lr, fused=is_fused or None)
+
+
+@torch.no_grad()
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give each tensor of the optimiser's state the strides of its weight.
+
+    A file keeps no strides, so a state from a file is contiguous, and weights may be channels last. The fused
+    optimisers need equal strides.
+    """
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def parameter_groups(model: nn.Module, optim: OptimSettings) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from vlsm.models.prompts import PromptCache
 from vlsm.segmentation.metrics import dice_scores
 from vlsm.training.average import WeightAverage
 from vlsm.training.feature_cache import FeatureCache
-from vlsm.training.groups import build_optimizer
+from vlsm.training.groups import build_optimizer, match_layout
 from vlsm.training.history import History
 from vlsm.training.losses import segmentation_losses
 from vlsm.training.parallel import broadcast_buffers, gather, parallelize, world_size
@@ -27,6 +27,7 @@ from vlsm.training.sampling import MicroBatch
 from vlsm.training.schedule import RULES, lr_factor
 from vlsm.training.settings import TrainSettings
 
+_FUSED = _LOW_PRECISION = ("cuda",)  # devices with a fused optimiser, and with bf16 and fp16; others keep float32
 _AVERAGE = "average "  # before the name of an averaged weight, in a state
 
 
@@ -74,15 +75,15 @@ class Learner:
         self.network = parallelize(self.model, settings)
         is_fixed = settings.data.augment.is_off and settings.data.tile_size is None  # each image is always the same
         self.features = features if model.has_frozen_towers and is_fixed else None
-        self.optimizer = build_optimizer(self.model, settings.optim)
+        self.optimizer = build_optimizer(self.model, settings.optim, is_fused=device.type in _FUSED)
         self.average = None
         if settings.optim.ema_decay is not None:
             self.average = WeightAverage(self.model, settings.optim.ema_decay)
-        precision = settings.optim.precision if device.type == "cuda" else "fp32"
+        precision = settings.optim.precision if device.type in _LOW_PRECISION else "fp32"
         self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._prompts = PromptCache(model)
-        self._pending: list[tuple[int, Tensor, Tensor]] = []  # of the unfinished step: example, loss, Dice
+        self._pending: list[tuple[MicroBatch, Tensor]] = []  # of the unfinished step, with losses and Dice (2, B)
         self._rules = RULES
 
     def train(self, batch: MicroBatch, images: Tensor, target_masks: Tensor, history: History) -> list[Score]:
@@ -108,19 +109,16 @@ class Learner:
         self.network.train()
         rank = distributed.get_rank() if distributed.is_initialized() else 0
         # dropout depends only on the position in the run, so that a resumed run gives the same result
-        position = [self.settings.seed, batch.epoch, batch.step, len(self._pending), rank]
+        num_done = sum(map(bool, (weight for done, _ in self._pending for weight in done.weights)))
+        position = [self.settings.seed, batch.epoch, batch.step, num_done, rank]
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
         with contextlib.nullcontext() if batch.ends_step else self._without_sync():
             losses, dice = self._score(self._predict(batch, images), target_masks)
-            weights = torch.tensor(batch.weights, device=self.device)
+            weights = torch.tensor(batch.weights).to(self.device, non_blocking=True)
             losses = torch.where(weights > 0, losses, 0)
             # DDP and FSDP average gradients over workers; times world_size, the average is the sum over the workers
             self.scaler.scale(losses.sum() * world_size() / batch.batch_size).backward()  # type: ignore[no-untyped-call]
-        self._pending += [
-            (example, loss, score)
-            for example, weight, loss, score in zip(batch.examples, batch.weights, losses.detach(), dice, strict=True)
-            if weight
-        ]
+        self._pending.append((batch, torch.stack([losses.detach(), dice])))
         return self._step(batch, history) if batch.ends_step else []
 
     @torch.no_grad()
@@ -132,9 +130,8 @@ class Learner:
         if optim.val_flip:
             mirrored = self._predict(batch, images.flip(2), is_mirrored=True).flip(3)
             logits = torch.logit((logits.float().sigmoid() + mirrored.float().sigmoid()) / 2, eps=1e-6)
-        losses, dice = self._score(logits, target_masks, is_validation=True)
-        rows = zip(batch.examples, batch.weights, losses.tolist(), dice.tolist(), strict=True)
-        return [Score(example, loss, score) for example, weight, loss, score in rows if weight]
+        values = torch.stack(self._score(logits, target_masks, is_validation=True))
+        return _scores([batch], values.tolist())
 
     @property
     def lr(self) -> float:
@@ -194,6 +191,7 @@ class Learner:
             optim_state_dict=optimizer | {"param_groups": self._named_groups(optimizer["param_groups"])},
             options=options,
         )
+        match_layout(self.optimizer)
         if self.average is not None:
             self.average.restore({name.removeprefix(_AVERAGE): value for name, value in averaged.items()}, steps)
 
@@ -209,7 +207,7 @@ class Learner:
 
     def _predict(self, batch: MicroBatch, images: Tensor, is_mirrored: bool = False) -> Tensor:
         """Return the logits of the images, (B, 1, S, S). Features of mirror images are not kept."""
-        pixel_values = self.model.image_spec.normalize(images.to(self.device))
+        pixel_values = self.model.image_spec.normalize(images.to(self.device, non_blocking=True))
         prompts = list(batch.prompts) if self.model.learns_text else self._prompts.encode(batch.prompts)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             activations = None
@@ -219,7 +217,7 @@ class Learner:
 
     def _score(self, logits: Tensor, target_masks: Tensor, is_validation: bool = False) -> tuple[Tensor, Tensor]:
         """Return losses and Dice, (B,) each."""
-        optim, targets = self.settings.optim, target_masks.to(self.device)[:, None]
+        optim, targets = self.settings.optim, target_masks.to(self.device, non_blocking=True)[:, None]
         is_entropy = is_validation and optim.val_loss == "ce"
         weights = (0.0, 1.0) if is_entropy else (optim.dice_weight, optim.ce_weight)
         masks = torch.sigmoid(logits.detach().float()) >= self.model.threshold
@@ -227,13 +225,9 @@ class Learner:
 
     def _step(self, batch: MicroBatch, history: History) -> list[Score]:
         optim = self.settings.optim
-        examples, losses, dice = zip(*self._pending, strict=True) if self._pending else ((), (), ())
-        self._pending = []
-        scores = [
-            Score(example, loss, score)
-            for example, loss, score in zip(examples, *self._fetch(losses, dice), strict=True)
-        ]
-        self._check_finite(batch, scores)
+        scores, is_finite = self._fetch()
+        if not is_finite:
+            self._refuse(batch, scores)
         step = batch.epoch * self.num_steps + batch.step
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor(optim, step, self.num_steps, history, self._rules)
@@ -248,25 +242,38 @@ class Learner:
             self.average.update()
         return scores
 
-    @staticmethod
-    def _fetch(losses: Sequence[Tensor], dice: Sequence[Tensor]) -> tuple[list[float], list[float]]:
-        """Return losses and Dice as numbers, with one transfer from the device for each list."""
-        return (torch.stack(losses).tolist(), torch.stack(dice).tolist()) if losses else ([], [])  # type: ignore[arg-type]
+    def _fetch(self) -> tuple[list[Score], bool]:
+        """Return the scores of the step, and whether the losses of all processes are finite.
 
-    def _check_finite(self, batch: MicroBatch, scores: list[Score]) -> None:
-        bad = [score for score in scores if not np.isfinite(score.loss)]
+        This is the only place of a step where the process waits for the device: it gets all numbers in one transfer.
+        """
+        batches, values = zip(*self._pending, strict=True)
+        self._pending = []
+        columns = torch.cat(values, dim=1)
+        num_bad = (~columns[0].isfinite()).sum().to(columns.dtype)
         if distributed.is_initialized():
-            flag = torch.tensor([float(bool(bad))], device=self.device)
-            distributed.all_reduce(flag)
-            if not flag.item():
-                return
-        all_bad = gather(bad)
-        if all_bad:
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NotFiniteError(all_bad[0].example, all_bad[0].loss, batch.epoch, batch.step)
+            distributed.all_reduce(num_bad)
+        *numbers, bad = torch.cat([columns.flatten(), num_bad[None]]).tolist()
+        half = len(numbers) // 2
+        return _scores(batches, [numbers[:half], numbers[half:]]), bad == 0
+
+    def _refuse(self, batch: MicroBatch, scores: list[Score]) -> None:
+        """Raise a NotFiniteError in every process, with the first bad example of all."""
+        first = gather([score for score in scores if not np.isfinite(score.loss)])[0]
+        self.optimizer.zero_grad(set_to_none=True)
+        raise NotFiniteError(first.example, first.loss, batch.epoch, batch.step)
 
     def _without_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which each worker keeps its gradients. The last micro-batch of a step combines them."""
         if hasattr(self.network, "no_sync"):
             return self.network.no_sync()  # type: ignore[operator]
         return contextlib.nullcontext()  # FSDP combines gradients at each micro-batch; the sums are the same
+
+
+def _scores(batches: Sequence[MicroBatch], columns: list[list[float]]) -> list[Score]:
+    """Return the scores of the examples of micro-batches, without padding, from their losses and Dice."""
+    uses = [
+        (example, weight) for batch in batches for example, weight in zip(batch.examples, batch.weights, strict=True)
+    ]
+    rows = zip(uses, *columns, strict=True)
+    return [Score(example, loss, dice) for (example, weight), loss, dice in rows if weight]

@@ -1,15 +1,16 @@
-"""Training of one model in several processes, with torch's DDP or FSDP. A single process uses neither."""
+"""Training of one model in several processes, with torch's DDP or FSDP. A single process does not use DDP."""
 
 import inspect
 from typing import Any, TypeVar
 
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vlsm.errors import VlsmError
 from vlsm.models.contract import SegmentationModel
+from vlsm.training.compiling import compile_or_warn
 from vlsm.training.settings import TrainSettings
 
 T = TypeVar("T")
@@ -37,19 +38,24 @@ def parallelize(model: SegmentationModel, settings: TrainSettings) -> nn.Module:
             raise VlsmError("optim.sync_batch_norm needs GPUs; torch has no such batch norm for CPUs")
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     if settings.run.compile:
-        model.compile()
-    if world_size() == 1:
-        return model
-    if settings.run.fsdp:
+        compile_or_warn(model)
+    if settings.run.fsdp and distributed.is_initialized():  # in a group of one, too: so it can be tried on one GPU
         mesh = init_device_mesh(device.type, (world_size(),))
         for block in _transformer_blocks(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
+    if world_size() == 1:
+        return model
     # broadcast_buffers copies batch statistics at the end of each epoch; DDP need not do it before each step
     newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP has sharded the model, so that its weights are no complete tensors."""
+    return isinstance(model, FSDPModule)
 
 
 def describe_batch_norms(model: nn.Module, settings: TrainSettings, num_workers: int) -> str | None:
