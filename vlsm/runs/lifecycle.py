@@ -25,6 +25,7 @@ from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
 from vlsm.models import BLIND
 from vlsm.runs.compare import RunState, failed_by_reason, images_by_rule
+from vlsm.runs.facts import checkpoint_fact
 from vlsm.runs.links import check_links
 from vlsm.runs.plan import Plan, list_plans, new_plan_id, plan_of, remove_plan, write_plan
 from vlsm.runs.planner import Planner
@@ -192,7 +193,10 @@ def prepare_run(
         if record is None or not describe_differences(record, settings, {}):
             _start_work(settings, record, begin, announce)
         members = _read_members(settings, checkpoints)
-        facts = {"checkpoint_digests": [digest_files(member.files) for member in members]}
+        facts = {
+            "checkpoint_digests": [digest_files(member.files) for member in members],
+            "checkpoints": list(map(checkpoint_fact, checkpoints)),
+        }
         if record is None:
             _tell_calibration(settings, checkpoints)
             record = _plan_run(settings, facts, archive or open_input(settings))
