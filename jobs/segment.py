@@ -129,6 +129,7 @@ def _segment(settings: SegmentSettings, sign: SignOfLife) -> dict[str, Any]:
             num_before = _stream_plan(stream, run)
         else:
             run, num_before = _stream_while_planning(stream, run)
+        sign.note("counting all rows")
         state = _stream_missing(stream, run)
     return finish_run(run, state, num_before, time.monotonic() - started_s)
 

@@ -17,7 +17,7 @@ from vlsm.errors import ConfigError, VlsmError
 from vlsm.report.status import StartingStatus, describe_status, read_status
 from vlsm.runs.alive import SignOfLife, read_signs
 from vlsm.runs.plan import write_plan
-from vlsm.runs.record import make_record, write_record
+from vlsm.runs.record import make_record, read_record, write_record
 
 ROOT = Path(__file__).parents[2]
 WORK = """
@@ -156,6 +156,29 @@ def test_a_job_elsewhere_is_dead_a_minute_after_its_last_sign(tmp_path):
     write_sign(tmp_path)
     assert "running: jobs.segment, process 7 on far" in said(str(tmp_path))
     assert "ended: jobs.segment, process 7 on far" in said(str(tmp_path), now_s=time.time() + 61)
+
+
+def test_of_a_run_without_a_job_no_time_is_left(tmp_path):
+    output = str(tmp_path)
+    plan_run(output)
+    for shard in (0, 1):
+        storage.write_bytes(f"{output}/masks/part-{shard:08d}.parquet", b"PAR1")
+    write_sign(output)
+    now_s = time.time() + 30
+    assert read_status(output, now_s=now_s).images_per_s is not None
+    write_sign(output, ended="interrupted")
+    assert read_status(output, now_s=now_s).images_per_s is None
+
+
+def test_a_listing_that_nobody_continues_is_told(tmp_path):
+    output = str(tmp_path)
+    plan_run(output)
+    record = read_record(output)
+    write_record(output, record | {"plan": record["plan"] | {"is_complete": False}})
+    write_sign(output)
+    assert "8 images in 2 parts so far: INPUT is still being listed" in said(output)
+    write_sign(output, ended="interrupted")
+    assert "8 images in 2 parts so far: INPUT is not listed to its end" in said(output)
 
 
 def test_before_the_plan_a_job_is_starting_and_a_dead_one_has_to_begin_again(tmp_path):

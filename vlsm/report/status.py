@@ -36,7 +36,8 @@ class SegmentStatus:
         parts: number of written parts.
         rows, ok, failed, vanished: number of rows in the written parts, and of images by status.
         failed_by_reason: number of failed images by reason.
-        images_per_s: rate of the last ten minutes, or None if fewer than two parts were written in this time.
+        images_per_s: rate of the last ten minutes, or None if fewer than two parts were written in this time, or if no
+            job works on the run.
         seconds_left: remaining time at this rate, or None if the rate is unknown.
         silent_s: seconds since the last write or sign of life, or None if there was none.
         next_steps: one sentence for each next step.
@@ -122,8 +123,9 @@ def read_status(output: str, exact: bool = False, now_s: float | None = None) ->
         return _training_status(output, record, now_s)
     if record is None and (status := _starting_status(output, now_s)):
         return status
+    there = "" if storage.exists(output) else ", which does not exist"
     raise ConfigError(
-        f"there is no segment run and no training in {output!r}; it must be the OUTPUT of one "
+        f"there is no segment run and no training in {output!r}{there}; it must be the OUTPUT of one "
         "(those of an evaluation are below its runs/, of a sweep below trials/)"
     )
 
@@ -140,11 +142,12 @@ def _segment_status(output: str, record: dict[str, Any], exact: bool, now_s: flo
     exact = exact or summary is not None or len(written) <= _MOST_READ
     counts = summary or _count(output, plan, record["run_id"], list(written), exact)
     num_done = counts["ok"] + counts["failed"] + counts["vanished"]
-    rate = None if summary else _rate(sorted(written.values()), num_done / max(1, len(written)), now_s)
     signs = [sign for sign in read_signs(output, now_s) if sign.is_alive or summary is None]
+    is_running = any(sign.is_alive for sign in signs) if signs else None
+    is_still = summary is not None or is_running is False
+    rate = None if is_still else _rate(sorted(written.values()), num_done / max(1, len(written)), now_s)
     newest_s = max([*written.values(), *storage.list_times(storage.join(output, "manifest")).values()], default=None)
     silences = [sign.silent_s for sign in signs] + ([] if newest_s is None else [max(0.0, now_s - newest_s)])
-    is_running = any(sign.is_alive for sign in signs) if signs else None
     return SegmentStatus(
         is_finished=summary is not None,
         is_listing=not plan.is_complete,
@@ -292,7 +295,8 @@ def _describe_segments(status: SegmentStatus) -> list[str]:
     about = "" if status.is_exact else "about "
     num_done = status.ok + status.failed + status.vanished
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in status.failed_by_reason.items())
-    so_far = " so far: INPUT is still being listed" if status.is_listing else ""
+    listing = "INPUT is not listed to its end" if status.is_running is False else "INPUT is still being listed"
+    so_far = f" so far: {listing}" if status.is_listing else ""
     lines = [
         f"planned: {status.planned_images:,} images in {status.planned_parts:,} parts{so_far}",
         f"done: {about}{num_done:,} images ({100 * num_done / max(1, status.planned_images):.1f} %), "
@@ -313,7 +317,8 @@ def _describe_training(status: TrainingStatus) -> list[str]:
     if status.best is not None:
         lines.append(f"best: {status.monitor} {status.best:.4f} of validation, epoch {status.best_epoch}")
     if status.seconds_per_epoch is not None and status.seconds_left is not None:
-        left = f", {_duration(status.seconds_left)} left" if not status.is_finished else ""
+        kind = "left" if status.is_running else "of work left"
+        left = f", {_duration(status.seconds_left)} {kind}" if not status.is_finished else ""
         lines.append(f"time: {_duration(status.seconds_per_epoch)} per epoch{left}")
     return lines
 
