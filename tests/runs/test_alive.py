@@ -121,6 +121,7 @@ def test_two_jobs_at_a_time_hear_of_each_other_and_leave_each_other_alone(output
     [
         (KeyboardInterrupt(), "interrupted"),
         (VlsmError("3 of 4 images failed\x1b[31m"), "failed: 3 of 4 images failed\\x1b[31m"),
+        (VlsmError("https://me:secret@host/a\u00a0b\nc"), "failed: https://host/a b\\nc"),
         (ZeroDivisionError(), "ZeroDivisionError"),
         (VlsmError("x" * 9999), "failed: " + "x" * 272),
     ],

@@ -125,7 +125,7 @@ class SignOfLife(contextlib.AbstractContextManager["SignOfLife"]):
 
     def note(self, doing: str) -> None:
         """Set what the next sign tells that the job does, as a phrase."""
-        self._doing = show(doing)[:_LONGEST_WORDS]
+        self._doing = _phrase(doing)
 
     def begin(self) -> None:
         """Log which other jobs work on OUTPUT or have died there, and remove what dead jobs have left.
@@ -198,7 +198,12 @@ class SignOfLife(contextlib.AbstractContextManager["SignOfLife"]):
 def _last_words(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    return (f"failed: {show(error)}" if isinstance(error, VlsmError) else type(error).__name__)[:_LONGEST_WORDS]
+    return _phrase(f"failed: {error}" if isinstance(error, VlsmError) else type(error).__name__)
+
+
+def _phrase(text: str) -> str:
+    """Return a text as `processes.as_word` accepts it."""
+    return "".join(letter if letter.isprintable() else " " for letter in show(text))[:_LONGEST_WORDS]
 
 
 def _list_temporary(output: str) -> list[str]:
