@@ -233,11 +233,11 @@ def name_checkpoints(uris: Iterable[str], num_parts: int) -> dict[str, str]:
     """Return locations of checkpoints by the last num_parts parts of their paths, or more if names were equal."""
     unique = list(dict.fromkeys(uris))
     parts = [public_uri(uri).rstrip("/").split("/") for uri in unique]
-    for length in range(num_parts, max(map(len, parts), default=0) + 1):
+    for length in range(num_parts, max([num_parts, *map(len, parts)]) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         if len(set(names)) == len(names):
             return dict(zip(names, unique, strict=True))
-    return {uri: uri for uri in unique}
+    return {f"{each[-1]} {number}": uri for number, (each, uri) in enumerate(zip(parts, unique, strict=True), start=1)}
 
 
 def describe_calibrations(num_checkpoints: int, known: dict[str, Calibration | None]) -> tuple[str, bool]:
