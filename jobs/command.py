@@ -213,8 +213,12 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one. It
         # also hides what Ray says about its tokens, which `cluster.yaml` requires
         with quiet_start():
-            options = {"logging_level": logging.ERROR, "include_dashboard": False, "log_to_driver": False}
-            init_ray(is_needed=lambda: not self._is_closing.is_set(), **options)
+            init_ray(
+                is_needed=lambda: not self._is_closing.is_set(),
+                logging_level=logging.ERROR,
+                include_dashboard=False,
+                log_to_driver=False,
+            )
         logging.getLogger("ray").setLevel(logging.ERROR)
         return True
 

@@ -92,7 +92,8 @@ def _about(
 def _checkpoints(record: dict[str, Any]) -> tuple[dict[str, str], dict[str, Calibration | None]]:
     """Return the locations of the systems' checkpoints by a short name, and recorded calibrations by location."""
     config, facts = record["config"], record.get("checkpoints")
-    uris, recorded = list(config.get("checkpoints", ())), {}
+    uris = list(config.get("checkpoints", ()))
+    recorded: dict[str, Calibration | None] = {}
     for name, members in config.get("systems", {}).items():
         own = [member["checkpoint"] for member in members]
         recorded |= recorded_calibrations(own, facts.get(name) if isinstance(facts, dict) else None)

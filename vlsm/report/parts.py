@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import itertools
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -197,7 +196,7 @@ def read_calibrations(
     checkpoints: dict[str, str],
     output: str,
     allow: Sequence[str] = (),
-    recorded: Mapping[str, Calibration | None] = types.MappingProxyType({}),
+    recorded: Mapping[str, Calibration | None] | None = None,
 ) -> dict[str, Calibration | None]:
     """Return the calibration of checkpoints (name and location), None for those that were not calibrated.
 
@@ -216,7 +215,7 @@ def read_calibrations(
     unusable: tuple[type[Exception], ...] = (OSError, VlsmError, *storage.store_errors())
     unusable += (ValidationError, KeyError, TypeError)
     for name, uri in checkpoints.items():
-        if uri in recorded:
+        if recorded and uri in recorded:
             found[name] = recorded[uri]
         if lies_outside(uri, output, allow) or (name in found and found[name] is None):
             continue
