@@ -60,9 +60,10 @@ def verify_run(output: str) -> Iterator[Proof]:
     record = read_record(output)
     if record is None or "run_id" not in record:
         raise ConfigError(f"there is no segment run in {output!r}; it must be the OUTPUT of a segment run")
+    # listed before the plan of a run that still plans: each part is of a shard that is planned then
+    names = [name for name in storage.list_names(storage.join(output, "masks")) if not name.startswith(".")]
     proof = _begin(output, plan_of(record, output))
     plan = proof.plan
-    names = [name for name in storage.list_names(storage.join(output, "masks")) if not name.startswith(".")]
     others = [name for name in names if (shard := shard_of(name)) is None or shard >= plan.num_shards]
     proof.differences += [f"masks/{name} is no part of this run" for name in others]
     ids = array("q")  # hashes of the image_ids: 8 bytes per image
