@@ -266,7 +266,7 @@ def calibrations(known: dict[str, Calibration | None]) -> list[Section]:
         rows.append([Cell(short), *numbers, *errors, Cell(f"{calibration.num_images:,}", True)])
     if not rows:
         return []
-    intro = "Share of foreground pixels by predicted probability, on validation images."
+    intro = "Share of foreground pixels by predicted probability, on validation images." if lines else ""
     head = ["checkpoint", "temperature", "threshold", "error before", "error after", "images"]
     note = "The error is the expected calibration error, without and with the temperature."
     return [Section("calibration", "Calibration", intro, tables=[Table(head, rows, note)], lines=lines)]
