@@ -58,7 +58,7 @@ def _help() -> str:
             "Segment image archives with vision-language models, and train these models.",
             "",
             *lines,
-            f"  {'completion':{width}}  a script that completes commands in a shell: {_COMPLETION['bash']}",
+            f"  {'completion':{width}}  completes commands in a shell: {_COMPLETION['bash']}",
             "",
             "`vlsm COMMAND --help` explains a command; `vlsm --version` prints the version.",
         ]

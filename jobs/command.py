@@ -192,11 +192,11 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
             ray.shutdown()
 
     def _open(self) -> bool:
-        """Start Ray or join a cluster; return False if Ray already runs in this process."""
+        """Start Ray or join a cluster; return False if Ray already runs in this process, or is not needed any more."""
         import ray  # not ray.data: two threads that import parts of one package can deadlock
 
         self._is_imported.set()
-        if ray.is_initialized():
+        if self._is_closing.is_set() or ray.is_initialized():
             return False
         # for a cluster that starts here: tasks use fractions of a CPU, so there are more workers than CPUs. Above this
         # limit, for which actors count too, Ray ends workers that are idle for 1 s and starts new ones a moment later.
@@ -214,7 +214,12 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         # ERROR hides the warning that Ray sets no SIGTERM handler outside the main thread; `run_command` sets one. It
         # also hides what Ray says about its tokens, which `cluster.yaml` requires
         with quiet_start():
-            init_ray(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=False)
+            init_ray(
+                is_needed=lambda: not self._is_closing.is_set(),
+                logging_level=logging.ERROR,
+                include_dashboard=False,
+                log_to_driver=False,
+            )
         logging.getLogger("ray").setLevel(logging.ERROR)
         return True
 
@@ -229,6 +234,9 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
                 logger.info("the logs of Ray and of its processes are in %s%s", logs_folder(), where)
             self._is_closing.set()
             if self._thread is not None:
+                if not self._is_running.done():  # a half-started Ray would leave processes behind
+                    why = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopping"
+                    logger.info("%s: waiting until Ray has started and can be ended, so that no process stays", why)
                 self._thread.join()
         finally:
             self._stdout.__exit__(kind, error, trace)
@@ -251,8 +259,13 @@ def check_address(address: str) -> None:
         raise VlsmError(f"the Ray cluster at RAY_ADDRESS={address} cannot be reached: {error}") from error
 
 
-def init_ray(*address: str, **options: Any) -> Any:
+def init_ray(*address: str, is_needed: Callable[[], bool] = lambda: True, **options: Any) -> Any:
     """Call `ray.init`, again if the node did not start in time; see `start_patiently`.
+
+    Args:
+        address: as for `ray.init`.
+        is_needed: as for `start_patiently`.
+        options: options of `ray.init`.
 
     Raises:
         VlsmError: Ray did not start, or its cluster cannot be joined.
@@ -260,7 +273,7 @@ def init_ray(*address: str, **options: Any) -> Any:
     import ray
 
     try:
-        return start_patiently(lambda: ray.init(*address, **options), ray.shutdown)
+        return start_patiently(lambda: ray.init(*address, **options), ray.shutdown, is_needed)
     except Exception as error:  # Ray's own is a bare Exception
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         if cluster := cluster_address():
@@ -277,7 +290,11 @@ def logs_folder() -> str:
     return node.get_logs_dir_path() if node is not None else "/tmp/ray/session_*/logs"  # noqa: S108
 
 
-def start_patiently(start: Callable[[], Any], clean_up: Callable[[], object] = lambda: None) -> Any:
+def start_patiently(
+    start: Callable[[], Any],
+    clean_up: Callable[[], object] = lambda: None,
+    is_needed: Callable[[], bool] = lambda: True,
+) -> Any:
     """Return the result of a function that starts a Ray node. Call it again if the node did not start in time.
 
     Ray allows 30 s, and no setting changes that. A busy machine needs longer.
@@ -285,12 +302,13 @@ def start_patiently(start: Callable[[], Any], clean_up: Callable[[], object] = l
     Args:
         start: starts the node.
         clean_up: is called before each further try.
+        is_needed: returns whether there may be another try.
     """
     for attempt in range(1, _RAY_STARTS + 1):
         try:
             return start()
         except Exception as error:  # Ray's own is a bare Exception
-            if attempt == _RAY_STARTS or "imed out" not in str(error):
+            if attempt == _RAY_STARTS or "imed out" not in str(error) or not is_needed():
                 raise
             logger.info(
                 "Ray did not start within 30 s, which happens on a busy machine: starting it again, try %d of %d",

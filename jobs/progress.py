@@ -35,10 +35,19 @@ class Progress:
         failed: number of failed images among these.
         board: the `jobs.crash_watch.CrashBoard` of the run.
         output: OUTPUT of the run; it labels the metrics.
+        note: gets what the job does, as a phrase, whenever this changes.
     """
 
-    def __init__(self, total: Callable[[], int], done: int, failed: int, board: Any, output: str) -> None:
-        self._output = output
+    def __init__(  # noqa: PLR0913 - all that one line of progress tells
+        self,
+        total: Callable[[], int],
+        done: int,
+        failed: int,
+        board: Any,
+        output: str,
+        note: Callable[[str], None] = lambda words: None,
+    ) -> None:
+        self._output, self._note = output, note
         self.total, self.done, self.failed = total, done, failed
         self._done_before, self._is_first_shard = done, True
         self._num_shown = 0  # messages of the board
@@ -103,6 +112,7 @@ class Progress:
                 self._show_phase(milestones)
                 continue
             self._begin_counting(milestones)
+            self._note(f"{done:,} of {count(self.total(), 'image')} done")
             if self._bar is not None or time.monotonic() - self._shown_s >= _LOG_INTERVAL_S:
                 self._show(done)
 
@@ -111,6 +121,7 @@ class Progress:
         phase = next((words for name, words in _PHASES.items() if name in milestones), self._phase)
         if phase != self._phase:
             self._phase = phase
+            self._note(phase or "")
             if self._bar is not None:
                 self._bar.set_description_str(phase)
             else:

@@ -12,8 +12,9 @@ import itertools
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jobs.command import RaySession, job_parser, locate, logger, run_command
@@ -23,6 +24,7 @@ from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.report.endings import segment_ending
 from vlsm.report.forecast import describe_forecast, keep_sample, measure
+from vlsm.runs.alive import SignOfLife
 from vlsm.runs.compare import RunState, compare_run
 from vlsm.runs.lifecycle import Run, finish_run, make_planner, open_input, prepare_run, resolve_settings
 from vlsm.runs.plan import planned_keys
@@ -42,6 +44,8 @@ _COMMON = (
 )  # fmt: skip
 _WAVE = 2048  # shards in one Ray dataset: Ray Data plans some hundreds a second
 _MORE_ROUNDS = 3  # of counting and repair: a task that outlived a killed run may overwrite an updated part
+
+Stream = Callable[..., None]  # `stream_shards` on the Ray of this job
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -103,22 +107,31 @@ def segment(settings: SegmentSettings) -> dict[str, Any]:
     Raises:
         VlsmError: the settings are wrong, or the run could not be finished. A rerun continues it.
     """
+    with SignOfLife(settings.output, "jobs.segment") as sign:
+        return _segment(settings, sign)
+
+
+def _segment(settings: SegmentSettings, sign: SignOfLife) -> dict[str, Any]:
     with RaySession() as session:
-        run = prepare_run(settings, lambda: _begin(session, settings))
+        sign.note("planning")
+        run = prepare_run(settings, lambda: _begin(session, settings), sign.start)
         if summary := _final_summary(run):
             logger.info("%s is finished: there is nothing to do", run.settings.output)
             return summary
+        sign.begin()
         if settings.prompts is None and not settings.classes:
             logger.info(
                 "no prompt is set: the checkpoint's prompt is used, %s",
                 ", ".join(map(repr, run.settings.prompts or ())),
             )
         started_s = time.monotonic()
+        stream = partial(stream_shards, session, note=sign.note)
         if run.plan.is_complete:
-            num_before = _stream_plan(session, run)
+            num_before = _stream_plan(stream, run)
         else:
-            run, num_before = _stream_while_planning(session, run)
-        state = _stream_missing(session, run)
+            run, num_before = _stream_while_planning(stream, run)
+        sign.note("counting all rows")
+        state = _stream_missing(stream, run)
     return finish_run(run, state, num_before, time.monotonic() - started_s)
 
 
@@ -137,12 +150,12 @@ def _final_summary(run: Run) -> dict[str, Any] | None:
     return summary
 
 
-def _stream_plan(session: RaySession, run: Run) -> int:
+def _stream_plan(stream: Stream, run: Run) -> int:
     """Segment the unfinished shards of a complete plan. Returns the number of images that were done before."""
     settings, num_images = run.settings, run.plan.num_images
     state = compare_run(settings.output, run.plan, run.run_id, settings.retry_failed)
     logger.info("%d of %d images are not done yet", num_images - state.num_done, num_images)
-    stream_shards(session, run, _waves(state.pending.items()), state, lambda: num_images, settings.retry_failed)
+    stream(run, _waves(state.pending.items()), state, lambda: num_images, settings.retry_failed)
     return state.num_done
 
 
@@ -153,7 +166,7 @@ def _waves(pending: Iterable[tuple[int, bool]]) -> Iterator[Wave]:
         yield wave
 
 
-def _stream_while_planning(session: RaySession, run: Run) -> tuple[Run, int]:
+def _stream_while_planning(stream: Stream, run: Run) -> tuple[Run, int]:
     """Segment the shards of a plan while a planner still lists the archive.
 
     Returns:
@@ -166,7 +179,7 @@ def _stream_while_planning(session: RaySession, run: Run) -> tuple[Run, int]:
         num_before = state.num_done
         names = set(storage.list_names(storage.join(settings.output, "masks")))
         waves = itertools.chain(_waves(state.pending.items()), _waves_of_planner(planner, known.num_shards, names))
-        stream_shards(session, run, waves, state, lambda: planner.num_images, settings.retry_failed)
+        stream(run, waves, state, lambda: planner.num_images, settings.retry_failed)
         run = replace(run, plan=planner.result())
     if settings.update and planner.is_resumed:  # an earlier job has listed the first images; they may have changed
         run = prepare_run(settings.model_copy(update={"start_over": False}))
@@ -180,13 +193,13 @@ def _waves_of_planner(planner: Planner, num_shards: int, names: set[str]) -> Ite
         num_shards = end
 
 
-def _stream_missing(session: RaySession, run: Run) -> RunState:
+def _stream_missing(stream: Stream, run: Run) -> RunState:
     """Count all rows and segment shards that lack rows, until no row is missing. Returns the last count."""
     for _ in range(_MORE_ROUNDS):
         state = compare_run(run.settings.output, run.plan, run.run_id)
         if not state.pending:
             break
-        stream_shards(session, run, _waves(state.pending.items()), state, lambda: run.plan.num_images)
+        stream(run, _waves(state.pending.items()), state, lambda: run.plan.num_images)
     return state
 
 

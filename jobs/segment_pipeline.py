@@ -25,6 +25,7 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
     state: RunState,
     count_images: Callable[[], int],
     retry_failed: bool = False,
+    note: Callable[[str], None] = lambda words: None,
 ) -> None:
     """Segment shards with Ray, wave by wave. Without any wave, return without waiting for Ray.
 
@@ -35,6 +36,7 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
         state: the progress of the run so far.
         count_images: returns the number of images of the run that are planned so far.
         retry_failed: whether to segment failed images again.
+        note: gets what the job does, as a phrase, whenever this changes.
 
     Raises:
         VlsmError: the fraction of failed images is too large, or a stage failed in all its retries.
@@ -43,6 +45,7 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
     first = next(waves, None)
     if first is None:
         return
+    note("starting Ray")
     session.wait()
     import ray.data
 
@@ -58,7 +61,9 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
         ray.put({name: np.frombuffer(data, np.uint8) for name, data in member.files.items()}) for member in run.members
     ]
     try:
-        with Progress(count_images, state.num_done, state.counts["failed"], board, task.settings.output) as progress:
+        with Progress(
+            count_images, state.num_done, state.counts["failed"], board, task.settings.output, note
+        ) as progress:
             for wave in itertools.chain([first], waves):
                 for part in plan_stream(wave, task, weights).iter_rows():
                     progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])

@@ -36,7 +36,7 @@ def verify(output: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is no run at OUTPUT.
-        ResultError: the run differs from its plan. The first 100 differences are printed before.
+        ResultError: the run is not finished, or differs from its plan. The first 100 differences are printed before.
     """
     proof: Proof | None = None
     with storage.name_errors("OUTPUT", output), tqdm(unit="row", disable=not sys.stderr.isatty()) as bar:
@@ -49,6 +49,8 @@ def verify(output: str) -> dict[str, Any]:
         say(difference)
     if len(proof.differences) > _NUM_PRINTED:
         say(f"... and {len(proof.differences) - _NUM_PRINTED:,} more")
+    if not proof.is_finished and len(proof.differences) == 1:
+        raise ResultError(f"the run in {output!r} is not finished; its rows so far are as planned")
     if proof.differences:
         raise ResultError(f"{count(len(proof.differences), 'difference')} between {output!r} and its plan")
     counts = proof.counts

@@ -1,5 +1,6 @@
 """The command `vlsm` and the help of all commands."""
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -38,6 +39,18 @@ def test_help_begins_with_examples_that_the_command_takes(name, as_vlsm, capsys)
         load(name).make_parser().parse_args(words[2:])
     heads = [number for number, line in enumerate(lines) if line.startswith("settings that people change")]
     assert all(lines[number:].index("") <= 13 for number in heads)
+
+
+@pytest.mark.parametrize("words", [["segment", "--help"], ["status", "--help"], ["segment", "--help-settings"], []])
+def test_help_fits_a_terminal_and_is_plain_text(words, as_vlsm, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with contextlib.suppress(SystemExit):
+        main(words)
+    out = capsys.readouterr().out
+    assert len(out) > 500 and "\x1b" not in out
+    wide = [line for line in out.splitlines() if len(line) > 80]
+    assert all(line.startswith("  vlsm ") for line in wide)  # examples are copied
 
 
 @pytest.mark.parametrize("name", ["segment", "train", "evaluate", "sweep", "datasets", "calibrate"])

@@ -72,7 +72,8 @@ class Calibration(Settings):
         dice_at_half, dice: mean Dice over the images, at a threshold of 0.5 and at `threshold`.
         min_confidence: masks with a lower confidence are mostly bad; None if all masks were bad, or none.
         area_fraction: (low, high); the area fractions of nearly all target masks lie between them.
-        reliability: for each bin the mean probability, the share of foreground and the share of all pixels.
+        reliability: for each bin the mean probability, the share of foreground and the share of all pixels; the record
+            of a run leaves it out.
     """
 
     temperature: float = Field(gt=0)
@@ -84,7 +85,7 @@ class Calibration(Settings):
     dice: float
     min_confidence: float | None
     area_fraction: tuple[float, float]
-    reliability: list[tuple[float, float, float]]
+    reliability: list[tuple[float, float, float]] = []
 
 
 class CheckpointSettings(Settings):

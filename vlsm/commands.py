@@ -2,7 +2,9 @@
 
 import argparse
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 from vlsm import storage
 from vlsm.config import Settings, describe_settings
 from vlsm.shown import Parser, say
+
+_INDENT = 6  # of the second line of a setting
 
 # name for `vlsm NAME`: the module for `python -m MODULE`, and what it does
 COMMANDS = {
@@ -60,11 +64,11 @@ def new_parser(
         epilog: the end of the help.
     """
     storage.expect_answers()  # whoever has a parser is a command, with a person who waits
-    shown = "\n".join([f"  {call(module)} {words}".rstrip() for words in examples])
-    lines = [epilog]
+    shown = "\n".join([f"  {call(module)} {words}".rstrip() for words in examples])  # to be copied: not wrapped
+    description, *lines = _wrap([description, epilog])
     if settings is not None:
-        chosen = describe_settings(settings, common)
-        lines = ["settings that people change, as --set key=value (--help-settings lists all):", *chosen, "", epilog]
+        head = "settings that people change, as --set key=value (--help-settings lists all):"
+        lines = [*_wrap([head, *describe_settings(settings, common)]), "", *lines]
     parser = Parser(
         prog=call(module),
         description=f"{description}\n\nexamples:\n{shown}" if examples else description,
@@ -76,6 +80,19 @@ def new_parser(
             "--help-settings", action=_ShowSettings, settings=settings, help="list all settings and exit"
         )
     return parser
+
+
+def _wrap(texts: Sequence[str]) -> list[str]:
+    """Return texts of a help with lines that fit the terminal. In a pipe, as to grep, one line stays one line."""
+    if not sys.stdout.isatty():
+        return list(texts)
+    return ["\n".join(map(_wrap_line, text.split("\n"))) for text in texts]
+
+
+def _wrap_line(line: str) -> str:
+    indent = " " * _INDENT if line.startswith(" ") else ""
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False))
 
 
 def add_allow(parser: argparse.ArgumentParser) -> None:
@@ -97,5 +114,5 @@ class _ShowSettings(argparse.Action):
         self.settings = settings
 
     def __call__(self, parser: argparse.ArgumentParser, *words: Any) -> None:
-        say("\n".join(["settings, as --set key=value or in --config FILE:", *describe_settings(self.settings)]))
+        say("\n".join(["settings, as --set key=value or in --config FILE:", *_wrap(describe_settings(self.settings))]))
         parser.exit()

@@ -1,12 +1,14 @@
+import logging
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from jobs.command import RaySession, check_address, locate, run_command
+from jobs.command import RaySession, check_address, locate, run_command, start_patiently
 from tests.conftest import LONG_S
 from vlsm.errors import ConfigError, VlsmError
 
@@ -52,6 +54,50 @@ def test_a_result_is_for_people_on_a_terminal_and_for_programs_elsewhere(
     assert run_command(lambda: {"ok": 1}, lambda result: ["one", "two"], as_json) == 0
     assert capsys.readouterr().out == out
     assert caplog.messages == ([] if out.startswith("one") else ["one", "two"])
+
+
+def test_an_interrupt_while_ray_starts_says_at_once_what_is_waited_for(monkeypatch, caplog):
+    caplog.set_level("INFO", "vlsm")
+    is_starting, may_start, seen = threading.Event(), threading.Event(), []
+
+    def open_slowly(session):
+        session._is_imported.set()
+        is_starting.set()
+        may_start.wait(LONG_S)
+        seen.extend(caplog.messages)
+        return False
+
+    class Records(logging.Handler):
+        def emit(self, record):
+            if "waiting until Ray" in record.getMessage():
+                may_start.set()  # the start ends only after the line
+
+    monkeypatch.setattr(RaySession, "_open", open_slowly)
+    monkeypatch.setattr("jobs.command.cluster_address", lambda: "")
+    handler = Records()
+    logging.getLogger("vlsm").addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), RaySession() as session:
+            session.start()
+            is_starting.wait(LONG_S)
+            raise KeyboardInterrupt
+    finally:
+        logging.getLogger("vlsm").removeHandler(handler)
+    assert "interrupted: waiting until Ray has started and can be ended, so that no process stays" in seen
+
+
+def test_a_start_that_nobody_needs_any_more_is_not_tried_again():
+    tries = []
+
+    def start():
+        tries.append(True)
+        raise TimeoutError("the node timed out")
+
+    for is_needed, expected in ((False, 1), (True, 5)):
+        tries.clear()
+        with pytest.raises(TimeoutError):
+            start_patiently(start, is_needed=lambda is_needed=is_needed: is_needed)
+        assert len(tries) == expected
 
 
 NICENESS = """

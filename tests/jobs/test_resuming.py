@@ -9,6 +9,7 @@ import pytest
 from jobs import verify
 from tests.conftest import LONG_S, slow, without_ray
 from tests.jobs.conftest import run, start
+from vlsm.report.status import read_status
 
 pytestmark = pytest.mark.ray
 
@@ -29,7 +30,13 @@ def test_other_settings_on_the_same_output_are_refused_by_name(undisturbed, hard
     done = without_ray(hard_archive, undisturbed, "--checkpoint", bright_checkpoint, "--set", "threshold=0.3")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    for key in ("checkpoint_digests", "prompts", "shard_rows", "threshold (there 0.5, now 0.3)", "start_over=true"):
+    for key in (
+        "the checkpoint (there '",
+        "prompts",
+        "shard_rows",
+        "threshold (there 0.5, now 0.3)",
+        "start_over=true",
+    ):
         assert key in done.stderr
 
 
@@ -45,13 +52,18 @@ def test_an_interrupted_job_ends_cleanly_and_goes_on_later(
         job = start(*words)
         while len(list(output.glob("masks/part-*"))) == before and time.monotonic() < deadline:
             time.sleep(0.05)
+        (line,) = read_status(str(output)).jobs
+        assert line.startswith(f"running: jobs.segment, process {job.pid} on ")
         job.send_signal(how)
         out, err = job.communicate(timeout=LONG_S)
         assert (job.returncode, out) == (130, "")
         assert "interrupted; the same command goes on from here" in err
         assert "Traceback" not in err
+        (line,) = read_status(str(output)).jobs
+        assert line.startswith(f"ended: jobs.segment, process {job.pid} on ") and line.endswith("; interrupted")
     code, summary, _ = run(capfd, *words)
     assert (code, summary["ok"], summary["failed"]) == (0, 288, 12)
+    assert not (output / "alive").exists()
 
 
 def test_a_part_with_other_rows_than_planned_is_found_and_mended(

@@ -92,6 +92,25 @@ def test_the_first_screen_says_what_the_results_are_of(output):
     assert re.fullmatch(r"\d{1,2} [A-Z][a-z]+ 20\d\d, \d\d:\d\d UTC", shown["Date"])
 
 
+def test_the_calibration_is_the_one_that_the_run_has_recorded(output):
+    """The checkpoint may have been calibrated, or deleted, since."""
+    record = yaml.safe_load((output / "config.yaml").read_text())
+
+    def shown(recorded, now):
+        fact = {"model": "clipseg", "calibration": recorded}
+        (output / "config.yaml").write_text(yaml.safe_dump(record | {"checkpoints": [fact]}))
+        write_calibration(output.parent, now)
+        page = page_of(output)
+        return header(page)["Calibration"], 'id="calibration"' in page
+
+    numbers = {key: value for key, value in CALIBRATION.items() if key != "reliability"}
+    assert shown(None, CALIBRATION) == ("not calibrated", False)
+    assert shown(numbers, None) == ("calibrated on 100 validation images", True)
+    assert shown(numbers | {"num_images": 70}, CALIBRATION)[0] == "calibrated on 70 validation images"
+    (output.parent / "checkpoint" / "checkpoint.yaml").unlink()
+    assert header(page_of(output))["Calibration"] == "calibrated on 70 validation images"
+
+
 @pytest.mark.parametrize(
     ("planned_at", "shown"),
     [(None, "unknown"), ("<b>yesterday", "<b>yesterday"), ("0001-01-01T00:00:00+14:00", "0001-01-01T00:00:00+14:00")],

@@ -70,7 +70,7 @@ def test_a_run_under_way_tells_what_is_done_how_fast_and_how_long_it_takes(tmp_p
     assert (found.planned_images, found.planned_parts, found.parts, found.rows) == (40, 10, 5, 20)
     assert (found.ok, found.failed, found.vanished, found.failed_by_reason) == (15, 5, 0, {"corrupt": 5})
     assert (found.images_per_s, found.seconds_left, found.silent_s) == (4.0, 5.0, 0.0)
-    assert found.next_steps[0].startswith("it seems to run; ")
+    assert found.is_running is None and found.next_steps[0].startswith("no job gives signs of life; if no job of an ")
     text = "\n".join(core.describe_status(found))
     assert "done: 20 images (50.0 %), 5 parts, 20 rows" in text and "rate: 4.0 images/s, 0:00:05 left" in text
 
@@ -80,9 +80,7 @@ def test_a_run_that_died_tells_how_to_go_on(tmp_path):
     found = core.read_status(str(tmp_path), now_s=NOW_S + 7200)
     assert (found.images_per_s, found.seconds_left, found.silent_s) == (None, None, 7200)
     (step,) = found.next_steps
-    assert step.startswith("it seems not to run") and step.endswith(
-        rerun_command(str(tmp_path), read_record(str(tmp_path)))
-    )
+    assert step.endswith(f" this command resumes it: {rerun_command(str(tmp_path), read_record(str(tmp_path)))}")
 
 
 def test_a_run_that_has_only_its_plan_has_nothing_done(tmp_path):
@@ -205,7 +203,7 @@ def test_a_training_in_its_first_epoch_says_that_it_runs_and_how_far_it_is(tmp_p
         found = core.read_status(str(tmp_path))
         assert (found.is_running, found.epochs) == (True, 0)
         assert found.running.endswith("; before its first step")
-        assert found.next_steps[0].startswith("it seems to run; ")
+        assert found.next_steps[0].startswith("a job works on it; ")
         lease.note({"epoch": 1, "epochs": 5, "step": 3, "steps": 40})
         while "step 3" not in (found := core.read_status(str(tmp_path))).running:
             time.sleep(0.02)
@@ -213,8 +211,9 @@ def test_a_training_in_its_first_epoch_says_that_it_runs_and_how_far_it_is(tmp_p
         assert f"running: jobs.train, process {os.getpid()} on " in text and "; epoch 1 of 5, step 3 of 40\n" in text
         assert "last sign of life: 0:00:0" in text
         later = core.read_status(str(tmp_path), now_s=time.time() + 100)
-        assert not later.is_running and later.next_steps[0].startswith("it seems not to run")
-    assert core.read_status(str(tmp_path)).running is None
+        assert not later.is_running and later.next_steps[0].startswith("no job works on it; ")
+    ended = core.read_status(str(tmp_path))  # at once, although the last epoch was a moment ago
+    assert ended.running is None and ended.next_steps[0].startswith("no job works on it; ")
 
 
 def test_a_training_whose_process_died_says_so_at_once(tmp_path):
@@ -222,7 +221,7 @@ def test_a_training_whose_process_died_says_so_at_once(tmp_path):
     code = "import os, sys; from vlsm.runs.lease import Lease; Lease(sys.argv[1], 'jobs.train').take(); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2], check=False)
     found = core.read_status(str(tmp_path))
-    assert found.is_running is False and found.next_steps[0].startswith("it seems not to run")
+    assert found.is_running is False and found.next_steps[0].startswith("no job works on it; ")
     assert "not running any more: jobs.train, process " in "\n".join(core.describe_status(found))
 
 

@@ -16,6 +16,7 @@ from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.errors import LeaseError
 from vlsm.runs.lease import Lease, Token, read_holder
+from vlsm.runs.processes import this_machine
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -149,9 +150,7 @@ def test_a_job_elsewhere_without_a_new_heartbeat_is_dead_whatever_its_clock_says
 
 
 def test_a_process_id_that_is_used_again_is_another_process(output):
-    from vlsm.runs.lease import _this_machine
-
-    write_claim(output, 1, machine=_this_machine(), pid=os.getpid(), process_started="1")
+    write_claim(output, 1, machine=this_machine(), pid=os.getpid(), process_started="1")
     with lease(output, patience_s=LONG_S) as second:
         second.take()
 

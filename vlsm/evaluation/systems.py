@@ -21,6 +21,7 @@ from vlsm.evaluation.matching import match_images
 from vlsm.evaluation.places import allow_images
 from vlsm.evaluation.prompts import match_texts, needs_stored, report_stored, texts_of
 from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.runs.facts import checkpoint_fact
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.runs.plan import plan_of
 from vlsm.runs.record import read_record, read_segment_summary
@@ -152,11 +153,11 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         VlsmError: a dataset, a checkpoint or a segment run cannot be used.
     """
     records = read_test_records(settings)
-    systems, digests = [], {}
+    systems, digests, checkpoints = [], {}, {}
     folders = _name_folders(settings.systems)
     image_ids, is_stored_used = _name_images(records), needs_stored(records, settings)
     for name, members in settings.systems.items():
-        own_prompt, digests[name] = _read_members(name, members, settings, is_stored_used)
+        own_prompt, digests[name], checkpoints[name] = _read_members(name, members, settings, is_stored_used)
         report_stored(name, records, own_prompt, settings)
         for member in members:
             if sentence := describe_differences_to_training(member.checkpoint, settings.data, settings.prompts):
@@ -179,22 +180,29 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         targets = [Target(*each) for each in zip(records, matched_ids, texts, strict=True)]
         systems.append(System(name, uri, None, targets))
     digest = hashlib.sha256(json.dumps([hide_secrets_in(record.stated()) for record in records]).encode()).hexdigest()
-    return systems, {"checkpoint_digests": digests, "mask_runs": run_ids, "records_digest": digest}
+    return systems, {
+        "checkpoint_digests": digests,
+        "checkpoints": checkpoints,
+        "mask_runs": run_ids,
+        "records_digest": digest,
+        "num_records": dict(Counter(record.dataset for record in records)),
+    }
 
 
 def _read_members(
     name: str, members: tuple[MemberSettings, ...], settings: EvaluateSettings, is_stored_used: bool
-) -> tuple[str, list[str]]:
-    """Return the prompt that is stored in a system's checkpoints, and the digests of the checkpoints."""
+) -> tuple[str, list[str], list[dict[str, Any]]]:
+    """Return the prompt that is stored in a system's checkpoints, and digests and facts of the checkpoints."""
     _, checkpoints = resolve_settings(settings.segment_settings("", "", members, ""))
     pairs = zip(checkpoints, members, strict=True)
-    prompts = list(dict.fromkeys(parse_settings(one.files, member.checkpoint).prompt for one, member in pairs))
+    stored = [parse_settings(one.files, member.checkpoint) for one, member in pairs]
+    prompts = list(dict.fromkeys(one.prompt for one in stored))
     if len(prompts) > 1 and is_stored_used:
         raise ConfigError(
             f"system {name}: its checkpoints store different prompts, {', '.join(map(repr, prompts))}; choose one: "
             f"--set 'prompts=[text:{prompts[0]}]'"
         )
-    return prompts[0], [digest_files(one.files) for one in checkpoints]
+    return prompts[0], [digest_files(one.files) for one in checkpoints], list(map(checkpoint_fact, stored))
 
 
 def _check_masks(name: str, uri: str, is_stored_used: bool) -> tuple[str, str]:

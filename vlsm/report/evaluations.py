@@ -15,9 +15,9 @@ from vlsm.report.glossary import label
 from vlsm.report.page import Case, Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import FILE, ROW, Extremes, Survey, scan
+from vlsm.runs.facts import recorded_calibrations
 from vlsm.runs.record import read_summary
 from vlsm.runs.tables import Tables
-from vlsm.shown import public_uri
 
 _SCORES_NAME, _TABLE_NAME = "scores.parquet", "table.csv"
 # earlier versions, and evaluations that have just begun, lack columns
@@ -48,8 +48,8 @@ def evaluation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Pag
     leader_survey, ends = _ends(scores, leader)
     painter = Painter(parts.open_reader(record["config"], output, allow), read_rle_masks)
     columns = ["mask_rle", "target_rle", "height", "width"]
-    checkpoints = _checkpoints(record["config"])
-    known = parts.read_calibrations(checkpoints, output, allow)
+    checkpoints, recorded = _checkpoints(record)
+    known = parts.read_calibrations(checkpoints, output, allow, recorded)
     groups, cards = parts.show(ends, survey.sample, painter, columns, scores)
     intro = f"From {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
     return Page(
@@ -89,11 +89,16 @@ def _about(
     return facts
 
 
-def _checkpoints(config: dict[str, Any]) -> dict[str, str]:
-    """Return the locations of the systems' checkpoints by a short name."""
-    members = [member for system_members in config.get("systems", {}).values() for member in system_members]
-    uris = [*config.get("checkpoints", ()), *(member["checkpoint"] for member in members)]
-    return {"/".join(public_uri(uri).rstrip("/").split("/")[-2:]): uri for uri in uris}
+def _checkpoints(record: dict[str, Any]) -> tuple[dict[str, str], dict[str, Calibration | None]]:
+    """Return the locations of the systems' checkpoints by a short name, and recorded calibrations by location."""
+    config, facts = record["config"], record.get("checkpoints")
+    uris = list(config.get("checkpoints", ()))
+    recorded: dict[str, Calibration | None] = {}
+    for name, members in config.get("systems", {}).items():
+        own = [member["checkpoint"] for member in members]
+        recorded |= recorded_calibrations(own, facts.get(name) if isinstance(facts, dict) else None)
+        uris += own
+    return parts.name_checkpoints(uris, 2), recorded
 
 
 def _read_table(output: str) -> list[dict[str, Any]]:

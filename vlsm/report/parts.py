@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ from vlsm.report.survey import METRICS, Extremes, Sample, Survey, row_key
 from vlsm.runs.locations import Locations
 from vlsm.runs.record import read_record, settings_of
 from vlsm.runs.tables import Tables
+from vlsm.shown import public_uri
 
 _READING = (
     "columns",
@@ -192,23 +193,50 @@ def gallery_note(num_cards: int, num_rows: int, spread: str) -> str:
 
 
 def read_calibrations(
-    checkpoints: dict[str, str], output: str, allow: Sequence[str] = ()
+    checkpoints: dict[str, str],
+    output: str,
+    allow: Sequence[str] = (),
+    recorded: Mapping[str, Calibration | None] | None = None,
 ) -> dict[str, Calibration | None]:
-    """Return the calibration of checkpoints (name and location), None for those that were never calibrated.
+    """Return the calibration of checkpoints (name and location), None for those that were not calibrated.
 
-    Checkpoints that no longer exist, that cannot be read, or that OUTPUT may not name, are left out.
+    Of a run, the recorded calibrations count: a checkpoint may have been calibrated afterwards. Its reliability is not
+    recorded. It is read from the checkpoint, if that still has this calibration.
+
+    Without a record, checkpoints that no longer exist, that cannot be read, or that OUTPUT may not name, are left out.
+
+    Args:
+        checkpoints: locations of the checkpoints by name.
+        output: OUTPUT of the run.
+        allow: places outside of OUTPUT's bucket that may be read.
+        recorded: the calibrations in the run's record, by location; see `vlsm.runs.facts`.
     """
     found: dict[str, Calibration | None] = {}
     unusable: tuple[type[Exception], ...] = (OSError, VlsmError, *storage.store_errors())
     unusable += (ValidationError, KeyError, TypeError)
     for name, uri in checkpoints.items():
-        if lies_outside(uri, output, allow):
+        if recorded and uri in recorded:
+            found[name] = recorded[uri]
+        if lies_outside(uri, output, allow) or (name in found and found[name] is None):
             continue
         with contextlib.suppress(*unusable):
             tree = read_yaml(storage.join(uri, SETTINGS_NAME), SETTINGS_NAME)
             stated = tree.get("calibration") if isinstance(tree, dict) else None
-            found[name] = None if stated is None else Calibration.model_validate(stated)
+            now = None if stated is None else Calibration.model_validate(stated)
+            if name not in found or (now and now.model_copy(update={"reliability": []}) == found[name]):
+                found[name] = now
     return found
+
+
+def name_checkpoints(uris: Iterable[str], num_parts: int) -> dict[str, str]:
+    """Return locations of checkpoints by the last num_parts parts of their paths, or more if names were equal."""
+    unique = list(dict.fromkeys(uris))
+    parts = [public_uri(uri).rstrip("/").split("/") for uri in unique]
+    for length in range(num_parts, max([num_parts, *map(len, parts)]) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, unique, strict=True))
+    return {f"{each[-1]} {number}": uri for number, (each, uri) in enumerate(zip(parts, unique, strict=True), start=1)}
 
 
 def describe_calibrations(num_checkpoints: int, known: dict[str, Calibration | None]) -> tuple[str, bool]:
@@ -218,7 +246,7 @@ def describe_calibrations(num_checkpoints: int, known: dict[str, Calibration | N
         images = sorted({each.num_images for each in calibrated})
         return f"calibrated on {', '.join(f'{count:,}' for count in images)} validation images", True
     if not known:
-        return "unknown: the checkpoint cannot be read any more", False
+        return "unknown: the run did not record it, and the checkpoint cannot be read any more", False
     if len(known) == 1 == num_checkpoints:
         return "not calibrated", False
     return f"{len(calibrated):,} of {num_checkpoints:,} checkpoints are calibrated", False
@@ -231,13 +259,14 @@ def calibrations(known: dict[str, Calibration | None]) -> list[Section]:
         if calibration is None:
             continue
         short = shorten(name, 60)
-        lines.append(draw_reliability(short, calibration.reliability))
+        if calibration.reliability:
+            lines.append(draw_reliability(short, calibration.reliability))
         errors = [Cell(f"{error:.4f}", True) for error in (calibration.error_before, calibration.error_after)]
         numbers = [Cell(f"{value:.3g}", True) for value in (calibration.temperature, calibration.threshold)]
         rows.append([Cell(short), *numbers, *errors, Cell(f"{calibration.num_images:,}", True)])
     if not rows:
         return []
-    intro = "Share of foreground pixels by predicted probability, on validation images."
+    intro = "Share of foreground pixels by predicted probability, on validation images." if lines else ""
     head = ["checkpoint", "temperature", "threshold", "error before", "error after", "images"]
     note = "The error is the expected calibration error, without and with the temperature."
     return [Section("calibration", "Calibration", intro, tables=[Table(head, rows, note)], lines=lines)]

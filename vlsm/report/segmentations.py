@@ -12,9 +12,9 @@ from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks
 from vlsm.report.prompts import draw_prompts
 from vlsm.report.survey import Extremes, Survey, find_empty, scan
+from vlsm.runs.facts import recorded_calibrations
 from vlsm.runs.record import read_segment_summary, settings_of
 from vlsm.runs.results import open_results
-from vlsm.shown import public_uri
 
 
 def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
@@ -27,10 +27,9 @@ def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> P
     results, config = open_results(output), record["config"]
     members = settings_of({"input": "", "output": "", "members": config.get("members")}, SegmentSettings).members
     summary = read_segment_summary(output, *_plan_size(record))
-    checkpoints = {
-        public_uri(member.checkpoint).rstrip("/").rsplit("/", 1)[-1]: member.checkpoint for member in members
-    }
-    known = parts.read_calibrations(checkpoints, output, allow)
+    uris = [member.checkpoint for member in members]
+    checkpoints = parts.name_checkpoints(uris, 1)
+    known = parts.read_calibrations(checkpoints, output, allow, recorded_calibrations(uris, record.get("checkpoints")))
     survey = Survey(metric="confidence", group="prompt", counts_images=True)
     ends = [
         ("Least confident", "lowest mean probability inside the mask", Extremes("confidence")),

@@ -4,13 +4,14 @@ import datetime
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlsm import storage
 from vlsm.commands import shell_command
 from vlsm.errors import ConfigError, ResultError
 from vlsm.report.rerun import rerun_command
+from vlsm.runs.alive import read_signs
 from vlsm.runs.compare import compare_run, failed_by_reason, sample_run
 from vlsm.runs.lease import PATIENCE_S, Holder, read_holder
 from vlsm.runs.plan import Plan, count_planned, plan_of
@@ -20,7 +21,7 @@ from vlsm.training.history import History, read_history
 
 _MOST_READ = 256  # parts of a few hundred kilobytes; of more parts only a sample is read, unless exact is asked for
 _LONGEST_S = 1e10
-_RECENT_S = 600.0  # window of the rate; a run that writes nothing for this time seems dead
+_RECENT_S = 600.0  # window of the rate
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,13 @@ class SegmentStatus:
         parts: number of written parts.
         rows, ok, failed, vanished: number of rows in the written parts, and of images by status.
         failed_by_reason: number of failed images by reason.
-        images_per_s: rate of the last ten minutes, or None if fewer than two parts were written in this time.
+        images_per_s: rate of the last ten minutes, or None if fewer than two parts were written in this time, or if no
+            job works on the run.
         seconds_left: remaining time at this rate, or None if the rate is unknown.
-        silent_s: seconds since the last write, or None if nothing was written.
+        silent_s: seconds since the last write or sign of life, or None if there was none.
         next_steps: one sentence for each next step.
+        is_running: whether a job gives signs of life; None if no job has left any, as those of earlier versions.
+        jobs: a phrase for each job that works on the run, or that has ended before the run was finished.
     """
 
     is_finished: bool
@@ -56,6 +60,8 @@ class SegmentStatus:
     seconds_left: float | None
     silent_s: float | None
     next_steps: list[str]
+    is_running: bool | None = None
+    jobs: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,21 @@ class TrainingStatus:
     running: str | None = None
 
 
-def read_status(output: str, exact: bool = False, now_s: float | None = None) -> SegmentStatus | TrainingStatus:
+@dataclass(frozen=True)
+class StartingStatus:
+    """The status of a run that has no plan yet. All attributes have the same meaning as in `SegmentStatus`."""
+
+    is_finished: bool
+    is_running: bool
+    jobs: list[str]
+    silent_s: float
+    next_steps: list[str]
+
+
+Status = SegmentStatus | TrainingStatus | StartingStatus
+
+
+def read_status(output: str, exact: bool = False, now_s: float | None = None) -> Status:
     """Return the status of a run.
 
     Args:
@@ -101,8 +121,11 @@ def read_status(output: str, exact: bool = False, now_s: float | None = None) ->
         return _segment_status(output, record, exact, now_s)
     if record is not None and "epochs" in record["plan"]:
         return _training_status(output, record, now_s)
+    if record is None and (status := _starting_status(output, now_s)):
+        return status
+    there = "" if storage.exists(output) else ", which does not exist"
     raise ConfigError(
-        f"there is no segment run and no training in {output!r}; it must be the OUTPUT of one "
+        f"there is no segment run and no training in {output!r}{there}; it must be the OUTPUT of one "
         "(those of an evaluation are below its runs/, of a sweep below trials/)"
     )
 
@@ -119,9 +142,12 @@ def _segment_status(output: str, record: dict[str, Any], exact: bool, now_s: flo
     exact = exact or summary is not None or len(written) <= _MOST_READ
     counts = summary or _count(output, plan, record["run_id"], list(written), exact)
     num_done = counts["ok"] + counts["failed"] + counts["vanished"]
-    rate = None if summary else _rate(sorted(written.values()), num_done / max(1, len(written)), now_s)
+    signs = [sign for sign in read_signs(output, now_s) if sign.is_alive or summary is None]
+    is_running = any(sign.is_alive for sign in signs) if signs else None
+    is_still = summary is not None or is_running is False
+    rate = None if is_still else _rate(sorted(written.values()), num_done / max(1, len(written)), now_s)
     newest_s = max([*written.values(), *storage.list_times(storage.join(output, "manifest")).values()], default=None)
-    silent_s = None if newest_s is None else max(0.0, now_s - newest_s)
+    silences = [sign.silent_s for sign in signs] + ([] if newest_s is None else [max(0.0, now_s - newest_s)])
     return SegmentStatus(
         is_finished=summary is not None,
         is_listing=not plan.is_complete,
@@ -132,8 +158,29 @@ def _segment_status(output: str, record: dict[str, Any], exact: bool, now_s: flo
         **{key: counts[key] for key in ("rows", "ok", "failed", "vanished", "failed_by_reason")},
         images_per_s=rate and round(rate, 2),
         seconds_left=(plan.num_images - num_done) / rate if rate else 0.0 if summary else None,
-        silent_s=silent_s,
-        next_steps=list(_next_steps(output, record, summary is not None, counts["failed"], silent_s)),
+        silent_s=min(silences, default=None),
+        next_steps=list(_next_steps(output, record, summary is not None, counts["failed"], is_running)),
+        is_running=is_running,
+        jobs=list(map(str, signs)),
+    )
+
+
+def _starting_status(output: str, now_s: float) -> StartingStatus | None:
+    """Return the status of an OUTPUT without a record, or None if no job has given a sign of life there."""
+    jobs = [(sign.is_alive, str(sign), sign.silent_s) for sign in read_signs(output, now_s)]
+    if holder := read_holder(output, now_s):
+        is_alive = _is_alive(holder)
+        jobs.append((is_alive, f"{'running' if is_alive else 'ended'}: {_name_holder(holder)}", holder.silent_s))
+    if not jobs:
+        return None
+    is_running = any(is_alive for is_alive, *_ in jobs)
+    step = "look again when it has planned its work" if is_running else "it has planned nothing: run its command again"
+    return StartingStatus(
+        is_finished=False,
+        is_running=is_running,
+        jobs=[job for _, job, _ in jobs],
+        silent_s=min(silent_s for *_, silent_s in jobs),
+        next_steps=[step],
     )
 
 
@@ -158,17 +205,17 @@ def _rate(times: Sequence[float], images_per_part: float, now_s: float) -> float
 
 
 def _next_steps(
-    output: str,
-    record: dict[str, Any],
-    is_finished: bool,
-    num_failed: int,
-    silent_s: float | None,
-    patience_s: float = _RECENT_S,
+    output: str, record: dict[str, Any], is_finished: bool, num_failed: int, is_running: bool | None
 ) -> Iterator[str]:
-    if not is_finished:
-        is_alive = silent_s is not None and silent_s < patience_s
-        state = "it seems to run; if it does not" if is_alive else "it seems not to run; if so"
-        yield f"{state}, this command resumes it: {rerun_command(output, record)}"
+    if is_running and is_finished:
+        yield "a job works on it, as to update it: look again when the job has ended"
+    elif not is_finished:
+        state = "no job works on it;"
+        if is_running:
+            state = "a job works on it; if it ends before the run is finished,"
+        elif is_running is None and "run_id" in record:  # after an upgrade during a run
+            state = "no job gives signs of life; if no job of an earlier version, which gives none, works on it,"
+        yield f"{state} this command resumes it: {rerun_command(output, record)}"
     elif num_failed:
         yield f"this command repeats the failed images: {rerun_command(output, record, 'retry_failed=true')}"
     elif "run_id" in record:
@@ -196,8 +243,7 @@ def _training_status(output: str, record: dict[str, Any], now_s: float) -> Train
     # a job with a lease writes a heartbeat; runs of earlier versions write only at the end of an epoch
     times = [holder.silent_s] if holder else [] if newest_s is None else [max(0.0, now_s - newest_s)]
     silent_s = min(times, default=None)
-    patience_s = PATIENCE_S if holder else max(_RECENT_S, 3 * (seconds or 0))
-    is_running = None if holder is None else holder.silent_s < patience_s and not holder.is_dead
+    is_running = None if holder is None else _is_alive(holder)
     return TrainingStatus(
         is_finished=is_finished,
         epochs=num_done,
@@ -210,36 +256,47 @@ def _training_status(output: str, record: dict[str, Any], now_s: float) -> Train
         silent_s=silent_s,
         is_running=is_running,
         running=None if holder is None else _describe_holder(holder),
-        next_steps=list(
-            _next_steps(output, record, is_finished, 0, None if is_running is False else silent_s, patience_s)
-        ),
+        next_steps=list(_next_steps(output, record, is_finished, 0, is_running)),
     )
+
+
+def _is_alive(holder: Holder) -> bool:
+    return holder.silent_s < PATIENCE_S and not holder.is_dead
+
+
+def _name_holder(holder: Holder) -> str:
+    return f"{holder.job}, process {holder.pid} on {holder.host}, since {holder.since}"
 
 
 def _describe_holder(holder: Holder) -> str:
     """Return the job that holds a lease, and how far it is, as a phrase."""
-    progress = holder.progress or {}
-    where = f"{holder.job}, process {holder.pid} on {holder.host}, since {holder.since}"
+    progress, where = holder.progress or {}, _name_holder(holder)
     numbers = [progress.get(key) for key in ("epoch", "epochs", "step", "steps")]
     if not all(type(number) is int for number in numbers):
         return f"{where}; before its first step"
     return "{}; epoch {} of {}, step {} of {}".format(where, *numbers)
 
 
-def describe_status(status: SegmentStatus | TrainingStatus) -> list[str]:
+def describe_status(status: Status) -> list[str]:
     """Return lines that describe a status to a person."""
-    lines = _describe_segments(status) if isinstance(status, SegmentStatus) else _describe_training(status)
+    if isinstance(status, TrainingStatus):
+        lines, has_signs = _describe_training(status), status.running is not None
+    else:
+        lines, has_signs = list(status.jobs), bool(status.jobs)
+    if isinstance(status, SegmentStatus):
+        lines += _describe_segments(status)
     if status.silent_s is not None:
-        kind = "sign of life" if isinstance(status, TrainingStatus) and status.running else "write"
-        lines.append(f"last {kind}: {_duration(status.silent_s)} ago")
-    return [f"state: {'finished' if status.is_finished else 'not finished'}", *lines, *status.next_steps]
+        lines.append(f"last {'sign of life' if has_signs else 'write'}: {_duration(status.silent_s)} ago")
+    state = "finished" if status.is_finished else "starting" if isinstance(status, StartingStatus) else "not finished"
+    return [f"state: {state}", *lines, *status.next_steps]
 
 
 def _describe_segments(status: SegmentStatus) -> list[str]:
     about = "" if status.is_exact else "about "
     num_done = status.ok + status.failed + status.vanished
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in status.failed_by_reason.items())
-    so_far = " so far: INPUT is still being listed" if status.is_listing else ""
+    listing = "INPUT is not listed to its end" if status.is_running is False else "INPUT is still being listed"
+    so_far = f" so far: {listing}" if status.is_listing else ""
     lines = [
         f"planned: {status.planned_images:,} images in {status.planned_parts:,} parts{so_far}",
         f"done: {about}{num_done:,} images ({100 * num_done / max(1, status.planned_images):.1f} %), "
@@ -260,7 +317,8 @@ def _describe_training(status: TrainingStatus) -> list[str]:
     if status.best is not None:
         lines.append(f"best: {status.monitor} {status.best:.4f} of validation, epoch {status.best_epoch}")
     if status.seconds_per_epoch is not None and status.seconds_left is not None:
-        left = f", {_duration(status.seconds_left)} left" if not status.is_finished else ""
+        kind = "left" if status.is_running else "of work left"
+        left = f", {_duration(status.seconds_left)} {kind}" if not status.is_finished else ""
         lines.append(f"time: {_duration(status.seconds_per_epoch)} per epoch{left}")
     return lines
 

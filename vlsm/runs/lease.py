@@ -14,30 +14,26 @@ One gap remains: a process that is paused after a check and before the write tha
 """
 
 import contextlib
-import datetime
 import json
 import logging
-import os
 import re
-import socket
 import threading
 import time
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from vlsm import storage
 from vlsm.documents import parse_json
 from vlsm.errors import LeaseError, VlsmError
+from vlsm.runs import processes
 from vlsm.runs.links import check_links
 
 logger = logging.getLogger("vlsm")
 
 INTERVAL_S = 10.0  # between two heartbeats
 PATIENCE_S = 60.0  # a job on another machine without a heartbeat for this time is dead
-_LONGEST_WORD = 300  # a host name has 253 characters at most
 _CLAIM = re.compile(r"(\d{8})\.json")
 
 
@@ -138,16 +134,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             ConfigError: a link leads out of OUTPUT.
         """
         check_links(self.output)
-        claim = {
-            "owner": self._owner,
-            "holder": self._holder,
-            "job": self._job,
-            "host": socket.gethostname(),
-            "machine": _this_machine(),
-            "pid": os.getpid(),
-            "process_started": _process_start(os.getpid()),
-            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
+        claim = {"owner": self._owner, "holder": self._holder, **processes.identify(self._job)}
         while self.token is None:
             dead = self.wait_until_free()
             token = Token(self.output, max(dead, default=0) + 1, self._owner)
@@ -178,7 +165,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             number = max(claims)
             claim = _parse(claims[number])
             is_own = bool(self._holder) and claim.get("holder") == self._holder
-            is_alive = None if is_own else _is_alive(claim)  # None: unknown
+            is_alive = None if is_own else processes.is_alive(claim)  # None: unknown
             if is_own or is_alive is False:
                 break
             beat = claims[number] + _read(Token(self.output, number, "").beat_uri)
@@ -264,11 +251,11 @@ def read_holder(output: str, now_s: float) -> Holder | None:
     newest_s = max((times[name] for name in names if name in times), default=now_s)
     progress = beat.get("progress")
     return Holder(
-        **{key: _as_word(claim.get(key, "")) for key in ("job", "host", "since")},
+        **{key: processes.as_word(claim.get(key, "")) for key in ("job", "host", "since")},
         pid=pid if isinstance(pid := claim.get("pid"), int) else 0,
         progress=progress if isinstance(progress, dict) else None,
         silent_s=max(0.0, now_s - newest_s),
-        is_dead=_is_alive(claim) is False,
+        is_dead=processes.is_alive(claim) is False,
     )
 
 
@@ -323,58 +310,15 @@ def _remove_below(token: Token) -> None:
             storage.remove(storage.join(folder, name))
 
 
-def _this_machine() -> str | None:
-    """Return what is equal for two processes that see each other's process ids, or None where this is unknown.
-
-    A host name is not enough: two containers may have the same one.
-    """
-    try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot_id} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _process_start(pid: int) -> str | None:
-    """Return the start of a process in ticks since the machine's start, or None if there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in b"ZX" else fields[19].decode()  # Z, X: ended, but its parent has not noticed
-
-
-def _is_alive(claim: dict[str, Any]) -> bool | None:
-    """Return whether the process of a claim runs; None if it is on another machine. A process id may be used again."""
-    machine = _this_machine()
-    if machine is None or claim.get("machine") != machine:
-        return None
-    pid = claim.get("pid")
-    return bool(isinstance(pid, int) and 0 < pid < 1 << 32 and claim.get("process_started") == _process_start(pid))
-
-
-def _describe(claim: dict[str, Any]) -> str:
-    job, pid, host, since = (_as_word(claim.get(key, "")) for key in ("job", "pid", "host", "since"))
-    if "" in (job, pid, host, since):
-        return "a job that cannot be identified"
-    return f"{job}, process {pid} on {host}, since {since}"
-
-
-def _as_word(value: object) -> str:
-    """Return a value of a claim for messages, or "" for one that no job writes: anybody may have written the file."""
-    text = str(value) if isinstance(value, str | int) else ""
-    return text if text.isprintable() and len(text) <= _LONGEST_WORD else ""
-
-
 def _refusal(output: str, claim: dict[str, Any], patience_s: float) -> str:
     return (
-        f"OUTPUT {output!r} is in use by {_describe(claim)}; wait until it has ended, stop it, or choose another "
-        f"OUTPUT; if it dies, OUTPUT is free again after {patience_s:.0f} s at most"
+        f"OUTPUT {output!r} is in use by {processes.describe(claim)}; wait until it has ended, stop it, or choose "
+        f"another OUTPUT; if it dies, OUTPUT is free again after {patience_s:.0f} s at most"
     )
 
 
 def _waiting(output: str, claim: dict[str, Any], patience_s: float) -> str:
     return (
-        f"OUTPUT {output!r} was last in use by {_describe(claim)}; it is taken over if no sign of life comes "
+        f"OUTPUT {output!r} was last in use by {processes.describe(claim)}; it is taken over if no sign of life comes "
         f"within {patience_s:.0f} s"
     )

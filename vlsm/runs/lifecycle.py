@@ -25,6 +25,7 @@ from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
 from vlsm.models import BLIND
 from vlsm.runs.compare import RunState, failed_by_reason, images_by_rule
+from vlsm.runs.facts import checkpoint_fact
 from vlsm.runs.links import check_links
 from vlsm.runs.plan import Plan, list_plans, new_plan_id, plan_of, remove_plan, write_plan
 from vlsm.runs.planner import Planner
@@ -162,13 +163,16 @@ def _describe_skipped(archive: Archive) -> str:
     return ", ".join(f"{count:,} {suffix}" for suffix, count in archive.skipped.most_common(5))
 
 
-def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: None) -> Run:
+def prepare_run(
+    settings: SegmentSettings, begin: Callable[[], None] = lambda: None, announce: Callable[[], None] = lambda: None
+) -> Run:
     """Check all inputs, and return a new run, or the run that OUTPUT already has.
 
     Args:
         settings: settings of the run.
         begin: called if there is work to do, once all paths and settings are checked. The weights are read and the
             archive is planned afterwards. A slow start, such as a cluster's, can run in parallel.
+        announce: called before anything is written to OUTPUT.
 
     Raises:
         ConfigError: a setting or a path is wrong, or OUTPUT belongs to a run with other settings.
@@ -186,12 +190,13 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
             _check_prompts(settings, checkpoints)
             storage.check_writable(output)
         archive = open_input(settings) if record is None else None
-        if record is None or not (
-            describe_differences(record, settings, {}) or storage.exists(storage.join(output, SUMMARY_NAME))
-        ):
-            begin()
+        if record is None or not describe_differences(record, settings, {}):
+            _start_work(settings, record, begin, announce)
         members = _read_members(settings, checkpoints)
-        facts = {"checkpoint_digests": [digest_files(member.files) for member in members]}
+        facts = {
+            "checkpoint_digests": [digest_files(member.files) for member in members],
+            "checkpoints": list(map(checkpoint_fact, checkpoints)),
+        }
         if record is None:
             _tell_calibration(settings, checkpoints)
             record = _plan_run(settings, facts, archive or open_input(settings))
@@ -203,6 +208,20 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
         if settings.update and not is_new and plan_of(record, output).is_complete:
             record = _update_run(settings, record)
     return Run(settings, members, plan_of(record, output), record["run_id"])
+
+
+def _start_work(
+    settings: SegmentSettings,
+    record: dict[str, Any] | None,
+    begin: Callable[[], None],
+    announce: Callable[[], None],
+) -> None:
+    """Call what `prepare_run` calls if there is work to do."""
+    is_finished = record is not None and storage.exists(storage.join(settings.output, SUMMARY_NAME))
+    if not is_finished:
+        begin()
+    if not is_finished or settings.update:
+        announce()
 
 
 def _check_prompts(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> None:

@@ -19,6 +19,7 @@ from vlsm import storage
 from vlsm.config import Settings, SettingsT, dump_yaml, explain, flatten
 from vlsm.documents import read_json, read_yaml
 from vlsm.errors import ConfigError, ResultError
+from vlsm.runs.facts import DESCRIPTIVE, describe_fact
 from vlsm.shown import hide_secrets_in
 from vlsm.version import FORMAT, __version__, newer_format
 
@@ -159,18 +160,23 @@ def describe_differences(record: dict[str, Any], settings: Settings, facts: dict
         facts: facts of the new command, as for `make_record`.
 
     Returns:
-        One phrase per differing key.
+        A phrase for each difference.
     """
     trees = _with_defaults(record["config"], type(settings)), settings.model_dump(mode="json", exclude=ACTIONS)
     before, now = (flatten(_deciding(hide_secrets_in(tree))) for tree in trees)
-    known = {key: value for key, value in facts.items() if key in record}
-    before |= {key: record[key] for key in known}
-    now |= known
-    return [
-        f"{key!s:.80} (there {_brief(before.get(key))}, now {_brief(now.get(key))})"
+    phrases = [
+        _describe_values(key, before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
+    for key, value in facts.items():
+        if key in record.keys() - DESCRIPTIVE and record[key] != value:
+            phrases += describe_fact(key, record, trees[1], facts, _describe_values(key, record[key], value))
+    return phrases
+
+
+def _describe_values(key: object, before: object, now: object) -> str:
+    return f"{key!s:.80} (there {_brief(before)}, now {_brief(now)})"
 
 
 def _brief(value: object) -> str:

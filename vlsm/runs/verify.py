@@ -7,7 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from vlsm import storage
 from vlsm.errors import ConfigError, DamageError, ImageError, ResultError
 from vlsm.images.run_lengths import measure_run_lengths
 from vlsm.runs.compare import COMPARED, compare_shard, failed_by_reason, images_by_rule
-from vlsm.runs.plan import Plan, plan_of, planned_keys, read_plan
-from vlsm.runs.record import read_record, read_segment_summary
+from vlsm.runs.plan import Plan, count_planned, plan_of, planned_keys, read_plan
+from vlsm.runs.record import SUMMARY_NAME, read_record, read_segment_summary
 from vlsm.runs.results import open_part, part_name, shard_of
 from vlsm.segmentation.masks import decode_png, encode_mask
 
@@ -34,12 +34,15 @@ class Proof:
     Attributes:
         plan: the size of the run's plan.
         counts: numbers of images by "ok", "failed", "vanished" and "failed: REASON", and of "rows", "parts", "masks".
-        differences: one sentence for each error in the run; empty for a finished run without errors.
+        differences: one sentence for each error in the run; empty for a finished run without errors. Of a run that is
+            not finished, the first one says so, and no other one is about rows that it has not written yet.
+        is_finished: whether the run has a complete plan and its summary.
     """
 
     plan: Plan
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
+    is_finished: bool = True
 
 
 def verify_run(output: str) -> Iterator[Proof]:
@@ -57,16 +60,17 @@ def verify_run(output: str) -> Iterator[Proof]:
     record = read_record(output)
     if record is None or "run_id" not in record:
         raise ConfigError(f"there is no segment run in {output!r}; it must be the OUTPUT of a segment run")
-    plan = plan_of(record, output)
-    proof = Proof(plan)
+    # listed before the plan of a run that still plans: each part is of a shard that is planned then
     names = [name for name in storage.list_names(storage.join(output, "masks")) if not name.startswith(".")]
+    proof = _begin(output, plan_of(record, output))
+    plan = proof.plan
     others = [name for name in names if (shard := shard_of(name)) is None or shard >= plan.num_shards]
     proof.differences += [f"masks/{name} is no part of this run" for name in others]
     ids = array("q")  # hashes of the image_ids: 8 bytes per image
     numbered = enumerate(read_plan(output, plan))
 
     def verify(item: tuple[int, pa.Table]) -> tuple[Counter[str], list[str]]:
-        return _verify_shard(output, record["run_id"], plan.kinds, *item)
+        return _verify_shard(output, record["run_id"], proof, *item)
 
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         while chunk := list(itertools.islice(numbered, _SHARDS_AT_ONCE)):
@@ -76,19 +80,41 @@ def verify_run(output: str) -> Iterator[Proof]:
             for _, images in chunk:
                 ids.extend(map(hash, images["image_id"].to_pylist()))
             yield proof
-    proof.differences += _verify_counts(output, proof, len(np.unique(ids)))
+    if proof.is_finished:
+        proof.differences += _verify_counts(output, proof, len(np.unique(ids)))
+    else:
+        proof.differences.insert(0, _describe_progress(proof))
     yield proof
 
 
+def _begin(output: str, plan: Plan) -> Proof:
+    if not plan.is_complete:
+        num_images, num_shards = count_planned(output, plan.id)
+        return Proof(replace(plan, num_images=num_images, num_shards=num_shards), is_finished=False)
+    return Proof(plan, is_finished=storage.exists(storage.join(output, SUMMARY_NAME)))
+
+
+def _describe_progress(proof: Proof) -> str:
+    plan, counts = proof.plan, proof.counts
+    num_done = counts["ok"] + counts["failed"] + counts["vanished"]
+    so_far = "" if plan.is_complete else " that are planned so far"
+    return (
+        f"the run is not finished: {num_done:,} of {plan.num_images:,} images{so_far} have all of their rows, and "
+        f"{counts['parts']:,} of {plan.num_shards:,} parts are written"
+    )
+
+
 def _verify_shard(
-    output: str, run_id: str, kinds: list[str], shard: int, images: pa.Table
+    output: str, run_id: str, proof: Proof, shard: int, images: pa.Table
 ) -> tuple[Counter[str], list[str]]:
     """Return the counts and the differences of one shard; see `Proof`."""
-    name = f"masks/{part_name(shard)}"
+    name, kinds = f"masks/{part_name(shard)}", proof.plan.kinds
     try:
         part = open_part(output, shard, run_id)
         state = compare_shard(images, part.read(COMPARED), kinds)
-    except (FileNotFoundError, DamageError):
+    except (FileNotFoundError, DamageError) as error:
+        if isinstance(error, FileNotFoundError) and not proof.is_finished:
+            return Counter(), []
         return Counter(), [f"{name} is missing, damaged or of another run: {len(images)} images have no rows"]
     differences = []
     if state.undone:
@@ -151,8 +177,8 @@ def _verify_counts(output: str, proof: Proof, num_ids: int) -> list[str]:
         summary = read_segment_summary(output, plan.num_images, plan.num_rows)
     except ResultError as error:
         return [*differences, str(error)]
-    if summary is None:
-        return [*differences, "summary.json is missing: the run is not finished"]
+    if summary is None:  # removed just now
+        return [*differences, f"{SUMMARY_NAME} is missing"]
     expected: dict[str, Any] = {"planned": plan.num_images} | {
         key: counts[key] for key in ("ok", "failed", "vanished", "rows")
     }
