@@ -192,7 +192,7 @@ def dry_run(settings: SegmentSettings, sample_size: int = 0, node_price: float |
         node_price: price per hour of a node like this machine.
     """
     settings, members = resolve_settings(settings)
-    archive = open_input(settings)
+    archive = open_input(settings, [member.settings for member in members])
     counts = Counter(images=0, rows=0)
     sample: list[dict[str, Any]] = []
     for row in keep_sample(archive.rows, sample, sample_size):

@@ -179,7 +179,9 @@ class SegmentSettings(Settings):
         {}, description="prompts that stand for one or several texts, whose probabilities are averaged: {name: [texts]}"
     )
     allow_equal_masks: bool = Field(
-        False, description="take several prompts for models that ignore their text: all prompts get the same mask"
+        False,
+        description="take several prompts, or others than the checkpoint's, for models that ignore the text: all "
+        "prompts get the same mask",
     )
     member_rows: bool = Field(False, description="write one more row for the mask of each ensemble member")
     label_maps: bool = Field(False, description="write one more row per image: a PNG with the prompt of each pixel")

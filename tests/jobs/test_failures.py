@@ -150,7 +150,9 @@ def test_what_changed_behind_a_listing_that_broke_off_is_followed_too(archive, b
     }
     run = prepare_run(SegmentSettings(**arguments, shard_rows=1))
     writer = PlanWriter(run.settings.output, run.plan.id)
-    for shard in itertools.islice(cut_shards(open_input(run.settings).rows, 1), 65):
+    for shard in itertools.islice(
+        cut_shards(open_input(run.settings, [member.settings for member in run.members]).rows, 1), 65
+    ):
         writer.add(shard_table(shard))  # the job dies, with a file of 64 shards written
     save_square(archive / "a00.png")
     (archive / "a01.png").unlink()

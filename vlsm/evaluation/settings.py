@@ -125,4 +125,5 @@ class EvaluateSettings(Settings):
         shared = (EvaluateSettings.model_fields.keys() & SegmentSettings.model_fields.keys()) - _NOT_SHARED
         settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
         settings |= {name: getattr(self.data, name) for name in READING}
-        return SegmentSettings(input=source, output=output, members=members, prompts=(own_prompt,), **settings)
+        settings |= {"prompts": (own_prompt,), "allow_equal_masks": True}  # the scores tell what each mask is worth
+        return SegmentSettings(input=source, output=output, members=members, **settings)

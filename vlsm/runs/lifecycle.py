@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.formats import Look
 from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
-from vlsm.models import BLIND
 from vlsm.runs.compare import RunState, failed_by_reason, images_by_rule
 from vlsm.runs.links import check_links
 from vlsm.runs.plan import Plan, list_plans, new_plan_id, plan_of, remove_plan, write_plan
@@ -38,16 +37,22 @@ from vlsm.runs.record import (
     write_record,
 )
 from vlsm.runs.updates import update_plan
+from vlsm.segmentation.blind import check_prompts, watch_prompts
 
 logger = logging.getLogger("vlsm")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A checkpoint of a run: the content of its files by name, and the input square of its model."""
+    """A checkpoint of a run: the content of its files by name, and of its checkpoint.yaml."""
 
     files: dict[str, bytes]
-    square: Square
+    settings: CheckpointSettings
+
+    @property
+    def square(self) -> Square:
+        """The input square of its model."""
+        return self.settings.image.spec.square
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
             text of several prompts.
     """
     settings, checkpoints = _resolve(settings)
-    _check_prompts(settings, checkpoints)
+    check_prompts(settings, checkpoints)
     return settings, _read_members(settings, checkpoints)
 
 
@@ -124,19 +129,22 @@ def _read_members(settings: SegmentSettings, checkpoints: list[CheckpointSetting
         with storage.name_errors("checkpoint", member.checkpoint):
             files = read_checkpoint(member.checkpoint)
             check_files(files, member.checkpoint)
-            members.append(Member(files, checkpoint.image.spec.square))
+            members.append(Member(files, checkpoint))
     return tuple(members)
 
 
-def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None = None) -> Archive:
+def open_input(
+    settings: SegmentSettings, checkpoints: Sequence[CheckpointSettings], after: tuple[str, str | None] | None = None
+) -> Archive:
     """Return the archive of a run, which has at least one image.
 
     Args:
-        settings: settings of the run.
+        settings: resolved settings of the run.
+        checkpoints: the checkpoint.yaml of each member; `vlsm.segmentation.blind` has a rule for the prompts of a list.
         after: image_uri and selector of an image; return only the images after it, of which there may be none.
 
     Raises:
-        ConfigError: INPUT does not exist, or holds no images.
+        ConfigError: INPUT does not exist, or holds no images, or a list has prompts that the rule forbids.
     """
     with storage.name_errors("INPUT", settings.input):
         archive = open_archive(
@@ -147,6 +155,7 @@ def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None =
             after,
             Look(settings.slices, settings.tile, settings.fields, settings.columns, settings.frames),
         )
+        archive.rows = watch_prompts(archive.rows, settings, checkpoints, may_stop=not archive.is_listed)
         if after is not None:
             return archive
         rows = iter(archive.rows)
@@ -183,9 +192,9 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
         record = None if settings.start_over else read_record(output)
         is_new = record is None
         if record is None:
-            _check_prompts(settings, checkpoints)
+            check_prompts(settings, checkpoints)
             storage.check_writable(output)
-        archive = open_input(settings) if record is None else None
+        archive = open_input(settings, checkpoints) if record is None else None
         if record is None or not (
             describe_differences(record, settings, {}) or storage.exists(storage.join(output, SUMMARY_NAME))
         ):
@@ -194,32 +203,15 @@ def prepare_run(settings: SegmentSettings, begin: Callable[[], None] = lambda: N
         facts = {"checkpoint_digests": [digest_files(member.files) for member in members]}
         if record is None:
             _tell_calibration(settings, checkpoints)
-            record = _plan_run(settings, facts, archive or open_input(settings))
+            record = _plan_run(settings, facts, archive or open_input(settings, checkpoints))
         if differences := describe_differences(record, settings, facts):
             raise ConfigError(
                 f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
                 "choose another OUTPUT, or --set start_over=true to forget that run"
             )
         if settings.update and not is_new and plan_of(record, output).is_complete:
-            record = _update_run(settings, record)
+            record = _update_run(settings, checkpoints, record)
     return Run(settings, members, plan_of(record, output), record["run_id"])
-
-
-def _check_prompts(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> None:
-    """Raise a ConfigError if several prompts go to models that all ignore the text; warn if some of them do."""
-    prompts, names = settings.prompts or (), list(dict.fromkeys(checkpoint.model for checkpoint in checkpoints))
-    blind = [name for name in names if name in BLIND]
-    if len(prompts) < 2 or not blind:
-        return
-    verb = "ignores" if len(blind) == 1 else "ignore"
-    if len(blind) < len(names):
-        text = "%s %s the text: in this ensemble such a member has the same mask for each of the %d prompts"
-        logger.warning(text, ", ".join(blind), verb, len(prompts))
-    elif not settings.allow_equal_masks:
-        raise ConfigError(
-            f"{', '.join(blind)} {verb} the text: all {len(prompts)} prompts would have the same mask; give one "
-            f"prompt, such as --set 'prompts=[{prompts[0]}]', or --set allow_equal_masks=true"
-        )
 
 
 def _tell_calibration(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> None:
@@ -258,10 +250,12 @@ def _describe_plan(plan: Plan, archive: Archive) -> None:
     logger.info("planned %d images, %d rows%s", plan.num_images, plan.num_rows, skipped)
 
 
-def _update_run(settings: SegmentSettings, record: dict[str, Any]) -> dict[str, Any]:
+def _update_run(
+    settings: SegmentSettings, checkpoints: Sequence[CheckpointSettings], record: dict[str, Any]
+) -> dict[str, Any]:
     """Plan the archive again and return the new record, or the same record if the archive has not changed."""
     output, before = settings.output, plan_of(record, settings.output)
-    archive = open_input(settings)
+    archive = open_input(settings, checkpoints)
     plan, update = update_plan(output, before, archive.rows, settings.shard_rows)
     *counts, num_renewed = asdict(update).values()
     logger.info("since the last plan %d images are new, %d changed, %d vanished", *counts)
@@ -290,7 +284,10 @@ def make_planner(run: Run) -> Planner:
         write_record(settings.output, record | {"plan": asdict(plan)})
         _describe_plan(plan, archive or Archive(rows=()))
 
-    return Planner(settings.output, run.plan, settings.shard_rows, lambda after: open_input(settings, after), save)
+    def open_after(after: tuple[str, str | None] | None) -> Archive:
+        return open_input(settings, [member.settings for member in run.members], after)
+
+    return Planner(settings.output, run.plan, settings.shard_rows, open_after, save)
 
 
 def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> dict[str, Any]:

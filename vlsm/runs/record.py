@@ -186,7 +186,8 @@ def _with_defaults(tree: dict[str, Any], settings: type[Settings]) -> dict[str, 
 
 def _deciding(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the recorded settings that decide the results."""
-    deciding = {key: value for key, value in tree.items() if key not in ("run", "output", "members", "systems")}
+    others = ("run", "output", "members", "systems", "allow_equal_masks")  # the last one only allows a run
+    deciding = {key: value for key, value in tree.items() if key not in others}
     systems, members = tree.get("systems"), _deciding_members(tree.get("members"))
     groups = {name: _deciding_members(each) for name, each in systems.items()} if isinstance(systems, dict) else systems
     return deciding | ({"members": members} if members else {}) | ({"systems": groups} if groups else {})
