@@ -9,6 +9,7 @@ from vlsm.archive.places import lies_outside
 from vlsm.commands import call, shell_command
 from vlsm.config import SegmentSettings
 from vlsm.locations import own_place
+from vlsm.runs.extremes import describe_extremes
 from vlsm.training.history import MEAN
 from vlsm.training.settings import TrainSettings
 
@@ -31,6 +32,7 @@ def segment_ending(settings: SegmentSettings, summary: dict[str, Any]) -> list[s
     if summary["failed"]:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in summary["failed_by_reason"].items())
         lines.append(f"{count(summary['failed'], 'image')} failed ({reasons}): the rows with status failed say why")
+    lines += [f"warning: {warning}"] if (warning := describe_extremes(summary)) else []
     return [*lines, _look(output, [settings.input, *settings.run.allow])]
 
 

@@ -53,7 +53,7 @@ _NOTES = {
     "difference": "mean Dice minus the mean Dice of the first system, on the masks that both have",
     "hd95_median": "95th percentile of the distances between the two outlines, in pixels; median over the masks",
     "iou_mean": "intersection over union, another measure of overlap; never above Dice",
-    "mask": "whether the mask is empty, that is, has no foreground",
+    "mask": "empty: it has no foreground; whole image: it covers 98 % of the image or more",
     "p": "probability of such a difference by chance (Wilcoxon's signed-rank test), not corrected for many comparisons",
     "precision_mean": "share of the predicted pixels that are right",
     "prompt_class": "honest: known without the mask. Others describe the target, so that they tell part of the answer",

@@ -12,6 +12,7 @@ from vlsm.commands import shell_command
 from vlsm.errors import ConfigError, ResultError
 from vlsm.report.rerun import rerun_command
 from vlsm.runs.compare import compare_run, failed_by_reason, sample_run
+from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE, describe_extremes
 from vlsm.runs.lease import PATIENCE_S, Holder, read_holder
 from vlsm.runs.plan import Plan, count_planned, plan_of
 from vlsm.runs.record import read_record, read_segment_summary, read_summary
@@ -39,6 +40,7 @@ class SegmentStatus:
         seconds_left: remaining time at this rate, or None if the rate is unknown.
         silent_s: seconds since the last write, or None if nothing was written.
         next_steps: one sentence for each next step.
+        warning: a sentence if most masks are empty or cover the whole image, or None.
     """
 
     is_finished: bool
@@ -56,6 +58,7 @@ class SegmentStatus:
     seconds_left: float | None
     silent_s: float | None
     next_steps: list[str]
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def _segment_status(output: str, record: dict[str, Any], exact: bool, now_s: flo
         seconds_left=(plan.num_images - num_done) / rate if rate else 0.0 if summary else None,
         silent_s=silent_s,
         next_steps=list(_next_steps(output, record, summary is not None, counts["failed"], silent_s)),
+        warning=describe_extremes(counts),
     )
 
 
@@ -145,7 +149,7 @@ def _count(output: str, plan: Plan, run_id: str, written: list[int], exact: bool
         shards = written[:: -(-len(written) // _MOST_READ)]
         counts, scale = sample_run(output, plan, run_id, shards), len(written) / len(shards)
     scaled = {key: round(value * scale) for key, value in counts.items()}
-    totals = {key: scaled.get(key, 0) for key in ("rows", "ok", "failed", "vanished")}
+    totals = {key: scaled.get(key, 0) for key in ("rows", "ok", "failed", "vanished", MASKS, EMPTY, WHOLE_IMAGE)}
     return totals | {"failed_by_reason": failed_by_reason(scaled)}
 
 
@@ -247,6 +251,7 @@ def _describe_segments(status: SegmentStatus) -> list[str]:
         f"images: {about}{status.ok:,} ok, {about}{status.failed:,} failed{f' ({reasons})' if reasons else ''}, "
         f"{about}{status.vanished:,} vanished",
     ]
+    lines += [f"warning: {status.warning}"] if status.warning else []
     if status.images_per_s and status.seconds_left is not None:
         scope = " for the images planned so far" if status.is_listing else ""
         lines.append(f"rate: {status.images_per_s:,.1f} images/s, {_duration(status.seconds_left)} left{scope}")

@@ -24,6 +24,7 @@ from vlsm.images.formats import Look
 from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
 from vlsm.runs.compare import RunState, failed_by_reason, images_by_rule
+from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE
 from vlsm.runs.links import check_links
 from vlsm.runs.plan import Plan, list_plans, new_plan_id, plan_of, remove_plan, write_plan
 from vlsm.runs.planner import Planner
@@ -318,6 +319,7 @@ def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> di
         "failed_by_reason": failed_by_reason(counts),
         "grey_levels": images_by_rule(counts),
         "rows": counts["rows"],
+        **{key: counts[key] for key in (MASKS, EMPTY, WHOLE_IMAGE)},
         "parts": plan.num_shards,
         "done_before": num_before,
         "seconds": round(seconds, 1),

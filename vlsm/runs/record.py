@@ -19,6 +19,7 @@ from vlsm import storage
 from vlsm.config import Settings, SettingsT, dump_yaml, explain, flatten
 from vlsm.documents import read_json, read_yaml
 from vlsm.errors import ConfigError, ResultError
+from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE
 from vlsm.shown import hide_secrets_in
 from vlsm.version import FORMAT, __version__, newer_format
 
@@ -116,7 +117,8 @@ def read_segment_summary(output: str, num_images: int, num_rows: int) -> dict[st
     uri = storage.join(output, SUMMARY_NAME)
     counts: list[Any] = [summary.get(key) for key in ("ok", "failed", "vanished", "rows")]
     reasons = summary.get("failed_by_reason")
-    numbers = [*counts, *(reasons.values() if isinstance(reasons, dict) else [None])]
+    more = [summary.get(key, 0) for key in (MASKS, EMPTY, WHOLE_IMAGE)]  # absent in those of earlier versions
+    numbers = [*counts, *more, *(reasons.values() if isinstance(reasons, dict) else [None])]
     rates = [summary.get(key, 0) for key in ("seconds", "images_per_s")]
     if not all(type(number) is int and number >= 0 for number in numbers) or not all(map(_is_finite, rates)):
         raise ResultError(f"{uri} is damaged: its numbers are no counts; {_ADVICE}")

@@ -193,7 +193,7 @@ def segment(
 ) -> list[Segmentation]: ...
 
 
-def segment(
+def segment(  # noqa: PLR0913 - as the method, and the model
     images: Any,
     checkpoint: Checkpoint | str | Path,
     prompts: Prompts = None,
