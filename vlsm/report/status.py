@@ -182,19 +182,19 @@ def _next_steps(
 
 
 def _training_status(output: str, record: dict[str, Any], now_s: float) -> TrainingStatus:
-    rows, num_planned = read_history(output).rows, record["plan"]["epochs"]
+    stored, num_planned = read_history(output), record["plan"]["epochs"]
     optim = record["config"].get("optim")
     monitor = optim.get("monitor") if isinstance(optim, dict) else None
     if type(num_planned) is not int or num_planned < 0 or monitor not in ("dice", "loss"):
         raise ResultError(
             f"config.yaml of {output!r} is damaged: it plans {num_planned!r} epochs, and monitors {monitor!r}"
         )
-    history = History([row for row in rows if row.split != "test"])
+    history = History([row for row in stored.rows if row.split != "test"], stored.ties)
     num_done = max((row.epoch for row in history.rows), default=0)
     best_epoch = history.best_epoch(monitor) or None
     per_epoch = {row.epoch: row.seconds for row in history.rows}
     seconds = statistics.median(per_epoch.values()) if per_epoch else None
-    newest_s = max((row.finished_at for row in rows), default=None)
+    newest_s = max((row.finished_at for row in stored.rows), default=None)
     is_finished = read_summary(output) is not None
     holder = None if is_finished else read_holder(output, now_s)
     # a job with a lease writes a heartbeat; runs of earlier versions write only at the end of an epoch
