@@ -93,8 +93,13 @@ def main(argv: list[str] | None = None) -> int:
             return sweep(settings)
         with storage.name_errors("OUTPUT", settings.output):
             storage.check_writable(settings.output)
+        from vlsm.evaluation.sweep_checks import check_sweep  # here, so that --help does not wait for this import
+
+        groups = plan_trial_groups(settings)
+        lines = check_sweep(settings, groups)
         say(dump_yaml(settings.model_dump(mode="json")), end="")
-        for group in plan_trial_groups(settings):
+        say("\n".join(f"# {line}" for line in lines))
+        for group in groups:
             say("\n".join(f"# {trial.name}" for trial in group.trials))
         return None
 
@@ -108,7 +113,11 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         LeaseError: another job works on OUTPUT, or has taken it over.
         VlsmError: the settings are wrong, or a trial failed; a rerun keeps the finished trials.
     """
+    from vlsm.evaluation.sweep_checks import check_sweep
+
     groups, output = plan_trial_groups(settings), settings.output
+    if settings.start_over or read_record(output) is None:
+        check_sweep(settings, groups)  # in seconds: the trainings would find the same after the start of Ray
     num_trials = sum(len(group.trials) for group in groups)
     with Lease(output, "jobs.sweep") as lease:
         with storage.name_errors("OUTPUT", output):

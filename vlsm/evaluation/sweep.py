@@ -295,7 +295,7 @@ def write_markdown(table: list[dict[str, Any]], settings: SweepSettings) -> str:
     """
     folds = "" if settings.folds is None else f"{settings.folds} folds with "
     num_seeds = len(settings.seeds)
-    parts = [f"Dice in percent: mean and standard deviation over {folds}{num_seeds} seeds, and the difference to "]
+    parts = [f"Dice in percent: mean and standard deviation over {folds}{num_seeds} {'seed' if num_seeds == 1 else 'seeds'}, and the difference to "]
     parts[0] += f"{markdown_cell(settings.baseline or next(iter(settings.models)))}.\n"
     if any(row["num_failed"] for row in table):
         parts[0] += "Failed scores are in no mean; square brackets hold their number, over all seeds.\n"
