@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from jobs import metrics
 from jobs.command import logger
-from vlsm.report.endings import count
 from vlsm.shown import public_uri
+from vlsm.words import count
 
 _LOG_INTERVAL_S = 10.0
 _LOOK_INTERVAL_S = 0.5
@@ -42,6 +42,7 @@ class Progress:
         self.total, self.done, self.failed = total, done, failed
         self._done_before, self._is_first_shard = done, True
         self._board = board
+        self._shown: tuple[int, int, int] | None = None  # done, total and failed of the last line
         self._phase: str | None = ""  # None: images are counted
         self._model_ready_s, self._shown_s = time.time(), 0.0
         self._stop = threading.Event()
@@ -60,7 +61,8 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._show(self.done)
+        if self._shown != (self.done, self.total(), self.failed):  # else this line is there already
+            self._show(self.done)
         if self._bar is not None:
             self._bar.close()
 
@@ -114,7 +116,7 @@ class Progress:
             self._bar.unpause()  # tqdm measures its rate from here
 
     def _show(self, done: int) -> None:
-        self._shown_s = time.monotonic()
+        self._shown_s, self._shown = time.monotonic(), (done, self.total(), self.failed)
         if self._bar is not None:
             self._bar.n, self._bar.total = done, self.total()
             self._bar.set_postfix(failed=self.failed)

@@ -29,6 +29,7 @@ from vlsm.runs.planner import Planner
 from vlsm.runs.record import SUMMARY_NAME, read_segment_summary
 from vlsm.runs.results import part_name
 from vlsm.shown import say
+from vlsm.words import count
 
 _EXAMPLES = (
     "scans masks --checkpoint checkpoint --set 'prompts=[polyp, flat polyp]'",
@@ -134,7 +135,7 @@ def _stream_plan(session: RaySession, run: Run) -> int:
     """Segment the unfinished shards of a complete plan. Returns the number of images that were done before."""
     settings, num_images = run.settings, run.plan.num_images
     state = compare_run(settings.output, run.plan, run.run_id, settings.retry_failed)
-    logger.info("%d of %d images are not done yet", num_images - state.num_done, num_images)
+    logger.info("still to do: %s of %s", f"{num_images - state.num_done:,}", count(num_images, "image"))
     stream_shards(session, run, _waves(state.pending.items()), state, lambda: num_images, settings.retry_failed)
     return state.num_done
 
@@ -199,7 +200,7 @@ def dry_run(settings: SegmentSettings, sample_size: int = 0, node_price: float |
         counts.update(images=1, rows=len(planned_keys(row["prompts"], settings.kinds)))
     say(dump_yaml(settings.model_dump(mode="json")), end="")
     say(
-        f"# {counts['images']:,} images, {counts['rows']:,} output rows; "
+        f"# {count(counts['images'], 'image')}, {count(counts['rows'], 'output row')}; "
         f"skipped files: {dict(archive.skipped) or 'none'}"
     )
     if sample:

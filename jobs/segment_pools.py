@@ -7,7 +7,7 @@ from typing import Any
 from jobs.command import logger
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 from vlsm.errors import ConfigError
-from vlsm.report.endings import count
+from vlsm.words import count
 
 _FEW_CPUS = 4  # in the cluster; with more CPUs, a writing task has room beside Ray Data's reservations
 
@@ -54,9 +54,9 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
     pools = plan_pools(settings, nodes)
     for pool in pools:
         logger.info(
-            "%s; up to %s of %s with %g CPUs and %g GPUs each",
+            "%s; up to %s of %s with %s and %s each",
             *(count(num_shards, "shard"), count(pool.num_actors[1], "actor"), count(len(pool.members), "model")),
-            *(pool.num_cpus, pool.num_gpus),
+            *(count(pool.num_cpus, "CPU"), count(pool.num_gpus, "GPU")),
         )
         warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
     if (cpus := ray.cluster_resources().get("CPU", math.inf)) < _FEW_CPUS:  # type: ignore[no-untyped-call]
@@ -126,6 +126,6 @@ def warn_if_none_fits(num_cpus: float, num_gpus: float, nodes: list[dict[str, An
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     if not any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in resources):
         logger.warning(
-            "waiting for a node with %g CPUs and %g GPUs: none of %d has them; if none will start, request less",
-            *(num_cpus, num_gpus, len(resources)),
+            "waiting for a node with %s and %s: none of %d has them; if none will start, request less",
+            *(count(num_cpus, "CPU"), count(num_gpus, "GPU"), len(resources)),
         )

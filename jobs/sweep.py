@@ -38,7 +38,7 @@ from vlsm.evaluation.sweep import (
     write_markdown,
 )
 from vlsm.evaluation.sweep_scores import average_scores
-from vlsm.report.endings import count, sweep_ending
+from vlsm.report.endings import sweep_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import (
     SUMMARY_NAME,
@@ -52,6 +52,7 @@ from vlsm.runs.record import (
 from vlsm.runs.tables import open_table
 from vlsm.shown import Lines, say
 from vlsm.training.settings import DataSettings
+from vlsm.words import count
 
 _EXAMPLES = (
     "sweep --config jobs/configs/sweeps/paper.yaml --dataset kvasir=data/kvasir --dataset busi=data/busi",

@@ -168,7 +168,8 @@ def test_masks_of_another_run_give_the_same_scores_and_are_joined_by_name(
     assert (code, summary["rows"], summary["failed"]) == (0, 12, 8)  # six stones, a missing image, a broken label
     errors = [row["error"] for row in pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()]
     assert errors.count("missing: the segment run has no prompt 'stone'") == 5
-    counts = "5 of 6 labelled images, 5 of them matched by file name; 1 are missing; 1 images of the run have no label"
+    counts = "5 of 6 labelled images, 5 of them matched by file name; missing: 1; images of the run without a label, "
+    counts += "which are not scored: 1"
     assert counts in log
     expected = by_key(
         [r for r in rows if r["system"] == bright_checkpoint.name and r["prompt_name"] == "text:lesion"], "record"

@@ -1,5 +1,7 @@
 """What records lack is said in one error, with all settings to add."""
 
+import json
+
 import pytest
 
 from jobs.phantoms import write_labelled
@@ -77,14 +79,10 @@ def test_an_evaluation_says_all_too_but_only_of_the_records_that_it_scores(tmp_p
     with pytest.raises(ConfigError, match="have no split") as error:
         read_test_records(EvaluateSettings(datasets=datasets, **common))  # the checkpoint's prompt is used
     assert "WORDS" not in str(error.value)
-    (tmp_path / "list.csv").write_text(
-        "image_uri,mask_uri,split,prompt\n"
-        + "".join(
-            f"kvasir/images/{n}.png,kvasir/masks/{n}.png,{s},{p}\n"
-            for n, s, p in ((0, "train", ""), (1, "test", "polyp"))
-        )
-    )
-    settings = EvaluateSettings(datasets={"own": str(tmp_path / "list.csv")}, prompts=["p1"], **common)
+    rows = [{"image_uri": f"kvasir/images/{n}.png", "mask_uri": f"kvasir/masks/{n}.png"} for n in range(2)]
+    rows = [rows[0] | {"split": "train"}, rows[1] | {"split": "test", "prompt": "polyp"}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = EvaluateSettings(datasets={"own": str(tmp_path / "list.jsonl")}, prompts=["p1"], **common)
     assert len(read_test_records(settings)) == 1
 
 

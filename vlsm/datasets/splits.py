@@ -26,6 +26,7 @@ from vlsm.datasets.inspection import NEAR_BITS, Facts
 from vlsm.datasets.records import SPLITS, Record
 from vlsm.datasets.settings import SplitSettings
 from vlsm.errors import ConfigError
+from vlsm.words import count
 
 MAKE = "--set data.split.val=0.1 --set data.split.test=0.1"
 GIVE = "training has made them: give its list, --dataset NAME=OUTPUT/examples.parquet with the OUTPUT of the training"
@@ -247,7 +248,8 @@ def _describe(
 def _size_of(clusters: Mapping[int, int], chosen: Sequence[int]) -> str:
     sizes = Counter(clusters[index] for index in chosen)
     largest = max(sizes.values(), default=0)
-    return f"{len(chosen):,} records in {len(sizes):,} clusters that stay together, the largest of {largest:,}"
+    clusters_of = f"{count(len(chosen), 'record')} in {count(len(sizes), 'cluster')}"
+    return f"{clusters_of} that must stay together, the largest of {largest:,}"
 
 
 def _check_none_empty(

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 WHOLE = 0.98  # share of the image from which a mask covers "the whole image": a margin of some pixels may be missing
-MASKS, EMPTY, WHOLE_IMAGE = "masks", "empty_masks", "whole_image_masks"  # counts, also in summary.json
+MASKS, EMPTY, WHOLE_IMAGE = "ok_masks", "empty_masks", "whole_image_masks"  # counts, also in summary.json
 _MOST = 0.5  # share of a run's masks
 
 

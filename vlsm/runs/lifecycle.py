@@ -39,6 +39,7 @@ from vlsm.runs.record import (
 )
 from vlsm.runs.updates import update_plan
 from vlsm.segmentation.blind import check_prompts, watch_prompts
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -248,7 +249,7 @@ def _plan_run(settings: SegmentSettings, facts: dict[str, Any], archive: Archive
 
 def _describe_plan(plan: Plan, archive: Archive) -> None:
     skipped = f"; skipped {_describe_skipped(archive)}" if archive.skipped else ""
-    logger.info("planned %d images, %d rows%s", plan.num_images, plan.num_rows, skipped)
+    logger.info("planned %s, %s%s", count(plan.num_images, "image"), count(plan.num_rows, "row"), skipped)
 
 
 def _update_run(
@@ -259,9 +260,9 @@ def _update_run(
     archive = open_input(settings, checkpoints)
     plan, update = update_plan(output, before, archive.rows, settings.shard_rows)
     *counts, num_renewed = asdict(update).values()
-    logger.info("since the last plan %d images are new, %d changed, %d vanished", *counts)
+    logger.info("images since the last plan: %d new, %d changed, %d vanished", *counts)
     if num_renewed:
-        logger.info("%d images have another signature: the plan has it now", num_renewed)
+        logger.info("another signature of %s: the plan has it now", count(num_renewed, "image"))
     if not any(asdict(update).values()):
         remove_plan(output, plan.id)
         return record
@@ -325,11 +326,11 @@ def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> di
         "seconds": round(seconds, 1),
         "images_per_s": round((state.num_done - num_before) / seconds, 2),
     }
-    if rules := {rule: count for rule, count in images_by_rule(counts).items() if rule != STORED}:
+    if rules := {rule: number for rule, number in images_by_rule(counts).items() if rule != STORED}:
         logger.info(
             "deep grey values became 8 bits by these rules: %s; vlsm/README.md explains them, and the setting "
             "`window` replaces them",
-            ", ".join(f"{rule} ({count:,} images)" for rule, count in rules.items()),
+            ", ".join(f"{rule} ({count(number, 'image')})" for rule, number in rules.items()),
         )
     storage.write_bytes(storage.join(output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
     return summary
@@ -339,7 +340,7 @@ def check_failed_share(settings: SegmentSettings, num_images: int, num_failed: i
     """Raise a VlsmError with some reasons if the fraction of failed images is above `run.max_failed_fraction`."""
     if num_failed > settings.run.max_failed_fraction * num_images:
         raise VlsmError(
-            f"{num_failed:,} of {num_images:,} images failed, more than run.max_failed_fraction "
+            f"{num_failed:,} of {count(num_images, 'image')} failed, more than run.max_failed_fraction "
             f"{settings.run.max_failed_fraction}: {'; '.join(first_errors) or 'see the rows with status failed'}; "
             "repair the cause and --set retry_failed=true (for a repaired tar or zip file, --set update=true as well), "
             "or set a higher run.max_failed_fraction"
