@@ -78,6 +78,7 @@ def test_the_only_prompt_of_a_model_that_ignores_it_is_its_own(archive, tiny_che
         {},
         {"prompts": [" Polyp"]},
         {"classes": {"kidney": ["polyp"]}},
+        {"classes": {"polyp": ["a growth", "a bump"]}},
         {"prompts": ["kidney"], "allow_equal_masks": True},
     ):
         assert resolve_settings(settings_for(archive, tmp_path / "out", tiny_checkpoint, **more))[0].prompts
@@ -139,3 +140,14 @@ def test_a_run_of_an_earlier_command_goes_on_without_the_setting(archive, tiny_c
     settings = settings_for(archive, tmp_path / "out", tiny_checkpoint, prompts=["kidney"], allow_equal_masks=True)
     run = prepare_run(settings)
     assert prepare_run(settings.model_copy(update={"allow_equal_masks": False})).run_id == run.run_id
+
+
+def test_a_name_that_is_no_prompt_of_the_run_is_warned_of(archive, tiny_checkpoint, tmp_path, caplog):
+    members = [{"checkpoint": str(tiny_checkpoint), "prompts": {"polpy": "x", "polyp": "Polyp"}}]
+    tree = {"input": str(archive), "output": str(tmp_path / "out"), "members": members}
+    resolve_settings(SegmentSettings(**tree, prompts=["polyp"], classes={"fold": ["x"]}))
+    assert "classes: fold is no prompt of this run" in caplog.text
+    assert f"prompts of member {tiny_checkpoint}: polpy is no prompt of this run" in caplog.text
+    caplog.clear()
+    resolve_settings(SegmentSettings(**tree | {"members": [{"checkpoint": str(tiny_checkpoint)}]}, prompts=["polyp"]))
+    assert not caplog.text

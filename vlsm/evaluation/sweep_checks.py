@@ -1,4 +1,4 @@
-"""What would end a sweep's trainings and evaluations: models, folders, splits and prompts, before anything is trained."""
+"""What would end the trainings of a sweep, found before them: missing models, folders, splits and prompts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def check_sweep(settings: SweepSettings, groups: Sequence[TrialGroup]) -> list[s
     for group in groups:
         for trial in group.trials:
             source = _with_sources(trial, settings)
-            key = source.model_copy(update={"output": "", "seed": 0, "options": {}, "model": None}).model_dump_json()
+            key = f"{trial.dataset} {source.data.model_dump_json(exclude={'augment'})}"
             if trial.seed == settings.seeds[0] and group is groups[0]:
                 check_model(trial.settings)
             if key in checked:
@@ -38,7 +38,11 @@ def check_sweep(settings: SweepSettings, groups: Sequence[TrialGroup]) -> list[s
                 if not makes_lists:
                     read_test_records(group.settings)
             except (ConfigError, ManifestError) as error:
-                message = str(error).replace("--set data.", "--set train.data.").replace("--set split", "--set evaluate.split")
+                message = (
+                    str(error)
+                    .replace("--set data.", "--set train.data.")
+                    .replace("--set split", "--set evaluate.split")
+                )
                 raise type(error)(message) from error
     return list(lines.values())
 

@@ -28,6 +28,7 @@ from vlsm.shown import hide_secrets_in, public_uri
 from vlsm.training.missing import require_complete
 from vlsm.training.origin import describe_differences_to_training
 from vlsm.training.sampling import find_prompt
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -111,6 +112,7 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
             by_name[name] = read_dataset(name, uri, data)
+    data.refuse_unknown([*by_name, *(record.dataset for records in by_name.values() for record in records)])
     _require_complete(by_name, settings)
     for name, records in by_name.items():
         split_records = _choose_split(records, settings)
@@ -123,7 +125,9 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
             key = repr([(key, value) for key, value in stated.items() if key not in ("where", "group")])
             unique_records.setdefault(key, record)
     if num_repeated := num_all - len(unique_records):
-        logger.info("%d records repeat the image, label and prompts of another record and are ignored", num_repeated)
+        logger.info(
+            "ignored, because another record has the same image, label and prompts: %s", count(num_repeated, "record")
+        )
     return _name_records(list(unique_records.values()))
 
 
@@ -181,6 +185,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
             if sentence := describe_differences_to_training(member.checkpoint, settings.data, settings.prompts):
                 logger.warning("%s", sentence)
         texts = texts_of(records, own_prompt, settings, with_robustness=True)
+        _refuse_unknown_texts(name, members, {text for each in texts for text in each.values()})
         targets = [Target(*each) for each in zip(records, image_ids, texts, strict=True)]
         source = storage.join(settings.output, "inputs", f"{folders[name]}-{_digest_images(targets)}.parquet")
         output = storage.join(settings.output, "runs", folders[name])
@@ -233,6 +238,16 @@ def _check_masks(name: str, uri: str, is_stored_used: bool) -> tuple[str, str]:
             f"--set 'prompts=[text:{prompts[0]}]'"
         )
     return prompts[0], record["run_id"]
+
+
+def _refuse_unknown_texts(name: str, members: Sequence[MemberSettings], texts: set[str]) -> None:
+    """Raise a ConfigError if a member's own texts stand for prompts that no record has."""
+    for member in members:
+        if unknown := [text for text in member.prompts if text not in texts]:
+            known = ", ".join(map(repr, sorted(texts)[:10]))
+            raise ConfigError(
+                f"systems: {name}: prompts names {unknown[0]!r}, which is no prompt here; prompts are {known}"
+            )
 
 
 def _name_folders(names: Iterable[str]) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """Prompts for models that ignore their text.
 
 The rule: such a model marks the thing that it was trained for, which is the prompt stored in its checkpoint. It takes
-one prompt, and only this one: its mask under another name would be wrong. Case and blanks do not count. A checkpoint
-without a stored prompt takes any one prompt. A class gives the mask another name: `classes={finding: [polyp]}`.
-`allow_equal_masks` allows all prompts. An ensemble in which some members read the text, or have the prompt, is allowed
-with a warning.
+one prompt, and only this one: its mask under another name would be wrong. So the name of the prompt, or one of its
+texts, must be the stored prompt. Case and blanks do not count. A checkpoint without a stored prompt takes any one
+prompt. A class gives the mask another name: `classes={finding: [polyp]}`. `allow_equal_masks` allows all prompts. An
+ensemble in which some members read the text, or have the prompt, is allowed with a warning.
 """
 
 import logging
@@ -18,6 +18,8 @@ from vlsm.models import BLIND
 from vlsm.shown import show
 
 logger = logging.getLogger("vlsm")
+
+_LISTS = (".parquet", ".csv", ".tsv", ".jsonl")
 
 
 class Reader(NamedTuple):
@@ -39,7 +41,7 @@ def judge_prompts(texts: Sequence[Sequence[str]], members: Sequence[Reader]) -> 
     """Return what the rule says about the prompts of an image, or None if it has nothing to say.
 
     Args:
-        texts: for each prompt the texts that the models see.
+        texts: for each prompt its name, and the texts that the models see.
         members: one model, or the members of an ensemble.
     """
     blind = [member for member in members if member.model in BLIND]
@@ -69,11 +71,30 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def check_names(settings: SegmentSettings) -> None:
+    """Warn of names that stand for no prompt of the run: a class, or a member's own text, is then never used.
+
+    It is a warning, because a Parquet file with images may state further prompts; so may a list, of which nothing is
+    said.
+    """
+    if not settings.input or settings.input.lower().endswith(_LISTS):
+        return
+    prompts = settings.prompts or tuple(settings.classes)
+    texts = {text for each in settings.texts_of(prompts) for text in each}
+    given = [("classes", set(settings.classes), set(prompts))]
+    given += [(f"prompts of member {member.checkpoint}", set(member.prompts), texts) for member in settings.members]
+    for key, names, known in given:
+        if unknown := sorted(names - known):
+            words = key, ", ".join(unknown), ", ".join(sorted(known))
+            logger.warning("%s: %s is no prompt of this run, so it is not used; known: %s", *words)
+
+
 def check_prompts(settings: SegmentSettings, checkpoints: Sequence[CheckpointSettings]) -> None:
     """Apply the rule to the prompts of a run: warn, or raise a ConfigError."""
-    texts = settings.texts_of(settings.prompts or ())
-    verdict = judge_prompts(texts, _readers(settings, checkpoints))
-    if verdict is None or (verdict.is_error and settings.allow_equal_masks):
+    check_names(settings)
+    named = _names_and_texts(settings, settings.prompts or ())
+    verdict = None if settings.allow_equal_masks else judge_prompts(named, _readers(settings, checkpoints))
+    if verdict is None:
         return
     if not verdict.is_error:
         logger.warning("%s", verdict.message)
@@ -99,7 +120,7 @@ def watch_prompts(
     is_watching = not settings.allow_equal_masks and any(reader.model in BLIND for reader in readers)
     for row in rows:
         if is_watching and tuple(row["prompts"]) != settings.prompts:
-            verdict = judge_prompts(settings.texts_of(row["prompts"]), readers)
+            verdict = judge_prompts(_names_and_texts(settings, row["prompts"]), readers)
             if verdict is not None and verdict.is_error and may_stop:
                 way_out = _way_out(row["prompts"], checkpoints)
                 raise ConfigError(f"image {row['image_id']!r}: {verdict.message}; {way_out}")
@@ -107,6 +128,10 @@ def watch_prompts(
                 logger.warning("image %s: %s", row["image_id"], verdict.message)
                 is_watching = False
         yield row
+
+
+def _names_and_texts(settings: SegmentSettings, prompts: Sequence[str]) -> list[tuple[str, ...]]:
+    return [(name, *texts) for name, texts in zip(prompts, settings.texts_of(prompts), strict=True)]
 
 
 def _readers(settings: SegmentSettings, checkpoints: Sequence[CheckpointSettings]) -> list[Reader]:

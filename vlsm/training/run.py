@@ -71,6 +71,7 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
         with storage.name_errors(f"dataset {name}", uri):
             external = read_dataset(name, uri, data)
         records += [replace(record, split="test") for record in external if record.split in ("test", "")]
+    data.refuse_unknown([*settings.datasets, *settings.external, *(record.dataset for record in records)])
 
     def require_two() -> None:
         if all(record.split for record in records):
