@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlsm.checkpoints import Checkpoint
+from vlsm.config import A_PROBABILITY
 from vlsm.images.given import as_list, open_given
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
@@ -113,7 +114,7 @@ class Segmenter:
             raise ValueError(f"{verdict.message}; leave prompts out, or pass allow_equal_masks=True")
         threshold = self.settings.threshold if threshold is None else threshold
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold is {threshold}; it must be a probability between 0 and 1, such as 0.5")
+            raise ValueError(f"threshold is {threshold}; it must be {A_PROBABILITY}")
         names = ["the image"] if is_one else [f"image {number}" for number, _ in enumerate(several, start=1)]
         openings = [open_given(image, name) for image, name in zip(several, names, strict=True)]
         square, results = self.model.image_spec.square, []
