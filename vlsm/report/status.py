@@ -10,6 +10,7 @@ from typing import Any
 from vlsm import storage
 from vlsm.commands import shell_command
 from vlsm.errors import ConfigError, ResultError
+from vlsm.report.job_status import JobStatus, describe_job, read_job_status
 from vlsm.report.rerun import rerun_command
 from vlsm.runs.compare import compare_run, failed_by_reason, sample_run
 from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE, describe_extremes
@@ -18,6 +19,7 @@ from vlsm.runs.plan import Plan, count_planned, plan_of
 from vlsm.runs.record import read_record, read_segment_summary, read_summary
 from vlsm.runs.results import shard_of
 from vlsm.training.history import History, read_history
+from vlsm.words import count
 
 _MOST_READ = 256  # parts of a few hundred kilobytes; of more parts only a sample is read, unless exact is asked for
 _LONGEST_S = 1e10
@@ -88,25 +90,28 @@ class TrainingStatus:
     running: str | None = None
 
 
-def read_status(output: str, exact: bool = False, now_s: float | None = None) -> SegmentStatus | TrainingStatus:
+def read_status(
+    output: str, exact: bool = False, now_s: float | None = None
+) -> SegmentStatus | TrainingStatus | JobStatus:
     """Return the status of a run.
 
     Args:
-        output: OUTPUT of a segment run or a training, finished or not.
+        output: OUTPUT of a segment run, a training, an evaluation or a sweep, finished or not.
         exact: read all parts of a segment run, and not only a sample if there are many.
         now_s: current time in seconds since 1970; default: the clock's time.
 
     Raises:
-        ConfigError: there is no segment run and no training at OUTPUT.
+        ConfigError: there is no such run at OUTPUT.
     """
     record, now_s = read_record(output), time.time() if now_s is None else now_s
     if record is not None and "run_id" in record:
         return _segment_status(output, record, exact, now_s)
     if record is not None and "epochs" in record["plan"]:
         return _training_status(output, record, now_s)
+    if record is not None and (status := read_job_status(output, record, now_s)) is not None:
+        return status
     raise ConfigError(
-        f"there is no segment run and no training in {output!r}; it must be the OUTPUT of one "
-        "(those of an evaluation are below its runs/, of a sweep below trials/)"
+        f"there is no run in {output!r}; it must be the OUTPUT of a segment run, a training, an evaluation or a sweep"
     )
 
 
@@ -230,13 +235,19 @@ def _describe_holder(holder: Holder) -> str:
     return "{}; epoch {} of {}, step {} of {}".format(where, *numbers)
 
 
-def describe_status(status: SegmentStatus | TrainingStatus) -> list[str]:
+def describe_status(status: SegmentStatus | TrainingStatus | JobStatus) -> list[str]:
     """Return lines that describe a status to a person."""
-    lines = _describe_segments(status) if isinstance(status, SegmentStatus) else _describe_training(status)
+    if isinstance(status, JobStatus):
+        kind, lines = status.kind, describe_job(status)
+    elif isinstance(status, SegmentStatus):
+        kind, lines = "segment run", _describe_segments(status)
+    else:
+        kind, lines = "training", _describe_training(status)
     if status.silent_s is not None:
-        kind = "sign of life" if isinstance(status, TrainingStatus) and status.running else "write"
-        lines.append(f"last {kind}: {_duration(status.silent_s)} ago")
-    return [f"state: {'finished' if status.is_finished else 'not finished'}", *lines, *status.next_steps]
+        is_told = isinstance(status, JobStatus) or (isinstance(status, TrainingStatus) and status.running)
+        lines.append(f"last {'sign of life' if is_told else 'write'}: {_duration(status.silent_s)} ago")
+    state = f"state: {'finished' if status.is_finished else 'not finished'} ({kind})"
+    return [state, *lines, *status.next_steps]
 
 
 def _describe_segments(status: SegmentStatus) -> list[str]:
@@ -245,9 +256,9 @@ def _describe_segments(status: SegmentStatus) -> list[str]:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in status.failed_by_reason.items())
     so_far = " so far: INPUT is still being listed" if status.is_listing else ""
     lines = [
-        f"planned: {status.planned_images:,} images in {status.planned_parts:,} parts{so_far}",
-        f"done: {about}{num_done:,} images ({100 * num_done / max(1, status.planned_images):.1f} %), "
-        f"{status.parts:,} parts, {about}{status.rows:,} rows",
+        f"planned: {count(status.planned_images, 'image')} in {count(status.planned_parts, 'part')}{so_far}",
+        f"done: {about}{count(num_done, 'image')} ({100 * num_done / max(1, status.planned_images):.1f} %), "
+        f"{count(status.parts, 'part')}, {about}{count(status.rows, 'row')}",
         f"images: {about}{status.ok:,} ok, {about}{status.failed:,} failed{f' ({reasons})' if reasons else ''}, "
         f"{about}{status.vanished:,} vanished",
     ]
