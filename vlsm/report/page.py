@@ -12,7 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from vlsm.report.charts import LineChart, Ridge
-from vlsm.report.glossary import explain, explain_all, label, title
+from vlsm.report.glossary import explain, explain_all, label, name_value, title
 from vlsm.report.pictures import Key, Picture, shorten
 from vlsm.report.survey import METRICS, review_reasons, row_key
 from vlsm.runs.extremes import WHOLE
@@ -124,7 +124,7 @@ class Page:
 def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = False) -> Case:
     """Return a row with its picture as a card of the gallery, or as a large case."""
     words: dict[str, str | tuple[str, ...]] = {
-        name: shorten(str(row[name])) for name in _CARD_WORDS if row.get(name) is not None
+        name: shorten(str(name_value(name, row[name]))) for name in _CARD_WORDS if row.get(name) is not None
     }
     if reasons := review_reasons(row.get("review")):
         words["review"] = reasons

@@ -191,7 +191,7 @@ def show(
 def gallery_note(num_cards: int, num_rows: int, spread: str) -> str:
     """Return a sentence that says which rows the gallery shows."""
     if num_cards >= num_rows:
-        return f"All {num_rows:,} rows."
+        return "The only row." if num_rows == 1 else f"All {num_rows:,} rows."
     return f"{num_cards:,} of {num_rows:,} rows, spread over {spread}."
 
 

@@ -16,6 +16,7 @@ from vlsm.runs.extremes import EMPTY, MASKS, WHOLE, WHOLE_IMAGE, describe_extrem
 from vlsm.runs.record import read_segment_summary, settings_of
 from vlsm.runs.results import open_results
 from vlsm.shown import public_uri
+from vlsm.words import count
 
 
 def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
@@ -119,8 +120,9 @@ def _banner(record: dict[str, Any], summary: dict[str, Any] | None, survey: Surv
 def _progress(record: dict[str, Any], survey: Survey) -> str:
     plan = record["plan"]
     is_counted = plan.get("is_complete", True) and "num_images" in plan
-    total = f" of {plan['num_images']:,} planned" if is_counted else ""
-    return f"This run is not complete: {survey.images.total():,}{total} images are done so far."
+    total = f" of {count(plan['num_images'], 'planned image')}" if is_counted else ""
+    done = f"{survey.images.total():,}{total}" if total else count(survey.images.total(), "image")
+    return f"This run is not complete: {done} done so far."
 
 
 def _stats(
@@ -132,7 +134,7 @@ def _stats(
 ) -> list[Stat]:
     images = survey.images
     stats = [
-        Stat("Images", f"{images.total():,}", f"{survey.num_rows:,} masks, one per prompt"),
+        Stat("Images", f"{images.total():,}", f"{count(survey.num_rows, 'mask')}, one per prompt"),
         Stat("Ok", f"{images['ok']:,}"),
         Stat(
             "Failed",
@@ -159,12 +161,12 @@ def _stats(
 def _prompts(survey: Survey) -> list[Section]:
     """Return a section with a table of the prompts, or no section if there is only one prompt."""
     rows = []
-    for prompt, count in survey.values["prompt"].most_common(50):
+    for prompt, number in survey.values["prompt"].most_common(50):
         by_metric = {
             name: survey.distributions.get((name, prompt)) for name in ("confidence", "agreement", "area_fraction")
         }
         medians = {
             f"median {name}": distribution.median if distribution else None for name, distribution in by_metric.items()
         }
-        rows.append({"prompt": prompt, "masks": count} | medians)
+        rows.append({"prompt": prompt, "masks": number} | medians)
     return [Section("prompts", "Prompts", tables=[as_table(rows)])] if len(rows) > 1 else []
