@@ -174,9 +174,9 @@ Difference is mean Dice minus the mean Dice of the baseline, {baseline}, over th
 scored. p is Wilcoxon's signed-rank test of these pairs, two-sided and **not corrected** for the number of
 comparisons. The best mean Dice of a dataset and prompt is bold. Review is the number of masks that the column
 `review` marks for review. The parentheses hold two shares: marked masks with a Dice below 0.7, among all marked
-masks; and the same masks, among all masks with a Dice below 0.7. Prompts are named by where their text is from: `each
-image's own` (`prompts=[record]`: the prompt p1 of the image, or the checkpoint's if it has none), `the checkpoint's
-own` (`own`), p0, p1, ... of the dataset.
+masks; and the same masks, among all masks with a Dice below 0.7. Prompts are named by where their text is from:
+`each image's own` (`prompts=[record]`: the prompt p1 of the image, or the checkpoint's if it has none),
+`the checkpoint's own` (`own`), p0, p1, ... of the dataset.
 """
 _HEADINGS = {
     HONEST: "## Prompts that are also available for an unlabelled archive",
