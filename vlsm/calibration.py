@@ -257,7 +257,7 @@ def describe_calibration(calibration: Calibration, directory: str) -> list[str]:
     """Return lines that describe a calibration to a person."""
     before, after = (f"{error:.4f}" for error in (calibration.error_before, calibration.error_after))
     at_half, at_own = (f"{dice:.3f}" for dice in (calibration.dice_at_half, calibration.dice))
-    low, high = (f"{100 * share:.2g} %" for share in calibration.area_fraction)
+    low, high = (f"{100 * share:.3g} %" for share in calibration.area_fraction)
     least = calibration.min_confidence
     marked = "no limit was found" if least is None else f"below {least:.2f}"
     return [
