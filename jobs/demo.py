@@ -31,6 +31,7 @@ from vlsm.runs.results import read_masks
 from vlsm.segmentation.metrics import dice_score
 from vlsm.shown import say
 from vlsm.training.settings import OptimSettings, TrainRunSettings, TrainSettings
+from vlsm.words import count
 
 SPLITS, NUM_ARCHIVE = {"train": 240, "val": 20}, 60
 _SIDES_PX = (96, 256)  # range of the height and width of images
@@ -92,7 +93,8 @@ def tell(output: Path, seed: int = 0) -> None:
     dice = score(output / "archive", segmentation.output, output / "overlays.png", training.data.mask_threshold)
     report = write_report(segmentation.output, output / "report.html")
     say(
-        f"\nsegmented {summary['ok']} images, {summary['failed']} could not be read ({summary['failed_by_reason']}); "
+        f"\nsegmented {count(summary['ok'], 'image')}, {summary['failed']} could not be read "
+        f"({summary['failed_by_reason']}); "
         f"mean Dice on images never seen: {', '.join(f'{kind} {value:.3f}' for kind, value in dice.items())}\n"
         f"curves    {training.output}/curves.png\n"
         f"masks     {segmentation.output}/masks/*.parquet\n"

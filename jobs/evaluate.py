@@ -20,10 +20,11 @@ from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.errors import VlsmError
 from vlsm.evaluation.settings import EvaluateSettings
-from vlsm.report.endings import count, evaluate_ending
+from vlsm.report.endings import evaluate_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, read_summary
 from vlsm.shown import Lines, say
+from vlsm.words import count
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -150,7 +151,7 @@ def dry_run(settings: EvaluateSettings) -> None:
     say(dump_yaml(evaluation.settings.model_dump(mode="json")), end="")
     for system in evaluation.systems:
         num_images = len(list_images(system.targets)) if system.segment else 0
-        say(f"# {system.name}: {num_images:,} images to segment, {system.num_rows:,} scores")
+        say(f"# {system.name}: {count(num_images, 'image')} to segment, {count(system.num_rows, 'score')}")
 
 
 def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from jobs import metrics
 from jobs.command import logger
-from vlsm.report.endings import count
 from vlsm.shown import public_uri
+from vlsm.words import count
 
 _LOG_INTERVAL_S = 10.0
 _LOOK_INTERVAL_S = 0.5
@@ -52,6 +52,7 @@ class Progress:
         self._done_before, self._is_first_shard = done, True
         self._num_shown = 0  # messages of the board
         self._board = board
+        self._shown: tuple[int, int, int] | None = None  # done, total and failed of the last line
         self._phase: str | None = ""  # None: images are counted
         self._model_ready_s, self._shown_s = time.time(), 0.0
         self._stop = threading.Event()
@@ -71,7 +72,8 @@ class Progress:
         self._stop.set()
         self._thread.join()
         self._show_messages()
-        self._show(self.done)
+        if self._shown != (self.done, self.total(), self.failed):  # else this line is there already
+            self._show(self.done)
         if self._bar is not None:
             self._bar.close()
 
@@ -138,7 +140,7 @@ class Progress:
             self._bar.unpause()  # tqdm measures its rate from here
 
     def _show(self, done: int) -> None:
-        self._shown_s = time.monotonic()
+        self._shown_s, self._shown = time.monotonic(), (done, self.total(), self.failed)
         if self._bar is not None:
             self._bar.n, self._bar.total = done, self.total()
             self._bar.set_postfix(failed=self.failed)

@@ -32,6 +32,7 @@ from vlsm.runs.planner import Planner
 from vlsm.runs.record import SUMMARY_NAME, read_segment_summary
 from vlsm.runs.results import part_name
 from vlsm.shown import say
+from vlsm.words import count
 
 _EXAMPLES = (
     "scans masks --checkpoint checkpoint --set 'prompts=[polyp, flat polyp]'",
@@ -154,7 +155,7 @@ def _stream_plan(stream: Stream, run: Run) -> int:
     """Segment the unfinished shards of a complete plan. Returns the number of images that were done before."""
     settings, num_images = run.settings, run.plan.num_images
     state = compare_run(settings.output, run.plan, run.run_id, settings.retry_failed)
-    logger.info("%d of %d images are not done yet", num_images - state.num_done, num_images)
+    logger.info("still to do: %s of %s", f"{num_images - state.num_done:,}", count(num_images, "image"))
     stream(run, _waves(state.pending.items()), state, lambda: num_images, settings.retry_failed)
     return state.num_done
 
@@ -212,14 +213,14 @@ def dry_run(settings: SegmentSettings, sample_size: int = 0, node_price: float |
         node_price: price per hour of a node like this machine.
     """
     settings, members = resolve_settings(settings)
-    archive = open_input(settings)
+    archive = open_input(settings, [member.settings for member in members])
     counts = Counter(images=0, rows=0)
     sample: list[dict[str, Any]] = []
     for row in keep_sample(archive.rows, sample, sample_size):
         counts.update(images=1, rows=len(planned_keys(row["prompts"], settings.kinds)))
     say(dump_yaml(settings.model_dump(mode="json")), end="")
     say(
-        f"# {counts['images']:,} images, {counts['rows']:,} output rows; "
+        f"# {count(counts['images'], 'image')}, {count(counts['rows'], 'output row')}; "
         f"skipped files: {dict(archive.skipped) or 'none'}"
     )
     if sample:

@@ -7,9 +7,9 @@ from typing import Any
 from jobs.command import cluster_address, logger
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, parse_range
 from vlsm.errors import ConfigError
-from vlsm.report.endings import count
 from vlsm.segmentation.finished import cpu_reason
 from vlsm.segmentation.gpu_decode import check_gpu_decoding
+from vlsm.words import count
 
 _TASK_BYTES = 400_000_000  # of the process of a task, and of the pixels of its shard
 _FETCH_BYTES_PX = 24.5  # of one pixel while it is decoded: a float TIFF, the largest
@@ -78,9 +78,9 @@ def prepare_pools(settings: SegmentSettings, num_shards: int) -> list[Pool]:
         check_gpu_decoding(all(pool.num_gpus for pool in pools))
     for pool in pools:
         logger.info(
-            "%s; up to %s of %s with %g CPUs and %g GPUs each",
+            "%s; up to %s of %s with %s and %s each",
             *(count(num_shards, "shard"), count(pool.num_actors[1], "actor"), count(len(pool.members), "model")),
-            *(pool.num_cpus, pool.num_gpus),
+            *(count(pool.num_cpus, "CPU"), count(pool.num_gpus, "GPU")),
         )
         warn_if_none_fits(pool.num_cpus, pool.num_gpus, nodes)
     if pools[0].is_bound_by_memory(nodes):
@@ -194,6 +194,6 @@ def warn_if_none_fits(num_cpus: float, num_gpus: float, nodes: list[dict[str, An
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     if not any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in resources):
         logger.warning(
-            "waiting for a node with %g CPUs and %g GPUs: none of %d has them; if none will start, request less",
-            *(num_cpus, num_gpus, len(resources)),
+            "waiting for a node with %s and %s: none of %d has them; if none will start, request less",
+            *(count(num_cpus, "CPU"), count(num_gpus, "GPU"), len(resources)),
         )

@@ -1,4 +1,4 @@
-"""Print the progress of a segment run or a training from its files alone: without Ray, during the run or after it."""
+"""Print the progress of a run or a sweep from its files alone: without Ray, during the run or after it."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     examples = ("masks", "s3://bucket/masks --json", "trained")
     parser = new_parser("jobs.status", str(__doc__), examples, epilog=EXIT_CODES)
-    parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of a segment run or a training; local or s3://")
+    parser.add_argument("output", metavar="OUTPUT", help="OUTPUT of any of these; local or s3://")
     parser.add_argument("--json", action="store_true", help="print one JSON line, for programs")
     parser.add_argument("--exact", action="store_true", help="read all part files of a large run, not only a sample")
     return parser

@@ -38,7 +38,7 @@ from vlsm.evaluation.sweep import (
     write_markdown,
 )
 from vlsm.evaluation.sweep_scores import average_scores
-from vlsm.report.endings import count, sweep_ending
+from vlsm.report.endings import sweep_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import (
     SUMMARY_NAME,
@@ -52,6 +52,7 @@ from vlsm.runs.record import (
 from vlsm.runs.tables import open_table
 from vlsm.shown import Lines, say
 from vlsm.training.settings import DataSettings
+from vlsm.words import count
 
 _EXAMPLES = (
     "sweep --config jobs/configs/sweeps/paper.yaml --dataset kvasir=data/kvasir --dataset busi=data/busi",
@@ -93,8 +94,13 @@ def main(argv: list[str] | None = None) -> int:
             return sweep(settings)
         with storage.name_errors("OUTPUT", settings.output):
             storage.check_writable(settings.output)
+        from vlsm.evaluation.sweep_checks import check_sweep  # here, so that --help does not wait for this import
+
+        groups = plan_trial_groups(settings)
+        lines = check_sweep(settings, groups)
         say(dump_yaml(settings.model_dump(mode="json")), end="")
-        for group in plan_trial_groups(settings):
+        say("\n".join(f"# {line}" for line in lines))
+        for group in groups:
             say("\n".join(f"# {trial.name}" for trial in group.trials))
         return None
 
@@ -108,7 +114,11 @@ def sweep(settings: SweepSettings) -> dict[str, Any]:
         LeaseError: another job works on OUTPUT, or has taken it over.
         VlsmError: the settings are wrong, or a trial failed; a rerun keeps the finished trials.
     """
+    from vlsm.evaluation.sweep_checks import check_sweep
+
     groups, output = plan_trial_groups(settings), settings.output
+    if settings.start_over or read_record(output) is None:
+        check_sweep(settings, groups)  # in seconds: the trainings would find the same after the start of Ray
     num_trials = sum(len(group.trials) for group in groups)
     with Lease(output, "jobs.sweep") as lease:
         with storage.name_errors("OUTPUT", output):

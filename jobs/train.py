@@ -23,12 +23,13 @@ from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
-from vlsm.report.endings import count, train_ending
+from vlsm.report.endings import train_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import read_record, read_summary
 from vlsm.shown import say
 from vlsm.temporary import PrivateFolder, remove_abandoned
 from vlsm.training.settings import TrainSettings
+from vlsm.words import count
 
 _EXAMPLES = (
     "trained --dataset kvasir=data/kvasir --set model=vlsm_a",
@@ -177,9 +178,9 @@ def train_with_ray(
     size = group_size(settings, nodes)
     low, high = size.num_workers
     logger.info(
-        "%s with %g CPUs and %g GPUs%s",
-        *(count(low, "worker") if low == high else f"{low} to {high} workers", size.cpus, size.gpus),
-        "" if high == 1 else " each",
+        "%s with %s and %s%s",
+        count(low, "worker") if low == high else f"{low} to {high} workers",
+        *(count(size.cpus, "CPU"), count(size.gpus, "GPU"), "" if high == 1 else " each"),
     )
     warn_if_none_fits(size.cpus, size.gpus, nodes)
     board = start_board(TrainingBoard, milestones or {"start": time.time()})

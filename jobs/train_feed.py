@@ -21,10 +21,10 @@ from vlsm.datasets.inspection import Facts, inspect_record
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
 from vlsm.images.preprocess import Square
-from vlsm.report.endings import count
 from vlsm.training.augment import augment_example, draw_window
 from vlsm.training.sampling import MicroBatch
 from vlsm.training.settings import DataSettings
+from vlsm.words import count
 
 _TASK_CPUS = 0.25  # a task mostly waits for storage; on a small machine the workers need half of the CPUs
 _MOST_DEATHS = 5  # of processes that inspect the same records; more are not accidents

@@ -22,7 +22,6 @@ from jobs.train_feed import Feed, prepare_streams
 from jobs.train_group import FIRST_STEP, Work
 from vlsm import storage
 from vlsm.errors import ResultError, VlsmError
-from vlsm.report.endings import count
 from vlsm.runs.record import SUMMARY_NAME
 from vlsm.temporary import PrivateFolder, use_folder
 from vlsm.training.checks import check_batch_norms
@@ -47,6 +46,7 @@ from vlsm.training.state import (
     write_metrics,
 )
 from vlsm.training.trackers import open_trackers
+from vlsm.words import count
 
 
 def train_worker(work: Work) -> None:

@@ -10,9 +10,9 @@ from jobs.command import EXIT_CODES, run_command
 from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.errors import ConfigError, ResultError
-from vlsm.report.endings import count
 from vlsm.runs.verify import Proof, verify_run
 from vlsm.shown import say
+from vlsm.words import count
 
 _NUM_PRINTED = 100
 
@@ -55,8 +55,9 @@ def verify(output: str) -> dict[str, Any]:
         raise ResultError(f"{count(len(proof.differences), 'difference')} between {output!r} and its plan")
     counts = proof.counts
     say(
-        f"{proof.plan.num_images:,} images and {proof.plan.num_rows:,} rows were planned; there are {counts['rows']:,} "
-        f"rows, one for each, in {counts['parts']:,} parts; {counts['masks']:,} masks are as their rows say",
+        f"planned: {count(proof.plan.num_images, 'image')} and {count(proof.plan.num_rows, 'row')}; found: "
+        f"{count(counts['rows'], 'row')}, one for each, in {count(counts['parts'], 'part')}; "
+        f"{count(counts['masks'], 'mask')} checked, all as their rows say",
         file=sys.stderr,
     )
     return {"planned": proof.plan.num_images, **{key: counts[key] for key in sorted(counts)}}

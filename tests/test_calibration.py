@@ -9,6 +9,7 @@ from PIL import Image
 import vlsm
 from vlsm import calibration
 from vlsm.calibration import calibrate, expected_error
+from vlsm.checkpoints import Calibration
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError
 from vlsm.report.parts import calibrations, read_calibrations
@@ -202,3 +203,13 @@ def test_logits_that_are_no_numbers_are_an_error():
     logits[1, 1] = np.nan
     with pytest.raises(ConfigError, match="no numbers"):
         calibration.calibrate([(logits, np.eye(4, dtype=np.uint8))])
+
+
+def test_a_calibration_ends_with_sentences_for_people():
+    found = Calibration(
+        temperature=1.25, threshold=0.4, num_images=1, error_before=0.1, error_after=0.02, dice_at_half=0.7, dice=0.75,
+        min_confidence=None, area_fraction=(0.001, 1.0), reliability=[],
+    )  # fmt: skip
+    text = "\n".join(calibration.describe_calibration(found, "calibrated"))
+    for words in ("temperature 1.25: ", "threshold 0.4: ", "0.1 % to 100 % of the image", "1 validation image;"):
+        assert words in text

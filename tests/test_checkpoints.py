@@ -175,5 +175,8 @@ def test_a_hub_id_or_a_published_model_gets_the_command_that_makes_a_checkpoint(
     monkeypatch.chdir(tmp_path)
     assert "vlsm checkpoints DIR --model clipseg --set source=CIDAS/clipseg-rd64 " in refusal("CIDAS/clipseg-rd64")
     assert "--model NAME --set source=hf-hub:laion/CLIP " in refusal("hf-hub:laion/CLIP")
+    assert "; unet_d is the name of a model, of which a training makes a checkpoint: vlsm train" in refusal("unet_d")
+    assert "or vlsm checkpoints DIR --model clipseg makes one from pretrained weights" in refusal("clipseg")
+    assert "vlsm checkpoints" not in refusal("unet_d")
     (tmp_path / "owner" / "empty").mkdir(parents=True)
     assert refusal("owner/empty") == refusal(tmp_path / "a" / "b" / "c") == refusal("nothing") == ""

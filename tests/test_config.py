@@ -39,8 +39,11 @@ def test_one_prompt_is_a_list_of_one():
     [
         ("run.batchsize=3", "unknown key 'run.batchsize'; did you mean 'run.batch_size'?"),
         ("treshold=0.4", "unknown key 'treshold'; did you mean 'threshold'?"),
-        ("threshold=7", "threshold is 7"),
-        ("threshold=high", "threshold is 'high'"),
+        ("threshold=7", "threshold is 7: it must be a probability between 0 and 1, such as 0.5"),
+        ("threshold=0", "threshold is 0: it must be a probability between 0 and 1, such as 0.5"),
+        ("threshold=50%", "threshold is '50%': it must be a probability between 0 and 1, such as 0.5"),
+        ("threshold=high", "threshold is 'high': it must be a probability between 0 and 1, such as 0.5"),
+        ("threshold=[0.5]", "it must be a probability between 0 and 1, such as 0.5"),
         ("run.batch_size=0", "run.batch_size is 0"),
         ("run.batch_size=fast", "it must be 1 or more, or auto"),
         ("run.batch_size=2.5", "run.batch_size"),

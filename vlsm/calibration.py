@@ -29,6 +29,7 @@ from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.shown import say, say_error
 from vlsm.training.origin import describe_differences_to_training
 from vlsm.training.sampling import find_prompt
+from vlsm.words import count
 
 if TYPE_CHECKING:
     from vlsm.segmentation.segmenter import Segmenter
@@ -223,6 +224,7 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
         raise ConfigError(f"CALIBRATED is {directory}; it must be a local folder that does not exist yet")
     data, choice = settings.data.allowing(settings.run.allow), settings.prompt
     all_records = [record for name, uri in settings.datasets.items() for record in read_dataset(name, uri, data)]
+    data.refuse_unknown([*settings.datasets, *(record.dataset for record in all_records)])
     require_splits(all_records, GIVE)
     records = [record for record in all_records if record.split == "val"]
     files = read_checkpoint(source)
@@ -249,6 +251,23 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
             (folder / name).write_bytes(content)
     (folder / SETTINGS_NAME).write_text(dump_yaml(calibrated.model_dump(mode="json")), encoding="utf-8")
     return calibration
+
+
+def describe_calibration(calibration: Calibration, directory: str) -> list[str]:
+    """Return lines that describe a calibration to a person."""
+    before, after = (f"{error:.4f}" for error in (calibration.error_before, calibration.error_after))
+    at_half, at_own = (f"{dice:.3f}" for dice in (calibration.dice_at_half, calibration.dice))
+    low, high = (f"{100 * share:.3g} %" for share in calibration.area_fraction)
+    least = calibration.min_confidence
+    marked = "no limit was found" if least is None else f"below {least:.2f}"
+    return [
+        f"temperature {calibration.temperature:.3g}: the model's raw values are divided by it; the mean gap between "
+        f"probability and true share was {before} and is {after}",
+        f"threshold {calibration.threshold:.3g}: lowest probability of a foreground pixel; mean Dice {at_own}, "
+        f"with 0.5 {at_half}",
+        f"review: masks with a confidence {marked}, or an area outside of {low} to {high} of the image",
+        f"measured on {count(calibration.num_images, 'validation image')}; the calibrated checkpoint: {directory}",
+    ]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -289,7 +308,10 @@ def main(argv: list[str] | None = None) -> int:
     except (VlsmError, OSError) as error:
         say_error(error)
         return 2 if isinstance(error, (ConfigError, CheckpointError, ManifestError)) else 1
-    say(json.dumps(calibration.model_dump(mode="json", exclude={"reliability"})))
+    for line in describe_calibration(calibration, args.directory):
+        say(line, sys.stderr)
+    if not sys.stdout.isatty():  # as the jobs: a program gets JSON
+        say(json.dumps(calibration.model_dump(mode="json", exclude={"reliability"})))
     return 0
 
 

@@ -22,13 +22,13 @@ from pydantic import Field, ValidationError
 
 from vlsm import storage
 from vlsm.commands import new_parser
-from vlsm.config import Settings, dump_yaml, explain, parse_assignments
+from vlsm.config import A_PROBABILITY, Settings, dump_yaml, explain, parse_assignments
 from vlsm.documents import parse_yaml
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.hints import hint_at_checkpoint
 from vlsm.images.preprocess import ImageSpec, Resize
 from vlsm.limits import MAX_JSON_BYTES
-from vlsm.models import MODELS, build_model, check_name, find_model, parse_options
+from vlsm.models import BLIND, MODELS, build_model, check_name, find_model, parse_options
 from vlsm.models.tower_files import TOWER_FOLDERS, write_tower_files
 from vlsm.shown import say, say_error, show
 from vlsm.version import FORMAT, __version__, newer_format
@@ -156,7 +156,7 @@ def save_checkpoint(
     folder = Path(directory)
     threshold = model.threshold if threshold is None else threshold
     if not 0 < threshold < 1:
-        raise CheckpointError(f"threshold is {threshold}; it must be a probability between 0 and 1")
+        raise CheckpointError(f"threshold is {threshold}; it must be {A_PROBABILITY}")
     settings = _settings_of(model, prompt, threshold)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a directory")
@@ -222,7 +222,7 @@ def _list_files(uri: str) -> list[str]:
     """Return the sorted paths of a checkpoint's files within its directory."""
     fs, path = storage.open_uri(uri)
     if not fs.exists(f"{path}/{SETTINGS_NAME}"):
-        hint = hint_at_checkpoint(fs, uri, path, SETTINGS_NAME)
+        hint = hint_at_checkpoint(fs, uri, path, SETTINGS_NAME, {name: name not in BLIND for name in MODELS})
         raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {SETTINGS_NAME}{hint}")
     infos = {name.removeprefix(path).lstrip("/"): info for name, info in fs.find(path, detail=True).items()}
     names = [name for name in sorted(infos) if not storage.is_temporary(name.rpartition("/")[2])]  # of a killed process
@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         if Path(args.directory, SETTINGS_NAME).exists() and not args.overwrite:
             raise CheckpointError(f"there is a checkpoint at {args.directory} already; --overwrite replaces it")
         if args.threshold is not None and not 0 < args.threshold < 1:
-            raise CheckpointError(f"--threshold is {args.threshold}; it must be a probability between 0 and 1")
+            raise CheckpointError(f"--threshold is {args.threshold}; it must be {A_PROBABILITY}")
         save_checkpoint(
             build_model(args.model, **parse_assignments(args.set)), args.directory, args.prompt, args.threshold
         )

@@ -21,7 +21,7 @@ COMMANDS = {
     "train": ("jobs.train", "train a model on labelled datasets"),
     "evaluate": ("jobs.evaluate", "score and compare models on labelled datasets"),
     "sweep": ("jobs.sweep", "train and compare many models"),
-    "status": ("jobs.status", "progress of a segment run or a training"),
+    "status": ("jobs.status", "progress of a segment run, a training, an evaluation or a sweep"),
     "verify": ("jobs.verify", "prove that every planned image has its rows"),
     "report": ("vlsm.report", "an HTML page about a segment run, a training or an evaluation"),
     "export": ("vlsm.export", "masks as files for other tools"),

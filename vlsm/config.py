@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +15,13 @@ from pydantic.fields import FieldInfo
 
 from vlsm.documents import MAX_YAML_BYTES, parse_yaml, read_yaml
 from vlsm.errors import ConfigError
+from vlsm.quotes import is_closed
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 _MAX_PROBLEMS, _MAX_LETTERS = 10, 300  # of a message; a file of others may have more
+
+A_PROBABILITY = "a probability between 0 and 1, such as 0.5"  # words for a threshold
 
 Slices = Literal["axial", "coronal", "sagittal"]
 
@@ -48,6 +52,21 @@ def one_is_a_list(value: Any) -> Any:
 def each_one_is_a_list(value: Any) -> Any:
     """Apply `one_is_a_list` to every value of a mapping; a field validator."""
     return {name: one_is_a_list(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def check_threshold(value: Any) -> Any:
+    """Return the value if it is a probability that separates foreground from background, or None; a field validator.
+
+    Raises:
+        ValueError: it is something else, such as 50 or a word.
+    """
+    try:
+        is_fine = value is None or 0 < float(value) < 1
+    except (TypeError, ValueError):
+        is_fine = False
+    if not is_fine:
+        raise ValueError(f"it must be {A_PROBABILITY}")
+    return value
 
 
 def check_columns(value: dict[str, str]) -> dict[str, str]:
@@ -201,7 +220,9 @@ class SegmentSettings(Settings):
         {}, description="prompts that stand for one or several texts, whose probabilities are averaged: {name: [texts]}"
     )
     allow_equal_masks: bool = Field(
-        False, description="take several prompts for models that ignore their text: all prompts get the same mask"
+        False,
+        description="take several prompts, or others than the checkpoint's, for models that ignore the text: all "
+        "prompts get the same mask",
     )
     member_rows: bool = Field(False, description="write one more row for the mask of each ensemble member")
     label_maps: bool = Field(False, description="write one more row per image: a PNG with the prompt of each pixel")
@@ -209,10 +230,7 @@ class SegmentSettings(Settings):
         "none", description="which masks keep the probability of each pixel in their row, as an 8-bit PNG"
     )
     threshold: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="lowest probability of a foreground pixel, as 0.5; null: the checkpoint's threshold",
+        None, description=f"lowest probability of a foreground pixel, {A_PROBABILITY}; null: the checkpoint's"
     )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
@@ -244,6 +262,7 @@ class SegmentSettings(Settings):
     run: RunSettings = RunSettings()
 
     _check_columns = field_validator("columns")(check_columns)
+    _check_threshold = field_validator("threshold", mode="before")(check_threshold)
     _list_prompts = field_validator("prompts", "fields", mode="before")(one_is_a_list)
     _list_texts = field_validator("classes", mode="before")(each_one_is_a_list)
 
@@ -308,14 +327,23 @@ def parse_assignments(assignments: list[str], tree: dict[str, Any] | None = None
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator:
-            raise ConfigError(f"--set {assignment!r} is not of the form key=value; it must be as run.batch_size=4")
+            raise ConfigError(
+                f"--set {assignment!r} is not of the form key=value without blanks; it must be as run.batch_size=4, or "
+                "with quotes as 'prompts=[polyp, flat polyp]'"
+            )
         *groups, leaf = key.split(".")
         branch = tree
         for group in groups:
             branch = branch.setdefault(group, {})
             if not isinstance(branch, dict):
                 raise ConfigError(f"--set {assignment!r}: {group} is already a value; it must be a group of settings")
-        branch[leaf] = parse_yaml(value, f"--set {' '.join(assignment[:80].split())}", ConfigError)
+        try:
+            branch[leaf] = parse_yaml(value, f"--set {' '.join(assignment[:80].split())}", ConfigError)
+        except ConfigError as error:
+            if is_closed(value):
+                raise
+            example = shlex.quote(f"{assignment[:80].rstrip(', ')} ...")
+            raise ConfigError(f"{error}; a value with blanks needs quotes, as in --set {example}") from error
     return tree
 
 
@@ -383,7 +411,8 @@ def explain(error: ValidationError, settings: type[Settings]) -> str:
         elif detail["type"] == "missing":
             problems.append(f"{key} is missing")
         elif key:
-            message = detail["msg"][0].lower() + detail["msg"][1:]
+            text = detail["msg"].removeprefix("Value error, ")
+            message = text[0].lower() + text[1:]
             is_range = detail["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
             meaning = known.get(key, "") if is_range else ""
             problems.append(f"{key} is {detail['input']!r:.{_MAX_LETTERS}}: {message}{meaning and f' ({meaning})'}")

@@ -26,6 +26,8 @@ import traceback
 import unicodedata
 from typing import Any, NoReturn, TextIO
 
+from vlsm.quotes import hint_at_quotes
+
 # The lengths are bounded, so that the time grows with the length of a text and not with its square.
 _SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]{0,30}://"
 _PORT = r"\d{1,5}(?:[\s/?#\"',;:)\]}>]|$)"
@@ -228,10 +230,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *words: Any, **options: Any) -> None:
         super().__init__(*words, **options)
         sys.excepthook = _say_crash
+        self._words: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words as argparse does, and remember them for a message."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """End the command with exit code 2."""
-        super().error(show(message))
+        super().error(show(message + hint_at_quotes(self._words)))
 
 
 class _ShownRecords(logging.Filter):

@@ -85,7 +85,7 @@ def test_nnunets_layout_and_its_classes_are_read(tmp_path, caplog):
     assert triples(records[:1], tmp_path) == [("train", "imagesTr/a_0000.png", "labelsTr/a.png")]
     reader = ExampleReader(KVASIR)
     assert [int(reader.read(record).target.mask.sum()) for record in records] == [0, 6]
-    assert "1 images of split test have no masks: left out" in caplog.text
+    assert "1 image of split test without masks: left out" in caplog.text
     assert "only the first channel of each image is read, not imagesTr/a_0001.png" in caplog.text
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "2": "polyp"}}))  # version 1
     (record,) = read_dataset("kvasir", str(tmp_path))
@@ -97,12 +97,12 @@ def test_nnunets_layout_and_its_classes_are_read(tmp_path, caplog):
 
 def test_images_without_masks_are_told_and_left_out_on_request(tmp_path, caplog):
     write(tmp_path, *(f"images/{number}.png" for number in range(9)), "masks/0.png", "masks/x.png")
-    message = r"8 of 9 images have no mask \(images/1.png, .*images/5.png and 3 more\); --set data.skip_unpaired=true"
-    with pytest.raises(ManifestError, match=message + r".*1 masks have no image \(masks/x.png\)"):
+    message = r"no mask for 8 of 9 images \(images/1.png, .*images/5.png and 3 more\); --set data.skip_unpaired=true"
+    with pytest.raises(ManifestError, match=message + r".*no image for 1 mask \(masks/x.png\)"):
         read_dataset("kvasir", str(tmp_path))
     (record,) = read_dataset("kvasir", str(tmp_path), DatasetSettings(skip_unpaired=True))
     assert record.image_uri.endswith("images/0.png")
-    assert "8 of 9 images have no mask and are left out (data.skip_unpaired): images/1.png" in caplog.text
+    assert "no mask for 8 of 9 images: left out (data.skip_unpaired): images/1.png" in caplog.text
 
 
 def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):

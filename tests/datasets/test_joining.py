@@ -37,7 +37,7 @@ def listed(tmp_path):
 
 def test_several_masks_of_one_image_and_prompt_are_told(listed, caplog):
     assert len(read_dataset("busi", listed)) == 2
-    assert "dataset busi: several masks in 1 records, such as" in caplog.text
+    assert "dataset busi: several masks in 1 record, such as" in caplog.text
     assert "row 2: " in caplog.text and "row 1 has the same image and prompt, but another mask" in caplog.text
     assert "--set data.join_masks=true" in caplog.text
 

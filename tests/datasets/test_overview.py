@@ -1,6 +1,7 @@
 """The command that shows what datasets are taken for, and its contact sheet."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from vlsm.datasets.contact_sheet import draw_pictures
 from vlsm.datasets.overview import describe_layout, inspect_dataset, spread
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.errors import ConfigError
 
 
 def write_dataset(folder, splits, level=255, size=(20, 30)):
@@ -139,7 +141,7 @@ def test_the_contact_sheet_shows_images_with_their_outlines(tmp_path, capsys):
     """One tile: 30 x 20 pixels become 240 x 160 in the middle of 240 x 240, the square 80 x 80."""
     folder = write_dataset(tmp_path / "kvasir", {"test": 1})
     code, out, _ = show(capsys, folder, "--sheet", tmp_path / "sheet.png")
-    assert code == 0 and f"{tmp_path}/sheet.png: examples with outlines of their masks" in out
+    assert code == 0 and f"{tmp_path}/sheet.png: " in out and "with outlines of their masks" in out
     tile = np.asarray(Image.open(tmp_path / "sheet.png"))[4:244, 4:244]
     is_green = (tile == (0, 230, 118)).all(axis=2)
     rows, columns = np.nonzero(is_green)
@@ -205,3 +207,32 @@ def test_a_prefix_of_a_store_is_a_dataset_too(tmp_path, s3_folder, capsys):
         f"kvasir: {s3_folder}/kvasir\n  layout      anns/train.json\n  images      images/*.png (2)\n"
     )
     assert storage.read_bytes(f"{s3_folder}/sheet.png").startswith(b"\x89PNG")
+
+
+def test_the_sheet_says_how_many_of_how_many_it_shows(tmp_path, capsys):
+    folder = write_dataset(tmp_path / "kvasir", {"train": 50, "test": 10})
+    _, out, _ = show(capsys, folder, "--sheet", tmp_path / "sheet.png")
+    words = r"sheet.png: (\d+) of 60 examples, spread evenly, those with problems last, with outlines"
+    assert 40 <= int(re.search(words, out)[1]) <= 54
+    few = write_dataset(tmp_path / "few", {"train": 1})
+    _, out, _ = show(capsys, few, "--sheet", tmp_path / "sheet.png")
+    assert "sheet.png: 1 of 1 example, with outlines" in out
+
+
+def test_a_setting_for_a_dataset_that_does_not_exist_is_refused(tmp_path, capsys):
+    folder = write_dataset(tmp_path / "kvasir", {"train": 1})
+    for word in ("data.prompts.kvasr=polyp", "data.image_folders.kvasr=x", "data.classes={kvasr: {1: polyp}}"):
+        code, _, err = show(capsys, folder, "--set", word)
+        assert (
+            code == 2 and "names kvasr, but there is no such dataset; did you mean kvasir? the dataset is kvasir" in err
+        )
+    assert show(capsys, f"kvasr={folder}", "--set", "data.prompts.kvasr=polyp")[0] == 0
+
+
+def test_datasets_of_a_list_and_of_other_jobs_are_known():
+    settings = DatasetSettings(prompts={"a": "polyp", "b": "lesion"})
+    settings.refuse_unknown(["a", "b"])
+    settings.beside(["b"]).refuse_unknown(["a"])
+    with pytest.raises(ConfigError, match="data.prompts names b, but there is no such dataset; the dataset is a"):
+        settings.refuse_unknown(["a"])
+    assert settings.beside(["b"]).allowing(("x",)).model_copy(update={"mask_threshold": 0})._others == ("b",)

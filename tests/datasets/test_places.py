@@ -184,7 +184,7 @@ def test_examples_in_a_store_name_no_file_that_no_dataset_names():
         table: pa.Table = examples_table([hostile], [Facts()])  # without versions, as an early version wrote it
         refuse_other_data(settings, examples_table([record], [Facts()]), lambda: [record], None)
         if is_refused:
-            with pytest.raises(ConfigError, match="1 files that no dataset names \\(/etc/passwd, ...\\)"):
+            with pytest.raises(ConfigError, match="1 file that no dataset names \\(/etc/passwd, ...\\)"):
                 refuse_other_data(settings, table, lambda: [record], None)
         else:
             refuse_other_data(settings, table, lambda: [record], None)

@@ -107,7 +107,7 @@ def test_single_images_meet_the_shares_of_each_dataset(number):
     for dataset in "ab":
         counts = count(made, dataset=dataset)
         assert all(abs(counts[split] - share * number) <= 1 for split, share in TENTHS.shares.items())
-    assert lines[0].startswith(f"{'a':16} split: {number} records in {number} clusters")
+    assert lines[0].startswith(f"{'a':16} split: {number} record")
     assert f"train {count(made, dataset='a')['train']} of {0.8 * number:.1f} wanted" in lines[0]
 
 
@@ -193,7 +193,7 @@ def test_a_group_is_one_of_its_dataset_and_all_slices_of_a_volume_stay_together(
     [
         (
             ["one"] * 20,
-            "leaves no val records: there are 20 records in 1 clusters that stay together, the largest of 20",
+            "leaves no val records: there are 20 records in 1 cluster that must stay together, the largest of 20",
         ),
         (
             ["one"] * 19 + ["two"],
@@ -260,7 +260,7 @@ def test_folds_have_equal_tests_and_each_other_record_is_val_once(chosen):
 
 def test_folds_without_clusters_enough_are_refused():
     records = [make_record(index, split="train", group="one") for index in range(9)]
-    with pytest.raises(ConfigError, match="folds: fold 1 has no val or train records: 9 records in 1 clusters"):
+    with pytest.raises(ConfigError, match="folds: fold 1 has no val or train records: 9 records in 1 cluster"):
         make_folds(records, make_facts(records), SplitSettings(), 3)
 
 

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from tests.conftest import save_square
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.settings import DatasetSettings
-from vlsm.errors import ConfigError
+from vlsm.errors import CheckpointError, ConfigError
 from vlsm.evaluation.folds import write_lists
 from vlsm.evaluation.sweep import (
     SweepSettings,
@@ -23,6 +24,7 @@ from vlsm.evaluation.sweep import (
     write_csv,
     write_markdown,
 )
+from vlsm.evaluation.sweep_checks import check_sweep
 from vlsm.evaluation.sweep_scores import average_scores
 from vlsm.training.settings import DataSettings
 
@@ -175,7 +177,7 @@ def test_the_table_has_means_over_seeds_and_the_best_in_bold():
     folds = settings.model_copy(update={"folds": 2, "seeds": (0,)})  # the same figures, from folds
     (row, *_) = tabulate([row | {"seed": 0, "fold": row["seed"] + 1} for row in rows], folds)
     assert (row["num_folds"], row["num_seeds"], round(row["mean"], 6)) == (2, 1, 0.55)
-    assert "mean and standard deviation over 2 folds with 1 seeds, " in write_markdown([row], folds)
+    assert "mean and standard deviation over 2 folds with 1 seed, " in write_markdown([row], folds)
     table = tabulate(rows, settings)
     assert [(row["model"], round(row["mean"], 6), round(row["difference"], 6)) for row in table] == [
         ("small", 0.55, 0),
@@ -263,3 +265,41 @@ def test_the_matrices_that_come_along_are_understood(path):
     assert len(trials) == 2 * len(models) * len(settings.seeds)
     assert {trial.model for trial in trials} == set(models)
     assert all(trial.model.startswith(trial.settings.model) for trial in trials)
+
+
+def write_pairs(folder, number=4):
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+        for name in range(number):
+            save_square(folder / kind / f"{name}.png")
+    return str(folder)
+
+
+def check(**options):
+    settings = make_settings(**options)
+    return check_sweep(settings, plan_trial_groups(settings))
+
+
+def test_a_dry_run_finds_missing_folders_splits_prompts_and_options(tmp_path):
+    datasets = {name: write_pairs(tmp_path / name) for name in "ab"}
+    with pytest.raises(ConfigError, match="dataset a"):
+        check(datasets={"a": str(tmp_path / "nowhere")})
+    with pytest.raises(ConfigError) as error:
+        check(datasets=datasets, pooled=True)
+    words = "--set train.data.split.val=0.1 --set train.data.split.test=0.1 --set train.data.prompts.a=WORDS"
+    assert words in str(error.value) and "--set train.data.prompts.b=WORDS" in str(error.value)
+    data = {"split": {"val": 0.25, "test": 0.25}, "prompts": {"a": "polyp", "b": "lesion"}}
+    assert check(datasets=datasets, train={"data": data}) == [
+        "dataset a: 4 without a split",
+        "dataset b: 4 without a split",
+    ]
+    assert check(datasets=datasets, train={"data": {"prompts": data["prompts"]}}, folds=2)
+    with pytest.raises(ConfigError, match="data.prompts names c, but there is no such dataset; .*a, b"):
+        check(datasets=datasets, train={"data": data | {"prompts": {"c": "x"}}})
+    with pytest.raises(CheckpointError, match="image_sze"):
+        check(datasets=datasets, train={"data": data}, models={"x": {"model": "unet_d", "options": {"image_sze": 8}}})
+
+
+def test_a_single_seed_is_one_seed():
+    assert "over 1 seed, and" in write_markdown([], make_settings())
+    assert "over 2 seeds, and" in write_markdown([], make_settings(seeds=[0, 1]))

@@ -175,3 +175,13 @@ def told(prompt, fraction, system="a"):
 )
 def test_prompts_that_give_the_answer_away_are_found(rows, is_telling):
     assert list(find_telling(rows)) == ([("d", "p1")] if is_telling else [])
+
+
+def test_a_table_says_where_a_prompt_is_from():
+    """`record` and `own` are words of the settings; the files keep them, the table for people does not."""
+    lines = compare([score("a", 1, "record"), score("a", 1, "own"), score("a", 1, "p1")], "a", 100, 0)
+    text = format_markdown(lines, "a", {})
+    for words in ("| d | each image's own | a |", "| d | the checkpoint's own | a |", "| d | p1 | a |"):
+        assert words in text
+    assert "record" not in text.replace("prompts=[record]", "") and "honest" not in text
+    assert [row["prompt_name"] for row in csv.DictReader(io.StringIO(format_csv(lines)))] == ["record", "own", "p1"]

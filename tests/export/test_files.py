@@ -19,6 +19,7 @@ from vlsm.export.__main__ import main, parse_filter
 from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
 from vlsm.images.overlays import draw_legend, draw_outlines, prompt_colors
+from vlsm.runs.results import read_rows
 from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.segmentation.masks import encode_mask, encode_png
 
@@ -96,7 +97,7 @@ def test_overlays_tint_the_mask_and_leave_the_rest(output, tmp_path):
 def test_an_image_that_vanished_costs_only_its_own_overlay(output, tmp_path, caplog):
     (tmp_path / "images" / "0.png").unlink()
     assert export.export_overlays(str(output), tmp_path / "o") == 12
-    assert "2 rows are not exported" in caplog.text
+    assert "2 rows could not be exported" in caplog.text
     assert "missing: there is no file" in caplog.text
     failed = [line for line in index(tmp_path / "o") if line["error"]]
     assert [(line["file"], line["image_id"], line["prompt"]) for line in failed] == [
@@ -108,7 +109,7 @@ def test_an_image_that_vanished_costs_only_its_own_overlay(output, tmp_path, cap
 
 def test_the_command_line_writes_what_it_says(output, tmp_path, capsys):
     assert main([str(output), str(tmp_path / "x"), "--filter", "confidence < 0.58", "--limit", "1"]) == 0
-    assert "1 files below" in capsys.readouterr().out
+    assert "1 file below" in capsys.readouterr().out
     assert len(files(tmp_path / "x")) == 1
 
 
@@ -120,6 +121,8 @@ def test_the_command_line_writes_what_it_says(output, tmp_path, capsys):
         (["--filter", "colour = 3", "--format", "labels"], "unknown column 'colour'; columns: image_id, "),
         (["--filter", "colour = 3", "--format", "coco"], "unknown column 'colour'; columns: image_id, "),
         (["--filter", "confidence < high"], "'high' does not fit the column confidence; it must be a number"),
+        (["--filter", "confidence < 60"], "'60' does not fit the column confidence; its values are between 0 and 1"),
+        (["--filter", "area_fraction > 5"], "does not fit the column area_fraction; its values are between 0 and 1"),
         (["--filter", "area_px = {a"], "'{a' does not fit the column area_px; it must be a number"),
         (["--filter", "bbox = 3"], "'3' does not fit the column bbox; compare it with null"),
         (["--filter", "label_map = x"], "'x' does not fit the column label_map; compare it with null"),
@@ -339,10 +342,28 @@ def test_maps_are_written_as_they_are_and_rows_without_one_are_counted(output, t
     assert names == [line["file"] for line in index(tmp_path / "m")][:2]
     for name, values in zip(names, (first, second), strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "p" / name)), values)
-    assert "12 rows have no probability map; segment with --set probability_maps=all" in caplog.text
+    assert "no probability map in 12 rows; segment with --set probability_maps=all" in caplog.text
     read = list(vlsm.read_masks(str(output)))
     np.testing.assert_array_equal(read[1]["probability"], second.astype(np.float32) / 255)
     assert read[1]["probability"].dtype == np.float32
     assert read[2]["probability"] is None
     (row, *_) = vlsm.read_masks(str(output), columns=["probability_map"])
     assert set(row) == {"probability_map", "mask", "probability"}
+
+
+@pytest.mark.parametrize("kind", ["overlays", "masks", "coco", "labels"])
+def test_a_filter_that_fits_no_row_is_a_sentence(output, tmp_path, capsys, kind):
+    words = [str(output), str(tmp_path / "x"), "--format", kind]
+    assert main([*words, "--filter", "prompt == polpy", "--filter", "confidence > 0"]) == 1
+    printed = capsys.readouterr()
+    total = len(list(read_rows(str(output))))
+    assert f"none of {total} rows fits --filter 'prompt == polpy' and --filter 'confidence > 0'" in printed.err
+    assert "files" not in printed.out
+
+
+def test_a_filter_whose_rows_have_no_masks_says_so_and_no_limit_stays_no_error(output, tmp_path, capsys):
+    num_failed = sum(row["status"] == "failed" for row in read_rows(str(output)))
+    code = main([str(output), str(tmp_path / "x"), "--format", "masks", "--filter", "status == failed"])
+    err = capsys.readouterr().err
+    assert (code, f"nothing to export: {num_failed} of" in err or "none of" in err) == (1, True)
+    assert main([str(output), str(tmp_path / "x"), "--limit", "0", "--filter", "prompt == polpy"]) == 0

@@ -204,7 +204,7 @@ def test_unreadable_sources_cost_only_their_rows(tmp_path, write, kind, caplog):
     run(write(rows), kind, tmp_path / "x", code=1)
     assert [line[0] for line in lines_of(tmp_path / "x") if line[4]] == [f"{n}.dcm" for n in (0, 0, 1, 1, 2, 2)]
     assert [line[:2] for line in lines_of(tmp_path / "x") if line[3]] == [("3.dcm", "polyp"), ("3.dcm", "fold")]
-    assert "6 rows are not exported" in caplog.text
+    assert "6 rows could not be exported" in caplog.text
     assert SECRET not in caplog.text + (tmp_path / "x" / "index.csv").read_text()
 
 
@@ -259,7 +259,7 @@ def test_the_first_file_of_several_with_one_uid_is_used(tmp_path, write, caplog,
     names = run(write([row(*pair) for pair in zip(paths, masks, strict=True)]), "dicom-seg-series", tmp_path / "x")
     (name,) = (one for one in names if one.startswith("1.2.3.4."))
     np.testing.assert_array_equal(segments_of(tmp_path / "x" / name)["polyp", "1.2.1"], masks[0])
-    assert "2 masks are of files with the SOP Instance UID of an earlier file" in caplog.text
+    assert "an earlier file has the same SOP Instance UID: 2 masks" in caplog.text
     assert [line[0] for line in lines_of(tmp_path / "x") if line[3] == name] == ["0.dcm"]
 
 
@@ -312,7 +312,7 @@ def test_a_source_is_dicom_by_its_content(tmp_path, write, name, where, caplog):
     rows = [row(uri, checkers((4, 5)), selector=selector, image_id=str(n)) for n, (uri, selector) in enumerate(places)]
     assert run(write(rows), "dicom-seg", tmp_path / "x") == ["0.seg.dcm"]
     assert [line[0] for line in lines_of(tmp_path / "x")] == ["0"]
-    assert "1 masks are of images that are not DICOM" in caplog.text
+    assert "the image is not DICOM: 1 mask" in caplog.text
 
 
 def test_other_sources_are_not_read_whole(tmp_path, write, caplog):  # noqa: F811
@@ -325,7 +325,7 @@ def test_other_sources_are_not_read_whole(tmp_path, write, caplog):  # noqa: F81
         file.truncate(1 << 33)  # larger than max_image_bytes
     rows = [row(tmp_path / f"v.{end}", checkers((4, 5)), selector="slice=0") for end in ("hdr", "mhd", "tif", "nrrd")]
     assert run(write(rows), "dicom-seg", tmp_path / "x") == []
-    assert "4 masks are of images that are not DICOM" in caplog.text
+    assert "the image is not DICOM: 4 mask" in caplog.text
 
 
 def test_a_tiny_file_of_another_format_is_no_dicom(tmp_path, write, caplog):  # noqa: F811
@@ -333,7 +333,7 @@ def test_a_tiny_file_of_another_format_is_no_dicom(tmp_path, write, caplog):  # 
     (tmp_path / "y.dcm").write_bytes(b"BM1")
     rows = [row(tmp_path / name, checkers((4, 5))) for name in ("x.bmp", "y.dcm")]
     assert run(write(rows), "dicom-seg", tmp_path / "x") == []
-    assert "2 masks are of images that are not DICOM" in caplog.text
+    assert "the image is not DICOM: 2 mask" in caplog.text
 
 
 def test_dicom_in_parquet_has_a_segmentation(tmp_path, write):  # noqa: F811

@@ -557,7 +557,7 @@ def test_what_cannot_be_a_segmentation_is_told_and_passed_over(tmp_path, write, 
     rows = [row(path, mask, selector="frame=0") for path in (good, bare, tmp_path / "gone.dcm")]
     rows += [row(picture, mask), row("x/b.png", mask), row(good, checkers((9, 9)), selector="frame=0", image_id="c")]
     assert run(write(rows), "dicom-seg", tmp_path / "x", code=1) == ["cine.dcm.seg.dcm"]
-    assert "1 masks are of images that are not DICOM" in caplog.text
+    assert "the image is not DICOM: 1 mask" in caplog.text
     lines = index(tmp_path / "x")
     errors = {line["image_id"]: line["error"] for line in lines if not line["file"]}
     assert set(errors) == {"bare.dcm#frame=0", "gone.dcm#frame=0", "b.png", "c"}

@@ -118,7 +118,7 @@ def test_cluster_yaml_starts_its_nodes_for_the_work_and_ends_them(bucket, s3_ser
     with started(s3_server.environment(), autoscaling=autoscaled(max_gpus=1)) as cluster:
         cluster.wait_for_nodes({"CPU": 1, "GPU": 0})  # min_workers of "cpu"
         log = segment_and_train(cluster, bucket)
-        assert "up to 8 actors of 1 model with 1 CPUs and 1 GPUs each" in log
+        assert "up to 8 actors of 1 model with 1 CPU and 1 GPU each" in log
         cluster.wait_for_nodes({"CPU": 1, "GPU": 0})
 
 

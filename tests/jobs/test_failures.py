@@ -150,14 +150,16 @@ def test_what_changed_behind_a_listing_that_broke_off_is_followed_too(archive, b
     }
     run = prepare_run(SegmentSettings(**arguments, shard_rows=1))
     writer = PlanWriter(run.settings.output, run.plan.id)
-    for shard in itertools.islice(cut_shards(open_input(run.settings).rows, 1), 65):
+    for shard in itertools.islice(
+        cut_shards(open_input(run.settings, [member.settings for member in run.members]).rows, 1), 65
+    ):
         writer.add(shard_table(shard))  # the job dies, with a file of 64 shards written
     save_square(archive / "a00.png")
     (archive / "a01.png").unlink()
     save_square(archive / "a00b.png")
     words = [archive, tmp_path / "out", "--checkpoint", bright_checkpoint, "--set", "shard_rows=1"]
     assert start(*words, "--set", "update=true") == 0
-    assert "1 images are new, 1 changed, 1 vanished" in caplog.text
+    assert "images since the last plan: 1 new, 1 changed, 1 vanished" in caplog.text
     summary = read_summary(tmp_path / "out")
     assert (summary["planned"], summary["ok"], summary["vanished"]) == (77, 76, 1)
     (tmp_path / "out" / "masks" / ".part-00000003.parquet.0.tmp").write_bytes(b"")  # what a killed process leaves
@@ -196,7 +198,7 @@ def test_an_archive_that_changed_is_followed(archive, bright_checkpoint, tmp_pat
     before = read_rows(tmp_path / "out")
     untouched = (tmp_path / "out" / "masks" / "part-00000002.parquet").stat().st_mtime_ns
     assert start(*words, "--set", "update=true") == 0
-    assert "0 images are new, 0 changed, 0 vanished" in caplog.text
+    assert "images since the last plan: 0 new, 0 changed, 0 vanished" in caplog.text
 
     save_square(archive / names[0], corner="bottom right")
     (archive / names[3]).unlink()
@@ -205,7 +207,7 @@ def test_an_archive_that_changed_is_followed(archive, bright_checkpoint, tmp_pat
     assert start(*words) == 0
     assert "is finished: there is nothing to do" in caplog.text
     assert start(*words, "--set", "update=true") == 0
-    assert "1 images are new, 1 changed, 1 vanished" in caplog.text
+    assert "images since the last plan: 1 new, 1 changed, 1 vanished" in caplog.text
     after = read_rows(tmp_path / "out")
     assert sorted(after.index) == sorted([*names, "new.png"])
     same = [name for name in names if name not in (names[0], names[3])]

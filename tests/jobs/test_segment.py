@@ -113,7 +113,15 @@ def test_a_manifest_decides_images_ids_and_prompts(ray_cluster, archive, tiny_ch
         "parquet": lambda: frame.to_parquet(manifest),
     }[kind]()
     code, summary, err = run(
-        capfd, manifest, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "prompts=tumour"
+        capfd,
+        manifest,
+        tmp_path / "out",
+        "--checkpoint",
+        tiny_checkpoint,
+        "--set",
+        "prompts=tumour",
+        "--set",
+        "allow_equal_masks=true",
     )
     assert "7 of 7 images (100.0 %)" in err and "images/s, 1 failed, 0:00:00 left" in err
     assert "0 of 7" not in err  # before the first image the phase is named instead

@@ -21,7 +21,7 @@ def plan(nodes, *words, members=2):
 def test_a_run_that_waits_for_a_node_says_for_which(caplog):
     warn_if_none_fits(1, 1, SMALL)
     assert [record.getMessage() for record in caplog.records] == [
-        "waiting for a node with 1 CPUs and 1 GPUs: none of 1 has them; if none will start, request less"
+        "waiting for a node with 1 CPU and 1 GPU: none of 1 has them; if none will start, request less"
     ]
     warn_if_none_fits(1, 1, GPUS)
     warn_if_none_fits(1.25, 0, SMALL)

@@ -1,11 +1,14 @@
 """The last lines of a job: what is where, and what comes next."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from vlsm.config import SegmentSettings
 from vlsm.report.endings import evaluate_ending, segment_ending, sweep_ending, train_ending
+from vlsm.runs.results import write_part
 from vlsm.training.settings import TrainSettings
 
 SEGMENTED = {"planned": 40, "ok": 38, "failed": 2, "failed_by_reason": {"corrupt": 1, "empty": 1}}
@@ -30,13 +33,18 @@ def test_a_segment_run_says_where_masks_are_and_why_others_are_missing():
     assert segment_ending(segmented("/data/in", "/data/out"), SEGMENTED) == [
         "38 images of 40 have masks, in /data/out/masks",
         "2 images failed (corrupt 1, empty 1): the rows with status failed say why",
+        'read: pandas.read_parquet("/data/out/masks")',
         "look: vlsm report /data/out",
     ]
 
 
 def test_one_is_singular_and_a_run_without_failures_does_not_mention_any():
     lines = segment_ending(segmented("in", "out"), {"planned": 1, "ok": 1, "failed": 0, "failed_by_reason": {}})
-    assert lines == ["1 image of 1 has masks, in out/masks", "look: vlsm report out"]
+    assert lines == [
+        "1 image of 1 has masks, in out/masks",
+        'read: pandas.read_parquet("out/masks")',
+        "look: vlsm report out",
+    ]
     assert sweep_ending("out", {"trials": 1}) == ["1 training, the table is in out/table.md and out/table.csv"]
 
 
@@ -68,3 +76,27 @@ def test_a_training_names_its_checkpoint_and_quotes_it():
 def test_commands_have_the_form_in_which_the_job_was_called(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/x/jobs/evaluate.py"])
     assert evaluate_ending("out", ["/a"])[-1] == "look: python -m vlsm.report out"
+
+
+def test_the_lines_that_read_masks_work_as_they_are_written(tmp_path):
+    """Those of the end of a job, and those of vlsm/README.md, in an OUTPUT with all files of a run."""
+    import duckdb
+    import pandas
+    import pyarrow.parquet
+
+    output = tmp_path / "my run's"
+    rows = [
+        {"image_id": f"{n}.png", "image_uri": f"/{n}.png", "prompt": "a", "kind": "mask", "status": "ok"} for n in "123"
+    ]
+    for shard, row in enumerate(rows):
+        write_part(str(output), shard, [row | {"model": "m"}], "run", 0)
+    for name in ("config.yaml", "summary.json", "masks/.part-00000000.parquet.tmp"):
+        (output / name).write_text("no table")
+    _, line, _ = segment_ending(segmented("in", str(output)), SEGMENTED)
+    assert sorted(eval(line.removeprefix("read: "), {"pandas": pandas}).image_id) == ["1.png", "2.png", "3.png"]  # noqa: S307
+    documented = (Path(__file__).parents[2] / "vlsm" / "README.md").read_text()
+    lines = re.findall(r"^(?:pandas|pyarrow|duckdb)\..*OUTPUT/masks.*$", documented, re.MULTILINE)
+    assert [line.partition(".")[0] for line in lines] == ["pandas", "pyarrow", "duckdb"]
+    for line in lines:
+        code = line.partition("  #")[0].replace("OUTPUT", str(output).replace("'", "''" if "duckdb" in line else "'"))
+        assert eval(f"len({code})", {"pandas": pandas, "pyarrow": pyarrow, "duckdb": duckdb}) == 3, code  # noqa: S307

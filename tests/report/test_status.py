@@ -13,10 +13,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import segment, status, train
+from jobs import evaluate, segment, status, sweep, train
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
 from vlsm.errors import ConfigError
+from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.evaluation.sweep import SweepSettings, plan_trial_groups
 from vlsm.report import status as core
 from vlsm.report.rerun import rerun_command
 from vlsm.runs.lease import Lease
@@ -228,7 +230,7 @@ def test_a_training_whose_process_died_says_so_at_once(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_yaml({"config": {}, "plan": {}}))
     for output in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ConfigError, match="there is no segment run and no training in"):
+        with pytest.raises(ConfigError, match="there is no run in"):
             core.read_status(str(output))
 
 
@@ -240,7 +242,7 @@ def test_the_command_needs_no_ray_and_prints_lines_or_json(tmp_path):
         subprocess.run([*command, *more], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
         for more in ([], ["--json"])
     ]
-    assert texts[0].stdout.startswith("state: not finished\nplanned: 40 images in 10 parts\n")
+    assert texts[0].stdout.startswith("state: not finished (segment run)\nplanned: 40 images in 10 parts\n")
     assert json.loads(texts[1].stdout)["ok"] == 15
     assert status.main([str(tmp_path / "nowhere")]) == 2
 
@@ -250,3 +252,40 @@ def test_times_of_a_store_are_those_of_its_files(s3_folder):
     (time_s,) = storage.list_times(f"{s3_folder}/masks").values()
     assert abs(time_s - time.time()) < 60
     assert storage.list_times(f"{s3_folder}/nothing") == {}
+
+
+def write_job(output, settings, plan):
+    (output / "config.yaml").parent.mkdir(parents=True, exist_ok=True)
+    write_record(str(output), make_record(settings, {}, plan))
+
+
+def test_an_evaluation_tells_what_it_is_how_far_and_how_to_go_on(tmp_path, monkeypatch):
+    output = tmp_path / "scores"
+    systems = {name: [{"checkpoint": f"/{name}"}] for name in ("ours", "theirs")}
+    settings = EvaluateSettings(output=str(output), datasets={"a": "/a"}, systems=systems, baseline="ours", split="val")
+    write_job(output, settings, {"runs": {name: f"runs/{name}" for name in systems}, "num_records": 3, "num_rows": 6})
+    (output / "runs" / "ours").mkdir(parents=True)
+    (output / "runs" / "ours" / "summary.json").write_text("{}")
+    write_run(output / "runs" / "theirs", num_images=4, num_parts=0)
+    found = core.read_status(str(output))
+    text = "\n".join(core.describe_status(found))
+    assert "state: not finished (evaluation)\ndone: 1 of 2 systems segmented\nsystem theirs has begun: " in text
+    command = found.next_steps[0].partition("resumes it: ")[2]
+    assert settings_of_command(command, evaluate, monkeypatch) == settings
+    (output / "summary.json").write_text("{}")
+    assert f"the table is {output}/table.md" in core.read_status(str(output)).next_steps[0]
+
+
+def test_a_sweep_tells_what_it_is_how_far_and_how_to_go_on(tmp_path, monkeypatch):
+    output = tmp_path / "sweep"
+    models = {"small": {"model": "pixel"}, "large": {"model": "unet_d"}}
+    settings = SweepSettings(output=str(output), datasets={"a": "/a"}, models=models, seeds=[0, 1])
+    write_job(output, settings, {"trials": 4})
+    (group,) = plan_trial_groups(settings)
+    first = Path(group.trials[0].settings.output)
+    first.mkdir(parents=True)
+    (first / "summary.json").write_text("{}")
+    found = core.read_status(str(output))
+    assert core.describe_status(found)[:2] == ["state: not finished (sweep)", "done: 1 of 4 trainings finished"]
+    command = found.next_steps[0].partition("resumes it: ")[2]
+    assert settings_of_command(command, sweep, monkeypatch) == settings

@@ -115,7 +115,7 @@ def test_a_mask_of_no_size_or_with_other_runs_is_told_and_the_others_are_exporte
     change_cells(output, **cells)
     texts = read_all(output, tmp_path, capsys)
     assert "'0.png', 'polyp': the row cannot be read: ValueError: " in texts[1]
-    assert "2 rows are not exported" in texts[3] or "2 files below" in texts[3]
+    assert "2 rows could not be exported" in texts[3] or "2 files below" in texts[3]
     assert "a mask of '0.png' in " in texts[-1] and "is damaged" in texts[-1]
     assert sorted(path.name for path in (tmp_path / "masks").glob("*.png")) == ["2.png.polyp.png", "3.png.polyp.png"]
 

@@ -1,8 +1,10 @@
 """What a Learner promises: the same learning however it is cut into processes, micro-batches and interruptions."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -12,10 +14,11 @@ from tests.tiny import save_tiny_clipseg, tiny_options
 from tests.training.test_sampling import make_records
 from vlsm.errors import VlsmError
 from vlsm.training.feature_cache import FeatureCache
-from vlsm.training.history import History, Row
+from vlsm.training.history import History, Row, read_history
 from vlsm.training.learner import Learner, NotFiniteError
 from vlsm.training.sampling import ExampleOrder
 from vlsm.training.settings import TrainSettings
+from vlsm.training.state import State, pack_state, read_state
 
 RECORDS = make_records(train_a=10, val_a=3)
 CPU = torch.device("cpu")
@@ -271,8 +274,41 @@ def test_epochs_without_improvement(dice, min_delta, stale):
     assert make_history(dice).stale_epochs("dice", min_delta) == stale
 
 
-@pytest.mark.parametrize(("monitor", "best"), [("dice", 2), ("loss", 1)])
+@pytest.mark.parametrize(("monitor", "best"), [("dice", 2), ("loss", 2)])
 def test_the_best_epoch(monitor, best):
     history = make_history([0.5, 0.7, 0.7, float("nan")])
     assert history.best_epoch(monitor) == best
     assert History().best_epoch(monitor) == 0
+
+
+@pytest.mark.parametrize(
+    ("dice", "losses", "best"),
+    [
+        ([0.0, 0.0, 0.0], [0.9, 0.7, 0.8], {"dice": 2, "loss": 2}),
+        ([0.5, 0.5], [0.7, 0.7], {"dice": 1, "loss": 1}),
+        ([0.5, 0.4, 0.5], [0.7, 0.1, float("nan")], {"dice": 1, "loss": 2}),
+        ([0.5, 0.6, 0.6], [float("inf")] * 3, {"dice": 2, "loss": 2}),
+        ([0.5, 0.6], [0.3, 0.3], {"dice": 2, "loss": 2}),
+    ],
+)
+def test_of_equal_epochs_the_one_that_is_better_by_the_other_metric_is_the_best(dice, losses, best, tmp_path):
+    rows = [replace(row, loss=loss) for row, loss in zip(make_history(dice).rows, losses, strict=True)]
+    history = History(rows)
+    assert {monitor: history.best_epoch(monitor) for monitor in best} == best
+    # a run of an earlier version kept the first one, and its checkpoint is that of this epoch
+    assert History(rows, "first").best_epoch("dice") == 1 + int(np.nanargmax(dice))
+    # early stopping and resuming: the choice is the same from both files, and epoch by epoch
+    running = [History(rows[:number]).best_epoch("dice") for number in range(1, len(rows) + 1)]
+    assert [number for number, epoch in enumerate(running, 1) if epoch == number][-1] == best["dice"]
+    assert history.stale_epochs("dice", 0) == History(rows, "first").stale_epochs("dice", 0)
+
+
+@pytest.mark.parametrize("ties", ["other", "first"])
+def test_a_resumed_run_breaks_ties_as_it_began(ties, tmp_path):
+    history = History(make_history([0.5, 0.5]).rows, ties)
+    (tmp_path / "last.safetensors").write_bytes(pack_state(State(history=history, optimizer={})))
+    assert read_state(str(tmp_path)).history == history
+    pq.write_table(history.table(), tmp_path / "metrics.parquet")
+    assert read_history(str(tmp_path)) == history
+    pq.write_table(history.table().replace_schema_metadata({}), tmp_path / "metrics.parquet")
+    assert read_history(str(tmp_path)).ties == "first"  # of an earlier version

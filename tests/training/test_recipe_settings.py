@@ -161,6 +161,8 @@ def test_validation_may_measure_cross_entropy_alone_and_mirror_images(source):
     ("model", "optim", "micro", "workers", "words"),
     [
         ("unet_d", {"batch_size": 8}, 8, 1, None),
+        ("unet_d", {"batch_size": 16}, 8, 1, None),  # the defaults: statistics of eight examples are good ones
+        ("unet_d", {"batch_size": 16}, 7, 1, "see 7 examples at a time, not the 16 of a batch"),
         ("clipseg", {"batch_size": 8}, 2, 1, None),  # layer norms
         (
             "unet_d",

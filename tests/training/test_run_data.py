@@ -133,13 +133,13 @@ def lose(folder):
     ("change", "message", "expected_read"),
     [
         (change_nothing, None, ["3.png"]),
-        (add, r"1 records added \(.*/20.png in a\); choose another OUTPUT", []),
+        (add, r"1 record added \(.*/20.png in a\); choose another OUTPUT", []),
         (lambda folder: write_list(folder, range(5, 20)), r"5 records removed \(.*/0.png in a, .*, \.\.\.\)", []),
         (lambda folder: write_list(folder, prompt="x"), "20 records with another prompt, split, group or label", []),
         (lambda folder: write_list(folder, split="train"), None, []),  # val is taken from train, as before
         (lambda folder: write_list(folder, split="test"), "no train records in a", []),
-        (change_mask, r"1 files with another content \(.*/5.png or its mask in a\)", ["5.png"]),
-        (lose, "1 files with another content .missing: there is no file .*/7.png", ["7.png"]),
+        (change_mask, r"1 file with another content \(.*/5.png or its mask in a\)", ["5.png"]),
+        (lose, "1 file with another content .missing: there is no file .*/7.png", ["7.png"]),
     ],
 )
 def test_a_run_goes_on_with_the_data_with_which_it_began_only(folder, change, message, expected_read):
@@ -163,7 +163,7 @@ def test_another_split_than_the_stored_one_is_a_change(folder):
     prepare(settings)
     lines[2] = lines[2].replace("train", "val")
     (folder / "list.csv").write_text("\n".join(lines))
-    with pytest.raises(ConfigError, match=r"other data: 1 records with another prompt, split.*/1.png in a\)"):
+    with pytest.raises(ConfigError, match=r"other data: 1 record with another prompt, split.*/1.png in a\)"):
         prepare(settings)
 
 
@@ -174,9 +174,9 @@ def test_a_finished_run_does_not_need_its_data_but_refuses_other_records(folder)
     change_mask(folder)
     assert prepare(settings, read) == records and read == []
     write_list(folder, range(19))
-    with pytest.raises(ConfigError, match="1 records removed"):
+    with pytest.raises(ConfigError, match="1 record removed"):
         prepare(settings)
-    with pytest.raises(ConfigError, match="1 records removed"):
+    with pytest.raises(ConfigError, match="1 record removed"):
         check_finished(settings)
     (folder / "list.csv").unlink()
     assert prepare(settings) == records

@@ -24,6 +24,7 @@ from vlsm.images.formats import (
     kind_of,
     split_selector,
 )
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -72,7 +73,7 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
         while waiting:
             yield from _images_of(*waiting.popleft(), skipped, is_list, told)
         if num_unnamed:
-            logger.info("looked into %d files whose names state no format", num_unnamed)
+            logger.info("looked into %s whose name states no format", count(num_unnamed, "file"))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -20,6 +20,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError, ManifestError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.shown import public_uri, say, say_error, set_up_logging
+from vlsm.words import count
 
 
 class OverviewSettings(Settings):
@@ -97,11 +98,16 @@ def show_datasets(words: list[str], assignments: list[str], sheet: str | None, l
     for name, uri in _name_datasets(words).items():
         overviews.append(inspect_dataset(name, uri, settings, limit, square))
         say("\n".join(describe_overview(overviews[-1])), end="\n\n")
+    names = [name for each in overviews for name in (each.name, *(record.dataset for record in each.records))]
+    settings.refuse_unknown(names)
     if sheet is not None:
         buffer = io.BytesIO()
-        Image.fromarray(draw_contact_sheet(overviews)).save(buffer, "PNG")
+        picture, shown = draw_contact_sheet(overviews)
+        Image.fromarray(picture).save(buffer, "PNG")
         storage.write_bytes(storage.absolute(sheet), buffer.getvalue())
-        say(f"{sheet}: examples with outlines of their masks")
+        total = sum(len(each.records) for each in overviews)
+        spread = "" if shown == total else ", spread evenly, those with problems last"
+        say(f"{sheet}: {shown:,} of {count(total, 'example')}{spread}, with outlines of their masks")
 
 
 def _name_datasets(words: list[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from vlsm import storage
 from vlsm.datasets.inspection import Facts, records_from_table
 from vlsm.datasets.records import Record
 from vlsm.shown import public_uri
+from vlsm.words import count
 
 _SHOWN = 3  # names in a phrase
 _COLUMNS = ("image_version", "mask_version")
@@ -71,7 +72,7 @@ def describe_changed_records(table: pa.Table, records: Sequence[Record]) -> list
         added += [name] * (num_new - num_old)
         removed += [name] * (num_old - num_new)
     kinds = {"added": added, "removed": removed, "with another prompt, split, group or label": changed}
-    return [_phrase("records", kind, names) for kind, names in kinds.items() if names]
+    return [_phrase("record", kind, names) for kind, names in kinds.items() if names]
 
 
 def describe_changed_files(table: pa.Table, inspect: Inspect) -> list[str]:
@@ -96,7 +97,7 @@ def describe_changed_files(table: pa.Table, inspect: Inspect) -> list[str]:
         before = (row["error"] is None, row["image_sha256"], row["mask_sha256"])
         if (fact.error is None, fact.image_sha256, fact.mask_sha256) != before:
             names.append(fact.error or f"{record.image_uri} or its mask in {record.dataset}")
-    return [_phrase("files", "with another content", names)] if names else []
+    return [_phrase("file", "with another content", names)] if names else []
 
 
 def renew_signatures(records: Sequence[Record], current: Iterable[Record]) -> list[Record]:
@@ -122,7 +123,7 @@ def is_comparable(table: pa.Table) -> bool:
 
 def _phrase(what: str, kind: str, names: list[str]) -> str:
     shown = ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    return f"{len(names):,} {what} {kind} ({shown})"
+    return f"{count(len(names), what)} {kind} ({shown})"
 
 
 def _group_by_files(records: Iterable[Record]) -> defaultdict[tuple[Any, ...], list[Record]]:

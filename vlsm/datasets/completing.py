@@ -17,6 +17,7 @@ from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError, ImageError
 from vlsm.images.stored import COLOURS
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -63,12 +64,14 @@ def complete_records(name: str, records: list[Record], settings: DatasetSettings
     records = _give_prompts(name, records, settings)
     if settings.join_masks:
         joined = join_masks(records)
-        logger.info("dataset %s: %d records joined to %d (data.join_masks)", name, len(records), len(joined))
+        logger.info("dataset %s: %s joined to %d (data.join_masks)", name, count(len(records), "record"), len(joined))
         return joined
     if several := list(find_several_masks(records)):
         _, index, message = several[0]
         where = records[index].where
-        logger.warning("dataset %s: several masks in %d records, such as %s: %s", name, len(several), where, message)
+        logger.warning(
+            "dataset %s: several masks in %s, such as %s: %s", name, count(len(several), "record"), where, message
+        )
     return records
 
 

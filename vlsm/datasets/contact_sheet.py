@@ -20,11 +20,14 @@ _MOST_OF_A_KIND = 3  # pictures per kind of problem
 Picture = tuple[np.ndarray, str]
 
 
-def draw_contact_sheet(overviews: Sequence[Overview]) -> np.ndarray:
-    """Return a sheet with examples of each dataset and split, then some with problems; (H, W, 3) uint8."""
+def draw_contact_sheet(overviews: Sequence[Overview]) -> tuple[np.ndarray, int]:
+    """Return a sheet with examples of each dataset and split, then some with problems, and the number of examples.
+
+    The sheet is (H, W, 3) uint8.
+    """
     count = max(_COLUMNS, _MOST_PICTURES // len(overviews) // _COLUMNS * _COLUMNS)
     pictures = [picture for overview in overviews for picture in draw_pictures(overview, count)]
-    return draw_sheet(pictures, _COLUMNS, _TILE_PX)
+    return draw_sheet(pictures, _COLUMNS, _TILE_PX), len(pictures)
 
 
 def draw_pictures(overview: Overview, count: int) -> list[Picture]:

@@ -14,6 +14,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.documents import read_json
 from vlsm.errors import ManifestError
 from vlsm.images.formats import FORMATS, describe_other, kind_of
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -89,11 +90,11 @@ def _problems(pairing: Pairing, settings: DatasetSettings) -> Iterator[ManifestE
         yield ManifestError(f"{' and '.join(files)} compete for one name; keep one of them, or number several masks")
     total = len(pairing.pairs) + len(pairing.lone_images)
     for lone, sentence in (
-        (pairing.lone_images, f"{len(pairing.lone_images):,} of {total:,} images have no mask"),
-        (pairing.lone_masks, f"{len(pairing.lone_masks):,} masks have no image"),
+        (pairing.lone_images, f"no mask for {len(pairing.lone_images):,} of {count(total, 'image')}"),
+        (pairing.lone_masks, f"no image for {count(len(pairing.lone_masks), 'mask')}"),
     ):
         if lone and settings.skip_unpaired:
-            logger.warning("%s and are left out (data.skip_unpaired): %s", sentence, _examples(lone))
+            logger.warning("%s: left out (data.skip_unpaired): %s", sentence, _examples(lone))
         elif lone:
             yield ManifestError(f"{sentence} ({_examples(lone)}); --set data.skip_unpaired=true leaves them out")
 
@@ -101,7 +102,7 @@ def _problems(pairing: Pairing, settings: DatasetSettings) -> Iterator[ManifestE
 def _tell_others(name: str, paths: Sequence[str], pairing: Pairing) -> None:
     for split, images in pairing.unlabelled.items():
         where = f"split {split}" if split else "no split"
-        logger.warning("dataset %s: %d images of %s have no masks: left out", name, len(images), where)
+        logger.warning("dataset %s: %s of %s without masks: left out", name, count(len(images), "image"), where)
     if pairing.channels:
         examples = _examples(pairing.channels)
         logger.warning("dataset %s: only the first channel of each image is read, not %s", name, examples)

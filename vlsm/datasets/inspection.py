@@ -222,9 +222,12 @@ def describe_findings(records: Sequence[Record], findings: Sequence[Finding], nu
     kinds = list(dict.fromkeys(finding.kind for finding in findings))
     of_kind = Counter((finding.dataset, finding.split, finding.kind) for finding in findings)
     lines = []
-    for (dataset, split), count in counts.items():
+    for (dataset, split), number in counts.items():
         notes = [f"{of_kind[dataset, split, kind]:,} {kind}" for kind in kinds if of_kind[dataset, split, kind]]
-        lines.append(f"{dataset:16} {split:6} {count:8,} records" + "".join(f", {note}" for note in notes))
+        lines.append(
+            f"{dataset:16} {split:6} {number:8,} {'record' if number == 1 else 'records'}"
+            + "".join(f", {note}" for note in notes)
+        )
     for kind in kinds:
         same_kind = [finding for finding in findings if finding.kind == kind]
         shown = same_kind[:num_shown]

@@ -22,6 +22,7 @@ from vlsm.datasets.records import SPLITS, Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.images.preprocess import Square
 from vlsm.shown import public_uri
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -117,7 +118,7 @@ def read_all(
 def describe_overview(overview: Overview) -> list[str]:
     """Return the lines that a person reads."""
     records, num_chosen = overview.records, len(overview.chosen)
-    part = f"{num_chosen:,} of {len(records):,} records"
+    part = f"{num_chosen:,} of {count(len(records), 'record')}"
     some = f"{part}, spread evenly; --limit 0 inspects all" if num_chosen < len(records) else "all records"
     rows = [
         ("layout", describe_layout(overview.uri, overview.records)),
@@ -166,20 +167,20 @@ def _describe_masks(overview: Overview) -> str:
     files = {uri for record in records if record.mask_rle is None for uri in (record.mask_uri, *record.more_masks)}
     num_inside = sum(record.mask_rle is not None for record in records)
     words = [_describe_folders(overview.uri, files)] if files else []
-    return "; ".join(words + ([f"{num_inside:,} shapes of the annotations"] if num_inside else []))
+    return "; ".join(words + ([f"{count(num_inside, 'shape')} of the annotations"] if num_inside else []))
 
 
 def _describe_splits(records: Sequence[Record]) -> list[str]:
     lines: list[str] = []
-    for dataset, count in Counter(record.dataset for record in records).items():
+    for dataset, number in Counter(record.dataset for record in records).items():
         splits = Counter(record.split for record in records if record.dataset == dataset)
         order = sorted(splits, key=lambda split: (*SPLITS, split).index(split))
         described = ", ".join(f"{splits[split]:,} {split or 'without a split'}" for split in order)
         num_images = len({(one.image_uri, one.image_selector) for one in records if one.dataset == dataset})
         groups = {record.group for record in records if record.dataset == dataset and record.group}
-        images = f" of {num_images:,} images" + (f" in {len(groups):,} groups" if groups else "")
+        images = f" of {count(num_images, 'image')}" + (f" in {count(len(groups), 'group')}" if groups else "")
         lines.append(
-            f"{f'{dataset}: ' if dataset != records[0].dataset or lines else ''}{count:,}{images}: {described}"
+            f"{f'{dataset}: ' if dataset != records[0].dataset or lines else ''}{number:,}{images}: {described}"
         )
     return lines
 
@@ -195,7 +196,7 @@ def _describe_prompts(records: Sequence[Record]) -> list[str]:
         shown = ", ".join(f"{_cut(text)!r} ({count:,})" for text, count in counts.most_common(_SHOWN_TEXTS))
         lines.append(f"{kind}  {f'{len(counts):,} texts: ' if len(counts) > _SHOWN_TEXTS else ''}{shown}")
     if num_without := sum(not any(map(any, record.prompts.values())) for record in records):
-        lines.append(f"{num_without:,} records have no prompt: --set data.prompt=text:WORDS trains with WORDS")
+        lines.append(f"no prompt for {count(num_without, 'record')}: --set data.prompt=text:WORDS trains with WORDS")
     return lines
 
 

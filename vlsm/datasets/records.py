@@ -9,6 +9,7 @@ from vlsm.shown import hide_secrets, public_uri
 SPLITS = ("train", "val", "test")
 # choices of a prompt in calibration and evaluation, beside the kinds of a record's prompts and text:WORDS
 RECORD = "record"  # the record's own prompt, `Record.prompt`; where it has none, the one stored in the checkpoint
+LABELS = {"record": "each image's own", "own": "the checkpoint's own"}  # what tables for people call them
 OWN = "own"  # the prompt stored in the checkpoint, for every record
 
 

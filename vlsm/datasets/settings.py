@@ -1,11 +1,14 @@
 """Settings that decide what is read from labelled datasets: the same for training, calibration and evaluation."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices, each_one_is_a_list
 from vlsm.datasets.classes import Named, check_classes
+from vlsm.errors import ConfigError
 
 READING = ("slices", "window", "max_pixels", "max_image_bytes")  # a segment run has the same settings
 COLUMNS = ("image_uri", "mask_uri", "split", "group", "dataset", "prompt", "prompts")
@@ -71,6 +74,31 @@ class DatasetSettings(Settings):
     def allow(self) -> tuple[str, ...]:
         """The job's setting `run.allow`. It is no setting of this group, because it may differ when a run resumes."""
         return self._allow
+
+    _others: tuple[str, ...] = PrivateAttr(())
+
+    def beside(self, names: Iterable[str]) -> Self:
+        """Return these settings for one of several jobs with equal settings, whose datasets have these names."""
+        settings = self.model_copy()
+        settings._others = tuple(names)
+        return settings
+
+    def refuse_unknown(self, names: Iterable[str]) -> None:
+        """Raise a ConfigError if a setting by dataset has a name that no dataset of the job has.
+
+        Args:
+            names: of the datasets, those in the column `dataset` of their lists included.
+        """
+        known = list(dict.fromkeys((*names, *self._others)))
+        own_classes = [name for name, item in self.classes.items() if isinstance(item, dict)]
+        for key, keys in (("prompts", self.prompts), ("classes", own_classes), ("image_folders", self.image_folders)):
+            if unknown := [str(name) for name in keys if name not in known]:
+                near = difflib.get_close_matches(unknown[0], known, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ConfigError(
+                    f"data.{key} names {', '.join(unknown)}, but there is no such dataset; {hint}"
+                    f"{'datasets are' if len(known) > 1 else 'the dataset is'} {', '.join(known)}"
+                )
 
     def allowing(self, allow: tuple[str, ...]) -> Self:
         """Return these settings with permission for the places of `run.allow`; see `vlsm.archive.places`."""

@@ -26,12 +26,13 @@ from vlsm.datasets.inspection import NEAR_BITS, Facts
 from vlsm.datasets.records import SPLITS, Record
 from vlsm.datasets.settings import SplitSettings
 from vlsm.errors import ConfigError
+from vlsm.words import count
 
-_MAKE = "--set data.split.val=0.1 --set data.split.test=0.1 makes them"
+MAKE = "--set data.split.val=0.1 --set data.split.test=0.1"
 GIVE = "training has made them: give its list, --dataset NAME=OUTPUT/examples.parquet with the OUTPUT of the training"
 
 
-def require_splits(records: Sequence[Record], advice: str = _MAKE) -> None:
+def require_splits(records: Sequence[Record], advice: str = f"{MAKE} makes them") -> None:
     """Raise a ConfigError if a record has no split.
 
     Only training makes splits, since it has looked at all images. Other jobs see the same ones in its list.
@@ -40,11 +41,16 @@ def require_splits(records: Sequence[Record], advice: str = _MAKE) -> None:
         records: the records.
         advice: end of the message; GIVE for other jobs than a training.
     """
+    if phrase := describe_missing_splits(records):
+        raise ConfigError(f"{phrase}: {advice}")
+
+
+def describe_missing_splits(records: Sequence[Record]) -> str | None:
+    """Return how many records of each dataset have no split, or None if all have one."""
     counts = Counter(record.dataset for record in records)
     without = Counter(record.dataset for record in records if not record.split)
-    if without:
-        named = ", ".join(f"{count:,} of {counts[name]:,} records of {name}" for name, count in without.items())
-        raise ConfigError(f"{named} have no split (train, val or test): {advice}")
+    named = ", ".join(f"{count:,} of {counts[name]:,} records of {name}" for name, count in without.items())
+    return f"{named} have no split (train, val or test)" if without else None
 
 
 def release_train(records: Sequence[Record], settings: SplitSettings) -> list[Record]:
@@ -242,7 +248,8 @@ def _describe(
 def _size_of(clusters: Mapping[int, int], chosen: Sequence[int]) -> str:
     sizes = Counter(clusters[index] for index in chosen)
     largest = max(sizes.values(), default=0)
-    return f"{len(chosen):,} records in {len(sizes):,} clusters that stay together, the largest of {largest:,}"
+    clusters_of = f"{count(len(chosen), 'record')} in {count(len(sizes), 'cluster')}"
+    return f"{clusters_of} that must stay together, the largest of {largest:,}"
 
 
 def _check_none_empty(

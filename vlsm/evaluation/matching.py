@@ -43,8 +43,8 @@ def match_images(name: str, output: str, records: Sequence[Record]) -> tuple[lis
     }
     num_missing, num_others = len(unmatched) - len(matches), len(unmatched_in_run) - len(matches)
     logger.info(
-        "masks %s: the segment run has %d of %d labelled images, %d of them matched by file name; %d are missing; "
-        "%d images of the run have no label and are not scored",
+        "masks %s: the segment run has %d of %d labelled images, %d of them matched by file name; missing: %d; "
+        "images of the run without a label, which are not scored: %d",
         *(name, len(set(places)) - num_missing, len(set(places)), len(matches), num_missing, num_others),
     )
     return [image_ids.get(matches.get(place, place)) for place in places], prompts

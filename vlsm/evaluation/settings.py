@@ -6,12 +6,14 @@ from pydantic import Field, field_validator, model_validator
 
 from vlsm import storage
 from vlsm.config import (
+    A_PROBABILITY,
     CleanSettings,
     MemberSettings,
     RunSettings,
     SegmentSettings,
     Settings,
     TileSettings,
+    check_threshold,
     each_one_is_a_list,
     one_is_a_list,
 )
@@ -62,7 +64,7 @@ class EvaluateSettings(Settings):
     data: DatasetSettings = DatasetSettings()
     combine: Literal["mean", "vote"] = Field("mean", description="how to combine the members, as in jobs.segment")
     threshold: float | None = Field(
-        None, gt=0, lt=1, description="probability from which a pixel is foreground; default: stored in the checkpoint"
+        None, description=f"lowest probability of a foreground pixel, {A_PROBABILITY}; default: the checkpoint's"
     )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
@@ -83,6 +85,7 @@ class EvaluateSettings(Settings):
         others = {name: item for name, item in value.items() if name not in moved}
         return others | {"data": moved | dict(others.get("data") or {})} if moved else value
 
+    _check_threshold = field_validator("threshold", mode="before")(check_threshold)
     _list_prompts = field_validator("prompts", mode="before")(one_is_a_list)
     _list_members = field_validator("systems", mode="before")(each_one_is_a_list)
 
@@ -125,4 +128,5 @@ class EvaluateSettings(Settings):
         shared = (EvaluateSettings.model_fields.keys() & SegmentSettings.model_fields.keys()) - _NOT_SHARED
         settings: dict[str, Any] = {name: getattr(self, name) for name in shared}
         settings |= {name: getattr(self.data, name) for name in READING}
-        return SegmentSettings(input=source, output=output, members=members, prompts=(own_prompt,), **settings)
+        settings |= {"prompts": (own_prompt,), "allow_equal_masks": True}  # the scores tell what each mask is worth
+        return SegmentSettings(input=source, output=output, members=members, **settings)

@@ -20,6 +20,7 @@ from vlsm.errors import ConfigError
 from vlsm.evaluation.places import allow_places, places_of
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.training.settings import TrainSettings
+from vlsm.words import count
 
 POOLED = "all"  # value of the column trained_on for a model that is trained on all datasets together
 COLUMNS = (
@@ -203,6 +204,7 @@ def _train_settings(
         trained = load_settings(TrainSettings, None, [], tree | {"output": output, "datasets": datasets, "seed": seed})
     except ConfigError as error:
         raise ConfigError(f"models: {model}: {error}") from error
+    trained = trained.model_copy(update={"data": trained.data.beside([*settings.datasets, *settings.external])})
     if not has_lists(settings, trained.data.split):
         return allow_places(trained, settings.run.allow)
     lists = {name: list_uri(settings, name, fold) for name in names}
@@ -230,7 +232,8 @@ def _evaluate_settings(settings: SweepSettings, trials: tuple[Trial, ...]) -> Ev
     except ConfigError as error:
         raise ConfigError(f"evaluate: {error}") from error
     by_name = {f"models: {trial.model}": trial.settings.data for trial in trials}
-    evaluation = evaluation.model_copy(update={"data": share_settings(by_name, evaluation.data)})
+    data = share_settings(by_name, evaluation.data).beside([*settings.datasets, *settings.external])
+    evaluation = evaluation.model_copy(update={"data": data})
     return allow_places(evaluation, first.settings.run.allow)
 
 
@@ -293,9 +296,11 @@ def write_markdown(table: list[dict[str, Any]], settings: SweepSettings) -> str:
 
     The best value of a column is bold. Upper bounds (prompts that describe the label) are in a separate table.
     """
-    folds = "" if settings.folds is None else f"{settings.folds} folds with "
+    folds = "" if settings.folds is None else f"{count(settings.folds, 'fold')} with "
     num_seeds = len(settings.seeds)
-    parts = [f"Dice in percent: mean and standard deviation over {folds}{num_seeds} seeds, and the difference to "]
+    parts = [
+        f"Dice in percent: mean and standard deviation over {folds}{count(num_seeds, 'seed')}, and the difference to "
+    ]
     parts[0] += f"{markdown_cell(settings.baseline or next(iter(settings.models)))}.\n"
     if any(row["num_failed"] for row in table):
         parts[0] += "Failed scores are in no mean; square brackets hold their number, over all seeds.\n"

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from vlsm.checkpoints import digest_files, parse_settings
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
-from vlsm.datasets.splits import GIVE, require_splits
+from vlsm.datasets.splits import GIVE
 from vlsm.errors import ConfigError, ResultError
 from vlsm.evaluation.matching import match_images
 from vlsm.evaluation.places import allow_images
@@ -26,7 +26,10 @@ from vlsm.runs.lifecycle import resolve_settings
 from vlsm.runs.plan import plan_of
 from vlsm.runs.record import read_record, read_segment_summary
 from vlsm.shown import hide_secrets_in, public_uri
+from vlsm.training.missing import require_complete
 from vlsm.training.origin import describe_differences_to_training
+from vlsm.training.sampling import find_prompt
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -106,14 +109,14 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
     """
     unique_records: dict[str, Record] = {}
     num_all, data = 0, settings.data.allowing(settings.run.allow)
+    by_name: dict[str, list[Record]] = {}
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
-            records = read_dataset(name, uri, data)
-        if settings.split != "all":
-            require_splits(
-                records, f"{GIVE}; --set split=all scores all records, also those that a model was trained on"
-            )
-        split_records = [record for record in records if settings.split in ("all", record.split)][: settings.limit]
+            by_name[name] = read_dataset(name, uri, data)
+    data.refuse_unknown([*by_name, *(record.dataset for records in by_name.values() for record in records)])
+    _require_complete(by_name, settings)
+    for name, records in by_name.items():
+        split_records = _choose_split(records, settings)
         if not split_records:
             splits = ", ".join(sorted({record.split for record in records})) or "none"
             raise ConfigError(f"dataset {name} has no records of split {settings.split}; it has {splits}")
@@ -123,8 +126,28 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
             key = repr([(key, value) for key, value in stated.items() if key not in ("where", "group")])
             unique_records.setdefault(key, record)
     if num_repeated := num_all - len(unique_records):
-        logger.info("%d records repeat the image, label and prompts of another record and are ignored", num_repeated)
+        logger.info(
+            "ignored, because another record has the same image, label and prompts: %s", count(num_repeated, "record")
+        )
     return _name_records(list(unique_records.values()))
+
+
+def _choose_split(records: Iterable[Record], settings: EvaluateSettings) -> list[Record]:
+    return [record for record in records if settings.split in ("all", record.split)][: settings.limit]
+
+
+def _require_complete(by_name: Mapping[str, Sequence[Record]], settings: EvaluateSettings) -> None:
+    """Raise one error if records have no split, or if those to score lack a prompt."""
+    scored = {id(record) for records in by_name.values() for record in _choose_split(records, settings)}
+
+    def choose(record: Record) -> None:
+        if id(record) in scored or (settings.split != "all" and not record.split):
+            for prompt in settings.prompts:
+                find_prompt(record, prompt, "", "prompts")
+
+    advice = f"{GIVE}; --set split=all scores all records, also those that a model was trained on"
+    records = [record for records in by_name.values() for record in records]
+    require_complete(records, choose, None if settings.split == "all" else advice)
 
 
 def _name_records(records: Sequence[Record]) -> list[Record]:
@@ -163,6 +186,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
             if sentence := describe_differences_to_training(member.checkpoint, settings.data, settings.prompts):
                 logger.warning("%s", sentence)
         texts = texts_of(records, own_prompt, settings, with_robustness=True)
+        _refuse_unknown_texts(name, members, {text for each in texts for text in each.values()})
         targets = [Target(*each) for each in zip(records, image_ids, texts, strict=True)]
         source = storage.join(settings.output, "inputs", f"{folders[name]}-{_digest_images(targets)}.parquet")
         output = storage.join(settings.output, "runs", folders[name])
@@ -222,6 +246,16 @@ def _check_masks(name: str, uri: str, is_stored_used: bool) -> tuple[str, str]:
             f"--set 'prompts=[text:{prompts[0]}]'"
         )
     return prompts[0], record["run_id"]
+
+
+def _refuse_unknown_texts(name: str, members: Sequence[MemberSettings], texts: set[str]) -> None:
+    """Raise a ConfigError if a member's own texts stand for prompts that no record has."""
+    for member in members:
+        if unknown := [text for text in member.prompts if text not in texts]:
+            known = ", ".join(map(repr, sorted(texts)[:10]))
+            raise ConfigError(
+                f"systems: {name}: prompts names {unknown[0]!r}, which is no prompt here; prompts are {known}"
+            )
 
 
 def _name_folders(names: Iterable[str]) -> dict[str, str]:

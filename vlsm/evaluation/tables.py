@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlsm.cells import CsvWriter, markdown_cell
+from vlsm.datasets.records import LABELS
 from vlsm.evaluation.prompts import HONEST, ROBUSTNESS, UPPER_BOUND
 from vlsm.segmentation.metrics import BAD_DICE
 
@@ -164,16 +165,18 @@ def format_csv(rows: Iterable[TableRow]) -> str:
 
 
 _RULES = """\
-Dice, IoU, precision and recall are means over records (a record is an image and one of its labels) at the image's
-original size. `±` is the standard deviation. Square brackets hold the 95 % bootstrap interval of the mean. HD95 (95 %
-Hausdorff distance) and ASD (average symmetric surface distance) are medians in pixels, over the number of records in
-parentheses. If mask and label are both empty, overlaps are 1 and distances are 0. If exactly one of them is empty,
-overlaps are 0 and there is no distance. Failed records are counted beside n and are in no other number. Difference is
-mean Dice minus the mean Dice of the baseline, {baseline}, over the records that both systems have scored. p is
-Wilcoxon's signed-rank test of these pairs, two-sided and **not corrected** for the number of comparisons. The best mean
-Dice of a dataset and prompt is bold. Review is the number of masks that the column `review` marks for review. The
-parentheses hold two shares: marked masks with a Dice below 0.7, among all marked masks; and the same masks, among all
-masks with a Dice below 0.7.
+Dice, IoU, precision and recall are means over n labels, at the original size of the image. An image counts once for
+each of its labels. `±` is the standard deviation. Square brackets hold the 95 % bootstrap interval of the mean. HD95
+(95 % Hausdorff distance) and ASD (average symmetric surface distance) are medians in pixels, over the number of
+labels in parentheses. If mask and label are both empty, overlaps are 1 and distances are 0. If exactly one of them is
+empty, overlaps are 0 and there is no distance. Failed ones are counted beside n and are in no other number.
+Difference is mean Dice minus the mean Dice of the baseline, {baseline}, over the labels that both systems have
+scored. p is Wilcoxon's signed-rank test of these pairs, two-sided and **not corrected** for the number of
+comparisons. The best mean Dice of a dataset and prompt is bold. Review is the number of masks that the column
+`review` marks for review. The parentheses hold two shares: marked masks with a Dice below 0.7, among all marked
+masks; and the same masks, among all masks with a Dice below 0.7. Prompts are named by where their text is from:
+`each image's own` (`prompts=[record]`: the prompt p1 of the image, or the checkpoint's if it has none),
+`the checkpoint's own` (`own`), p0, p1, ... of the dataset.
 """
 _HEADINGS = {
     HONEST: "## Prompts that are also available for an unlabelled archive",
@@ -190,7 +193,7 @@ _ROBUSTNESS_COLUMNS = "Dataset|Prompt|System|n (failed)|Dice to reference|Dice"
 
 
 def format_markdown(rows: Sequence[TableRow], baseline: str, telling: Mapping[tuple[str, str], str]) -> str:
-    """Return the table as Markdown, in three sections: honest prompts, upper bounds, robustness.
+    """Return the table as Markdown, in three sections: prompts known beforehand, upper bounds, robustness.
 
     Args:
         rows: rows of the table, from `compare`.
@@ -205,7 +208,8 @@ def format_markdown(rows: Sequence[TableRow], baseline: str, telling: Mapping[tu
         sections.append(heading)
         if prompt_class == UPPER_BOUND and telling:
             notes = [
-                f"- {', '.join(map(markdown_cell, key))}: {markdown_cell(reason)}" for key, reason in telling.items()
+                f"- {markdown_cell(dataset)}, {markdown_cell(LABELS.get(name, name))}: {markdown_cell(reason)}"
+                for (dataset, name), reason in telling.items()
             ]
             sections.append(
                 "These prompts reveal the answer, although their names do not show it:\n\n" + "\n".join(notes)
@@ -217,7 +221,7 @@ def format_markdown(rows: Sequence[TableRow], baseline: str, telling: Mapping[tu
 
 
 def _cells(row: TableRow, section_rows: Sequence[TableRow]) -> list[str]:
-    names = [markdown_cell(name) for name in (row.dataset, row.prompt_name, row.system)]
+    names = [markdown_cell(name) for name in (row.dataset, LABELS.get(row.prompt_name, row.prompt_name), row.system)]
     start = [*names, f"{row.n} ({row.n_failed})"]
     dice = _number(row.dice_mean)
     if _is_best(row, section_rows):

@@ -6,6 +6,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,9 +16,12 @@ from vlsm.commands import add_allow, new_parser
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
-from vlsm.runs.results import check_columns
+from vlsm.runs.results import check_columns, read_rows
 from vlsm.runs.schema import RESULT_SCHEMA
-from vlsm.shown import say, say_error, set_up_logging
+from vlsm.shown import say, say_error, set_up_logging, show
+from vlsm.words import count
+
+_SHARES = ("confidence", "agreement", "area_fraction")  # columns with numbers from 0 to 1
 
 
 def parse_filter(words: str) -> tuple[str, str, Any]:
@@ -35,13 +39,13 @@ def parse_filter(words: str) -> tuple[str, str, Any]:
     column, operator, text = match.groups()
     check_columns([column])
     try:
-        return column, operator, _parse_value(text, RESULT_SCHEMA.field(column).type, operator)
+        return column, operator, _parse_value(text, RESULT_SCHEMA.field(column).type, operator, column in _SHARES)
     except ValueError as error:
         raise ConfigError(f"--filter {words!r}: {text!r} does not fit the column {column}; {error}") from None
 
 
-def _parse_value(text: str, column_type: pa.DataType, operator: str) -> Any:
-    """Return the value of a filter as its column has it.
+def _parse_value(text: str, column_type: pa.DataType, operator: str, is_share: bool) -> Any:
+    """Return the value of a filter as its column has it; `is_share`: the column has numbers from 0 to 1.
 
     Raises:
         ValueError: the text does not fit the column. The message says what would.
@@ -54,9 +58,12 @@ def _parse_value(text: str, column_type: pa.DataType, operator: str) -> Any:
     if not pa.types.is_primitive(column_type):
         raise ValueError("compare it with null: '= null' or '!= null'")
     try:
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+        value = int(text) if text.lstrip("+-").isdecimal() else float(text)
     except ValueError:
         raise ValueError("it must be a number") from None
+    if is_share and not 0 <= value <= 1:
+        raise ValueError("its values are between 0 and 1, such as 0.6")
+    return value
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,13 +109,32 @@ def main(argv: list[str] | None = None) -> int:
         filters = [parse_filter(words) for words in args.filter]
         more = (True,) if args.components or args.together else ()
         with ExportFolder(args.directory, args.allow) as folder:
-            count = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
+            num_written = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
     except failures as error:
         say_error(error)
         return 2 if isinstance(error, ConfigError) else 1
-    unit = "annotations in coco.json" if args.format == "coco" else "files"
-    say(f"{count:,} {unit} below {args.directory}")
+    if filters and not num_written and not folder.num_failed and args.limit != 0:
+        say_error(describe_nothing(storage.absolute(args.output), args.filter, filters))
+        return 1
+    unit = "annotation" if args.format == "coco" else "file"
+    say(f"{count(num_written, unit)}{' in coco.json' * (args.format == 'coco')} below {args.directory}")
     return 1 if folder.num_failed else 0
+
+
+def describe_nothing(output: str, words: Sequence[str], filters: Sequence[tuple[str, str, Any]]) -> str:
+    """Return why filters leave nothing to export.
+
+    Args:
+        output: OUTPUT of the run.
+        words: the filters as the user wrote them.
+        filters: the same, parsed.
+    """
+    total, num_fitting = (sum(1 for _ in read_rows(output, each, ["kind"])) for each in (None, list(filters)))
+    given = " and ".join(f"--filter {show(each)!r}" for each in words)
+    if not num_fitting:
+        return f"nothing to export: none of {count(total, 'row')} fits {given}"
+    are = "fits" if num_fitting == 1 else "fit"
+    return f"nothing to export: {num_fitting:,} of {count(total, 'row')} {are} {given}, but none has a mask to export"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from vlsm.images.dicom_header import quiet
 from vlsm.images.reader import Reader
 from vlsm.runs.locations import Locations
 from vlsm.runs.record import read_record
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -193,11 +194,11 @@ class DicomExport:
         """Log what was counted; return the number of written files."""
         self.repairs.log()
         if self.num_others:
-            logger.warning("%d masks are of images that are not DICOM; they are not exported", self.num_others)
+            logger.warning("not exported, because the image is not DICOM: %s", count(self.num_others, "mask"))
         if self.num_copies:
             logger.warning(
-                "%d masks are of files with the SOP Instance UID of an earlier file; they are not exported",
-                self.num_copies,
+                "not exported, because an earlier file has the same SOP Instance UID: %s",
+                count(self.num_copies, "mask"),
             )
         return self.folder.num_written
 

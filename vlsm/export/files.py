@@ -19,6 +19,7 @@ from vlsm.images.reader import Reader
 from vlsm.runs.locations import Locations
 from vlsm.runs.results import decode_ok_row, read_ok_rows
 from vlsm.segmentation.masks import decode_png
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -128,8 +129,8 @@ def export_probability(output: str, directory: Directory, filters: Filters = Non
                 path.write_bytes(row["probability_map"])
         if num_without:
             logger.warning(
-                "%d rows have no probability map; segment with --set probability_maps=all (or review) to keep them",
-                num_without,
+                "no probability map in %s; segment with --set probability_maps=all (or review) to keep them",
+                count(num_without, "row"),
             )
         return folder.num_written
 

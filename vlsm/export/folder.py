@@ -13,6 +13,7 @@ from vlsm.cells import INDEX_COLUMNS, CsvWriter
 from vlsm.errors import ConfigError, ImageError, VlsmError
 from vlsm.export.naming import path_key, relative_path
 from vlsm.shown import public_uri, show
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -68,8 +69,8 @@ class ExportFolder:
         if self.num_failed:
             more = ", ..." if self.num_failed > len(self._first_errors) else ""
             logger.warning(
-                "%d rows are not exported; %s lists them: %s%s",
-                self.num_failed,
+                "%s could not be exported; %s lists them: %s%s",
+                count(self.num_failed, "row"),
                 INDEX_NAME,
                 "; ".join(self._first_errors),
                 more,

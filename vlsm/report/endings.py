@@ -1,5 +1,6 @@
 """What a job says at its end: where things are, and the command that comes next."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +10,10 @@ from vlsm.archive.places import lies_outside
 from vlsm.commands import call, shell_command
 from vlsm.config import SegmentSettings
 from vlsm.locations import own_place
+from vlsm.runs.extremes import describe_extremes
 from vlsm.training.history import MEAN
 from vlsm.training.settings import TrainSettings
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun in singular or plural: "1 image", "1,200 images"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+from vlsm.words import count
 
 
 def segment_ending(settings: SegmentSettings, summary: dict[str, Any]) -> list[str]:
@@ -27,11 +25,14 @@ def segment_ending(settings: SegmentSettings, summary: dict[str, Any]) -> list[s
     """
     output = settings.output
     have = "has" if summary["ok"] == 1 else "have"
-    lines = [f"{count(summary['ok'], 'image')} of {summary['planned']:,} {have} masks, in {_join(output, 'masks')}"]
+    folder = storage.join(output, "masks")
+    lines = [f"{count(summary['ok'], 'image')} of {summary['planned']:,} {have} masks, in {shlex.quote(folder)}"]
     if summary["failed"]:
         reasons = ", ".join(f"{reason} {number:,}" for reason, number in summary["failed_by_reason"].items())
         lines.append(f"{count(summary['failed'], 'image')} failed ({reasons}): the rows with status failed say why")
-    return [*lines, _look(output, [settings.input, *settings.run.allow])]
+    lines += [f"warning: {warning}"] if (warning := describe_extremes(summary)) else []
+    read = f"read: pandas.read_parquet({json.dumps(folder, ensure_ascii=False)})"  # OUTPUT itself has other files too
+    return [*lines, read, _look(output, [settings.input, *settings.run.allow])]
 
 
 def train_ending(settings: TrainSettings, summary: dict[str, Any]) -> list[str]:

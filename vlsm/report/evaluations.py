@@ -11,7 +11,7 @@ from vlsm import storage
 from vlsm.cells import read_cell
 from vlsm.checkpoints import Calibration
 from vlsm.report import parts
-from vlsm.report.glossary import label
+from vlsm.report.glossary import label, name_value
 from vlsm.report.page import Case, Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import FILE, ROW, Extremes, Survey, scan
@@ -51,7 +51,8 @@ def evaluation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Pag
     checkpoints, recorded = _checkpoints(record)
     known = parts.read_calibrations(checkpoints, output, allow, recorded)
     groups, cards = parts.show(ends, survey.sample, painter, columns, scores)
-    intro = f"From {leader['system']} with prompt {leader['prompt_name']}." if leader else ""
+    named = name_value("prompt_name", leader["prompt_name"]) if leader else ""
+    intro = f"From {leader['system']}, prompt: {named}." if leader else ""
     return Page(
         kind="Evaluation",
         title=title,
@@ -126,9 +127,9 @@ def _scores(table: list[dict[str, Any]]) -> list[Section]:
         for name, value in table[0].items()
         if len(table) > 1 and isinstance(value, str) and all(row[name] == value for row in table)
     }
-    intro = "; ".join(f"{label(name)}: {shorten(value)}" for name, value in same.items())
+    intro = "; ".join(f"{label(name)}: {shorten(name_value(name, value))}" for name, value in same.items())
     note = "The line beside a mean Dice shows its confidence interval on an axis from 0 to 1."
-    rows = [{name: value for name, value in row.items() if name not in same} for row in table]
+    rows = [{name: name_value(name, value) for name, value in row.items() if name not in same} for row in table]
     tables = [as_table(each, note * (not index)) for index, each in enumerate(_split_columns(rows))]
     return [Section("scores", "Scores", intro, tables=tables)]
 
@@ -209,7 +210,7 @@ def _stats(
     if leader:
         stats.append(Stat("Images", f"{leader_survey.num_rows:,}"))
     counts = [(len(survey.values[name]), name) for name in ("system", "dataset")]
-    several = ", ".join(f"{count:,} {name}s" for count, name in counts if count > 1)
+    several = ", ".join(f"{number:,} {name}s" for number, name in counts if number > 1)
     stats.append(Stat("Scores", f"{survey.num_rows:,}", several))
     stats.append(Stat("Failed scores", f"{survey.values['status']['failed']:,}", tone="warn" if survey.reasons else ""))
     return stats
@@ -218,6 +219,8 @@ def _stats(
 def _lead(row: dict[str, Any], is_best: bool) -> Stat:
     low, high = row.get("dice_low"), row.get("dice_high")
     interval = f"interval {low:.3f} to {high:.3f}; " if isinstance(low, float) and isinstance(high, float) else ""
-    origin = " · ".join(str(row[name]) for name in ("dataset", "system", "prompt_name") if row.get(name))
+    origin = " · ".join(
+        str(name_value(name, row[name])) for name in ("dataset", "system", "prompt_name") if row.get(name)
+    )
     label = "Mean Dice, the best of the table" if is_best else "Mean Dice"
     return Stat(label, f"{row['dice_mean']:.3f}", interval + shorten(origin), "lead")

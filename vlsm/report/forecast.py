@@ -12,6 +12,7 @@ from vlsm.errors import ConfigError
 from vlsm.runs.lifecycle import Member
 from vlsm.segmentation.image_rows import describe_entry
 from vlsm.segmentation.shard import Entry, ShardBatch, Unguarded, read_shard_images
+from vlsm.words import count
 
 _NODES = (1, 2, 4, 8)
 
@@ -115,11 +116,11 @@ def describe_forecast(forecast: Forecast, num_images: int, node_price: float | N
         num_images: number of images in the archive.
         node_price: price of one node like this machine per hour; None for no costs.
     """
-    device = f"{forecast.num_gpus} GPUs" if forecast.num_gpus else "no GPU"
+    device = count(forecast.num_gpus, "GPU") if forecast.num_gpus else "no GPU"
     beside = "run in parallel with the models" if forecast.num_gpus else "share the CPUs with the models"
     lines = [
-        f"measured on {forecast.num_measured:,} images, of which {forecast.num_failed:,} could not be read, "
-        f"on this machine with {forecast.num_cpus} CPUs and {device}:",
+        f"measured on {count(forecast.num_measured, 'image')}, of which {forecast.num_failed:,} could not be read, "
+        f"on this machine with {count(forecast.num_cpus, 'CPU')} and {device}:",
         f"  {forecast.read_s:.4f} s per image to read and decode it, {forecast.write_s:.4f} s to write it, on one CPU",
         f"  {forecast.model_s:.4f} s per image in the models, on {'one GPU' if forecast.num_gpus else 'all CPUs'}",
     ]
@@ -129,8 +130,7 @@ def describe_forecast(forecast: Forecast, num_images: int, node_price: float | N
         cost = hours * num_nodes * (node_price or 0)
         price = "" if node_price is None else f", costs {cost:,.2f}" if cost >= 1 else f", costs {cost:.4f}"
         rate = num_nodes / forecast.seconds_per_image
-        noun = "node" if num_nodes == 1 else "nodes"
-        lines.append(f"  {num_nodes} {noun} like this one: {time_taken} at {rate:,.1f} images/s{price}")
+        lines.append(f"  {count(num_nodes, 'node')} like this one: {time_taken} at {rate:,.1f} images/s{price}")
     return [
         *lines,
         f"assumed: reading, decoding and writing {beside}, one task per CPU; speed grows in proportion to the nodes;",

@@ -1,6 +1,9 @@
 """Words of a report: how columns and metrics are called there, and what they mean."""
 
 from collections.abc import Iterable
+from typing import Any
+
+from vlsm.datasets.records import LABELS
 
 _LABELS = {
     "agreement": "Agreement",
@@ -53,10 +56,12 @@ _NOTES = {
     "difference": "mean Dice minus the mean Dice of the first system, on the masks that both have",
     "hd95_median": "95th percentile of the distances between the two outlines, in pixels; median over the masks",
     "iou_mean": "intersection over union, another measure of overlap; never above Dice",
-    "mask": "whether the mask is empty, that is, has no foreground",
+    "mask": "empty: it has no foreground; whole image: it covers 98 % of the image or more",
     "p": "probability of such a difference by chance (Wilcoxon's signed-rank test), not corrected for many comparisons",
     "precision_mean": "share of the predicted pixels that are right",
-    "prompt_class": "honest: known without the mask. Others describe the target, so that they tell part of the answer",
+    "prompt_class": "known beforehand: the text does not depend on the mask (in files: honest). Reveals the answer: "
+    "it describes the mask, or differs where it is empty (upper_bound). Other words: texts that test how much a model "
+    "reads (robustness)",
     "recall_mean": "share of the target's pixels that are found",
     "review": "why a person should look at a mask: low confidence, low agreement, odd area",
     "split": "train: the model learned from it; val: it chose the best epoch; test: neither",
@@ -66,6 +71,17 @@ _NOTES = {
     "temperature": "the model's raw values are divided by it before they become probabilities",
     "threshold": "lowest probability of a foreground pixel",
 }
+
+
+_VALUES = {
+    "prompt_class": {"honest": "known beforehand", "upper_bound": "reveals the answer", "robustness": "other words"},
+    "prompt_name": LABELS,
+}
+
+
+def name_value(column: str, value: Any) -> Any:
+    """Return what people call a stored value, such as "known beforehand" for the prompt_class "honest"."""
+    return _VALUES.get(column, {}).get(value, value) if isinstance(value, str) else value
 
 
 def label(name: str) -> str:

@@ -91,7 +91,9 @@
     for (const card of cards) card.item.hidden = !visible.has(card);
     list.append(...order.map((card) => card.item));
     more.hidden = found.length <= limit;
-    document.getElementById("count").textContent = `${found.length} of ${cards.length}`;
+    document.getElementById("count").textContent = found.length
+      ? `${found.length} of ${cards.length}`
+      : `none of ${cards.length} fits these filters: widen or clear one`;
   };
   const update = () => {
     limit = STEP;

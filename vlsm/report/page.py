@@ -12,12 +12,14 @@ import yaml
 from markupsafe import Markup
 
 from vlsm.report.charts import LineChart, Ridge
-from vlsm.report.glossary import explain, explain_all, label, title
+from vlsm.report.glossary import explain, explain_all, label, name_value, title
 from vlsm.report.pictures import Key, Picture, shorten
 from vlsm.report.survey import METRICS, review_reasons, row_key
+from vlsm.runs.extremes import WHOLE
 from vlsm.shown import hide_secrets_in, show_lines
 from vlsm.version import __version__
 
+PART = "part of the image"  # of a mask that is neither empty nor whole; not worth a line
 _CARD_WORDS = ("dataset", "split", "system", "prompt_name", "prompt", "status", "review", "mask")
 _MAX_CONFIG = 100_000  # characters; the page stays small also if the run has many settings
 _MAX_TABLE_ROWS = 300
@@ -122,12 +124,13 @@ class Page:
 def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = False) -> Case:
     """Return a row with its picture as a card of the gallery, or as a large case."""
     words: dict[str, str | tuple[str, ...]] = {
-        name: shorten(str(row[name])) for name in _CARD_WORDS if row.get(name) is not None
+        name: shorten(str(name_value(name, row[name]))) for name in _CARD_WORDS if row.get(name) is not None
     }
     if reasons := review_reasons(row.get("review")):
         words["review"] = reasons
     if row["status"] == "ok" and row.get("area_fraction") is not None:
-        words["mask"] = "not empty" if row["area_fraction"] else "empty"
+        is_whole = row["area_fraction"] >= WHOLE
+        words["mask"] = "whole image" if is_whole else PART if row["area_fraction"] else "empty"
     numbers = {name: float(row[name]) for name in METRICS if row.get(name) is not None}
     facts = [(METRICS[name], format_number(value)) for name, value in numbers.items()]
     picture = pictures.get(row_key(row)) or Picture(problem="its mask is no longer in the run")
@@ -201,6 +204,7 @@ def render(page: Page) -> str:
     heads = [name for section in page.sections for table in section.tables for name in table.head]
     outlines = [*page.outlines, *(name for section in page.sections for name in section.outlines)]
     return environment.from_string(_read("page.html")).render(
+        part=PART,
         page=page,
         record=record,
         metrics=metrics,

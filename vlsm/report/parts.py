@@ -20,6 +20,7 @@ from vlsm.report.charts import Ridge, draw_reliability, draw_ridge
 from vlsm.report.page import Case, Cell, Section, Stat, Table, as_case
 from vlsm.report.pictures import MAX_CARDS, MAX_CASES, Painter, describe_error, paint, shorten
 from vlsm.report.survey import METRICS, Extremes, Sample, Survey, row_key
+from vlsm.runs.extremes import WHOLE
 from vlsm.runs.locations import Locations
 from vlsm.runs.record import read_record, settings_of
 from vlsm.runs.tables import Tables
@@ -35,7 +36,7 @@ _READING = (
     "max_image_bytes",
 )  # settings that change the decoded image
 _MAX_GROUPS = 6
-EMPTY = "empty mask"
+EMPTY, WHOLE_IMAGE = "empty mask", "mask of the whole image"
 SHORT_WAIT = RunSettings(outage_patience_s=storage.QUICK_S, image_timeout_s=30.0)
 
 Ends = Sequence[tuple[str, str, Extremes]]
@@ -110,7 +111,7 @@ def distributions(survey: Survey, rows_name: str) -> list[Section]:
 
 
 def reviews(survey: Survey, rules: dict[str, Any]) -> list[Section]:
-    """Return a section with the reasons for a review and the empty masks, counted; no section if there is none.
+    """Return a section with the reasons for a review and the empty and full masks, counted; no section if none.
 
     Args:
         survey: of all rows.
@@ -127,8 +128,11 @@ def reviews(survey: Survey, rules: dict[str, Any]) -> list[Section]:
     ]
     if survey.num_empty:
         counts.append((EMPTY, survey.num_empty, "no foreground: nothing found, or nothing to find"))
+    if survey.num_whole:
+        rule = f"covers {100 * WHOLE:.0f} % of the image or more; a reason for a review only by review.area_fraction"
+        counts.append((WHOLE_IMAGE, survey.num_whole, rule))
     rows = [
-        [Cell(reason), Cell(f"{count:,}", True), Cell(f"{100 * count / num_ok:.1f} %", True), Cell(shorten(rule, 80))]
+        [Cell(reason), Cell(f"{count:,}", True), Cell(f"{100 * count / num_ok:.1f} %", True), Cell(shorten(rule, 100))]
         for reason, count, rule in counts
     ]
     intro = "A mask may have several reasons. The gallery below is filtered by them."
@@ -188,7 +192,7 @@ def show(
 def gallery_note(num_cards: int, num_rows: int, spread: str) -> str:
     """Return a sentence that says which rows the gallery shows."""
     if num_cards >= num_rows:
-        return f"All {num_rows:,} rows."
+        return "The only row." if num_rows == 1 else f"All {num_rows:,} rows."
     return f"{num_cards:,} of {num_rows:,} rows, spread over {spread}."
 
 

@@ -12,7 +12,7 @@ from vlsm.runs.record import ACTIONS
 
 
 def rerun_command(output: str, record: dict[str, Any], *more: str) -> str:
-    """Return the shell command that resumes a segment run or a training.
+    """Return the shell command that resumes a segment run, a training, an evaluation or a sweep.
 
     The command has all resolved settings of the run that differ from the defaults. A rerun with other settings is
     refused. Settings of one command, such as `start_over`, are left out: anybody may have written them into the file.
@@ -40,14 +40,28 @@ def _split_words(config: dict[str, Any], output: str) -> tuple[str, list[str], d
     A location is made absolute, so that no argument begins with a dash.
     """
     if "datasets" in config:
-        from vlsm.training.settings import TrainSettings
-
+        module, settings = _module_of(config)
         words = [f"--dataset={name}={storage.absolute(uri)}" for name, uri in config.pop("datasets").items()]
-        return "jobs.train", [output, *words], _defaults(TrainSettings)
+        return module, [output, *words], _defaults(settings)
     words, members = [storage.absolute(config.pop("input")), output], config.get("members", [])
     if all(member == _defaults(MemberSettings) | {"checkpoint": member["checkpoint"]} for member in members):
         words += [f"--checkpoint={member['checkpoint']}" for member in config.pop("members", [])]
     return "jobs.segment", words, _defaults(SegmentSettings)
+
+
+def _module_of(config: dict[str, Any]) -> tuple[str, type[Settings]]:
+    """Return the module and the settings of a job with datasets."""
+    if "systems" in config:
+        from vlsm.evaluation.settings import EvaluateSettings
+
+        return "jobs.evaluate", EvaluateSettings
+    if "models" in config:
+        from vlsm.evaluation.sweep import SweepSettings
+
+        return "jobs.sweep", SweepSettings
+    from vlsm.training.settings import TrainSettings
+
+    return "jobs.train", TrainSettings
 
 
 def _defaults(settings: type[Settings]) -> dict[str, Any]:

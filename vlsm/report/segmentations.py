@@ -11,10 +11,12 @@ from vlsm.report import parts
 from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks
 from vlsm.report.prompts import draw_prompts
-from vlsm.report.survey import Extremes, Survey, find_empty, scan
+from vlsm.report.survey import Extremes, Survey, scan
+from vlsm.runs.extremes import EMPTY, MASKS, WHOLE, WHOLE_IMAGE, describe_extremes, find_empty, find_whole
 from vlsm.runs.facts import recorded_calibrations
 from vlsm.runs.record import read_segment_summary, settings_of
 from vlsm.runs.results import open_results
+from vlsm.words import count
 
 
 def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
@@ -37,13 +39,16 @@ def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> P
         ("Largest areas", "as a share of the image", Extremes("area_fraction", is_highest=True)),
         ("At random", "a random sample of all masks", Extremes("priority")),
     ]
-    empty = Extremes("priority")
+    empty, whole = Extremes("priority"), Extremes("priority")
     for table in scan(results, pc.field("kind") == "mask"):
         survey.add(table)
         for *_, extremes in ends:
             extremes.add(table)
         empty.add(table.filter(find_empty(table)))
+        whole.add(table.filter(find_whole(table)))
     ends.append(("Empty masks", "a random sample of the masks without foreground", empty))
+    if survey.num_whole:
+        ends.append(("Masks of the whole image", "a random sample of the masks that cover it", whole))
 
     painter = Painter(parts.open_reader(config, output, allow), read_rle_masks)
     columns = ["mask_rle", "height", "width"]
@@ -51,7 +56,7 @@ def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> P
     return Page(
         kind="Segment run",
         title=title,
-        banner="" if summary else _banner(record, survey),
+        banner=_banner(record, summary, survey),
         stats=_stats(record, summary, survey, len(checkpoints), known),
         sections=[
             *_prompts(survey),
@@ -101,11 +106,22 @@ def _plan_size(record: dict[str, Any]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _banner(record: dict[str, Any], survey: Survey) -> str:
+def _banner(record: dict[str, Any], summary: dict[str, Any] | None, survey: Survey) -> str:
+    masks = survey.values["status"]["ok"]
+    warning = describe_extremes({MASKS: masks, EMPTY: survey.num_empty, WHOLE_IMAGE: survey.num_whole})
+    sentences = [
+        *([] if summary else [_progress(record, survey)]),
+        *([f"{warning[:1].upper()}{warning[1:]}."] if warning else []),
+    ]
+    return " ".join(sentences)
+
+
+def _progress(record: dict[str, Any], survey: Survey) -> str:
     plan = record["plan"]
     is_counted = plan.get("is_complete", True) and "num_images" in plan
-    total = f" of {plan['num_images']:,} planned" if is_counted else ""
-    return f"This run is not complete: {survey.images.total():,}{total} images are done so far."
+    total = f" of {count(plan['num_images'], 'planned image')}" if is_counted else ""
+    done = f"{survey.images.total():,}{total}" if total else count(survey.images.total(), "image")
+    return f"This run is not complete: {done} done so far."
 
 
 def _stats(
@@ -117,7 +133,7 @@ def _stats(
 ) -> list[Stat]:
     images = survey.images
     stats = [
-        Stat("Images", f"{images.total():,}", f"{survey.num_rows:,} masks, one per prompt"),
+        Stat("Images", f"{images.total():,}", f"{count(survey.num_rows, 'mask')}, one per prompt"),
         Stat("Ok", f"{images['ok']:,}"),
         Stat(
             "Failed",
@@ -134,6 +150,8 @@ def _stats(
         stats.append(Stat("Marked for review", f"{survey.num_marked:,}", "masks"))
     if survey.values["status"]["ok"]:
         stats.append(Stat("Empty masks", f"{survey.num_empty:,}", "nothing found in the image"))
+    if survey.num_whole:
+        stats.append(Stat("Masks of the whole image", f"{survey.num_whole:,}", f"{100 * WHOLE:.0f} % or more", "warn"))
     words, is_calibrated = parts.describe_calibrations(num_checkpoints, known)
     doubt = {} if is_calibrated else {"confidence": f"{words}: it does not tell how good the masks are"}
     return [*stats, *parts.metric_stats(survey, ("confidence", "agreement", "area_fraction"), doubt)]
@@ -142,12 +160,12 @@ def _stats(
 def _prompts(survey: Survey) -> list[Section]:
     """Return a section with a table of the prompts, or no section if there is only one prompt."""
     rows = []
-    for prompt, count in survey.values["prompt"].most_common(50):
+    for prompt, number in survey.values["prompt"].most_common(50):
         by_metric = {
             name: survey.distributions.get((name, prompt)) for name in ("confidence", "agreement", "area_fraction")
         }
         medians = {
             f"median {name}": distribution.median if distribution else None for name, distribution in by_metric.items()
         }
-        rows.append({"prompt": prompt, "masks": count} | medians)
+        rows.append({"prompt": prompt, "masks": number} | medians)
     return [Section("prompts", "Prompts", tables=[as_table(rows)])] if len(rows) > 1 else []

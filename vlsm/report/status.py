@@ -10,14 +10,17 @@ from typing import Any
 from vlsm import storage
 from vlsm.commands import shell_command
 from vlsm.errors import ConfigError, ResultError
+from vlsm.report.job_status import JobStatus, describe_job, read_job_status
 from vlsm.report.rerun import rerun_command
 from vlsm.runs.alive import read_signs
 from vlsm.runs.compare import compare_run, failed_by_reason, sample_run
+from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE, describe_extremes
 from vlsm.runs.lease import PATIENCE_S, Holder, read_holder
 from vlsm.runs.plan import Plan, count_planned, plan_of
 from vlsm.runs.record import read_record, read_segment_summary, read_summary
 from vlsm.runs.results import shard_of
 from vlsm.training.history import History, read_history
+from vlsm.words import count
 
 _MOST_READ = 256  # parts of a few hundred kilobytes; of more parts only a sample is read, unless exact is asked for
 _LONGEST_S = 1e10
@@ -43,6 +46,7 @@ class SegmentStatus:
         next_steps: one sentence for each next step.
         is_running: whether a job gives signs of life; None if no job has left any, as those of earlier versions.
         jobs: a phrase for each job that works on the run, or that has ended before the run was finished.
+        warning: a sentence if most masks are empty or cover the whole image, or None.
     """
 
     is_finished: bool
@@ -62,6 +66,7 @@ class SegmentStatus:
     next_steps: list[str]
     is_running: bool | None = None
     jobs: list[str] = field(default_factory=list)
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,31 +107,33 @@ class StartingStatus:
     next_steps: list[str]
 
 
-Status = SegmentStatus | TrainingStatus | StartingStatus
+Status = SegmentStatus | TrainingStatus | JobStatus | StartingStatus
 
 
 def read_status(output: str, exact: bool = False, now_s: float | None = None) -> Status:
     """Return the status of a run.
 
     Args:
-        output: OUTPUT of a segment run or a training, finished or not.
+        output: OUTPUT of a segment run, a training, an evaluation or a sweep, finished or not.
         exact: read all parts of a segment run, and not only a sample if there are many.
         now_s: current time in seconds since 1970; default: the clock's time.
 
     Raises:
-        ConfigError: there is no segment run and no training at OUTPUT.
+        ConfigError: there is no such run at OUTPUT.
     """
     record, now_s = read_record(output), time.time() if now_s is None else now_s
     if record is not None and "run_id" in record:
         return _segment_status(output, record, exact, now_s)
     if record is not None and "epochs" in record["plan"]:
         return _training_status(output, record, now_s)
-    if record is None and (status := _starting_status(output, now_s)):
+    if record is not None and (status := read_job_status(output, record, now_s)) is not None:
         return status
+    if record is None and (starting := _starting_status(output, now_s)):
+        return starting
     there = "" if storage.exists(output) else ", which does not exist"
     raise ConfigError(
-        f"there is no segment run and no training in {output!r}{there}; it must be the OUTPUT of one "
-        "(those of an evaluation are below its runs/, of a sweep below trials/)"
+        f"there is no run in {output!r}{there}; it must be the OUTPUT of a segment run, a training, an evaluation or a "
+        "sweep"
     )
 
 
@@ -162,6 +169,7 @@ def _segment_status(output: str, record: dict[str, Any], exact: bool, now_s: flo
         next_steps=list(_next_steps(output, record, summary is not None, counts["failed"], is_running)),
         is_running=is_running,
         jobs=list(map(str, signs)),
+        warning=describe_extremes(counts),
     )
 
 
@@ -192,7 +200,7 @@ def _count(output: str, plan: Plan, run_id: str, written: list[int], exact: bool
         shards = written[:: -(-len(written) // _MOST_READ)]
         counts, scale = sample_run(output, plan, run_id, shards), len(written) / len(shards)
     scaled = {key: round(value * scale) for key, value in counts.items()}
-    totals = {key: scaled.get(key, 0) for key in ("rows", "ok", "failed", "vanished")}
+    totals = {key: scaled.get(key, 0) for key in ("rows", "ok", "failed", "vanished", MASKS, EMPTY, WHOLE_IMAGE)}
     return totals | {"failed_by_reason": failed_by_reason(scaled)}
 
 
@@ -225,19 +233,19 @@ def _next_steps(
 
 
 def _training_status(output: str, record: dict[str, Any], now_s: float) -> TrainingStatus:
-    rows, num_planned = read_history(output).rows, record["plan"]["epochs"]
+    stored, num_planned = read_history(output), record["plan"]["epochs"]
     optim = record["config"].get("optim")
     monitor = optim.get("monitor") if isinstance(optim, dict) else None
     if type(num_planned) is not int or num_planned < 0 or monitor not in ("dice", "loss"):
         raise ResultError(
             f"config.yaml of {output!r} is damaged: it plans {num_planned!r} epochs, and monitors {monitor!r}"
         )
-    history = History([row for row in rows if row.split != "test"])
+    history = History([row for row in stored.rows if row.split != "test"], stored.ties)
     num_done = max((row.epoch for row in history.rows), default=0)
     best_epoch = history.best_epoch(monitor) or None
     per_epoch = {row.epoch: row.seconds for row in history.rows}
     seconds = statistics.median(per_epoch.values()) if per_epoch else None
-    newest_s = max((row.finished_at for row in rows), default=None)
+    newest_s = max((row.finished_at for row in stored.rows), default=None)
     is_finished = read_summary(output) is not None
     holder = None if is_finished else read_holder(output, now_s)
     # a job with a lease writes a heartbeat; runs of earlier versions write only at the end of an epoch
@@ -279,15 +287,20 @@ def _describe_holder(holder: Holder) -> str:
 
 def describe_status(status: Status) -> list[str]:
     """Return lines that describe a status to a person."""
-    if isinstance(status, TrainingStatus):
-        lines, has_signs = _describe_training(status), status.running is not None
+    if isinstance(status, JobStatus):
+        kind, lines, has_signs = status.kind, describe_job(status), True
+    elif isinstance(status, TrainingStatus):
+        kind, lines, has_signs = "training", _describe_training(status), status.running is not None
     else:
-        lines, has_signs = list(status.jobs), bool(status.jobs)
+        kind, lines, has_signs = "segment run", list(status.jobs), bool(status.jobs)
     if isinstance(status, SegmentStatus):
         lines += _describe_segments(status)
     if status.silent_s is not None:
         lines.append(f"last {'sign of life' if has_signs else 'write'}: {_duration(status.silent_s)} ago")
-    state = "finished" if status.is_finished else "starting" if isinstance(status, StartingStatus) else "not finished"
+    if isinstance(status, StartingStatus):
+        state = "starting"
+    else:
+        state = f"{'finished' if status.is_finished else 'not finished'} ({kind})"
     return [f"state: {state}", *lines, *status.next_steps]
 
 
@@ -298,12 +311,13 @@ def _describe_segments(status: SegmentStatus) -> list[str]:
     listing = "INPUT is not listed to its end" if status.is_running is False else "INPUT is still being listed"
     so_far = f" so far: {listing}" if status.is_listing else ""
     lines = [
-        f"planned: {status.planned_images:,} images in {status.planned_parts:,} parts{so_far}",
-        f"done: {about}{num_done:,} images ({100 * num_done / max(1, status.planned_images):.1f} %), "
-        f"{status.parts:,} parts, {about}{status.rows:,} rows",
+        f"planned: {count(status.planned_images, 'image')} in {count(status.planned_parts, 'part')}{so_far}",
+        f"done: {about}{count(num_done, 'image')} ({100 * num_done / max(1, status.planned_images):.1f} %), "
+        f"{count(status.parts, 'part')}, {about}{count(status.rows, 'row')}",
         f"images: {about}{status.ok:,} ok, {about}{status.failed:,} failed{f' ({reasons})' if reasons else ''}, "
         f"{about}{status.vanished:,} vanished",
     ]
+    lines += [f"warning: {status.warning}"] if status.warning else []
     if status.images_per_s and status.seconds_left is not None:
         scope = " for the images planned so far" if status.is_listing else ""
         lines.append(f"rate: {status.images_per_s:,.1f} images/s, {_duration(status.seconds_left)} left{scope}")

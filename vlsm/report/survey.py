@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlsm.report.distribution import Distribution
+from vlsm.runs.extremes import find_empty, find_whole
 from vlsm.runs.tables import Tables
 
 METRICS = {"dice": "Dice", "confidence": "Confidence", "agreement": "Agreement", "area_fraction": "Area fraction"}
@@ -173,7 +174,8 @@ class Survey:
         values: number of rows by column and value, for some columns.
         distributions: distributions by metric and value of the group column.
         reviews: number of rows by reason for a review; a row may have several.
-        num_marked, num_empty: number of rows that have such a reason, and of good rows whose mask is empty.
+        num_marked: number of rows that have such a reason.
+        num_empty, num_whole: number of good rows whose mask is empty, and whose mask covers the whole image.
         reasons: number of failures by reason.
         examples: the first failed rows of each reason.
         counts_images: count failures of images, as status and summary of a segment run do, and not of rows.
@@ -189,6 +191,7 @@ class Survey:
     reviews: Counter[str] = field(default_factory=Counter)
     num_marked: int = 0
     num_empty: int = 0
+    num_whole: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _last_id: str | None = None
@@ -238,6 +241,7 @@ class Survey:
     def _count_reviews(self, table: pa.Table) -> None:
         self.num_marked += len(table) - table["review"].null_count
         self.num_empty += int(pc.sum(find_empty(table)).as_py() or 0)
+        self.num_whole += int(pc.sum(find_whole(table)).as_py() or 0)
         for item in pc.value_counts(table["review"].drop_null()).to_pylist():
             for reason in review_reasons(item["values"]):
                 reason = reason if reason in self.reviews or len(self.reviews) < 50 else _OTHERS
@@ -261,12 +265,6 @@ class Survey:
             self.reasons[reason] += 1
             if len(examples := self.examples.setdefault(reason, [])) < 5:
                 examples.append(row)
-
-
-def find_empty(table: pa.Table) -> pa.ChunkedArray:
-    """Return which rows have a mask without foreground, as bool without nulls."""
-    is_empty = pc.and_(pc.equal(table["status"], "ok"), pc.equal(table["area_fraction"], 0.0))
-    return pc.fill_null(is_empty, False)
 
 
 def review_reasons(review: str | None) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from vlsm.runs.tables import Tables
 from vlsm.training.examples import EXAMPLES_NAME, read_examples_table
 from vlsm.training.history import MEAN, History, read_history
 from vlsm.training.state import CHECKPOINT_NAME
+from vlsm.words import count
 
 _READ = DatasetSettings.model_fields  # settings that decide what the masks are
 _TEXTS = "image_id dataset split where image_uri mask_uri image_selector error".split()
@@ -70,7 +71,9 @@ def training_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
     checkpoint_facts = _checkpoint_facts(output)
     metrics = history.table()
     best = history.best_epoch(config["optim"]["monitor"])
-    banner = f"This run is not complete: {len(history.monitored('dice')):,} of {config['optim']['epochs']:,} epochs."
+    banner = (
+        f"This run is not complete: {len(history.monitored('dice')):,} of {count(config['optim']['epochs'], 'epoch')}."
+    )
     return Page(
         kind="Training run",
         title=title,

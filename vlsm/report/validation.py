@@ -85,7 +85,7 @@ def _predict(segmenter: Any, record: Record, reader: ExampleReader, prompt: str)
     example = reader.read(record)
     if example.image.size > 3 * _MOST_PIXELS:
         raise ValueError(f"{record.image_uri} has more than {_MOST_PIXELS:,} pixels")
-    target, mask = example.target.mask, segmenter.segment([example.image], prompt)[0]
+    target, mask = example.target.mask, segmenter.segment([example.image], prompt, allow_equal_masks=True)[0]
     dice = dice_score(mask, target)
     picture = draw_outlined(example.image, (mask, target), is_case=False)
     name = public_uri(record.image_uri).rpartition("/")[2] + (f" {record.image_selector}" * bool(record.image_selector))

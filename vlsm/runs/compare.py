@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlsm import storage
+from vlsm.runs.extremes import count_extremes
 from vlsm.runs.plan import SHARDS_PER_FILE, Plan, planned_keys, read_plan, read_shard
 from vlsm.runs.results import part_name, read_part
 from vlsm.runs.schema import RESULT_SCHEMA
@@ -20,7 +21,7 @@ from vlsm.shown import public_uri
 logger = logging.getLogger("vlsm")
 
 # columns that `compare_shard` needs
-COMPARED = ["image_id", "image_uri", "image_version", "prompt", "kind", "status", "error", "grey_rule"]
+COMPARED = ["image_id", "image_uri", "image_version", "prompt", "kind", "status", "error", "grey_rule", "area_fraction"]
 _PLANNED = ["image_id", "image_uri", "image_version", "prompts", "vanished"]
 
 
@@ -32,7 +33,8 @@ class ShardState:
         undone: positions in the shard of the images whose rows differ from the planned rows.
         num_extra: number of rows whose image_id is not in the shard.
         counts: numbers of the done images by status ("ok", "failed", "vanished"), by "failed: REASON" and by
-            "levels: RULE" (`vlsm.images.grey_levels`); and "rows", the number of their rows.
+            "levels: RULE" (`vlsm.images.grey_levels`); "rows", the number of their rows; and the counts of their masks
+            (`vlsm.runs.extremes`).
     """
 
     undone: list[int]
@@ -87,6 +89,8 @@ def compare_shard(images: pa.Table, rows: pa.Table | None, kinds: list[str], ret
         counts.update({"rows": len(image_rows), status: 1})
         if status == "failed":
             counts["failed: " + (error or "").partition(":")[0]] += 1
+        for row in image_rows:
+            counts.update(count_extremes(row["kind"], row["status"], row["area_fraction"]))
         if rule := image_rows[0]["grey_rule"]:
             counts["levels: " + rule] += 1
     return ShardState(undone, num_extra, counts)

@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.formats import Look
 from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
-from vlsm.models import BLIND
 from vlsm.runs.compare import RunState, failed_by_reason, images_by_rule
+from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE
 from vlsm.runs.facts import checkpoint_fact
 from vlsm.runs.links import check_links
 from vlsm.runs.plan import Plan, list_plans, new_plan_id, plan_of, remove_plan, write_plan
@@ -39,16 +39,23 @@ from vlsm.runs.record import (
     write_record,
 )
 from vlsm.runs.updates import update_plan
+from vlsm.segmentation.blind import check_prompts, watch_prompts
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A checkpoint of a run: the content of its files by name, and the input square of its model."""
+    """A checkpoint of a run: the content of its files by name, and of its checkpoint.yaml."""
 
     files: dict[str, bytes]
-    square: Square
+    settings: CheckpointSettings
+
+    @property
+    def square(self) -> Square:
+        """The input square of its model."""
+        return self.settings.image.spec.square
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
             text of several prompts.
     """
     settings, checkpoints = _resolve(settings)
-    _check_prompts(settings, checkpoints)
+    check_prompts(settings, checkpoints)
     return settings, _read_members(settings, checkpoints)
 
 
@@ -125,19 +132,22 @@ def _read_members(settings: SegmentSettings, checkpoints: list[CheckpointSetting
         with storage.name_errors("checkpoint", member.checkpoint):
             files = read_checkpoint(member.checkpoint)
             check_files(files, member.checkpoint)
-            members.append(Member(files, checkpoint.image.spec.square))
+            members.append(Member(files, checkpoint))
     return tuple(members)
 
 
-def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None = None) -> Archive:
+def open_input(
+    settings: SegmentSettings, checkpoints: Sequence[CheckpointSettings], after: tuple[str, str | None] | None = None
+) -> Archive:
     """Return the archive of a run, which has at least one image.
 
     Args:
-        settings: settings of the run.
+        settings: resolved settings of the run.
+        checkpoints: the checkpoint.yaml of each member; `vlsm.segmentation.blind` has a rule for the prompts of a list.
         after: image_uri and selector of an image; return only the images after it, of which there may be none.
 
     Raises:
-        ConfigError: INPUT does not exist, or holds no images.
+        ConfigError: INPUT does not exist, or holds no images, or a list has prompts that the rule forbids.
     """
     with storage.name_errors("INPUT", settings.input):
         archive = open_archive(
@@ -148,6 +158,7 @@ def open_input(settings: SegmentSettings, after: tuple[str, str | None] | None =
             after,
             Look(settings.slices, settings.tile, settings.fields, settings.columns, settings.frames),
         )
+        archive.rows = watch_prompts(archive.rows, settings, checkpoints, may_stop=not archive.is_listed)
         if after is not None:
             return archive
         rows = iter(archive.rows)
@@ -187,9 +198,9 @@ def prepare_run(
         record = None if settings.start_over else read_record(output)
         is_new = record is None
         if record is None:
-            _check_prompts(settings, checkpoints)
+            check_prompts(settings, checkpoints)
             storage.check_writable(output)
-        archive = open_input(settings) if record is None else None
+        archive = open_input(settings, checkpoints) if record is None else None
         if record is None or not describe_differences(record, settings, {}):
             _start_work(settings, record, begin, announce)
         members = _read_members(settings, checkpoints)
@@ -199,14 +210,14 @@ def prepare_run(
         }
         if record is None:
             _tell_calibration(settings, checkpoints)
-            record = _plan_run(settings, facts, archive or open_input(settings))
+            record = _plan_run(settings, facts, archive or open_input(settings, checkpoints))
         if differences := describe_differences(record, settings, facts):
             raise ConfigError(
                 f"OUTPUT {output!r} belongs to a run with other settings: {'; '.join(differences)}; "
                 "choose another OUTPUT, or --set start_over=true to forget that run"
             )
         if settings.update and not is_new and plan_of(record, output).is_complete:
-            record = _update_run(settings, record)
+            record = _update_run(settings, checkpoints, record)
     return Run(settings, members, plan_of(record, output), record["run_id"])
 
 
@@ -222,23 +233,6 @@ def _start_work(
         begin()
     if not is_finished or settings.update:
         announce()
-
-
-def _check_prompts(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> None:
-    """Raise a ConfigError if several prompts go to models that all ignore the text; warn if some of them do."""
-    prompts, names = settings.prompts or (), list(dict.fromkeys(checkpoint.model for checkpoint in checkpoints))
-    blind = [name for name in names if name in BLIND]
-    if len(prompts) < 2 or not blind:
-        return
-    verb = "ignores" if len(blind) == 1 else "ignore"
-    if len(blind) < len(names):
-        text = "%s %s the text: in this ensemble such a member has the same mask for each of the %d prompts"
-        logger.warning(text, ", ".join(blind), verb, len(prompts))
-    elif not settings.allow_equal_masks:
-        raise ConfigError(
-            f"{', '.join(blind)} {verb} the text: all {len(prompts)} prompts would have the same mask; give one "
-            f"prompt, such as --set 'prompts=[{prompts[0]}]', or --set allow_equal_masks=true"
-        )
 
 
 def _tell_calibration(settings: SegmentSettings, checkpoints: list[CheckpointSettings]) -> None:
@@ -274,18 +268,20 @@ def _plan_run(settings: SegmentSettings, facts: dict[str, Any], archive: Archive
 
 def _describe_plan(plan: Plan, archive: Archive) -> None:
     skipped = f"; skipped {_describe_skipped(archive)}" if archive.skipped else ""
-    logger.info("planned %d images, %d rows%s", plan.num_images, plan.num_rows, skipped)
+    logger.info("planned %s, %s%s", count(plan.num_images, "image"), count(plan.num_rows, "row"), skipped)
 
 
-def _update_run(settings: SegmentSettings, record: dict[str, Any]) -> dict[str, Any]:
+def _update_run(
+    settings: SegmentSettings, checkpoints: Sequence[CheckpointSettings], record: dict[str, Any]
+) -> dict[str, Any]:
     """Plan the archive again and return the new record, or the same record if the archive has not changed."""
     output, before = settings.output, plan_of(record, settings.output)
-    archive = open_input(settings)
+    archive = open_input(settings, checkpoints)
     plan, update = update_plan(output, before, archive.rows, settings.shard_rows)
     *counts, num_renewed = asdict(update).values()
-    logger.info("since the last plan %d images are new, %d changed, %d vanished", *counts)
+    logger.info("images since the last plan: %d new, %d changed, %d vanished", *counts)
     if num_renewed:
-        logger.info("%d images have another signature: the plan has it now", num_renewed)
+        logger.info("another signature of %s: the plan has it now", count(num_renewed, "image"))
     if not any(asdict(update).values()):
         remove_plan(output, plan.id)
         return record
@@ -309,7 +305,10 @@ def make_planner(run: Run) -> Planner:
         write_record(settings.output, record | {"plan": asdict(plan)})
         _describe_plan(plan, archive or Archive(rows=()))
 
-    return Planner(settings.output, run.plan, settings.shard_rows, lambda after: open_input(settings, after), save)
+    def open_after(after: tuple[str, str | None] | None) -> Archive:
+        return open_input(settings, [member.settings for member in run.members], after)
+
+    return Planner(settings.output, run.plan, settings.shard_rows, open_after, save)
 
 
 def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> dict[str, Any]:
@@ -340,16 +339,17 @@ def finish_run(run: Run, state: RunState, num_before: int, seconds: float) -> di
         "failed_by_reason": failed_by_reason(counts),
         "grey_levels": images_by_rule(counts),
         "rows": counts["rows"],
+        **{key: counts[key] for key in (MASKS, EMPTY, WHOLE_IMAGE)},
         "parts": plan.num_shards,
         "done_before": num_before,
         "seconds": round(seconds, 1),
         "images_per_s": round((state.num_done - num_before) / seconds, 2),
     }
-    if rules := {rule: count for rule, count in images_by_rule(counts).items() if rule != STORED}:
+    if rules := {rule: number for rule, number in images_by_rule(counts).items() if rule != STORED}:
         logger.info(
             "deep grey values became 8 bits by these rules: %s; vlsm/README.md explains them, and the setting "
             "`window` replaces them",
-            ", ".join(f"{rule} ({count:,} images)" for rule, count in rules.items()),
+            ", ".join(f"{rule} ({count(number, 'image')})" for rule, number in rules.items()),
         )
     storage.write_bytes(storage.join(output, SUMMARY_NAME), (json.dumps(summary) + "\n").encode())
     return summary
@@ -359,7 +359,7 @@ def check_failed_share(settings: SegmentSettings, num_images: int, num_failed: i
     """Raise a VlsmError with some reasons if the fraction of failed images is above `run.max_failed_fraction`."""
     if num_failed > settings.run.max_failed_fraction * num_images:
         raise VlsmError(
-            f"{num_failed:,} of {num_images:,} images failed, more than run.max_failed_fraction "
+            f"{num_failed:,} of {count(num_images, 'image')} failed, more than run.max_failed_fraction "
             f"{settings.run.max_failed_fraction}: {'; '.join(first_errors) or 'see the rows with status failed'}; "
             "repair the cause and --set retry_failed=true (for a repaired tar or zip file, --set update=true as well), "
             "or set a higher run.max_failed_fraction"

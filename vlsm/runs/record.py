@@ -19,6 +19,7 @@ from vlsm import storage
 from vlsm.config import Settings, SettingsT, dump_yaml, explain, flatten
 from vlsm.documents import read_json, read_yaml
 from vlsm.errors import ConfigError, ResultError
+from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE
 from vlsm.runs.facts import DESCRIPTIVE, describe_fact
 from vlsm.shown import hide_secrets_in
 from vlsm.version import FORMAT, __version__, newer_format
@@ -119,7 +120,8 @@ def read_segment_summary(output: str, num_images: int, num_rows: int) -> dict[st
     uri = storage.join(output, SUMMARY_NAME)
     counts: list[Any] = [summary.get(key) for key in ("ok", "failed", "vanished", "rows")]
     reasons = summary.get("failed_by_reason")
-    numbers = [*counts, *(reasons.values() if isinstance(reasons, dict) else [None])]
+    more = [summary.get(key, 0) for key in (MASKS, EMPTY, WHOLE_IMAGE)]  # absent in those of earlier versions
+    numbers = [*counts, *more, *(reasons.values() if isinstance(reasons, dict) else [None])]
     rates = [summary.get(key, 0) for key in ("seconds", "images_per_s")]
     if not all(type(number) is int and number >= 0 for number in numbers) or not all(map(_is_finite, rates)):
         raise ResultError(f"{uri} is damaged: its numbers are no counts; {_ADVICE}")
@@ -194,7 +196,8 @@ def _with_defaults(tree: dict[str, Any], settings: type[Settings]) -> dict[str, 
 
 def _deciding(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the recorded settings that decide the results."""
-    deciding = {key: value for key, value in tree.items() if key not in ("run", "output", "members", "systems")}
+    others = ("run", "output", "members", "systems", "allow_equal_masks")  # the last one only allows a run
+    deciding = {key: value for key, value in tree.items() if key not in others}
     systems, members = tree.get("systems"), _deciding_members(tree.get("members"))
     groups = {name: _deciding_members(each) for name, each in systems.items()} if isinstance(systems, dict) else systems
     return deciding | ({"members": members} if members else {}) | ({"systems": groups} if groups else {})

@@ -17,10 +17,12 @@ from vlsm import storage
 from vlsm.errors import ConfigError, DamageError, ImageError, ResultError
 from vlsm.images.run_lengths import measure_run_lengths
 from vlsm.runs.compare import COMPARED, compare_shard, failed_by_reason, images_by_rule
+from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE
 from vlsm.runs.plan import Plan, count_planned, plan_of, planned_keys, read_plan
 from vlsm.runs.record import SUMMARY_NAME, read_record, read_segment_summary
 from vlsm.runs.results import open_part, part_name, shard_of
 from vlsm.segmentation.masks import decode_png, encode_mask
+from vlsm.words import count
 
 _SHARDS_AT_ONCE = 16
 _LARGE_PIXELS = 1 << 24  # larger maps are decoded one at a time
@@ -115,14 +117,14 @@ def _verify_shard(
     except (FileNotFoundError, DamageError) as error:
         if isinstance(error, FileNotFoundError) and not proof.is_finished:
             return Counter(), []
-        return Counter(), [f"{name} is missing, damaged or of another run: {len(images)} images have no rows"]
+        return Counter(), [f"{name} is missing, damaged or of another run: no rows of {count(len(images), 'image')}"]
     differences = []
     if state.undone:
         ids = images["image_id"].take(pa.array(state.undone, pa.int64())).to_pylist()
         first_ids = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
-        differences.append(f"{name}: {len(ids)} images have not exactly the rows that were planned: {first_ids}")
+        differences.append(f"{name}: not exactly the planned rows for {count(len(ids), 'image')}: {first_ids}")
     if state.num_extra:
-        differences.append(f"{name}: {state.num_extra} rows were not planned")
+        differences.append(f"{name}: {count(state.num_extra, 'row')} too many, not planned")
     counts = state.counts + Counter(parts=1)
     planned = sum(len(planned_keys(prompts, kinds)) for prompts in images["prompts"].to_pylist())
     try:
@@ -183,8 +185,8 @@ def _verify_counts(output: str, proof: Proof, num_ids: int) -> list[str]:
         key: counts[key] for key in ("ok", "failed", "vanished", "rows")
     }
     expected["failed_by_reason"] = failed_by_reason(counts)
-    if "grey_levels" in summary:  # earlier versions did not count them
-        expected["grey_levels"] = images_by_rule(counts)
+    later = {"grey_levels": images_by_rule(counts)} | {key: counts[key] for key in (MASKS, EMPTY, WHOLE_IMAGE)}
+    expected |= {key: value for key, value in later.items() if key in summary}  # earlier versions did not count them
     for key, value in expected.items():
         if summary.get(key) != value:
             differences.append(f"summary.json has {key} {summary.get(key)}; it should be {value}")

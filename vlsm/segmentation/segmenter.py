@@ -11,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from vlsm.checkpoints import Checkpoint
+from vlsm.config import A_PROBABILITY
 from vlsm.images.given import as_list, open_given
 from vlsm.models.compiling import Network
 from vlsm.models.contract import Features
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
+from vlsm.segmentation.blind import Reader, judge_prompts
 from vlsm.segmentation.published import find_checkpoint
 from vlsm.segmentation.results import Segmentation, segmentation_of
 
@@ -61,7 +63,12 @@ class Segmenter:
 
     @overload
     def segment(  # type: ignore[overload-overlap]  # a str is an iterable too
-        self, images: OneImage, prompts: Prompts = None, threshold: float | None = None, probabilities: bool = False
+        self,
+        images: OneImage,
+        prompts: Prompts = None,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        allow_equal_masks: bool = False,
     ) -> Segmentation: ...
 
     @overload
@@ -71,10 +78,16 @@ class Segmenter:
         prompts: Prompts = None,
         threshold: float | None = None,
         probabilities: bool = False,
+        allow_equal_masks: bool = False,
     ) -> list[Segmentation]: ...
 
     def segment(
-        self, images: Any, prompts: Prompts = None, threshold: float | None = None, probabilities: bool = False
+        self,
+        images: Any,
+        prompts: Prompts = None,
+        threshold: float | None = None,
+        probabilities: bool = False,
+        allow_equal_masks: bool = False,
     ) -> Segmentation | list[Segmentation]:
         """Return one mask per image and prompt, at the original size of the image.
 
@@ -87,6 +100,8 @@ class Segmenter:
             prompts: one text or several, for every image. Default: the stored prompt of the checkpoint.
             threshold: a probability in (0, 1). Default: the stored threshold of the checkpoint.
             probabilities: whether to keep the probability of each pixel too.
+            allow_equal_masks: take several prompts, or others than the checkpoint's, for a model that ignores the text;
+                `vlsm.segmentation.blind` has the rule.
 
         Returns:
             For each image an array (H, W) uint8 of 0 and 1 for one text, (T, H, W) for a sequence of T texts. It has
@@ -94,16 +109,19 @@ class Segmenter:
             For a single image its result, else a list.
 
         Raises:
-            ValueError: an array is not uint8 or has another shape, there is no prompt, or the threshold is not in
-                (0, 1).
+            ValueError: an array is not uint8 or has another shape, there is no prompt, the model ignores these prompts,
+                or the threshold is not in (0, 1).
             TypeError: images or prompts are of another type.
             ImageError: a file cannot be read. Then no image has a result.
         """
         several, is_one = as_list(images)
         texts = _list_texts(self.settings.prompt if prompts is None else prompts)
+        verdict = judge_prompts([(text,) for text in texts], [Reader(self.settings.model, self.settings.prompt)])
+        if verdict is not None and not allow_equal_masks:
+            raise ValueError(f"{verdict.message}; leave prompts out, or pass allow_equal_masks=True")
         threshold = self.settings.threshold if threshold is None else threshold
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold is {threshold}; it must be a probability between 0 and 1, such as 0.5")
+            raise ValueError(f"threshold is {threshold}; it must be {A_PROBABILITY}")
         names = ["the image"] if is_one else [f"image {number}" for number, _ in enumerate(several, start=1)]
         openings = [open_given(image, name) for image, name in zip(several, names, strict=True)]
         square, results = self.model.image_spec.square, []
@@ -208,6 +226,7 @@ def segment(  # type: ignore[overload-overlap]  # a str is an iterable too
     threshold: float | None = None,
     probabilities: bool = False,
     device: str | None = None,
+    allow_equal_masks: bool = False,
 ) -> Segmentation: ...
 
 
@@ -220,10 +239,11 @@ def segment(
     threshold: float | None = None,
     probabilities: bool = False,
     device: str | None = None,
+    allow_equal_masks: bool = False,
 ) -> list[Segmentation]: ...
 
 
-def segment(
+def segment(  # noqa: PLR0913 - as the method, and the model
     images: Any,
     checkpoint: Checkpoint | str | Path,
     prompts: Prompts = None,
@@ -231,6 +251,7 @@ def segment(
     threshold: float | None = None,
     probabilities: bool = False,
     device: str | None = None,
+    allow_equal_masks: bool = False,
 ) -> Segmentation | list[Segmentation]:
     """Return one mask per image and prompt: load a model, segment, forget the model.
 
@@ -244,6 +265,7 @@ def segment(
         threshold: a probability in (0, 1). Default: the stored threshold of the checkpoint.
         probabilities: whether to keep the probability of each pixel too.
         device: such as "cpu" or "cuda". Default: the GPU if there is one, else the CPU.
+        allow_equal_masks: as for `Segmenter.segment`.
 
     Returns:
         As `Segmenter.segment`.
@@ -253,7 +275,7 @@ def segment(
         ValueError, TypeError, ImageError: as for `Segmenter.segment`.
     """
     segmenter = Segmenter(find_checkpoint(checkpoint, prompts is not None), device)
-    return segmenter.segment(images, prompts, threshold, probabilities)
+    return segmenter.segment(images, prompts, threshold, probabilities, allow_equal_masks)
 
 
 def _list_texts(prompts: Any) -> list[str]:

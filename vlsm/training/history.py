@@ -43,6 +43,7 @@ class Row:
     finished_at: float
 
 
+_TIES_KEY = b"vlsm.ties"  # in the metadata of metrics.parquet
 _TYPES = {int: pa.int64(), float: pa.float64(), str: pa.string()}
 _SCHEMA = pa.schema([pa.field(column.name, _TYPES[column.type], nullable=False) for column in fields(Row)])  # type: ignore[index]
 _ROWS = TypeAdapter(list[Row])
@@ -64,6 +65,11 @@ def parse_rows(rows: Any) -> list[Row]:
     return parsed
 
 
+def parse_ties(stated: object) -> Literal["other", "first"]:
+    """Return how a stored history breaks ties; one of an earlier version does not state it."""
+    return "other" if stated in ("other", b"other") else "first"
+
+
 def read_history(output: str) -> "History":
     """Return the history in metrics.parquet, without rows before the end of the first epoch.
 
@@ -73,28 +79,40 @@ def read_history(output: str) -> "History":
     uri = storage.join(output, METRICS_NAME)
     if not storage.exists(uri):
         return History()
-    rows = open_table(uri, _SCHEMA).read().to_pylist()
+    table = open_table(uri, _SCHEMA)
     with name_damage(uri):
-        return History(parse_rows(rows))
+        return History(parse_rows(table.read().to_pylist()), parse_ties(table.metadata.get(_TIES_KEY)))
 
 
 @dataclass
 class History:
-    """Rows in the order of the epochs."""
+    """Rows in the order of the epochs.
+
+    Attributes:
+        rows: the metrics.
+        ties: which of several epochs with the best monitored value is the best. "other": the one that is better by the
+            other metric (the lower loss for Dice), then the first. "first": the first, as in runs of earlier versions,
+            whose checkpoint was chosen so.
+    """
 
     rows: list[Row] = field(default_factory=list)
+    ties: Literal["other", "first"] = "other"
 
     def monitored(self, monitor: Literal["dice", "loss"]) -> list[float]:
         """Return the monitored value of each epoch: validation Dice or loss, the mean over datasets."""
         return [getattr(row, monitor) for row in self.rows if (row.split, row.dataset) == ("val", MEAN)]
 
     def best_epoch(self, monitor: Literal["dice", "loss"]) -> int:
-        """Return the first epoch with the best monitored value, counted from 1, or 0 if no epoch has ended."""
-        values = np.array(self.monitored(monitor))
-        if not len(values):
+        """Return the epoch with the best monitored value, counted from 1, or 0 if no epoch has ended.
+
+        Equal values are common: a model that marks nothing has the same Dice in each of its first epochs.
+        """
+        scores = {"dice": np.array(self.monitored("dice")), "loss": -np.array(self.monitored("loss"))}
+        if not len(scores[monitor]):
             return 0
-        values = values if monitor == "dice" else -values
-        return int(np.where(np.isfinite(values), values, -np.inf).argmax()) + 1
+        value, other = (np.where(np.isfinite(each), each, -np.inf) for each in (scores.pop(monitor), *scores.values()))
+        equal = np.flatnonzero(value == value.max())
+        return int(equal[0 if self.ties == "first" else other[equal].argmax()]) + 1
 
     def stale_epochs(self, monitor: Literal["dice", "loss"], min_delta: float) -> int:
         """Return the number of epochs since the last improvement of the monitored value by more than min_delta.
@@ -108,8 +126,9 @@ class History:
         return epoch - improved
 
     def table(self) -> pa.Table:
-        """Return the rows as a table with the columns of metrics.parquet."""
-        return pa.Table.from_pylist([asdict(row) for row in self.rows], schema=_SCHEMA)
+        """Return the rows as a table with the columns of metrics.parquet; its metadata states `ties`."""
+        schema = _SCHEMA.with_metadata({_TIES_KEY: self.ties})
+        return pa.Table.from_pylist([asdict(row) for row in self.rows], schema=schema)
 
 
 def summarize(

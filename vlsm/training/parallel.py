@@ -13,6 +13,7 @@ from vlsm.models.contract import SegmentationModel
 from vlsm.training.compiling import compile_or_warn
 from vlsm.training.settings import TrainSettings
 
+_ENOUGH = 8  # examples for the statistics of a batch norm
 T = TypeVar("T")
 
 
@@ -59,7 +60,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def describe_batch_norms(model: nn.Module, settings: TrainSettings, num_workers: int) -> str | None:
-    """Return a warning if batch norms that learn see fewer examples at a time than the batch has, else None.
+    """Return a warning if batch norms that learn see too few examples at a time, and fewer than the batch has.
+
+    Eight are enough: in the measurements of Wu and He, the error of batch norms rises by 1 percentage point from
+    32 to 8 examples, but by 11 to 2. So the default, run.micro_batch_size=8, needs no warning on one worker.
+
+    Source: Group Normalization, Wu and He 2018, arXiv:1803.08494.
 
     Args:
         model: in training mode; norms in frozen towers are in eval mode and do not count.
@@ -70,7 +76,7 @@ def describe_batch_norms(model: nn.Module, settings: TrainSettings, num_workers:
     batch_size, micro = settings.optim.batch_size, settings.run.micro_batch_size
     share = -(-batch_size // num_workers)  # of one worker
     num_seen = min(micro, share) * (num_workers if settings.optim.sync_batch_norm else 1)
-    if not has_norms or num_seen >= batch_size:
+    if not has_norms or num_seen >= min(batch_size, _ENOUGH):
         return None
     advice = f"set run.micro_batch_size={share}" if micro < share else ""
     if num_workers > 1 and not settings.optim.sync_batch_norm:

@@ -14,6 +14,7 @@ from vlsm.errors import ConfigError, VlsmError
 from vlsm.locations import LOCAL, split_scheme
 from vlsm.runs.record import describe_differences
 from vlsm.training.settings import TrainSettings
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
@@ -71,7 +72,7 @@ def _describe_strangers(output: str, examples: pa.Table, records: list[Record]) 
         return []
     named = {uri for record in records for uri in locations_of(record)}
     strangers = {uri for record in good_records(examples) for uri in locations_of(record)} - named
-    return [f"{len(strangers):,} files that no dataset names ({min(strangers)}, ...)"] if strangers else []
+    return [f"{count(len(strangers), 'file')} that no dataset names ({min(strangers)}, ...)"] if strangers else []
 
 
 def _refuse(output: str, kind: str, differences: list[str]) -> None:

@@ -27,7 +27,7 @@ from vlsm.datasets.inspection import check_facts, describe_findings, digest_exam
 from vlsm.datasets.mask_checks import describe_foreground
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
-from vlsm.datasets.splits import make_splits, release_train, require_splits
+from vlsm.datasets.splits import MAKE, make_splits, release_train
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
@@ -36,6 +36,7 @@ from vlsm.runs.record import SUMMARY_NAME, forget_run, make_record, read_record,
 from vlsm.training.checks import check_training, require_train_and_val
 from vlsm.training.examples import EXAMPLES_NAME, read_examples_table
 from vlsm.training.history import METRICS_NAME
+from vlsm.training.missing import require_complete
 from vlsm.training.resume import digest_start, refuse_other_data, refuse_other_settings
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
@@ -57,8 +58,7 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
     All records of an external dataset without splits are test records.
 
     Raises:
-        ConfigError: a dataset does not exist, there are no train records or no val records, or a record has no split
-            and data.split makes none.
+        ConfigError: a dataset does not exist, or its records lack splits or prompts.
         ManifestError: a record is invalid, or lacks the prompt that data.prompt asks for.
     """
     records: list[Record] = []
@@ -71,12 +71,14 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
         with storage.name_errors(f"dataset {name}", uri):
             external = read_dataset(name, uri, data)
         records += [replace(record, split="test") for record in external if record.split in ("test", "")]
-    if settings.data.split.is_off:
-        require_splits(records)
-    if all(record.split for record in records):
-        require_train_and_val(records, settings)
-    for record in records:
-        choose_prompt(record, settings.data, None)
+    data.refuse_unknown([*settings.datasets, *settings.external, *(record.dataset for record in records)])
+
+    def require_two() -> None:
+        if all(record.split for record in records):
+            require_train_and_val(records, settings)
+
+    advice = MAKE if settings.data.split.is_off else None
+    require_complete(records, lambda record: choose_prompt(record, settings.data, None), advice, require_two)
     return records
 
 

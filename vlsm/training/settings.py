@@ -214,7 +214,8 @@ class TrainSettings(Settings):
     def _check_model(self) -> Self:
         if (self.model is None) == (self.start_from is None):
             both = f"model is {self.model!r} and start_from is {self.start_from!r}"
-            raise ValueError(f"{both}; give either a model, such as model=vlsm_a, or start_from=CHECKPOINT")
+            more = "" if self.datasets else "; there are no datasets either: give --dataset NAME=URI once at least"
+            raise ValueError(f"{both}; give either a model, such as model=vlsm_a, or start_from=CHECKPOINT{more}")
         if self.model is not None and self.model not in MODELS:
             near = difflib.get_close_matches(self.model, MODELS, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""

@@ -13,7 +13,7 @@ from vlsm.checkpoints import SETTINGS_NAME, save_checkpoint
 from vlsm.documents import parse_json
 from vlsm.errors import ConfigError, DamageError, StorageError
 from vlsm.temporary import PrivateFolder
-from vlsm.training.history import METRICS_NAME, History, parse_rows
+from vlsm.training.history import METRICS_NAME, History, parse_rows, parse_ties
 from vlsm.version import FORMAT, newer_format
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def pack_state(state: State) -> bytes:
     for name, values in optimizer.pop("state", {}).items():
         tensors |= {f"optimizer {name} {key}": value.contiguous() for key, value in values.items()}
     progress: dict[str, Any] = {name: getattr(state, name) for name in ("epoch", "step", "steps", "scores")}
-    progress["format"] = FORMAT
+    progress |= {"format": FORMAT, "ties": state.history.ties}
     progress |= {"history": [asdict(row) for row in state.history.rows], "optimizer": optimizer}
     return safetensors.torch.save(tensors, {"progress": json.dumps(progress)})
 
@@ -102,7 +102,7 @@ def _unpack_state(data: bytes, uri: str) -> State:
         raise ValueError(f"there is no such progress: {numbers}")
     state = State(**numbers)
     state.scores = [(int(example), float(loss), float(dice)) for example, loss, dice in progress["scores"]]
-    state.history = History(parse_rows(progress["history"]))
+    state.history = History(parse_rows(progress["history"]), parse_ties(progress.get("ties")))
     state.weights, moments = {}, dict[str, dict[str, "Tensor"]]()
     for name, value in safetensors.torch.load(data).items():
         kind, _, rest = name.partition(" ")
