@@ -7,6 +7,7 @@ import numpy as np
 from vlsm.config import RunSettings
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.datasets.spacing import read_spacing
 from vlsm.errors import ImageError
 from vlsm.images.decode import orientation_of
 from vlsm.images.reader import Content, Reader
@@ -113,6 +114,22 @@ class ExampleReader:
             "+".join(mask.sha256 for mask in masks),
             max(mask.orientation for mask in masks),
         )
+
+    def read_spacing(self, record: Record) -> tuple[float, float] | None:
+        """Return the distance between rows, and between columns, in mm: of the mask's file, else of the image's.
+
+        None if neither states it.
+
+        Raises:
+            ImageError: a file cannot be read.
+            StorageError: the store was unavailable for too long.
+        """
+        masks = [] if record.mask_rle is not None else [(self._masks, record.mask_uri, record.mask_selector)]
+        for reader, uri, selector in (*masks, (self._images, record.image_uri, record.image_selector)):
+            content, frame = reader.open({"image_uri": uri, "selector": selector})
+            if (spacing := read_spacing(content, frame, self._settings.slices)) is not None:
+                return spacing
+        return None
 
     def _read_mask(self, record: Record, uri: str) -> Mask:
         content, frame = self._masks.open({"image_uri": uri, "selector": record.mask_selector})

@@ -18,6 +18,7 @@ from vlsm.config import (
 from vlsm.datasets.records import RECORD
 from vlsm.datasets.settings import READING, DatasetSettings
 
+TOLERANCE_PX = 2.0  # of the normalised surface distance; the outlines of two people differ by as much
 _NOT_SHARED = {"output", "prompts", "start_over"}  # a segment run has settings of these names with other values
 
 
@@ -63,6 +64,12 @@ class EvaluateSettings(Settings):
     combine: Literal["mean", "vote"] = Field("mean", description="how to combine the members, as in jobs.segment")
     threshold: float | None = Field(
         None, gt=0, lt=1, description="probability from which a pixel is foreground; default: stored in the checkpoint"
+    )
+    nsd_tolerance_px: float = Field(
+        TOLERANCE_PX, ge=0, description="tolerance of the normalised surface distance nsd, in pixels"
+    )
+    nsd_tolerance_mm: float | None = Field(
+        None, ge=0, description="also nsd_mm with this tolerance in millimetres, for DICOM images and volumes"
     )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
