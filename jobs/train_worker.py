@@ -29,7 +29,7 @@ from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import Row, describe_epoch, summarize
 from vlsm.training.learner import Learner, NotFiniteError, Score
 from vlsm.training.parallel import describe_batch_norms, gather
-from vlsm.training.run import build_learning_model, default_prompt, read_examples
+from vlsm.training.run import build_learning_model, default_prompt, read_examples, read_negatives
 from vlsm.training.sampling import ExampleOrder, MicroBatch
 from vlsm.training.settings import TrainSettings
 from vlsm.training.state import (
@@ -107,7 +107,8 @@ class Worker:
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         prepare_streams(self.num_workers)
         self.records = read_examples(self.output)
-        self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers)
+        are_negative = read_negatives(self.output) if self.settings.data.negatives is not None else None
+        self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers, are_negative)
         self.device = ray.train.torch.get_device()
         model = build_learning_model(self.settings)
         check_batch_norms(model, self.order)  # here again: only now is the number of workers certain
