@@ -24,6 +24,7 @@ class MaskRecord:
     review: str | None = None
     label_map: bytes | None = None
     probability_map: bytes | None = None
+    max_probability: float | None = None
 
 
 def mirrored_mean(logits: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
