@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,6 +49,13 @@ class CalibrationSettings(Settings):
         description="record (each record's own prompt, its p1; if it has none, the checkpoint's), own (stored in the "
         "checkpoint), p0, p1, ... or text:WORDS",
     )
+    specificity: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="also store the lowest presence_threshold at which this share of the validation images without the "
+        "finding stays below it; jobs.evaluate uses it for sensitivity and specificity",
+    )
     data: DatasetSettings = DatasetSettings()
     run: PlaceSettings = PlaceSettings()
 
@@ -66,7 +74,7 @@ class CalibrationSettings(Settings):
 Labelled = tuple[np.ndarray, np.ndarray]  # logits (H, W) float and mask (H, W) of 0 and 1
 
 
-def calibrate(examples: Iterable[Labelled]) -> Calibration:
+def calibrate(examples: Iterable[Labelled], specificity: float | None = None) -> Calibration:
     """Return the temperature and the threshold that fit labelled images best, with their statistics.
 
     The temperature maximises the mean log-likelihood of the pixels (Guo et al. 2017, equation 9); every image has the
@@ -75,11 +83,13 @@ def calibrate(examples: Iterable[Labelled]) -> Calibration:
 
     Args:
         examples: logits at the original size of each image, and its target mask.
+        specificity: wanted share of right images among those without the finding; None for no presence threshold.
 
     Raises:
-        ConfigError: there are no examples.
+        ConfigError: there are no examples, or no threshold has the specificity.
     """
-    counts = np.array([_count(*example) for example in examples])  # (N, 2, bins): background, foreground
+    counted = [(_count(*example), float(example[0].max()), bool(example[1].any())) for example in examples]
+    counts = np.array([count for count, *_ in counted])  # (N, 2, bins): background, foreground
     if not len(counts):
         raise ConfigError("there are no labelled images; calibration needs one or more in the validation splits")
     shares = (counts / counts.sum(axis=(1, 2), keepdims=True)).mean(axis=0)
@@ -105,7 +115,49 @@ def calibrate(examples: Iterable[Labelled]) -> Calibration:
         min_confidence=_min_confidence(counts, best, temperature, dice[:, best]),
         area_fraction=tuple(np.percentile(areas, _USUAL_AREAS).round(5).tolist()),
         reliability=after,
+        **_fit_presence([each[1:] for each in counted], round(temperature, 4), specificity),
     )
+
+
+def _fit_presence(images: list[tuple[float, bool]], temperature: float, specificity: float | None) -> dict[str, Any]:
+    """Return the fields of a Calibration about presence.
+
+    The threshold lies in the middle between the highest value that it must exclude and the next higher value.
+
+    Args:
+        images: highest logit of each image, and whether the image shows the finding.
+        temperature: logits are divided by it.
+        specificity: as for `calibrate`.
+
+    Raises:
+        ConfigError: no image is without the finding, or the model is sure of the finding in too many of them.
+    """
+    negatives = sorted(peak for peak, is_positive in images if not is_positive)
+    if specificity is None:
+        return {"num_negatives": len(negatives)}
+    if not negatives:
+        raise ConfigError(
+            f"specificity is {specificity:g}, but all validation images show the finding; add images without it (mask "
+            "none), or leave specificity out"
+        )
+    excluded = negatives[math.ceil(round(specificity * len(negatives), 9)) - 1]
+    above = [peak for peak, _ in images if peak > excluded]
+    threshold = float(_sigmoid((excluded + (min(above) if above else excluded + 1)) / 2 / temperature))
+    if not 0 < threshold < 1 or _sigmoid(excluded / temperature) >= threshold:
+        raise ConfigError(
+            f"specificity is {specificity:g}, but the model gives too many images without the finding a probability of "
+            "1, so that no threshold has it; lower it, or train with negative examples"
+        )
+    found = [(bool(_sigmoid(peak / temperature) >= threshold), is_positive) for peak, is_positive in images]
+    right = {
+        kind: [is_found == kind for is_found, is_positive in found if is_positive == kind] for kind in (True, False)
+    }
+    return {
+        "presence_threshold": threshold,
+        "specificity": round(float(np.mean(right[False])), 6),
+        "sensitivity": round(float(np.mean(right[True])), 6) if right[True] else None,
+        "num_negatives": len(negatives),
+    }
 
 
 def reliability(shares: np.ndarray, temperature: float) -> list[tuple[float, float, float]]:
@@ -240,7 +292,7 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
     from vlsm.segmentation.segmenter import Segmenter  # here: --help does not wait for torch
 
     segmenter = Segmenter(type(checkpoint)(checkpoint.model, plain, checkpoint.name))
-    calibration = calibrate(_predict(segmenter, records, reader, choice))
+    calibration = calibrate(_predict(segmenter, records, reader, choice), settings.specificity)
     calibrated = plain.model_copy(update={"threshold": calibration.threshold, "calibration": calibration})
     folder = Path(directory)
     for name, content in files.items():
@@ -261,7 +313,7 @@ def make_parser() -> argparse.ArgumentParser:
             "checkpoint calibrated --dataset own=own.csv --prompt text:polyp",
         ),
         CalibrationSettings,
-        ("prompt", "data.mask_threshold", "data.classes", "data.prompts"),
+        ("prompt", "specificity", "data.mask_threshold", "data.classes", "data.prompts"),
         "exit codes: 0 done, 1 it failed, 2 configuration or usage wrong",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory; local or s3://")
