@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.export.test_dicom_seg import make
 from vlsm.datasets.examples import ExampleReader
-from vlsm.datasets.records import Record
+from vlsm.datasets.records import NO_MASK, Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.evaluation.parts import SCORES_SCHEMA, PredictionSource
 from vlsm.evaluation.settings import EvaluateSettings
@@ -36,17 +36,19 @@ def volume(path, plane, spacing):
 def score(tmp_path):
     """Return the scores of masks, given as pairs of a record and a mask, in one part file."""
 
-    def score(*pairs, **given):
+    def score(*pairs, threshold=None, highest=(), **given):
         settings = EvaluateSettings(output="x", datasets={"d": "x"}, checkpoints=("x",), prompts=("p1",), **given)
         rows, targets = [], {}
         for number, (record, mask) in enumerate(pairs):
             row = {"image_id": str(number), "image_uri": record.image_uri, "selector": record.image_selector}
             row |= {"prompt": "polyp", "kind": "mask", "status": "ok", "model": "m", "mask_rle": encode_mask(mask)}
             row |= {"height": SIZE[0], "width": SIZE[1], "area_px": int(mask.sum()), "area_fraction": mask.mean()}
+            row |= {"max_probability": highest[number]} if highest else {}
             rows.append(row)
             targets[str(number)] = [Target(record, str(number), {"p1": "polyp"})]
         write_part(str(tmp_path), 0, rows, "run", 1)
-        return PredictionSource("s", str(tmp_path), "run", 1, targets, settings).score_part(0).to_pylist()
+        source = PredictionSource("s", str(tmp_path), "run", 1, targets, settings, threshold)
+        return source.score_part(0).to_pylist()
 
     return score
 
@@ -110,3 +112,23 @@ def test_earlier_columns_keep_their_names_and_order_and_new_ones_may_be_null():
     for name in ("nsd", "nsd_mm", "num_lesions", "matched_iou", "lesion_dice"):
         assert SCORES_SCHEMA.field(name).nullable
     assert SCORES_SCHEMA.field("num_lesions").type == pa.int32()
+
+
+def test_a_negative_record_is_scored_against_an_empty_label_of_its_images_size(score, tmp_path):
+    negative = record(png(tmp_path / "i.png", box(0, 0)), NO_MASK)
+    silent, marked = score((negative, box(0, 0) * 0), (negative, box(0, 0)), nsd_tolerance_mm=1.0)
+    names = ("status", "mask_uri", "target_fraction", "dice", "is_present", "num_components")
+    assert [silent[name] for name in names] == ["ok", "none", 0, 1, False, 0]
+    assert [marked[name] for name in names] == ["ok", "none", 0, 0, True, 1]
+    assert marked["area_fraction"] == 0.05
+
+
+def test_a_threshold_of_presence_judges_the_highest_probability_and_not_the_mask(score, tmp_path):
+    target = record(png(tmp_path / "i.png", box(0, 0)), png(tmp_path / "m.png", box(0, 0) * 255))
+    pairs = [(target, box(0, 0)), (target, box(0, 0) * 0)]
+    rows = score(*pairs, threshold=0.7, highest=(0.6, 0.8))
+    assert [(row["is_present"], row["presence_threshold"], row["max_probability"]) for row in rows] == [
+        (False, 0.7, 0.6), (True, 0.7, 0.8),
+    ]  # fmt: skip
+    assert [row["is_present"] for row in score(*pairs, threshold=0.7)] == [None, None]  # rows of an earlier version
+    assert [row["is_present"] for row in score(*pairs)] == [True, False]

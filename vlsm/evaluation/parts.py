@@ -14,6 +14,7 @@ from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.records import OWN, RECORD, Record
 from vlsm.errors import ImageError, ResultError
 from vlsm.evaluation.lesions import score_lesions
+from vlsm.evaluation.presence import judge_presence
 from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
 from vlsm.evaluation.settings import EvaluateSettings
@@ -51,6 +52,9 @@ SCORES_SCHEMA = pa.schema(
         *(pa.field(name, pa.int32()) for name in _LESION_COUNTS),
         pa.field("matched_iou", pa.float64()),
         pa.field("lesion_dice", pa.float64()),
+        pa.field("max_probability", pa.float64()),
+        pa.field("presence_threshold", pa.float64()),
+        pa.field("is_present", pa.bool_()),
         pa.field("reference_dice", pa.float64()),
         pa.field("area_fraction", pa.float64()),
         pa.field("target_fraction", pa.float64()),
@@ -61,7 +65,7 @@ SCORES_SCHEMA = pa.schema(
         pa.field("target_rle", pa.string()),
     ]
 )
-_RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle")
+_RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle", "max_probability")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class PredictionSource:
         num_parts: number of part files of the segment run.
         targets: records to score, by image_id.
         settings: settings of the evaluation.
+        presence_threshold: as in `System`.
     """
 
     system: str
@@ -83,6 +88,7 @@ class PredictionSource:
     num_parts: int
     targets: dict[str, list[Target]]
     settings: EvaluateSettings
+    presence_threshold: float | None = None
 
     def score_part(self, shard: int) -> pa.Table:
         """Return the scores of one part file, with the columns of SCORES_SCHEMA.
@@ -128,7 +134,8 @@ def open_source(system: System, settings: EvaluateSettings) -> PredictionSource:
         raise ResultError(
             f"{system.output!r} has {num_found:,} part files; its plan has {num_parts:,}; run that segment job again"
         )
-    return PredictionSource(system.name, system.output, record["run_id"], num_parts, dict(targets), settings)
+    run_id, threshold = record["run_id"], system.presence_threshold
+    return PredictionSource(system.name, system.output, run_id, num_parts, dict(targets), settings, threshold)
 
 
 def missing_rows(system: System, settings: EvaluateSettings) -> pa.Table:
@@ -191,6 +198,8 @@ def _score_target(
             yield scored | _failed(row)
             continue
         scored |= {"checkpoint": row["model"], "prompt": row["prompt"]} | {key: row[key] for key in _RUN_COLUMNS}
+        threshold = source.presence_threshold
+        scored |= {"presence_threshold": threshold, "is_present": judge_presence(row, threshold)}
         if row["mask_rle"] not in scores_by_mask:
             scores_by_mask[row["mask_rle"]] = _score_row(row, label, target.record.mask_uri, settings, spacing)
         scored |= scores_by_mask[row["mask_rle"]]

@@ -1,4 +1,4 @@
-"""Further sections of table.md: lesions."""
+"""Further sections of table.md: images without the finding, and lesions."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +21,36 @@ _LESION_COLUMNS = (
     "Dataset|Prompt|System|Lesions|Components|Matched: precision|recall|F1|Touched: precision|recall|F1|PQ"
     "|Dice per lesion"
 )
+
+_PRESENCE = """\
+## Images without the finding
+
+Some labels are empty: these records are negative. Their Dice is 1 if the mask is empty, else 0, so that **the mean Dice
+above depends on their number**; `Dice with finding` is the mean over the other records. A system says that an image
+shows the finding if its highest probability reaches `Threshold` (any: if the mask has a foreground pixel). Sensitivity
+is the share of images with the finding for which it says so, specificity the share of images without for which it does
+not. AUROC is that of the highest probability. False area is the mean share of an image without the finding that is
+marked."""
+_PRESENCE_COLUMNS = (
+    "Dataset|Prompt|System|n|negative|Dice with finding|Threshold|Sensitivity|Specificity|AUROC|False area"
+)
+
+
+def format_presence(rows: Sequence["TableRow"]) -> list[str]:
+    """Return the section about images without the finding, or none if all images show it."""
+    cells = [
+        [
+            *name_cells(row),
+            *map(str, (row.n, one.negatives_n)),
+            format_number(one.positive_dice_mean),
+            format_number(one.presence_threshold, ".3g") or "any",
+            *map(format_number, (one.sensitivity, one.specificity, one.presence_auroc)),
+            format_number(one.false_area_mean, ".2%"),
+        ]
+        for row in rows
+        if (one := row.presence).negatives_n
+    ]
+    return [_PRESENCE, format_grid(_PRESENCE_COLUMNS, cells)] if cells else []
 
 
 def format_lesions(rows: Sequence["TableRow"]) -> list[str]:

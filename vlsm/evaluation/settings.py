@@ -71,6 +71,13 @@ class EvaluateSettings(Settings):
     nsd_tolerance_mm: float | None = Field(
         None, ge=0, description="also nsd_mm with this tolerance in millimetres, for DICOM images and volumes"
     )
+    presence_threshold: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="highest probability of an image from which it counts as showing the finding, for sensitivity and "
+        "specificity; default: stored in the checkpoint (vlsm calibrate with specificity=0.95), else any foreground",
+    )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
     shard_rows: int = Field(64, ge=1, description="masks per part file at most; a rerun repeats incomplete part files")

@@ -10,8 +10,9 @@ import numpy as np
 
 from vlsm.cells import CsvWriter, markdown_cell
 from vlsm.evaluation.lesions import LesionTotals, add_lesions
+from vlsm.evaluation.presence import PresenceTotals, add_presence
 from vlsm.evaluation.prompts import HONEST, ROBUSTNESS, UPPER_BOUND
-from vlsm.evaluation.sections import format_grid, format_lesions, format_number, name_cells
+from vlsm.evaluation.sections import format_grid, format_lesions, format_number, format_presence, name_cells
 from vlsm.evaluation.settings import TOLERANCE_PX
 from vlsm.segmentation.metrics import BAD_DICE
 
@@ -40,7 +41,7 @@ class TableRow:
             the reference prompt.
         nsd_mean: normalised surface distance, over records.
         nsd_mm_n, nsd_mm_mean: the same with a tolerance in millimetres, and the number of records that have it.
-        lesions: scores of all lesions of these records; its attributes are columns of their own in the CSV.
+        lesions, presence: scores of all lesions, and of images; their attributes are columns of their own in the CSV.
     """
 
     dataset: str
@@ -72,6 +73,7 @@ class TableRow:
     nsd_mm_n: int
     nsd_mm_mean: float | None
     lesions: LesionTotals
+    presence: PresenceTotals
 
 
 def compare(rows: Rows, baseline: str, resamples: int, seed: int) -> list[TableRow]:
@@ -129,6 +131,7 @@ def _summarize(key: tuple[str, str, str], rows: Rows, baseline_rows: Rows, boots
         nsd_mm_n=len(nsd_mm),
         nsd_mm_mean=_mean(nsd_mm),
         lesions=add_lesions(scored),
+        presence=add_presence(scored),
     )
 
 
@@ -172,7 +175,7 @@ def _compare_pairs(rows: Rows, baseline_rows: Rows) -> tuple[float | None, int |
     return float(differences.mean()), len(pairs), p
 
 
-_GROUPS = {"lesions": LesionTotals}  # attributes of a TableRow that are several columns
+_GROUPS = {"lesions": LesionTotals, "presence": PresenceTotals}  # attributes of a TableRow that are several columns
 
 
 def format_csv(rows: Iterable[TableRow]) -> str:
@@ -197,11 +200,12 @@ Hausdorff distance) and ASD (average symmetric surface distance) are medians in 
 parentheses. NSD (normalised surface distance) is the share of both outlines within {tolerances} of each other, as a
 mean over records. If mask and label are both empty, overlaps and NSD are 1 and distances are 0. If exactly one of them
 is empty, overlaps and NSD are 0 and there is no distance. Failed records are counted beside n and are in no other
-number. Difference is mean Dice minus the mean Dice of the baseline, {baseline}, over the records that both systems have
-scored. p is Wilcoxon's signed-rank test of these pairs, two-sided and **not corrected** for the number of comparisons.
-The best mean Dice of a dataset and prompt is bold. Review is the number of masks that the column `review` marks for
-review. The parentheses hold two shares: marked masks with a Dice below 0.7, among all marked masks; and the same masks,
-among all masks with a Dice below 0.7.
+number. Negative records, whose label is empty, are counted beside n too; their Dice is in the means. Difference is mean
+Dice minus the mean Dice of the baseline, {baseline}, over the records that both systems have scored. p is Wilcoxon's
+signed-rank test of these pairs, two-sided and **not corrected** for the number of comparisons. The best mean Dice of a
+dataset and prompt is bold. Review is the number of masks that the column `review` marks for review. The parentheses
+hold two shares: marked masks with a Dice below 0.7, among all marked masks; and the same masks, among all masks with a
+Dice below 0.7.
 """
 _HEADINGS = {
     HONEST: "## Prompts that are also available for an unlabelled archive",
@@ -248,12 +252,14 @@ def format_markdown(
             )
         columns = _ROBUSTNESS_COLUMNS if prompt_class == ROBUSTNESS else _COLUMNS
         sections.append(format_grid(columns, [_cells(row, section_rows) for row in section_rows]))
-    sections += format_lesions([row for row in rows if row.prompt_class != ROBUSTNESS])
+    main = [row for row in rows if row.prompt_class != ROBUSTNESS]
+    sections += [*format_presence(main), *format_lesions(main)]
     return "\n\n".join(sections) + "\n"
 
 
 def _cells(row: TableRow, section_rows: Sequence[TableRow]) -> list[str]:
-    start = [*name_cells(row), f"{row.n} ({row.n_failed})"]
+    negative = f", {row.presence.negatives_n} negative" if row.presence.negatives_n else ""
+    start = [*name_cells(row), f"{row.n} ({row.n_failed}){negative}"]
     dice = format_number(row.dice_mean)
     if _is_best(row, section_rows):
         dice = f"**{dice}**"
