@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import CheckpointError, ConfigError, ImageError, ManifestError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
+from vlsm.segmentation.presence import fit_presence
 from vlsm.shown import say, say_error
 from vlsm.training.origin import describe_differences_to_training
 from vlsm.training.sampling import find_prompt
@@ -89,6 +89,7 @@ def calibrate(examples: Iterable[Labelled], specificity: float | None = None) ->
         ConfigError: there are no examples, or no threshold has the specificity.
     """
     counted = [(_count(*example), float(example[0].max()), bool(example[1].any())) for example in examples]
+    images = [(peak, is_positive) for _, peak, is_positive in counted]
     counts = np.array([count for count, *_ in counted])  # (N, 2, bins): background, foreground
     if not len(counts):
         raise ConfigError("there are no labelled images; calibration needs one or more in the validation splits")
@@ -115,49 +116,9 @@ def calibrate(examples: Iterable[Labelled], specificity: float | None = None) ->
         min_confidence=_min_confidence(counts, best, temperature, dice[:, best]),
         area_fraction=tuple(np.percentile(areas, _USUAL_AREAS).round(5).tolist()),
         reliability=after,
-        **_fit_presence([each[1:] for each in counted], round(temperature, 4), specificity),
+        **({} if specificity is None else fit_presence(images, round(temperature, 4), specificity)),
+        num_negatives=sum(not is_positive for _, is_positive in images),
     )
-
-
-def _fit_presence(images: list[tuple[float, bool]], temperature: float, specificity: float | None) -> dict[str, Any]:
-    """Return the fields of a Calibration about presence.
-
-    The threshold lies in the middle between the highest value that it must exclude and the next higher value.
-
-    Args:
-        images: highest logit of each image, and whether the image shows the finding.
-        temperature: logits are divided by it.
-        specificity: as for `calibrate`.
-
-    Raises:
-        ConfigError: no image is without the finding, or the model is sure of the finding in too many of them.
-    """
-    negatives = sorted(peak for peak, is_positive in images if not is_positive)
-    if specificity is None:
-        return {"num_negatives": len(negatives)}
-    if not negatives:
-        raise ConfigError(
-            f"specificity is {specificity:g}, but all validation images show the finding; add images without it (mask "
-            "none), or leave specificity out"
-        )
-    excluded = negatives[math.ceil(round(specificity * len(negatives), 9)) - 1]
-    above = [peak for peak, _ in images if peak > excluded]
-    threshold = float(_sigmoid((excluded + (min(above) if above else excluded + 1)) / 2 / temperature))
-    if not 0 < threshold < 1 or _sigmoid(excluded / temperature) >= threshold:
-        raise ConfigError(
-            f"specificity is {specificity:g}, but the model gives too many images without the finding a probability of "
-            "1, so that no threshold has it; lower it, or train with negative examples"
-        )
-    found = [(bool(_sigmoid(peak / temperature) >= threshold), is_positive) for peak, is_positive in images]
-    right = {
-        kind: [is_found == kind for is_found, is_positive in found if is_positive == kind] for kind in (True, False)
-    }
-    return {
-        "presence_threshold": threshold,
-        "specificity": round(float(np.mean(right[False])), 6),
-        "sensitivity": round(float(np.mean(right[True])), 6) if right[True] else None,
-        "num_negatives": len(negatives),
-    }
 
 
 def reliability(shares: np.ndarray, temperature: float) -> list[tuple[float, float, float]]:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.evaluation.test_tables import score
-from vlsm.evaluation.presence import add_presence, judge_presence
+from vlsm.evaluation.presence import add_presence
 from vlsm.evaluation.tables import compare, format_csv, format_markdown
+from vlsm.segmentation.presence import judge_presence
 
 
 def row(target, area, highest=None, **more):

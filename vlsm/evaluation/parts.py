@@ -14,7 +14,6 @@ from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.records import OWN, RECORD, Record
 from vlsm.errors import ImageError, ResultError
 from vlsm.evaluation.lesions import score_lesions
-from vlsm.evaluation.presence import judge_presence
 from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
 from vlsm.evaluation.settings import EvaluateSettings
@@ -23,6 +22,7 @@ from vlsm.runs.plan import plan_of
 from vlsm.runs.record import read_record
 from vlsm.runs.results import decode_ok_row, part_name, read_part
 from vlsm.segmentation.masks import encode_mask
+from vlsm.segmentation.presence import judge_presence
 from vlsm.shown import hide_secrets, public_uri
 
 _SCORE_COLUMNS = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px", "nsd", "nsd_mm")

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from vlsm.segmentation.presence import judge_presence
+
 
 @dataclass(frozen=True)
 class PresenceTotals:
@@ -40,19 +42,6 @@ class PresenceTotals:
     presence_auroc: float | None
     false_area_mean: float | None
     presence_threshold: float | None
-
-
-def judge_presence(row: Mapping[str, Any], threshold: float | None) -> bool | None:
-    """Return whether a system says that an image shows the finding, or None if nobody knows.
-
-    Args:
-        row: of a segment run, with the columns area_fraction and max_probability.
-        threshold: highest probability from which it does; None: any foreground pixel counts.
-    """
-    value, least = (row["area_fraction"], 0.0) if threshold is None else (row["max_probability"], threshold)
-    if value is None:
-        return None
-    return bool(value > least) if threshold is None else bool(value >= least)
 
 
 def add_presence(rows: Iterable[Mapping[str, Any]]) -> PresenceTotals:
