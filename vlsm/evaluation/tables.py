@@ -96,9 +96,7 @@ def compare(rows: Rows, baseline: str, resamples: int, seed: int) -> list[TableR
 def _summarize(key: tuple[str, str, str], rows: Rows, baseline_rows: Rows, bootstrap: tuple[int, int]) -> TableRow:
     scored = [row for row in rows if row["status"] == "ok"]
     dice = _values(scored, "dice")
-    hd95, asd, nsd_mm, references = (
-        _values(scored, name) for name in ("hd95_px", "asd_px", "nsd_mm", "reference_dice")
-    )
+    hd95, asd, nsd_mm = (_values(scored, name) for name in ("hd95_px", "asd_px", "nsd_mm"))
     low, high = _interval(dice, *bootstrap)
     is_baseline = rows is baseline_rows
     difference, difference_n, p = (None, None, None) if is_baseline else _compare_pairs(scored, baseline_rows)
@@ -126,7 +124,7 @@ def _summarize(key: tuple[str, str, str], rows: Rows, baseline_rows: Rows, boots
         review_n=sum(row["review"] is not None for row in scored),
         bad_n=int((dice < BAD_DICE).sum()),
         bad_found=sum(row["review"] is not None and row["dice"] < BAD_DICE for row in scored),
-        reference_dice_mean=_mean(references),
+        reference_dice_mean=_mean(_values(scored, "reference_dice")),
         nsd_mean=_mean(_values(scored, "nsd")),
         nsd_mm_n=len(nsd_mm),
         nsd_mm_mean=_mean(nsd_mm),
@@ -227,7 +225,7 @@ def format_markdown(
     telling: Mapping[tuple[str, str], str],
     tolerances: tuple[float, float | None] = (TOLERANCE_PX, None),
 ) -> str:
-    """Return the table as Markdown, in three sections: honest prompts, upper bounds, robustness. Lesions follow.
+    """Return the table as Markdown, in three sections: honest prompts, upper bounds, robustness. Two more follow.
 
     Args:
         rows: rows of the table, from `compare`.
@@ -235,8 +233,9 @@ def format_markdown(
         telling: prompts that reveal the answer, from `find_telling`.
         tolerances: of the normalised surface distance, in pixels and in mm.
     """
-    within = " or ".join(f"{value:g} {unit}" for value, unit in zip(tolerances, ("pixels", "mm"), strict=True) if value)
-    rules = _RULES.format(baseline=markdown_cell(baseline), tolerances=within or "0 pixels")
+    units = zip(tolerances, ("pixels", "mm"), strict=True)
+    within = " or ".join(f"{value:g} {unit}" for value, unit in units if value is not None)
+    rules = _RULES.format(baseline=markdown_cell(baseline), tolerances=within)
     sections = ["# Scores", rules.strip()]
     for prompt_class, heading in _HEADINGS.items():
         section_rows = [row for row in rows if row.prompt_class == prompt_class]
