@@ -30,7 +30,7 @@ from vlsm.training.history import Row, describe_epoch, summarize
 from vlsm.training.learner import Learner, NotFiniteError, Score
 from vlsm.training.memory import explain_out_of_memory
 from vlsm.training.parallel import describe_batch_norms, gather, is_sharded
-from vlsm.training.run import build_learning_model, default_prompt, read_examples
+from vlsm.training.run import build_learning_model, default_prompt, read_examples, read_negatives
 from vlsm.training.sampling import ExampleOrder, MicroBatch
 from vlsm.training.settings import TrainSettings
 from vlsm.training.staging import stage
@@ -116,7 +116,8 @@ class Worker:
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         prepare_streams(self.num_workers)
         self.records = read_examples(self.output)
-        self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers)
+        are_negative = read_negatives(self.output) if self.settings.data.negatives is not None else None
+        self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers, are_negative)
         self.device = ray.train.torch.get_device()
         if self.rank == 0:  # in this process the log of warnings leads only to a file of Ray
             logging.getLogger("vlsm").addHandler(_Warnings(self.say))

@@ -213,3 +213,30 @@ def test_a_calibration_ends_with_sentences_for_people():
     text = "\n".join(calibration.describe_calibration(found, "calibrated"))
     for words in ("temperature 1.25: ", "threshold 0.4: ", "0.1 % to 100 % of the image", "1 validation image;"):
         assert words in text
+
+
+def peaks(*values, is_positive):
+    """Images of 12 x 12 pixels with a highest logit each, and a target or none."""
+    for value in values:
+        logits, mask = np.full((12, 12), -6.0), np.zeros((12, 12), np.uint8)
+        logits[2:6, 2:6], mask[2:6, 2:6] = value, is_positive
+        yield logits, mask
+
+
+@pytest.mark.parametrize(("specificity", "right", "sensitivity"), [(1.0, 1.0, 0.5), (0.75, 0.75, 0.75), (0.5, 0.5, 1)])
+def test_the_threshold_of_presence_is_the_lowest_with_the_specificity(specificity, right, sensitivity):
+    images = [*peaks(-3, -2, 0, 3, is_positive=False), *peaks(-1, 1, 4, 5, is_positive=True)]
+    found = calibrate(images, specificity)
+    assert (found.specificity, found.sensitivity, found.num_negatives) == (right, sensitivity, 4)
+    limit = found.temperature * np.log(found.presence_threshold / (1 - found.presence_threshold))
+    assert limit == pytest.approx({1.0: 3.5, 0.75: 0.5, 0.5: -1.5}[specificity], abs=0.01)
+
+
+def test_a_specificity_that_cannot_be_had_is_refused_and_none_is_asked_for_by_default():
+    positive = list(peaks(1, 2, is_positive=True))
+    with pytest.raises(ConfigError, match="all validation images show the finding"):
+        calibrate(positive, 0.9)
+    with pytest.raises(ConfigError, match="a probability of 1"):
+        calibrate([*positive, *peaks(5000, is_positive=False)], 0.9)
+    plain = calibrate([*positive, *peaks(-2, is_positive=False)])
+    assert (plain.presence_threshold, plain.specificity, plain.num_negatives) == (None, None, 1)

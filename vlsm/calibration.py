@@ -26,6 +26,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import CheckpointError, ConfigError, ImageError, ManifestError, VlsmError
 from vlsm.segmentation.metrics import BAD_DICE
+from vlsm.segmentation.presence import fit_presence
 from vlsm.shown import say, say_error
 from vlsm.training.origin import describe_differences_to_training
 from vlsm.training.sampling import find_prompt
@@ -49,6 +50,13 @@ class CalibrationSettings(Settings):
         description="record (each record's own prompt, its p1; if it has none, the checkpoint's), own (stored in the "
         "checkpoint), p0, p1, ... or text:WORDS",
     )
+    specificity: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="also store the lowest presence_threshold at which this share of the validation images without the "
+        "finding stays below it; jobs.evaluate uses it for sensitivity and specificity",
+    )
     data: DatasetSettings = DatasetSettings()
     run: PlaceSettings = PlaceSettings()
 
@@ -67,7 +75,7 @@ class CalibrationSettings(Settings):
 Labelled = tuple[np.ndarray, np.ndarray]  # logits (H, W) float and mask (H, W) of 0 and 1
 
 
-def calibrate(examples: Iterable[Labelled]) -> Calibration:
+def calibrate(examples: Iterable[Labelled], specificity: float | None = None) -> Calibration:
     """Return the temperature and the threshold that fit labelled images best, with their statistics.
 
     The temperature maximises the mean log-likelihood of the pixels (Guo et al. 2017, equation 9); every image has the
@@ -76,11 +84,14 @@ def calibrate(examples: Iterable[Labelled]) -> Calibration:
 
     Args:
         examples: logits at the original size of each image, and its target mask.
+        specificity: wanted share of right images among those without the finding; None for no presence threshold.
 
     Raises:
-        ConfigError: there are no examples.
+        ConfigError: there are no examples, or no threshold has the specificity.
     """
-    counts = np.array([_count(*example) for example in examples])  # (N, 2, bins): background, foreground
+    counted = [(_count(*example), float(example[0].max()), bool(example[1].any())) for example in examples]
+    images = [(peak, is_positive) for _, peak, is_positive in counted]
+    counts = np.array([count for count, *_ in counted])  # (N, 2, bins): background, foreground
     if not len(counts):
         raise ConfigError("there are no labelled images; calibration needs one or more in the validation splits")
     shares = (counts / counts.sum(axis=(1, 2), keepdims=True)).mean(axis=0)
@@ -106,6 +117,8 @@ def calibrate(examples: Iterable[Labelled]) -> Calibration:
         min_confidence=_min_confidence(counts, best, temperature, dice[:, best]),
         area_fraction=tuple(np.percentile(areas, _USUAL_AREAS).round(5).tolist()),
         reliability=after,
+        **({} if specificity is None else fit_presence(images, round(temperature, 4), specificity)),
+        num_negatives=sum(not is_positive for _, is_positive in images),
     )
 
 
@@ -242,7 +255,7 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
     from vlsm.segmentation.segmenter import Segmenter  # here: --help does not wait for torch
 
     segmenter = Segmenter(type(checkpoint)(checkpoint.model, plain, checkpoint.name))
-    calibration = calibrate(_predict(segmenter, records, reader, choice))
+    calibration = calibrate(_predict(segmenter, records, reader, choice), settings.specificity)
     calibrated = plain.model_copy(update={"threshold": calibration.threshold, "calibration": calibration})
     folder = Path(directory)
     for name, content in files.items():
@@ -280,7 +293,7 @@ def make_parser() -> argparse.ArgumentParser:
             "checkpoint calibrated --dataset own=own.csv --prompt text:polyp",
         ),
         CalibrationSettings,
-        ("prompt", "data.mask_threshold", "data.classes", "data.prompts"),
+        ("prompt", "specificity", "data.mask_threshold", "data.classes", "data.prompts"),
         "exit codes: 0 done, 1 it failed, 2 configuration or usage wrong",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory; local or s3://")

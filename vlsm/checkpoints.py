@@ -74,6 +74,11 @@ class Calibration(Settings):
         area_fraction: (low, high); the area fractions of nearly all target masks lie between them.
         reliability: for each bin the mean probability, the share of foreground and the share of all pixels; the record
             of a run leaves it out.
+        presence_threshold: an image whose highest probability reaches it counts as showing the finding; None if no
+            specificity was asked for.
+        specificity, sensitivity: shares of the validation images without and with the finding that this threshold
+            judges right.
+        num_negatives: number of validation images without the finding.
     """
 
     temperature: float = Field(gt=0)
@@ -86,6 +91,10 @@ class Calibration(Settings):
     min_confidence: float | None
     area_fraction: tuple[float, float]
     reliability: list[tuple[float, float, float]] = []
+    presence_threshold: float | None = Field(None, gt=0, lt=1)
+    specificity: float | None = None
+    sensitivity: float | None = None
+    num_negatives: int = 0
 
 
 class CheckpointSettings(Settings):

@@ -17,7 +17,7 @@ def square(top, left, side=10, size=(40, 50)):
 
 
 def test_a_mask_that_is_its_target_is_perfect():
-    assert score_mask(square(5, 5), square(5, 5)) == Scores(1, 1, 1, 1, 0, 0)
+    assert score_mask(square(5, 5), square(5, 5)) == Scores(1, 1, 1, 1, 0, 0, 1)
 
 
 def test_a_square_moved_by_three_pixels():
@@ -49,13 +49,15 @@ def test_distances_are_those_between_outlines_counted_by_hand():
 @pytest.mark.parametrize(
     ("mask", "target", "expected"),
     [
-        (False, False, Scores(1, 1, 1, 1, 0, 0)),
-        (True, False, Scores(0, 0, 0, 0, None, None)),
-        (False, True, Scores(0, 0, 0, 0, None, None)),
+        (False, False, Scores(1, 1, 1, 1, 0, 0, 1, 1)),
+        (True, False, Scores(0, 0, 0, 0, None, None, 0, 0)),
+        (False, True, Scores(0, 0, 0, 0, None, None, 0, 0)),
     ],
 )
 def test_empty_masks_follow_the_rule(mask, target, expected):
-    assert score_mask(square(5, 5) * mask, square(5, 5) * target) == expected
+    pair = square(5, 5) * mask, square(5, 5) * target
+    assert score_mask(*pair, 2, 1.0, (0.5, 0.5)) == expected
+    assert score_mask(*pair).nsd_mm is None  # without a spacing there are no millimetres
 
 
 def test_masks_of_different_sizes_are_an_error():
@@ -103,3 +105,25 @@ def test_distances_are_those_that_monai_finds(mask, target):
         asd = compute_average_surface_distance(*pair, include_background=True, symmetric=True)
         assert scores.hd95_px == pytest.approx(float(hd95), abs=1e-4)
         assert scores.asd_px == pytest.approx(float(asd), abs=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(MASKS, MASKS, st.sampled_from([0.0, 1.0, 1.5, 3.0]))
+def test_the_normalised_surface_distance_is_that_of_monai(mask, target, tolerance):
+    import torch
+    from monai.metrics import compute_surface_dice
+
+    if mask.any() and target.any():
+        pair = [torch.from_numpy(each[None, None].astype(np.float32)) for each in (mask, target)]
+        plain = compute_surface_dice(*pair, [tolerance], include_background=True)
+        in_mm = compute_surface_dice(*pair, [tolerance], include_background=True, spacing=[2.5, 0.5])
+        scores = score_mask(mask, target, tolerance, tolerance, (2.5, 0.5))
+        assert (scores.nsd, scores.nsd_mm) == pytest.approx((float(plain), float(in_mm)), abs=1e-6)
+
+
+def test_rows_and_columns_of_a_spacing_are_not_exchanged():
+    """Two lines of one row, three rows apart: 3 mm with rows of 1 mm, and 30 mm with rows of 10 mm."""
+    mask, target = np.zeros((9, 9), np.uint8), np.zeros((9, 9), np.uint8)
+    mask[2], target[5] = 1, 1
+    near, far = (score_mask(mask, target, 2, 5.0, spacing) for spacing in ((1.0, 10.0), (10.0, 1.0)))
+    assert (near.nsd, near.nsd_mm, far.nsd_mm) == (0, 1, 0)

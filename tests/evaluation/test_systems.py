@@ -57,6 +57,25 @@ def test_members_that_store_different_prompts_need_none_if_each_record_has_its_o
         plan_evaluation(make_settings(**both))
 
 
+def test_a_single_checkpoint_gives_its_threshold_of_presence_and_a_setting_replaces_it(make_settings, tmp_path):
+    folder = tmp_path / "calibrated"
+    vlsm.save_checkpoint(vlsm.build_model("pixel", image_size=32), folder, prompt="bright")
+    content = (folder / "checkpoint.yaml").read_text()
+    fitted = {"temperature": 1, "threshold": 0.5, "num_images": 2, "error_before": 0, "error_after": 0, "dice": 1}
+    fitted |= {"dice_at_half": 1, "min_confidence": None, "area_fraction": [0, 1], "reliability": []}
+    lines = [line for line in content.splitlines() if not line.startswith("calibration")]
+    calibration = json.dumps(fitted | {"presence_threshold": 0.8})
+    (folder / "checkpoint.yaml").write_text("\n".join([*lines, f"calibration: {calibration}"]) + "\n")
+
+    def thresholds(**more):
+        return [system.presence_threshold for system in plan_evaluation(make_settings(**more))[0].systems]
+
+    both = {"both": [{"checkpoint": str(folder)}, {"checkpoint": str(folder), "flip": True}]}
+    given = {"checkpoints": [str(folder)], "systems": both, "prompts": ["own"]}
+    assert thresholds(**given) == [0.8, None]
+    assert thresholds(**given, presence_threshold=0.3) == [0.3, 0.3]
+
+
 def record(dataset, prompt, **more):
     prompts = {} if prompt is None else {"p1": (prompt,)}
     return Record(dataset, "test", "list.csv, row 1", f"/{dataset}/i.png", "m.png", prompts, **more)

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import fields
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -19,8 +20,13 @@ from PIL import Image
 from tests.browser import CHROMIUM, Browser
 from vlsm.datasets.inspection import EXAMPLES_SCHEMA
 from vlsm.errors import ResultError
+from vlsm.evaluation.lesions import LesionTotals
+from vlsm.evaluation.presence import PresenceTotals
+from vlsm.evaluation.tables import TableRow
 from vlsm.report import pictures
 from vlsm.report.__main__ import main
+from vlsm.report.evaluations import _split_columns
+from vlsm.report.glossary import explain
 from vlsm.report.survey import ROW, Extremes, Sample, Survey, scan
 from vlsm.report.write import write_report
 from vlsm.runs.results import open_results, write_part
@@ -270,6 +276,21 @@ def test_the_same_run_gives_the_same_page(pages, trained, segmented, tmp_path):
         for table in scan(open_results(str(segmented))):
             survey.add(table)
     assert surveys[0].sample.rows(100) == surveys[1].sample.rows(100)
+
+
+def test_the_columns_of_a_table_are_divided_by_what_they_tell():
+    names = [field.name for field in fields(TableRow) if field.name not in ("lesions", "presence")]
+    names += [field.name for group in (LesionTotals, PresenceTotals) for field in fields(group)]
+    row = dict.fromkeys(names, 1.0) | dict.fromkeys(("dataset", "prompt_name", "prompt_class", "system"), "x")
+    tables = [list(table[0]) for table in _split_columns([row])]
+    assert len(tables) == 4 and set().union(*tables) == set(names)
+    main, more, presence, lesions = (set(table) for table in tables)
+    assert {"dice_mean", "negatives_n"} <= main and {"hd95_median", "nsd_mean"} <= more
+    assert {"sensitivity", "presence_auroc"} <= presence and {"panoptic_quality", "touch_f1"} <= lesions
+    assert all({"dataset", "system"} <= set(table) for table in tables)
+    earlier = {name: value for name, value in row.items() if name in names[:25]}
+    assert len(_split_columns([earlier])) == 2
+    assert all(map(explain, (presence | lesions) - main))
 
 
 def test_an_evaluation_without_its_table_has_a_page(evaluated, tmp_path):

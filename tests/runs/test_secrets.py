@@ -4,6 +4,7 @@ import csv
 import http.server
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from vlsm.datasets.overview import Overview, describe_overview
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ManifestError
+from vlsm.evaluation.lesions import add_lesions
+from vlsm.evaluation.presence import add_presence
 from vlsm.evaluation.sweep import COLUMNS, write_csv
 from vlsm.evaluation.tables import TableRow, format_csv, format_markdown
 from vlsm.export import export_masks
@@ -274,6 +277,9 @@ FORMULAS = ["=1+1", "-5", "@x", "+1", "\t=1", "＝1", "'=1", "a\r=b", '<a href="
 def table_row(text):
     values = {name: None for name in TableRow.__dataclass_fields__} | {"n": 1, "n_failed": 0, "review_n": 0}
     names = {"dataset": text, "prompt_name": text, "prompt_class": "honest", "system": text}
+    lesion = {"num_lesions": 1, "num_components": 1, "num_matched": 1, "num_found": 1, "num_right": 1}
+    values |= {"lesions": add_lesions([lesion | {"matched_iou": 1.0, "lesion_dice": 1.0}])}
+    values |= {"presence": replace(add_presence([]), negatives_n=1)}  # so that all sections are there
     return TableRow(**values | names | {"difference": -0.5, "hd95_n": 0, "asd_n": 0, "bad_n": 0, "bad_found": 0})
 
 

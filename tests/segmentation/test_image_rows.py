@@ -59,12 +59,17 @@ def test_the_record_of_a_mask_is_what_pycocotools_reads():
     assert record.bbox == [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
     assert record.confidence == pytest.approx(probabilities(logits, (32, 48))[mask == 1].mean(), abs=1e-6)
     assert record.agreement is None
+    assert record.max_probability == pytest.approx(probabilities(logits, (32, 48)).max(), abs=1e-6)
 
 
 def test_an_empty_mask_has_no_box_and_no_confidence():
     (record,) = describe([np.full((1, 8, 8), -4.0)], (10, 12), make_settings())
     assert (0, 0.0, None, None) == (record.area_px, record.area_fraction, record.bbox, record.confidence)
     assert not decode_mask(record.mask_rle, (10, 12)).any()
+    assert record.max_probability == pytest.approx(1 / (1 + np.exp(4)))
+    assert (
+        record.max_probability < describe([np.full((1, 8, 8), 20.0)], (10, 12), make_settings())[0].max_probability < 1
+    )
 
 
 def test_members_are_joined_by_the_weighted_mean_at_the_images_size():
@@ -74,6 +79,7 @@ def test_members_are_joined_by_the_weighted_mean_at_the_images_size():
     mean = (own[0] + 2 * own[1] + own[2]) / 4
     assert differing(decode_mask(found.mask_rle, size), mean >= 0.6) < 0.001
     assert found.confidence == pytest.approx(mean[mean >= 0.6].mean(), abs=1e-3)
+    assert found.max_probability == pytest.approx(mean.max(), abs=1e-3)
     masks = [one >= 0.6 for one in own]
     dices = [2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in itertools.combinations(masks, 2)]
     assert found.agreement == pytest.approx(np.mean(dices), abs=1e-3)
@@ -81,6 +87,8 @@ def test_members_are_joined_by_the_weighted_mean_at_the_images_size():
     for row, mask in zip(rows, masks, strict=True):
         assert differing(decode_mask(row.mask_rle, size), mask) < 0.001
         assert row.agreement is None
+    highest = [one.max() for one in own]
+    assert [row.max_probability for row in rows] == pytest.approx(highest, abs=1e-3)
 
 
 @pytest.mark.parametrize(("weights", "least"), [([1, 1, 1], 2), ([0.1, 0.1, 0.2], 3), ([3, 1, 1], 1)])

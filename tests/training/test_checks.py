@@ -11,7 +11,7 @@ from vlsm.datasets.inspection import inspect_record
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.models import build_model
 from vlsm.training.checks import check_batch_norms, check_sampling, warn_of_places
-from vlsm.training.run import prepare_training
+from vlsm.training.run import prepare_training, read_negatives
 from vlsm.training.sampling import ExampleOrder, draw_order, weigh_datasets
 from vlsm.training.settings import TrainSettings
 
@@ -70,6 +70,30 @@ def test_empty_masks_are_accepted_when_they_are_meant(dataset, caplog):
         prepare(uri)
     assert len(prepare(uri, data={"allow_empty_masks": True})) == 3
     assert any("1 of 1 val masks are empty" in message for message in caplog.messages)
+
+
+def test_a_share_of_negative_examples_needs_both_kinds(dataset, caplog):
+    caplog.set_level(logging.INFO, logger="vlsm")
+    with pytest.raises(ConfigError, match=r"data.negatives is 0.5, but none of the 3 train examples are negative"):
+        prepare(dataset(train=[255, 255, 255], val=[255]), data={"negatives": 0.5})
+    assert len(prepare(dataset(train=[255, 255, 0], val=[255]), data={"negatives": 0.5})) == 4
+    line = "1 of 3 train examples are negative: their mask is empty; data.negatives makes them 50% of an epoch"
+    assert line in caplog.messages
+
+
+def test_a_training_without_any_finding_is_refused(dataset):
+    uri = dataset(train=[255, 255], val=[255])
+    uri.write_text(uri.read_text().replace("masks/train0.png", "none").replace("masks/train1.png", "none"))
+    with pytest.raises(ConfigError, match="all 2 train records say that their image does not show the finding"):
+        prepare(uri)
+
+
+def test_negative_records_are_known_to_the_sampler(dataset):
+    uri = dataset(train=[255, 255, 0, 255], val=[255])
+    uri.write_text(uri.read_text().replace("masks/train0.png", "none"))
+    records = prepare(uri)
+    assert read_negatives(str(uri.parent / "out")) == [True, False, True, False, False]
+    assert [record.is_negative for record in records] == [True, False, False, False, False]
 
 
 def test_normal_images_in_a_split_are_no_fault(dataset):

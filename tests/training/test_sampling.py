@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlsm.datasets.records import Record
+from vlsm.datasets.records import NO_MASK, Record
 from vlsm.errors import ConfigError, ManifestError
 from vlsm.training.sampling import ExampleOrder, choose_prompt, cut_batches
 from vlsm.training.settings import DataSettings, TrainSettings
@@ -170,3 +170,52 @@ def test_settings_that_cannot_be_are_refused(changes, message):
         load_settings(
             TrainSettings, None, [], {"output": "o", "datasets": {"a": "a", "b": "b"}, "model": "unet"} | changes
         )
+
+
+def mixed(num_negative, num_positive, dataset="a"):
+    """Train records of a dataset of which the first ones are negative."""
+    records = make_records(**{f"train_{dataset}": num_negative + num_positive})
+    return [
+        dataclasses.replace(record, mask_uri=NO_MASK if number < num_negative else "mask.png")
+        for number, record in enumerate(records)
+    ]
+
+
+def drawn(records, settings, epoch=0, are_negative=None):
+    return Counter(used(ExampleOrder(records, settings, are_negative=are_negative).train(epoch)))
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.1, 2), (0.5, 10), (0.9, 18)])
+@pytest.mark.parametrize("num_negative", [3, 15])
+def test_negative_examples_have_their_share_and_repeat_only_after_all_were_used(share, expected, num_negative):
+    counts = drawn(mixed(num_negative, 20 - num_negative), make_settings(data={"negatives": share}))
+    negative = {number: count for number, count in counts.items() if number < num_negative}
+    positive = {number: count for number, count in counts.items() if number >= num_negative}
+    assert (sum(negative.values()), sum(positive.values())) == (expected, 20 - expected)
+    for kind, size in ((negative, num_negative), (positive, 20 - num_negative)):
+        times = [kind.get(number, 0) for number in range(20) if (number < num_negative) == (kind is negative)]
+        assert max(times) - min(times) <= 1 and len(times) == size
+
+
+def test_without_a_share_each_example_comes_once_and_the_order_is_as_in_earlier_versions():
+    records = mixed(5, 15)
+    assert set(drawn(records, make_settings()).values()) == {1}
+    order = used(ExampleOrder(records, make_settings(seed=3)).train(2))
+    assert order == np.random.default_rng([3, 2]).permutation(np.arange(20)).tolist()
+
+
+def test_masks_that_are_empty_count_as_negative_where_they_are_known():
+    records = make_records(train_a=10)
+    are_negative = [number == 4 for number in range(10)]
+    counts = drawn(records, make_settings(data={"negatives": 0.3}), are_negative=are_negative)
+    assert counts[4] == 3 and counts.total() == 10
+
+
+def test_the_share_holds_in_each_dataset_that_has_both_kinds():
+    records = [*mixed(2, 8, "a"), *mixed(0, 10, "b"), *mixed(10, 0, "c")]
+    settings = make_settings(
+        datasets=dict.fromkeys("abc", "x"), data={"negatives": 0.5, "sampling": {"a": 2, "b": 1, "c": 1}}
+    )
+    counts = drawn(records, settings)
+    parts = [sum(counts[number] for number in part) for part in (range(2), range(2, 10), range(10, 20), range(20, 30))]
+    assert parts in ([8, 7, 7, 8], [7, 8, 8, 7], [8, 7, 8, 7])  # half of a dataset's 15, rounded

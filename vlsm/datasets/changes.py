@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from vlsm import storage
 from vlsm.datasets.inspection import Facts, records_from_table
-from vlsm.datasets.records import Record
+from vlsm.datasets.records import Record, locations_of
 from vlsm.shown import public_uri
 from vlsm.words import count
 
@@ -40,7 +40,7 @@ def list_versions(records: Sequence[Record]) -> list[Versions]:
         return folders[folder].get(name, "")
 
     return [
-        (version_of(record.image_uri) or None, " ".join(map(version_of, (record.mask_uri, *record.more_masks))) or None)
+        (version_of(record.image_uri) or None, " ".join(map(version_of, record.mask_uris)) or None)
         for record in records
     ]
 
@@ -102,9 +102,7 @@ def describe_changed_files(table: pa.Table, inspect: Inspect) -> list[str]:
 
 def renew_signatures(records: Sequence[Record], current: Iterable[Record]) -> list[Record]:
     """Return the records of a run with the locations that its datasets give them now: signatures expire."""
-    now = {
-        public_uri(uri): uri for record in current for uri in (record.image_uri, record.mask_uri, *record.more_masks)
-    }
+    now = {public_uri(uri): uri for record in current for uri in locations_of(record)}
     return [
         replace(
             record,

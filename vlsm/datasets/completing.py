@@ -12,10 +12,10 @@ import numpy as np
 
 from vlsm.datasets.classes import labels_of, split_by_class
 from vlsm.datasets.examples import ExampleReader
-from vlsm.datasets.joining import find_several_masks, join_masks
+from vlsm.datasets.joining import find_contradictions, find_several_masks, join_masks
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
-from vlsm.errors import ConfigError, ImageError
+from vlsm.errors import ConfigError, ImageError, ManifestError
 from vlsm.images.stored import COLOURS
 from vlsm.words import count
 
@@ -57,11 +57,13 @@ def complete_records(name: str, records: list[Record], settings: DatasetSettings
 
     Raises:
         ConfigError: data.absent_classes leaves no record.
-        ManifestError: masks cannot be joined.
+        ManifestError: masks cannot be joined, or a record says that an image does not show what another one marks.
     """
     if settings.absent_classes == "skip":
         records = _leave_out_absent(name, records, settings)
     records = _give_prompts(name, records, settings)
+    if contradictions := list(find_contradictions(records)):
+        raise ManifestError(f"dataset {name}: {'; '.join(contradictions[:_SHOWN])}")
     if settings.join_masks:
         joined = join_masks(records)
         logger.info("dataset %s: %s joined to %d (data.join_masks)", name, count(len(records), "record"), len(joined))
@@ -78,13 +80,17 @@ def complete_records(name: str, records: list[Record], settings: DatasetSettings
 def _leave_out_absent(name: str, records: list[Record], settings: DatasetSettings) -> list[Record]:
     """Return the records without those whose class is not in their image. Those of broken masks stay for the checks.
 
+    Negative records stay too: the dataset names them as examples.
+
     Raises:
         ConfigError: no record remains.
     """
     reader = ExampleReader(settings)
     by_mask = defaultdict[Any, list[Record]](list)
     for record in records:
-        if record.labels and record.mask_selector is None:  # slices were chosen when their volume was read
+        if (
+            record.labels and record.mask_selector is None and not record.is_negative
+        ):  # slices were chosen when their volume was read
             by_mask[record.mask_uri, record.more_masks].append(record)
 
     def find_absent(same: Sequence[Record]) -> list[Record]:

@@ -13,6 +13,7 @@ The label is one of these:
 A frame without the class is left out, unless `data.absent_classes` is "empty".
 """
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -115,6 +116,9 @@ class _Labels:
             ManifestError: the label does not fit the image.
         """
         record = replace(record, image_uri=record.image_uri.rstrip("/"))
+        if record.is_negative:
+            yield from self._of_negative(record)
+            return
         if is_volume(record.mask_uri):
             yield from _of_volume(record, self._frames(record.image_uri), self._settings)
             return
@@ -127,6 +131,14 @@ class _Labels:
         for uri, label in opened.items():
             if isinstance(label, Segmentation):
                 yield from _of_segmentation(replace(record, mask_uri=uri, more_masks=()), frames, label)
+
+    def _of_negative(self, record: Record) -> Iterator[Record]:
+        """Yield the records of the frames of a file or series that does not show the finding."""
+        frames = list[Frame]()
+        with contextlib.suppress(ImageError):  # a picture without an ending; what is broken says so when it is read
+            frames = self._frames(record.image_uri)
+        is_single = len(frames) == 1 and frames[0].uri == record.image_uri
+        yield from [record] if is_single or not frames else (_record_of(record, frame) for frame in frames)
 
     def _of_plain(self, record: Record, counts: list[int]) -> Iterator[Record]:
         """Yield the records of an image whose masks are DICOM objects with stored values."""
@@ -153,7 +165,7 @@ def _record_of(record: Record, frame: Frame, what: str = "", **fields: object) -
         where=f"{record.where}, {what}{place_name}",
         image_uri=frame.uri,
         image_selector=frame.selector,
-        group=record.group or (record.mask_uri if is_whole else record.image_uri),
+        group=record.group or (record.mask_uri if is_whole and not record.is_negative else record.image_uri),
         **fields,  # type: ignore[arg-type]
     )
 

@@ -7,6 +7,7 @@ import numpy as np
 from vlsm.config import RunSettings
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
+from vlsm.datasets.spacing import read_spacing
 from vlsm.errors import ImageError
 from vlsm.images.decode import orientation_of
 from vlsm.images.reader import Content, Reader
@@ -76,7 +77,7 @@ class ExampleReader:
         content, frame = self._images.open({"image_uri": record.image_uri, "selector": record.image_selector})
         image = content.decode(frame).pixels
         orientation = _orientation(content)
-        target = self.read_mask(record)
+        target = Mask(np.zeros(image.shape[:2], np.uint8)) if record.is_negative else self.read_mask(record)
         mask, is_turned = target.mask, False
         if mask.shape != image.shape[:2] and orientation > 1 and target.orientation == 1:
             mask, is_turned = upright(mask, orientation), True
@@ -90,10 +91,15 @@ class ExampleReader:
     def read_mask(self, record: Record) -> Mask:
         """Return the mask of a record as its file holds it; a pixel of any of several masks is foreground.
 
+        The mask of a negative record is empty and has the size of its image, which is read for it.
+
         Raises:
             ImageError: a file cannot be read, or several masks differ in size ("size").
             StorageError: the store was unavailable for too long.
         """
+        if record.is_negative:
+            content, frame = self._images.open({"image_uri": record.image_uri, "selector": record.image_selector})
+            return Mask(np.zeros(content.decode(frame).pixels.shape[:2], np.uint8))
         if record.mask_rle is not None:
             size = record.mask_size or (0, 0)
             check_pixels(size, record.where, self._settings.max_pixels)
@@ -113,6 +119,23 @@ class ExampleReader:
             "+".join(mask.sha256 for mask in masks),
             max(mask.orientation for mask in masks),
         )
+
+    def read_spacing(self, record: Record) -> tuple[float, float] | None:
+        """Return the distance between rows, and between columns, in mm: of the mask's file, else of the image's.
+
+        None if neither states it.
+
+        Raises:
+            ImageError: a file cannot be read.
+            StorageError: the store was unavailable for too long.
+        """
+        has_file = record.mask_rle is None and not record.is_negative
+        masks = [(self._masks, record.mask_uri, record.mask_selector)] if has_file else []
+        for reader, uri, selector in (*masks, (self._images, record.image_uri, record.image_selector)):
+            content, frame = reader.open({"image_uri": uri, "selector": selector})
+            if (spacing := read_spacing(content, frame, self._settings.slices)) is not None:
+                return spacing
+        return None
 
     def _read_mask(self, record: Record, uri: str) -> Mask:
         content, frame = self._masks.open({"image_uri": uri, "selector": record.mask_selector})

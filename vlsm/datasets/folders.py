@@ -3,13 +3,14 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlsm import storage
 from vlsm.archive.listing import list_files
 from vlsm.datasets.classes import Labels, labels_of, split_by_class
-from vlsm.datasets.pairing import Pair, Pairing, pair_by_stem
-from vlsm.datasets.records import Record
+from vlsm.datasets.pairing import Pair, Pairing, pair_by_stem, split_of_image
+from vlsm.datasets.records import NO_MASK, Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.documents import read_json
 from vlsm.errors import ManifestError
@@ -58,7 +59,9 @@ def read_folder(
     """Yield a record for each pair, or for each of its classes, and an error for files that make no pair.
 
     Images without a mask, and masks without an image, are errors if data.skip_unpaired is false. All images of a split
-    that has no masks at all are left out, as published test images often are. The log tells what is left out.
+    that has no masks at all are left out, as published test images often are. The log tells what is left out. With
+    data.unmasked_images=negative, the images without a mask in splits with masks are negative records. Then a mask
+    without an image is always an error: it may be the mask that such an image lacks.
 
     Args:
         name: name of the dataset.
@@ -72,16 +75,28 @@ def read_folder(
     """
     has_labels = pairing.is_nnunet and _NNUNET_FILE in paths and not labels_of(settings.classes, name)
     labels = _read_nnunet_labels(name, storage.join(uri, _NNUNET_FILE)) if has_labels else {}
-    for pair in pairing.pairs:
+    pairs = [*pairing.pairs, *(_negatives(name, pairing) if settings.unmasked_images == "negative" else ())]
+    for pair in sorted(pairs, key=lambda pair: pair.image):
         record = _to_record(name, uri, pair)
         yield from split_by_class(record, labels) if labels else [record]
+    if settings.unmasked_images == "negative":
+        pairing = replace(pairing, lone_images=[])
     yield from _problems(pairing, settings)
     _tell_others(name, paths, pairing)
 
 
 def _to_record(name: str, uri: str, pair: Pair) -> Record:
     image, *masks = (storage.join(uri, path) for path in (pair.image, *pair.masks))
-    return Record(name, pair.split, f"{uri}, {pair.image}", image, masks[0], {}, more_masks=tuple(masks[1:]))
+    mask_uri = masks[0] if masks else NO_MASK
+    return Record(name, pair.split, f"{uri}, {pair.image}", image, mask_uri, {}, more_masks=tuple(masks[1:]))
+
+
+def _negatives(name: str, pairing: Pairing) -> list[Pair]:
+    """Return the images without a mask as pairs without masks, and log their number."""
+    if images := pairing.lone_images:
+        logger.info("dataset %s: %d of %d images have no mask: they do not show the finding (data.unmasked_images)",
+                    name, len(images), len(images) + len(pairing.pairs))  # fmt: skip
+    return [Pair(split_of_image(path), path, ()) for path in images]
 
 
 def _problems(pairing: Pairing, settings: DatasetSettings) -> Iterator[ManifestError]:
@@ -93,10 +108,15 @@ def _problems(pairing: Pairing, settings: DatasetSettings) -> Iterator[ManifestE
         (pairing.lone_images, f"no mask for {len(pairing.lone_images):,} of {count(total, 'image')}"),
         (pairing.lone_masks, f"no image for {count(len(pairing.lone_masks), 'mask')}"),
     ):
-        if lone and settings.skip_unpaired:
+        if lone and settings.skip_unpaired and settings.unmasked_images is None:
             logger.warning("%s: left out (data.skip_unpaired): %s", sentence, _examples(lone))
         elif lone:
-            yield ManifestError(f"{sentence} ({_examples(lone)}); --set data.skip_unpaired=true leaves them out")
+            advice = (
+                "correct their names" if settings.unmasked_images else "--set data.skip_unpaired=true leaves them out"
+            )
+            if lone is pairing.lone_images:
+                advice += ", --set data.unmasked_images=negative takes them as images without the finding"
+            yield ManifestError(f"{sentence} ({_examples(lone)}); {advice}")
 
 
 def _tell_others(name: str, paths: Sequence[str], pairing: Pairing) -> None:

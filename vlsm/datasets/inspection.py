@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlsm.datasets.examples import ExampleReader
-from vlsm.datasets.mask_checks import check_masks, find_useless_masks, list_values, mask_key
+from vlsm.datasets.mask_checks import check_masks, find_all_negative, find_useless_masks, list_values, mask_key
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ConfigError, ImageError
@@ -107,7 +107,7 @@ def require_foreground(records: Sequence[Record], reader: ExampleReader, setting
     Only the mask files are read.
     """
     facts = [_inspect_mask(record, reader) for record in records]
-    useless = find_useless_masks(records, facts, settings.mask_threshold)
+    useless = find_useless_masks(records, facts, settings.mask_threshold) + find_all_negative(records, facts)
     if useless and not settings.allow_empty_masks:
         raise ConfigError(f"{'; '.join(useless)} (if they are right: --set data.allow_empty_masks=true)")
 

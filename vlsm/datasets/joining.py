@@ -49,6 +49,17 @@ def _mask_of(record: Record) -> tuple[Any, ...]:
     return record.mask_uri, record.more_masks, record.mask_selector, record.labels, record.mask_rle
 
 
+def find_contradictions(records: Sequence[Record]) -> Iterator[str]:
+    """Yield a sentence for each negative record whose image and prompt have a mask in another record."""
+    for same in _group(records).values():
+        negatives, others = ([records[i] for i in same if records[i].is_negative is kind] for kind in (True, False))
+        if negatives and others:
+            yield (
+                f"{negatives[0].where} says that {negatives[0].image_uri} does not show the finding, and "
+                f"{others[0].where} has a mask of it with the same prompt; correct one of them"
+            )
+
+
 def _join(records: list[Record]) -> Record:
     first = records[0]
     if len(records) == 1:

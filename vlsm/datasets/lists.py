@@ -1,5 +1,8 @@
 """Lists with masks: Parquet, CSV, TSV or JSON Lines with the columns `image_uri` and `mask_uri`.
 
+A `mask_uri` of `none` says that the image does not show the finding: its mask is empty. An empty cell is an error,
+since nobody knows whether a mask was forgotten.
+
 Further columns are optional. `split`: train, val or test, or another usual name for it, such as Training or valid; a
 row without one gets "", not yet assigned. `group`: the patient or video. `prompt` or `prompts`, and `dataset`.
 `selector` and `mask_selector` name an image and a mask inside of a file, as the selectors in the rows of a run. Columns
@@ -17,7 +20,7 @@ from vlsm import storage
 from vlsm.archive.tables import ending_of, read_manifest_rows
 from vlsm.datasets.inspection import EXAMPLES_SCHEMA, good_records
 from vlsm.datasets.pairing import split_of
-from vlsm.datasets.records import SPLITS, Record, check_texts
+from vlsm.datasets.records import NO_MASK, SPLITS, Record, check_texts
 from vlsm.errors import ManifestError
 
 _SETTING = "data.columns"
@@ -100,10 +103,15 @@ def _check_example(record: Record, uri: str) -> Record:
 def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) -> Record:
     locations = [row.get(key) for key in ("image_uri", "mask_uri")]
     if not all(isinstance(location, str) and location for location in locations):
-        raise ManifestError(f"{where}: image_uri and mask_uri are {locations}; both must name a file")
+        raise ManifestError(
+            f"{where}: image_uri and mask_uri are {locations}; both must name a file; the mask_uri {NO_MASK} "
+            "says that the image does not show the finding"
+        )
     image_uri, mask_uri = (
-        location if "://" in location or location.startswith("/") else storage.join(folder, location)
-        for location in map(str, locations)
+        location
+        if "://" in location or location.startswith("/") or (location == NO_MASK and key == "mask_uri")
+        else storage.join(folder, location)
+        for key, location in zip(("image_uri", "mask_uri"), map(str, locations), strict=True)
     )
     texts = row.get("prompts") if row.get("prompts") is not None else row.get("prompt")
     prompts = {} if texts is None else {"p1": check_texts(texts, f"{where}, prompts")}

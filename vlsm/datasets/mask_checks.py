@@ -1,11 +1,11 @@
 """Checks of masks: the values in their files, empty and full masks, orientation, and size at the model's input."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlsm.datasets.records import Record
+from vlsm.datasets.records import SPLITS, Record
 from vlsm.images.stored import COLOURS
 
 if TYPE_CHECKING:
@@ -141,12 +141,37 @@ def _join_values(facts: Sequence["Facts"]) -> tuple[Values, int]:
 
 
 def _group(records: Sequence[Record], facts: Sequence["Facts"]) -> dict[str, list[int]]:
-    """Return the indices of the readable records by dataset."""
+    """Return the indices of the readable records by dataset, without the negative ones: they have no mask files."""
     groups: dict[str, list[int]] = {}
     for index, (record, fact) in enumerate(zip(records, facts, strict=True)):
-        if not fact.error:
+        if not fact.error and not record.is_negative:
             groups.setdefault(record.dataset, []).append(index)
     return groups
+
+
+def find_all_negative(
+    records: Sequence[Record], facts: Sequence["Facts"], among: Container[str] = (*SPLITS, "")
+) -> list[str]:
+    """Return a sentence for each split whose readable records are all negative, of all datasets together.
+
+    A dataset of negative records alone is right beside another one with findings. Masks without foreground are the
+    matter of `find_useless_masks`.
+
+    Args:
+        records: the records.
+        facts: the facts of their files.
+        among: the splits to look at.
+    """
+    splits: dict[str, list[bool]] = {}
+    for record, fact in zip(records, facts, strict=True):
+        if not fact.error and record.split in among:
+            splits.setdefault(record.split, []).append(record.is_negative)
+    return [
+        f"all {len(are_negative):,} {f'{split} ' if split else ''}records say that their image does not show the "
+        "finding (mask none); nothing can be learned or judged without images that show it"
+        for split, are_negative in splits.items()
+        if all(are_negative)
+    ]
 
 
 def check_masks(records: Sequence[Record], facts: Sequence["Facts"], good: Sequence[int]) -> Iterator[Problem]:
@@ -160,7 +185,7 @@ def check_masks(records: Sequence[Record], facts: Sequence["Facts"], good: Seque
 def _empty_or_full(records: Sequence[Record], facts: Sequence["Facts"], good: Sequence[int]) -> Iterator[Problem]:
     for index in good:
         fact, record = facts[index], records[index]
-        if 0 < fact.area_fraction < 1:
+        if 0 < fact.area_fraction < 1 or record.is_negative:
             continue
         name = record.mask_uri or record.where
         values = describe_values(fact.mask_values, fact.num_mask_values) if fact.mask_values else ""

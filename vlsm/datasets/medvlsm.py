@@ -1,5 +1,7 @@
 """Folders in MedVLSM's layout: `anns/{train,val,test}.json`, `images/` and `masks/`.
 
+A `mask_name` of "none" says that the image does not show the finding: its mask is empty.
+
 Source: MedVLSM, MIDL 2024, arXiv 2308.07706.
 """
 
@@ -8,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vlsm import storage
-from vlsm.datasets.records import SPLITS, Record, check_texts
+from vlsm.datasets.records import NO_MASK, SPLITS, Record, check_texts
 from vlsm.documents import read_json
 from vlsm.errors import ManifestError
 
@@ -54,7 +56,7 @@ def _layout_record(name: str, uri: str, split: str, row: Any, where: str) -> Rec
         split,
         where,
         storage.join(uri, "images", image),
-        storage.join(uri, "masks", mask),
+        NO_MASK if mask == NO_MASK else storage.join(uri, "masks", mask),
         {kind: check_texts(texts, f"{where}, prompt {kind}") for kind, texts in prompts.items()},
     )
 

@@ -164,10 +164,13 @@ def _without_query(uri: str) -> str:
 
 def _describe_masks(overview: Overview) -> str:
     records = overview.records
-    files = {uri for record in records if record.mask_rle is None for uri in (record.mask_uri, *record.more_masks)}
+    files = {uri for record in records if record.mask_rle is None for uri in record.mask_uris}
     num_inside = sum(record.mask_rle is not None for record in records)
+    num_negative = sum(record.is_negative for record in records)
     words = [_describe_folders(overview.uri, files)] if files else []
-    return "; ".join(words + ([f"{count(num_inside, 'shape')} of the annotations"] if num_inside else []))
+    words += [f"{count(num_inside, 'shape')} of the annotations"] * bool(num_inside)
+    words += [f"{count(num_negative, 'image')} without the finding"] * bool(num_negative)
+    return "; ".join(words)
 
 
 def _describe_splits(records: Sequence[Record]) -> list[str]:

@@ -123,6 +123,11 @@ def pair_by_stem(paths: Iterable[str]) -> Pairing:
     return pairing
 
 
+def split_of_image(path: str) -> str:
+    """Return the split of an image by the folders of its path, relative to the dataset; "" if they state none."""
+    return _place(path).split
+
+
 def split_of(name: str) -> str | None:
     """Return the split that a text means, such as "Validation", or None if it means none."""
     return _SPLITS.get(name.strip().lower())

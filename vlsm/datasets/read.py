@@ -77,7 +77,7 @@ def _check_places(
         try:
             if isinstance(item, Record):
                 check_place(item.image_uri, uri, allow, item.where)
-                for mask_uri in (item.mask_uri, *item.more_masks):
+                for mask_uri in item.mask_uris:
                     check_place(mask_uri, uri, allow, item.where, "mask_uri")
             yield item
         except ManifestError as error:

@@ -11,18 +11,22 @@ SPLITS = ("train", "val", "test")
 RECORD = "record"  # the record's own prompt, `Record.prompt`; where it has none, the one stored in the checkpoint
 LABELS = {"record": "each image's own", "own": "the checkpoint's own"}  # what tables for people call them
 OWN = "own"  # the prompt stored in the checkpoint, for every record
+NO_MASK = "none"  # instead of a location: the image does not show the finding; a file of this name is ./none
 
 
 @dataclass(frozen=True)
 class Record:
     """An image, one of its masks, and the prompts for that mask. An image with several findings has several records.
 
+    A negative record says that its image does not show what the prompt names: its mask_uri is NO_MASK, and its mask is
+    empty. A mask file without foreground means the same, but may be an accident: the checks of the data look at it.
+
     Attributes:
         dataset: name of the dataset.
         split: one of SPLITS, or "" if the dataset does not state it: not yet assigned.
         where: the annotation file and the position in it, for messages.
         image_uri: location of the image.
-        mask_uri: location of the mask, or of the file that describes its shape.
+        mask_uri: location of the mask, or of the file that describes its shape; or NO_MASK.
         prompts: kinds of prompts, such as p1, each with at least one alternative text.
         image_selector: which image of the file it is, such as "slice=17", as in the manifest of a run; None if the file
             has one image.
@@ -55,6 +59,16 @@ class Record:
         object.__setattr__(self, "group", public_uri(self.group))
 
     @property
+    def is_negative(self) -> bool:
+        """Whether the dataset states that the image does not show the finding."""
+        return self.mask_uri == NO_MASK
+
+    @property
+    def mask_uris(self) -> tuple[str, ...]:
+        """The locations of all masks; none of a negative record."""
+        return () if self.is_negative else (self.mask_uri, *self.more_masks)
+
+    @property
     def has_words(self) -> bool:
         """Whether a prompt is more than an empty text."""
         return any(text.strip() for texts in self.prompts.values() for text in texts)
@@ -75,7 +89,7 @@ class Record:
 
 def locations_of(record: Record) -> tuple[str, ...]:
     """Return the locations of all files of a record."""
-    return record.image_uri, record.mask_uri, *record.more_masks
+    return record.image_uri, *record.mask_uris
 
 
 def check_texts(value: Any, where: str) -> tuple[str, ...]:

@@ -38,6 +38,11 @@ class DatasetSettings(Settings):
     skip_unpaired: bool = Field(
         False, description="leave out images without a mask and masks without an image instead of stopping"
     )
+    unmasked_images: Literal["negative"] | None = Field(
+        None,
+        description="negative: in a folder of images and masks, an image without a mask does not show the finding: its "
+        "mask is empty; null: see skip_unpaired",
+    )
     columns: dict[str, str] = Field(
         {}, description=f"columns of a list with other names, as {{mask_uri: label}}: {', '.join(COLUMNS)}"
     )

@@ -122,6 +122,8 @@ def may_be_dicom_pair(record: Record) -> bool:
     """Return whether a record may have a DICOM mask, or be a DICOM image with a label volume, by the names of files."""
     if not _is_whole(record):
         return False
+    if record.is_negative:
+        return kind_of(record.image_uri.rstrip("/")) in DICOM
     image, mask = (kind_of(uri.rstrip("/")) for uri in (record.image_uri, record.mask_uri))
     return mask in DICOM or (mask in _KINDS and image in DICOM)
 
@@ -132,7 +134,7 @@ def _is_whole(record: Record) -> bool:
 
 def mask_uris(record: Record) -> tuple[str, ...]:
     """Return the locations of all masks of a record."""
-    return record.mask_uri, *record.more_masks
+    return record.mask_uris
 
 
 Opened = tuple[dict[str, "Future[VolumeGrid]"], dict[str, Future[LabelVolume]]]
@@ -204,6 +206,9 @@ def _slices(
 ) -> Iterator[Record | ManifestError]:
     """Yield the records of a volume's slices."""
     masks = mask_uris(record)
+    if record.is_negative:
+        yield from _negative_slices(record, opened[0][record.image_uri].result())
+        return
     if others := [uri for uri in (record.image_uri, *masks) if not is_volume(uri)]:
         volume = next(uri for uri in (record.image_uri, *masks) if is_volume(uri))
         raise ManifestError(f"{volume} is a volume and {others[0]} is not; both must be volumes")
@@ -225,6 +230,20 @@ def _slices(
                 image_selector=f"volume=0,{selector}" if has_more else selector,
                 mask_selector=selector,
                 labels=classes,
+                group=record.group or record.image_uri,
+            )
+
+
+def _negative_slices(record: Record, image: "VolumeGrid") -> Iterator[Record]:
+    """Yield the records of all slices of a volume that does not show the finding; of several channels the first."""
+    from vlsm.images.volumes import parse_selector
+
+    for selector in image.selectors():
+        if parse_selector(selector)[0] == 0:
+            yield replace(
+                record,
+                where=f"{record.where}, {selector}",
+                image_selector=selector,
                 group=record.group or record.image_uri,
             )
 

@@ -13,6 +13,7 @@ from vlsm import storage
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.records import OWN, RECORD, Record
 from vlsm.errors import ImageError, ResultError
+from vlsm.evaluation.lesions import score_lesions
 from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
 from vlsm.evaluation.settings import EvaluateSettings
@@ -21,9 +22,11 @@ from vlsm.runs.plan import plan_of
 from vlsm.runs.record import read_record
 from vlsm.runs.results import decode_ok_row, part_name, read_part
 from vlsm.segmentation.masks import encode_mask
+from vlsm.segmentation.presence import judge_presence
 from vlsm.shown import hide_secrets, public_uri
 
-_SCORE_COLUMNS = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px")
+_SCORE_COLUMNS = ("dice", "iou", "precision", "recall", "hd95_px", "asd_px", "nsd", "nsd_mm")
+_LESION_COUNTS = ("num_lesions", "num_components", "num_matched", "num_found", "num_right")
 
 # One row per record, prompt and system.
 SCORES_SCHEMA = pa.schema(
@@ -46,6 +49,12 @@ SCORES_SCHEMA = pa.schema(
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
         *(pa.field(name, pa.float64()) for name in _SCORE_COLUMNS),
+        *(pa.field(name, pa.int32()) for name in _LESION_COUNTS),
+        pa.field("matched_iou", pa.float64()),
+        pa.field("lesion_dice", pa.float64()),
+        pa.field("max_probability", pa.float64()),
+        pa.field("presence_threshold", pa.float64()),
+        pa.field("is_present", pa.bool_()),
         pa.field("reference_dice", pa.float64()),
         pa.field("area_fraction", pa.float64()),
         pa.field("target_fraction", pa.float64()),
@@ -56,7 +65,7 @@ SCORES_SCHEMA = pa.schema(
         pa.field("target_rle", pa.string()),
     ]
 )
-_RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle")
+_RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle", "max_probability")
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class PredictionSource:
         num_parts: number of part files of the segment run.
         targets: records to score, by image_id.
         settings: settings of the evaluation.
+        presence_threshold: as in `System`.
     """
 
     system: str
@@ -78,6 +88,7 @@ class PredictionSource:
     num_parts: int
     targets: dict[str, list[Target]]
     settings: EvaluateSettings
+    presence_threshold: float | None = None
 
     def score_part(self, shard: int) -> pa.Table:
         """Return the scores of one part file, with the columns of SCORES_SCHEMA.
@@ -123,7 +134,8 @@ def open_source(system: System, settings: EvaluateSettings) -> PredictionSource:
         raise ResultError(
             f"{system.output!r} has {num_found:,} part files; its plan has {num_parts:,}; run that segment job again"
         )
-    return PredictionSource(system.name, system.output, record["run_id"], num_parts, dict(targets), settings)
+    run_id, threshold = record["run_id"], system.presence_threshold
+    return PredictionSource(system.name, system.output, run_id, num_parts, dict(targets), settings, threshold)
 
 
 def missing_rows(system: System, settings: EvaluateSettings) -> pa.Table:
@@ -176,6 +188,7 @@ def _score_target(
     label_columns: dict[str, Any] = {}
     if not isinstance(label, str):
         label_columns = {"target_fraction": float(label.mean()), "target_rle": encode_mask(label)}
+    spacing = None if settings.nsd_tolerance_mm is None else _read_spacing(target.record, reader)
     reference = _find_row(rows_by_prompt, target, settings.prompts[0])
     scores_by_mask: dict[str | None, dict[str, Any]] = {}  # many prompts give the same mask
     for name in target.texts:
@@ -185,8 +198,10 @@ def _score_target(
             yield scored | _failed(row)
             continue
         scored |= {"checkpoint": row["model"], "prompt": row["prompt"]} | {key: row[key] for key in _RUN_COLUMNS}
+        threshold = source.presence_threshold
+        scored |= {"presence_threshold": threshold, "is_present": judge_presence(row, threshold)}
         if row["mask_rle"] not in scores_by_mask:
-            scores_by_mask[row["mask_rle"]] = _score_row(row, label, target.record.mask_uri)
+            scores_by_mask[row["mask_rle"]] = _score_row(row, label, target.record.mask_uri, settings, spacing)
         scored |= scores_by_mask[row["mask_rle"]]
         if scored["prompt_class"] == ROBUSTNESS and scored["status"] == "ok" and not isinstance(reference, str):
             with contextlib.suppress(ValueError, TypeError):  # the mask of the reference is damaged or absent
@@ -206,7 +221,20 @@ def _read_label(record: Record, rows_by_prompt: dict[str, dict[str, Any]], reade
         return str(error)
 
 
-def _score_row(row: dict[str, Any], label: np.ndarray | str, mask_uri: str) -> dict[str, Any]:
+def _read_spacing(record: Record, reader: ExampleReader) -> tuple[float, float] | None:
+    """Return the distances of rows and columns in mm, or None if they are unknown."""
+    with contextlib.suppress(ImageError):  # an image that cannot be read is a failed row already
+        return reader.read_spacing(record)
+    return None
+
+
+def _score_row(
+    row: dict[str, Any],
+    label: np.ndarray | str,
+    mask_uri: str,
+    settings: EvaluateSettings,
+    spacing: tuple[float, float] | None,
+) -> dict[str, Any]:
     """Return status, error and scores of one row of the segment run; a failed row has no scores."""
     if row["status"] != "ok":
         return _failed(row["error"] or row["status"])
@@ -217,7 +245,9 @@ def _score_row(row: dict[str, Any], label: np.ndarray | str, mask_uri: str) -> d
         (height, width), (label_height, label_width) = size, label.shape
         return _failed(f"size: {mask_uri} is {label_width} x {label_height}, its image {width} x {height}")
     try:
-        return {"status": "ok", "error": None} | asdict(score_mask(decode_ok_row(row), label))
+        mask = decode_ok_row(row)
+        scores = score_mask(mask, label, settings.nsd_tolerance_px, settings.nsd_tolerance_mm, spacing)
+        return {"status": "ok", "error": None} | asdict(scores) | asdict(score_lesions(mask, label))
     except ImageError as error:
         return _failed(str(error))
 

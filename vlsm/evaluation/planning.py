@@ -31,6 +31,7 @@ from vlsm.evaluation.systems import System, list_images, name_systems, plan_syst
 from vlsm.evaluation.tables import compare, format_csv, format_markdown
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, create_record, describe_differences, forget_run, make_record, read_record
+from vlsm.runs.schema import with_format
 
 logger = logging.getLogger("vlsm")
 
@@ -217,11 +218,12 @@ def _write_results(
     settings: EvaluateSettings, rows: list[dict[str, Any]], telling: dict[tuple[str, str], str], seconds: float
 ) -> dict[str, Any]:
     output, sink = settings.output, io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCORES_SCHEMA), sink, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=with_format(SCORES_SCHEMA)), sink, compression="zstd")
     storage.write_bytes(storage.join(output, SCORES_NAME), sink.getvalue())
     table_rows = compare(rows, settings.baseline or rows[0]["system"], settings.resamples, settings.seed)
     storage.write_bytes(storage.join(output, CSV_NAME), format_csv(table_rows).encode())
-    markdown = format_markdown(table_rows, settings.baseline or rows[0]["system"], telling)
+    tolerances = (settings.nsd_tolerance_px, settings.nsd_tolerance_mm)
+    markdown = format_markdown(table_rows, settings.baseline or rows[0]["system"], telling, tolerances)
     storage.write_bytes(storage.join(output, MARKDOWN_NAME), markdown.encode())
     statuses = Counter(row["status"] for row in rows)
     summary = {

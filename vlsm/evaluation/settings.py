@@ -20,6 +20,7 @@ from vlsm.config import (
 from vlsm.datasets.records import RECORD
 from vlsm.datasets.settings import READING, DatasetSettings
 
+TOLERANCE_PX = 2.0  # of the normalised surface distance; the outlines of two people differ by as much
 _NOT_SHARED = {"output", "prompts", "start_over"}  # a segment run has settings of these names with other values
 
 
@@ -65,6 +66,19 @@ class EvaluateSettings(Settings):
     combine: Literal["mean", "vote"] = Field("mean", description="how to combine the members, as in jobs.segment")
     threshold: float | None = Field(
         None, description=f"lowest probability of a foreground pixel, {A_PROBABILITY}; default: the checkpoint's"
+    )
+    nsd_tolerance_px: float = Field(
+        TOLERANCE_PX, ge=0, description="tolerance of the normalised surface distance nsd, in pixels"
+    )
+    nsd_tolerance_mm: float | None = Field(
+        None, ge=0, description="also nsd_mm with this tolerance in millimetres, for DICOM images and volumes"
+    )
+    presence_threshold: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="highest probability of an image from which it counts as showing the finding, for sensitivity and "
+        "specificity; default: stored in the checkpoint (vlsm calibrate with specificity=0.95), else any foreground",
     )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()

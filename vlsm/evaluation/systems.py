@@ -58,12 +58,15 @@ class System:
         output: OUTPUT of the segment run with the system's masks.
         segment: settings of that segment run, or None if the masks already exist (--masks).
         targets: one target per record.
+        presence_threshold: highest probability from which an image counts as showing the finding; None: any foreground
+            pixel counts.
     """
 
     name: str
     output: str
     segment: SegmentSettings | None
     targets: list[Target]
+    presence_threshold: float | None = None
 
     @property
     def num_rows(self) -> int:
@@ -180,7 +183,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
     folders = _name_folders(settings.systems)
     image_ids, is_stored_used = _name_images(records), needs_stored(records, settings)
     for name, members in settings.systems.items():
-        own_prompt, digests[name], checkpoints[name] = _read_members(name, members, settings, is_stored_used)
+        own_prompt, digests[name], checkpoints[name], presence = _read_members(name, members, settings, is_stored_used)
         report_stored(name, records, own_prompt, settings)
         for member in members:
             if sentence := describe_differences_to_training(member.checkpoint, settings.data, settings.prompts):
@@ -192,7 +195,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         output = storage.join(settings.output, "runs", folders[name])
         segment = settings.segment_settings(source, output, members, own_prompt)
         segment = allow_images(segment, records, settings.datasets.values())
-        systems.append(System(name, output, segment, targets))
+        systems.append(System(name, output, segment, targets, settings.presence_threshold or presence))
     run_ids = {}
     for name, uri in settings.masks.items():
         with storage.name_errors(f"masks {name}", uri):
@@ -202,7 +205,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         texts = texts_of(records, own_prompt, settings, with_robustness=False)
         texts = match_texts(name, records, texts, run_prompts)
         targets = [Target(*each) for each in zip(records, matched_ids, texts, strict=True)]
-        systems.append(System(name, uri, None, targets))
+        systems.append(System(name, uri, None, targets, settings.presence_threshold))
     digest = hashlib.sha256(json.dumps([hide_secrets_in(record.stated()) for record in records]).encode()).hexdigest()
     return systems, {
         "checkpoint_digests": digests,
@@ -215,18 +218,23 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
 
 def _read_members(
     name: str, members: tuple[MemberSettings, ...], settings: EvaluateSettings, is_stored_used: bool
-) -> tuple[str, list[str], list[dict[str, Any]]]:
-    """Return the prompt that is stored in a system's checkpoints, and digests and facts of the checkpoints."""
+) -> tuple[str, list[str], list[dict[str, Any]], float | None]:
+    """Return the prompt stored in a system's checkpoints, their digests, their facts, and the threshold of presence.
+
+    Only a single checkpoint has this threshold: the highest mean probability of several is another figure.
+    """
     _, checkpoints = resolve_settings(settings.segment_settings("", "", members, ""))
     pairs = zip(checkpoints, members, strict=True)
     stored = [parse_settings(one.files, member.checkpoint) for one, member in pairs]
     prompts = list(dict.fromkeys(one.prompt for one in stored))
+    calibration = stored[0].calibration if len(stored) == 1 else None
+    presence = calibration.presence_threshold if calibration else None
     if len(prompts) > 1 and is_stored_used:
         raise ConfigError(
             f"system {name}: its checkpoints store different prompts, {', '.join(map(repr, prompts))}; choose one: "
             f"--set 'prompts=[text:{prompts[0]}]'"
         )
-    return prompts[0], [digest_files(one.files) for one in checkpoints], list(map(checkpoint_fact, stored))
+    return prompts[0], [digest_files(one.files) for one in checkpoints], list(map(checkpoint_fact, stored)), presence
 
 
 def _check_masks(name: str, uri: str, is_stored_used: bool) -> tuple[str, str]:

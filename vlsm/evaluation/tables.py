@@ -10,7 +10,11 @@ import numpy as np
 
 from vlsm.cells import CsvWriter, markdown_cell
 from vlsm.datasets.records import LABELS
+from vlsm.evaluation.lesions import LesionTotals, add_lesions
+from vlsm.evaluation.presence import PresenceTotals, add_presence
 from vlsm.evaluation.prompts import HONEST, ROBUSTNESS, UPPER_BOUND
+from vlsm.evaluation.sections import format_grid, format_lesions, format_number, format_presence, name_cells
+from vlsm.evaluation.settings import TOLERANCE_PX
 from vlsm.segmentation.metrics import BAD_DICE
 
 Rows = Sequence[Mapping[str, Any]]
@@ -36,6 +40,9 @@ class TableRow:
         bad_found: number of these masks that are marked for review.
         reference_dice_mean: for robustness prompts only: mean Dice between the masks for this prompt and the masks for
             the reference prompt.
+        nsd_mean: normalised surface distance, over records.
+        nsd_mm_n, nsd_mm_mean: the same with a tolerance in millimetres, and the number of records that have it.
+        lesions, presence: scores of all lesions, and of images; their attributes are columns of their own in the CSV.
     """
 
     dataset: str
@@ -63,6 +70,11 @@ class TableRow:
     bad_n: int
     bad_found: int
     reference_dice_mean: float | None
+    nsd_mean: float | None
+    nsd_mm_n: int
+    nsd_mm_mean: float | None
+    lesions: LesionTotals
+    presence: PresenceTotals
 
 
 def compare(rows: Rows, baseline: str, resamples: int, seed: int) -> list[TableRow]:
@@ -85,7 +97,7 @@ def compare(rows: Rows, baseline: str, resamples: int, seed: int) -> list[TableR
 def _summarize(key: tuple[str, str, str], rows: Rows, baseline_rows: Rows, bootstrap: tuple[int, int]) -> TableRow:
     scored = [row for row in rows if row["status"] == "ok"]
     dice = _values(scored, "dice")
-    hd95, asd, references = (_values(scored, name) for name in ("hd95_px", "asd_px", "reference_dice"))
+    hd95, asd, nsd_mm = (_values(scored, name) for name in ("hd95_px", "asd_px", "nsd_mm"))
     low, high = _interval(dice, *bootstrap)
     is_baseline = rows is baseline_rows
     difference, difference_n, p = (None, None, None) if is_baseline else _compare_pairs(scored, baseline_rows)
@@ -113,12 +125,17 @@ def _summarize(key: tuple[str, str, str], rows: Rows, baseline_rows: Rows, boots
         review_n=sum(row["review"] is not None for row in scored),
         bad_n=int((dice < BAD_DICE).sum()),
         bad_found=sum(row["review"] is not None and row["dice"] < BAD_DICE for row in scored),
-        reference_dice_mean=_mean(references),
+        reference_dice_mean=_mean(_values(scored, "reference_dice")),
+        nsd_mean=_mean(_values(scored, "nsd")),
+        nsd_mm_n=len(nsd_mm),
+        nsd_mm_mean=_mean(nsd_mm),
+        lesions=add_lesions(scored),
+        presence=add_presence(scored),
     )
 
 
 def _values(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows if row[name] is not None], float)
+    return np.array([row[name] for row in rows if row.get(name) is not None], float)  # earlier versions lack some
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -157,26 +174,38 @@ def _compare_pairs(rows: Rows, baseline_rows: Rows) -> tuple[float | None, int |
     return float(differences.mean()), len(pairs), p
 
 
+_GROUPS = {"lesions": LesionTotals, "presence": PresenceTotals}  # attributes of a TableRow that are several columns
+
+
 def format_csv(rows: Iterable[TableRow]) -> str:
     """Return the table as CSV with all columns; None becomes an empty cell."""
     file = io.StringIO()
-    CsvWriter(file, [field.name for field in fields(TableRow)]).write_all(map(asdict, rows))
+    names = [field.name for field in fields(TableRow) if field.name not in _GROUPS]
+    names += [field.name for group in _GROUPS.values() for field in fields(group)]
+    CsvWriter(file, names).write_all(map(_flatten, rows))
     return file.getvalue()
+
+
+def _flatten(row: TableRow) -> dict[str, Any]:
+    values = asdict(row)
+    groups = [values.pop(name) for name in _GROUPS]
+    return values | {name: value for group in groups for name, value in group.items()}
 
 
 _RULES = """\
 Dice, IoU, precision and recall are means over n labels, at the original size of the image. An image counts once for
 each of its labels. `±` is the standard deviation. Square brackets hold the 95 % bootstrap interval of the mean. HD95
 (95 % Hausdorff distance) and ASD (average symmetric surface distance) are medians in pixels, over the number of
-labels in parentheses. If mask and label are both empty, overlaps are 1 and distances are 0. If exactly one of them is
-empty, overlaps are 0 and there is no distance. Failed ones are counted beside n and are in no other number.
-Difference is mean Dice minus the mean Dice of the baseline, {baseline}, over the labels that both systems have
-scored. p is Wilcoxon's signed-rank test of these pairs, two-sided and **not corrected** for the number of
-comparisons. The best mean Dice of a dataset and prompt is bold. Review is the number of masks that the column
-`review` marks for review. The parentheses hold two shares: marked masks with a Dice below 0.7, among all marked
-masks; and the same masks, among all masks with a Dice below 0.7. Prompts are named by where their text is from:
-`each image's own` (`prompts=[record]`: the prompt p1 of the image, or the checkpoint's if it has none),
-`the checkpoint's own` (`own`), p0, p1, ... of the dataset.
+labels in parentheses. NSD (normalised surface distance) is the share of both outlines within {tolerances} of each
+other, as a mean over labels. If mask and label are both empty, overlaps and NSD are 1 and distances are 0. If exactly
+one of them is empty, overlaps and NSD are 0 and there is no distance. Failed ones are counted beside n and are in no
+other number. Empty labels (`negative`) are counted beside n too; their Dice is in the means. Difference is mean Dice
+minus the mean Dice of the baseline, {baseline}, over the labels that both systems have scored. p is Wilcoxon's
+signed-rank test of these pairs, two-sided and **not corrected** for the number of comparisons. The best mean Dice of a
+dataset and prompt is bold. Review is the number of masks that the column `review` marks for review. The parentheses
+hold two shares: marked masks with a Dice below 0.7, among all marked masks; and the same masks, among all masks with a
+Dice below 0.7. Prompts are named by where their text is from: `each image's own` (`prompts=[record]`: the prompt p1 of
+the image, or the checkpoint's if it has none), `the checkpoint's own` (`own`), p0, p1, ... of the dataset.
 """
 _HEADINGS = {
     HONEST: "## Prompts that are also available for an unlabelled archive",
@@ -188,19 +217,28 @@ _HEADINGS = {
     "label. For a paraphrase, the best `Dice to reference` is 1. For an empty, generic or wrong prompt, 1 means that "
     "the model ignores the prompt.",
 }
-_COLUMNS = "Dataset|Prompt|System|n (failed)|Dice|median|IoU|Precision|Recall|HD95 (n)|ASD (n)|Difference|p|Review"
+_COLUMNS = "Dataset|Prompt|System|n (failed)|Dice|median|IoU|Precision|Recall|HD95 (n)|ASD (n)|NSD|Difference|p|Review"
 _ROBUSTNESS_COLUMNS = "Dataset|Prompt|System|n (failed)|Dice to reference|Dice"
 
 
-def format_markdown(rows: Sequence[TableRow], baseline: str, telling: Mapping[tuple[str, str], str]) -> str:
-    """Return the table as Markdown, in three sections: prompts known beforehand, upper bounds, robustness.
+def format_markdown(
+    rows: Sequence[TableRow],
+    baseline: str,
+    telling: Mapping[tuple[str, str], str],
+    tolerances: tuple[float, float | None] = (TOLERANCE_PX, None),
+) -> str:
+    """Return the table as Markdown: prompts known beforehand, upper bounds, robustness; then presence and lesions.
 
     Args:
         rows: rows of the table, from `compare`.
         baseline: the system that the other systems are compared with.
         telling: prompts that reveal the answer, from `find_telling`.
+        tolerances: of the normalised surface distance, in pixels and in mm.
     """
-    sections = ["# Scores", _RULES.format(baseline=markdown_cell(baseline)).strip()]
+    units = zip(tolerances, ("pixels", "mm"), strict=True)
+    within = " or ".join(f"{value:g} {unit}" for value, unit in units if value is not None)
+    rules = _RULES.format(baseline=markdown_cell(baseline), tolerances=within)
+    sections = ["# Scores", rules.strip()]
     for prompt_class, heading in _HEADINGS.items():
         section_rows = [row for row in rows if row.prompt_class == prompt_class]
         if not section_rows:
@@ -214,28 +252,33 @@ def format_markdown(rows: Sequence[TableRow], baseline: str, telling: Mapping[tu
             sections.append(
                 "These prompts reveal the answer, although their names do not show it:\n\n" + "\n".join(notes)
             )
-        columns = (_ROBUSTNESS_COLUMNS if prompt_class == ROBUSTNESS else _COLUMNS).split("|")
-        grid = [columns, ["---"] * len(columns), *(_cells(row, section_rows) for row in section_rows)]
-        sections.append("\n".join(f"| {' | '.join(cells)} |" for cells in grid))
+        columns = _ROBUSTNESS_COLUMNS if prompt_class == ROBUSTNESS else _COLUMNS
+        sections.append(format_grid(columns, [_cells(row, section_rows) for row in section_rows]))
+    main = [row for row in rows if row.prompt_class != ROBUSTNESS]
+    sections += [*format_presence(main), *format_lesions(main)]
     return "\n\n".join(sections) + "\n"
 
 
 def _cells(row: TableRow, section_rows: Sequence[TableRow]) -> list[str]:
-    names = [markdown_cell(name) for name in (row.dataset, LABELS.get(row.prompt_name, row.prompt_name), row.system)]
-    start = [*names, f"{row.n} ({row.n_failed})"]
-    dice = _number(row.dice_mean)
+    negative = f", {row.presence.negatives_n} negative" if row.presence.negatives_n else ""
+    start = [*name_cells(row), f"{row.n} ({row.n_failed}){negative}"]
+    dice = format_number(row.dice_mean)
     if _is_best(row, section_rows):
         dice = f"**{dice}**"
     if row.dice_sd is not None:
-        dice += f" ± {_number(row.dice_sd)} [{_number(row.dice_low)}, {_number(row.dice_high)}]"
+        dice += f" ± {format_number(row.dice_sd)} [{format_number(row.dice_low)}, {format_number(row.dice_high)}]"
     if row.prompt_class == ROBUSTNESS:
-        return [*start, _number(row.reference_dice_mean), dice]
-    means = map(_number, (row.dice_median, row.iou_mean, row.precision_mean, row.recall_mean))
+        return [*start, format_number(row.reference_dice_mean), dice]
+    means = map(format_number, (row.dice_median, row.iou_mean, row.precision_mean, row.recall_mean))
     distances = [
-        f"{_number(median, '.1f')} ({count})"
+        f"{format_number(median, '.1f')} ({count})"
         for median, count in ((row.hd95_median, row.hd95_n), (row.asd_median, row.asd_n))
     ]
-    return [*start, dice, *means, *distances, _number(row.difference, "+.3f"), _number(row.p, ".2g"), _review(row)]
+    nsd = format_number(row.nsd_mean) + (
+        f"; {row.nsd_mm_mean:.3f} in mm ({row.nsd_mm_n})" if row.nsd_mm_mean is not None else ""
+    )
+    differences = [format_number(row.difference, "+.3f"), format_number(row.p, ".2g")]
+    return [*start, dice, *means, *distances, nsd, *differences, _review(row)]
 
 
 def _review(row: TableRow) -> str:
@@ -243,7 +286,7 @@ def _review(row: TableRow) -> str:
     if not row.review_n:
         return "0"
     precision, recall = row.bad_found / row.review_n, row.bad_found / row.bad_n if row.bad_n else None
-    return f"{row.review_n} ({_number(precision, '.2f')}, {_number(recall, '.2f')})"
+    return f"{row.review_n} ({format_number(precision, '.2f')}, {format_number(recall, '.2f')})"
 
 
 def _is_best(row: TableRow, section_rows: Sequence[TableRow]) -> bool:
@@ -256,7 +299,3 @@ def _is_best(row: TableRow, section_rows: Sequence[TableRow]) -> bool:
     if row.dice_mean is None or len(rivals) < 2 or row.prompt_class == ROBUSTNESS:
         return False
     return round(row.dice_mean, 3) == max(round(other.dice_mean or 0, 3) for other in rivals)
-
-
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "" if value is None else format(value, form)

@@ -59,6 +59,12 @@ class VolumeGrid:
         return height, width
 
     @property
+    def slice_spacing(self) -> tuple[float, float]:
+        """The distance between the rows of a shown slice, and between its columns, in millimetres."""
+        columns, rows = np.delete(np.linalg.norm(self.canonical[1][:3, :3], axis=0), AXES[self.axis])
+        return float(rows), float(columns)
+
+    @property
     def canonical(self) -> tuple[tuple[int, ...], np.ndarray]:
         """The shape of the turned volume in voxels, and its affine (4, 4)."""
         turned = self._turn(np.broadcast_to(np.uint8(0), self.shape))

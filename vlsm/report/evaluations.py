@@ -29,7 +29,28 @@ _SCORES = pa.schema(
 )
 _MOST_COLUMNS = 14  # of a table that fits a page of 1,400 pixels
 _NAMES = ("dataset", "prompt_name", "prompt_class", "system")
-_MAIN = {*_NAMES, "n", "n_failed", "dice_mean", "dice_low", "dice_high", "dice_median", "iou_mean", "difference", "p"}
+_MAIN = {
+    *_NAMES,
+    "n",
+    "n_failed",
+    "negatives_n",
+    "dice_mean",
+    "dice_low",
+    "dice_high",
+    "dice_median",
+    "iou_mean",
+    "difference",
+    "p",
+}
+_LESIONS = {
+    *("lesions_n", "components_n", "lesion_precision", "lesion_recall", "lesion_f1", "lesion_dice_mean"),
+    *("touch_precision", "touch_recall", "touch_f1", "panoptic_quality"),
+}
+_PRESENCE = {
+    *("negatives_n", "positive_dice_mean", "sensitivity", "specificity", "presence_auroc", "false_area_mean"),
+    "presence_threshold",
+}
+_GROUPS = (_PRESENCE, _LESIONS)  # columns of a table that form tables of their own
 _SHORT = {"mean": "dice_mean", "ci_low": "dice_low", "ci_high": "dice_high"}  # table.csv may use either name
 
 
@@ -135,16 +156,17 @@ def _scores(table: list[dict[str, Any]]) -> list[Section]:
 
 
 def _split_columns(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the rows as one table, or as two if they have too many columns for a page: the main ones come first.
+    """Return the rows as one table, or as several if they have too many columns for a page: the main ones come first.
 
-    The second table has only columns with values.
+    The other tables have only columns with values. Images without the finding, and lesions, have tables of their own.
     """
     if len(rows[0]) <= _MOST_COLUMNS:
         return [rows]
     names = [name for name in rows[0] if name in _NAMES]
     filled = [name for name in rows[0] if name not in _MAIN and any(row[name] not in (None, "") for row in rows)]
-    more = [name for name in filled if name not in names]
-    parts_of = ([name for name in rows[0] if name in _MAIN], [*names, *more])
+    groups = [[name for name in filled if name in group] for group in _GROUPS]
+    more = [name for name in filled if not any(name in group for group in _GROUPS)]
+    parts_of = ([name for name in rows[0] if name in _MAIN], *([*names, *group] for group in (more, *groups)))
     return [[{name: row[name] for name in part} for row in rows] for part in parts_of if len(part) > len(names)]
 
 

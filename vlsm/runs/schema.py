@@ -46,6 +46,8 @@ COLUMN_NOTES = {
     "bbox": "[x, y, width, height] of the foreground in pixels; null: the mask is empty",
     "confidence": "mean probability of the pixels inside the mask, from 0 to 1; null: the mask is empty. A probability "
     "belongs to one pixel. Without calibration, a high confidence does not mean that the mask is good",
+    "max_probability": "highest probability of any pixel of the image, from 0 to 1, before masks are cleaned: how sure "
+    "the model is that the image shows the finding at all; null: an earlier version did not write it",
     "agreement": "mean Dice between the masks of an ensemble's members, from 0 to 1; null: one model only",
     "review": "why a person should look at the mask: low confidence, low agreement, odd area; null: no reason",
     "model": "the model and the start of its checkpoint's digest",
@@ -73,6 +75,7 @@ _RESULT_COLUMNS = pa.schema(
         pa.field("area_fraction", pa.float64()),
         pa.field("bbox", pa.list_(pa.int32())),
         pa.field("confidence", pa.float64()),
+        pa.field("max_probability", pa.float64()),
         pa.field("agreement", pa.float64()),
         pa.field("review", pa.string()),
         pa.field("model", pa.string(), nullable=False),

@@ -13,6 +13,7 @@ MASK_TYPE = pa.struct(
     [
         pa.field("changes", pa.large_binary(), nullable=False),
         pa.field("probability_sum", pa.float64(), nullable=False),
+        pa.field("max_probability", pa.float64()),
         pa.field("agreement", pa.float64()),
         pa.field("label_map", pa.large_binary()),
         pa.field("label_shape", pa.list_(pa.int32())),
@@ -29,12 +30,13 @@ class FinishedMask:
         changes: (C,) uint32, in ascending order: the pixels whose value differs from the pixel before them. Pixels
             count from 0, column by column. Before the first pixel is background. Differences are COCO run lengths.
         probability_sum: sum of the probabilities of all pixels inside the mask.
-        agreement: as in `MaskRecord`.
+        max_probability, agreement: as in `MaskRecord`.
         label_map: (H, W) uint8 or uint16 for the row of a label map, else None.
     """
 
     changes: np.ndarray
     probability_sum: float
+    max_probability: float | None = None
     agreement: float | None = None
     label_map: np.ndarray | None = None
 
@@ -89,7 +91,8 @@ def mean_dice(areas: Sequence[int], intersections: Sequence[int]) -> float | Non
 
 def pack_mask(mask: FinishedMask) -> dict[str, Any]:
     """Return a mask as a value of MASK_TYPE."""
-    packed = {"changes": mask.changes.tobytes(), "probability_sum": mask.probability_sum, "agreement": mask.agreement}
+    names = "probability_sum", "max_probability", "agreement"
+    packed: dict[str, Any] = {"changes": mask.changes.tobytes()} | {name: getattr(mask, name) for name in names}
     if (labels := mask.label_map) is None:
         return packed
     return packed | {"label_map": labels.tobytes(), "label_shape": labels.shape, "label_bytes": labels.itemsize}

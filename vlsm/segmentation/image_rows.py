@@ -104,7 +104,9 @@ def _describe_single(
     """Return the row of one model, one text and one window: only pixels inside the mask need a probability."""
     enlarged = square.enlarge_logits(logits, size)
     mask = clean_mask(enlarged >= logit(settings.threshold or 0.5), settings.clean)
-    record = _with_review(describe_mask(mask, probabilities(values_inside(enlarged, mask))), settings)
+    highest = float(probabilities(enlarged.max().astype(np.float64)))  # float32 knows few values near 1
+    record = replace(describe_mask(mask, probabilities(values_inside(enlarged, mask))), max_probability=highest)
+    record = _with_review(record, settings)
     if not _keeps_map(record, settings):  # the probabilities of all pixels take time
         return record
     return _with_map(record, probabilities(enlarged), settings)
@@ -128,13 +130,18 @@ def _describe_members(
         mean += share * probability
         masks.append(clean_mask(probability >= threshold, settings.clean))
         if settings.has_member_rows:
-            records.append(_with_map(describe_mask(masks[-1], probability), probability, settings))
+            records.append(_with_map(_describe(masks[-1], probability), probability, settings))
     # rounding: the shares of half of the members may add up to slightly more than 0.5
     mask = clean_mask(votes > 0.5 + 1e-6 if settings.combine == "vote" else mean >= threshold, settings.clean)
     overlaps = [int(np.count_nonzero(first & second)) for first, second in itertools.combinations(masks, 2)]
     agreement = mean_dice([int(np.count_nonzero(member)) for member in masks], overlaps)
-    combined = replace(describe_mask(mask, mean), agreement=agreement)
+    combined = replace(_describe(mask, mean), agreement=agreement)
     return mean, mask, [_with_map(_with_review(combined, settings), mean, settings), *records]
+
+
+def _describe(mask: np.ndarray, probability: np.ndarray) -> MaskRecord:
+    """Return the row of a mask, (H, W) bool, and of the probabilities of all pixels, (H, W) float."""
+    return replace(describe_mask(mask, probability), max_probability=float(probability.max()))
 
 
 def _with_review(record: MaskRecord, settings: SegmentSettings) -> MaskRecord:

@@ -39,7 +39,7 @@ class Outlines:
         self._sizes = sizes
         self._last = torch.zeros(len(sizes), num_masks, 1, dtype=torch.bool, device=sizes.device)
         self._changes: list[list[np.ndarray]] = [[] for _ in range(len(sizes) * num_masks)]
-        self._sums = np.zeros(len(sizes) * num_masks)
+        self._sums, self._highest = np.zeros((2, len(sizes) * num_masks))
 
     def add(self, masks: Tensor, probabilities: Tensor, inside: Tensor, area: Area) -> None:
         """Add an area, which follows the areas before it in the order of run lengths.
@@ -58,12 +58,14 @@ class Outlines:
         self._last = last_rows[..., -1:]
         changes = (masks ^ before) & inside
         sums = torch.where(masks, probabilities, 0).sum((2, 3), dtype=torch.float64)
-        numbers = torch.stack([changes.sum((2, 3), dtype=torch.float64), sums]).reshape(2, -1).cpu().numpy()
+        highest = torch.where(inside, probabilities, 0).amax((2, 3)).double()
+        numbers = torch.stack([changes.sum((2, 3), dtype=torch.float64), sums, highest]).reshape(3, -1).cpu().numpy()
         pixels = self._pixels(changes, area).cpu().numpy().astype(np.uint32)
         ends_of_masks = np.cumsum(numbers[0].astype(np.int64))[:-1]
         for changes_of_mask, found in zip(self._changes, np.split(pixels, ends_of_masks), strict=True):
             changes_of_mask.append(found)
         self._sums += numbers[1]
+        self._highest = np.maximum(self._highest, numbers[2])
 
     def _pixels(self, changes: Tensor, area: Area) -> Tensor:
         """Return the numbers of the changed pixels in their images, (C,) int64, one mask after the other."""
@@ -75,8 +77,10 @@ class Outlines:
     def masks(self, agreements: Sequence[float | None]) -> list[list[FinishedMask]]:
         """Return the R masks of each image, with these agreements, one for each mask of each image."""
         found = [
-            FinishedMask(np.concatenate(changes), float(total), agreement)
-            for changes, total, agreement in zip(self._changes, self._sums, agreements, strict=True)
+            FinishedMask(np.concatenate(changes), float(total), float(highest), agreement)
+            for changes, total, highest, agreement in zip(
+                self._changes, self._sums, self._highest, agreements, strict=True
+            )
         ]
         num_masks = len(found) // len(self._sizes)
         return [found[start : start + num_masks] for start in range(0, len(found), num_masks)]
@@ -132,4 +136,7 @@ class Labels:
     def masks(self) -> list[list[FinishedMask]]:
         """Return the row of each image: pixels with any label, and the label map."""
         rows = self._outlines.masks([None] * len(self._maps))
-        return [[replace(row, label_map=label_map.T)] for (row,), label_map in zip(rows, self._maps, strict=True)]
+        return [
+            [replace(row, max_probability=None, label_map=label_map.T)]
+            for (row,), label_map in zip(rows, self._maps, strict=True)
+        ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vlsm.config import parse_range
 from vlsm.datasets.inspection import Facts
-from vlsm.datasets.mask_checks import find_useless_masks
+from vlsm.datasets.mask_checks import find_all_negative, find_useless_masks
 from vlsm.datasets.records import Record
 from vlsm.errors import ConfigError, ManifestError, VlsmError
 from vlsm.training.sampling import ExampleOrder, find_texts, weigh_datasets
@@ -49,12 +49,14 @@ def check_training(
             )
         )
     useless = find_useless_masks(records, facts, settings.data.mask_threshold)
+    useless += find_all_negative(records, facts, ("train", "val"))
     if useless and not settings.data.allow_empty_masks:
         errors.append(ConfigError(f"{'; '.join(useless)} (if they are right: --set data.allow_empty_masks=true)"))
     warnings = [*(useless if settings.data.allow_empty_masks else []), *warn_of_places(settings, usable)]
     try:
         require_train_and_val(usable, settings, num_broken)
         warnings += check_sampling(settings, usable)
+        warnings += check_negatives(settings, records, facts)
         num_workers = parse_range(settings.run.workers, 1)[1]
         warnings += check_batch_norms(model, ExampleOrder(usable, settings, 0, num_workers))
     except ConfigError as error:
@@ -99,6 +101,33 @@ def check_sampling(settings: TrainSettings, records: Sequence[Record]) -> list[s
     return [
         *(f"{sentence}: it is not learned" for sentence in unused),
         *(f"dataset {name} has a weight in data.sampling but no train records" for name in empty),
+    ]
+
+
+def check_negatives(settings: TrainSettings, records: Sequence[Record], facts: Sequence[Facts]) -> list[str]:
+    """Return a line with the number of negative examples for train and for val, or none where there are none.
+
+    Raises:
+        ConfigError: data.negatives asks for a share of negative examples, but there are none, or nothing else.
+    """
+    pairs = [(one.split, fact.area_fraction == 0) for one, fact in zip(records, facts, strict=True) if not fact.error]
+    total, negative = (
+        Counter(split for split, _ in pairs),
+        Counter(split for split, is_negative in pairs if is_negative),
+    )
+    share = settings.data.negatives
+    if share and negative["train"] in (0, total["train"]):
+        kind = "all" if negative["train"] else "none"
+        raise ConfigError(
+            f"data.negatives is {share:g}, but {kind} of the {total['train']:,} train examples are negative (an empty "
+            "mask); leave it out, or add examples of the other kind"
+        )
+    drawn = "" if share is None else f"; data.negatives makes them {share:.0%} of an epoch"
+    ends = {"train": f"their mask is empty{drawn}", "val": "their Dice is 1 if the model marks nothing, else 0"}
+    return [
+        f"{negative[split]:,} of {total[split]:,} {split} examples are negative: {end}"
+        for split, end in ends.items()
+        if negative[split]
     ]
 
 

@@ -251,6 +251,13 @@ def read_examples(output: str) -> list[Record]:
     return good_records(_read_table(output))
 
 
+def read_negatives(output: str) -> list[bool]:
+    """Return for each record of `read_examples` whether its mask is empty."""
+    table = _read_table(output)
+    areas: list[float | None] = table.filter(pc.is_null(table["error"]))["area_fraction"].to_pylist()
+    return [area == 0 for area in areas]
+
+
 def _read_table(output: str) -> pa.Table:
     return read_examples_table(storage.join(output, EXAMPLES_NAME))
 

@@ -53,10 +53,20 @@ class ExampleOrder:
         settings: settings of the run.
         rank: number of the worker, from 0.
         num_workers: number of workers.
+        are_negative: whether the mask of each record is empty, for data.negatives; None if only the negative records
+            are known.
     """
 
-    def __init__(self, records: Sequence[Record], settings: TrainSettings, rank: int = 0, num_workers: int = 1) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        settings: TrainSettings,
+        rank: int = 0,
+        num_workers: int = 1,
+        are_negative: Sequence[bool] | None = None,
+    ) -> None:
         self.records, self.settings = records, settings
+        self._are_negative = are_negative
         self.rank, self.num_workers = rank, num_workers
         self._by_split = {
             split: np.array([number for number, record in enumerate(records) if record.split == split], int)
@@ -78,7 +88,7 @@ class ExampleOrder:
 
     def train(self, epoch: int, first_step: int = 0) -> Iterator[MicroBatch]:
         """Yield the micro-batches of an epoch, starting at a step."""
-        order = draw_order(self.records, self._by_split["train"], self.settings, epoch)
+        order = draw_order(self.records, self._by_split["train"], self.settings, epoch, self._are_negative)
         batches = cut_batches(order, self.settings.optim.batch_size)
         for step in range(first_step, len(batches)):
             yield from self._share("train", epoch, step, batches[step], is_last=True)
@@ -118,19 +128,36 @@ def cut_batches(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return np.array_split(order, -(-len(order) // batch_size)) if len(order) else []
 
 
-def draw_order(records: Sequence[Record], train: np.ndarray, settings: TrainSettings, epoch: int) -> np.ndarray:
+def draw_order(
+    records: Sequence[Record],
+    train: np.ndarray,
+    settings: TrainSettings,
+    epoch: int,
+    are_negative: Sequence[bool] | None = None,
+) -> np.ndarray:
     """Return the examples of an epoch in random order, as many as there are train examples.
 
     With data.sampling=proportional, each example comes once. Otherwise each dataset gets its share of the epoch. If the
     share is larger than the dataset, its examples repeat in another order, but only after all of them were used.
 
+    data.negatives is the share of negative examples: of the whole epoch if data.sampling=proportional, else of the part
+    of each dataset that has both kinds. The part of a dataset with one kind is of this kind.
+
+    Args:
+        records: all records.
+        train: (N,) positions of the train examples.
+        settings: settings of the run.
+        epoch: number of the epoch, from 0.
+        are_negative: as in `ExampleOrder`.
+
     Raises:
         ConfigError: the weights of the datasets add to nothing.
     """
     rng = np.random.default_rng([settings.seed, epoch])
-    sampling = settings.data.sampling
+    sampling, share = settings.data.sampling, settings.data.negatives
+    negative = np.array([one.is_negative for one in records] if are_negative is None else are_negative, bool)
     if sampling == "proportional":
-        return rng.permutation(train)
+        return rng.permutation(train if share is None else _draw(train, len(train), negative, share, rng))
     names = [records[number].dataset for number in train]
     weights = weigh_datasets(names, sampling)
     sums = np.cumsum(list(weights.values()))
@@ -138,9 +165,25 @@ def draw_order(records: Sequence[Record], train: np.ndarray, settings: TrainSett
     drawn = []
     for name, count in zip(weights, np.diff(bounds, prepend=0), strict=True):
         members = train[np.array(names) == name]
-        rounds = [rng.permutation(members) for _ in range(-(-count // len(members)))]
-        drawn.append(np.concatenate([*rounds, members[:0]])[:count])
+        drawn.append(_draw(members, count, negative, share, rng))
     return rng.permutation(np.concatenate(drawn))
+
+
+def _draw(
+    members: np.ndarray, count: int, negative: np.ndarray, share: float | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Return `count` of some examples, in rounds of all of them, with a share of negative ones; None: as they are."""
+    kinds = members[negative[members]], members[~negative[members]]
+    if share is None or not all(map(len, kinds)):
+        groups = [(members, count)]
+    else:
+        num_negative = round(share * count)
+        groups = [(kinds[0], num_negative), (kinds[1], count - num_negative)]
+    drawn = [
+        np.concatenate([*(rng.permutation(group) for _ in range(-(-number // len(group)))), group[:0]])[:number]
+        for group, number in groups
+    ]
+    return np.concatenate(drawn)
 
 
 def weigh_datasets(names: Iterable[str], sampling: Literal["uniform"] | dict[str, float]) -> dict[str, float]:

@@ -65,6 +65,13 @@ class DataSettings(DatasetSettings):
     sampling: Literal["proportional", "uniform"] | dict[str, float] = Field(
         "proportional", description="uniform: the same number of examples from each dataset; or a weight per dataset"
     )
+    negatives: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of negative examples in an epoch: images without the finding, whose mask is empty; they or "
+        "the others repeat to reach it; 0: none; null: as many as there are",
+    )
     split: SplitSettings = SplitSettings()
     skip_broken: bool = Field(False, description="leave out records with broken files instead of stopping")
     tile_size: int | None = Field(
