@@ -26,6 +26,7 @@ from vlsm.evaluation.sweep import (
 )
 from vlsm.evaluation.sweep_checks import check_sweep
 from vlsm.evaluation.sweep_scores import average_scores
+from vlsm.runs.record import describe_differences, make_record
 from vlsm.training.settings import DataSettings
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,17 @@ def test_every_model_is_trained_on_every_dataset_with_every_prompt_and_seed():
     assert list(first.systems) == ["small, seed 0", "small, seed 3", "large, seed 0", "large, seed 3"]
     assert first.systems["large, seed 3"][0].checkpoint == f"{trials[3].settings.output}/checkpoint"
     assert (first.prompts, list(first.datasets)) == (("p0",), ["a"])
+
+
+def test_the_resources_of_a_sweep_and_of_its_jobs_may_change_when_it_goes_on():
+    models = {"run": {"model": "pixel"}}  # a name as any other
+    record = make_record(make_settings(models=models), {}, {"trials": 4})
+    changed = {"models": {"run": {"model": "pixel", "run": {"cpus_per_worker": 0.5}}}, "run": {"parallel": 3}}
+    changed |= {"train": {"run": {"workers": 2}}, "evaluate": {"run": {"actors": 2}}}
+    assert describe_differences(record, make_settings(**changed), {}) == []
+    other = make_settings(models={"run": {"model": "unet_d"}}, datasets={"a": "data/a", "run": "data/b"})
+    differences = " ".join(describe_differences(record, other, {}))
+    assert "models.run.model" in differences and "datasets.run" in differences
 
 
 def test_pooled_models_learn_all_datasets_and_are_scored_on_each():
