@@ -244,7 +244,10 @@ SETTINGS = {
         config(
             folder,
             "[profile x]\nregion = us-far-1\naws_access_key_id = Profile\naws_secret_access_key = s\n",
-            AWS_PROFILE="x", AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="", AWS_REGION="",
+            AWS_PROFILE="x",
+            AWS_ACCESS_KEY_ID="",
+            AWS_SECRET_ACCESS_KEY="",
+            AWS_REGION="",
         ),
         {},
     ),  # fmt: skip
@@ -253,7 +256,8 @@ SETTINGS = {
             folder,
             "[default]\ncredential_process = echo "
             """'{"Version": 1, "AccessKeyId": "Process", "SecretAccessKey": "s", "SessionToken": "t"}'\n""",
-            AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="",
+            AWS_ACCESS_KEY_ID="",
+            AWS_SECRET_ACCESS_KEY="",
         ),
         {},
     ),  # fmt: skip

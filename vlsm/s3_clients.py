@@ -191,5 +191,3 @@ class _Credentials:
     def __call__(self) -> dict[str, Any]:
         key, secret, token = self._access.credentials or ("", "", None)
         return {"access_key_id": key, "secret_access_key": secret, "token": token, "expires_at": None}
-
-
