@@ -105,7 +105,7 @@ def test_as_many_tasks_run_as_can_decode_the_largest_image_that_is_admitted():
 
 
 def test_the_smallest_node_decides_and_an_unknown_one_is_asked_for_no_memory():
-    small, large = node(16, 32, 10), node(16, 64, 16)
+    small, large = node(16, 24, 10), node(16, 64, 16)
     assert plan([large, small])[0].fetch_bytes == plan([small])[0].fetch_bytes < plan([large])[0].fetch_bytes
     assert plan([small])[0].is_bound_by_memory([small])
     for nodes in (SMALL, [{"Alive": True, "Resources": {"memory": 1e9}}]):
