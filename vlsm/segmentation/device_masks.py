@@ -180,7 +180,7 @@ class _Group:
         num_texts = self._images[0].num_texts
         if len(num_texts) == probability.shape[1]:
             return probability
-        return torch.stack([texts.mean(1) for texts in probability.split(num_texts, dim=1)], dim=1)
+        return torch.stack([texts.mean(1) for texts in torch.split(probability, list(num_texts), dim=1)], dim=1)
 
     def _join_windows(self, logits: Tensor, square: Square, area: Area) -> Tensor:
         """Return the probabilities of a tiled image in an area, (1, texts, w, h): `tiles.probability_map`."""

@@ -130,8 +130,8 @@ def _describe_members(
             records.append(_with_map(describe_mask(masks[-1], probability), probability, settings))
     # rounding: the shares of half of the members may add up to slightly more than 0.5
     mask = clean_mask(votes > 0.5 + 1e-6 if settings.combine == "vote" else mean >= threshold, settings.clean)
-    overlaps = [np.count_nonzero(first & second) for first, second in itertools.combinations(masks, 2)]
-    agreement = mean_dice([np.count_nonzero(member) for member in masks], overlaps)
+    overlaps = [int(np.count_nonzero(first & second)) for first, second in itertools.combinations(masks, 2)]
+    agreement = mean_dice([int(np.count_nonzero(member)) for member in masks], overlaps)
     combined = replace(describe_mask(mask, mean), agreement=agreement)
     return mean, mask, [_with_map(_with_review(combined, settings), mean, settings), *records]
 

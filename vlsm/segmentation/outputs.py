@@ -130,7 +130,7 @@ class MasksOutput:
         clipped = [logits[number].clamp(-_MAX_LOGIT, _MAX_LOGIT) for number in sorted(logits)]
         counts = [len(item.texts) for item in windows]
         complete, images = [], []
-        for item, *members in zip(windows, *(values.split(counts) for values in clipped), strict=True):
+        for item, *members in zip(windows, *(torch.split(values, counts) for values in clipped), strict=True):
             self._windows.append(members)
             entry = item.entries[0]
             if item.window == entry.num_windows - 1:

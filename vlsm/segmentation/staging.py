@@ -27,7 +27,7 @@ class Staging:
         self._is_gpu = device.type == "cuda"
         self.depth = 2 if self._is_gpu else 0
         if self._is_gpu:
-            self._uploads, self._results = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._uploads, self._results = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def upload(self, pixels: np.ndarray, rows: Sequence[int]) -> Tensor:
         """Return some rows of an array on the device; work that is queued later waits for them."""
