@@ -198,10 +198,9 @@ def _deciding(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the recorded settings that decide the results."""
     others = ("run", "output", "members", "systems", "allow_equal_masks")  # the last one only allows a run
     deciding = {key: value for key, value in tree.items() if key not in others}
-    jobs = {key: _without_run(deciding[key]) for key in ("train", "evaluate") if key in deciding}  # of a sweep
+    deciding |= {key: _without_run(deciding[key]) for key in ("train", "evaluate") if key in deciding}  # of a sweep
     if isinstance(models := deciding.get("models"), dict):
-        jobs["models"] = {name: _without_run(model) for name, model in models.items()}
-    deciding |= jobs
+        deciding["models"] = {name: _without_run(model) for name, model in models.items()}
     systems, members = tree.get("systems"), _deciding_members(tree.get("members"))
     groups = {name: _deciding_members(each) for name, each in systems.items()} if isinstance(systems, dict) else systems
     return deciding | ({"members": members} if members else {}) | ({"systems": groups} if groups else {})
