@@ -22,6 +22,7 @@ MODELS = {
     "biomedclipseg": "vlsm.models.openclip_seg:BiomedCLIPSeg",
     "biomedclipseg_d": "vlsm.models.openclip_seg:BiomedCLIPSegD",
     "openclip_seg": "vlsm.models.openclip_seg:OpenCLIPSeg",
+    "transformers_seg": "vlsm.models.transformers_seg:TransformersSeg",
     "cris": "vlsm.models.cris:CRIS",
     "unet_d": "vlsm.models.unet_d:UNetD",
     "unet": "vlsm.models.cnn:UNet",

@@ -13,9 +13,16 @@ from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.cris import CRIS
 from vlsm.models.decoder import PromptDecoder, initialize_decoder
 from vlsm.models.towers import Towers
-from vlsm.models.untrained import write_biomedclip, write_clip_resnet, write_clipseg, write_open_clip
+from vlsm.models.untrained import (
+    write_biomedclip,
+    write_clip_resnet,
+    write_clipseg,
+    write_open_clip,
+    write_siglip,
+)
 
-_EXAMPLE = "ViT-B-16"  # for openclip_seg, which has no default tower
+# for models without default towers
+_EXAMPLES = {"openclip_seg": "ViT-B-16", "transformers_seg": "google/medsiglip-448"}
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,14 @@ def build_architecture(name: str, folder: Path, device: str = "meta") -> Segment
     towers = folder / name
     write_clipseg(towers / "clipseg", weights=False)
     if name == "openclip_seg":
-        write_open_clip(towers / "openclip", open_clip.get_model_config(_EXAMPLE), weights=False)
+        write_open_clip(towers / "openclip", open_clip.get_model_config(_EXAMPLES[name]), weights=False)
+    elif name == "transformers_seg":
+        write_siglip(towers / "transformers", weights=False)
     elif name == "cris":
         write_clip_resnet(towers / "openclip", weights=False)
     else:
         write_biomedclip(towers / "openclip", weights=False)
-    options = parse_options(name, {"source": _EXAMPLE} if name == "openclip_seg" else {})
+    options = parse_options(name, {"source": _EXAMPLES[name]} if name in _EXAMPLES else {})
     with torch.device(device):
         model = find_model(name).restore(options, towers).set_trainable("decoder").eval()
         for module in model.modules():
@@ -89,8 +98,8 @@ def _measure(name: str, model: SegmentationModel) -> Cost:
     sources = [
         str(value) for key, value in model.options.model_dump().items() if key.endswith(("source", "weights")) and value
     ]
-    if name == "openclip_seg":
-        sources = [f"any open_clip source; this row is {_EXAMPLE}"]
+    if name in _EXAMPLES:
+        sources = [f"any; this row is {_EXAMPLES[name]}"]
     return Cost(
         name,
         sum(parameter.numel() for parameter in parameters),

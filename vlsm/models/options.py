@@ -10,6 +10,7 @@ from vlsm.images.preprocess import Resize
 PUBLISHED = "CIDAS/clipseg-rd64-refined"
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 SOURCE_HELP = "hub id, local folder with open_clip_config.json, or open_clip's NAME/TAG"
+PAIR_HELP = "hub id or local folder of a SigLIP, SigLIP 2, CLIP, MetaCLIP 2, AIMv2 or TIPSv2"
 DECODER_HELP = "CLIPSeg whose decoder is used, hub id or local folder; null: the decoder is untrained"
 
 
@@ -87,6 +88,12 @@ class OpenCLIPSegOptions(UNetDSettings):
     unet: bool = Field(False, description="add UNet-D, as in vlsm_a")
 
 
+class TransformersSegOptions(OpenCLIPSegOptions):
+    """Any pair of towers of transformers, such as google/medsiglip-448, and UNet-D if `unet` is set."""
+
+    source: str = Field(description=PAIR_HELP)
+
+
 class EnsembleAOptions(BiomedCLIPSegOptions, UNetDSettings):
     """BiomedCLIPSeg's options and UNet-D's."""
 
@@ -151,6 +158,7 @@ OPTIONS: dict[str, type[InputOptions]] = {
     "biomedclipseg": BiomedCLIPSegOptions,
     "biomedclipseg_d": BiomedCLIPSegDOptions,
     "openclip_seg": OpenCLIPSegOptions,
+    "transformers_seg": TransformersSegOptions,
     "cris": CRISOptions,
     "unet_d": UNetDOptions,
     "unet": CNNOptions,
