@@ -8,6 +8,7 @@ from vlsm.models.untrained import (
     write_clip_resnet,
     write_clipseg,
     write_open_clip,
+    write_sam3,
     write_siglip,
 )
 
@@ -58,6 +59,30 @@ def save_tiny_siglip(folder):
     return stir(folder)
 
 
+TINY_SAM3 = {
+    "vision_config": {
+        "backbone_config": {
+            "model_type": "sam3_vit_model",
+            **_LAYERS, "num_hidden_layers": 4, "image_size": 64, "patch_size": 8, "pretrain_image_size": 32,
+            "window_size": 4, "global_attn_indexes": [1, 3],
+        },
+        "fpn_hidden_size": 16,
+    },
+    "text_config": {**_LAYERS, "num_hidden_layers": 2, "vocab_size": 500, "max_position_embeddings": 32},
+    **{
+        f"{part}_config": {"hidden_size": 16, "num_attention_heads": 2, "num_layers": 2, "intermediate_size": 24}
+        for part in ("geometry_encoder", "detr_encoder", "detr_decoder")
+    },
+    "mask_decoder_config": {"hidden_size": 16, "num_attention_heads": 2},
+}  # fmt: skip
+
+
+def save_tiny_sam3(folder):
+    """Write a SAM 3 with four layers of width 32, two of them in windows, and patches of 8 pixels."""
+    write_sam3(folder, **TINY_SAM3)
+    return stir(folder)
+
+
 def save_tiny_sources(folder):
     """Write one folder per kind of weights."""
     save_tiny_clipseg(folder / "clipseg")
@@ -65,6 +90,7 @@ def save_tiny_sources(folder):
     save_tiny_clip_resnet(folder / "clip_resnet")
     save_tiny_open_clip(folder / "open_clip")
     save_tiny_siglip(folder / "siglip")
+    save_tiny_sam3(folder / "sam3")
     return folder
 
 
@@ -82,6 +108,7 @@ def tiny_options(folder):
         "openclip_seg+unet": {"source": str(folder / "open_clip"), "unet": True, "width": 4},
         "transformers_seg": {"source": str(folder / "siglip")},
         "transformers_seg+unet": {"source": str(folder / "siglip"), "unet": True, "width": 4},
+        "sam3": {"source": str(folder / "sam3"), "image_size": 64},
         "cris": {"source": str(folder / "clip_resnet"), "image_size": 64, "width": 32},
         "unet_d": {"image_size": 64, "width": 4},
         "unet": cnn,

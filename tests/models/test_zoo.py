@@ -204,7 +204,9 @@ def test_all_of_a_cnn_learns(build, pixel_values, case):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("case", ["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "cris", "vlsm_c"])
+@pytest.mark.parametrize(
+    "case", ["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "cris", "sam3", "vlsm_c"]
+)
 def test_lora_is_merged_in_a_checkpoint(build, pixel_values, tmp_path, case):
     model = build(case, "lora")
     with torch.no_grad():

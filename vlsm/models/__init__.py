@@ -24,6 +24,7 @@ MODELS = {
     "openclip_seg": "vlsm.models.openclip_seg:OpenCLIPSeg",
     "transformers_seg": "vlsm.models.transformers_seg:TransformersSeg",
     "cris": "vlsm.models.cris:CRIS",
+    "sam3": "vlsm.models.sam3:SAM3",
     "unet_d": "vlsm.models.unet_d:UNetD",
     "unet": "vlsm.models.cnn:UNet",
     "unetplusplus": "vlsm.models.cnn:UNetPlusPlus",

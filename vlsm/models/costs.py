@@ -12,12 +12,14 @@ from vlsm.models import MODELS, find_model, parse_options
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.cris import CRIS
 from vlsm.models.decoder import PromptDecoder, initialize_decoder
+from vlsm.models.sam3 import CONTEXT, SAM3
 from vlsm.models.towers import Towers
 from vlsm.models.untrained import (
     write_biomedclip,
     write_clip_resnet,
     write_clipseg,
     write_open_clip,
+    write_sam3,
     write_siglip,
 )
 
@@ -74,6 +76,8 @@ def build_architecture(name: str, folder: Path, device: str = "meta") -> Segment
         write_open_clip(towers / "openclip", open_clip.get_model_config(_EXAMPLES[name]), weights=False)
     elif name == "transformers_seg":
         write_siglip(towers / "transformers", weights=False)
+    elif name == "sam3":
+        write_sam3(towers / "transformers", weights=False)
     elif name == "cris":
         write_clip_resnet(towers / "openclip", weights=False)
     else:
@@ -113,6 +117,9 @@ def _measure(name: str, model: SegmentationModel) -> Cost:
 
 def _text_features(model: SegmentationModel) -> Features:
     """Return text features of one prompt, by shape alone: transformers' text towers fail without values, as on meta."""
+    if isinstance(model, SAM3):
+        words = torch.empty(1, CONTEXT, model.towers.text_width, device="meta")
+        return words, torch.empty(1, CONTEXT, dtype=torch.bool, device="meta")
     widths = [module.text_width for module in model.modules() if isinstance(module, Towers)] or [0]
     features = tuple(torch.empty(1, width, device="meta") for width in widths)
     if not isinstance(model, CRIS):

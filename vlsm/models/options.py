@@ -133,6 +133,18 @@ class CRISOptions(InputOptions):
     )
 
 
+class SAM3Options(InputOptions):
+    """Options of SAM 3. Masks of its semantic head alone; its boxes and instances are not built."""
+
+    source: str = Field("facebook/sam3", description="hub id or local folder of a SAM 3, or of a SAM 3 LiteText")
+    image_size: int = Field(
+        1008, le=MAX_SIDE, ge=16, description="side of the input square in pixels; 504 costs less than a quarter"
+    )
+    weights: str | None = Field(
+        None, description="weights in the names of Meta's code, a local .pt file; source gives the rest"
+    )
+
+
 class CNNOptions(InputOptions):
     """Options of the CNN baselines. The defaults are MedVLSM's: ResNet-50 with ImageNet weights."""
 
@@ -160,6 +172,7 @@ OPTIONS: dict[str, type[InputOptions]] = {
     "openclip_seg": OpenCLIPSegOptions,
     "transformers_seg": TransformersSegOptions,
     "cris": CRISOptions,
+    "sam3": SAM3Options,
     "unet_d": UNetDOptions,
     "unet": CNNOptions,
     "unetplusplus": CNNOptions,

@@ -24,6 +24,7 @@ PAIRS = (
     "tipsv2",
 )  # an image tower and a text tower of transformers
 _RUNS_CODE = {"auto_map", "custom_pipelines", "trust_remote_code"}
+SAMS = ("sam3", "sam3_lite_text")
 # numbers and a word in a dictionary, the only one that configurations may have besides those of their parts
 _ROPE = "rope_parameters"
 _VOCABULARIES = {"vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"}
@@ -65,7 +66,7 @@ def write_tower_files(files: Mapping[str, bytes], folder: Path, uri: str) -> Non
             tree = parse_json(data, where, CheckpointError)
             _refuse_code(tree, where)
             if base == "config.json" and room == "transformers":
-                content = json.dumps(clean_config(tree, where, PAIRS)).encode()
+                content = json.dumps(clean_config(tree, where, (*PAIRS, *SAMS))).encode()
             elif clean := _CLEANERS.get(base):
                 content = json.dumps(clean(tree, where)).encode()
         elif base in _VOCABULARIES:

@@ -39,6 +39,8 @@ def read_config(source: str, kinds: Collection[str]) -> Any:
             tree, _ = PreTrainedConfig.get_config_dict(source)
         except LOAD_ERRORS as error:
             raise CheckpointError(f"weights {source!r} cannot be loaded: {explain_source(error)}") from error
+    if isinstance(tree, dict) and isinstance(tree.get("detector_config"), dict):  # SAM 3 with its tracker of videos
+        tree = {"model_type": str(tree.get("model_type")).removesuffix("_video")} | tree["detector_config"]
     cleaned = clean_config(tree, where, kinds)
     try:
         return CONFIG_MAPPING[cleaned["model_type"]].from_dict(cleaned)

@@ -16,6 +16,10 @@ from transformers import (
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
     CLIPTokenizer,
+    Sam3Config,
+    Sam3ImageProcessor,
+    Sam3Model,
+    Sam3Processor,
     Siglip2Tokenizer,
     SiglipConfig,
     SiglipImageProcessor,
@@ -124,6 +128,29 @@ def write_siglip(folder: Path, weights: bool = True, **config: Any) -> Path:
     SiglipProcessor(SiglipImageProcessor(), tokenizer).save_pretrained(folder)
     if weights:
         SiglipModel(settings).save_pretrained(folder)
+    return folder
+
+
+def write_sam3(folder: Path, weights: bool = True, **config: Any) -> Path:
+    """Write a SAM 3 for transformers' from_pretrained, by default with the sizes of `facebook/sam3`.
+
+    Args:
+        folder: created if it does not exist.
+        weights: True writes random weights; False writes all other files.
+        config: fields of Sam3Config that differ from the published ones.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = byte_pair_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = Sam3Config(**config)
+    for name, token in special.items():
+        setattr(settings.text_config, name, token)
+    settings.save_pretrained(folder)
+    Sam3Processor(Sam3ImageProcessor(), tokenizer).save_pretrained(folder)
+    if weights:
+        Sam3Model(settings).save_pretrained(folder)
     return folder
 
 
