@@ -87,7 +87,7 @@ def source(tmp_path_factory):
             tokenizer.save_pretrained(folder)
             processor.save_pretrained(folder)
             stir(folder)
-        return folder
+        return folders[kind]
 
     return write
 
