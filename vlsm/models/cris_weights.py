@@ -52,4 +52,5 @@ def load_published(model: nn.Module, path: str) -> None:
 
 def rename_weight(name: str) -> str:
     """Return this project's name of a weight of the public code. An unknown name stays as it is."""
+    name = name.removeprefix("module.")  # DataParallel's
     return rename_start(name, _NAMES) or name

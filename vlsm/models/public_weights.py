@@ -36,7 +36,7 @@ def read_state(path: str, kind: str) -> dict[str, Tensor]:
         tree = tree[key] if isinstance(tree, dict) and isinstance(tree.get(key), dict) else tree
     if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
         raise CheckpointError(f"{kind} weights {path!r} are no dict of tensors; give the state_dict of the public code")
-    return {name.removeprefix("module."): value for name, value in tree.items()}  # DataParallel's prefix
+    return {name.removeprefix("module."): value for name, value in tree.items()}  # DataParallel's
 
 
 def rename_start(name: str, names: Names) -> str | None:
