@@ -90,7 +90,7 @@ class SAM3Towers(Towers):
 
     def build_pyramid(self, activations: Tensor) -> tuple[Tensor, ...]:
         """Return maps (B, text_width, H, H) from `encode_images`, with sides of 4, 2 and 1 times the grid."""
-        hidden = activations.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        hidden = activations.transpose(1, 2).reshape(len(activations), -1, self.grid, self.grid)
         return tuple(layer(hidden) for layer in self.vision.neck.fpn_layers)
 
     def positions(self, level: Tensor) -> Tensor:

@@ -109,4 +109,6 @@ def read_image_spec(source: str, size: int) -> ImageSpec:
         ) from error
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
     scale = 255 * processor.rescale_factor if processor.do_rescale else 255
-    return ImageSpec(size, *(tuple(value / scale for value in values) for values in (mean, std)))
+    red, green, blue = (value / scale for value in mean)
+    red_spread, green_spread, blue_spread = (value / scale for value in std)
+    return ImageSpec(size, (red, green, blue), (red_spread, green_spread, blue_spread))

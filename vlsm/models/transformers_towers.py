@@ -154,7 +154,7 @@ class TransformersTowers(Towers):
             hidden = tower.embeddings(pixel_values, interpolate_pos_encoding=True)
             return tower.pre_layrnorm(hidden) if hasattr(tower, "pre_layrnorm") else hidden
         embeddings, grid, patch = tower.embeddings, self.grid, self._patch
-        patches = pixel_values.unflatten(3, (grid, patch)).unflatten(2, (grid, patch))  # (B, 3, grid, P, grid, P)
+        patches = pixel_values.reshape(*pixel_values.shape[:2], grid, patch, grid, patch)
         tokens = embeddings.patch_embedding(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
         side = embeddings.position_embedding_size
         return tokens + embeddings.resize_positional_embeddings(
