@@ -65,7 +65,7 @@ def test_options_of_every_model_are_checked_without_torch():
     code = """
 from vlsm.models import MODELS, parse_options
 for name in MODELS:
-    parse_options(name, {"source": "x"} if name == "openclip_seg" else {})
+    parse_options(name, {"source": "x"} if name in ("openclip_seg", "transformers_seg") else {})
 """
     assert not modules_after(code) & NOTHING_HEAVY
 

@@ -14,10 +14,12 @@ from tests.tiny import save_tiny_sources, tiny_options
 from vlsm.checkpoints import check_files, read_checkpoint
 from vlsm.errors import CheckpointError
 from vlsm.models.restoring import read_shapes
-from vlsm.models.tower_files import clean_config
+from vlsm.models.tower_files import SAMS, clean_config
 
 TOWER, OPENCLIP = "openclip/config.json", "openclip/open_clip_config.json"
 CLIPSEG, TOKENIZER = "clipseg/config.json", "clipseg/tokenizer_config.json"
+PAIR, PAIR_TOKENIZER = "transformers/config.json", "transformers/tokenizer_config.json"
+TRUNK = ("vision_config", "backbone_config")
 WEIGHTS = "model.safetensors"
 TEXT, VISION = ("model_cfg", "text_cfg"), ("model_cfg", "vision_cfg")
 GROW = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 60
@@ -30,7 +32,7 @@ BPE = {"type": "BPE", "vocab": {}, "merges": ["a b"]}
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     options = tiny_options(save_tiny_sources(folder / "sources"))
-    for name in ("clipseg", "biomedclipseg", "openclip_seg", "unet", "unet_d"):
+    for name in ("clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "sam3", "unet", "unet_d"):
         vlsm.save_checkpoint(vlsm.build_model(name, **options[name]), folder / name)
     return folder
 
@@ -118,6 +120,23 @@ def test_what_asks_to_run_code_is_refused_in_every_file(attacked, checkpoints, t
         ("openclip_seg", OPENCLIP, [*VISION, "width"], 10**7, "far larger than its weights"),
         ("openclip_seg", OPENCLIP, [*TEXT, "context_length"], 10**6, "far larger than its weights"),
         ("openclip_seg", "checkpoint.yaml", ["options", "taps"], list(range(50_000)), "they must increase"),
+        ("transformers_seg", PAIR, ["model_type"], "clipseg", "model_type is 'clipseg'; it must be one of aimv2, clip"),
+        ("transformers_seg", PAIR, ["model_type"], "sam3", "model_type is 'sam3'; it must be one of aimv2, clip"),
+        ("transformers_seg", PAIR, ["model_type"], ["siglip"], r"model_type is \['siglip'\]"),
+        ("transformers_seg", PAIR, ["vision_config", "num_hidden_layers"], 100_000, "far larger than its weights"),
+        ("transformers_seg", PAIR, ["vision_config", "image_size"], [64, 32], "only squares are supported"),
+        ("transformers_seg", PAIR, ["vision_config", "patch_size"], 0, "do not describe TransformersSeg: ZeroDivision"),
+        ("transformers_seg", PAIR, ["text_config", "vocab_size"], 2**31, "far larger than its weights"),
+        ("transformers_seg", PAIR, ["text_config", "hidden_size"], "many", "config.json of .* describes no model"),
+        ("transformers_seg", PAIR, ["text_config"], {}, "far larger than its weights|do not fit its model"),
+        ("transformers_seg", PAIR_TOKENIZER, ["tokenizer_class"], "LlamaTokenizer", "tokenizer_class is 'LlamaT"),
+        ("sam3", PAIR, ["model_type"], "siglip", "model_type is 'siglip'; it must be one of sam3, sam3_lite_text"),
+        ("sam3", PAIR, [*TRUNK, "num_hidden_layers"], 100_000, "far larger than its weights"),
+        ("sam3", PAIR, [*TRUNK, "window_size"], 10**6, "far larger than its weights"),
+        ("sam3", PAIR, [*TRUNK, "patch_size"], 1, "far larger than its weights|do not fit its model"),
+        ("sam3", PAIR, ["detr_encoder_config", "num_layers"], 100_000, "far larger than its weights"),
+        ("sam3", PAIR, ["vision_config", "scale_factors"], [4.0] * 100_000, "far larger than its weights"),
+        ("sam3", "checkpoint.yaml", ["options", "image_size"], 10**6, "less than or equal to 4096"),
         ("unet", "checkpoint.yaml", ["options", "encoder"], "tu-vit_7b_patch16_dinov3", "far larger than its weights"),
         ("unet_d", "checkpoint.yaml", ["options", "width"], 10**9, "far larger than its weights"),
         ("unet_d", "checkpoint.yaml", ["options", "image_size"], 10**6, "less than or equal to 4096"),
@@ -146,6 +165,15 @@ def test_hostile_files_are_one_sentence(attacked, kind, file, keys, value, messa
         ("biomedclipseg", TOWER, ["_attn_implementation"], "kernels-community/x"),
         ("biomedclipseg", TOWER, ["attn_implementation"], "kernels-community/x"),
         ("biomedclipseg", TOWER, ["configuration_files"], ["config.0.json"]),
+        ("transformers_seg", "checkpoint.yaml", ["options", "source"], "evil/x"),
+        ("transformers_seg", PAIR, ["_attn_implementation"], "kernels-community/x"),
+        ("transformers_seg", PAIR, ["vision_config", "model_type"], "evil"),
+        ("transformers_seg", PAIR, ["vision_config", "_attn_implementation"], "kernels-community/x"),
+        ("transformers_seg", PAIR, ["text_config", "_name_or_path"], "evil/x"),
+        ("sam3", "checkpoint.yaml", ["options", "weights"], "/etc/passwd"),
+        ("sam3", PAIR, [*TRUNK, "model_type"], "timm_wrapper"),
+        ("sam3", PAIR, ["text_config", "model_type"], "llama"),
+        ("sam3", PAIR, ["detector_config"], "evil/x"),
         ("unet", "checkpoint.yaml", ["options", "encoder_weights"], "imagenet"),
         ("clipseg", TOKENIZER, ["vocab_file"], "/etc/passwd"),
         ("clipseg", TOKENIZER, ["init_inputs"], ["/etc/passwd"]),
@@ -182,6 +210,18 @@ def test_keys_of_public_configurations_that_are_no_sizes_are_left_out():
     assert clean_config(published | {"_name_or_path": "x/y"}, "x") == {"model_type": "bert", "hidden_size": 768}
     nested = {"model_type": "clipseg", "text_config": {"hidden_size": 8, "bad": "x"}, "extract_layers": [1, 2]}
     assert clean_config(nested, "x") == nested | {"text_config": {"hidden_size": 8}}
+    trunk = {
+        "model_type": "sam3_vit_model",
+        "hidden_size": 8,
+        "rope_parameters": {"rope_theta": 100.0, "rope_type": "axial"},
+    }
+    deep = {"model_type": "sam3", "vision_config": {"backbone_config": trunk, "scale_factors": [1.0]}}
+    assert clean_config(deep, "x", SAMS) == deep
+    trunk["rope_parameters"]["code"] = "x.py"
+    assert clean_config(deep, "x", SAMS)["vision_config"]["backbone_config"]["rope_parameters"].keys() == {
+        "rope_theta",
+        "rope_type",
+    }
 
 
 @pytest.mark.parametrize(

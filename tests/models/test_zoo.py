@@ -17,7 +17,7 @@ from vlsm.models.folding import fold_batch_norms
 from vlsm.models.towers import Towers
 
 PROMPTS = ["polyp", "a round lesion of the left", "!", "polyp", "small, flat: bright!"]
-CASES = [*MODELS, "openclip_seg+unet"]
+CASES = [*MODELS, "openclip_seg+unet", "transformers_seg+unet"]
 TOWERS = [name for name in CASES if name not in ("unet_d", "unet", "unetplusplus", "deeplabv3plus", "pixel")]
 
 
@@ -204,7 +204,9 @@ def test_all_of_a_cnn_learns(build, pixel_values, case):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("case", ["clipseg", "biomedclipseg", "openclip_seg", "cris", "vlsm_c"])
+@pytest.mark.parametrize(
+    "case", ["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "cris", "sam3", "vlsm_c"]
+)
 def test_lora_is_merged_in_a_checkpoint(build, pixel_values, tmp_path, case):
     model = build(case, "lora")
     with torch.no_grad():

@@ -5,14 +5,15 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPSegConfig
+from transformers import CLIPSegConfig
 from transformers.models.clipseg.modeling_clipseg import CLIPSegModel
 
 from vlsm.errors import CheckpointError
 from vlsm.images.preprocess import ImageSpec
 from vlsm.models.decoder import PromptDecoder, load_network
 from vlsm.models.options import CLIPSegOptions
-from vlsm.models.towers import Towers, cut_tokens, encode_by_length, explain_source
+from vlsm.models.towers import Towers, cut_tokens, encode_by_length
+from vlsm.models.transformers_source import load_tokenizer
 from vlsm.models.vlsm import VLSM
 
 _FOLDER = "clipseg"
@@ -90,18 +91,6 @@ class CLIPSegTowers(Towers):
         """Write the network's configuration and the tokenizer."""
         self.config.save_pretrained(folder / _FOLDER)
         self.tokenizer.save_pretrained(folder / _FOLDER)
-
-
-def load_tokenizer(source: str, local_files_only: bool = False) -> Any:
-    """Return the tokenizer of a folder or hub id. No code of the source runs.
-
-    Raises:
-        CheckpointError: the tokenizer cannot be loaded.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer of {source!r} cannot be loaded: {explain_source(error)}") from error
 
 
 def load_towers(source: str, image_size: int) -> tuple[CLIPSegTowers, PromptDecoder]:

@@ -13,10 +13,19 @@ from vlsm.models import MODELS, find_model, parse_options
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.cris import CRIS
 from vlsm.models.decoder import PromptDecoder, initialize_decoder
+from vlsm.models.sam3 import CONTEXT, SAM3
 from vlsm.models.towers import Towers
-from vlsm.models.untrained import write_biomedclip, write_clip_resnet, write_clipseg, write_open_clip
+from vlsm.models.untrained import (
+    write_biomedclip,
+    write_clip_resnet,
+    write_clipseg,
+    write_open_clip,
+    write_sam3,
+    write_siglip,
+)
 
-_EXAMPLE = "ViT-B-16"  # for openclip_seg, which has no default tower
+# for models without default towers
+_EXAMPLES = {"openclip_seg": "ViT-B-16", "transformers_seg": "google/medsiglip-448"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,16 @@ def build_architecture(
     towers = folder / name
     write_clipseg(towers / "clipseg", weights=False)
     if name == "openclip_seg":
-        write_open_clip(towers / "openclip", open_clip.get_model_config(_EXAMPLE), weights=False)
+        write_open_clip(towers / "openclip", open_clip.get_model_config(_EXAMPLES[name]), weights=False)
+    elif name == "transformers_seg":
+        write_siglip(towers / "transformers", weights=False)
+    elif name == "sam3":
+        write_sam3(towers / "transformers", weights=False)
     elif name == "cris":
         write_clip_resnet(towers / "openclip", weights=False)
     else:
         write_biomedclip(towers / "openclip", weights=False)
-    example = {"source": _EXAMPLE} if name == "openclip_seg" else {}
+    example = {"source": _EXAMPLES[name]} if name in _EXAMPLES else {}
     checked = parse_options(name, example | (options or {}))
     with torch.device(device):
         model = find_model(name).restore(checked, towers).set_trainable("decoder").eval()
@@ -97,8 +110,8 @@ def _measure(name: str, model: SegmentationModel) -> Cost:
     sources = [
         str(value) for key, value in model.options.model_dump().items() if key.endswith(("source", "weights")) and value
     ]
-    if name == "openclip_seg":
-        sources = [f"any open_clip source; this row is {_EXAMPLE}"]
+    if name in _EXAMPLES:
+        sources = [f"any; this row is {_EXAMPLES[name]}"]
     return Cost(
         name,
         sum(parameter.numel() for parameter in parameters),
@@ -112,6 +125,9 @@ def _measure(name: str, model: SegmentationModel) -> Cost:
 
 def _text_features(model: SegmentationModel) -> Features:
     """Return text features of one prompt, by shape alone: transformers' text towers fail without values, as on meta."""
+    if isinstance(model, SAM3):
+        words = torch.empty(1, CONTEXT, model.towers.text_width, device="meta")
+        return words, torch.empty(1, CONTEXT, dtype=torch.bool, device="meta")
     widths = [module.text_width for module in model.modules() if isinstance(module, Towers)] or [0]
     features = tuple(torch.empty(1, width, device="meta") for width in widths)
     if not isinstance(model, CRIS):

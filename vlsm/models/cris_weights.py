@@ -1,19 +1,11 @@
 """Weights of CRIS in the names of its public code, such as a checkpoint that was trained on RefCOCO."""
 
-import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from torch import nn
 
-import safetensors.torch
-import torch
-from torch import Tensor, nn
-
-from vlsm.errors import CheckpointError
-from vlsm.models.towers import LOAD_ERRORS, explain_source
+from vlsm.models.public_weights import Names, load_state, read_state, rename_start
 
 # the start of a name in the public code, and of the same name here
-_NAMES: dict[str, str | Callable[[re.Match[str]], str]] = {
+_NAMES: Names = {
     r"backbone\.visual\.attnpool\.connect\.": "neck.residual.",
     r"backbone\.visual\.": "towers.visual.",
     r"backbone\.": "towers.text.",
@@ -53,43 +45,12 @@ def load_published(model: nn.Module, path: str) -> None:
 
     Source: the names are those of the public code of CRIS, CVPR 2022, arXiv 2111.15174.
     """
-    try:
-        if path.endswith(".safetensors"):
-            tree: Any = safetensors.torch.load_file(path)
-        else:
-            tree = torch.load(Path(path), map_location="cpu", weights_only=True)
-    except LOAD_ERRORS as error:
-        raise CheckpointError(f"CRIS weights {path!r} cannot be loaded: {explain_source(error)}") from error
-    for key in ("state_dict", "model"):
-        tree = tree[key] if isinstance(tree, dict) and isinstance(tree.get(key), dict) else tree
-    if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
-        raise CheckpointError(f"CRIS weights {path!r} are no dict of tensors; give the state_dict of the public code")
-    state = {rename_weight(name): value for name, value in tree.items() if _strip(name) not in _UNUSED}
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    known = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    wrong = [
-        f"{name}: {shapes.get(name, 'none')} instead of {known.get(name, 'none')}"
-        for name in sorted(known.keys() | shapes.keys())
-        if known.get(name) != shapes.get(name)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"CRIS weights {path!r} do not fit the model in {len(wrong)} places: {'; '.join(wrong[:3])}; give a file "
-            "of the public code, and the source and width that it was trained with"
-        )
-    model.load_state_dict(state)
+    state = {rename_weight(name): value for name, value in read_state(path, "CRIS").items() if name not in _UNUSED}
+    advice = "give a file of the public code, and the source and width that it was trained with"
+    load_state(model, state, path, "CRIS", advice)
 
 
 def rename_weight(name: str) -> str:
     """Return this project's name of a weight of the public code. An unknown name stays as it is."""
-    name = _strip(name)
-    for pattern, replacement in _NAMES.items():
-        renamed, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            return renamed
-    return name
-
-
-def _strip(name: str) -> str:
-    """Return the name without the prefix of DataParallel."""
-    return name.removeprefix("module.")
+    name = name.removeprefix("module.")  # DataParallel's
+    return rename_start(name, _NAMES) or name

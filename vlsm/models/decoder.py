@@ -6,7 +6,8 @@ from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 from transformers.models.clipseg.modeling_clipseg import CLIPSegDecoder
 
 from vlsm.errors import CheckpointError
-from vlsm.models.towers import LOAD_ERRORS, Towers, explain_source
+from vlsm.models.towers import Towers
+from vlsm.models.transformers_source import load_weights
 
 _PATCH = 16  # the published decoder enlarges the patch grid 16 times
 
@@ -91,21 +92,7 @@ def load_network(source: str) -> CLIPSegForImageSegmentation:
     Raises:
         CheckpointError: the source is neither a complete CLIPSeg folder nor a hub id that can be reached.
     """
-    try:
-        # transformers prefers safetensors; without them it reads a pickle with weights_only
-        # a configuration may name an attention whose code transformers would fetch from the hub
-        network, report = CLIPSegForImageSegmentation.from_pretrained(
-            source, output_loading_info=True, trust_remote_code=False, attn_implementation="sdpa"
-        )
-    except LOAD_ERRORS as error:
-        raise CheckpointError(f"CLIPSeg weights {source!r} cannot be loaded: {explain_source(error)}") from error
-    if report["missing_keys"]:  # transformers would continue with random weights
-        missing = sorted(report["missing_keys"])
-        raise CheckpointError(
-            f"CLIPSeg weights {source!r} lack {len(missing)} tensors, such as {', '.join(missing[:3])}; "
-            "give a complete CLIPSeg model"
-        )
-    return network.float()
+    return load_weights(CLIPSegForImageSegmentation, source, "CLIPSeg")
 
 
 def load_decoder(decoder: PromptDecoder, source: str) -> None:

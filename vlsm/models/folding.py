@@ -43,6 +43,8 @@ def _find_pairs(model: SegmentationModel) -> set[tuple[nn.Module, nn.Module]]:
     The order of children is not enough: timm's RepVit sums several convolutions before the norm that follows one of
     them.
     """
+    if not any(type(module) is nn.BatchNorm2d for module in model.modules()):
+        return set()  # a forward pass of a large transformer may take a minute
     conv_outputs: dict[int, tuple[nn.Module, torch.Tensor]] = {}
     pairs: set[tuple[nn.Module, nn.Module]] = set()
 

@@ -20,7 +20,15 @@ from vlsm.models.openclip_source import (
     resolve_source,
     text_tower,
 )
-from vlsm.models.towers import LOAD_ERRORS, Towers, cut_tokens, encode_by_length, explain_source
+from vlsm.models.towers import (
+    LOAD_ERRORS,
+    Towers,
+    choose_taps,
+    cut_tokens,
+    encode_by_length,
+    explain_source,
+    wrong_side,
+)
 
 _FOLDER = "openclip"
 
@@ -204,12 +212,7 @@ class OpenCLIPTowers(Towers):
             raise CheckpointError(
                 f"the image tower {type(tower).__name__} is not a vision transformer; choose a source that has one"
             )
-        depth = len(blocks)
-        self.taps = taps or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
-        if not all(0 <= tap < depth for tap in self.taps) or list(self.taps) != sorted(set(self.taps)):
-            raise CheckpointError(
-                f"taps are {list(self.taps)!s:.99}; they must increase, and the image tower has blocks 0 to {depth - 1}"
-            )
+        self.taps = choose_taps(taps, len(blocks))
         tower.prune_intermediate_layers(list(self.taps), prune_norm=True, prune_head=True)
         for module in tower.modules():
             if hasattr(module, "qkv_bias_separate"):  # EVA: else it reads the weight without its layer, and skips lora
@@ -224,10 +227,7 @@ class OpenCLIPTowers(Towers):
         patch = _side(tower.patch_size if tower is self.visual else tower.patch_embed.feat_ratio(as_scalar=False))
         size = self.image_spec.size
         if self.grid * patch != size:  # else the last pixels are cut off, and the logits are stretched over them
-            valid_sizes = f"{size // patch * patch} or {(size // patch + 1) * patch}"
-            raise CheckpointError(
-                f"image_size is {size}; it must be a multiple of the patch size {patch}, such as {valid_sizes}"
-            )
+            raise wrong_side(size, patch)
 
     def _uncut_ids(self, prompt: str) -> list[int]:
         if hasattr(self.tokenizer, "encode"):  # open_clip's tokenizer: its `encode` adds no start and no end

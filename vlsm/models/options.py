@@ -10,6 +10,7 @@ from vlsm.images.preprocess import Resize
 PUBLISHED = "CIDAS/clipseg-rd64-refined"
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 SOURCE_HELP = "hub id, local folder with open_clip_config.json, or open_clip's NAME/TAG"
+PAIR_HELP = "hub id or local folder of a SigLIP, SigLIP 2, CLIP, MetaCLIP 2, AIMv2 or TIPSv2"
 DECODER_HELP = "CLIPSeg whose decoder is used, hub id or local folder; null: the decoder is untrained"
 
 
@@ -87,6 +88,12 @@ class OpenCLIPSegOptions(UNetDSettings):
     unet: bool = Field(False, description="add UNet-D, as in vlsm_a")
 
 
+class TransformersSegOptions(OpenCLIPSegOptions):
+    """Any pair of towers of transformers, such as google/medsiglip-448, and UNet-D if `unet` is set."""
+
+    source: str = Field(description=PAIR_HELP)
+
+
 class EnsembleAOptions(BiomedCLIPSegOptions, UNetDSettings):
     """BiomedCLIPSeg's options and UNet-D's."""
 
@@ -126,6 +133,18 @@ class CRISOptions(InputOptions):
     )
 
 
+class SAM3Options(InputOptions):
+    """Options of SAM 3. Masks of its semantic head alone; its boxes and instances are not built."""
+
+    source: str = Field("facebook/sam3", description="hub id or local folder of a SAM 3, or of a SAM 3 LiteText")
+    image_size: int = Field(
+        1008, le=MAX_SIDE, ge=16, description="side of the input square in pixels; 504 costs less than a quarter"
+    )
+    weights: str | None = Field(
+        None, description="weights in the names of Meta's code, a local .pt file; source gives the rest"
+    )
+
+
 class CNNOptions(InputOptions):
     """Options of the CNN baselines. The defaults are MedVLSM's: ResNet-50 with ImageNet weights."""
 
@@ -151,7 +170,9 @@ OPTIONS: dict[str, type[InputOptions]] = {
     "biomedclipseg": BiomedCLIPSegOptions,
     "biomedclipseg_d": BiomedCLIPSegDOptions,
     "openclip_seg": OpenCLIPSegOptions,
+    "transformers_seg": TransformersSegOptions,
     "cris": CRISOptions,
+    "sam3": SAM3Options,
     "unet_d": UNetDOptions,
     "unet": CNNOptions,
     "unetplusplus": CNNOptions,

@@ -6,7 +6,7 @@ comes from other people: everything that is not on a list here is left out, and 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,24 @@ from vlsm.documents import parse_json
 from vlsm.errors import CheckpointError
 from vlsm.limits import MAX_JSON_BYTES
 
-TOWER_FOLDERS = ("clipseg", "openclip")
+TOWER_FOLDERS = ("clipseg", "openclip", "transformers")
+PAIRS = (
+    "siglip",
+    "siglip2",
+    "clip",
+    "metaclip_2",
+    "aimv2",
+    "tipsv2",
+)  # an image tower and a text tower of transformers
 _RUNS_CODE = {"auto_map", "custom_pipelines", "trust_remote_code"}
+SAMS = ("sam3", "sam3_lite_text")
+# numbers and a word in a dictionary, the only one that configurations may have besides those of their parts
+_ROPE = "rope_parameters"
 _VOCABULARIES = {"vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"}
 # text towers that open_clip can build, and CLIPSeg
 _MODEL_TYPES = {"clipseg", "bert", "roberta", "xlm-roberta", "mt5", "m2m_100"}
 _TOKENIZERS = {"CLIP", "Bert", "Roberta", "XLMRoberta", "T5", "MT5", "Nllb", "M2M100", "Gemma"}
+_TOKENIZERS |= {"Siglip", "Siglip2", "Tipsv2"}
 _TOKENIZER_CLASSES = {f"{name}Tokenizer" for name in _TOKENIZERS} | {"TokenizersBackend", "PreTrainedTokenizer"}
 _TOKENIZER_KEYS = set(
     "add_bos_token add_eos_token add_prefix_space added_tokens_decoder additional_special_tokens "
@@ -38,7 +50,7 @@ def write_tower_files(files: Mapping[str, bytes], folder: Path, uri: str) -> Non
 
     Args:
         files: contents by the path within the checkpoint.
-        folder: receives `clipseg/` and `openclip/`.
+        folder: receives the folders of TOWER_FOLDERS.
         uri: location of the checkpoint, for messages.
 
     Raises:
@@ -53,8 +65,10 @@ def write_tower_files(files: Mapping[str, bytes], folder: Path, uri: str) -> Non
                 raise CheckpointError(f"{where} is longer than {MAX_JSON_BYTES:,} bytes")
             tree = parse_json(data, where, CheckpointError)
             _refuse_code(tree, where)
-            clean = _CLEANERS.get(base)
-            content = json.dumps(clean(tree, where)).encode() if clean else None
+            if base == "config.json" and room == "transformers":
+                content = json.dumps(clean_config(tree, where, (*PAIRS, *SAMS))).encode()
+            elif clean := _CLEANERS.get(base):
+                content = json.dumps(clean(tree, where)).encode()
         elif base in _VOCABULARIES:
             content = data
         if content is not None and room in TOWER_FOLDERS:
@@ -62,8 +76,13 @@ def write_tower_files(files: Mapping[str, bytes], folder: Path, uri: str) -> Non
             (folder / room / base).write_bytes(content)
 
 
-def clean_config(tree: Any, where: str) -> dict[str, Any]:
+def clean_config(tree: Any, where: str, kinds: Collection[str] = _MODEL_TYPES) -> dict[str, Any]:
     """Return the known keys of a config.json of transformers. Keys that name code, kernels or files are left out.
+
+    Args:
+        tree: its content.
+        where: its name, for messages.
+        kinds: the values of model_type that are allowed.
 
     Raises:
         CheckpointError: it describes none of the models that are known here.
@@ -71,17 +90,28 @@ def clean_config(tree: Any, where: str) -> dict[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = tree.get("model_type") if isinstance(tree, dict) else None
-    if kind not in _MODEL_TYPES:
-        raise CheckpointError(
-            f"{where}: model_type is {kind!r:.80}; it must be one of {', '.join(sorted(_MODEL_TYPES))}"
-        )
-    config = CONFIG_MAPPING[kind]
+    if not isinstance(kind, str) or kind not in kinds:
+        raise CheckpointError(f"{where}: model_type is {kind!r:.80}; it must be one of {', '.join(sorted(kinds))}")
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(f"{where}: model_type is {kind!r}; a newer transformers is needed")
+    return _known_keys(tree, CONFIG_MAPPING[kind]) | {"model_type": kind}
+
+
+def _known_keys(tree: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return the known keys of a configuration, and of its parts. A part's kind is its default, whatever it says."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
     cleaned = {key: value for key, value in tree.items() if key in config.__annotations__ and _is_plain(value)}
+    rope = tree.get(_ROPE)
+    if _ROPE in config.__annotations__ and isinstance(rope, dict):
+        cleaned[_ROPE] = {key: value for key, value in rope.items() if key.startswith("rope_") and _is_plain(value)}
     for key, part in config.sub_configs_defaults.items():
         if isinstance(tree.get(key), dict):
-            known = getattr(part, "config_class", part).__annotations__
-            cleaned[key] = {name: value for name, value in tree[key].items() if name in known and _is_plain(value)}
-    return cleaned | {"model_type": kind}
+            part_class, kind = getattr(part, "config_class", part), {}
+            if part_class is AutoConfig:  # it would read the kind from the file
+                part_class, kind = CONFIG_MAPPING[part.model_type], {"model_type": part.model_type}
+            cleaned[key] = _known_keys(tree[key], part_class) | kind
+    return cleaned
 
 
 def check_name(name: object, where: str) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlsm.errors import optional_packages
+from vlsm.errors import CheckpointError, optional_packages
 from vlsm.images.preprocess import ImageSpec
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -121,15 +121,45 @@ def merged_copy(model: ModelT) -> ModelT:
     return merged_model
 
 
-def cut_tokens(prompt: str, ids: list[int], limit: int, tower: str) -> list[int]:
-    """Return the ids, cut to the tower's limit. The last id (end of text) is kept. A warning names a cut prompt."""
+def choose_taps(taps: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+    """Return the taps of an image tower: the given ones, or the layers at a quarter, a half and three quarters.
+
+    Raises:
+        CheckpointError: the taps do not increase, or the tower has fewer layers.
+    """
+    taps = taps or tuple(depth * quarter // 4 for quarter in (1, 2, 3))
+    if not all(0 <= tap < depth for tap in taps) or list(taps) != sorted(set(taps)):
+        raise CheckpointError(
+            f"taps are {list(taps)!s:.99}; they must increase, and the image tower has blocks 0 to {depth - 1}"
+        )
+    return taps
+
+
+def wrong_side(size: int, patch: int) -> CheckpointError:
+    """Return the error for a side of the input that patches do not divide: the last pixels would be cut off."""
+    valid_sizes = f"{size // patch * patch} or {(size // patch + 1) * patch}"
+    return CheckpointError(
+        f"image_size is {size}; it must be a multiple of the patch size {patch}, such as {valid_sizes}"
+    )
+
+
+def cut_tokens(prompt: str, ids: list[int], limit: int, tower: str, has_end: bool = True) -> list[int]:
+    """Return the ids, cut to the tower's limit. A warning names a cut prompt.
+
+    Args:
+        prompt: the text of the ids.
+        ids: its ids.
+        limit: number of ids that the tower reads.
+        tower: its name in the warning.
+        has_end: the last id is an end of text, which is kept.
+    """
     if len(ids) <= limit:
         return ids
     warnings.warn(
         f"prompt {textwrap.shorten(prompt, 80)!r} has {len(ids)} tokens; {tower} reads {limit} and ignores the others",
         stacklevel=4,
     )
-    return [*ids[: limit - 1], ids[-1]]
+    return [*ids[: limit - 1], ids[-1]] if has_end else ids[:limit]
 
 
 def encode_by_length(tokens: list[Tensor], encode: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

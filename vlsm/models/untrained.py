@@ -9,7 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers import BertConfig, BertTokenizerFast, CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+from tokenizers import processors
+from transformers import (
+    BertConfig,
+    BertTokenizerFast,
+    CLIPSegConfig,
+    CLIPSegForImageSegmentation,
+    CLIPTokenizer,
+    Sam3Config,
+    Sam3ImageProcessor,
+    Sam3Model,
+    Sam3Processor,
+    Siglip2Tokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
+)
 
 from vlsm.models.decoder import initialize_decoder
 
@@ -29,7 +45,7 @@ def write_clipseg(folder: Path, weights: bool = True, **config: Any) -> Path:
     Returns:
         The folder.
     """
-    tokenizer = _byte_pair_tokenizer()
+    tokenizer = byte_pair_tokenizer()
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     settings = CLIPSegConfig(
         text_config=special | config.pop("text_config", {}),
@@ -89,6 +105,55 @@ def write_clip_resnet(folder: Path, weights: bool = True, **config: Any) -> Path
     return write_open_clip(folder, open_clip.get_model_config("RN50-quickgelu") | config, weights)
 
 
+def write_siglip(folder: Path, weights: bool = True, **config: Any) -> Path:
+    """Write a SigLIP for transformers' from_pretrained, by default with the sizes of `google/medsiglip-448`.
+
+    Args:
+        folder: created if it does not exist.
+        weights: True writes random weights; False writes all other files.
+        config: `text_config` and `vision_config`, with the fields of SiglipConfig's parts that differ from the
+            published ones.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = lower_case_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    settings = SiglipConfig(
+        text_config=sizes | special | config.pop("text_config", {}),
+        vision_config=sizes | {"image_size": 448, "patch_size": 14} | config.pop("vision_config", {}),
+    )
+    settings.save_pretrained(folder)
+    SiglipProcessor(SiglipImageProcessor(), tokenizer).save_pretrained(folder)
+    if weights:
+        SiglipModel(settings).save_pretrained(folder)
+    return folder
+
+
+def write_sam3(folder: Path, weights: bool = True, **config: Any) -> Path:
+    """Write a SAM 3 for transformers' from_pretrained, by default with the sizes of `facebook/sam3`.
+
+    Args:
+        folder: created if it does not exist.
+        weights: True writes random weights; False writes all other files.
+        config: fields of Sam3Config that differ from the published ones.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = byte_pair_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = Sam3Config(**config)
+    for name, token in special.items():
+        setattr(settings.text_config, name, token)
+    settings.save_pretrained(folder)
+    Sam3Processor(Sam3ImageProcessor(), tokenizer).save_pretrained(folder)
+    if weights:
+        Sam3Model(settings).save_pretrained(folder)
+    return folder
+
+
 def write_open_clip(folder: Path, model_config: dict[str, Any], weights: bool = True) -> Path:
     """Write any open_clip architecture for local-dir, with CLIP's mean and std, and return the folder."""
     import open_clip  # late import: it takes seconds, and write_clipseg does not need it
@@ -105,7 +170,7 @@ def write_open_clip(folder: Path, model_config: dict[str, Any], weights: bool = 
     return folder
 
 
-def _byte_pair_tokenizer() -> CLIPTokenizer:
+def byte_pair_tokenizer() -> CLIPTokenizer:
     """Return a real byte-pair tokenizer of a few words; it splits other words into letters."""
     letters = [chr(code) for code in range(33, 127)]
     vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
@@ -127,3 +192,22 @@ def _word_piece_tokenizer() -> BertTokenizerFast:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = [*special, *letters, *("##" + letter for letter in letters), *_WORDS.split()]
     return BertTokenizerFast(vocab={token: number for number, token in enumerate(dict.fromkeys(vocabulary))})
+
+
+def lower_case_tokenizer() -> Siglip2Tokenizer:
+    """Return a real tokenizer of SigLIP 2 with a few words; it splits other words into letters or bytes."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = ["\u2581", *(chr(code) for code in range(33, 127))]
+    vocabulary = [*special, *(f"<0x{code:02X}>" for code in range(256)), *letters]
+    merges = []
+    for word in _WORDS.split():  # each word is built letter by letter, as in byte-pair encoding
+        for count in range(1, len(word)):
+            merges.append((word[:count], word[count]))
+            vocabulary.append(word[: count + 1])
+    numbered = {token: number for number, token in enumerate(dict.fromkeys(vocabulary))}
+    tokenizer = Siglip2Tokenizer(
+        vocab=numbered, merges=[*dict.fromkeys(merges)], padding_side="right", model_input_names=["input_ids"]
+    )
+    end = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", numbered["<eos>"])])
+    tokenizer.backend_tokenizer.post_processor = end
+    return tokenizer

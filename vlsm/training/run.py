@@ -31,6 +31,7 @@ from vlsm.datasets.splits import MAKE, make_splits, release_train
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.models import build_model, parse_options
+from vlsm.models.tower_files import TOWER_FOLDERS
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, forget_run, make_record, read_record, write_record
 from vlsm.training.checks import check_training, require_train_and_val
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vlsm")
 
 _NAMES = (LAST_NAME, EXAMPLES_NAME, METRICS_NAME, CURVES_NAME)
-_FOLDERS = (CHECKPOINT_NAME, f"{CHECKPOINT_NAME}/clipseg", f"{CHECKPOINT_NAME}/openclip", "tensorboard")
+_FOLDERS = (CHECKPOINT_NAME, *(f"{CHECKPOINT_NAME}/{folder}" for folder in TOWER_FOLDERS), "tensorboard")
 
 
 def read_all_records(settings: TrainSettings) -> list[Record]:

@@ -1,0 +1,198 @@
+"""SAM 3 from transformers: its semantic masks, in the steps of the contract."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel
+
+from vlsm.images.preprocess import ImageSpec
+from vlsm.models.contract import Features, SegmentationModel
+from vlsm.models.options import SAM3Options
+from vlsm.models.sam3_weights import load_meta_weights
+from vlsm.models.tower_files import SAMS
+from vlsm.models.towers import Towers, cut_tokens, encode_by_length, wrong_side
+from vlsm.models.transformers_source import FOLDER, build_untrained, load_tokenizer, load_weights, read_config
+
+CONTEXT = 32  # tokens of a prompt, for all published text towers; transformers' processor pads to it
+_LITE = "sam3_lite_text"
+
+
+class SAM3Towers(Towers):
+    """SAM 3's image tower with its feature pyramid, and its text tower.
+
+    Args:
+        model: transformers' Sam3Model or Sam3LiteTextModel. Its towers become parts of this module.
+        tokenizer: its tokenizer.
+        image_size: side of the input in pixels.
+    """
+
+    lora_targets = r"layers\.\d+\.attention\.(q|k|v|o)_proj"
+
+    def __init__(self, model: Any, tokenizer: Any, image_size: int) -> None:
+        super().__init__()
+        self.config, self.tokenizer = model.config, tokenizer
+        self.image_spec = ImageSpec(image_size, (0.5,) * 3, (0.5,) * 3)
+        self.vision, self.text, self.text_projection = model.vision_encoder, model.text_encoder, model.text_projection
+        backbone = self.vision.config.backbone_config
+        if image_size % backbone.patch_size:
+            raise wrong_side(image_size, backbone.patch_size)
+        self.grid, self.num_prefix_tokens = image_size // backbone.patch_size, 0
+        self.image_width, self.text_width = backbone.hidden_size, self.text_projection.out_features
+        self.taps = (backbone.num_hidden_layers - 1,)
+        # masks use all levels of the pyramid but the last, and no pooled text embedding
+        self.vision.neck.fpn_layers = self.vision.neck.fpn_layers[:-1]
+        self._is_lite = self.config.model_type == _LITE
+        setattr(self.text, "projection" if self._is_lite else "text_projection", nn.Identity())
+        self.set_trainable("decoder")
+
+    @property
+    def image_tower(self) -> nn.Module:
+        """The vision transformer, without the pyramid."""
+        return self.vision.backbone
+
+    def tokenize(self, prompts: list[str]) -> list[Tensor]:
+        """Return the byte-pair ids of each prompt, (L,) int64, L at most 32, without padding."""
+        id_rows = self.tokenizer(prompts, verbose=False)["input_ids"]
+        return [
+            torch.tensor(cut_tokens(prompt, ids, CONTEXT, "SAM 3's text tower"))
+            for prompt, ids in zip(prompts, id_rows, strict=True)
+        ]
+
+    def encode_tokens(self, tokens: list[Tensor]) -> Tensor:
+        """Return the features of each token, (T, 32, text_width), 0 at padding."""
+        return self.encode_words(tokens)[0]
+
+    def encode_words(self, tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the features of each token, (T, 32, text_width), 0 at padding, and a bool (T, 32), true at tokens."""
+        device = self.text_projection.weight.device
+
+        def encode(ids: Tensor) -> tuple[Tensor, Tensor]:
+            length = ids.shape[1]
+            is_token = (torch.arange(CONTEXT, device=device) < length).expand(len(ids), -1)
+            ids = ids.to(device)
+            if self._is_lite:  # its convolutions and resampled positions see the padding
+                ids = functional.pad(ids, (0, CONTEXT - length), value=self.tokenizer.pad_token_id)
+                hidden = self.text(input_ids=ids, attention_mask=is_token[:, None, None]).last_hidden_state
+            else:  # causal: no token sees the padding after it
+                hidden = self.text(input_ids=ids).last_hidden_state
+            words = self.text_projection(hidden)[:, :length]
+            return functional.pad(words, (0, 0, 0, CONTEXT - length)), is_token
+
+        words, is_token = encode_by_length(tokens, encode)
+        return words, is_token
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Return the output of the last layer, (B, L, W)."""
+        return (self.vision.backbone(pixel_values).last_hidden_state,)
+
+    def build_pyramid(self, activations: Tensor) -> tuple[Tensor, ...]:
+        """Return maps (B, text_width, H, H) from `encode_images`, with sides of 4, 2 and 1 times the grid."""
+        hidden = activations.transpose(1, 2).reshape(len(activations), -1, self.grid, self.grid)
+        return tuple(layer(hidden) for layer in self.vision.neck.fpn_layers)
+
+    def positions(self, level: Tensor) -> Tensor:
+        """Return the position encoding of a level of the pyramid, (B, text_width, H, H)."""
+        one = self.vision.neck.position_encoding(level[:1].shape, level.device, level.dtype)
+        return one.expand(len(level), -1, -1, -1)
+
+    def save_files(self, folder: Path) -> None:
+        """Write the configuration of the whole model, and the tokenizer."""
+        self.config.save_pretrained(folder / FOLDER)
+        self.tokenizer.save_pretrained(folder / FOLDER)
+
+
+class SAM3(SegmentationModel):
+    """SAM 3 with masks of its semantic head: all pixels of a prompt's concept in one mask.
+
+    The parts for boxes, instances, presence and prompts by boxes are left out; no logit depends on them. The towers are
+    the vision transformer with its pyramid and the text tower; the DETR encoder and the mask decoder are the decoder.
+
+    Source: SAM 3, arXiv 2511.16719.
+    """
+
+    options: SAM3Options
+
+    def __init__(self, options: SAM3Options, towers: SAM3Towers, network: Any) -> None:
+        super().__init__()
+        self.options = options
+        self.image_spec = towers.image_spec
+        self.towers = towers
+        self.detr_encoder, self.mask_decoder = network.detr_encoder, network.mask_decoder
+        del self.mask_decoder.mask_embedder, self.mask_decoder.instance_projection
+        pixels = self.mask_decoder.pixel_decoder
+        num_stages = len(towers.vision.neck.fpn_layers) - 1
+        pixels.conv_layers, pixels.norms = pixels.conv_layers[:num_stages], pixels.norms[:num_stages]
+
+    @classmethod
+    def build(cls, options: SAM3Options) -> Self:
+        """Build the model with pretrained weights: the source's, or those of a file of Meta's code.
+
+        Raises:
+            CheckpointError: the source is neither a folder with a SAM 3 nor a hub id that can be reached, or the
+                weights do not fit it.
+        """
+        config = _read_config(options.source, options.image_size)
+        if options.weights is None:
+            network = load_weights(AutoModel, options.source, "SAM 3", config=config)
+        else:
+            network = build_untrained(config)
+        model = cls(options, SAM3Towers(network, load_tokenizer(options.source), options.image_size), network)
+        if options.weights is not None:
+            load_meta_weights(model, options.weights)
+        return model
+
+    @classmethod
+    def restore(cls, options: SAM3Options, folder: Path) -> Self:
+        """Build the model from the architecture and tokenizer in a checkpoint directory."""
+        source = str(folder / FOLDER)
+        network = build_untrained(_read_config(source, options.image_size))
+        tokenizer = load_tokenizer(source, local_files_only=True)
+        return cls(options, SAM3Towers(network, tokenizer, options.image_size), network)
+
+    def save_files(self, folder: Path) -> None:
+        """Write the configuration and the tokenizer."""
+        self.towers.save_files(folder)
+
+    def encode_prompts(self, prompts: list[str]) -> Features:
+        """Return the features of each token, (T, 32, D), and a bool (T, 32), true at tokens."""
+        return self.towers.encode_words(self.towers.tokenize(prompts))
+
+    def encode_towers(self, pixel_values: Tensor) -> Features:
+        """Return the output of the vision transformer, (B, L, W)."""
+        return self.towers.encode_images(pixel_values)
+
+    def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
+        """Return the levels of the feature pyramid, finest first."""
+        (hidden,) = self.encode_towers(pixel_values) if activations is None else activations
+        return self.towers.build_pyramid(hidden)
+
+    def decode(self, image_features: Features, text_features: Features) -> Tensor:
+        """Return logits (B, 1, S, S); those of the mask decoder have 4 times the grid's side and are enlarged."""
+        words, is_token = text_features
+        mask = is_token[:, None, None]  # (B, 1, 1, 32)
+        coarsest = image_features[-1]
+        encoded = self.detr_encoder(
+            vision_features=[coarsest],
+            text_features=words,
+            vision_pos_embeds=[self.towers.positions(coarsest)],
+            text_mask=mask,
+        ).last_hidden_state
+        decoder = self.mask_decoder
+        attended, _ = decoder.prompt_cross_attn(
+            query=decoder.prompt_cross_attn_norm(encoded), key=words, value=words, attention_mask=mask
+        )
+        encoded = encoded + decoder.prompt_cross_attn_dropout(attended)
+        prompted = encoded.transpose(1, 2).unflatten(2, coarsest.shape[2:])  # replaces the coarsest level
+        logits = decoder.semantic_projection(decoder.pixel_decoder([*image_features[:-1], prompted]))
+        size = (self.image_spec.size, self.image_spec.size)
+        return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def _read_config(source: str, image_size: int) -> Any:
+    """Return the configuration of a source for an input of another size, from which positions follow."""
+    config = read_config(source, SAMS)
+    config.image_size = image_size
+    return config
