@@ -97,7 +97,9 @@ def measure_job(name: str, num_prompts: int, archive: Archive, scale: Scale, dev
     torch.compiler.reset()
     run = _plan(archive, name, num_prompts, scale)
     model_files, prompts = run.members[0].files, list(run.settings.prompts or ())
-    segmenter = Segmenter(build_checkpoint(model_files, name), str(device), scale.batch_size)
+    segmenter = Segmenter(
+        build_checkpoint(model_files, name), str(device), scale.batch_size, compile=device.type == "cuda"
+    )
     task = _Alone(run.settings, run.run_id, run.plan.id, (run.members[0].square,), False, None)
     with _without_metrics():
         first_shard = {"shard": np.array([0]), "exists": np.array([False])}
@@ -105,7 +107,7 @@ def measure_job(name: str, num_prompts: int, archive: Archive, scale: Scale, dev
         batch = ShardBatch.unpack(fetched)
         (pixels,) = batch.pixels.values()
         num_images = len(batch.entries)
-        predictor = Predictor(run.settings, {0: model_files})
+        predictor = Predictor(run.settings, {0: model_files}, str(device))
         predictor.warm_up()
 
         def act() -> pa.Table:  # as `SegmentActor.__call__`
