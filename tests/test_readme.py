@@ -156,7 +156,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_pat
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
     monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *args: seen.append(args) or CALIBRATION)
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
-    monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 0 for name in export.FORMATS})
+    monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 1 for name in export.FORMATS})
     monkeypatch.setattr(datasets, "show_datasets", lambda *args: seen.append(args))
     monkeypatch.setattr("vlsm.report.write.write_report", lambda *args: seen.append(args) or "report.html")
     for name in benchmark.BENCHMARKS:

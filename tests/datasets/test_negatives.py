@@ -118,7 +118,7 @@ def pairs(folder):
 
 def test_an_image_without_a_mask_in_a_folder_is_negative_only_if_that_is_said(pairs, caplog):
     caplog.set_level("INFO", logger="vlsm")
-    with pytest.raises(ManifestError, match="1 of 2 images have no mask .*data.unmasked_images=negative takes them"):
+    with pytest.raises(ManifestError, match="no mask for 1 of 2 images .*data.unmasked_images=negative takes them"):
         read(pairs)
     records = read(pairs, unmasked_images="negative")
     assert [(one.split, one.is_negative) for one in records] == [("train", False), ("train", True)]
@@ -129,7 +129,7 @@ def test_an_image_without_a_mask_in_a_folder_is_negative_only_if_that_is_said(pa
 def test_a_mask_with_a_wrong_name_is_no_negative_image(pairs):
     mask = pairs / "train" / "masks"
     Image.open(mask / "a.png").save(mask / "bb.png")
-    with pytest.raises(ManifestError, match="1 masks have no image .*bb.png.*; correct their names"):
+    with pytest.raises(ManifestError, match="no image for 1 mask .*bb.png.*; correct their names"):
         read(pairs, unmasked_images="negative", skip_unpaired=True)
 
 
@@ -137,7 +137,7 @@ def test_a_split_without_any_masks_is_unlabelled_and_not_negative(pairs, caplog)
     (pairs / "test" / "images").mkdir(parents=True)
     Image.open(pairs / "train" / "images" / "a.png").save(pairs / "test" / "images" / "c.png")
     assert {one.split for one in read(pairs, unmasked_images="negative")} == {"train"}
-    assert "1 images of split test have no masks: left out" in caplog.text
+    assert "1 image of split test without masks: left out" in caplog.text
 
 
 def test_images_of_a_coco_file_without_annotations_are_negative_on_request(folder):
@@ -228,4 +228,4 @@ def test_the_overview_counts_them(folder):
 
     records = read(write_list(folder, ".csv", ROWS))
     overview = SimpleNamespace(records=records, uri=str(folder))
-    assert _describe_masks(overview) == "*.png (1); 1 records without the finding"
+    assert _describe_masks(overview) == "*.png (1); 1 image without the finding"

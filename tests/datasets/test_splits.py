@@ -197,7 +197,7 @@ def test_a_group_is_one_of_its_dataset_and_all_slices_of_a_volume_stay_together(
         ),
         (
             ["one"] * 19 + ["two"],
-            "leaves no .* in 2 clusters that stay together, the largest of 19.*data.split.by=image",
+            "leaves no .* in 2 clusters that must stay together, the largest of 19.*data.split.by=image",
         ),
         (["", ""], "leaves no test records: there are 2 records in 2 clusters"),
     ],

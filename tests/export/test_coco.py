@@ -31,13 +31,13 @@ def make_row(uri, selector=None, prompt="polyp", mask=MASK, **more):
 
 @pytest.fixture
 def export_rows(tmp_path):
-    def export_rows(rows, *words, source=tmp_path / "in", prompts=("polyp", "fold")):
+    def export_rows(rows, *words, source=tmp_path / "in", prompts=("polyp", "fold"), code=0):
         output = tmp_path / "out"
         write_part(str(output), 0, rows, "run", 0)
         config = {"input": str(source), "prompts": prompts and list(prompts)}
         record = {"config": config, "plan": {}, "planned_at": "2026-01-02T03:04:05"}
         (output / "config.yaml").write_text(yaml.safe_dump(record))
-        assert main([str(output), str(tmp_path / "x"), "--format", "coco", *words]) == 0
+        assert main([str(output), str(tmp_path / "x"), "--format", "coco", *words]) == code
         return json.loads((tmp_path / "x" / "coco.json").read_text(encoding="utf-8"))
 
     return export_rows
@@ -248,7 +248,7 @@ def test_the_index_leads_from_names_to_images(tmp_path, export_rows):
 
 
 def test_json_is_valid_where_nothing_matches(tmp_path, export_rows):
-    dataset = export_rows([make_row(tmp_path / "in/a.png")], "--filter", "prompt = nothing", prompts=None)
+    dataset = export_rows([make_row(tmp_path / "in/a.png")], "--filter", "prompt = nothing", prompts=None, code=1)
     assert dataset == {
         "info": {
             "description": "Masks of a segment run of vlsm",

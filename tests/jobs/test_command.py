@@ -58,13 +58,12 @@ def test_a_result_is_for_people_on_a_terminal_and_for_programs_elsewhere(
 
 def test_an_interrupt_while_ray_starts_says_at_once_what_is_waited_for(monkeypatch, caplog):
     caplog.set_level("INFO", "vlsm")
-    is_starting, may_start, seen = threading.Event(), threading.Event(), []
+    is_starting, may_start = threading.Event(), threading.Event()
 
     def open_slowly(session):
         session._is_imported.set()
         is_starting.set()
-        may_start.wait(LONG_S)
-        seen.extend(caplog.messages)
+        assert may_start.wait(LONG_S)  # else the line is missing, and the error is raised in the end
         return False
 
     class Records(logging.Handler):
@@ -83,7 +82,7 @@ def test_an_interrupt_while_ray_starts_says_at_once_what_is_waited_for(monkeypat
             raise KeyboardInterrupt
     finally:
         logging.getLogger("vlsm").removeHandler(handler)
-    assert "interrupted: waiting until Ray has started and can be ended, so that no process stays" in seen
+    assert "interrupted: waiting until Ray has started and can be ended, so that no process stays" in caplog.messages
 
 
 def test_a_start_that_nobody_needs_any_more_is_not_tried_again():

@@ -140,7 +140,7 @@ def test_models_that_see_no_text_do_not_move(rows):
 
 def test_tables_tell_honest_prompts_from_upper_bounds(evaluated):
     honest, upper = (evaluated / "table.md").read_text().split("## Upper bound")
-    assert "| drawn | p1 | both of them | 10 (2) |" in honest and "| drawn | p2 |" not in honest
+    assert "| drawn | p1 | both of them | 10 (2), 1 negative |" in honest and "| drawn | p2 |" not in honest
     assert "| drawn | p2 |" in upper and "Dice to reference" in upper
     assert (evaluated / "table.csv").read_text().count("\n") == 1 + 3 * 8
 

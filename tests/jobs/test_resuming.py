@@ -81,7 +81,7 @@ def test_a_part_with_other_rows_than_planned_is_found_and_mended(
     assert verify.main([str(tmp_path / "out")]) == 1
     found = capfd.readouterr()
     assert "part-00000001.parquet: not exactly the planned rows for 2 images: 'test_" in found.out
-    assert "part-00000001.parquet: 2 rows were not planned" in found.out
+    assert "part-00000001.parquet: 2 rows too many, not planned" in found.out
     assert "part-00000002.parquet is missing, damaged or of another run" in found.out
     assert "masks/copy.parquet is no part of this run" in found.out
     assert "error: " in found.err and "differences" in found.err

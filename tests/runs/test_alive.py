@@ -202,7 +202,9 @@ def test_a_finished_run_that_is_updated_says_so(tmp_path):
     write_sign(output, ended="interrupted")
     assert "interrupted" not in said(output) and "nothing is left to do" in said(output)
     write_sign(output)
-    assert "state: finished\nrunning: " in said(output) and "look again when the job has ended" in said(output)
+    assert "state: finished (segment run)\nrunning: " in said(output) and "look again when the job has ended" in said(
+        output
+    )
 
 
 def test_what_killed_jobs_have_left_is_removed_unless_another_job_works(tmp_path):

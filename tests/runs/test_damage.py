@@ -150,7 +150,7 @@ def test_a_part_that_is_no_parquet_file_is_named(output, tmp_path, capsys, conte
         path.write_bytes(intact[: len(intact) // 2] if content is None else content)
     assert read_part(str(output), 0, "r") is None
     texts = read_all(output, tmp_path, capsys)
-    assert f"{part_name(0)} is missing, damaged or of another run: 2 images have no rows" in texts[1]
+    assert f"{part_name(0)} is missing, damaged or of another run: no rows of 2 images" in texts[1]
     if content not in ("folder", "pipe"):  # which are no files, so that exports pass them over
         assert all(f"{part_name(0)} is damaged: " in text for text in texts[2:])
     plan = plan_of(read_record(str(output)), str(output))

@@ -49,7 +49,7 @@ def write_run(output, num_parts, **plan):
     for shard in range(num_parts):
         rows = [
             {"image_id": image["image_id"], "image_uri": image["image_uri"], "prompt": "polyp", "kind": "mask"}
-            | {"status": "failed", "error": "corrupt: it is"}
+            | {"model": "m", "status": "failed", "error": "corrupt: it is"}
             for image in images[2 * shard : 2 * shard + 2]
         ]
         write_part(str(output), shard, rows, "r", 0)
@@ -68,7 +68,7 @@ def test_what_a_run_has_not_written_yet_is_one_sentence_before_what_is_wrong(tmp
     *_, proof = verify_run(str(tmp_path))
     wrong = [
         "masks/other.parquet is no part of this run",
-        "masks/part-00000001.parquet is missing, damaged or of another run: 2 images have no rows",
+        "masks/part-00000001.parquet is missing, damaged or of another run: no rows of 2 images",
     ]
     assert proof.differences == [said, *wrong]
     assert verify.main([str(tmp_path)]) == 1 and "3 differences between" in capsys.readouterr().err

@@ -75,7 +75,8 @@ def test_splits_are_made_once_and_are_a_list_for_other_jobs(folder):
 
 def test_a_list_without_splits_needs_the_setting_and_an_external_one_is_for_testing(folder):
     with pytest.raises(
-        ConfigError, match="20 of 20 records of a .*: --set data.split.val=0.1 --set data.split.test=0.1"
+        ConfigError,
+        match="20 of 20 records of a have no split .*add --set data.split.val=0.1 --set data.split.test=0.1",
     ):
         prepare(make_settings(folder, data={"split": {}}))
     shutil.copytree(folder, folder / "other")
