@@ -227,3 +227,12 @@ def test_credentials_in_a_bucket_and_shown_locations_are_refused_in_a_sentence()
     with pytest.raises(ConfigError, match="give the URL with its query"):
         storage.open_uri(public_uri("https://host/image?id=1"))
     assert storage.open_uri("https://user:x@host/image?id=1")[1] == "https://user:x@host/image?id=1"
+
+
+def test_a_reader_that_has_enough_ends_nothing():
+    code = "from vlsm.shown import say\nfor _ in range(9): say('x' * 100_000)\nprint('y' * 100_000)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1) == b"x"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import hashlib
 import logging
+import os
 import re
 import sys
 import traceback
@@ -207,12 +208,20 @@ def show_lines(text: str) -> str:
 def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Print lines of text as `show_lines` returns them: every command prints with this function.
 
+    If the reader of a pipe has enough, as `head` has after ten lines, the rest goes nowhere.
+
     Args:
         text: the lines.
         file: None for stdout.
         end: printed behind the text.
     """
-    print(show_lines(text), end=end, file=file or sys.stdout, flush=True)
+    stream = file or sys.stdout
+    try:
+        print(show_lines(text), end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # for what follows, and for what Python still writes when it ends
+        os.close(nowhere)
 
 
 def say_error(error: object) -> None:
