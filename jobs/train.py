@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.segment_pools import warn_if_none_fits
@@ -30,6 +30,9 @@ from vlsm.shown import say
 from vlsm.temporary import PrivateFolder, remove_abandoned
 from vlsm.training.settings import TrainSettings
 from vlsm.words import count
+
+if TYPE_CHECKING:
+    from jobs.train_group import Ended
 
 _EXAMPLES = (
     "trained --dataset kvasir=data/kvasir --set model=vlsm_a",
@@ -171,7 +174,7 @@ def train_with_ray(
 
     from jobs.crash_watch import start_board
     from jobs.train_feed import keep_decoded
-    from jobs.train_group import TRAIN_WORKER, TrainingBoard, Work, group_size, start_fit
+    from jobs.train_group import TRAIN_WORKER, TrainingBoard, Work, fit_in_background, group_size
     from vlsm.training.run import input_square
 
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
@@ -192,22 +195,23 @@ def train_with_ray(
         settings, _run_id(settings.output), decoded, board, size.num_threads, _features_kind(settings.output), token
     )
     with PrivateFolder("train") as folder:
-        error = _follow(start_fit(work, size, folder, worker or TRAIN_WORKER), board, lease)
+        ended = fit_in_background(work, size, folder, worker or TRAIN_WORKER)
+        _follow(ended, board, lease)
     if message := ray.get(board.failure.remote()):
         raise VlsmError(message)
-    if error is not None:
+    if ended.error is not None:
         raise VlsmError(
-            f"training failed after run.max_failures={settings.run.max_failures} repetitions: {error}; "
+            f"training failed after run.max_failures={settings.run.max_failures} repetitions: {ended.error}; "
             "the same command goes on from here"
-        )
+        ) from ended.error
 
 
-def _follow(fit: Any, board: Any, lease: Lease | None) -> str | None:
-    """Log the lines of the workers, and note their progress, until the training has ended. Returns its error."""
+def _follow(ended: "Ended", board: Any, lease: Lease | None) -> None:
+    """Log the lines of the workers, and note their progress, until the training has ended."""
     import ray
 
     logger.info("starting the workers")
-    while not ray.wait([fit], timeout=1.0)[0]:
+    while not ended.wait(1.0):
         lines, progress = ray.get(board.take.remote())
         for line in lines:
             logger.info("%s", line)
@@ -216,10 +220,6 @@ def _follow(fit: Any, board: Any, lease: Lease | None) -> str | None:
             lease.note(progress)
     for line in ray.get(board.take.remote())[0]:
         logger.info("%s", line)
-    try:
-        return cast("str | None", ray.get(fit))
-    except ray.exceptions.RayError as error:  # its process has died
-        return str(error).strip().splitlines()[0]
 
 
 def _features_kind(output: str) -> str:

@@ -3,8 +3,8 @@
 Ray Train's controller imports this module, so it must not import torch. Only the workers import `jobs.train_worker`.
 """
 
-import os
 import pkgutil
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,12 +113,16 @@ def group_size(settings: TrainSettings, nodes: list[dict[str, Any]]) -> GroupSiz
     return GroupSize((low, high), cpus, gpus_per_worker, max(1, round(cpus if gpus_per_worker else share)))
 
 
-def start_fit(work: Work, size: GroupSize, folder: Path, worker: str = TRAIN_WORKER) -> Any:
-    """Start Ray Train in a task on this node, and return the reference to its end: the error of the training, or None.
+class Ended(threading.Event):
+    """An event that is set when the training has ended, with its error if it failed."""
 
-    In the main thread of this process, Ray Train would handle Ctrl-C itself and end the process with exit code 0. In
-    another thread it would still wait in C++ code when Python ends, once a second ask for Python's lock, and so abort
-    the process (code 134) if ending takes longer than that, as with large libraries.
+    error: BaseException | None = None
+
+
+def fit_in_background(work: Work, size: GroupSize, folder: Path, worker: str = TRAIN_WORKER) -> Ended:
+    """Start Ray Train in a thread and return the event of its end.
+
+    In the main thread, Ray Train would handle Ctrl-C itself and end the process with exit code 0.
 
     Args:
         work: work for each worker.
@@ -126,17 +130,6 @@ def start_fit(work: Work, size: GroupSize, folder: Path, worker: str = TRAIN_WOR
         folder: a temporary folder; Ray Train needs one, although vlsm keeps nothing there.
         worker: MODULE:NAME of the function that each worker calls with the work.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    fit: Any = ray.remote(_fit)
-    return fit.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(work, size, folder, worker)
-
-
-def _fit(work: Work, size: GroupSize, folder: Path, worker: str) -> str | None:
-    """Run Ray Train to its end, and return its error, as text because not every error can travel."""
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # see jobs.command; this may be another cluster
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -155,11 +148,17 @@ def _fit(work: Work, size: GroupSize, folder: Path, worker: str) -> str | None:
             failure_config=FailureConfig(max_failures=work.settings.run.max_failures),
         ),
     )
-    try:
-        trainer.fit()
-    except Exception as error:  # the driver handles every kind of error
-        return str(error) or type(error).__name__
-    return None
+    ended = Ended()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # the main thread handles every kind of error
+            ended.error = error
+        ended.set()
+
+    threading.Thread(target=fit, daemon=True).start()
+    return ended
 
 
 def _train(config: dict[str, Any]) -> None:

@@ -73,10 +73,10 @@ def _read_examples(uri: str, allow: tuple[str, ...]) -> list[Record] | None:
     fs, path = storage.open_uri(uri, allow)
     try:
         with fs.open(path, "rb") as file:
-            parquet = pq.ParquetFile(file, pre_buffer=False)  # for this and use_threads see storage.read_table
+            parquet = pq.ParquetFile(file)
             if not {"where", "prompts", "image_sha256", "error"} <= set(parquet.schema_arrow.names):
                 return None
-            table = parquet.read(use_threads=False)
+            table = parquet.read()
     except (pa.ArrowInvalid, OSError):  # also a folder of this name
         return None  # whoever reads it as a list says why that fails
     return [_check_example(record, uri) for record in _typed_records(table, uri)]
