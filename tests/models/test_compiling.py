@@ -99,7 +99,7 @@ def test_an_error_of_the_model_is_not_hidden(tiny_checkpoint, monkeypatch):
 
 @pytest.mark.slow  # a minute
 @pytest.mark.parametrize("compiler", ["g++", "/nonexistent"])
-def test_the_compiler_of_this_machine_and_a_missing_one(compiler, bright_checkpoint, tmp_path):
+def test_the_compiler_of_this_machine_and_a_missing_one(compiler, tiny_checkpoint, tmp_path):
     """In a process of its own, whose results stay in the user's private cache folder."""
     code = f"""
 import logging, sys
@@ -108,12 +108,12 @@ logging.basicConfig(level="WARNING", format="LOG %(message)s", stream=sys.stdout
 images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
 logits = []
 for compile in (False, True):
-    segmenter = vlsm.Segmenter(vlsm.load_checkpoint({str(bright_checkpoint)!r}), "cpu", 2, compile=compile)
+    segmenter = vlsm.Segmenter(vlsm.load_checkpoint({str(tiny_checkpoint)!r}), "cpu", 2, compile=compile)
     logits.append(segmenter.predict_logits(images, [["x"]] * 3))
 np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
 print("COMPILED", segmenter.network.is_compiled)
 """
-    path = "/usr/bin:/bin" if compiler == "g++" else compiler  # where torch looks for another compiler
+    path = "/usr/bin:/bin" if compiler == "g++" else "/nonexistent"  # torch looks for other compilers there
     environment = {"PATH": path, "HOME": str(tmp_path), "CXX": compiler, "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(
