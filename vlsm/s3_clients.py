@@ -1,9 +1,9 @@
 """Clients of obstore that send the requests of s3fs.
 
 obstore spends about a quarter of the CPU time of s3fs on a request, but it has its own rules for settings and names. So
-s3fs decides: it resolves profiles, roles, endpoints, regions and styles of addresses with botocore, and signs one request,
-which is not sent. A client of obstore gets its address, region and credentials. `NotAlike` says what a client of
-obstore would do differently; s3fs then serves the bucket alone.
+s3fs decides: it resolves profiles, roles, endpoints, regions and styles of addresses with botocore, and signs one
+request, which is not sent. A client of obstore gets its address, region and credentials. `NotAlike` says what a client
+of obstore would do differently; s3fs then serves the bucket alone.
 """
 
 import dataclasses
