@@ -11,9 +11,9 @@ from vlsm.segmentation.finished import cpu_reason
 from vlsm.segmentation.gpu_decode import check_gpu_decoding
 from vlsm.words import count
 
-_TASK_BYTES = 400_000_000  # of the process of a task, and of the pixels of its shard
-_FETCH_BYTES_PX = 24.5  # of one pixel while it is decoded: a float TIFF, the largest
-_WRITE_BYTES_PX, _WRITE_SEVERAL_BYTES_PX = 12, 30  # of one pixel of a mask of one model, and of several
+_FETCH_BYTES_PX = 24.5  # of one pixel while it is decoded: a float TIFF, the largest; measured
+# estimates, which nobody has measured yet: the process of a task with its shard, a mask of one model, one of several
+_TASK_BYTES, _WRITE_BYTES_PX, _WRITE_SEVERAL_BYTES_PX = 400_000_000, 12, 30
 _FEW_CPUS = 4  # in the cluster; with more CPUs, a writing task has room beside Ray Data's reservations
 
 
