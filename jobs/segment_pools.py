@@ -51,10 +51,9 @@ class Pool:
         return {"batch_size": 1, "num_cpus": self.task_cpus} | _memory(self.write_bytes)
 
     def is_bound_by_memory(self, nodes: list[dict[str, Any]]) -> bool:
-        """Whether some node has CPUs for more fetching tasks than its memory holds."""
+        """Whether some node has more CPUs than its memory holds fetching tasks: some would have nothing to do."""
         return any(
-            node["Resources"].get("CPU", 0) / self.task_cpus
-            > node["Resources"].get("memory", math.inf) / self.fetch_bytes
+            node["Resources"].get("CPU", 0) > node["Resources"].get("memory", math.inf) / self.fetch_bytes
             for node in nodes
             if node["Alive"] and self.fetch_bytes
         )

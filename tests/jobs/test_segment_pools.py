@@ -108,6 +108,7 @@ def test_the_smallest_node_decides_and_an_unknown_one_is_asked_for_no_memory():
     small, large = node(16, 24, 10), node(16, 64, 16)
     assert plan([large, small])[0].fetch_bytes == plan([small])[0].fetch_bytes < plan([large])[0].fetch_bytes
     assert plan([small])[0].is_bound_by_memory([small])
+    assert not plan([node(2, 24, 7)])[0].is_bound_by_memory([node(2, 24, 7)]), "both CPUs have a task"
     for nodes in (SMALL, [{"Alive": True, "Resources": {"memory": 1e9}}]):
         (pool,) = plan(nodes, "run.gpus_per_actor=1", members=1)
         assert "memory" not in pool.fetch_options and "memory" not in pool.write_options
