@@ -3,15 +3,19 @@
 import datetime
 import time
 from collections import Counter
+from typing import Any
 
 PROGRESS_S = 10.0  # between two progress lines
 
 
-def describe_left(done: float, total: float, seconds: float) -> str:
-    """Return the time left, "0:04:10 left", of work of which a part is done after some seconds."""
-    if not done or not seconds:
-        return "time left unknown"
-    return f"{datetime.timedelta(seconds=round(max(0.0, total - done) / done * seconds))} left"
+def seconds_left(done: float, total: float, seconds: float) -> int | None:
+    """Return the seconds left of work of which a part is done after some seconds; None while nothing is known."""
+    return round(max(0.0, total - done) / done * seconds) if done and seconds else None
+
+
+def describe_left(seconds: int | None) -> str:
+    """Return the words for the time left, such as "0:04:10 left"."""
+    return "time left unknown" if seconds is None else f"{datetime.timedelta(seconds=seconds)} left"
 
 
 class TrainClock:
@@ -45,8 +49,8 @@ class TrainClock:
         self._num_since_line += num_examples
         self._num_validated += num_examples if split == "val" else 0
 
-    def line(self, epoch: int, step: int, loss: float | None = None) -> str | None:
-        """Return a progress line, or None within 10 s after the last one.
+    def line(self, epoch: int, step: int, loss: float | None = None) -> tuple[str, dict[str, Any]] | None:
+        """Return a progress line and the fields of its event, or None within 10 s after the last one.
 
         Args:
             epoch: the current epoch, from 0.
@@ -58,22 +62,28 @@ class TrainClock:
             return None
         rate, self._num_since_line = self._num_since_line / elapsed_s, 0
         self._said_s = time.monotonic()
+        fields: dict[str, Any] = {"epoch": epoch + 1, "epochs": self._epochs, "steps": self._num_steps}
         if loss is not None:
             what = f"step {step + 1} of {self._num_steps}, loss {loss:.4f}"
+            fields |= {"step": step + 1, "loss": loss}
         else:
-            what = f"validating, {min(self._num_validated, self._num_val):,} of {self._num_val:,}"
-        return f"epoch {epoch + 1} of {self._epochs}, {what}, {rate:.1f} examples/s, {self._left(epoch, step)}"
+            validated = min(self._num_validated, self._num_val)
+            what = f"validating, {validated:,} of {self._num_val:,}"
+            fields |= {"step": step, "validated": validated, "to_validate": self._num_val}
+        left_s = self._left_s(epoch, step)
+        line = f"epoch {epoch + 1} of {self._epochs}, {what}, {rate:.1f} examples/s, {describe_left(left_s)}"
+        return line, fields | {"per_s": round(rate, 3), "left_s": left_s}
 
-    def _left(self, epoch: int, step: int) -> str:
+    def _left_s(self, epoch: int, step: int) -> int | None:
         measured = {split: self._seconds[split] / count for split, count in self._examples.items() if count}
         if not measured:
-            return "time left unknown"
+            return None
         train_s = measured.get("train", measured.get("val", 0.0))
         val_s = measured.get("val", train_s)
         epochs = self._epochs - epoch - step / max(1, self._num_steps)
         left_s = epochs * self._num_train * train_s
         left_s += max(0, (self._epochs - epoch) * self._num_val - self._num_validated) * val_s
-        return f"{datetime.timedelta(seconds=round(left_s))} left"
+        return round(left_s)
 
     def end_epoch(self) -> dict[str, float]:
         """Return the time fields of the epoch's rows, and start the next epoch."""

@@ -24,7 +24,8 @@ from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.config import Settings
 from vlsm.errors import CheckpointError, ConfigError, ManifestError, VlsmError
-from vlsm.shown import say, say_error, set_up_logging, show_records
+from vlsm.events import FORMATS, event, set_up_log
+from vlsm.shown import say, say_error, show_records
 
 logger = logging.getLogger("vlsm")
 
@@ -45,6 +46,9 @@ def job_parser(
     parser.add_argument("--config", metavar="FILE", help="YAML with settings")
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="one setting; may be repeated")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on a terminal too")
+    parser.add_argument(
+        "--log-format", choices=FORMATS, default="text", help="json: one object a line, for machines (text)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what would be done")
     return parser
 
@@ -85,6 +89,7 @@ def run_command(
     work: Callable[[], dict[str, Any] | None],
     describe: Callable[[dict[str, Any]], list[str]] = lambda result: [],
     as_json: bool = False,
+    log_format: str = "text",
 ) -> int:
     """Run the work of a command, print its result, and return the exit code.
 
@@ -96,22 +101,16 @@ def run_command(
         work: returns the result, or None if it has printed everything itself.
         describe: returns the lines for a person.
         as_json: print JSON on a terminal too.
+        log_format: one of `vlsm.events.FORMATS`.
     """
-    set_up_logging("%(asctime)s %(message)s")
+    set_up_log(log_format)
     for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = work()
-    except (ConfigError, CheckpointError, ManifestError) as error:
-        say_error(error)
-        return 2
-    except VlsmError as error:
-        say_error(error)
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here", sys.stderr)
-        return 130
+    except (VlsmError, KeyboardInterrupt) as error:
+        return _say_end(error, log_format)
     finally:
         signal.signal(signal.SIGTERM, previous)
     if result is not None and sys.stdout.isatty() and not as_json:
@@ -120,7 +119,26 @@ def run_command(
         for line in describe(result):
             logger.info("%s", line)
         say(json.dumps(result))
+    if result is not None and log_format == "json":
+        logger.info("finished", extra=event("finished", **result))
     return 0
+
+
+def _say_end(error: VlsmError | KeyboardInterrupt, log_format: str) -> int:
+    """Say how a command ended that has no result, and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        exit_code, words = 130, "interrupted; the same command goes on from here"
+        ended = event("interrupted", exit_code=exit_code)
+    else:
+        exit_code = 2 if isinstance(error, ConfigError | CheckpointError | ManifestError) else 1
+        words, ended = str(error), event("error", exit_code=exit_code, error=type(error).__name__)
+    if log_format == "json":
+        logger.error("%s", words, extra=ended)
+    elif exit_code == 130:
+        say(words, sys.stderr)
+    else:
+        say_error(error)
+    return exit_code
 
 
 class RaySession(contextlib.AbstractContextManager["RaySession"]):
@@ -150,7 +168,8 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
             self.milestones["checked"] = time.time()
             address = cluster_address()
             check_address(address)  # here, before anything is planned
-            logger.info("%s", f"joining the Ray cluster at {address}" if address else "starting Ray")
+            words = f"joining the Ray cluster at {address}" if address else "starting Ray"
+            logger.info("%s", words, extra=event("phase", phase="starting Ray"))
             self._thread = threading.Thread(target=self._run_ray, name="ray")
             self._thread.start()
             self._is_imported.wait()  # two threads that import at the same time only wait for each other

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from jobs.clock import PROGRESS_S, describe_left
+from jobs.clock import PROGRESS_S, describe_left, seconds_left
 from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.segment import segment
 from vlsm import storage
 from vlsm.config import dump_yaml, load_settings
 from vlsm.errors import VlsmError
 from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.events import event, shows_bars
 from vlsm.report.endings import evaluate_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, read_summary
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     def describe(result: dict[str, Any]) -> list[str]:
         return evaluate_ending(used[0].output, [*used[0].datasets.values(), *used[0].run.allow])
 
-    return run_command(work, describe, args.json)
+    return run_command(work, describe, args.json, args.log_format)
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
@@ -130,7 +131,8 @@ def _evaluate(settings: EvaluateSettings, lease: Lease) -> dict[str, Any]:
         session.wait()
         for number, system in enumerate(evaluation.systems, 1):
             if system.segment is not None:
-                logger.info("segmenting with system %s, %d of %d", system.name, number, num_systems)
+                phase = event("phase", phase=f"segmenting with system {system.name}")
+                logger.info("segmenting with system %s, %d of %d", system.name, number, num_systems, extra=phase)
                 segment(system.segment)
                 lease.check()
         tables = list(score(evaluation))
@@ -169,7 +171,7 @@ def score(evaluation: "Evaluation") -> "Iterator[pa.Table]":
         missing = missing_rows(system, evaluation.settings)
         num_scores -= missing.num_rows
         yield missing
-    logger.info("scoring %s", count(num_scores, "mask"))
+    logger.info("scoring %s", count(num_scores, "mask"), extra=event("phase", phase="scoring"))
     sources = [open_source(system, evaluation.settings) for system in evaluation.systems]
     parts = [(number, shard) for number, source in enumerate(sources) for shard in range(source.num_parts)]
     size = -(-len(parts) * _TASK_SCORES // max(1, evaluation.num_rows))
@@ -201,7 +203,7 @@ def _collect(pending: list[Any], num_scores: int) -> "Iterator[pa.Table]":
     """Yield the scores of each task when it ends. Show a progress bar on a terminal, else a log line every 10 s."""
     import ray
 
-    with tqdm(total=num_scores, unit="mask", desc="scored", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=num_scores, unit="mask", desc="scored", disable=not shows_bars()) as bar:
         started_s = logged_s = time.monotonic()
         num_done = 0
         while pending:
@@ -213,8 +215,10 @@ def _collect(pending: list[Any], num_scores: int) -> "Iterator[pa.Table]":
                 bar.update(table.num_rows)
             if bar.disable and time.monotonic() - logged_s >= PROGRESS_S:
                 logged_s = time.monotonic()
-                left = describe_left(num_done, num_scores, logged_s - started_s)
-                logger.info("scored %s of %s, %s", f"{num_done:,}", count(num_scores, "mask"), left)
+                left_s = seconds_left(num_done, num_scores, logged_s - started_s)
+                progress = event("progress", done=num_done, total=num_scores, unit="mask", left_s=left_s)
+                words = f"{num_done:,}", count(num_scores, "mask"), describe_left(left_s)
+                logger.info("scored %s of %s, %s", *words, extra=progress)
 
 
 if __name__ == "__main__":

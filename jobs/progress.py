@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from jobs import metrics
 from jobs.command import logger
+from vlsm.events import event, shows_bars
 from vlsm.shown import public_uri
 from vlsm.words import count
 
@@ -50,6 +52,7 @@ class Progress:
         self._output, self._note = output, note
         self.total, self.done, self.failed = total, done, failed
         self._done_before, self._is_first_shard = done, True
+        self._reasons = Counter[str]()  # of the images that failed in this job
         self._num_shown = 0  # messages of the board
         self._board = board
         self._shown: tuple[int, int, int] | None = None  # done, total and failed of the last line
@@ -77,15 +80,16 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def finish_shard(self, shard: int, num_images: int, num_failed: int) -> None:
-        """Count the images of a shard whose part file is written."""
+    def finish_shard(self, shard: int, num_images: int, failed: Mapping[str, int]) -> None:
+        """Count the images of a shard whose part file is written, and the failed ones of them by reason."""
         if self._is_first_shard:
             self._is_first_shard = False
             logger.info("%s", ray.get(self._board.describe.remote()))
             self._show_messages()
         self._board.finish.remote(shard)
         self.done += num_images
-        self.failed += num_failed
+        self.failed += sum(failed.values())
+        self._reasons.update(failed)
         self._update_metrics()
 
     def _show_messages(self) -> None:
@@ -127,7 +131,7 @@ class Progress:
             if self._bar is not None:
                 self._bar.set_description_str(phase)
             else:
-                logger.info("%s", phase)
+                logger.info("%s", phase, extra=event("phase", phase=phase))
 
     def _begin_counting(self, milestones: Mapping[str, float]) -> None:
         """Measure the rate from the time at which the model was ready: a start says nothing about the time left."""
@@ -147,16 +151,17 @@ class Progress:
             return
         rate = (done - self._done_before) / max(1e-3, time.time() - self._model_ready_s)
         total = self.total()
-        left = f"{datetime.timedelta(seconds=round((total - done) / rate))} left" if rate else "time left unknown"
-        share = 100 * done / max(1, total)
-        print(
-            f"{datetime.datetime.now():%H:%M:%S} {done:,} of {count(total, 'image')} ({share:.1f} %), "
-            f"{rate:.1f} images/s, {self.failed:,} failed, {left}",
-            file=sys.stderr,
-            flush=True,
+        left_s = round((total - done) / rate) if rate else None
+        left = "time left unknown" if left_s is None else f"{datetime.timedelta(seconds=left_s)} left"
+        fields = {"done": done, "total": total, "unit": "image", "failed": self.failed, "left_s": left_s}
+        fields |= {"failed_by_reason": dict(self._reasons), "per_s": round(rate, 3)}
+        logger.info(
+            "%s of %s (%.1f %%), %.1f images/s, %s failed, %s",
+            *(f"{done:,}", count(total, "image"), 100 * done / max(1, total), rate, f"{self.failed:,}", left),
+            extra=event("progress", **fields),
         )
 
 
 def _has_columns() -> bool:
     """Return whether stderr is a terminal with columns for a bar. Terminals of some containers have 0 columns."""
-    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return shows_bars() and os.get_terminal_size(sys.stderr.fileno()).columns > 0

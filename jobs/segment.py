@@ -22,6 +22,7 @@ from jobs.segment_pipeline import Wave, stream_shards
 from jobs.segment_pools import check_decoding
 from vlsm import storage
 from vlsm.config import SegmentSettings, dump_yaml, load_settings
+from vlsm.events import event
 from vlsm.report.endings import segment_ending
 from vlsm.report.forecast import describe_forecast, keep_sample, measure
 from vlsm.runs.alive import SignOfLife
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings, args.sample or 0, args.node_price)
         return None
 
-    return run_command(work, lambda result: segment_ending(used[0], result), args.json)
+    return run_command(work, lambda result: segment_ending(used[0], result), args.json, args.log_format)
 
 
 def segment(settings: SegmentSettings) -> dict[str, Any]:
@@ -155,7 +156,9 @@ def _stream_plan(stream: Stream, run: Run) -> int:
     """Segment the unfinished shards of a complete plan. Returns the number of images that were done before."""
     settings, num_images = run.settings, run.plan.num_images
     state = compare_run(settings.output, run.plan, run.run_id, settings.retry_failed)
-    logger.info("still to do: %s of %s", f"{num_images - state.num_done:,}", count(num_images, "image"))
+    num_left = num_images - state.num_done
+    planned = event("planned", images=num_images, rows=run.plan.num_rows, left=num_left)
+    logger.info("still to do: %s of %s", f"{num_left:,}", count(num_images, "image"), extra=planned)
     stream(run, _waves(state.pending.items()), state, lambda: num_images, settings.retry_failed)
     return state.num_done
 

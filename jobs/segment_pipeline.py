@@ -66,7 +66,7 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
         ) as progress:
             for wave in itertools.chain([first], waves):
                 for part in plan_stream(wave, task, weights).iter_rows():
-                    progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
+                    progress.finish_shard(part["shard"], part["num_images"], json.loads(part["failed"]))
                     if progress.done >= min(run.settings.run.judge_after, count_images()):
                         errors = json.loads(part["first_errors"])
                         check_failed_share(run.settings, progress.done, progress.failed, errors)

@@ -4,6 +4,7 @@ They do not import torch. There are many task processes, and torch would make ea
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +97,8 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
     """Make masks at the images' original sizes and write the shard's part file atomically, in a CPU task.
 
     Returns:
-        One row for the driver: the numbers of images that this task has done and of the failed ones, and the errors of
-        the first three as JSON.
+        One row for the driver: the number of images that this task has done; as JSON the numbers of the failed ones by
+        reason, and the errors of the first three.
     """
     import cv2
 
@@ -128,7 +129,7 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
     return {
         "shard": [batch.shard],
         "num_images": [len(undone)],
-        "num_failed": [len(failed)],
+        "failed": [json.dumps(Counter(error.partition(":")[0] for error in failed))],
         "first_errors": [json.dumps(failed[:3])],
     }
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
-from jobs.clock import PROGRESS_S, describe_left
+from jobs.clock import PROGRESS_S, describe_left, seconds_left
 from jobs.command import RaySession, job_parser, locate, logger, parse_pairs, run_command
 from jobs.evaluate import evaluate
 from vlsm import storage
@@ -38,6 +38,7 @@ from vlsm.evaluation.sweep import (
     write_markdown,
 )
 from vlsm.evaluation.sweep_scores import average_scores
+from vlsm.events import event
 from vlsm.report.endings import sweep_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import (
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             say("\n".join(f"# {trial.name}" for trial in group.trials))
         return None
 
-    return run_command(work, lambda result: sweep_ending(locate(args.output), result), args.json)
+    return run_command(work, lambda result: sweep_ending(locate(args.output), result), args.json, args.log_format)
 
 
 def sweep(settings: SweepSettings) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def _train_all(trials: list[Trial], settings: SweepSettings, lease: Lease) -> li
     while waiting or running:
         while waiting and len(running) < parallel:
             trial = waiting.pop(0)
-            logger.info("%s: started", trial.name)
+            logger.info("%s: started", trial.name, extra=_event(trial, "started", num_done, trials))
             running[task.remote(trial.settings, f"{lease.owner} {trial.settings.output}")] = trial
         lease.check()
         lease.note({"trials_done": num_done, "trials": len(trials)})
@@ -212,17 +213,23 @@ def _train_all(trials: list[Trial], settings: SweepSettings, lease: Lease) -> li
         for reference in ready:
             trial, num_done = running.pop(reference), num_done + 1
             try:
-                logger.info("%s: done (%d of %d); %s", trial.name, num_done, len(trials), ray.get(reference))
+                words = trial.name, num_done, len(trials), ray.get(reference)
+                logger.info("%s: done (%d of %d); %s", *words, extra=_event(trial, "done", num_done, trials))
             except ray.exceptions.RayError as error:
                 reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
                 failures.append(f"{trial.name}: {reason}")
-                logger.warning("%s: failed: %s", trial.name, reason)
+                logger.warning("%s: failed: %s", trial.name, reason, extra=_event(trial, "failed", num_done, trials))
         if running and time.monotonic() - logged_s >= PROGRESS_S:
             logged_s = time.monotonic()
             names = ", ".join(trial.name for trial in running.values())
-            left = describe_left(num_done - num_before, len(trials) - num_before, logged_s - started_s)
-            logger.info("%d %s done; running: %s; %s", num_done, of_all, names, left)
+            left_s = seconds_left(num_done - num_before, len(trials) - num_before, logged_s - started_s)
+            progress = event("progress", done=num_done, total=len(trials), unit="training", left_s=left_s)
+            logger.info("%d %s done; running: %s; %s", num_done, of_all, names, describe_left(left_s), extra=progress)
     return failures
+
+
+def _event(trial: Trial, state: str, num_done: int, trials: list[Trial]) -> dict[str, Any]:
+    return event("trial", name=trial.name, state=state, done=num_done, total=len(trials))
 
 
 def _is_finished(trial: Trial) -> bool:

@@ -23,6 +23,7 @@ from vlsm.config import dump_yaml, load_settings
 from vlsm.datasets.inspection import Facts
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
+from vlsm.events import event
 from vlsm.report.endings import train_ending
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import read_record, read_summary
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(settings)
         return None
 
-    return run_command(work, lambda result: train_ending(used[0], result), args.json)
+    return run_command(work, lambda result: train_ending(used[0], result), args.json, args.log_format)
 
 
 def train(settings: TrainSettings, holder: str = "") -> dict[str, Any]:
@@ -210,16 +211,16 @@ def _follow(ended: "Ended", board: Any, lease: Lease | None) -> None:
     """Log the lines of the workers, and note their progress, until the training has ended."""
     import ray
 
-    logger.info("starting the workers")
+    logger.info("starting the workers", extra=event("phase", phase="starting the workers"))
     while not ended.wait(1.0):
         lines, progress = ray.get(board.take.remote())
-        for line in lines:
-            logger.info("%s", line)
+        for line, extra in lines:
+            logger.info("%s", line, extra=extra)
         if lease is not None:
             lease.check()
             lease.note(progress)
-    for line in ray.get(board.take.remote())[0]:
-        logger.info("%s", line)
+    for line, extra in ray.get(board.take.remote())[0]:
+        logger.info("%s", line, extra=extra)
 
 
 def _features_kind(output: str) -> str:

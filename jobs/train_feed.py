@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 
-from jobs.clock import PROGRESS_S, describe_left
+from jobs.clock import PROGRESS_S, describe_left, seconds_left
 from jobs.command import logger
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import Facts, inspect_record
 from vlsm.datasets.records import Record
 from vlsm.errors import VlsmError
+from vlsm.events import event
 from vlsm.images.preprocess import Square
 from vlsm.training.augment import augment_example, draw_window
 from vlsm.training.sampling import MicroBatch
@@ -43,7 +44,7 @@ def inspect_records(records: Sequence[Record], settings: DataSettings, square: S
     Raises:
         VlsmError: a task failed, or its process died in every attempt.
     """
-    logger.info("checking %s", count(len(records), "image"))
+    logger.info("checking %s", count(len(records), "image"), extra=event("phase", phase="checking images"))
     started_s = said_s = time.monotonic()
     inspect = ray.remote(num_cpus=1, max_retries=_MOST_DEATHS)(_inspect_chunk)
     chunks = list(_batched(records, max(_CHUNK, len(records) // 4000)))
@@ -57,8 +58,10 @@ def inspect_records(records: Sequence[Record], settings: DataSettings, square: S
             raise VlsmError(f"records {where} could not be inspected: {reason}") from error
         if time.monotonic() - said_s >= PROGRESS_S:
             said_s = time.monotonic()
-            left = describe_left(len(all_facts), len(records), said_s - started_s)
-            logger.info("checked %s of %s images, %s", f"{len(all_facts):,}", f"{len(records):,}", left)
+            left_s = seconds_left(len(all_facts), len(records), said_s - started_s)
+            progress = event("progress", done=len(all_facts), total=len(records), unit="image", left_s=left_s)
+            words = f"{len(all_facts):,}", f"{len(records):,}", describe_left(left_s)
+            logger.info("checked %s of %s images, %s", *words, extra=progress)
     return all_facts
 
 

@@ -14,12 +14,15 @@ from typing import Any
 from jobs.crash_watch import Milestones
 from jobs.train_feed import Decoded
 from vlsm.config import parse_range
+from vlsm.events import event
 from vlsm.runs.lease import Token
 from vlsm.training.settings import TrainSettings
 
 FIRST_STEP = "first step"
 # what follows a milestone, for a person who waits
 _PHASES = {"workers": "the workers load the model", "model": "the workers read the first images"}
+
+Line = tuple[str, dict[str, Any] | None]  # a text, and what `vlsm.events.event` returns
 TRAIN_WORKER = "jobs.train_worker:train_worker"
 
 
@@ -51,7 +54,7 @@ class TrainingBoard(Milestones):
 
     def __init__(self, milestones: Mapping[str, float] | None = None) -> None:
         super().__init__(milestones)
-        self._lines: list[str] = []
+        self._lines: list[Line] = []
         self._failure: str | None = None
         self._progress: dict[str, int] | None = None
 
@@ -62,17 +65,17 @@ class TrainingBoard(Milestones):
         if is_first and name == FIRST_STEP:
             self.say(self.describe())
         elif is_first and name in _PHASES:
-            self.say(_PHASES[name])
+            self.say(_PHASES[name], event("phase", phase=_PHASES[name]))
 
-    def say(self, line: str) -> None:
-        """Add a log line."""
-        self._lines.append(line)
+    def say(self, text: str, extra: dict[str, Any] | None = None) -> None:
+        """Add a log line; `extra` is what `vlsm.events.event` returns."""
+        self._lines.append((text, extra))
 
     def note(self, progress: dict[str, int]) -> None:
         """Record the current epoch and step, for `jobs.status`."""
         self._progress = progress
 
-    def take(self) -> tuple[list[str], dict[str, int] | None]:
+    def take(self) -> tuple[list[Line], dict[str, int] | None]:
         """Return the log lines since the last call, and the last progress."""
         lines, self._lines = self._lines, []
         return lines, self._progress

@@ -22,6 +22,7 @@ from jobs.train_feed import Feed, prepare_streams
 from jobs.train_group import FIRST_STEP, Work
 from vlsm import storage
 from vlsm.errors import ResultError, VlsmError
+from vlsm.events import event
 from vlsm.runs.record import SUMMARY_NAME
 from vlsm.temporary import PrivateFolder, use_folder
 from vlsm.training.checks import check_batch_norms
@@ -176,10 +177,10 @@ class Worker:
         if self.lease is not None:
             self.lease.check()
 
-    def say(self, line: str) -> None:
-        """Add a line to the job's log; only the first worker does so."""
+    def say(self, line: str, extra: dict[str, Any] | None = None) -> None:
+        """Add a line, with its event, to the job's log; only the first worker does so."""
         if self.rank == 0:
-            self.board.say.remote(line)
+            self.board.say.remote(line, extra)
 
     def _rest(self) -> Iterator[MicroBatch]:
         """Yield the micro-batches from the current state to the end of the run."""
@@ -228,8 +229,8 @@ class Worker:
     def _tick(self, batch: MicroBatch, step: int, loss: float | None = None) -> None:
         """Count the examples of a micro-batch, which all workers have at the same time; log a line every 10 s."""
         self.clock.count(batch.split, sum(batch.weights) * self.num_workers)
-        if line := self.clock.line(batch.epoch, step, loss):
-            self.say(line)
+        if (line := self.clock.line(batch.epoch, step, loss)) is not None:
+            self.say(line[0], event("progress", **line[1]))
 
     def end_epoch(self, epoch: int) -> None:
         """End an epoch in all workers together: compute its metrics, save the state, and log a line."""
@@ -247,7 +248,8 @@ class Worker:
             write_metrics(self.output, state.history)
             for tracker in self.trackers:
                 tracker.track(rows)
-        self.say(describe_epoch(rows, optim.epochs, is_best))
+        ended = event("epoch", epoch=epoch + 1, epochs=optim.epochs, is_best=is_best, metrics=rows)
+        self.say(describe_epoch(rows, optim.epochs, is_best), ended)
 
     def _save(self, scores: list[tuple[int, float, float]], is_best: bool = False) -> None:
         weights, optimizer = self.learner.state()

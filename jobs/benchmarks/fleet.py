@@ -151,7 +151,7 @@ class _SegmentActor:
 def _write_masks(table: pa.Table, task: _Simulated) -> dict[str, Any]:
     batch = ShardBatch.unpack(table)
     with task.watch("write", batch.shard):
-        return {"shard": [batch.shard], "num_images": [len(batch.entries)], "num_failed": [0], "first_errors": ["[]"]}
+        return {"shard": [batch.shard], "num_images": [len(batch.entries)], "failed": ["{}"], "first_errors": ["[]"]}
 
 
 def _pixels(count: int) -> np.ndarray:
@@ -177,7 +177,7 @@ def _simulate(num_actors: int, args: Namespace) -> Fleet:
     with mock.patch.multiple(segment_pipeline, **stages), Progress(lambda: total, 0, 0, board, "out") as progress:
         rows = segment_pipeline.plan_stream([(shard, False) for shard in range(args.shards)], task, []).iter_rows()
         for number, part in enumerate(rows, start=1):
-            progress.finish_shard(part["shard"], part["num_images"], part["num_failed"])
+            progress.finish_shard(part["shard"], part["num_images"], {})
             if number == first:
                 start_s, before = time.monotonic(), _core_seconds()
         seconds, after = time.monotonic() - start_s, _core_seconds()

@@ -1,6 +1,7 @@
 """The segment job as tests run it, and a run over a hard archive that several of them look at."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,7 +19,12 @@ ROOT = Path(__file__).parents[2]
 def run(capfd, *words):
     """The job in this process, on the tests' cluster: exit code, the JSON line, what it logged."""
     capfd.readouterr()
-    code = segment.main([str(word) for word in words])
+    handler = logging.StreamHandler()
+    logging.root.addHandler(handler)  # as a process of its own has it
+    try:
+        code = segment.main([str(word) for word in words])
+    finally:
+        logging.root.removeHandler(handler)
     captured = capfd.readouterr()
     assert captured.out.count("\n") == (1 if code == 0 else 0)
     return code, json.loads(captured.out) if code == 0 else None, captured.err

@@ -122,9 +122,19 @@ def test_a_manifest_decides_images_ids_and_prompts(ray_cluster, archive, tiny_ch
         "prompts=tumour",
         "--set",
         "allow_equal_masks=true",
+        "--log-format",
+        "json",
     )
-    assert "7 of 7 images (100.0 %)" in err and "images/s, 1 failed, 0:00:00 left" in err
-    assert "0 of 7" not in err  # before the first image the phase is named instead
+    events = [json.loads(line) for line in err.splitlines()]
+    told = {event["event"]: event for event in events}  # the last one of each
+    assert told["planned"].items() >= {"images": 7, "rows": 7, "left": 7}.items()
+    assert told["phase"]["phase"] == "the model is ready: segmenting the first images"
+    progress = {"done": 7, "total": 7, "unit": "image", "failed": 1, "failed_by_reason": {"missing": 1}, "left_s": 0}
+    assert told["progress"].items() >= progress.items() and told["progress"]["per_s"] > 0
+    assert told["progress"]["message"].startswith("7 of 7 images (100.0 %), ")
+    assert told["progress"]["message"].endswith(" images/s, 1 failed, 0:00:00 left")
+    assert all(event["done"] for event in events if event["event"] == "progress")  # until then it is a phase
+    assert told["finished"].items() >= summary.items() and events[-1]["event"] == "finished"
     assert (code, summary["failed_by_reason"]) == (0, {"missing": 1})
     rows = read_mask_rows(tmp_path / "out")
     prompts = ["polyp", "lesion", "polyp", "tumour", "flat", "a, b"]
