@@ -156,6 +156,8 @@ def _stream_plan(stream: Stream, run: Run) -> int:
     settings, num_images = run.settings, run.plan.num_images
     state = compare_run(settings.output, run.plan, run.run_id, settings.retry_failed)
     logger.info("still to do: %s of %s", f"{num_images - state.num_done:,}", count(num_images, "image"))
+    if state.num_stale:
+        logger.info("only the columns of the list to write anew: %s", count(state.num_stale, "image"))
     stream(run, _waves(state.pending.items()), state, lambda: num_images, settings.retry_failed)
     return state.num_done
 

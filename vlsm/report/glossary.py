@@ -5,6 +5,7 @@ from typing import Any
 
 from vlsm.datasets.records import LABELS
 
+OF_LIST = "list "  # begins the names of columns of the user's list, which may be names of ours too
 _LABELS = {
     "agreement": "Agreement",
     "area_fraction": "Area fraction",
@@ -124,13 +125,17 @@ def name_value(column: str, value: Any) -> Any:
 
 
 def label(name: str) -> str:
-    """Return what people call a column. An unknown name stays, without underscores."""
+    """Return what people call a column. An unknown name stays, without underscores; that of a list as it is."""
+    if name.startswith(OF_LIST):
+        return name.removeprefix(OF_LIST)
     return _LABELS.get(name, name.replace("_", " "))
 
 
 def title(name: str) -> str:
     """Return the label with a capital at its start."""
     text = label(name)
+    if name.startswith(OF_LIST):
+        return text
     return text[:1].upper() + text[1:]
 
 
