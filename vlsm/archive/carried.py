@@ -19,7 +19,7 @@ import json
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,8 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlsm import storage
+from vlsm.archive.column_types import travelling_type, types_of_records, unite
 from vlsm.archive.columns import CARRIED, Columns, normalize, shorten
-from vlsm.archive.text_tables import open_text, read_header, read_records
+from vlsm.archive.text_tables import open_text, read_header
 from vlsm.cells import INDEX_COLUMNS
 from vlsm.errors import ManifestError
 from vlsm.images.formats import file_name
@@ -136,18 +137,20 @@ def find_carried(  # noqa: PLR0913 - every property of a list
         ManifestError: as for `vlsm.archive.tables.read_manifest_rows`; a column that `carry` names is absent or cannot
             travel; there are too many; or the files of the list have it in types that do not fit.
     """
-    found: Types = {}
+    found: dict[str, list[tuple[str, pa.DataType | None]]] = {}  # by name: the files, and the types there
+    of_folders = _further(uri, [(name, pa.string()) for name in partition], chosen, carry)
     for file in files:
-        for name, kind in _read_types(file, chosen, carry, allow).items():
-            found[name] = _unite(found[name], kind, f"{file}: column {name!r}") if name in found else kind
-    found = _further(uri, [(name, pa.string()) for name in partition], chosen, carry) | found
-    fitting = [name for name, kind in found.items() if kind is not None]
+        types = _read_types(file, chosen, carry, allow)
+        for name, kind in (types | {name: of_folders[name] for name in of_folders if name not in types}).items():
+            if kind not in [known for _, known in found.setdefault(name, [])]:
+                found[name].append((file, kind))
+    fitting = [name for name, kinds in found.items() if all(kind is not None for _, kind in kinds)]
     if carry.columns == "all":
         if left_out := [name for name in found if name not in fitting]:
             logger.info("%s: columns that cannot travel into the masks: %s", uri, _join(left_out))
         names = fitting
     else:
-        names = [_choose(name, found, uri) for name in dict.fromkeys(carry.columns)]
+        names = [_choose(name, list(found), fitting, uri) for name in dict.fromkeys(carry.columns)]
     if len(names) > MAX_CARRIED_COLUMNS:
         raise ManifestError(
             f"{uri} has {len(names):,} further columns; {MAX_CARRIED_COLUMNS} are the most that travel; {_hint(names)}"
@@ -156,14 +159,8 @@ def find_carried(  # noqa: PLR0913 - every property of a list
         return None
     sources = _name_columns(names, carry.reserved)
     logger.info("%s: columns that travel into the masks (setting carry): %s", uri, _join(list(sources)))
-    return Carried(
-        sources, pa.struct([pa.field(name, _with_values(found[source])) for name, source in sources.items()])
-    )
-
-
-def _with_values(kind: pa.DataType | None) -> pa.DataType:
-    """Return the type of a column; one without any value is text."""
-    return pa.string() if kind is None or pa.types.is_null(kind) else kind
+    fields = [pa.field(name, unite(source, found[source])) for name, source in sources.items()]
+    return Carried(sources, pa.struct(fields))
 
 
 def _join(names: Sequence[str]) -> str:
@@ -175,12 +172,12 @@ def _hint(names: Iterable[str]) -> str:
     return f"--set 'carry=[{', '.join(few)}]' chooses columns"
 
 
-def _choose(name: str, found: Types, uri: str) -> str:
+def _choose(name: str, found: list[str], fitting: list[str], uri: str) -> str:
     """Return the column of a list that `carry` names: it is compared as all columns are."""
     same = [each for each in found if each == name] or [each for each in found if normalize(each) == normalize(name)]
     if len(same) != 1:
-        raise ManifestError(f"carry names {name!r}; the further columns of {uri} are: {_join(list(found)) or 'none'}")
-    if found[same[0]] is None:
+        raise ManifestError(f"carry names {name!r}; the further columns of {uri} are: {_join(found) or 'none'}")
+    if same[0] not in fitting:
         raise ManifestError(
             f"carry names {name!r}, a column of {uri} that cannot travel: each cell must hold one text, number, truth "
             "value, date or time, and no other column may have its name"
@@ -212,7 +209,7 @@ def _read_types(uri: str, chosen: Mapping[str, str], carry: Carry, allow: tuple[
             else:
                 with open_text(file, uri) as text:
                     if ".jsonl" in base:
-                        pairs = list(_types_of_records(text, uri))
+                        pairs = list(types_of_records(text, uri))
                     else:
                         pairs = [(name, pa.string()) for name in read_header(text, uri, Columns(chosen))[0]]
     except (*PARQUET_ERRORS, csv.Error, EOFError, zlib.error) as error:
@@ -243,72 +240,3 @@ def _is_name(name: str) -> bool:
         return len(name.encode()) <= _MAX_NAME_BYTES and "\0" not in name
     except UnicodeEncodeError:
         return False
-
-
-_KEPT = (
-    *(pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_float32, pa.types.is_float64),
-    *(pa.types.is_decimal128, pa.types.is_decimal256),
-)
-_CHANGED = (
-    *((is_text, pa.string()) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)),
-    *((pa.types.is_float16, pa.float32()), (pa.types.is_date, pa.date32()), (pa.types.is_time, pa.time64("us"))),
-)
-
-
-def travelling_type(kind: pa.DataType) -> pa.DataType | None:
-    """Return the type in which a column of a Parquet file travels, or None if it does not."""
-    if pa.types.is_dictionary(kind):
-        return travelling_type(kind.value_type)
-    if any(is_kept(kind) for is_kept in _KEPT):
-        return kind
-    if pa.types.is_timestamp(kind):
-        moment = pa.timestamp("us", kind.tz)
-        try:
-            pa.scalar(0, moment).as_py()
-        except (pa.ArrowException, ValueError, LookupError, OSError):  # a time zone that nobody knows
-            return None
-        return moment
-    return next((target for is_such, target in _CHANGED if is_such(kind)), None)
-
-
-def _types_of_records(text: Any, uri: str) -> Iterator[tuple[str, pa.DataType | None]]:
-    """Yield the columns of a JSON Lines file with their types."""
-    kinds: dict[str, set[str]] = {}
-    for _, _, record in read_records(text, uri):
-        for name, value in record.items():
-            kinds.setdefault(name, set()).add(_kind(value))
-    for name, found in kinds.items():
-        found.discard("null")
-        yield name, None if "nested" in found else _JSON.get(frozenset(found), pa.string())
-
-
-_JSON = {
-    frozenset(): pa.null(),
-    frozenset({"bool"}): pa.bool_(),
-    frozenset({"whole"}): pa.int64(),
-    frozenset({"number"}): pa.float64(),
-    frozenset({"whole", "number"}): pa.float64(),
-}
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return "whole" if abs(value) < 1 << 63 else "text"
-    return {type(None): "null", bool: "bool", float: "number", str: "text"}.get(type(value), "nested")
-
-
-def _unite(one: pa.DataType | None, other: pa.DataType | None, what: str) -> pa.DataType | None:
-    """Return the type that holds the values of two files of a list.
-
-    Raises:
-        ManifestError: there is none; `what` names the column.
-    """
-    if one is None or other is None or one == other:
-        return one and other
-    try:
-        schemas = [pa.schema([("x", kind)]) for kind in (one, other)]
-        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
-    except pa.ArrowException as error:
-        raise ManifestError(
-            f"{what} has the type {other}, and {one} in the files before; leave it out with the setting carry"
-        ) from error

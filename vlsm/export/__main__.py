@@ -37,15 +37,19 @@ def parse_filter(words: str, schema: pa.Schema = RESULT_SCHEMA) -> tuple[str, st
     Raises:
         ConfigError: the words do not have this form, the column is unknown, or the value does not fit the column.
     """
-    match = re.fullmatch(r"\s*([^=!<>]+?)\s*(==|=|!=|<=|>=|<|>)\s*(.+?)\s*", words, re.DOTALL)
-    if match is None:
-        raise ConfigError(f"--filter {words!r} is not of the form 'column operator value', such as 'confidence < 0.6'")
-    column, operator, text = match.groups()
+    column, operator, text = _split_filter(words)
     check_columns([column], schema)
     try:
         return column, operator, _parse_value(text, schema.field(column).type, operator, column in _SHARES)
     except ValueError as error:
         raise ConfigError(f"--filter {words!r}: {text!r} does not fit the column {column}; {error}") from None
+
+
+def _split_filter(words: str) -> tuple[str, str, str]:
+    match = re.fullmatch(r"\s*([^=!<>]+?)\s*(==|=|!=|<=|>=|<|>)\s*(.+?)\s*", words, re.DOTALL)
+    if match is None:
+        raise ConfigError(f"--filter {words!r} is not of the form 'column operator value', such as 'confidence < 0.6'")
+    return match[1], match[2], match[3]
 
 
 def _parse_value(text: str, column_type: pa.DataType, operator: str, is_share: bool) -> Any:
@@ -120,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging()
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, ValueError, *storage.store_errors())
     try:
-        schema = open_results(args.output).schema if args.filter else RESULT_SCHEMA
+        is_of_list = any(_split_filter(words)[0] not in RESULT_SCHEMA.names for words in args.filter)
+        schema = open_results(args.output).schema if is_of_list else RESULT_SCHEMA
         filters = [parse_filter(words, schema) for words in args.filter]
         more = (True,) if args.components or args.together else ()
         with ExportFolder(args.directory, args.allow) as folder:

@@ -131,7 +131,8 @@ def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = 
     if row["status"] == "ok" and row.get("area_fraction") is not None:
         is_whole = row["area_fraction"] >= WHOLE
         words["mask"] = "whole image" if is_whole else PART if row["area_fraction"] else "empty"
-    words |= {f"{OF_LIST}{name}": shorten(show(value)) for name, value in carried_values(row).items()}
+    of_list = carried_values(row).items()
+    words |= {f"{OF_LIST}{name}": shorten(show(hide_places(value))) for name, value in of_list}
     numbers = {name: float(row[name]) for name in METRICS if row.get(name) is not None}
     facts = [(METRICS[name], format_number(value)) for name, value in numbers.items()]
     picture = pictures.get(row_key(row)) or Picture(problem="its mask is no longer in the run")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlsm.archive.carried import travelling_type
+from vlsm.archive.column_types import travelling_type
 from vlsm.errors import ManifestError
 from vlsm.limits import MAX_CARRIED_COLUMNS
 from vlsm.runs.schema import PLAN_SCHEMA, RESULT_SCHEMA
