@@ -123,7 +123,7 @@ def test_lists_structs_and_bytes_do_not_travel_and_the_log_says_so(tmp_path, cap
     columns = {"site": ["A", "B"], "boxes": [[1], [2]], "raw": [b"x", b"y"], "more": [{"a": 1}, {"a": 2}]}
     path = write_parquet(tmp_path, **columns)
     assert carry(path)[1] == [{"site": "A"}, {"site": "B"}]
-    assert "columns that cannot travel into the masks: boxes, raw, more" in caplog.text
+    assert "columns that cannot travel into the results: boxes, raw, more" in caplog.text
     assert "carry names 'boxes', a column of" in refusal(path, ("boxes",))
 
 

@@ -49,10 +49,11 @@ Types = dict[str, pa.DataType | None]  # the further columns of a list file; Non
 
 
 class Carry(NamedTuple):
-    """What shall travel: names of columns or "all", and names that results have already."""
+    """What shall travel: names of columns or "all", names that results have already, and whether some may be absent."""
 
     columns: Literal["all"] | tuple[str, ...]
     reserved: Collection[str] = ()
+    may_lack: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,11 @@ def find_carried(  # noqa: PLR0913 - every property of a list
     fitting = [name for name, kinds in found.items() if all(kind is not None for _, kind in kinds)]
     if carry.columns == "all":
         if left_out := [name for name in found if name not in fitting]:
-            logger.info("%s: columns that cannot travel into the masks: %s", uri, _join(left_out))
+            logger.info("%s: columns that cannot travel into the results: %s", uri, _join(left_out))
         names = fitting
     else:
-        names = [_choose(name, list(found), fitting, uri) for name in dict.fromkeys(carry.columns)]
+        wanted = [name for name in dict.fromkeys(carry.columns) if not carry.may_lack or _find_same(name, found)]
+        names = [_choose(name, list(found), fitting, uri) for name in wanted]
     if len(names) > MAX_CARRIED_COLUMNS:
         raise ManifestError(
             f"{uri} has {len(names):,} further columns; {MAX_CARRIED_COLUMNS} are the most that travel; {_hint(names)}"
@@ -158,7 +160,7 @@ def find_carried(  # noqa: PLR0913 - every property of a list
     if not names:
         return None
     sources = _name_columns(names, carry.reserved)
-    logger.info("%s: columns that travel into the masks (setting carry): %s", uri, _join(list(sources)))
+    logger.info("%s: columns that travel into the results: %s", uri, _join(list(sources)))
     fields = [pa.field(name, unite(source, found[source])) for name, source in sources.items()]
     return Carried(sources, pa.struct(fields))
 
@@ -174,7 +176,7 @@ def _hint(names: Iterable[str]) -> str:
 
 def _choose(name: str, found: list[str], fitting: list[str], uri: str) -> str:
     """Return the column of a list that `carry` names: it is compared as all columns are."""
-    same = [each for each in found if each == name] or [each for each in found if normalize(each) == normalize(name)]
+    same = _find_same(name, found)
     if len(same) != 1:
         raise ManifestError(f"carry names {name!r}; the further columns of {uri} are: {_join(found) or 'none'}")
     if same[0] not in fitting:
@@ -183,6 +185,11 @@ def _choose(name: str, found: list[str], fitting: list[str], uri: str) -> str:
             "value, date or time, and no other column may have its name"
         )
     return same[0]
+
+
+def _find_same(name: str, found: Iterable[str]) -> list[str]:
+    names = list(found)
+    return [each for each in names if each == name] or [each for each in names if normalize(each) == normalize(name)]
 
 
 def _name_columns(names: Sequence[str], reserved: Collection[str]) -> dict[str, str]:

@@ -89,6 +89,7 @@ _NOTES = {
     "nsd_mean": "share of both outlines that are near each other: within nsd_tolerance_px pixels",
     "nsd_mm_mean": "the same within nsd_tolerance_mm millimetres, over the masks whose files state the size of a pixel",
     "p": "probability of such a difference by chance (Wilcoxon's signed-rank test), not corrected for many comparisons",
+    "patients_n": "patients of these images: intervals and p count them, not images",
     "panoptic_quality": "lesion F1 times the mean intersection over union of the matches",
     "positive_dice_mean": "mean Dice over the labels that are not empty",
     "precision_mean": "share of the predicted pixels that are right",
