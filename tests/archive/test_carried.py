@@ -186,3 +186,14 @@ def test_carry_names_columns_of_lists_only(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     assert carry(tmp_path) == ({}, [])
     assert "carry names columns of a list, but INPUT" in refusal(tmp_path, ("site",), ConfigError)
+
+
+def test_a_date_that_no_calendar_has_is_one_sentence(tmp_path):
+    days = pa.array([1 << 30, None], pa.int32()).cast(pa.date32())
+    assert "column 'born' has a date that no calendar has" in refusal(write_parquet(tmp_path, born=days))
+
+
+def test_messages_stay_short_whatever_columns_are_called(tmp_path):
+    names = ",".join(f"{'x' * 10_000}{number}" for number in range(200))
+    assert len(refusal(write(tmp_path, "l.csv", f"image_uri,{names}\na.png\n"), ("site",))) < 2500
+    assert carry(tmp_path / "l.csv") == ({}, [])

@@ -43,7 +43,7 @@ READ = ("image_uri", "image_id", "selector", "prompt", "prompts", "size_bytes", 
 _PREFIX = "list_"
 _MAX_NAME_BYTES = 255
 _RUN = {"image_id", "prompt", "kind", "mask_rle"}  # a list with these columns is made of rows of a run
-_SHOWN = 20  # columns that a line of the log names
+_SHOWN, _SHOWN_LETTERS = 20, 60  # columns that a message names, and letters of each
 
 Types = dict[str, pa.DataType | None]  # the further columns of a list file; None: it does not travel
 
@@ -76,8 +76,16 @@ class Carried:
     def cast(self, name: str, column: pa.Array) -> pa.Array:
         """Return the column of a Parquet file in its type here; a dictionary of texts stays one."""
         kind = self.type.field(name.removeprefix(CARRIED)).type
-        is_text = pa.types.is_dictionary(column.type) and pa.types.is_string(kind)
-        return column if is_text else column.cast(kind, safe=not pa.types.is_temporal(kind))  # below microseconds
+        if pa.types.is_dictionary(column.type) and pa.types.is_string(kind):
+            return column
+        if not pa.types.is_temporal(kind):
+            return column.cast(kind)
+        cast = column.cast(kind, safe=False)  # without what is below microseconds
+        try:
+            cast.to_pylist()
+        except (ValueError, OverflowError) as error:
+            raise OverflowError(f"column {name.removeprefix(CARRIED)!r} has a date that no calendar has") from error
+        return cast
 
     def collect(self, row: dict[str, Any], where: str) -> dict[str, Any]:
         """Return the values that travel from a row with marked names, checked; passwords in locations are left out.
@@ -166,11 +174,12 @@ def find_carried(  # noqa: PLR0913 - every property of a list
 
 
 def _join(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+    shown = [name if len(name) < _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}..." for name in names[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
 
 
 def _hint(names: Iterable[str]) -> str:
-    few = [name for name in names if name.isidentifier()][:2] or ["NAME"]
+    few = [name for name in names if name.isidentifier() and len(name) < _SHOWN_LETTERS][:2] or ["NAME"]
     return f"--set 'carry=[{', '.join(few)}]' chooses columns"
 
 
