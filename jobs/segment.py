@@ -159,6 +159,8 @@ def _stream_plan(stream: Stream, run: Run) -> int:
     num_left = num_images - state.num_done
     planned = event("planned", images=num_images, rows=run.plan.num_rows, left=num_left)
     logger.info("still to do: %s of %s", f"{num_left:,}", count(num_images, "image"), extra=planned)
+    if state.num_stale:
+        logger.info("only the columns of the list to write anew: %s", count(state.num_stale, "image"))
     stream(run, _waves(state.pending.items()), state, lambda: num_images, settings.retry_failed)
     return state.num_done
 

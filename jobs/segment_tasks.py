@@ -16,6 +16,7 @@ from jobs import metrics
 from jobs.crash_watch import Watch
 from vlsm.config import SegmentSettings
 from vlsm.images.preprocess import Square
+from vlsm.runs.carried import CARRIED, carried_of_plan
 from vlsm.runs.compare import compare_shard
 from vlsm.runs.plan import planned_keys, read_shard
 from vlsm.runs.results import read_part, write_part
@@ -120,8 +121,10 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
             elif position in undone:
                 # an image without rows was not fetched: the part has changed since; the final count finds the gap
                 image_rows = segmented.rows(position, image) or image_rows
-            rows += image_rows
-        write_part(settings.output, batch.shard, rows, task.run_id, settings.run.outage_patience_s)
+            of_list = image.get(CARRIED) or {}
+            rows += [row | of_list for row in image_rows]
+        carried, patience_s = carried_of_plan(images.schema), settings.run.outage_patience_s
+        write_part(settings.output, batch.shard, rows, task.run_id, patience_s, carried)
     failed = [entry.error for entry in batch.entries if entry.error is not None]
     metrics.count("vlsm_written_parts", 1)
     metrics.count("vlsm_written_images", len(undone) - len(failed), status="ok")

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -218,6 +219,7 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
             "status": "ok",
         }
         | {"area_fraction": number / 200, "confidence": 0.5 + (number * 37 % 100) / 200}
+        | {"area_px": number, "site": "ab"[number % 2]}
         for number in range(100)
     ]
     failed = {
@@ -228,13 +230,18 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
         "model": "m",
         "status": "failed",
     }
-    write_part(str(tmp_path / "OUTPUT"), 0, [*rows, failed | {"error": "corrupt: bad.png is no image"}], "run", 0)
+    rows_and_failure = [*rows, failed | {"error": "corrupt: bad.png is no image", "site": "a"}]
+    write_part(str(tmp_path / "OUTPUT"), 0, rows_and_failure, "run", 0, pa.struct([("site", pa.string())]))
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```sql\n(.*?)```", "\n".join((README, JOBS, LIBRARY, MEASURED)), re.S)
-    uncertain, reasons = (duckdb.sql(query).fetchall() for query in block.split(";") if query.strip())
+    uncertain, reasons, sites = (duckdb.sql(query).fetchall() for query in block.split(";") if query.strip())
     wanted = sorted((row for row in rows if row["area_fraction"] > 0.05), key=lambda row: row["confidence"])[:50]
     assert [row[0] for row in uncertain] == [row["image_id"] for row in wanted]
     assert reasons == [("corrupt", 1)]
+    # without the empty mask of number 0: the mean of 2, 4 ... 98, and of 1, 3 ... 99
+    assert sites == [("a", 50.0, 49), ("b", 50.0, 50)]
+    query = README.partition("`SELECT site")[2].partition("`")[0].replace("masks/masks", "OUTPUT/masks")
+    assert sorted(duckdb.sql(f"SELECT site{query}").fetchall()) == [("a", 49.0), ("b", 50.0)]
 
 
 def test_the_measured_figures_are_those_of_the_files():

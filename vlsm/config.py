@@ -203,6 +203,11 @@ class SegmentSettings(Settings):
         {},
         description="columns of a manifest with other names, as {image_uri: path}; image: bytes of images in Parquet",
     )
+    carry: Literal["all"] | tuple[str, ...] | None = Field(
+        None,
+        description="further columns of a manifest that images take into their rows: all, or names as [site, view]; "
+        "null: all in a new run, else as in the run; update=true changes them without segmenting again",
+    )
     fields: tuple[str, ...] = Field(
         (), description="which members of a WebDataset sample are segmented, as [image.png]; empty: all images"
     )
@@ -265,6 +270,11 @@ class SegmentSettings(Settings):
     _check_threshold = field_validator("threshold", mode="before")(check_threshold)
     _list_prompts = field_validator("prompts", "fields", mode="before")(one_is_a_list)
     _list_texts = field_validator("classes", mode="before")(each_one_is_a_list)
+
+    @field_validator("carry", mode="before")
+    @classmethod
+    def _list_carry(cls, value: Any) -> Any:
+        return value if value == "all" else one_is_a_list(value)
 
     @property
     def has_member_rows(self) -> bool:

@@ -27,3 +27,5 @@ MAX_LINE_LETTERS, MAX_CELL_BYTES = 1 << 24, 1 << 16
 MAX_JSON_BYTES = 1 << 27  # the tokenizer with the largest vocabulary has a third of it
 # A reply by HTTP: silence, and the slowest transfer.
 MAX_SILENCE_S, MIN_BYTES_PER_S = 60, 50_000
+# Columns of a list that travel into the results of a run, and all values of an image in them together.
+MAX_CARRIED_COLUMNS, MAX_CARRIED_BYTES = 100, 8192

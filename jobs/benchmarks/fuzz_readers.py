@@ -17,6 +17,7 @@ from jobs.benchmarks.fuzz_mutations import WAY
 from jobs.benchmarks.fuzz_server import AnswerServer
 from jobs.benchmarks.stores import free_port
 from vlsm.archive.archive import open_archive
+from vlsm.archive.carried import Carry
 from vlsm.config import MemberSettings, RunSettings, SegmentSettings, TileSettings, load_settings
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.read import read_dataset
@@ -24,6 +25,7 @@ from vlsm.datasets.settings import DatasetSettings
 from vlsm.errors import ImageError, VlsmError
 from vlsm.images.formats import Look
 from vlsm.images.reader import Reader
+from vlsm.runs.carried import RESERVED
 from vlsm.runs.results import read_masks
 
 # small limits, so that the memory of a try shows whether they hold
@@ -44,7 +46,7 @@ def read_images(uri: str = ".") -> int:
     )
     look = Look(tile=TileSettings(size=64))  # so that sizes are read while listing
     reader, num_read = Reader(settings), 0
-    rows = iter(open_archive(uri, ("polyp",), look=look).rows)
+    rows = iter(open_archive(uri, ("polyp",), look=look, carry=Carry("all", RESERVED)).rows)
     for row in itertools.islice(rows, _MOST_READ):
         with contextlib.suppress(ImageError):
             content, frame = reader.open(row)
@@ -66,7 +68,7 @@ def read_labelled() -> int:
     lists = [*Path("d").glob("list.*"), *Path("d").glob("coco.json")]
     settings = DatasetSettings(
         max_pixels=MAX_PIXELS, max_image_bytes=MAX_BYTES, classes=_classes(), prompts={"x": ("polyp",)}
-    )
+    ).grouping(("split", "site"))
     records = read_dataset("x", str(lists[0]) if lists else "d", settings)
     reader, num_read = ExampleReader(settings, _RUN), 0
     for record in records[:_MOST_READ]:

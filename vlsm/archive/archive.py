@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlsm import storage
+from vlsm.archive.carried import Carried, Carry, find_carried
 from vlsm.archive.expand import expand_rows
 from vlsm.archive.listing import Info, follow_link, list_files
 from vlsm.archive.manifest import describe_file, read_image_list
-from vlsm.archive.tables import find_lists, holds_images
+from vlsm.archive.tables import find_lists, holds_images, read_partition
 from vlsm.errors import ConfigError
 from vlsm.images.formats import Look, describe_other, header_of, kind_of
 from vlsm.shown import public_uri
@@ -28,11 +29,13 @@ class Archive:
         rows: a stream of dicts with the columns of PLAN_SCHEMA but `vanished`.
         is_listed: whether INPUT is a folder, prefix or glob, not a manifest.
         skipped: number of skipped files, by extension or description; complete once `rows` is exhausted.
+        carried: the further columns of a manifest that each row has in `carried`, or None.
     """
 
     rows: Iterable[dict[str, Any]]
     is_listed: bool = True
     skipped: Counter[str] = field(default_factory=Counter)
+    carried: Carried | None = None
 
 
 def open_archive(  # noqa: PLR0913 - every property of an INPUT
@@ -42,6 +45,7 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     allow: tuple[str, ...] = (),
     after: tuple[str, str | None] | None = None,
     look: Look | None = None,
+    carry: Carry | None = None,
 ) -> Archive:
     """Return the images of an archive, one row per image in a stable order. Container files give a row per image.
 
@@ -54,9 +58,10 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
         allow: the setting `run.allow`; see `vlsm.archive.places`.
         after: the last image_uri and selector of an interrupted listing; only images after them are returned.
         look: options for listing the images in a file.
+        carry: which further columns of a manifest travel with its images; None for none.
 
     Raises:
-        ConfigError: there is nothing at the location.
+        ConfigError: there is nothing at the location, or `carry` names columns and it is no manifest.
         ManifestError: the manifest cannot be read, lacks a column or a value, or has an image_uri that is not allowed.
     """
     check_input("INPUT", uri)
@@ -69,9 +74,12 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     lists = find_lists(uri, fs.isfile(path), excluded) if after is None else []
     archive = Archive(rows=(), is_listed=not lists or holds_images(lists[0], look.columns, allow))
     if not archive.is_listed:
-        rows = read_image_list(uri, lists, prompts, allow, look.columns)
+        archive.carried = carry and _find_carried(uri, lists, carry, look)
+        rows = read_image_list(uri, lists, prompts, allow, look.columns, archive.carried)
         archive.rows = expand_rows(rows, look, archive.skipped, is_list=True)
         return archive
+    if carry is not None and carry.columns not in ("all", ()):
+        raise ConfigError(f"carry names columns of a list, but INPUT {uri!r} is none; leave the setting out")
     last = None if after is None else storage.open_uri(after[0])[1]
     root, infos = _find_files(fs, path, uri, last)
     if after is not None and after[1] is not None and fs.isfile(last):  # more images of this file may follow
@@ -79,6 +87,12 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     rows = expand_rows(_file_rows(fs, root, infos, prompts, (excluded, archive.skipped)), look, archive.skipped)
     archive.rows = rows if after is None else _rows_after(rows, after, archive.skipped)
     return archive
+
+
+def _find_carried(uri: str, lists: list[str], carry: Carry, look: Look) -> Carried | None:
+    folder = storage.absolute(uri)
+    partition = {} if lists == [uri] else {name: None for file in lists for name in read_partition(file, folder)}
+    return find_carried(uri, lists, look.columns, partition, carry, look.allow)
 
 
 def _respell(place: str, uri: str) -> str:

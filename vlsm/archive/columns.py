@@ -8,10 +8,13 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlsm.documents import parse_json, parse_yaml
 from vlsm.errors import ManifestError, VlsmError
+
+if TYPE_CHECKING:
+    from vlsm.archive.carried import Carried
 
 logger = logging.getLogger("vlsm")
 
@@ -29,6 +32,7 @@ _MISSING = frozenset({"nan", "NaN", "NaT", "None", "null", "NULL", "N/A", "n/a",
 _LIST_START = re.compile(r"""[\[({]\s*['"]|(?:array|list|tuple|set|frozenset)\(""")
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _PROMPTS = {"prompt", "prompts"}
+CARRIED = "carried "  # marks the names of further columns, which travel into the results, among known names
 _SHOWN = 20  # columns that a message names
 _MOST_HEADERS = 1000  # that are remembered
 
@@ -44,10 +48,13 @@ class Columns:
     Args:
         chosen: the setting `columns`, from known names to names in the list. None where this setting does not exist.
         setting: the name of this setting in messages.
+        carried: further columns that are read, by marked names.
     """
 
-    def __init__(self, chosen: Mapping[str, str] | None, setting: str = "columns") -> None:
-        self._setting = setting
+    def __init__(
+        self, chosen: Mapping[str, str] | None, setting: str = "columns", carried: "Carried | None" = None
+    ) -> None:
+        self._setting, self.carried = setting, carried
         self._chosen = {known: name for known, name in (chosen or {}).items() if known != "image"}
         self._can_choose = chosen is not None
         self._found: dict[tuple[str, ...], dict[str, int]] = {}  # by header: a record of JSON is a header as well
@@ -84,7 +91,7 @@ class Columns:
                 raise ManifestError(f"{where} has several columns {known}: {twins}; rename or remove all but one")
             if same:
                 found[known] = same[0]
-        return found
+        return found if self.carried is None else found | self.carried.find(names)
 
     def require(self, names: Sequence[str], uri: str, also: Sequence[str] = ()) -> dict[str, int]:
         """Return the positions as `find` does, for a list whose header states all its columns.
@@ -110,7 +117,7 @@ class Columns:
             logger.warning("%s has the columns %s; the list's first file has %s", uri, _join(known), _join(self._first))
         self._first = self._first or known
         unread = [name for position, name in enumerate(names) if name and position not in found.values()]
-        if unread and not self._is_told:
+        if unread and not self._is_told and self.carried is None:
             self._is_told = True
             logger.info("%s: columns that are not read: %s", uri, ", ".join(unread[:_SHOWN]))
         return found
@@ -161,7 +168,8 @@ class Columns:
 
 
 def _join(known: set[str]) -> str:
-    return ", ".join(name for name in KNOWN if name in known)
+    names = [name for name in KNOWN if name in known]
+    return ", ".join([*names, *sorted(name.removeprefix(CARRIED) for name in known if name.startswith(CARRIED))])
 
 
 def normalize(name: str) -> str:

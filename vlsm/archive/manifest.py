@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vlsm import storage
+from vlsm.archive.carried import Carried
 from vlsm.archive.columns import Row, shorten
 from vlsm.archive.places import check_place
 from vlsm.archive.tables import read_manifest_rows
@@ -14,8 +15,13 @@ from vlsm.shown import public_uri
 _MAX_TEXT_BYTES = 8192  # limit for an image_id, a location, an etag and a prompt
 
 
-def read_image_list(
-    uri: str, files: Sequence[str], prompts: tuple[str, ...], allow: tuple[str, ...], columns: Mapping[str, str]
+def read_image_list(  # noqa: PLR0913 - every property of a list
+    uri: str,
+    files: Sequence[str],
+    prompts: tuple[str, ...],
+    allow: tuple[str, ...],
+    columns: Mapping[str, str],
+    carried: Carried | None = None,
 ) -> Iterator[Row]:
     """Yield the images of a manifest as rows with columns of PLAN_SCHEMA.
 
@@ -28,13 +34,15 @@ def read_image_list(
         prompts: as for `open_archive`.
         allow: as for `open_archive`.
         columns: the setting `columns`.
+        carried: further columns; each row has their values in `carried`, by their names in the results.
 
     Raises:
         ManifestError: the manifest cannot be read, lacks a column or a value, or has an image_uri that is not allowed.
     """
     is_folder = list(files) != [uri]
     folder = storage.absolute(uri if is_folder else storage.parent(uri))
-    for where, row in read_manifest_rows(files, columns, folder if is_folder else None, allow=allow):
+    rows = read_manifest_rows(files, columns, folder if is_folder else None, allow=allow, carried=carried)
+    for where, row in rows:
         image_uri = row.get("image_uri")
         if not isinstance(image_uri, str) or not image_uri:
             raise ManifestError(f"{where}: image_uri is {shorten(image_uri)}; it must name an image")
@@ -49,9 +57,9 @@ def read_image_list(
         for text in (image_id, location, selector or "", etag or "", *texts):
             check_text(text, where)
         check_place(location, uri, allow, where)
-        yield {"image_id": image_id, "image_uri": location, "selector": selector, "prompts": texts} | describe_file(
-            _size(row.get("size_bytes")), etag, row.get("mtime")
-        )
+        image = {"image_id": image_id, "image_uri": location, "selector": selector, "prompts": texts}
+        further = {} if carried is None else {"carried": carried.collect(row, where)}
+        yield image | further | describe_file(_size(row.get("size_bytes")), etag, row.get("mtime"))
 
 
 def check_text(text: str, where: str) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.archive.columns import Cells, Columns, Row
+from vlsm.archive.carried import Carried
+from vlsm.archive.columns import CARRIED, Cells, Columns, Row
 from vlsm.archive.listing import list_files
 from vlsm.archive.text_tables import open_text, read_csv, read_json
 from vlsm.errors import ImageError, ManifestError
@@ -101,12 +103,13 @@ def holds_images(uri: str, columns: Mapping[str, str], allow: tuple[str, ...] = 
         return False  # whoever reads it as a list says why that fails
 
 
-def read_manifest_rows(
+def read_manifest_rows(  # noqa: PLR0913 - every property of a list
     uris: Sequence[str],
     chosen: Mapping[str, str] | None = None,
     folder: str | None = None,
     setting: str = "columns",
     allow: tuple[str, ...] = (),
+    carried: Carried | None = None,
 ) -> Iterator[tuple[str, Row]]:
     """Yield the name of each row in messages, and its values by the names of known columns, without further checks.
 
@@ -116,11 +119,12 @@ def read_manifest_rows(
         folder: the folder of a list of several files. Below it, folders such as site=a are a column, as in Hive.
         setting: the name of the setting `columns` in messages.
         allow: the setting `run.allow`: redirects of HTTP may lead there.
+        carried: further columns to read. Their names in the rows are marked, see `Carried`.
 
     Raises:
         ManifestError: a file cannot be read, has no column image_uri, or a row has more cells than the header.
     """
-    columns = Columns(chosen, setting)
+    columns = Columns(chosen, setting, carried)
     for uri in uris:
         partition = {} if folder is None else read_partition(uri, folder)
         fs, path = storage.open_uri(uri, allow)
@@ -162,9 +166,15 @@ def _parquet_cells(file: Any, uri: str, columns: Columns, also: tuple[str, ...])
     names = table.schema_arrow.names
     read = {known: names[position] for known, position in columns.require(names, uri, also).items()}
     number = 0
-    texts = open_texts(file, table, list(read.values()))
-    for batch in texts.iter_batches(batch_size=4096, columns=list(read.values())):
-        found = {known: batch.schema.names.index(name) for known, name in read.items()}
-        for cells in zip(*map(read_texts, batch.columns), strict=True):
+    chosen = list(dict.fromkeys(read.values()))  # the list's `group` may travel too
+    texts = open_texts(file, table, chosen)
+    found = {known: position for position, known in enumerate(read)}
+    for batch in texts.iter_batches(batch_size=4096, columns=chosen):
+        for cells in zip(*(_read_cells(batch, name, known, columns) for known, name in read.items()), strict=True):
             number += 1
             yield number, found, cells
+
+
+def _read_cells(batch: pa.RecordBatch, name: str, known: str, columns: Columns) -> list[Any]:
+    column = batch.column(batch.schema.names.index(name))
+    return read_texts(columns.carried.cast(known, column) if columns.carried and known.startswith(CARRIED) else column)

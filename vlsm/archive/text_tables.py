@@ -68,19 +68,10 @@ def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -
         ManifestError: the file is empty, there is no column image_uri, a quote is not closed, or a row has more cells
             than the header.
     """
-    csv.field_size_limit(MAX_LINE_LETTERS)  # a longer cell is a quote that nobody closed
-    read_lines = _lines(text, uri)
-    line = next((line for line in read_lines if line.strip()), "")
-    delimiters = "\t,;|" if file_name(uri).endswith((".tsv", ".tsv.gz")) else ",;\t|"
-    if stated := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):  # a line for Excel
-        delimiters, line = stated[1], next(read_lines, "")
-    if not line:
-        raise ManifestError(f"{uri} is empty; a manifest needs image_uri")
-    header, delimiter = _find_header(line, delimiters, columns, uri)
+    header, delimiter, lines = read_header(text, uri, columns)
     is_padded = any(name != name.strip(" ") for name in header)
     found = columns.require(header, uri, also)
-    is_ours = tuple(header) == INDEX_COLUMNS  # the index of an export
-    lines = itertools.chain([line], read_lines)
+    is_ours = tuple(header[: len(INDEX_COLUMNS)]) == INDEX_COLUMNS  # the index of an export
     rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=is_padded)
     for number, cells in enumerate(_read_rows(rows, uri)):
         if number == 0 or not any(map(str.strip, cells)):  # the header, or blank cells
@@ -91,6 +82,23 @@ def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -
             if known in ("prompt", "prompts") and position < len(cells):
                 cells[position] = _clean_text(cells[position], f"{uri}, row {number}")
         yield number, found, [(cell.strip(" ") if is_padded else cell) or None for cell in cells]
+
+
+def read_header(text: IO[str], uri: str, columns: Columns) -> tuple[list[str], str, Iterator[str]]:
+    """Return the header of a CSV, its delimiter, and its lines, the header among them; see `read_csv`.
+
+    Raises:
+        ManifestError: the file is empty, or a line is too long.
+    """
+    csv.field_size_limit(MAX_LINE_LETTERS)  # a longer cell is a quote that nobody closed
+    read_lines = _lines(text, uri)
+    line = next((line for line in read_lines if line.strip()), "")
+    delimiters = "\t,;|" if file_name(uri).endswith((".tsv", ".tsv.gz")) else ",;\t|"
+    if stated := re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE):  # a line for Excel
+        delimiters, line = stated[1], next(read_lines, "")
+    if not line:
+        raise ManifestError(f"{uri} is empty; a manifest needs image_uri")
+    return *_find_header(line, delimiters, columns, uri), itertools.chain([line], read_lines)
 
 
 def _lines(text: IO[str], uri: str) -> Iterator[str]:
@@ -167,17 +175,27 @@ def read_json(text: IO[str], uri: str, columns: Columns) -> Cells:
     Raises:
         ManifestError: a line is no object, or has no image_uri.
     """
+    for number, where, record in read_records(text, uri):
+        found = columns.find(tuple(record), where)
+        if "image_uri" not in found:
+            keys = ", ".join(list(record)[:20])
+            hint = columns.suggest(list(record))
+            raise ManifestError(f"{uri}, row {number} has the keys {keys}; a manifest needs image_uri{hint}")
+        yield number, found, list(record.values())
+
+
+def read_records(text: IO[str], uri: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield the number of each row of a JSON Lines file, its line in words, and its object.
+
+    Raises:
+        ManifestError: a line is no object.
+    """
     number = 0
     for line_number, line in enumerate(_lines(text, uri), start=1):
         if line.strip():
             number += 1
-            record = _json_record(line, f"{uri}, line {line_number}")
-            found = columns.find(tuple(record), f"{uri}, line {line_number}")
-            if "image_uri" not in found:
-                keys = ", ".join(list(record)[:20])
-                hint = columns.suggest(list(record))
-                raise ManifestError(f"{uri}, row {number} has the keys {keys}; a manifest needs image_uri{hint}")
-            yield number, found, list(record.values())
+            where = f"{uri}, line {line_number}"
+            yield number, where, _json_record(line, where)
 
 
 def _json_record(line: str, where: str) -> dict[str, Any]:

@@ -251,6 +251,7 @@ EXAMPLES_SCHEMA = pa.schema(
         pa.field("mask_rle", pa.string()),
         pa.field("mask_size", pa.list_(pa.int32())),
         pa.field("group", pa.string()),
+        pa.field("further", pa.map_(pa.string(), pa.string())),
         pa.field("error", pa.string()),
         pa.field("height", pa.int32()),
         pa.field("width", pa.int32()),
@@ -287,6 +288,7 @@ def read_record_row(row: dict[str, Any]) -> Record:
     fields = {name: row[name] for name in Record.__dataclass_fields__ if name in row}
     prompts = {kind: tuple(texts) for kind, texts in row["prompts"]}
     lists = {name: tuple(fields[name]) for name in ("labels", "more_masks", "mask_size") if fields.get(name)}
+    lists |= {"further": tuple(map(tuple, fields["further"]))} if fields.get("further") else {}
     given = {name: value for name, value in fields.items() if value is not None and value != []}
     return Record(**given | lists | {"prompts": prompts})
 

@@ -6,7 +6,7 @@ since nobody knows whether a mask was forgotten.
 Further columns are optional. `split`: train, val or test, or another usual name for it, such as Training or valid; a
 row without one gets "", not yet assigned. `group`: the patient or video. `prompt` or `prompts`, and `dataset`.
 `selector` and `mask_selector` name an image and a mask inside of a file, as the selectors in the rows of a run. Columns
-of other names are not read, unless `data.columns` names them: --set data.columns.group=patient_id.
+of other names are not read, unless `data.columns` or `data.carry` names them: --set data.columns.group=patient_id.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.archive.tables import ending_of, read_manifest_rows
+from vlsm.archive.carried import Carry, find_carried
+from vlsm.archive.tables import ending_of, read_manifest_rows, read_partition
 from vlsm.datasets.inspection import EXAMPLES_SCHEMA, good_records
 from vlsm.datasets.pairing import split_of
 from vlsm.datasets.records import NO_MASK, SPLITS, Record, check_texts
@@ -32,6 +33,7 @@ def read_list(
     files: Sequence[str] = (),
     columns: Mapping[str, str] | None = None,
     allow: tuple[str, ...] = (),
+    further: tuple[str, ...] = (),
 ) -> Iterator[Record | ManifestError]:
     """Yield the record of each valid row, and the error of each invalid row.
 
@@ -44,6 +46,7 @@ def read_list(
         files: the files of the list; empty if it is one.
         columns: the setting data.columns.
         allow: the setting run.allow: redirects of HTTP may lead there.
+        further: more columns that the records keep, if the list has them.
 
     Raises:
         ManifestError: the list cannot be read, or has no column with the images or the masks.
@@ -54,14 +57,21 @@ def read_list(
     is_folder = bool(files) and list(files) != [uri]
     folder = uri if is_folder else storage.parent(uri)
     has_masks = False
-    rows = read_manifest_rows(files or [uri], columns or {}, folder if is_folder else None, _SETTING, allow)
+    files, columns = list(files) or [uri], columns or {}
+    carried = None
+    if further:
+        partition = [name for file in files for name in read_partition(file, folder)] if is_folder else []
+        carried = find_carried(uri, files, columns, partition, Carry(further, may_lack=True), allow)
+    rows = read_manifest_rows(files, columns, folder if is_folder else None, _SETTING, allow, carried)
     for where, row in rows:
         if not (has_masks := has_masks or "mask_uri" in row):
             raise ManifestError(
                 f"{where} has no mask_uri; --set {_SETTING}.mask_uri=NAME names the column of the masks"
             )
         try:
-            yield _manifest_record(name, folder, row, where)
+            values = {} if carried is None else carried.collect(row, where)
+            texts = tuple((key, text) for key, value in values.items() if (text := group_name(value)))
+            yield replace(_manifest_record(name, folder, row, where), further=texts)
         except ManifestError as error:
             yield error
 
@@ -115,7 +125,7 @@ def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) ->
     )
     texts = row.get("prompts") if row.get("prompts") is not None else row.get("prompt")
     prompts = {} if texts is None else {"p1": check_texts(texts, f"{where}, prompts")}
-    group = _read_group(row.get("group"))
+    group = group_name(row.get("group"))
     dataset = str(row.get("dataset") or name)
     selector, mask_selector = (str(row[name]) if row.get(name) else None for name in ("selector", "mask_selector"))
     split = _read_split(row.get("split"), where)
@@ -123,7 +133,7 @@ def _manifest_record(name: str, folder: str, row: dict[str, Any], where: str) ->
     return replace(record, image_selector=selector, mask_selector=mask_selector)
 
 
-def _read_group(value: Any) -> str:
+def group_name(value: Any) -> str:
     """Return the name of a group. The number 7 is one group, also where pandas has made it 7.0 beside missing cells."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

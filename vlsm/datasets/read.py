@@ -56,7 +56,7 @@ def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Rec
     if (not is_file or file_name(uri).endswith(".json")) and (files := find_coco(uri)):
         return read_coco(name, files, settings)
     if lists := find_lists(uri, is_file, None):
-        return read_list(name, uri, lists, settings.columns, settings.allow)
+        return read_list(name, uri, lists, settings.columns, settings.allow, settings.further)
     if is_file:
         raise ConfigError(
             f"dataset {name}: {uri!r} is no folder, no list ({', '.join(MANIFEST_EXTENSIONS)}) and no COCO file (.json)"

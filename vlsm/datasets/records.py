@@ -37,6 +37,7 @@ class Record:
         mask_rle: the mask itself as COCO run lengths; None if it is in a file.
         mask_size: (height, width) of mask_rle in pixels.
         group: images of one patient or video have the same group; empty if unknown.
+        further: names and values of further columns of its list, as texts, where `data.carry` or `groups` ask for them.
     """
 
     dataset: str
@@ -52,6 +53,7 @@ class Record:
     mask_rle: str | None = None
     mask_size: tuple[int, int] | None = None
     group: str = ""
+    further: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         # the name of the record in messages and scores, and that of its group, which may be its image

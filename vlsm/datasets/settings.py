@@ -6,7 +6,15 @@ from typing import Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from vlsm.config import MemberSettings, RunSettings, SegmentSettings, Settings, Slices, each_one_is_a_list
+from vlsm.config import (
+    MemberSettings,
+    RunSettings,
+    SegmentSettings,
+    Settings,
+    Slices,
+    each_one_is_a_list,
+    one_is_a_list,
+)
 from vlsm.datasets.classes import Named, check_classes
 from vlsm.errors import ConfigError
 
@@ -46,6 +54,11 @@ class DatasetSettings(Settings):
     columns: dict[str, str] = Field(
         {}, description=f"columns of a list with other names, as {{mask_uri: label}}: {', '.join(COLUMNS)}"
     )
+    carry: tuple[str, ...] = Field(
+        (),
+        description="further columns of lists that records keep, as [patient_id, site]: examples.parquet has them for "
+        "an evaluation with groups",
+    )
     slices: Slices = Field("axial", description="direction in which volumes are cut into slices; each is an image")
     window: tuple[float, float] | None = Field(
         None, description="grey values to show, above 8 bits: [centre, width], as [40, 400]; null: as the file states"
@@ -57,6 +70,7 @@ class DatasetSettings(Settings):
     max_image_bytes: int = Field(1 << 30, ge=1, description="bytes of a file; larger files are not read")
 
     _list_prompts = field_validator("prompts", mode="before")(each_one_is_a_list)
+    _list_carry = field_validator("carry", mode="before")(one_is_a_list)
     _check_classes = field_validator("classes", mode="before")(check_classes)
 
     @field_validator("prompts")
@@ -79,6 +93,19 @@ class DatasetSettings(Settings):
     def allow(self) -> tuple[str, ...]:
         """The job's setting `run.allow`. It is no setting of this group, because it may differ when a run resumes."""
         return self._allow
+
+    _groups: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The further columns of lists to read: those of `carry`, and those that an evaluation groups scores by."""
+        return tuple(dict.fromkeys((*self.carry, *self._groups)))
+
+    def grouping(self, names: Iterable[str]) -> Self:
+        """Return these settings for an evaluation that groups scores by columns of lists."""
+        settings = self.model_copy()
+        settings._groups = tuple(names)
+        return settings
 
     _others: tuple[str, ...] = PrivateAttr(())
 

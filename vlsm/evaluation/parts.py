@@ -2,8 +2,9 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from vlsm import storage
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.records import OWN, RECORD, Record
 from vlsm.errors import ImageError, ResultError
+from vlsm.evaluation.groups import OWN_GROUP, group_value
 from vlsm.evaluation.lesions import score_lesions
 from vlsm.evaluation.prompts import ROBUSTNESS, classify
 from vlsm.evaluation.scoring import encoded_dice, score_mask
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.systems import System, Target
+from vlsm.runs.carried import CARRIED, carried_names
 from vlsm.runs.plan import plan_of
 from vlsm.runs.record import read_record
 from vlsm.runs.results import decode_ok_row, part_name, read_part
@@ -68,6 +71,22 @@ SCORES_SCHEMA = pa.schema(
 _RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle", "max_probability")
 
 
+def score_columns(settings: EvaluateSettings) -> dict[str, str]:
+    """Return the column of the scores for each column of a list that `groups` or `patient` names."""
+    return {
+        name: name if name == OWN_GROUP or name not in SCORES_SCHEMA.names else f"list_{name}"
+        for name in settings.columns_of_groups
+    }
+
+
+def scores_schema(settings: EvaluateSettings) -> pa.Schema:
+    """Return the columns of the scores: SCORES_SCHEMA, and those of groups."""
+    schema = SCORES_SCHEMA
+    for column in score_columns(settings).values():
+        schema = schema if column == OWN_GROUP else schema.append(pa.field(column, pa.string()))
+    return schema
+
+
 @dataclass(frozen=True)
 class PredictionSource:
     """A finished segment run and the records of its images.
@@ -91,7 +110,7 @@ class PredictionSource:
     presence_threshold: float | None = None
 
     def score_part(self, shard: int) -> pa.Table:
-        """Return the scores of one part file, with the columns of SCORES_SCHEMA.
+        """Return the scores of one part file, with the columns of `scores_schema`.
 
         Raises:
             ResultError: the part file is missing, is damaged, or belongs to another run.
@@ -104,7 +123,9 @@ class PredictionSource:
             )
         reader = ExampleReader(self.settings.data, self.settings.run)
         images: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        of_list = carried_names(part.schema)
         for row in part.to_pylist():
+            row[CARRIED] = {name: row.pop(name) for name in of_list}
             if row["kind"] == "mask" and row["image_id"] in self.targets:
                 images[row["image_id"]][row["prompt"]] = row
         rows = (
@@ -113,7 +134,7 @@ class PredictionSource:
             for target in self.targets[image_id]
             for row in _score_target(target, rows_by_prompt, self, reader)
         )
-        return pa.Table.from_pylist(list(rows), schema=SCORES_SCHEMA)
+        return pa.Table.from_pylist(list(rows), schema=scores_schema(self.settings))
 
 
 def open_source(system: System, settings: EvaluateSettings) -> PredictionSource:
@@ -146,13 +167,16 @@ def missing_rows(system: System, settings: EvaluateSettings) -> pa.Table:
         if target.image_id is None
         for name in target.texts
     ]
-    return pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=scores_schema(settings))
 
 
-def _describe(system: str, target: Target, name: str, settings: EvaluateSettings) -> dict[str, Any]:
-    """Return the columns that do not depend on the mask."""
-    record = target.record
-    return {
+def _describe(
+    system: str, target: Target, name: str, settings: EvaluateSettings, of_run: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the columns that do not depend on the mask; `of_run`: columns of the list of the segment run."""
+    record, columns = target.record, score_columns(settings)
+    groups = {columns[key]: group_value(record, of_run, key) for key in columns if columns[key] != OWN_GROUP}
+    return groups | {
         "system": system,
         "dataset": record.dataset,
         "split": record.split,
@@ -191,9 +215,10 @@ def _score_target(
     spacing = None if settings.nsd_tolerance_mm is None else _read_spacing(target.record, reader)
     reference = _find_row(rows_by_prompt, target, settings.prompts[0])
     scores_by_mask: dict[str | None, dict[str, Any]] = {}  # many prompts give the same mask
+    of_run = next((row[CARRIED] for row in rows_by_prompt.values()), {})
     for name in target.texts:
         row = _find_row(rows_by_prompt, target, name)
-        scored = _describe(source.system, target, name, settings) | label_columns
+        scored = _describe(source.system, target, name, settings, of_run) | label_columns
         if isinstance(row, str):
             yield scored | _failed(row)
             continue

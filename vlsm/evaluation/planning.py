@@ -5,6 +5,7 @@ OUTPUT/inputs/*.parquet  images and prompts to segment, one file per system
 OUTPUT/runs/*/           segment runs, one folder per system
 OUTPUT/scores.parquet    scores, one row per record, prompt and system
 OUTPUT/table.csv, .md    summary tables of the scores
+OUTPUT/groups.csv        scores of groups, with the setting groups
 OUTPUT/summary.json      written last: its presence means that the evaluation is complete
 OUTPUT/lease/            while a job works on the evaluation (see vlsm.runs.lease)
 """
@@ -24,7 +25,8 @@ import pyarrow.parquet as pq
 from vlsm import storage
 from vlsm.datasets.records import OWN
 from vlsm.errors import ConfigError, ResultError
-from vlsm.evaluation.parts import SCORES_SCHEMA
+from vlsm.evaluation.groups import compare_groups, format_groups, format_groups_csv
+from vlsm.evaluation.parts import score_columns, scores_schema
 from vlsm.evaluation.prompts import HONEST, UPPER_BOUND, find_telling
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.systems import System, list_images, name_systems, plan_systems
@@ -32,10 +34,12 @@ from vlsm.evaluation.tables import compare, format_csv, format_markdown
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, create_record, describe_differences, forget_run, make_record, read_record
 from vlsm.runs.schema import with_format
+from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
 
 SCORES_NAME, CSV_NAME, MARKDOWN_NAME = "scores.parquet", "table.csv", "table.md"
+GROUPS_NAME = "groups.csv"
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def _remove_evaluation(output: str, record: dict[str, Any]) -> None:
         raise ResultError(f"config.yaml of {output!r} is damaged: its segment runs {runs!r} are not all below runs/")
     for run in runs.values():
         forget_run(storage.join(output, run), folders=(("masks", "part-"), ("manifest", "plan-")))
-    forget_run(output, (SCORES_NAME, CSV_NAME, MARKDOWN_NAME), [("inputs", "")])
+    forget_run(output, (SCORES_NAME, CSV_NAME, GROUPS_NAME, MARKDOWN_NAME), [("inputs", "")])
 
 
 def finish_evaluation(evaluation: Evaluation, tables: Iterable[pa.Table], seconds: float) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def finish_evaluation(evaluation: Evaluation, tables: Iterable[pa.Table], second
 
     Args:
         evaluation: the evaluation.
-        tables: the scores, with the columns of SCORES_SCHEMA, in any order.
+        tables: the scores, with the columns of `scores_schema`, in any order.
         seconds: duration of the evaluation in seconds, for the summary.
 
     Raises:
@@ -210,6 +214,17 @@ def _warn_of_empty(rows: Iterable[dict[str, Any]], settings: EvaluateSettings) -
             )
 
 
+def _tell_patients(rows: Iterable[dict[str, Any]], settings: EvaluateSettings) -> None:
+    """Log that intervals take images for samples, although several are of one patient or video."""
+    groups = {(row["dataset"], row["record"]): row["group"] for row in rows if row["group"] is not None}
+    if settings.patient is None and len(set(groups.values())) < len(groups):
+        logger.info(
+            "%s have %s in the column group: --set patient=group gives intervals and tests by patient",
+            count(len(groups), "record"),
+            count(len(set(groups.values())), "value"),
+        )
+
+
 def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
     return row["system"], row["dataset"], row["record"], row["prompt_name"]
 
@@ -217,13 +232,18 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
 def _write_results(
     settings: EvaluateSettings, rows: list[dict[str, Any]], telling: dict[tuple[str, str], str], seconds: float
 ) -> dict[str, Any]:
-    output, sink = settings.output, io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=with_format(SCORES_SCHEMA)), sink, compression="zstd")
+    output, sink, columns = settings.output, io.BytesIO(), score_columns(settings)
+    baseline, patient = settings.baseline or rows[0]["system"], columns.get(settings.patient or "")
+    pq.write_table(pa.Table.from_pylist(rows, schema=with_format(scores_schema(settings))), sink, compression="zstd")
     storage.write_bytes(storage.join(output, SCORES_NAME), sink.getvalue())
-    table_rows = compare(rows, settings.baseline or rows[0]["system"], settings.resamples, settings.seed)
+    table_rows = compare(rows, baseline, settings.resamples, settings.seed, patient)
+    groups = compare_groups(rows, baseline, settings, columns)
+    if groups:
+        storage.write_bytes(storage.join(output, GROUPS_NAME), format_groups_csv(groups).encode())
+    _tell_patients(rows, settings)
     storage.write_bytes(storage.join(output, CSV_NAME), format_csv(table_rows).encode())
     tolerances = (settings.nsd_tolerance_px, settings.nsd_tolerance_mm)
-    markdown = format_markdown(table_rows, settings.baseline or rows[0]["system"], telling, tolerances)
+    markdown = format_markdown(table_rows, baseline, telling, tolerances, format_groups(groups, settings))
     storage.write_bytes(storage.join(output, MARKDOWN_NAME), markdown.encode())
     statuses = Counter(row["status"] for row in rows)
     summary = {

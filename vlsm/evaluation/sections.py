@@ -7,6 +7,7 @@ from vlsm.cells import markdown_cell
 from vlsm.datasets.records import LABELS
 
 if TYPE_CHECKING:
+    from vlsm.evaluation.groups import GroupRow
     from vlsm.evaluation.tables import TableRow
 
 _LESIONS = """\
@@ -76,7 +77,7 @@ def format_grid(columns: str, cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *cells])
 
 
-def name_cells(row: "TableRow") -> list[str]:
+def name_cells(row: "TableRow | GroupRow") -> list[str]:
     """Return the cells that tell what a row is about."""
     return [markdown_cell(name) for name in (row.dataset, LABELS.get(row.prompt_name, row.prompt_name), row.system)]
 

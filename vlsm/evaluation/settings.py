@@ -83,6 +83,17 @@ class EvaluateSettings(Settings):
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()
     shard_rows: int = Field(64, ge=1, description="masks per part file at most; a rerun repeats incomplete part files")
+    groups: tuple[str, ...] = Field(
+        (), description="columns of lists whose values are groups with scores of their own, as [site, sex]"
+    )
+    patient: str | None = Field(
+        None,
+        description="column of the patient: intervals and tests take patients for samples, not images; group: that of "
+        "each record",
+    )
+    small_group: int = Field(
+        10, ge=1, description="a group with fewer patients (or images) is marked; it is not the worst or best group"
+    )
     resamples: int = Field(2000, ge=100, description="number of bootstrap samples for the intervals")
     seed: int = Field(0, ge=0, description="random seed of the bootstrap")
     start_over: bool = Field(False, description="delete an earlier evaluation in OUTPUT, including its masks")
@@ -100,7 +111,7 @@ class EvaluateSettings(Settings):
         return others | {"data": moved | dict(others.get("data") or {})} if moved else value
 
     _check_threshold = field_validator("threshold", mode="before")(check_threshold)
-    _list_prompts = field_validator("prompts", mode="before")(one_is_a_list)
+    _list_prompts = field_validator("prompts", "groups", mode="before")(one_is_a_list)
     _list_members = field_validator("systems", mode="before")(each_one_is_a_list)
 
     @field_validator("datasets", "masks", "checkpoints")
@@ -124,9 +135,16 @@ class EvaluateSettings(Settings):
         if "random" in self.prompts:
             raise ValueError("prompts: random is only for training; name the prompts to score")
         names = [*self.prompts, *(self.robustness_prompts if self.prompt_robustness else ())]
+        if twice := [name for name in self.groups if self.groups.count(name) > 1]:
+            raise ValueError(f"groups: {twice[0]} is repeated; list each column once")
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"prompts: {repeated[0]} is repeated; list each prompt once")
         return self
+
+    @property
+    def columns_of_groups(self) -> tuple[str, ...]:
+        """The columns whose values the scores have: those of `groups`, and `patient`."""
+        return tuple(dict.fromkeys((*self.groups, *((self.patient,) if self.patient else ()))))
 
     def segment_settings(
         self, source: str, output: str, members: tuple[MemberSettings, ...], own_prompt: str

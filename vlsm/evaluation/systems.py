@@ -17,14 +17,17 @@ from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
 from vlsm.datasets.splits import GIVE
 from vlsm.errors import ConfigError, ResultError
+from vlsm.evaluation.groups import check_groups
 from vlsm.evaluation.matching import match_images
 from vlsm.evaluation.places import allow_images
 from vlsm.evaluation.prompts import match_texts, needs_stored, report_stored, texts_of
 from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.runs.carried import carried_names
 from vlsm.runs.facts import checkpoint_fact
 from vlsm.runs.lifecycle import resolve_settings
 from vlsm.runs.plan import plan_of
 from vlsm.runs.record import read_record, read_segment_summary
+from vlsm.runs.results import open_results
 from vlsm.shown import hide_secrets_in, public_uri
 from vlsm.training.missing import require_complete
 from vlsm.training.origin import describe_differences_to_training
@@ -111,7 +114,7 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
         ConfigError, ManifestError: a dataset cannot be read, or has no records in this split.
     """
     unique_records: dict[str, Record] = {}
-    num_all, data = 0, settings.data.allowing(settings.run.allow)
+    num_all, data = 0, settings.data.allowing(settings.run.allow).grouping(settings.columns_of_groups)
     by_name: dict[str, list[Record]] = {}
     for name, uri in settings.datasets.items():
         with storage.name_errors(f"dataset {name}", uri):
@@ -196,16 +199,18 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         segment = settings.segment_settings(source, output, members, own_prompt)
         segment = allow_images(segment, records, settings.datasets.values())
         systems.append(System(name, output, segment, targets, settings.presence_threshold or presence))
-    run_ids = {}
+    run_ids, of_runs = {}, set[str]()
     for name, uri in settings.masks.items():
         with storage.name_errors(f"masks {name}", uri):
             own_prompt, run_ids[name] = _check_masks(name, uri, is_stored_used)
+            of_runs.update(carried_names(open_results(uri).schema) if settings.columns_of_groups else ())
             matched_ids, run_prompts = match_images(name, uri, records)
         report_stored(name, records, own_prompt, settings)
         texts = texts_of(records, own_prompt, settings, with_robustness=False)
         texts = match_texts(name, records, texts, run_prompts)
         targets = [Target(*each) for each in zip(records, matched_ids, texts, strict=True)]
         systems.append(System(name, uri, None, targets, settings.presence_threshold))
+    check_groups(records, of_runs, settings)
     digest = hashlib.sha256(json.dumps([hide_secrets_in(record.stated()) for record in records]).encode()).hexdigest()
     return systems, {
         "checkpoint_digests": digests,

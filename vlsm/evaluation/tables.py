@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from vlsm.cells import CsvWriter, markdown_cell
 from vlsm.datasets.records import LABELS
 from vlsm.evaluation.lesions import LesionTotals, add_lesions
@@ -15,9 +13,17 @@ from vlsm.evaluation.presence import PresenceTotals, add_presence
 from vlsm.evaluation.prompts import HONEST, ROBUSTNESS, UPPER_BOUND
 from vlsm.evaluation.sections import format_grid, format_lesions, format_number, format_presence, name_cells
 from vlsm.evaluation.settings import TOLERANCE_PX
+from vlsm.evaluation.statistics import (
+    Rows,
+    compare_pairs,
+    count_patients,
+    interval,
+    mean,
+    median,
+    patient_of,
+    values_of,
+)
 from vlsm.segmentation.metrics import BAD_DICE
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class TableRow:
             the reference prompt.
         nsd_mean: normalised surface distance, over records.
         nsd_mm_n, nsd_mm_mean: the same with a tolerance in millimetres, and the number of records that have it.
+        patients_n: number of patients of the records with scores, which intervals and p count; None if none are named.
         lesions, presence: scores of all lesions, and of images; their attributes are columns of their own in the CSV.
     """
 
@@ -73,11 +80,12 @@ class TableRow:
     nsd_mean: float | None
     nsd_mm_n: int
     nsd_mm_mean: float | None
+    patients_n: int | None
     lesions: LesionTotals
     presence: PresenceTotals
 
 
-def compare(rows: Rows, baseline: str, resamples: int, seed: int) -> list[TableRow]:
+def compare(rows: Rows, baseline: str, resamples: int, seed: int, patient: str | None = None) -> list[TableRow]:
     """Return the rows of the table, in the order in which datasets, prompts and systems first occur in the scores.
 
     Args:
@@ -85,22 +93,27 @@ def compare(rows: Rows, baseline: str, resamples: int, seed: int) -> list[TableR
         baseline: the system that the other systems are compared with.
         resamples: number of bootstrap samples.
         seed: random seed of the bootstrap; each table row starts with this seed.
+        patient: column of the patient in the scores; see `vlsm.evaluation.statistics`. None: each image is a sample.
     """
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["dataset"], row["prompt_name"], row["system"]].append(row)
     datasets, prompts, systems = (list(dict.fromkeys(key[part] for key in groups)) for part in range(3))
     order = [(d, p, s) for d in datasets for p in prompts for s in systems if (d, p, s) in groups]
-    return [_summarize(key, groups[key], groups.get((*key[:2], baseline), []), (resamples, seed)) for key in order]
+    sampling = resamples, seed, patient
+    return [_summarize(key, groups[key], groups.get((*key[:2], baseline), []), sampling) for key in order]
 
 
-def _summarize(key: tuple[str, str, str], rows: Rows, baseline_rows: Rows, bootstrap: tuple[int, int]) -> TableRow:
+def _summarize(
+    key: tuple[str, str, str], rows: Rows, baseline_rows: Rows, sampling: tuple[int, int, str | None]
+) -> TableRow:
+    *bootstrap, patient = sampling
     scored = [row for row in rows if row["status"] == "ok"]
-    dice = _values(scored, "dice")
-    hd95, asd, nsd_mm = (_values(scored, name) for name in ("hd95_px", "asd_px", "nsd_mm"))
-    low, high = _interval(dice, *bootstrap)
+    dice = values_of(scored, "dice")
+    hd95, asd, nsd_mm = (values_of(scored, name) for name in ("hd95_px", "asd_px", "nsd_mm"))
+    low, high = interval(dice, [patient_of(row, patient) for row in scored], *bootstrap)
     is_baseline = rows is baseline_rows
-    difference, difference_n, p = (None, None, None) if is_baseline else _compare_pairs(scored, baseline_rows)
+    difference, difference_n, p = (None, None, None) if is_baseline else compare_pairs(scored, baseline_rows, patient)
     dataset, prompt_name, system = key
     return TableRow(
         dataset=dataset,
@@ -109,69 +122,30 @@ def _summarize(key: tuple[str, str, str], rows: Rows, baseline_rows: Rows, boots
         system=system,
         n=len(scored),
         n_failed=len(rows) - len(scored),
-        dice_mean=_mean(dice),
+        dice_mean=mean(dice),
         dice_sd=float(dice.std(ddof=1)) if len(dice) > 1 else None,
-        dice_median=_median(dice),
+        dice_median=median(dice),
         dice_low=low,
         dice_high=high,
-        **{f"{name}_mean": _mean(_values(scored, name)) for name in ("iou", "precision", "recall")},
+        **{f"{name}_mean": mean(values_of(scored, name)) for name in ("iou", "precision", "recall")},
         hd95_n=len(hd95),
-        hd95_median=_median(hd95),
+        hd95_median=median(hd95),
         asd_n=len(asd),
-        asd_median=_median(asd),
+        asd_median=median(asd),
         difference=difference,
         difference_n=difference_n,
         p=p,
         review_n=sum(row["review"] is not None for row in scored),
         bad_n=int((dice < BAD_DICE).sum()),
         bad_found=sum(row["review"] is not None and row["dice"] < BAD_DICE for row in scored),
-        reference_dice_mean=_mean(_values(scored, "reference_dice")),
-        nsd_mean=_mean(_values(scored, "nsd")),
+        reference_dice_mean=mean(values_of(scored, "reference_dice")),
+        nsd_mean=mean(values_of(scored, "nsd")),
         nsd_mm_n=len(nsd_mm),
-        nsd_mm_mean=_mean(nsd_mm),
+        nsd_mm_mean=mean(nsd_mm),
+        patients_n=None if patient is None else count_patients(scored, patient),
         lesions=add_lesions(scored),
         presence=add_presence(scored),
     )
-
-
-def _values(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows if row.get(name) is not None], float)  # earlier versions lack some
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
-
-
-def _median(values: np.ndarray) -> float | None:
-    return float(np.median(values)) if len(values) else None
-
-
-def _interval(values: np.ndarray, resamples: int, seed: int) -> tuple[float | None, float | None]:
-    """Return the 95 % percentile interval of a mean, or None for both ends if there are fewer than two values."""
-    if len(values) < 2:
-        return None, None
-    from scipy import stats  # imported here and below, so that wrong settings fail within a second
-
-    result = stats.bootstrap(
-        (values,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=np.random.default_rng(seed)
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def _compare_pairs(rows: Rows, baseline_rows: Rows) -> tuple[float | None, int | None, float | None]:
-    """Return the mean difference of Dice to the baseline, the number of records in both, and p."""
-    baseline_dice = {row["record"]: row["dice"] for row in baseline_rows if row["status"] == "ok"}
-    pairs = np.array(
-        [(row["dice"], baseline_dice[row["record"]]) for row in rows if row["record"] in baseline_dice], float
-    )
-    if not len(pairs):
-        return None, None if not baseline_rows else 0, None
-    from scipy import stats
-
-    differences = pairs[:, 0] - pairs[:, 1]
-    # Wilcoxon's test cannot rank differences that are all 0; there is no evidence of a difference then.
-    p = float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
-    return float(differences.mean()), len(pairs), p
 
 
 _GROUPS = {"lesions": LesionTotals, "presence": PresenceTotals}  # attributes of a TableRow that are several columns
@@ -207,6 +181,11 @@ hold two shares: marked masks with a Dice below 0.7, among all marked masks; and
 Dice below 0.7. Prompts are named by where their text is from: `each image's own` (`prompts=[record]`: the prompt p1 of
 the image, or the checkpoint's if it has none), `the checkpoint's own` (`own`), p0, p1, ... of the dataset.
 """
+_PATIENTS = (
+    "**Patients**: several images may be of one patient. The bootstrap of the intervals draws patients with all their "
+    "images, and p compares the mean difference of each patient. An image without a patient is one of its own. The "
+    "means are over images."
+)
 _HEADINGS = {
     HONEST: "## Prompts that are also available for an unlabelled archive",
     UPPER_BOUND: "## Upper bound: prompts that reveal the answer\n\nThese prompts describe the label, or differ if the "
@@ -226,19 +205,21 @@ def format_markdown(
     baseline: str,
     telling: Mapping[tuple[str, str], str],
     tolerances: tuple[float, float | None] = (TOLERANCE_PX, None),
+    groups: Sequence[str] = (),
 ) -> str:
-    """Return the table as Markdown: prompts known beforehand, upper bounds, robustness; then presence and lesions.
+    """Return the table as Markdown: prompts known beforehand, upper bounds, robustness; presence, lesions, groups.
 
     Args:
         rows: rows of the table, from `compare`.
         baseline: the system that the other systems are compared with.
         telling: prompts that reveal the answer, from `find_telling`.
         tolerances: of the normalised surface distance, in pixels and in mm.
+        groups: the section about groups.
     """
     units = zip(tolerances, ("pixels", "mm"), strict=True)
     within = " or ".join(f"{value:g} {unit}" for value, unit in units if value is not None)
     rules = _RULES.format(baseline=markdown_cell(baseline), tolerances=within)
-    sections = ["# Scores", rules.strip()]
+    sections = ["# Scores", rules.strip(), *([_PATIENTS] if any(row.patients_n is not None for row in rows) else [])]
     for prompt_class, heading in _HEADINGS.items():
         section_rows = [row for row in rows if row.prompt_class == prompt_class]
         if not section_rows:
@@ -255,13 +236,14 @@ def format_markdown(
         columns = _ROBUSTNESS_COLUMNS if prompt_class == ROBUSTNESS else _COLUMNS
         sections.append(format_grid(columns, [_cells(row, section_rows) for row in section_rows]))
     main = [row for row in rows if row.prompt_class != ROBUSTNESS]
-    sections += [*format_presence(main), *format_lesions(main)]
+    sections += [*format_presence(main), *format_lesions(main), *groups]
     return "\n\n".join(sections) + "\n"
 
 
 def _cells(row: TableRow, section_rows: Sequence[TableRow]) -> list[str]:
     negative = f", {row.presence.negatives_n} negative" if row.presence.negatives_n else ""
-    start = [*name_cells(row), f"{row.n} ({row.n_failed}){negative}"]
+    patients = "" if row.patients_n is None else f", {row.patients_n} patients"
+    start = [*name_cells(row), f"{row.n} ({row.n_failed}){negative}{patients}"]
     dice = format_number(row.dice_mean)
     if _is_best(row, section_rows):
         dice = f"**{dice}**"

@@ -16,7 +16,7 @@ from vlsm.commands import add_allow, new_parser
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
-from vlsm.runs.results import check_columns, read_rows
+from vlsm.runs.results import check_columns, open_results, read_rows
 from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.shown import say, say_error, set_up_logging, show
 from vlsm.words import count
@@ -24,24 +24,32 @@ from vlsm.words import count
 _SHARES = ("confidence", "agreement", "area_fraction")  # columns with numbers from 0 to 1
 
 
-def parse_filter(words: str) -> tuple[str, str, Any]:
+def parse_filter(words: str, schema: pa.Schema = RESULT_SCHEMA) -> tuple[str, str, Any]:
     """Return a filter such as "confidence < 0.6" as (column, operator, value).
 
     A value for a column of texts is taken as it is written; quotes around it are removed. `null` stands for an absent
     value: "review != null".
 
+    Args:
+        words: the filter.
+        schema: the columns of the run's output.
+
     Raises:
         ConfigError: the words do not have this form, the column is unknown, or the value does not fit the column.
     """
-    match = re.fullmatch(r"\s*(\w+)\s*(==|=|!=|<=|>=|<|>)\s*(.+?)\s*", words, re.DOTALL)
-    if match is None:
-        raise ConfigError(f"--filter {words!r} is not of the form 'column operator value', such as 'confidence < 0.6'")
-    column, operator, text = match.groups()
-    check_columns([column])
+    column, operator, text = _split_filter(words)
+    check_columns([column], schema)
     try:
-        return column, operator, _parse_value(text, RESULT_SCHEMA.field(column).type, operator, column in _SHARES)
+        return column, operator, _parse_value(text, schema.field(column).type, operator, column in _SHARES)
     except ValueError as error:
         raise ConfigError(f"--filter {words!r}: {text!r} does not fit the column {column}; {error}") from None
+
+
+def _split_filter(words: str) -> tuple[str, str, str]:
+    match = re.fullmatch(r"\s*([^=!<>]+?)\s*(==|=|!=|<=|>=|<|>)\s*(.+?)\s*", words, re.DOTALL)
+    if match is None:
+        raise ConfigError(f"--filter {words!r} is not of the form 'column operator value', such as 'confidence < 0.6'")
+    return match[1], match[2], match[3]
 
 
 def _parse_value(text: str, column_type: pa.DataType, operator: str, is_share: bool) -> Any:
@@ -55,6 +63,8 @@ def _parse_value(text: str, column_type: pa.DataType, operator: str, is_share: b
     if pa.types.is_string(column_type):
         is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         return text[1:-1] if is_quoted else text
+    if pa.types.is_boolean(column_type) or pa.types.is_temporal(column_type) or pa.types.is_decimal(column_type):
+        return _cast(text, column_type)
     if not pa.types.is_primitive(column_type):
         raise ValueError("compare it with null: '= null' or '!= null'")
     try:
@@ -64,6 +74,14 @@ def _parse_value(text: str, column_type: pa.DataType, operator: str, is_share: b
     if is_share and not 0 <= value <= 1:
         raise ValueError("its values are between 0 and 1, such as 0.6")
     return value
+
+
+def _cast(text: str, column_type: pa.DataType) -> Any:
+    """Return the value of a filter for a column of a list that is neither text nor a plain number."""
+    try:
+        return pa.scalar(text).cast(column_type).as_py()
+    except (pa.ArrowException, OverflowError) as error:
+        raise ValueError(f"it must be a value of the type {column_type}") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -106,7 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging()
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, ValueError, *storage.store_errors())
     try:
-        filters = [parse_filter(words) for words in args.filter]
+        is_of_list = any(_split_filter(words)[0] not in RESULT_SCHEMA.names for words in args.filter)
+        schema = open_results(args.output).schema if is_of_list else RESULT_SCHEMA
+        filters = [parse_filter(words, schema) for words in args.filter]
         more = (True,) if args.components or args.together else ()
         with ExportFolder(args.directory, args.allow) as folder:
             num_written = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)

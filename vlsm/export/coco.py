@@ -16,8 +16,9 @@ from vlsm import storage
 from vlsm.export.coco_names import FileNames
 from vlsm.export.folder import INDEX_NAME, ExportFolder, open_folder
 from vlsm.export.origins import Filters, Numbering, read_settings
+from vlsm.runs.carried import CARRIED, as_json
 from vlsm.runs.record import read_record
-from vlsm.runs.results import choose_rows, decode_ok_row, read_ok_rows, read_rows
+from vlsm.runs.results import check_columns, decode_ok_row, open_results, read_ok_rows, read_rows
 from vlsm.version import __version__
 
 logger = logging.getLogger("vlsm")
@@ -34,9 +35,10 @@ def export_coco(
 ) -> int:
     """Write `DIR/coco.json`: one category per prompt, one annotation per mask that is not empty; return their number.
 
-    `score` is the confidence. An image whose masks are all empty has no annotations. `FileNames` has the rule for
-    `file_name`; the files lie below `info.image_folder`. `DIR/index.csv` maps each `file_name` to its image, and lists
-    the rows that cannot be exported. The use of memory is about 200 bytes per image.
+    `score` is the confidence; `attributes` of an image and of its annotations are its columns of a list. An image whose
+    masks are all empty has no annotations. `FileNames` has the rule for `file_name`; the files lie below
+    `info.image_folder`. `DIR/index.csv` maps each `file_name` to its image, and lists the rows that cannot be exported.
+    The use of memory is about 200 bytes per image.
 
     Args:
         output: OUTPUT of a segment run, local or in an object store.
@@ -49,7 +51,7 @@ def export_coco(
     Raises:
         ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
-    choose_rows(filters, ())  # reports unknown columns before a file is written
+    check_columns((column for column, *_ in filters or ()), open_results(output).schema)  # before a file is written
     settings = read_settings(output)
     # the names do not depend on the filters
     names = FileNames((row["image_uri"] for row in read_rows(output, None, ["image_uri"])), settings.input)
@@ -72,6 +74,7 @@ def export_coco(
                         numbers[key] = len(numbers) + 1
                         images.write(_image(numbers[key], names.name(row["image_uri"], row["selector"]), row, folder))
                     facts = {"image_id": numbers[key], "category_id": numbering[row["prompt"]]} | _score(row)
+                    facts |= _attributes(row)
                     for shape in shapes:
                         annotations.write({"id": annotations.length + 1} | facts | shape)
             file.write('], "annotations": [')
@@ -135,7 +138,14 @@ def _key(row: Row) -> bytes:
 def _image(number: int, file_name: str, row: Row, folder: ExportFolder) -> Row:
     """Return an item of `images`, and note it in the index."""
     folder.note(file_name, row | {"prompt": "", "kind": ""})
-    return {"id": number, "file_name": file_name, "height": row["height"], "width": row["width"]}
+    size = {"height": row["height"], "width": row["width"]}
+    return {"id": number, "file_name": file_name} | size | _attributes(row)
+
+
+def _attributes(row: Row) -> Row:
+    """Return the columns of the list as the field `attributes`, if there are any. JSON has texts for dates."""
+    values = {name: as_json(value) for name, value in row[CARRIED].items()}
+    return {"attributes": values} if values else {}
 
 
 def _score(row: Row) -> Row:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -12,6 +12,7 @@ from vlsm import storage
 from vlsm.cells import INDEX_COLUMNS, CsvWriter
 from vlsm.errors import ConfigError, ImageError, VlsmError
 from vlsm.export.naming import path_key, relative_path
+from vlsm.runs.carried import CARRIED
 from vlsm.shown import public_uri, show
 from vlsm.words import count
 
@@ -26,9 +27,10 @@ _FILE_ERRORS = {None, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISD
 class ExportFolder:
     """A local folder with exported files, and with `index.csv`, which maps each file to its row.
 
-    `index.csv` has the columns INDEX_COLUMNS: `file` is relative to the folder. A row that failed has no file, and its
-    `error` states the reason. A file of several rows has a line for each. The index describes the last export. The
-    folder and the index are created at the first row. Without rows, the index of an earlier export becomes empty.
+    `index.csv` has the columns INDEX_COLUMNS, then those of the list that was INPUT: `file` is relative to the folder.
+    A row that failed has no file, and its `error` states the reason. A file of several rows has a line for each. The
+    index describes the last export. The folder and the index are created at the first row. Without rows, the index of
+    an earlier export becomes empty.
 
     Args:
         directory: a local folder, which may exist.
@@ -149,13 +151,14 @@ class ExportFolder:
         self._write({"file": "", "error": text} | _columns_of(row))
 
     def _write(self, line: dict[str, Any]) -> None:
+        of_list = line.pop(CARRIED)
         shown = line | {"image_uri": public_uri(line["image_uri"] or ""), "error": show(line["error"])}
-        (self._rows or self._open_index()).write(shown)
+        (self._rows or self._open_index(of_list)).write(shown | of_list)
 
-    def _open_index(self) -> CsvWriter:
+    def _open_index(self, of_list: Iterable[str] = ()) -> CsvWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._index = (self.directory / INDEX_NAME).open("w", encoding="utf-8", newline="")
-        self._rows = CsvWriter(self._index, INDEX_COLUMNS)
+        self._rows = CsvWriter(self._index, [*INDEX_COLUMNS, *of_list])
         return self._rows
 
 
@@ -165,7 +168,8 @@ def open_folder(directory: "str | Path | ExportFolder") -> contextlib.AbstractCo
 
 
 def _columns_of(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row.get(name) for name in INDEX_COLUMNS if name not in ("file", "error")}
+    ours = {name: row.get(name) for name in INDEX_COLUMNS if name not in ("file", "error")}
+    return ours | {CARRIED: dict(row.get(CARRIED) or {})}
 
 
 def _concerns_one_row(error: Exception) -> bool:

@@ -225,7 +225,8 @@ def open_texts(file: Any, opened: pq.ParquetFile, columns: list[str]) -> pq.Parq
     """
     schema = opened.metadata.schema
     leaves = {schema.column(number).path for number in range(len(schema))}
-    texts = [column for column in columns if column in leaves and "." not in column]  # none in lists and structs
+    flat = {name for name in opened.schema_arrow.names if "." in name}  # a name may have a dot
+    texts = [column for column in columns if column in leaves and ("." not in column or column in flat)]
     return pq.ParquetFile(file, metadata=opened.metadata, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
 
 

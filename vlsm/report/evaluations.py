@@ -19,7 +19,7 @@ from vlsm.runs.facts import recorded_calibrations
 from vlsm.runs.record import read_summary
 from vlsm.runs.tables import Tables
 
-_SCORES_NAME, _TABLE_NAME = "scores.parquet", "table.csv"
+_SCORES_NAME, _TABLE_NAME, _GROUPS_NAME = "scores.parquet", "table.csv", "groups.csv"
 # earlier versions, and evaluations that have just begun, lack columns
 _SCORES = pa.schema(
     [
@@ -32,6 +32,7 @@ _NAMES = ("dataset", "prompt_name", "prompt_class", "system")
 _MAIN = {
     *_NAMES,
     "n",
+    "patients_n",
     "n_failed",
     "negatives_n",
     "dice_mean",
@@ -81,6 +82,7 @@ def evaluation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Pag
         stats=_stats(table, leader, survey, leader_survey),
         sections=[
             *_scores(table),
+            *_groups(_read_table(output, _GROUPS_NAME)),
             *parts.distributions(survey, "scored rows, of all prompts"),
             *parts.reviews(survey, {}),
             *parts.calibrations(known),
@@ -123,13 +125,13 @@ def _checkpoints(record: dict[str, Any]) -> tuple[dict[str, str], dict[str, Cali
     return parts.name_checkpoints(uris, 2), recorded
 
 
-def _read_table(output: str) -> list[dict[str, Any]]:
-    """Return the rows of table.csv with all of its columns, or an empty list if the file does not exist yet."""
-    uri = storage.join(output, _TABLE_NAME)
+def _read_table(output: str, name: str = _TABLE_NAME) -> list[dict[str, Any]]:
+    """Return the rows of table.csv with all of its columns, or an empty list if the file does not exist."""
+    uri = storage.join(output, name)
     if not storage.exists(uri):
         return []
     options = pyarrow.csv.ConvertOptions(
-        column_types={name: pa.string() for name in ("dataset", "prompt_name", "system")}
+        column_types={name: pa.string() for name in ("dataset", "prompt_name", "system", "column", "value")}
     )
     lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
     table = pyarrow.csv.read_csv(io.BytesIO(storage.read_bytes(uri)), None, lines, options)
@@ -153,6 +155,24 @@ def _scores(table: list[dict[str, Any]]) -> list[Section]:
     rows = [{name: name_value(name, value) for name, value in row.items() if name not in same} for row in table]
     tables = [as_table(each, note * (not index)) for index, each in enumerate(_split_columns(rows))]
     return [Section("scores", "Scores", intro, tables=tables)]
+
+
+def _groups(rows: list[dict[str, Any]]) -> list[Section]:
+    """Return the section about groups of images, the lowest mean Dice first, or no section without groups."""
+    if not rows:
+        return []
+    shown = [
+        {
+            **{name: name_value(name, row[name]) for name in ("dataset", "prompt_name", "system")},
+            **{"column": row["column"], "value": row["value"] or "no value"},
+            **{name: row[name] for name in ("n", "n_failed", "patients_n")},
+            "small": "small" if row["is_small"] else "",
+            **{name: row[name] for name in ("dice_mean", "dice_low", "dice_high", "difference", "p")},
+        }
+        for row in sorted(rows, key=lambda row: (row["column"], row["dice_mean"] is None, row["dice_mean"]))
+    ]
+    intro = "Images with one value of a column of the list. The mean of a small group may be chance."
+    return [Section("groups", "Groups", intro, tables=[as_table(shown)])]
 
 
 def _split_columns(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from vlsm.datasets.records import LABELS
 
+OF_LIST = "list "  # begins the names of columns of the user's list, which may be names of ours too
 _LABELS = {
     "agreement": "Agreement",
     "area_fraction": "Area fraction",
@@ -88,6 +89,7 @@ _NOTES = {
     "nsd_mean": "share of both outlines that are near each other: within nsd_tolerance_px pixels",
     "nsd_mm_mean": "the same within nsd_tolerance_mm millimetres, over the masks whose files state the size of a pixel",
     "p": "probability of such a difference by chance (Wilcoxon's signed-rank test), not corrected for many comparisons",
+    "patients_n": "patients of these images: intervals and p count them, not images",
     "panoptic_quality": "lesion F1 times the mean intersection over union of the matches",
     "positive_dice_mean": "mean Dice over the labels that are not empty",
     "precision_mean": "share of the predicted pixels that are right",
@@ -124,13 +126,17 @@ def name_value(column: str, value: Any) -> Any:
 
 
 def label(name: str) -> str:
-    """Return what people call a column. An unknown name stays, without underscores."""
+    """Return what people call a column. An unknown name stays, without underscores; that of a list as it is."""
+    if name.startswith(OF_LIST):
+        return name.removeprefix(OF_LIST)
     return _LABELS.get(name, name.replace("_", " "))
 
 
 def title(name: str) -> str:
     """Return the label with a capital at its start."""
     text = label(name)
+    if name.startswith(OF_LIST):
+        return text
     return text[:1].upper() + text[1:]
 
 

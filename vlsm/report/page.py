@@ -12,11 +12,11 @@ import yaml
 from markupsafe import Markup
 
 from vlsm.report.charts import LineChart, Ridge
-from vlsm.report.glossary import explain, explain_all, label, name_value, title
+from vlsm.report.glossary import OF_LIST, explain, explain_all, label, name_value, title
 from vlsm.report.pictures import Key, Picture, shorten
-from vlsm.report.survey import METRICS, review_reasons, row_key
+from vlsm.report.survey import METRICS, carried_values, review_reasons, row_key
 from vlsm.runs.extremes import WHOLE
-from vlsm.shown import hide_secrets_in, show_lines
+from vlsm.shown import hide_secrets_in, show, show_lines
 from vlsm.version import __version__
 
 PART = "part of the image"  # of a mask that is neither empty nor whole; not worth a line
@@ -131,6 +131,8 @@ def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = 
     if row["status"] == "ok" and row.get("area_fraction") is not None:
         is_whole = row["area_fraction"] >= WHOLE
         words["mask"] = "whole image" if is_whole else PART if row["area_fraction"] else "empty"
+    of_list = carried_values(row).items()
+    words |= {f"{OF_LIST}{name}": shorten(show(hide_places(value))) for name, value in of_list}
     numbers = {name: float(row[name]) for name in METRICS if row.get(name) is not None}
     facts = [(METRICS[name], format_number(value)) for name, value in numbers.items()]
     picture = pictures.get(row_key(row)) or Picture(problem="its mask is no longer in the run")
@@ -200,7 +202,8 @@ def render(page: Page) -> str:
     if len(record) > _MAX_CONFIG:
         record = record[:_MAX_CONFIG] + "\n… the rest is in the run's config.yaml"
     metrics = {name: label for name, label in METRICS.items() if any(name in card.numbers for card in page.cards)}
-    filters = [name for name in _CARD_WORDS if len({card.words.get(name) for card in page.cards}) > 1]
+    of_list = dict.fromkeys(name for card in page.cards for name in card.words if name.startswith(OF_LIST))
+    filters = [name for name in (*_CARD_WORDS, *of_list) if len({card.words.get(name) for card in page.cards}) > 1]
     heads = [name for section in page.sections for table in section.tables for name in table.head]
     outlines = [*page.outlines, *(name for section in page.sections for name in section.outlines)]
     return environment.from_string(_read("page.html")).render(

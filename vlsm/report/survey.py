@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlsm.report.distribution import Distribution
+from vlsm.runs.carried import CARRIED, carried_names, is_carried
 from vlsm.runs.extremes import find_empty, find_whole
 from vlsm.runs.tables import Tables
 
@@ -20,12 +21,15 @@ METRICS = {"dice": "Dice", "confidence": "Confidence", "agreement": "Agreement",
 # the values of these columns are unique in a run
 KEY = ("dataset", "split", "system", "prompt_name", "prompt", "image_id", "mask_uri", "where", "record")
 FILE = "__filename"  # a column that pyarrow adds: the file of the row
+_MOST_CARRIED, _CARRIED_LETTERS = 12, 60  # columns of a list in a report, and letters of a value
+_BETWEEN, _BEHIND_NAME = "\x1f", "\x1e"  # columns of a list in one text; neither stands in a name or a value there
 _PLACES = ("image_id", "image_uri", "selector", "mask_uri", "where", "record")
 _WORDS = ("dataset", "split", "system", "prompt", "prompt_name", "prompt_class", "model", "status", "error", "review")
 ROW = pa.schema(
     [pa.field(name, pa.string()) for name in (*_PLACES, *_WORDS, FILE)]
     + [pa.field(name, pa.int64()) for name in ("height", "width")]
     + [pa.field(name, pa.float64()) for name in (*METRICS, "priority")]
+    + [pa.field(CARRIED, pa.string())]
 )
 _BATCH_ROWS, _BATCH_BYTES = 1 << 14, 1 << 26
 _MOST_LETTERS = 1 << 13  # of a text; lists have no longer ones
@@ -52,10 +56,14 @@ def scan(
     Raises:
         ResultError: a file is damaged.
     """
-    names = [name for name in tables.schema.names if name in (*ROW.names, "kind", "image_selector")]
+    carried = carried_names(tables.schema)[:_MOST_CARRIED]
+    ours = [field.name for field in tables.schema if not is_carried(field)]
+    names = [name for name in ours if name in (*ROW.names, "kind", "image_selector")]
     waiting: list[pa.Table] = []
     generator = np.random.default_rng(0)
-    for uri, table in tables.pieces(names):
+    for uri, table in tables.pieces([*names, *carried]):
+        of_list = _join_carried(table, carried)
+        table = table.select(names) if of_list is None else table.select(names).append_column(CARRIED, of_list)
         chosen = table if condition is None else table.filter(condition)
         chosen = chosen if compute is None else compute(chosen)
         waiting.append(chosen.append_column(FILE, pa.repeat(uri, len(chosen)).cast(pa.string())))
@@ -63,6 +71,23 @@ def scan(
             yield from _merge(waiting, generator)
             waiting = []
     yield from _merge(waiting, generator)
+
+
+def _join_carried(table: pa.Table, names: list[str]) -> pa.ChunkedArray | None:
+    """Return the columns of a list as one text per row, or None if there are none. Nulls are left out."""
+    pairs = []
+    for name in names:
+        text = pc.utf8_slice_codeunits(pc.cast(table[name], pa.string()), 0, _CARRIED_LETTERS)
+        for mark in (_BETWEEN, _BEHIND_NAME):
+            text, name = pc.replace_substring(text, mark, " "), name.replace(mark, " ")
+        pairs.append(pc.binary_join_element_wise(name, text, _BEHIND_NAME))
+    return pc.binary_join_element_wise(*pairs, _BETWEEN, null_handling="skip") if pairs else None
+
+
+def carried_values(row: dict[str, Any]) -> dict[str, str]:
+    """Return the values that a row of ROW has from a list, by the names of their columns."""
+    texts = (row.get(CARRIED) or "").split(_BETWEEN)
+    return {name: value for name, mark, value in (text.partition(_BEHIND_NAME) for text in texts) if mark}
 
 
 def _merge(tables: list[pa.Table], generator: np.random.Generator) -> Iterator[pa.Table]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlsm import storage
+from vlsm.runs.carried import carried_names, find_stale
 from vlsm.runs.extremes import count_extremes
 from vlsm.runs.plan import SHARDS_PER_FILE, Plan, planned_keys, read_plan, read_shard
 from vlsm.runs.results import part_name, read_part
@@ -32,6 +33,7 @@ class ShardState:
     Attributes:
         undone: positions in the shard of the images whose rows differ from the planned rows.
         num_extra: number of rows whose image_id is not in the shard.
+        num_stale: number of done images whose rows have other carried values than the plan; no mask depends on them.
         counts: numbers of the done images by status ("ok", "failed", "vanished"), by "failed: REASON" and by
             "levels: RULE" (`vlsm.images.grey_levels`); "rows", the number of their rows; and the counts of their masks
             (`vlsm.runs.extremes`).
@@ -40,6 +42,7 @@ class ShardState:
     undone: list[int]
     num_extra: int
     counts: Counter[str]
+    num_stale: int = 0
 
 
 @dataclass
@@ -49,10 +52,12 @@ class RunState:
     Attributes:
         pending: numbers of the unfinished shards; the value is whether a part file exists, whose good rows are reused.
         counts: as `ShardState.counts`, for all shards.
+        num_stale: as `ShardState.num_stale`, for all shards.
     """
 
     pending: dict[int, bool] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    num_stale: int = 0
 
     @property
     def num_done(self) -> int:
@@ -67,24 +72,28 @@ def compare_shard(images: pa.Table, rows: pa.Table | None, kinds: list[str], ret
     The rows of a vanished image must have the status "vanished".
 
     Args:
-        images: the images of the shard, with the columns of PLAN_SCHEMA.
-        rows: the rows of the part file, or None if there is no valid one.
+        images: the images of the shard, with the columns of its plan.
+        rows: the rows of the part file, with its carried columns, or None if there is no valid one.
         kinds: the kinds of rows of the plan.
         retry_failed: whether failed images count as undone.
     """
-    rows = (RESULT_SCHEMA.empty_table() if rows is None else rows).select(COMPARED)
+    rows = RESULT_SCHEMA.empty_table() if rows is None else rows
+    rows = rows.select([*COMPARED, *carried_names(rows.schema)])
     is_planned = pc.is_in(rows["image_id"], images["image_id"].combine_chunks())
     num_extra = len(rows) - int(pc.sum(is_planned).as_py() or 0)
     planned = images.select(_PLANNED).to_pylist()
     rows_by_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in _keep_planned(rows.filter(is_planned), planned, kinds).to_pylist():
+    kept = _keep_planned(rows.filter(is_planned), planned, kinds)
+    for row in kept.select(COMPARED).to_pylist():
         rows_by_image[row["image_id"]].append(row)
-    undone, counts = [], Counter[str]()
+    stale = find_stale(images, kept)
+    undone, counts, num_stale = [], Counter[str](), 0
     for position, image in enumerate(planned):
         image_rows = rows_by_image.pop(image["image_id"], [])
         if not _is_done(image, image_rows, kinds, retry_failed):
             undone.append(position)
             continue
+        num_stale += image["image_id"] in stale
         status, error = image_rows[0]["status"], image_rows[0]["error"]
         counts.update({"rows": len(image_rows), status: 1})
         if status == "failed":
@@ -93,7 +102,7 @@ def compare_shard(images: pa.Table, rows: pa.Table | None, kinds: list[str], ret
             counts.update(count_extremes(row["kind"], row["status"], row["area_fraction"]))
         if rule := image_rows[0]["grey_rule"]:
             counts["levels: " + rule] += 1
-    return ShardState(undone, num_extra, counts)
+    return ShardState(undone, num_extra, counts, num_stale)
 
 
 def _keep_planned(rows: pa.Table, images: list[dict[str, Any]], kinds: list[str]) -> pa.Table:
@@ -133,7 +142,8 @@ def compare_run(output: str, plan: Plan, run_id: str, retry_failed: bool = False
         for chunk in _chunks(enumerate(read_plan(output, plan)), SHARDS_PER_FILE):
             for shard, shard_state in pool.map(compare, chunk):
                 state.counts += shard_state.counts
-                if shard_state.undone or shard_state.num_extra:
+                state.num_stale += shard_state.num_stale
+                if shard_state.undone or shard_state.num_extra or shard_state.num_stale:
                     state.pending[shard] = part_name(shard) in names
     return state
 

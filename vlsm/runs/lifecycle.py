@@ -16,6 +16,7 @@ from typing import Any
 
 from vlsm import storage
 from vlsm.archive.archive import Archive, open_archive
+from vlsm.archive.carried import Carry
 from vlsm.checkpoints import CheckpointSettings, check_files, digest_files, read_checkpoint, read_settings
 from vlsm.commands import call
 from vlsm.config import ReviewSettings, SegmentSettings
@@ -23,6 +24,7 @@ from vlsm.errors import ConfigError, ResultError, VlsmError
 from vlsm.images.formats import Look
 from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
+from vlsm.runs.carried import RESERVED
 from vlsm.runs.compare import RunState, failed_by_reason, images_by_rule
 from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE
 from vlsm.runs.facts import checkpoint_fact
@@ -36,6 +38,7 @@ from vlsm.runs.record import (
     forget_run,
     make_record,
     read_record,
+    settings_of,
     write_record,
 )
 from vlsm.runs.updates import update_plan
@@ -157,6 +160,7 @@ def open_input(
             settings.run.allow,
             after,
             Look(settings.slices, settings.tile, settings.fields, settings.columns, settings.frames),
+            Carry("all" if settings.carry is None else settings.carry, RESERVED),
         )
         archive.rows = watch_prompts(archive.rows, settings, checkpoints, may_stop=not archive.is_listed)
         if after is not None:
@@ -197,6 +201,7 @@ def prepare_run(
         check_links(output)
         record = None if settings.start_over else read_record(output)
         is_new = record is None
+        settings = _resolve_carry(settings, record)
         if record is None:
             check_prompts(settings, checkpoints)
             storage.check_writable(output)
@@ -219,6 +224,29 @@ def prepare_run(
         if settings.update and not is_new and plan_of(record, output).is_complete:
             record = _update_run(settings, checkpoints, record)
     return Run(settings, members, plan_of(record, output), record["run_id"])
+
+
+def _resolve_carry(settings: SegmentSettings, record: dict[str, Any] | None) -> SegmentSettings:
+    """Return the settings with `carry`, if it is not set: all in a new run, else as in the run that OUTPUT has.
+
+    Runs of earlier versions carry nothing, until a command with `update` and `carry` says otherwise.
+
+    Raises:
+        ConfigError: the run has other columns, and the command does not update it.
+    """
+    if record is None:
+        return settings if settings.carry is not None else settings.model_copy(update={"carry": "all"})
+    before = settings_of(settings.model_dump() | {"carry": record["config"].get("carry", ())}, SegmentSettings).carry
+    if settings.carry not in (None, before) and not settings.update:
+        raise ConfigError(
+            f"OUTPUT {settings.output!r} belongs to a run with carry {_show_carry(before)}, now it is "
+            f"{_show_carry(settings.carry)}; --set update=true gives its rows these columns, without segmenting again"
+        )
+    return settings if settings.carry is not None else settings.model_copy(update={"carry": before})
+
+
+def _show_carry(carry: str | tuple[str, ...] | None) -> str:
+    return carry if isinstance(carry, str) else f"[{', '.join(carry or ())}]"
 
 
 def _start_work(
@@ -252,7 +280,7 @@ def _plan_run(settings: SegmentSettings, facts: dict[str, Any], archive: Archive
     if archive.is_listed:
         plan = Plan(new_plan_id(), is_complete=False, kinds=settings.kinds)
     else:  # a manifest is read quickly, and its errors must be reported before any work starts
-        plan = write_plan(output, archive.rows, settings.shard_rows, settings.kinds)
+        plan = write_plan(output, archive.rows, settings.shard_rows, settings.kinds, archive.carried)
     record = make_record(settings, {"run_id": uuid.uuid4().hex, **facts}, asdict(plan))
     others = list_plans(output) - {plan.id}
     if not create_record(output, record):
@@ -277,16 +305,19 @@ def _update_run(
     """Plan the archive again and return the new record, or the same record if the archive has not changed."""
     output, before = settings.output, plan_of(record, settings.output)
     archive = open_input(settings, checkpoints)
-    plan, update = update_plan(output, before, archive.rows, settings.shard_rows)
-    *counts, num_renewed = asdict(update).values()
+    plan, update = update_plan(output, before, archive.rows, settings.shard_rows, archive.carried)
+    *counts, num_renewed, num_relisted = asdict(update).values()
     logger.info("images since the last plan: %d new, %d changed, %d vanished", *counts)
     if num_renewed:
         logger.info("another signature of %s: the plan has it now", count(num_renewed, "image"))
+    if num_relisted:
+        logger.info("other columns of the list for %s: their rows get them", count(num_relisted, "image"))
     if not any(asdict(update).values()):
         remove_plan(output, plan.id)
         return record
     storage.remove(storage.join(output, SUMMARY_NAME))
-    record = record | {"plan": asdict(plan)}
+    config = record["config"] | {"carry": settings.model_dump(mode="json")["carry"]}
+    record = record | {"config": config, "plan": asdict(plan)}
     write_record(output, record)
     remove_plan(output, before.id)
     return record

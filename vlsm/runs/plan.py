@@ -11,7 +11,7 @@ import uuid
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,7 +21,9 @@ import pyarrow.parquet as pq
 from pydantic import Field, StrictBool, StrictStr, TypeAdapter, ValidationError
 
 from vlsm import storage
+from vlsm.archive.carried import Carried
 from vlsm.errors import DamageError, ManifestError, ResultError
+from vlsm.runs.carried import CARRIED, carried_of_plan, plan_schema
 from vlsm.runs.schema import PLAN_SCHEMA, with_format
 from vlsm.runs.tables import TableFile, name_damage, open_table
 
@@ -37,6 +39,8 @@ class Plan:
     """The size of a plan: number of images, output rows and shards, and the kinds of output rows.
 
     While the archive is still being listed, the plan is not complete and all numbers are 0.
+
+    `carried` has the columns of a list that its images carry: the names in the results, with those in the list.
     """
 
     id: StrictStr
@@ -45,6 +49,7 @@ class Plan:
     num_shards: _Count = 0
     is_complete: StrictBool = True
     kinds: list[StrictStr] = field(default_factory=lambda: ["mask"])
+    carried: dict[StrictStr, StrictStr] = field(default_factory=dict)
 
 
 _PLAN = TypeAdapter(Plan)
@@ -96,27 +101,34 @@ def cut_shards(rows: Iterable[dict[str, Any]], shard_rows: int) -> Iterator[list
         yield shard
 
 
-def write_plan(output: str, rows: Iterable[dict[str, Any]], shard_rows: int, kinds: list[str] | None = None) -> Plan:
+def write_plan(
+    output: str,
+    rows: Iterable[dict[str, Any]],
+    shard_rows: int,
+    kinds: list[str] | None = None,
+    carried: Carried | None = None,
+) -> Plan:
     """Write the plan of a run and return its size.
 
     Args:
         output: the run's output folder.
-        rows: dicts with the columns of PLAN_SCHEMA but `vanished`.
+        rows: dicts with the columns of PLAN_SCHEMA but `vanished`, and with `carried`.
         shard_rows: most output rows of a shard.
         kinds: kinds of output rows; None for masks only.
+        carried: columns of a list that travel.
 
     Raises:
         ManifestError: two rows have the same image_id.
     """
-    writer = PlanWriter(output, kinds=kinds)
+    writer = PlanWriter(output, kinds=kinds, carried=carried)
     for shard in cut_shards(rows, shard_rows):
-        writer.add(shard_table(shard))
+        writer.add(writer.table(shard))
     return writer.finish()
 
 
-def shard_table(rows: list[dict[str, Any]]) -> pa.Table:
+def shard_table(rows: list[dict[str, Any]], carried: pa.StructType | None = None) -> pa.Table:
     """Return the rows of a shard as a table; `vanished` is False if a row does not have it."""
-    return pa.Table.from_pylist([{"vanished": False} | row for row in rows], schema=PLAN_SCHEMA)
+    return pa.Table.from_pylist([{"vanished": False} | row for row in rows], schema=plan_schema(carried))
 
 
 def new_plan_id() -> str:
@@ -137,8 +149,15 @@ class PlanWriter:
         is_ended: whether the last file of the plan is written.
     """
 
-    def __init__(self, output: str, plan_id: str | None = None, kinds: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        output: str,
+        plan_id: str | None = None,
+        kinds: list[str] | None = None,
+        carried: Carried | None = None,
+    ) -> None:
         self.output, self.plan_id, self._kinds = output, plan_id or new_plan_id(), kinds or ["mask"]
+        self._carried, self._type = carried, None if carried is None else carried.type
         self.num_written = 0
         self.last: tuple[str, str | None] | None = None
         self.is_ended = False
@@ -157,6 +176,10 @@ class PlanWriter:
             file = _open_file(uri, storage.PATIENT_S)
             self._count([_read_group(file, number) for number in range(file.parquet.num_row_groups)])
 
+    def table(self, rows: list[dict[str, Any]]) -> pa.Table:
+        """Return the rows of a shard as a table with the columns of this plan."""
+        return shard_table(rows, self._type)
+
     def add(self, shard: pa.Table) -> bool:
         """Add a shard, with the columns of PLAN_SCHEMA.
 
@@ -170,7 +193,7 @@ class PlanWriter:
     def flush(self) -> bool:
         """Write the shards added since the last file. A file that is not full ends the plan. Returns as `add`."""
         sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, with_format(PLAN_SCHEMA), compression="zstd") as writer:
+        with pq.ParquetWriter(sink, with_format(plan_schema(self._type)), compression="zstd") as writer:
             for table in self._tables:
                 writer.write_table(table, row_group_size=len(table))
         tables, self._tables = self._tables, []
@@ -202,7 +225,9 @@ class PlanWriter:
         """
         if not self.is_ended:
             self.flush()
-        plan = Plan(self.plan_id, len(self._id_hashes), self._num_rows, self.num_written, kinds=self._kinds)
+        sources = {} if self._carried is None else self._carried.sources
+        counts = len(self._id_hashes), self._num_rows, self.num_written
+        plan = Plan(self.plan_id, *counts, kinds=self._kinds, carried=dict(sources))
         try:
             _check_unique(self.output, plan, self._id_hashes)
         except ManifestError:
@@ -212,7 +237,7 @@ class PlanWriter:
 
 
 def read_shard(output: str, plan_id: str, shard: int, patience_s: float = storage.PATIENT_S) -> pa.Table:
-    """Return the planned images of one shard, a table with the columns of PLAN_SCHEMA.
+    """Return the planned images of one shard, a table with the columns of `plan_schema`.
 
     Raises:
         ResultError: the plan's file is damaged or missing, or has no such shard.
@@ -243,7 +268,9 @@ def read_plan(output: str, plan: Plan) -> Iterator[pa.Table]:
 
 def _open_file(uri: str, patience_s: float, num_bytes: int | None = None) -> TableFile:
     try:
-        return open_table(uri, PLAN_SCHEMA, patience_s, num_bytes)
+        file = open_table(uri, PLAN_SCHEMA, patience_s, num_bytes)
+        with name_damage(uri):
+            return replace(file, schema=plan_schema(carried_of_plan(file.parquet.schema_arrow)))
     except FileNotFoundError as error:
         raise DamageError(f"{uri} is missing: the plan of the run is damaged") from error
 
@@ -257,6 +284,8 @@ def _read_group(file: TableFile, row_group: int) -> pa.Table:
         pc.min_max(table["mtime"]).as_py()  # raises an error for years that Python does not know
         if table["prompts"].combine_chunks().flatten().null_count:
             raise ValueError("a prompt is null")
+        if CARRIED in table.column_names:
+            table[CARRIED].to_pylist()  # so does this
     return table
 
 

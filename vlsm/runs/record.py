@@ -196,7 +196,8 @@ def _with_defaults(tree: dict[str, Any], settings: type[Settings]) -> dict[str, 
 
 def _deciding(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the recorded settings that decide the results."""
-    others = ("run", "output", "members", "systems", "allow_equal_masks")  # the last one only allows a run
+    # allow_equal_masks only allows a run; vlsm.runs.lifecycle has a rule for carry
+    others = ("run", "output", "members", "systems", "allow_equal_masks", "carry")
     deciding = {key: value for key, value in tree.items() if key not in others}
     deciding |= {key: _without_run(deciding[key]) for key in ("train", "evaluate") if key in deciding}  # of a sweep
     if isinstance(models := deciding.get("models"), dict):

@@ -4,6 +4,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import and_, or_
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from vlsm import storage
 from vlsm.errors import ConfigError, DamageError, ImageError, ResultError
+from vlsm.runs.carried import CARRIED, carried_names, result_schema, with_carried
 from vlsm.runs.schema import RESULT_SCHEMA, with_format
 from vlsm.runs.tables import TableFile, Tables, open_table
 from vlsm.segmentation.masks import decode_mask, decode_probability
@@ -37,17 +39,25 @@ def shard_of(name: str) -> int | None:
     return int(found[1]) if found and part_name(int(found[1])) == name else None
 
 
-def write_part(output: str, shard: int, rows: list[dict[str, Any]], run_id: str, patience_s: float) -> None:
+def write_part(  # noqa: PLR0913 - all that decides a part file
+    output: str,
+    shard: int,
+    rows: list[dict[str, Any]],
+    run_id: str,
+    patience_s: float,
+    carried: pa.StructType | None = None,
+) -> None:
     """Write a shard's part file atomically, with the run's id in its metadata.
 
     Args:
         output: the run's output folder.
         shard: number of the shard.
-        rows: dicts with the columns of RESULT_SCHEMA.
+        rows: dicts with the columns of RESULT_SCHEMA, and with the carried columns.
         run_id: id of this run. It tells its parts from those of an earlier run in the same folder.
         patience_s: how long the store may be down, in seconds.
+        carried: carried columns of the plan, or None.
     """
-    schema = with_format(RESULT_SCHEMA, **{_RUN_KEY: run_id})
+    schema = with_format(result_schema(carried), **{_RUN_KEY: run_id})
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist([_without_secrets(row) for row in rows], schema=schema)
     pq.write_table(table, sink, compression="zstd", compression_level=9)  # 5 % smaller, costs 0.02 ms per row
@@ -69,13 +79,15 @@ def read_part(
 ) -> pa.Table | None:
     """Return the rows of a shard's part file, or None if it is missing, damaged or of another run.
 
-    Columns that an earlier version did not write are null.
+    Columns that an earlier version did not write are null. Carried columns come with any choice of columns.
 
     Raises:
         ResultError: a newer version has written it.
     """
     try:
-        return open_part(output, shard, run_id, patience_s).read(columns, most_bytes=_MASKS_BYTES)
+        part = open_part(output, shard, run_id, patience_s)
+        chosen = None if columns is None else [*columns, *carried_names(part.schema)]
+        return part.read(chosen, most_bytes=_MASKS_BYTES)
     except (FileNotFoundError, DamageError):
         return None
 
@@ -92,7 +104,7 @@ def open_part(output: str, shard: int, run_id: str, patience_s: float = storage.
     part = open_table(uri, RESULT_SCHEMA, patience_s, num_bytes=None)
     if part.metadata.get(_RUN_KEY.encode()) != run_id.encode():
         raise DamageError(f"{uri} is of another run")
-    return part
+    return replace(part, schema=with_carried(part.parquet.schema_arrow))
 
 
 def read_masks(uri: str, filters: Any = None, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -134,11 +146,12 @@ def read_rows(uri: str, filters: Any = None, columns: Sequence[str] | None = Non
 
 def _filtered(uri: str, filters: Any, columns: Sequence[str] | None) -> Iterator[pa.Table]:
     """Yield the chosen columns of the matching rows of a run's output."""
-    check_columns(columns or ())
-    condition, results = _as_expression(filters), open_results(uri)
-    names = RESULT_SCHEMA.names if columns is None else [*dict.fromkeys(columns)]
+    results = open_results(uri)
+    check_columns(columns or (), results.schema)
+    condition = _as_expression(filters, results.schema)
+    names = results.schema.names if columns is None else [*dict.fromkeys(columns)]
     # an expression does not tell its columns
-    more = RESULT_SCHEMA.names if condition is not None else []
+    more = results.schema.names if condition is not None else []
     if isinstance(filters, list):
         more = [column for group in _groups(filters) for column, *_ in group]
     needed = [*dict.fromkeys([*names, *more])]
@@ -186,41 +199,38 @@ def read_ok_rows(
         filters: a list of (column, operator, value), or None for all rows.
         limit: most rows to yield; None for no limit.
         columns: columns of each dict beside image_id, image_uri, selector, prompt and kind, which name a row's file,
-            and those that `decode_ok_row` needs.
+            and those that `decode_ok_row` needs. The columns of a list are in `carried`, a dict.
         kinds: the kinds of rows, used if the filters have no kind; None for all.
 
     Raises:
         ConfigError: there are no masks at the location, or a column is unknown.
     """
-    all_filters = choose_rows(filters, kinds)
-    names = ["image_id", "image_uri", "selector", "prompt", "kind", "area_px", *_MASK_COLUMNS, *columns]
+    all_filters, carried = choose_rows(filters, kinds), carried_names(open_results(output).schema)
+    names = ["image_id", "image_uri", "selector", "prompt", "kind", "area_px", *_MASK_COLUMNS, *columns, *carried]
     rows: Iterable[dict[str, Any]] = itertools.islice(read_rows(output, all_filters, names), limit)
     if sys.stderr.isatty():
         total = sum(map(len, _filtered(output, all_filters, ["kind"])))
         rows = tqdm(rows, total=total if limit is None else min(total, limit), unit="mask")
     for row in rows:
-        yield row | {"image_id": public_uri(row["image_id"])}  # it names files; earlier versions kept signatures in it
+        of_list = {CARRIED: {name: row.pop(name) for name in carried}}
+        # the id names files; earlier versions kept signatures in it
+        yield row | of_list | {"image_id": public_uri(row["image_id"])}
 
 
 def choose_rows(filters: list[tuple[str, str, Any]] | None, kinds: Sequence[str] | None) -> list[tuple[str, str, Any]]:
-    """Return filters for rows with status "ok", and for the given kinds if `filters` has no kind.
-
-    Raises:
-        ConfigError: a filter's column is unknown.
-    """
-    check_columns(column for column, *_ in filters or ())
+    """Return filters for rows with status "ok", and for the given kinds if `filters` has no kind."""
     names_kinds = kinds is None or any(column == "kind" for column, *_ in filters or ())
     return [("status", "==", "ok"), *(filters or ()), *([] if names_kinds else [("kind", "in", list(kinds or ()))])]
 
 
-def check_columns(names: Iterable[str]) -> None:
-    """Raise a ConfigError if one of the names is no column of the output."""
+def check_columns(names: Iterable[str], schema: pa.Schema) -> None:
+    """Raise a ConfigError if one of the names is no column of the output, which has this schema."""
     for name in names:
-        if name not in RESULT_SCHEMA.names:
-            raise ConfigError(f"unknown column {name!r}; columns: {', '.join(RESULT_SCHEMA.names)}")
+        if name not in schema.names:
+            raise ConfigError(f"unknown column {name!r}; columns: {', '.join(schema.names)}")
 
 
-def _as_expression(filters: Any) -> Any:
+def _as_expression(filters: Any, schema: pa.Schema) -> Any:
     """Return filters as an Arrow expression. Arrow compares with null as SQL does: no row would match."""
     import pyarrow.compute as pc
 
@@ -233,7 +243,7 @@ def _as_expression(filters: Any) -> Any:
     if not isinstance(filters, list):
         return filters
     groups = _groups(filters)
-    check_columns(column for group in groups for column, *_ in group)
+    check_columns((column for group in groups for column, *_ in group), schema)
     expressions = [[condition(*parts) for parts in group] for group in groups if group]
     return reduce(or_, [reduce(and_, group) for group in expressions]) if expressions else None
 
@@ -244,7 +254,7 @@ def _groups(filters: list[Any]) -> list[list[Any]]:
 
 
 def open_results(uri: str) -> Tables:
-    """Return the part files of a run's output.
+    """Return the part files of a run's output. The first one tells which carried columns they have.
 
     Raises:
         ConfigError: there are no part files.
@@ -254,5 +264,5 @@ def open_results(uri: str) -> Tables:
     names = [name for name in storage.list_names(folder) if name.startswith("part-")]
     if not names:
         raise ConfigError(f"there are no masks in {uri!r}; it must be the OUTPUT of a segment run")
-    open_table(storage.join(folder, names[0]), RESULT_SCHEMA)
-    return Tables([storage.join(folder, name) for name in names], RESULT_SCHEMA)
+    first = open_table(storage.join(folder, names[0]), RESULT_SCHEMA)
+    return Tables([storage.join(folder, name) for name in names], with_carried(first.parquet.schema_arrow))

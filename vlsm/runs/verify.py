@@ -1,4 +1,4 @@
-"""Proves a run from storage: every planned row exists once, and its columns agree with its mask."""
+"""Proves a run from storage: every planned row exists once, its columns agree with its mask and with the list's."""
 
 import contextlib
 import itertools
@@ -16,7 +16,8 @@ import pyarrow as pa
 from vlsm import storage
 from vlsm.errors import ConfigError, DamageError, ImageError, ResultError
 from vlsm.images.run_lengths import measure_run_lengths
-from vlsm.runs.compare import COMPARED, compare_shard, failed_by_reason, images_by_rule
+from vlsm.runs.carried import CARRIED, carried_names
+from vlsm.runs.compare import COMPARED, ShardState, compare_shard, failed_by_reason, images_by_rule
 from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE
 from vlsm.runs.plan import Plan, count_planned, plan_of, planned_keys, read_plan
 from vlsm.runs.record import SUMMARY_NAME, read_record, read_segment_summary
@@ -111,20 +112,16 @@ def _verify_shard(
 ) -> tuple[Counter[str], list[str]]:
     """Return the counts and the differences of one shard; see `Proof`."""
     name, kinds = f"masks/{part_name(shard)}", proof.plan.kinds
+    differences = _verify_columns(name, images, proof.plan)
     try:
         part = open_part(output, shard, run_id)
-        state = compare_shard(images, part.read(COMPARED), kinds)
+        state = compare_shard(images, part.read([*COMPARED, *carried_names(part.schema)]), kinds)
     except (FileNotFoundError, DamageError) as error:
         if isinstance(error, FileNotFoundError) and not proof.is_finished:
-            return Counter(), []
-        return Counter(), [f"{name} is missing, damaged or of another run: no rows of {count(len(images), 'image')}"]
-    differences = []
-    if state.undone:
-        ids = images["image_id"].take(pa.array(state.undone, pa.int64())).to_pylist()
-        first_ids = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
-        differences.append(f"{name}: not exactly the planned rows for {count(len(ids), 'image')}: {first_ids}")
-    if state.num_extra:
-        differences.append(f"{name}: {count(state.num_extra, 'row')} too many, not planned")
+            return Counter(), differences
+        missing = f"{name} is missing, damaged or of another run: no rows of {count(len(images), 'image')}"
+        return Counter(), [*differences, missing]
+    differences += _describe_state(name, images, state)
     counts = state.counts + Counter(parts=1)
     planned = sum(len(planned_keys(prompts, kinds)) for prompts in images["prompts"].to_pylist())
     try:
@@ -137,6 +134,27 @@ def _verify_shard(
     except DamageError as error:
         differences.append(str(error))
     return counts, differences
+
+
+def _verify_columns(name: str, images: pa.Table, plan: Plan) -> list[str]:
+    carried = images.schema.field(CARRIED).type if CARRIED in images.schema.names else ()
+    if {field.name for field in carried} == plan.carried.keys():
+        return []
+    return [f"{name}: the plan has other columns of the list for its images than config.yaml"]
+
+
+def _describe_state(name: str, images: pa.Table, state: ShardState) -> list[str]:
+    """Return the differences between the rows of a part file and its images."""
+    differences = []
+    if state.undone:
+        ids = images["image_id"].take(pa.array(state.undone, pa.int64())).to_pylist()
+        first_ids = ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
+        differences.append(f"{name}: not exactly the planned rows for {count(len(ids), 'image')}: {first_ids}")
+    if state.num_stale:
+        differences.append(f"{name}: other values than the list had, for {count(state.num_stale, 'image')}")
+    if state.num_extra:
+        differences.append(f"{name}: {count(state.num_extra, 'row')} too many, not planned")
+    return differences
 
 
 def _describe_problem(row: dict[str, Any]) -> str | None:

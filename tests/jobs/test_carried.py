@@ -1,0 +1,84 @@
+"""A hospital's list through the tasks of a run: its columns are in the rows, proven, and changed without models."""
+
+import contextlib
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from jobs import segment_tasks, verify
+from jobs.segment import dry_run
+from jobs.segment_tasks import Task, fetch_shard, write_masks
+from vlsm.config import SegmentSettings, load_settings
+from vlsm.runs.compare import compare_run
+from vlsm.runs.lifecycle import finish_run, prepare_run
+from vlsm.segmentation.predictor import Predictor
+from vlsm.segmentation.shard import ShardBatch, Unguarded
+
+
+class Watch(Unguarded, contextlib.AbstractContextManager):
+    """Takes the place of the engine's watch over processes that may die."""
+
+    def __exit__(self, *error):
+        return None
+
+
+@pytest.fixture
+def segment(monkeypatch, tiny_checkpoint):
+    """Run the tasks of the segment job one after the other, as Ray would; return the summary and how many are read."""
+    monkeypatch.setattr(Task, "watch", lambda *_: Watch())
+    monkeypatch.setattr(segment_tasks.metrics, "count", lambda *_, **__: None)
+
+    def segment(source, output, *words):
+        arguments = {"input": str(source), "output": str(output), "members": [{"checkpoint": str(tiny_checkpoint)}]}
+        run = prepare_run(load_settings(SegmentSettings, None, ["shard_rows=2", *words], arguments))
+        squares = tuple(member.square for member in run.members)
+        task = Task(run.settings, run.run_id, run.plan.id, squares, run.settings.retry_failed, None)
+        predictor = Predictor(run.settings, {number: member.files for number, member in enumerate(run.members)})
+        before, num_read = compare_run(run.settings.output, run.plan, run.run_id), 0
+        for shard, exists in before.pending.items():
+            table = fetch_shard({"shard": np.array([shard]), "exists": np.array([exists])}, task)
+            batch = ShardBatch.unpack(table)
+            num_read += len(batch.entries)
+            texts = [task.settings.texts_of(prompts) for prompts in table["prompts"][0].as_py()]
+            write_masks(predictor.predict(batch, texts, Watch()).pack(), task)
+        state = compare_run(run.settings.output, run.plan, run.run_id)
+        return finish_run(run, state, before.num_done, 1.0), num_read
+
+    return segment
+
+
+def test_columns_of_a_list_travel_through_a_run_and_an_update_reads_no_image(archive, segment, tmp_path, capfd):
+    names = sorted(path.name for path in archive.iterdir())
+    (archive / names[1]).write_bytes(b"no image")
+    frame = pd.DataFrame({"path": [f"archive/{name}" for name in names], "patient_id": [f"00{n}" for n in range(6)]})
+    frame["site"], frame["view"] = ["north", "south"] * 3, [None, *"lrlrl"]
+    frame.to_csv(source := tmp_path / "list.csv", index=False)
+    output, path = tmp_path / "out", "columns.image_uri=path"
+    summary, num_read = segment(source, output, path, "carry=[patient_id, view]")
+    assert (summary["ok"], summary["failed"], num_read) == (5, 1, 6)
+    rows = pd.read_parquet(output / "masks")
+    assert list(rows["patient_id"]) == [f"00{number}" for number in range(6)]
+    assert list(rows["status"]) == ["ok", "failed", *["ok"] * 4]
+    assert rows["view"].isna().tolist() == [True] + 5 * [False] and "site" not in rows
+    assert verify.main([str(output)]) == 0
+    frame["patient_id"] = [f"10{number}" for number in range(6)]
+    frame[:5].to_csv(source, index=False)  # the last image is gone
+    summary, num_read = segment(source, output, path, "carry=[site, patient_id]", "update=true")
+    assert (summary["ok"], summary["failed"], summary["vanished"], num_read) == (4, 1, 1, 0)
+    after = pd.read_parquet(output / "masks")
+    assert list(after["patient_id"]) == ["100", "101", "102", "103", "104", "005"] and "view" not in after
+    assert list(after["site"][:5]) == ["north", "south", "north", "south", "north"] and after["site"].isna()[5]
+    ours = [name for name in rows if name not in ("patient_id", "view", "status")]
+    pd.testing.assert_frame_equal(after[ours], rows[ours])
+    assert verify.main([str(output)]) == 0
+    capfd.readouterr()
+
+
+def test_a_dry_run_tells_which_columns_travel(archive, tiny_checkpoint, tmp_path, caplog, capfd):
+    caplog.set_level("INFO")
+    (tmp_path / "list.csv").write_text("image_uri,site\narchive/a.png,north\n")
+    arguments = {"input": str(tmp_path / "list.csv"), "output": str(tmp_path / "out")}
+    dry_run(SegmentSettings(**arguments, members=[{"checkpoint": str(tiny_checkpoint)}]))
+    assert "columns that travel into the results: site" in caplog.text
+    assert "# 1 image, 1 output row" in capfd.readouterr().out and not (tmp_path / "out").exists()
