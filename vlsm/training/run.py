@@ -11,7 +11,7 @@ OUTPUT/lease/             while a job works on the run: who it is and how far it
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.checkpoints import load_checkpoint, read_settings
+from vlsm.checkpoints import build_model, check_members, load_checkpoint, read_settings
 from vlsm.datasets.changes import Inspect, add_versions, list_versions, renew_signatures
 from vlsm.datasets.inspection import check_facts, describe_findings, digest_examples, examples_table, good_records
 from vlsm.datasets.mask_checks import describe_foreground
@@ -30,8 +30,9 @@ from vlsm.datasets.records import Record
 from vlsm.datasets.splits import MAKE, make_splits, release_train
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
-from vlsm.models import build_model, parse_options
-from vlsm.models.tower_files import TOWER_FOLDERS
+from vlsm.models import parse_options
+from vlsm.models.options import STACK
+from vlsm.models.tower_files import MEMBER_FOLDERS, TOWER_FOLDERS
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, forget_run, make_record, read_record, write_record
 from vlsm.training.checks import check_training, require_train_and_val
@@ -51,6 +52,7 @@ logger = logging.getLogger("vlsm")
 
 _NAMES = (LAST_NAME, EXAMPLES_NAME, METRICS_NAME, CURVES_NAME)
 _FOLDERS = (CHECKPOINT_NAME, *(f"{CHECKPOINT_NAME}/{folder}" for folder in TOWER_FOLDERS), "tensorboard")
+_STACK_FOLDERS = tuple(f"{CHECKPOINT_NAME}/{member}/{folder}" for member in MEMBER_FOLDERS for folder in TOWER_FOLDERS)
 
 
 def read_all_records(settings: TrainSettings) -> list[Record]:
@@ -148,9 +150,9 @@ def prepare_training(
             logger.info("%s", line)
         if errors:
             raise errors[0]
-        _take(lease, output)
+        _take(lease, settings)
         if settings.start_over:
-            forget_run(output, _NAMES, [(folder, "") for folder in _FOLDERS])
+            forget_run(output, _NAMES, [(folder, "") for folder in (*_FOLDERS, *_STACK_FOLDERS)])
         elif read_record(output) is not None:  # another job has planned this run during the inspection, and has ended
             return prepare_training(settings, inspect, begin, lease)
         records = good_records(table)
@@ -176,7 +178,7 @@ def _resume(
     refuse_other_settings(record, settings)
     is_finished = storage.exists(storage.join(output, SUMMARY_NAME))
     if not is_finished:
-        _take(lease, output)
+        _take(lease, settings)
         begin()
     examples = _read_table(output)
     current = refuse_other_data(
@@ -185,20 +187,25 @@ def _resume(
     return renew_signatures(good_records(examples), current)
 
 
-def _take(lease: Lease | None, output: str) -> None:
+def _take(lease: Lease | None, settings: TrainSettings) -> None:
     """Take the lease, and remove the temporary files that killed processes left in the folders of the run."""
     if lease is not None:
         lease.take()
-        for folder in _FOLDERS:
-            storage.remove_leftovers(storage.join(output, folder))
+        for folder in (*_FOLDERS, *(_STACK_FOLDERS if settings.model == STACK else ())):
+            storage.remove_leftovers(storage.join(settings.output, folder))
 
 
-def check_model(settings: TrainSettings) -> None:
+def check_model(settings: TrainSettings, planned: Collection[str] = ()) -> None:
     """Check the settings of the model and of the trackers without building the model.
+
+    Args:
+        settings: settings of the run.
+        planned: checkpoints that do not exist yet: other trainings will write them before this one begins.
 
     Raises:
         ConfigError: a tracker's package is missing, or options are given together with start_from.
-        CheckpointError: the model does not have such options, or there is no checkpoint at start_from.
+        CheckpointError: the model does not have such options, or there is no checkpoint at start_from, or none that can
+            be the member of a stack.
     """
     check_trackers(settings)
     if settings.start_from is not None:
@@ -208,8 +215,14 @@ def check_model(settings: TrainSettings) -> None:
             raise ConfigError(
                 "options are set, and start_from too; a checkpoint already has its options, so leave them out"
             )
-    else:
-        parse_options(str(settings.model), settings.options)
+        return
+    options = parse_options(str(settings.model), settings.options)
+    if settings.model == STACK:
+        members = []
+        for uri in options.members:
+            with storage.name_errors("options.members", uri):
+                members += [] if uri in planned else [read_settings(uri)]
+        check_members(options, members)
 
 
 def input_square(settings: TrainSettings) -> Square:
@@ -217,7 +230,7 @@ def input_square(settings: TrainSettings) -> Square:
     if settings.start_from is not None:
         return read_settings(settings.start_from).image.spec.square
     options = parse_options(str(settings.model), settings.options)
-    if options.image_size is None:  # the tower decides
+    if options.image_size is None or settings.model == STACK:  # the tower or the members decide
         return build_learning_model(settings).image_spec.square
     return Square(options.image_size, options.resize)
 

@@ -1,0 +1,111 @@
+"""The training of a stack: what it learns from, what it keeps, and what it knows of the images of its members."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vlsm
+from tests.training.test_learner import CPU, RECORDS, draw
+from vlsm import storage
+from vlsm.errors import CheckpointError
+from vlsm.training.feature_cache import FeatureCache
+from vlsm.training.history import History
+from vlsm.training.learner import Learner
+from vlsm.training.run import build_learning_model, check_model, input_square
+from vlsm.training.sampling import ExampleOrder
+from vlsm.training.settings import TrainSettings
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    """Checkpoints of two CNNs with 64 and 32 pixels."""
+    room = tmp_path_factory.mktemp("members")
+    for seed, side in enumerate((64, 32)):
+        torch.manual_seed(seed)
+        vlsm.save_checkpoint(vlsm.build_model("unet_d", image_size=side, width=4), room / str(side), prompt="polyp")
+    return [str(room / "64"), str(room / "32")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty small images with masks."""
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8)).save(tmp_path / f"{number}.png")
+        Image.fromarray(np.eye(12, dtype=np.uint8) * 255).save(tmp_path / f"{number}_mask.png")
+    return tmp_path
+
+
+def settings_of(members, datasets=None, **options):
+    optim = {"epochs": 2, "batch_size": 5, "lr": 0.1, "weight_decay": 0}
+    tree = {"output": "out", "datasets": datasets or {"a": "a"}, "model": "stack", "optim": optim}
+    return TrainSettings.model_validate(tree | {"options": {"members": members}} | options)
+
+
+def learn(settings, features=None):
+    """Return the learner after all epochs, its training losses, and how often each member has seen images."""
+    order = ExampleOrder(RECORDS, settings)
+    learner = Learner(build_learning_model(settings), settings, order.num_steps, CPU, features)
+    calls, losses = [0, 0], []
+
+    def watch(number):
+        def add(module, inputs):
+            calls[number] += len(inputs[0])
+
+        learner.model.models[number].network.register_forward_pre_hook(add)
+        learner.model.models[number].network.down[0].register_forward_pre_hook(add)
+
+    for number in range(2):
+        watch(number)
+    for epoch in range(settings.optim.epochs):
+        for batch in order.train(epoch):
+            losses += [score.loss for score in learner.train(batch, *draw(batch), History())]
+    return learner, losses, calls
+
+
+def test_a_stack_learns_weights_and_its_members_do_not(members):
+    learner, losses, _ = learn(settings_of(members))
+    start = build_learning_model(settings_of(members))
+    assert start.head.weight.flatten().tolist() == [0.5, 0.5]
+    assert (learner.model.head.weight - start.head.weight).abs().min() > 0.05
+    learned, at_first = learner.model.members.state_dict(), start.members.state_dict()
+    assert all(torch.equal(learned[name], value) for name, value in at_first.items())
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    weights, _ = learner.state()
+    assert {name for name in weights if not name.startswith("members.")} == {"head.weight", "head.bias"}
+    assert not any(name.endswith("weight") for name in weights if name.startswith("members."))
+
+
+def test_kept_features_spare_the_members_and_change_nothing(members, tmp_path):
+    plain, losses, calls = learn(settings_of(members))
+    kept, losses_kept, calls_kept = learn(settings_of(members), FeatureCache(tmp_path, 10**9))
+    torch.testing.assert_close(kept.model.head.weight, plain.model.head.weight)
+    assert losses_kept == pytest.approx(losses)
+    assert calls_kept == [each // 2 for each in calls] and min(calls_kept) > 0  # of two epochs, the first alone
+
+
+def test_a_stack_resumes_from_its_state(members):
+    settings = settings_of(members)
+    first, _, _ = learn(settings)
+    order = ExampleOrder(RECORDS, settings)
+    again = Learner(build_learning_model(settings), settings, order.num_steps, CPU)
+    again.restore(*first.state())
+    assert torch.equal(again.model.head.weight, first.model.head.weight)
+
+
+def test_the_side_of_a_stack_is_known_before_it_is_built(members):
+    assert input_square(settings_of(members)) == (64, "squeeze")
+
+
+def test_members_are_checked_before_anything_else(members, tmp_path):
+    check_model(settings_of(members))
+    missing = [members[0], str(tmp_path / "later")]
+    with pytest.raises(CheckpointError, match="there is no checkpoint at '.*/later'"):
+        check_model(settings_of(missing))
+    check_model(settings_of(missing), planned=[missing[1]])
+
+
+def test_members_are_named_from_everywhere(members, monkeypatch):
+    monkeypatch.chdir(storage.join(members[0], ".."))
+    assert settings_of(["64", "s3://bucket/x"]).options["members"] == [members[0], "s3://bucket/x"]
