@@ -1,5 +1,7 @@
 """The training of a stack: what it learns from, what it keeps, and what it knows of the images of its members."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ from PIL import Image
 
 import vlsm
 from tests.training.test_learner import CPU, RECORDS, draw
+from tests.training.test_run_data import count, prepare, write_list
 from vlsm import storage
-from vlsm.errors import CheckpointError
+from vlsm.errors import CheckpointError, ConfigError
+from vlsm.runs.record import read_record
 from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import History
 from vlsm.training.learner import Learner
@@ -109,3 +113,61 @@ def test_members_are_checked_before_anything_else(members, tmp_path):
 def test_members_are_named_from_everywhere(members, monkeypatch):
     monkeypatch.chdir(storage.join(members[0], ".."))
     assert settings_of(["64", "s3://bucket/x"]).options["members"] == [members[0], "s3://bucket/x"]
+
+
+def train_member(folder, name, numbers, split="train"):
+    """Plan a training on these images of the folder, with a val record besides, and write its checkpoint."""
+    write_list(folder, numbers, split)
+    with (folder / "list.csv").open("a") as file:
+        file.write("19.png,19_mask.png,polyp,val\r\n")
+    datasets = {"a": str(folder / "list.csv")}
+    tree = {"output": str(folder / name), "datasets": datasets, "model": "pixel", "options": {"image_size": 16}}
+    prepare(TrainSettings.model_validate(tree))
+    torch.manual_seed(len(name))
+    vlsm.save_checkpoint(vlsm.build_model("pixel", image_size=16), folder / name / "checkpoint", prompt="polyp")
+    return str(folder / name / "checkpoint")
+
+
+def write_splits(folder, **splits):
+    """Write a list in which the images have these splits, by the numbers of the images."""
+    lines = [f"{number}.png,{number}_mask.png,polyp,{split}" for split, found in splits.items() for number in found]
+    (folder / "list.csv").write_text("\n".join(["image_uri,mask_uri,prompt,split", *lines]))
+    return {"a": str(folder / "list.csv")}
+
+
+def test_a_stack_learns_from_half_of_val_and_its_test_stays(folder):
+    sources = [train_member(folder, "one", range(4)), train_member(folder, "second", range(6))]
+    datasets = write_splits(folder, train=range(6), val=range(6, 14), test=range(14, 18))
+    shutil.copy(folder / "6.png", folder / "14.png")  # a val image that a test image looks like does not follow it
+    settings = settings_of(sources, datasets, output=str(folder / "stack"), data={"learn_from": "val"})
+    records = prepare(settings)
+    assert count(records) == [4, 4, 4]
+    assert {record.image_uri.rpartition("/")[2] for record in records if record.split == "test"} == {
+        f"{number}.png" for number in range(14, 18)
+    }
+    assert prepare(settings) == records  # and goes on with equal data
+    write_splits(folder, train=range(6), val=range(6, 13), test=range(14, 18))
+    with pytest.raises(ConfigError, match=r"other data: 1 record removed \(.*13.png in a\)"):
+        prepare(settings)
+
+
+def test_learning_from_val_needs_val(folder):
+    sources = [train_member(folder, "one", range(4)), train_member(folder, "second", range(6))]
+    settings = settings_of(sources, write_splits(folder, train=range(6)), data={"learn_from": "val"})
+    with pytest.raises(ConfigError, match="data.learn_from is val, but a has no val records; if training has made"):
+        prepare(settings)
+    write_list(folder)
+    with pytest.raises(ConfigError, match="20 of 20 records of a have no split .*: training has made them"):
+        prepare(settings)
+
+
+def test_other_members_are_another_run(folder):
+    sources = [train_member(folder, "one", range(4)), train_member(folder, "second", range(6))]
+    datasets = write_splits(folder, train=range(6), val=range(6, 12))
+    settings = settings_of(sources, datasets, output=str(folder / "stack"))
+    prepare(settings)
+    assert len(read_record(settings.output)["member_digests"]) == 2
+    prepare(settings)
+    vlsm.save_checkpoint(vlsm.build_model("pixel", image_size=16), sources[1], prompt="other")
+    with pytest.raises(ConfigError, match="checkpoints in options.members have changed since the run began"):
+        prepare(settings)

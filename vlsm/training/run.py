@@ -27,7 +27,7 @@ from vlsm.datasets.inspection import check_facts, describe_findings, digest_exam
 from vlsm.datasets.mask_checks import describe_foreground
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
-from vlsm.datasets.splits import MAKE, make_splits, release_train
+from vlsm.datasets.splits import MAKE, divide_val, make_splits, release_train, release_val
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
 from vlsm.models import parse_options
@@ -70,6 +70,9 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
         with storage.name_errors(f"dataset {name}", uri):
             records += read_dataset(name, uri, data)
     records = release_train(records, settings.data.split)
+    learns_val = settings.data.learn_from == "val"
+    if learns_val:
+        records = release_val(records)
     for name, uri in settings.external.items():
         with storage.name_errors(f"dataset {name}", uri):
             external = read_dataset(name, uri, data)
@@ -80,7 +83,7 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
         if all(record.split for record in records):
             require_train_and_val(records, settings)
 
-    advice = MAKE if settings.data.split.is_off else None
+    advice = MAKE if settings.data.split.is_off and not learns_val else None
     require_complete(records, lambda record: choose_prompt(record, settings.data, None), advice, require_two)
     return records
 
@@ -107,7 +110,8 @@ def check_examples(
     facts = inspect(records)
     lines: list[str] = []
     if settings.data.skip_broken or not any(fact.error for fact in facts):  # else the run ends, and says why
-        records, lines = make_splits(records, facts, settings.data.split)
+        divide = divide_val if settings.data.learn_from == "val" else make_splits
+        records, lines = divide(records, facts, settings.data.split)
     findings = check_facts(records, facts)
     warnings, errors = check_training(settings, records, facts, model)
     lines += describe_findings(records, findings, num_shown)

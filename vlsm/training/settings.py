@@ -65,6 +65,11 @@ class DataSettings(DatasetSettings):
     sampling: Literal["proportional", "uniform"] | dict[str, float] = Field(
         "proportional", description="uniform: the same number of examples from each dataset; or a weight per dataset"
     )
+    learn_from: Literal["train", "val"] = Field(
+        "train",
+        description="val: learn from half of the val records, choose the best epoch by the other half, and leave out "
+        "the train records; for a stack, whose members know those",
+    )
     negatives: float | None = Field(
         None,
         ge=0,
