@@ -28,7 +28,7 @@ from vlsm.errors import CheckpointError, ConfigError, ImageError, ManifestError,
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.presence import fit_presence
 from vlsm.shown import say, say_error
-from vlsm.training.origin import describe_differences_to_training
+from vlsm.training.origin import describe_differences_to_training, describe_overlap
 from vlsm.training.sampling import find_prompt
 from vlsm.words import count
 
@@ -242,6 +242,8 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
     records = [record for record in all_records if record.split == "val"]
     files = read_checkpoint(source)
     if sentence := describe_differences_to_training(source, data, (choice,)):
+        say(sentence, sys.stderr)
+    if sentence := describe_overlap(source, records):
         say(sentence, sys.stderr)
     reader = ExampleReader(data)
     require_foreground(records, reader, data)

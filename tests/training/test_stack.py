@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -11,12 +12,14 @@ import vlsm
 from tests.training.test_learner import CPU, RECORDS, draw
 from tests.training.test_run_data import count, prepare, write_list
 from vlsm import storage
+from vlsm.datasets.records import Record
 from vlsm.errors import CheckpointError, ConfigError
 from vlsm.runs.record import read_record
 from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import History
 from vlsm.training.learner import Learner
-from vlsm.training.run import build_learning_model, check_model, input_square
+from vlsm.training.origin import describe_overlap, read_known
+from vlsm.training.run import build_learning_model, check_examples, check_model, input_square
 from vlsm.training.sampling import ExampleOrder
 from vlsm.training.settings import TrainSettings
 
@@ -159,6 +162,73 @@ def test_learning_from_val_needs_val(folder):
     write_list(folder)
     with pytest.raises(ConfigError, match="20 of 20 records of a have no split .*: training has made them"):
         prepare(settings)
+
+
+def warnings_of(settings):
+    from vlsm.datasets.examples import ExampleReader
+    from vlsm.datasets.inspection import inspect_record
+
+    reader = ExampleReader(settings.data)
+    lines = check_examples(settings, lambda records: [inspect_record(record, reader) for record in records])[1]
+    return [line.partition(":")[0] for line in lines if "learned from" in line]
+
+
+def test_images_that_members_have_learned_from_are_told(folder):
+    sources = [train_member(folder, "one", range(4)), train_member(folder, "second", range(2, 6))]
+    datasets = write_splits(folder, train=range(6), val=range(5, 12), test=range(4, 6))
+    said = "the members of the stack learned from"
+    assert warnings_of(settings_of(sources, datasets)) == [
+        f"{said} 1 of the 7 val images",
+        f"{said} 2 of the 2 test images",
+        f"{said} 6 of the 6 train images",
+    ]
+    shutil.copy(folder / "0.png", folder / "copy.png")  # with the same content
+    datasets = write_splits(folder, train=range(6), val=[8, 9, 10], test=["copy", 12])
+    (folder / "copy_mask.png").write_bytes((folder / "0_mask.png").read_bytes())
+    settings = settings_of(sources, datasets, data={"learn_from": "val"})
+    assert warnings_of(settings) == [f"{said} 1 of the 2 test images"]
+    tuned = TrainSettings(output="out", datasets=datasets, start_from=sources[0], data={"learn_from": "train"})
+    assert warnings_of(tuned) == ["the checkpoint in start_from learned from 1 of the 2 test images"]
+
+
+def test_a_stack_inherits_the_images_of_its_members(folder):
+    sources = [train_member(folder, "one", range(4)), train_member(folder, "second", range(2, 6))]
+    datasets = write_splits(folder, val=range(6, 12), test=range(12, 14))
+    settings = settings_of(sources, datasets, output=str(folder / "stack"), data={"learn_from": "val"})
+    records = prepare(settings)
+    shutil.copytree(folder / "one" / "checkpoint", folder / "stack" / "checkpoint")
+    checkpoint = str(folder / "stack" / "checkpoint")
+    shutil.rmtree(folder / "one")  # its record is not needed any more
+    learned = {record.image_uri for record in records if record.split == "train"}
+    learned |= {str(folder / f"{number}.png") for number in range(6)}
+    assert {image for image, _ in read_known(checkpoint) if image.endswith(".png")} == learned
+
+    def judged(*numbers):
+        uris = [str(folder / f"{number}.png") for number in numbers]
+        return [Record("a", "test", uri, uri, uri, {}) for uri in uris]
+
+    assert describe_overlap(checkpoint, judged(12, 13)) is None
+    assert describe_overlap(checkpoint, judged(0, 5, 12)) == (
+        f"checkpoint {checkpoint} learned from 2 of these 3 images, itself or by its members: its scores there are too "
+        "good"
+    )
+    slices = [Record("a", "test", "x", judged(0)[0].image_uri, "m", {}, image_selector=f"slice={n}") for n in (1, 2)]
+    assert describe_overlap(checkpoint, slices) is None  # another image of the file
+    assert describe_overlap(str(folder / "elsewhere"), judged(0)) is None
+    (folder / "stack" / "known.parquet").write_bytes(b"damage")
+    assert {image for image, _ in read_known(checkpoint) if image.endswith(".png")} < learned
+
+
+def test_passwords_are_not_in_the_record_of_known_images(folder):
+    checkpoint = train_member(folder, "one", range(4))
+    path = folder / "one" / "examples.parquet"
+    table = pq.read_table(path)
+    position = table.column_names.index("image_uri")
+    signed = [f"https://user:secret@host/{number}.png" for number in range(table.num_rows)]
+    pq.write_table(table.set_column(position, table.schema.field(position), [signed]), path)
+    assert not any("secret" in image for image, _ in read_known(checkpoint))
+    record = Record("a", "test", "x", "https://host/0.png", "m", {})
+    assert "learned from 1 of these 1 images" in describe_overlap(checkpoint, [record])
 
 
 def test_other_members_are_another_run(folder):

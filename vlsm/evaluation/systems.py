@@ -27,7 +27,7 @@ from vlsm.runs.plan import plan_of
 from vlsm.runs.record import read_record, read_segment_summary
 from vlsm.shown import hide_secrets_in, public_uri
 from vlsm.training.missing import require_complete
-from vlsm.training.origin import describe_differences_to_training
+from vlsm.training.origin import describe_differences_to_training, describe_overlap
 from vlsm.training.sampling import find_prompt
 from vlsm.words import count
 
@@ -187,6 +187,8 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         report_stored(name, records, own_prompt, settings)
         for member in members:
             if sentence := describe_differences_to_training(member.checkpoint, settings.data, settings.prompts):
+                logger.warning("%s", sentence)
+            if sentence := describe_overlap(member.checkpoint, records):
                 logger.warning("%s", sentence)
         texts = texts_of(records, own_prompt, settings, with_robustness=True)
         _refuse_unknown_texts(name, members, {text for each in texts for text in each.values()})

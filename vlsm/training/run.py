@@ -2,6 +2,7 @@
 
 OUTPUT/config.yaml        resolved settings, digest of the data, versions, git revision, planned records and steps
 OUTPUT/examples.parquet   every record with its split and the facts of its files; a list for --dataset, too
+OUTPUT/known.parquet      images that start_from, or the members of a stack, learned from; absent if none are known
 OUTPUT/last.safetensors   state of the run: trained weights, optimiser, all metrics; one file, so that it is consistent
 OUTPUT/checkpoint/        checkpoint of the best epoch, for `jobs.segment`
 OUTPUT/metrics.parquet    one row per epoch, split and dataset; curves.png and tensorboard/ show the same values
@@ -39,6 +40,7 @@ from vlsm.training.checks import check_training, require_train_and_val
 from vlsm.training.examples import EXAMPLES_NAME, read_examples_table
 from vlsm.training.history import METRICS_NAME
 from vlsm.training.missing import require_complete
+from vlsm.training.origin import KNOWN_NAME, read_sources, warn_of_known, write_known
 from vlsm.training.resume import digest_start, refuse_other_data, refuse_other_settings
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vlsm")
 
-_NAMES = (LAST_NAME, EXAMPLES_NAME, METRICS_NAME, CURVES_NAME)
+_NAMES = (LAST_NAME, EXAMPLES_NAME, KNOWN_NAME, METRICS_NAME, CURVES_NAME)
 _FOLDERS = (CHECKPOINT_NAME, *(f"{CHECKPOINT_NAME}/{folder}" for folder in TOWER_FOLDERS), "tensorboard")
 _STACK_FOLDERS = tuple(f"{CHECKPOINT_NAME}/{member}/{folder}" for member in MEMBER_FOLDERS for folder in TOWER_FOLDERS)
 
@@ -116,7 +118,8 @@ def check_examples(
     warnings, errors = check_training(settings, records, facts, model)
     lines += describe_findings(records, findings, num_shown)
     lines += describe_foreground(records, facts, settings.data.mask_threshold)
-    return add_versions(examples_table(records, facts), versions), lines + warnings, errors
+    table = add_versions(examples_table(records, facts), versions)
+    return table, lines + warnings + warn_of_known(settings, table), errors
 
 
 def prepare_training(
@@ -163,6 +166,7 @@ def prepare_training(
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         storage.write_bytes(storage.join(output, EXAMPLES_NAME), sink.getvalue().to_pybytes())
+        write_known(output, read_sources(settings))
         facts = {"data_digest": digest_examples(table.filter(pc.is_null(table["error"])))} | digest_start(settings)
         write_record(output, make_record(settings, facts, _plan(settings, records)))
     return records
