@@ -381,7 +381,7 @@ def make_parser() -> argparse.ArgumentParser:
         str(main.__doc__),
         (
             "checkpoint --model clipseg --prompt polyp",
-            "checkpoint --model unet_d --set options.image_size=352",
+            "checkpoint --model unet_d --set image_size=352",
             "checkpoint --model stack --set 'members=[first/checkpoint, second/checkpoint]'",
         ),
     )
