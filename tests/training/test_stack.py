@@ -18,7 +18,7 @@ from vlsm.runs.record import read_record
 from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import History
 from vlsm.training.learner import Learner
-from vlsm.training.origin import describe_overlap, read_known
+from vlsm.training.origin import count_known, read_known
 from vlsm.training.run import build_learning_model, check_examples, check_model, input_square
 from vlsm.training.sampling import ExampleOrder
 from vlsm.training.settings import TrainSettings
@@ -207,14 +207,12 @@ def test_a_stack_inherits_the_images_of_its_members(folder):
         uris = [str(folder / f"{number}.png") for number in numbers]
         return [Record("a", "test", uri, uri, uri, {}) for uri in uris]
 
-    assert describe_overlap(checkpoint, judged(12, 13)) is None
-    assert describe_overlap(checkpoint, judged(0, 5, 12)) == (
-        f"checkpoint {checkpoint} learned from 2 of these 3 images, itself or by its members: its scores there are too "
-        "good"
-    )
+    assert count_known([checkpoint], judged(12, 13)) == 0
+    assert count_known([checkpoint], judged(0, 5, 12)) == 2
     slices = [Record("a", "test", "x", judged(0)[0].image_uri, "m", {}, image_selector=f"slice={n}") for n in (1, 2)]
-    assert describe_overlap(checkpoint, slices) is None  # another image of the file
-    assert describe_overlap(str(folder / "elsewhere"), judged(0)) is None
+    assert count_known([checkpoint], slices) == 0  # another image of the file
+    assert count_known([str(folder / "elsewhere")], judged(0)) == 0
+    assert count_known([str(folder / "elsewhere"), checkpoint], judged(0)) == 1
     (folder / "stack" / "known.parquet").write_bytes(b"damage")
     assert {image for image, _ in read_known(checkpoint) if image.endswith(".png")} < learned
 
@@ -228,7 +226,7 @@ def test_passwords_are_not_in_the_record_of_known_images(folder):
     pq.write_table(table.set_column(position, table.schema.field(position), [signed]), path)
     assert not any("secret" in image for image, _ in read_known(checkpoint))
     record = Record("a", "test", "x", "https://host/0.png", "m", {})
-    assert "learned from 1 of these 1 images" in describe_overlap(checkpoint, [record])
+    assert count_known([checkpoint], [record]) == 1
 
 
 def test_other_members_are_another_run(folder):

@@ -192,7 +192,7 @@ def finish_evaluation(evaluation: Evaluation, tables: Iterable[pa.Table], second
     for (dataset, name), reason in telling.items():
         logger.info("dataset %s: prompt %s reveals the answer: %s", dataset, name, reason)
     _warn_of_empty(rows, evaluation.settings)
-    return _write_results(evaluation.settings, rows, telling, seconds)
+    return _write_results(evaluation, rows, telling, seconds)
 
 
 def _warn_of_empty(rows: Iterable[dict[str, Any]], settings: EvaluateSettings) -> None:
@@ -215,15 +215,17 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _write_results(
-    settings: EvaluateSettings, rows: list[dict[str, Any]], telling: dict[tuple[str, str], str], seconds: float
+    evaluation: Evaluation, rows: list[dict[str, Any]], telling: dict[tuple[str, str], str], seconds: float
 ) -> dict[str, Any]:
+    settings = evaluation.settings
     output, sink = settings.output, io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=with_format(SCORES_SCHEMA)), sink, compression="zstd")
     storage.write_bytes(storage.join(output, SCORES_NAME), sink.getvalue())
     table_rows = compare(rows, settings.baseline or rows[0]["system"], settings.resamples, settings.seed)
     storage.write_bytes(storage.join(output, CSV_NAME), format_csv(table_rows).encode())
     tolerances = (settings.nsd_tolerance_px, settings.nsd_tolerance_mm)
-    markdown = format_markdown(table_rows, settings.baseline or rows[0]["system"], telling, tolerances)
+    known = [(system.name, system.num_known, len(system.targets)) for system in evaluation.systems if system.num_known]
+    markdown = format_markdown(table_rows, settings.baseline or rows[0]["system"], telling, tolerances, known)
     storage.write_bytes(storage.join(output, MARKDOWN_NAME), markdown.encode())
     statuses = Counter(row["status"] for row in rows)
     summary = {

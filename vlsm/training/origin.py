@@ -133,23 +133,10 @@ def warn_of_known(settings: TrainSettings, examples: pa.Table) -> list[str]:
     return lines
 
 
-def describe_overlap(checkpoint: str, records: Sequence[Record]) -> str | None:
-    """Return a sentence if a checkpoint has learned from images on which it is judged, or None.
-
-    Images are compared by their locations.
-
-    Args:
-        checkpoint: location of the checkpoint.
-        records: the records on which it is judged.
-    """
-    known = read_known(checkpoint) if records else set()
-    number = sum((public_uri(record.image_uri), record.image_selector or "") in known for record in records)
-    if not number:
-        return None
-    return (
-        f"checkpoint {checkpoint} learned from {number:,} of these {len(records):,} images, itself or by its members: "
-        "its scores there are too good"
-    )
+def count_known(checkpoints: Iterable[str], records: Sequence[Record]) -> int:
+    """Return the number of records whose image one of the checkpoints has learned from, by the image's location."""
+    known = set[Image]().union(*map(read_known, checkpoints))
+    return sum((public_uri(record.image_uri), record.image_selector or "") in known for record in records)
 
 
 def _names_of(row: dict[str, Any]) -> set[Image]:
