@@ -30,6 +30,7 @@ from vlsm.evaluation.sweep import (
     SweepSettings,
     Trial,
     TrialGroup,
+    choose_next,
     has_lists,
     plan_trial_groups,
     read_models,
@@ -202,11 +203,17 @@ def _train_all(trials: list[Trial], settings: SweepSettings, lease: Lease) -> li
     failures: list[str] = []
     num_before = num_done = len(trials) - len(waiting)
     started_s = logged_s = time.monotonic()
+    failed = set[str]()  # their OUTPUT
     while waiting or running:
-        while waiting and len(running) < parallel:
-            trial = waiting.pop(0)
+        while len(running) < parallel:
+            trial = choose_next(waiting, {*failed, *(one.settings.output for one in running.values())})
+            if trial is None:
+                break
+            waiting.remove(trial)
             logger.info("%s: started", trial.name, extra=_event(trial, "started", num_done, trials))
             running[task.remote(trial.settings, f"{lease.owner} {trial.settings.output}")] = trial
+        if not running:  # the others are stacks of trials that failed
+            return failures + [f"{trial.name}: a member of the stack failed" for trial in waiting]
         lease.check()
         lease.note({"trials_done": num_done, "trials": len(trials)})
         ready, _ = ray.wait(list(running), timeout=1.0)
@@ -218,6 +225,7 @@ def _train_all(trials: list[Trial], settings: SweepSettings, lease: Lease) -> li
             except ray.exceptions.RayError as error:
                 reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
                 failures.append(f"{trial.name}: {reason}")
+                failed.add(trial.settings.output)
                 logger.warning("%s: failed: %s", trial.name, reason, extra=_event(trial, "failed", num_done, trials))
         if running and time.monotonic() - logged_s >= PROGRESS_S:
             logged_s = time.monotonic()

@@ -64,8 +64,9 @@ for name in COMMANDS:
 def test_options_of_every_model_are_checked_without_torch():
     code = """
 from vlsm.models import MODELS, parse_options
+required = {"openclip_seg": {"source": "x"}, "transformers_seg": {"source": "x"}, "stack": {"members": ["a", "b"]}}
 for name in MODELS:
-    parse_options(name, {"source": "x"} if name in ("openclip_seg", "transformers_seg") else {})
+    parse_options(name, required.get(name, {}))
 """
     assert not modules_after(code) & NOTHING_HEAVY
 

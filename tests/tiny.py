@@ -3,6 +3,7 @@
 import torch
 from safetensors.torch import load_file, save_file
 
+from vlsm.checkpoints import build_model, save_checkpoint
 from vlsm.models.untrained import (
     write_biomedclip,
     write_clip_resnet,
@@ -91,7 +92,16 @@ def save_tiny_sources(folder):
     save_tiny_open_clip(folder / "open_clip")
     save_tiny_siglip(folder / "siglip")
     save_tiny_sam3(folder / "sam3")
+    save_tiny_members(folder)
     return folder
+
+
+def save_tiny_members(folder):
+    """Write two checkpoints: a CLIPSeg of 64 pixels, whose weights are at `clipseg`, and a UNet-D of 32 pixels."""
+    torch.manual_seed(3)
+    clipseg = build_model("clipseg", source=str(folder / "clipseg"), image_size=64)
+    save_checkpoint(clipseg, folder / "member_clipseg", prompt="polyp")
+    save_checkpoint(build_model("unet_d", image_size=32, width=4), folder / "member_unet_d", prompt="polyp")
 
 
 def tiny_options(folder):
@@ -118,6 +128,7 @@ def tiny_options(folder):
         "vlsm_a": biomedclip | {"width": 4},
         "vlsm_b": clipseg | {"width": 4},
         "vlsm_c": both | {"image_size": 64, "taps": [1, 2, 4], "width": 4},
+        "stack": {"members": [str(folder / "member_clipseg"), str(folder / "member_unet_d")]},
     }
 
 

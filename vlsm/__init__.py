@@ -13,10 +13,10 @@ from vlsm.version import __version__
 
 if TYPE_CHECKING:
     from vlsm import export as export
+    from vlsm.checkpoints import build_model as build_model
     from vlsm.checkpoints import load_checkpoint as load_checkpoint
     from vlsm.checkpoints import save_checkpoint as save_checkpoint
     from vlsm.errors import VlsmError as VlsmError
-    from vlsm.models import build_model as build_model
     from vlsm.runs.results import read_masks as read_masks
     from vlsm.segmentation.segmenter import Segmenter as Segmenter
     from vlsm.segmentation.segmenter import segment as segment
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Segmenter": "vlsm.segmentation.segmenter",
     "VlsmError": "vlsm.errors",
-    "build_model": "vlsm.models",
+    "build_model": "vlsm.checkpoints",
     "load_checkpoint": "vlsm.checkpoints",
     "read_masks": "vlsm.runs.results",
     "save_checkpoint": "vlsm.checkpoints",

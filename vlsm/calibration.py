@@ -28,7 +28,7 @@ from vlsm.errors import CheckpointError, ConfigError, ImageError, ManifestError,
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.presence import fit_presence
 from vlsm.shown import say, say_error
-from vlsm.training.origin import describe_differences_to_training
+from vlsm.training.origin import count_known, describe_differences_to_training
 from vlsm.training.sampling import find_prompt
 from vlsm.words import count
 
@@ -243,6 +243,12 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
     files = read_checkpoint(source)
     if sentence := describe_differences_to_training(source, data, (choice,)):
         say(sentence, sys.stderr)
+    if num_known := count_known([source], records):
+        say(
+            f"the checkpoint learned from {num_known:,} of these {len(records):,} val images, itself or by its "
+            "members: it is better there than elsewhere, and its calibration will be too sure",
+            sys.stderr,
+        )
     reader = ExampleReader(data)
     require_foreground(records, reader, data)
     checkpoint = build_checkpoint(files, source)

@@ -13,23 +13,24 @@ import shutil
 import sys
 import tempfile
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from vlsm import storage
+from vlsm import models, storage
 from vlsm.commands import new_parser
 from vlsm.config import A_PROBABILITY, Settings, dump_yaml, explain, parse_assignments
 from vlsm.documents import parse_yaml
 from vlsm.errors import CheckpointError, ConfigError, VlsmError
 from vlsm.hints import hint_at_checkpoint
-from vlsm.images.preprocess import ImageSpec, Resize
 from vlsm.limits import MAX_JSON_BYTES
-from vlsm.models import BLIND, MODELS, build_model, check_name, find_model, parse_options
-from vlsm.models.tower_files import TOWER_FOLDERS, write_tower_files
+from vlsm.models import BLIND, MODELS, check_name, find_model, ignores_text, parse_options
+from vlsm.models.options import STACK, ImageSettings, StackOptions, StackPart
+from vlsm.models.tower_files import MEMBER_FOLDERS, TOWER_FOLDERS, write_tower_files
 from vlsm.shown import say, say_error, show
 from vlsm.version import FORMAT, __version__, newer_format
 
@@ -37,28 +38,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlsm.models.contract import SegmentationModel
+    from vlsm.models.towers import Trainable
 
 SETTINGS_NAME = "checkpoint.yaml"
 _WEIGHTS_NAME = "model.safetensors"
 _PACKAGES = ("torch", "transformers", "open_clip_torch", "timm", "segmentation_models_pytorch")
 _MAX_FILES = 100  # of a folder that is none, such as a whole bucket
 _SUFFIXES = (".yaml", ".safetensors", ".json", ".txt", ".model", ".jinja")
-
-
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class _ImageSettings(Settings):
-    size: int = Field(ge=1)
-    mean: tuple[_Finite, _Finite, _Finite]
-    std: tuple[_Positive, _Positive, _Positive]
-    resize: Resize = "squeeze"  # absent in checkpoints of version 0
-
-    @property
-    def spec(self) -> ImageSpec:
-        """The input of the model, as an ImageSpec."""
-        return ImageSpec(**self.model_dump())
 
 
 class Calibration(Settings):
@@ -103,11 +89,16 @@ class CheckpointSettings(Settings):
     format: int = 0
     model: str
     options: dict[str, Any]
-    image: _ImageSettings
+    image: ImageSettings
     threshold: float = Field(0.5, gt=0, lt=1)
     prompt: str = ""
     versions: dict[str, str] = {}
     calibration: Calibration | None = None
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether the model ignores the text of prompts."""
+        return ignores_text(self.model, self.options)
 
     @property
     def summary(self) -> str:
@@ -172,7 +163,7 @@ def save_checkpoint(
     model = merged_copy(model)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS_NAME).unlink(missing_ok=True)
-    for stale in TOWER_FOLDERS:  # of the replaced checkpoint
+    for stale in (*TOWER_FOLDERS, *MEMBER_FOLDERS):  # of the replaced checkpoint
         shutil.rmtree(folder / stale, ignore_errors=True)
     model.save_files(folder)
     weights = model.state_dict() if weights is None else weights
@@ -189,7 +180,7 @@ def _settings_of(model: "SegmentationModel", prompt: str, threshold: float) -> C
         format=FORMAT,
         model=next(name for name, class_path in MODELS.items() if class_path == kind),
         options=model.options.model_dump(mode="json"),
-        image=_ImageSettings(**asdict(model.image_spec)),
+        image=ImageSettings(**asdict(model.image_spec)),
         threshold=threshold,
         prompt=prompt,
         versions={"vlsm": __version__} | {package: version(package) for package in _PACKAGES},
@@ -231,7 +222,7 @@ def _list_files(uri: str) -> list[str]:
     """Return the sorted paths of a checkpoint's files within its directory."""
     fs, path = storage.open_uri(uri)
     if not fs.exists(f"{path}/{SETTINGS_NAME}"):
-        hint = hint_at_checkpoint(fs, uri, path, SETTINGS_NAME, {name: name not in BLIND for name in MODELS})
+        hint = hint_at_checkpoint(fs, uri, path, SETTINGS_NAME, {name: name not in (*BLIND, STACK) for name in MODELS})
         raise CheckpointError(f"there is no checkpoint at {uri!r}; it must be a directory with {SETTINGS_NAME}{hint}")
     infos = {name.removeprefix(path).lstrip("/"): info for name, info in fs.find(path, detail=True).items()}
     names = [name for name in sorted(infos) if not storage.is_temporary(name.rpartition("/")[2])]  # of a killed process
@@ -328,12 +319,71 @@ def load_checkpoint(uri: str | Path) -> Checkpoint:
     return build_checkpoint(read_checkpoint(str(uri)), str(uri))
 
 
+def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any) -> "SegmentationModel":
+    """Build a model of the table, in training mode. The members of a stack are read from their checkpoints.
+
+    Args:
+        name: a key of MODELS.
+        trainable: the parts that learn besides the decoder; see `SegmentationModel.set_trainable`.
+        options: fields of the model's option class in `vlsm.models.options`.
+
+    Raises:
+        CheckpointError: the name or an option is unknown, pretrained weights cannot be loaded, or a member of a stack
+            cannot be used.
+    """
+    if name != STACK:
+        return models.build_model(name, trainable, **options)
+    from vlsm.models.stack import Stack
+
+    checked: StackOptions = parse_options(name, options)
+    members = [load_checkpoint(uri) for uri in checked.members]
+    check_members(checked, [member.settings for member in members])
+    if twice := [uri for uri, one in zip(checked.members, members, strict=True) if _count(members, one.name) > 1]:
+        raise CheckpointError(f"two members of the stack are the same checkpoint: {twice[0]} and {twice[1]}")
+    parts = tuple(
+        StackPart(model=one.settings.model, options=one.model.options.model_dump(mode="json"), image=one.settings.image)
+        for one in members
+    )
+    described = {"members": tuple(one.name for one in members), "parts": parts}
+    calibrations = [one.settings.calibration for one in members]
+    temperatures = [one.temperature if one else 1.0 for one in calibrations]
+    stack = Stack(checked.model_copy(update=described), [one.model for one in members], temperatures)
+    return stack.set_trainable(trainable).train()
+
+
+def _count(members: "list[Checkpoint]", name: str) -> int:
+    return sum(member.name == name for member in members)
+
+
+def check_members(options: StackOptions, members: Sequence[CheckpointSettings]) -> None:
+    """Check that checkpoints can be the members of a stack.
+
+    Args:
+        options: the options of the stack.
+        members: the content of the checkpoint.yaml of each member that is there already.
+
+    Raises:
+        CheckpointError: a member is a stack, or some members squeeze images and others letterbox them.
+    """
+    if options.parts:
+        raise CheckpointError(f"options of {STACK}: parts is for its checkpoint; give members alone")
+    if any(member.model == STACK for member in members):
+        raise CheckpointError("a member of the stack is a stack itself; name the members of that one instead")
+    if len({member.image.resize for member in members}) > 1:
+        shown = ", ".join(f"{member.model}: {member.image.resize}" for member in members)
+        raise CheckpointError(f"the members of a stack must resize images in the same way; these differ ({shown})")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(
         "vlsm.checkpoints",
         str(main.__doc__),
-        ("checkpoint --model clipseg --prompt polyp", "checkpoint --model unet_d --set options.image_size=352"),
+        (
+            "checkpoint --model clipseg --prompt polyp",
+            "checkpoint --model unet_d --set image_size=352",
+            "checkpoint --model stack --set 'members=[first/checkpoint, second/checkpoint]'",
+        ),
     )
     parser.add_argument("directory", metavar="DIR", help="the checkpoint directory to write")
     parser.add_argument("--model", required=True, metavar="NAME", help="`vlsm models` lists them")

@@ -17,6 +17,7 @@ from vlsm.errors import CheckpointError, ConfigError
 from vlsm.evaluation.folds import write_lists
 from vlsm.evaluation.sweep import (
     SweepSettings,
+    choose_next,
     list_uri,
     plan_trial_groups,
     read_models,
@@ -85,6 +86,47 @@ def test_each_fold_is_trained_and_scored_with_its_own_list():
     assert second.settings.output == "out/evaluations/a/p1/fold-2-of-3"
     lists = {"a": "folds/fold-2-of-3/a.parquet", "c": "folds/fold-2-of-3/c.parquet"}
     assert {name: uri.rpartition("out/")[2] for name, uri in second.settings.datasets.items()} == lists
+
+
+def make_stacks(members=("small", "large", "/other/checkpoint"), **options):
+    stack = {"model": "stack", "options": {"members": list(members)}, "data": {"learn_from": "val"}}
+    models = {"stack": stack, "small": {"model": "pixel"}, "large": {"model": "unet_d"}}
+    return make_settings(models=models, **options)
+
+
+def test_the_members_of_a_stack_are_other_trials_of_the_sweep():
+    groups = plan_trial_groups(make_stacks(seeds=[0, 1], folds=2))
+    stacks = [trial for group in groups for trial in group.trials if trial.model == "stack"]
+    assert len(stacks) == 8
+    for trial in stacks:
+        needed = [trial.settings.output.replace("trials/stack/", f"trials/{name}/") for name in ("small", "large")]
+        assert list(trial.needs) == needed
+        checkpoints = [str(Path(output).absolute() / "checkpoint") for output in needed]
+        assert trial.settings.options["members"] == [*checkpoints, "/other/checkpoint"]
+        assert trial.settings.data.learn_from == "val"
+    assert not any(trial.needs for group in groups for trial in group.trials if trial.model != "stack")
+    with pytest.raises(ConfigError, match="models: stack: a member of the stack is a stack itself"):
+        plan_trial_groups(make_stacks(("small", "stack")))
+
+
+def test_a_stack_starts_after_its_members():
+    (group,) = plan_trial_groups(make_stacks(pooled=True))
+    stack, small, large = group.trials
+    assert choose_next([stack, small, large], []) == small
+    assert choose_next([stack, large], [small.settings.output]) == large
+    assert choose_next([stack], [large.settings.output]) is None
+    assert choose_next([stack], []) == stack
+    assert choose_next([], []) is None
+
+
+def test_a_dry_run_does_not_look_for_members_that_the_sweep_will_train(tmp_path):
+    datasets = {"a": write_pairs(tmp_path / "a")}
+    data = {"split": {"val": 0.25, "test": 0.25}, "prompts": {"a": "polyp"}}
+    settings = make_stacks(("small", "large"), datasets=datasets, train={"data": data})
+    assert check_sweep(settings, plan_trial_groups(settings)) == ["dataset a: 4 without a split"]
+    settings = make_stacks(("small", "larg"), datasets=datasets, train={"data": data})
+    with pytest.raises(CheckpointError, match="there is no checkpoint at '.*/larg'"):
+        check_sweep(settings, plan_trial_groups(settings))
 
 
 def test_splits_that_are_made_are_the_same_for_all_models():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -16,6 +17,7 @@ from vlsm.evaluation.prompts import match_texts
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.systems import Target, _name_images, _name_records, list_images, read_test_records
 from vlsm.runs.record import describe_differences, read_record, write_record
+from vlsm.training.origin import write_known
 
 
 @pytest.fixture
@@ -125,6 +127,13 @@ def test_the_record_of_an_earlier_version_has_the_same_settings():
 @pytest.mark.parametrize("fractions", [[0.0, 0.0, None], [0.0, 0.1, None], [None, None, None]])
 def test_labels_that_are_all_empty_are_warned_of(fractions, make_settings, caplog):
     evaluation = prepare_evaluation(make_settings(resamples=100))
+    finish(evaluation, fractions)
+    warned = "dataset d: all 2 labels of split test are empty with data.mask_threshold=127" in caplog.text
+    assert warned == (fractions[:2] == [0, 0])
+
+
+def finish(evaluation, fractions):
+    """Write the results of scores with these areas of the labels; None is a failed score."""
     rows = [
         {"system": system.name, "dataset": "d", "split": "test", "record": target.record.where, "prompt": text}
         | {"prompt_name": name, "prompt_class": "honest", "image_uri": "i", "mask_uri": "m"}
@@ -135,8 +144,17 @@ def test_labels_that_are_all_empty_are_warned_of(fractions, make_settings, caplo
         for name, text in target.texts.items()
     ]
     finish_evaluation(evaluation, [pa.Table.from_pylist(rows, schema=SCORES_SCHEMA)], 1.0)
-    warned = "dataset d: all 2 labels of split test are empty with data.mask_threshold=127" in caplog.text
-    assert warned == (fractions[:2] == [0, 0])
+
+
+def test_a_system_that_has_learned_from_the_images_is_warned_of(make_settings, bright_checkpoint, tmp_path, caplog):
+    shutil.copytree(bright_checkpoint, tmp_path / "trained" / "checkpoint")
+    write_known(str(tmp_path / "trained"), {(str(tmp_path / f"{number}.png"), "") for number in (0, 2, 7)})
+    members = [{"checkpoint": str(bright_checkpoint)}, {"checkpoint": str(tmp_path / "trained" / "checkpoint")}]
+    evaluation = prepare_evaluation(make_settings(systems={"both": members}, resamples=100))
+    assert [system.num_known for system in evaluation.systems] == [0, 2]
+    assert "system both learned from 2 of the 3 images on which it is scored" in caplog.text
+    finish(evaluation, [0.1] * 3)
+    assert "- both: 2 of 3\n" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_slices_and_classes_have_names_of_their_own():

@@ -104,6 +104,12 @@ def test_the_best_is_bold(rows, lines):
     assert f"| a | 15 (0) | {lines['a'].dice_mean:.3f} ±" in text
 
 
+def test_systems_that_know_the_images_are_named_above_the_table(lines):
+    text = format_markdown([*lines.values()], "a", {}, known=[("b|", 3, 1500)])
+    assert "- b\\|: 3 of 1,500\n\n## Prompts" in text
+    assert "learned from images" not in format_markdown([*lines.values()], "a", {})
+
+
 def test_what_is_alone_is_not_bold():
     assert "| **" not in format_markdown(compare([score("a", 1), score("a", 2)], "a", 100, 0), "a", {})
 

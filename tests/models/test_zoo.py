@@ -18,7 +18,7 @@ from vlsm.models.towers import Towers
 
 PROMPTS = ["polyp", "a round lesion of the left", "!", "polyp", "small, flat: bright!"]
 CASES = [*MODELS, "openclip_seg+unet", "transformers_seg+unet"]
-TOWERS = [name for name in CASES if name not in ("unet_d", "unet", "unetplusplus", "deeplabv3plus", "pixel")]
+TOWERS = [name for name in CASES if name not in ("unet_d", "unet", "unetplusplus", "deeplabv3plus", "pixel", "stack")]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,14 @@ def test_a_prediction_never_depends_on_its_batch_mates(build, pixel_values, case
     assert difference(permuted, together[order]) < 1e-4
     others = model(pixel_values, ["a large mass", *PROMPTS[1:]])
     assert difference(others[1:], together[1:]) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_the_numbers_of_features_are_stated(build, pixel_values, case):
+    model = build(case).eval()
+    counts = len(model.encode_images(pixel_values[:1])), len(model.encode_prompts(["polyp"]))
+    assert counts == (model.num_features, model.num_text_features)
 
 
 @pytest.mark.parametrize("case", TOWERS)

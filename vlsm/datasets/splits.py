@@ -65,6 +65,41 @@ def release_train(records: Sequence[Record], settings: SplitSettings) -> list[Re
     return [replace(one, split="") if one.dataset in names and one.split == "train" else one for one in records]
 
 
+def release_val(records: Sequence[Record]) -> list[Record]:
+    """Return the records without those of train. Those of val lose their split, for `divide_val`.
+
+    Raises:
+        ConfigError: a record has no split, or a dataset has none of val.
+    """
+    require_splits(records, GIVE)
+    with_val = {record.dataset for record in records if record.split == "val"}
+    if without := [name for name in dict.fromkeys(record.dataset for record in records) if name not in with_val]:
+        raise ConfigError(f"data.learn_from is val, but {', '.join(without)} has no val records; if {GIVE}")
+    return [replace(one, split="") if one.split == "val" else one for one in records if one.split != "train"]
+
+
+def divide_val(
+    records: Sequence[Record], facts: Sequence[Facts], settings: SplitSettings
+) -> tuple[list[Record], list[str]]:
+    """Return the records, those without a split in two halves, train and val; and lines for the log.
+
+    The other records do not count: no val record becomes test because it looks like one.
+
+    Args:
+        records: result of `release_val`.
+        facts: one per record.
+        settings: which records stay together, and the seed; the shares do not count.
+
+    Raises:
+        ConfigError: a half would be empty.
+    """
+    chosen = [index for index, record in enumerate(records) if not record.split]
+    halves = settings.model_copy(update={"val": 0.5, "test": 0.0})
+    divided, lines = make_splits([records[index] for index in chosen], [facts[index] for index in chosen], halves)
+    made = dict(zip(chosen, divided, strict=True))
+    return [made.get(index, record) for index, record in enumerate(records)], lines
+
+
 def make_splits(
     records: Sequence[Record], facts: Sequence[Facts], settings: SplitSettings
 ) -> tuple[list[Record], list[str]]:

@@ -196,7 +196,7 @@ def finish_evaluation(evaluation: Evaluation, tables: Iterable[pa.Table], second
     for (dataset, name), reason in telling.items():
         logger.info("dataset %s: prompt %s reveals the answer: %s", dataset, name, reason)
     _warn_of_empty(rows, evaluation.settings)
-    return _write_results(evaluation.settings, rows, telling, seconds)
+    return _write_results(evaluation, rows, telling, seconds)
 
 
 def _warn_of_empty(rows: Iterable[dict[str, Any]], settings: EvaluateSettings) -> None:
@@ -230,9 +230,10 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _write_results(
-    settings: EvaluateSettings, rows: list[dict[str, Any]], telling: dict[tuple[str, str], str], seconds: float
+    evaluation: Evaluation, rows: list[dict[str, Any]], telling: dict[tuple[str, str], str], seconds: float
 ) -> dict[str, Any]:
-    output, sink, columns = settings.output, io.BytesIO(), score_columns(settings)
+    settings, sink = evaluation.settings, io.BytesIO()
+    output, columns = settings.output, score_columns(settings)
     baseline, patient = settings.baseline or rows[0]["system"], columns.get(settings.patient or "")
     pq.write_table(pa.Table.from_pylist(rows, schema=with_format(scores_schema(settings))), sink, compression="zstd")
     storage.write_bytes(storage.join(output, SCORES_NAME), sink.getvalue())
@@ -243,7 +244,8 @@ def _write_results(
     _tell_patients(rows, settings)
     storage.write_bytes(storage.join(output, CSV_NAME), format_csv(table_rows).encode())
     tolerances = (settings.nsd_tolerance_px, settings.nsd_tolerance_mm)
-    markdown = format_markdown(table_rows, baseline, telling, tolerances, format_groups(groups, settings))
+    known = [(system.name, system.num_known, len(system.targets)) for system in evaluation.systems if system.num_known]
+    markdown = format_markdown(table_rows, baseline, telling, tolerances, known, format_groups(groups, settings))
     storage.write_bytes(storage.join(output, MARKDOWN_NAME), markdown.encode())
     statuses = Counter(row["status"] for row in rows)
     summary = {

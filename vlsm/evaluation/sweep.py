@@ -4,9 +4,9 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +19,7 @@ from vlsm.documents import read_yaml
 from vlsm.errors import ConfigError
 from vlsm.evaluation.places import allow_places, places_of
 from vlsm.evaluation.settings import EvaluateSettings
+from vlsm.models.options import STACK
 from vlsm.training.settings import TrainSettings
 from vlsm.words import count
 
@@ -54,7 +55,9 @@ class SweepSettings(Settings):
     pooled: bool = Field(False, description="train each model once, on all datasets together")
     external: dict[str, str] = Field({}, description="datasets for testing only; every model is scored on them")
     models: dict[str, dict[str, Any]] = Field(
-        {}, description="settings of jobs.train by model name; `config` names a file with more, beside this file"
+        {},
+        description="settings of jobs.train by model name; `config` names a file with more, beside this file; "
+        "options.members of a stack may name other models of the sweep, which are trained first",
     )
     prompts: tuple[str, ...] = Field(
         ("p1",), min_length=1, description="prompts to train with and to score with: p0, p1, text:WORDS, ..."
@@ -94,7 +97,11 @@ class SweepSettings(Settings):
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: its position in the matrix, and its settings."""
+    """One training: its position in the matrix, and its settings.
+
+    Attributes:
+        needs: OUTPUT of each trial of the sweep whose checkpoint is a member of this one, a stack.
+    """
 
     model: str
     dataset: str
@@ -102,6 +109,7 @@ class Trial:
     seed: int
     settings: TrainSettings
     fold: int | None = None
+    needs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -113,6 +121,16 @@ class Trial:
     def system(self) -> str:
         """Name of the trial's system in the evaluation."""
         return f"{self.model}, seed {self.seed}"
+
+
+class _Position(NamedTuple):
+    """The place of a trial in the matrix."""
+
+    model: str
+    dataset: str
+    prompt: str
+    fold: int | None
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -162,7 +180,7 @@ def plan_trial_groups(settings: SweepSettings) -> list[TrialGroup]:
     groups = []
     for dataset, prompt, fold in itertools.product(names, settings.prompts, folds_of(settings)):
         trials = tuple(
-            Trial(model, dataset, prompt, seed, _train_settings(settings, model, dataset, prompt, fold, seed), fold)
+            _make_trial(settings, _Position(model, dataset, prompt, fold, seed))
             for model, seed in itertools.product(settings.models, settings.seeds)
         )
         groups.append(TrialGroup(trials, _evaluate_settings(settings, trials)))
@@ -174,6 +192,39 @@ def plan_trial_groups(settings: SweepSettings) -> list[TrialGroup]:
                 "splits: set train.data.split"
             )
     return groups
+
+
+def _make_trial(settings: SweepSettings, position: _Position) -> Trial:
+    """Return a trial. The members of a stack that are names of models become the checkpoints of their trials."""
+    model, dataset, prompt, fold, seed = position
+
+    def output_of(name: str) -> str:
+        folders = (*map(_safe_name, (name, dataset, prompt)), *_folder_of(settings, fold), f"seed-{seed}")
+        return storage.join(settings.output, "trials", *folders)
+
+    tree, needs = settings.models[model], list[str]()
+    options = tree.get("options")
+    members = options.get("members") if tree.get("model") == STACK and isinstance(options, dict) else None
+    if isinstance(members, list):
+        names = [name for name in members if isinstance(name, str) and name in settings.models]
+        if any(settings.models[name].get("model") == STACK for name in names):
+            raise ConfigError(f"models: {model}: a member of the stack is a stack itself; name other models")
+        needs = [output_of(name) for name in names]
+        uris = [storage.join(output_of(name), "checkpoint") if name in names else name for name in members]
+        tree = merge(tree, {"options": {"members": uris}})
+    trained = _train_settings(settings, position, tree, output_of(model))
+    return Trial(model, dataset, prompt, seed, trained, fold, tuple(needs))
+
+
+def choose_next(waiting: Sequence[Trial], unfinished: Collection[str]) -> Trial | None:
+    """Return the first trial that may start: all trials whose checkpoints it needs are finished. None: none may.
+
+    Args:
+        waiting: trials that have not started.
+        unfinished: OUTPUT of each trial that runs or has failed.
+    """
+    missing = {trial.settings.output for trial in waiting} | set(unfinished)
+    return next((trial for trial in waiting if missing.isdisjoint(trial.needs)), None)
 
 
 def folds_of(settings: SweepSettings) -> list[int | None]:
@@ -192,12 +243,11 @@ def _folder_of(settings: SweepSettings, fold: int | None) -> tuple[str, ...]:
 
 
 def _train_settings(
-    settings: SweepSettings, model: str, dataset: str, prompt: str, fold: int | None, seed: int
+    settings: SweepSettings, position: _Position, model_settings: dict[str, Any], output: str
 ) -> TrainSettings:
-    tree = merge(settings.train, settings.models[model])
+    model, dataset, prompt, fold, seed = position
+    tree = merge(settings.train, model_settings)
     tree = merge({"data": {"prompt": prompt}}, tree)
-    folders = (*map(_safe_name, (model, dataset, prompt)), *_folder_of(settings, fold), f"seed-{seed}")
-    output = storage.join(settings.output, "trials", *folders)
     names = list(settings.datasets) if settings.pooled else [dataset]
     datasets = {name: settings.datasets[name] for name in names}
     try:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from vlsm import storage
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import SplitSettings
 from vlsm.errors import ConfigError, ManifestError
@@ -10,6 +11,7 @@ from vlsm.evaluation.sweep import POOLED, SweepSettings, Trial, TrialGroup, has_
 from vlsm.evaluation.systems import read_test_records
 from vlsm.training.run import check_model, read_all_records
 from vlsm.training.settings import TrainSettings
+from vlsm.training.state import CHECKPOINT_NAME
 
 
 def check_sweep(settings: SweepSettings, groups: Sequence[TrialGroup]) -> list[str]:
@@ -29,7 +31,8 @@ def check_sweep(settings: SweepSettings, groups: Sequence[TrialGroup]) -> list[s
             source = _with_sources(trial, settings)
             key = f"{trial.dataset} {source.data.model_dump_json(exclude={'augment'})}"
             if trial.seed == settings.seeds[0] and group is groups[0]:
-                check_model(trial.settings)
+                planned = [storage.absolute(storage.join(output, CHECKPOINT_NAME)) for output in trial.needs]
+                check_model(trial.settings, planned)
             if key in checked:
                 continue
             checked.add(key)
@@ -54,6 +57,7 @@ def _with_sources(trial: Trial, settings: SweepSettings) -> TrainSettings:
     if settings.folds is not None and data.split.is_off:  # folds need no splits
         data = data.model_copy(update={"split": SplitSettings(val=1 / settings.folds)}).allowing(data.allow)
     datasets = {name: settings.datasets[name] for name in names}
+    data = data.model_copy(update={"learn_from": "train"})  # the lists have val, if any
     return trial.settings.model_copy(update={"datasets": datasets, "external": settings.external, "data": data})
 
 

@@ -30,7 +30,7 @@ from vlsm.runs.record import read_record, read_segment_summary
 from vlsm.runs.results import open_results
 from vlsm.shown import hide_secrets_in, public_uri
 from vlsm.training.missing import require_complete
-from vlsm.training.origin import describe_differences_to_training
+from vlsm.training.origin import count_known, describe_differences_to_training
 from vlsm.training.sampling import find_prompt
 from vlsm.words import count
 
@@ -63,6 +63,7 @@ class System:
         targets: one target per record.
         presence_threshold: highest probability from which an image counts as showing the finding; None: any foreground
             pixel counts.
+        num_known: number of targets whose image a checkpoint of the system has learned from, as far as that is known.
     """
 
     name: str
@@ -70,6 +71,7 @@ class System:
     segment: SegmentSettings | None
     targets: list[Target]
     presence_threshold: float | None = None
+    num_known: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -191,6 +193,9 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         for member in members:
             if sentence := describe_differences_to_training(member.checkpoint, settings.data, settings.prompts):
                 logger.warning("%s", sentence)
+        if num_known := count_known([member.checkpoint for member in members], records):
+            of_all = f"{num_known:,} of the {len(records):,} images on which it is scored"
+            logger.warning("system %s learned from %s, itself or by its members: its scores are too good", name, of_all)
         texts = texts_of(records, own_prompt, settings, with_robustness=True)
         _refuse_unknown_texts(name, members, {text for each in texts for text in each.values()})
         targets = [Target(*each) for each in zip(records, image_ids, texts, strict=True)]
@@ -198,7 +203,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         output = storage.join(settings.output, "runs", folders[name])
         segment = settings.segment_settings(source, output, members, own_prompt)
         segment = allow_images(segment, records, settings.datasets.values())
-        systems.append(System(name, output, segment, targets, settings.presence_threshold or presence))
+        systems.append(System(name, output, segment, targets, settings.presence_threshold or presence, num_known))
     run_ids, of_runs = {}, set[str]()
     for name, uri in settings.masks.items():
         with storage.name_errors(f"masks {name}", uri):

@@ -199,12 +199,17 @@ _HEADINGS = {
 _COLUMNS = "Dataset|Prompt|System|n (failed)|Dice|median|IoU|Precision|Recall|HD95 (n)|ASD (n)|NSD|Difference|p|Review"
 _ROBUSTNESS_COLUMNS = "Dataset|Prompt|System|n (failed)|Dice to reference|Dice"
 
+_KNOWN = """\
+**Systems that have learned from images on which they are scored**, themselves or by their members. Their scores are too
+good. The number of such labels, as far as the record of a training lies beside its checkpoint:"""
+
 
 def format_markdown(
     rows: Sequence[TableRow],
     baseline: str,
     telling: Mapping[tuple[str, str], str],
     tolerances: tuple[float, float | None] = (TOLERANCE_PX, None),
+    known: Sequence[tuple[str, int, int]] = (),
     groups: Sequence[str] = (),
 ) -> str:
     """Return the table as Markdown: prompts known beforehand, upper bounds, robustness; presence, lesions, groups.
@@ -214,12 +219,16 @@ def format_markdown(
         baseline: the system that the other systems are compared with.
         telling: prompts that reveal the answer, from `find_telling`.
         tolerances: of the normalised surface distance, in pixels and in mm.
+        known: systems that have learned from images here: name, number of such images, number of all images.
         groups: the section about groups.
     """
     units = zip(tolerances, ("pixels", "mm"), strict=True)
     within = " or ".join(f"{value:g} {unit}" for value, unit in units if value is not None)
     rules = _RULES.format(baseline=markdown_cell(baseline), tolerances=within)
     sections = ["# Scores", rules.strip(), *([_PATIENTS] if any(row.patients_n is not None for row in rows) else [])]
+    if known:
+        notes = [f"- {markdown_cell(name)}: {number:,} of {total:,}" for name, number, total in known]
+        sections.append(f"{_KNOWN}\n\n" + "\n".join(notes))
     for prompt_class, heading in _HEADINGS.items():
         section_rows = [row for row in rows if row.prompt_class == prompt_class]
         if not section_rows:

@@ -1,6 +1,7 @@
 """The table of models, and functions that build a model by its name."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 
 from vlsm.config import explain
 from vlsm.errors import CheckpointError
-from vlsm.models.options import OPTIONS
+from vlsm.models.options import OPTIONS, STACK
 
 if TYPE_CHECKING:
     from vlsm.models.contract import SegmentationModel
@@ -33,6 +34,7 @@ MODELS = {
     "vlsm_a": "vlsm.models.ensemble_a:EnsembleA",
     "vlsm_b": "vlsm.models.ensemble_b:EnsembleB",
     "vlsm_c": "vlsm.models.ensemble_c:EnsembleC",
+    STACK: "vlsm.models.stack:Stack",
 }
 
 BLIND = frozenset(
@@ -40,8 +42,21 @@ BLIND = frozenset(
 )  # models that ignore the text of prompts
 
 
+def ignores_text(name: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a model ignores the text of prompts: one of BLIND, or a stack of such models.
+
+    Args:
+        name: a key of MODELS.
+        options: the options in its checkpoint.
+    """
+    if name != STACK:
+        return name in BLIND
+    parts = parse_options(name, dict(options)).parts
+    return bool(parts) and all(part.model in BLIND for part in parts)
+
+
 def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any) -> "SegmentationModel":
-    """Build a model of the table, in training mode.
+    """Build a model of the table, in training mode. `vlsm.checkpoints.build_model` builds stacks too.
 
     Args:
         name: a key of MODELS.
@@ -90,6 +105,9 @@ def parse_options(name: str, options: dict[str, Any]) -> Any:
     check_name(name)
     settings = OPTIONS[name]
     try:
-        return settings.model_validate(options)
+        checked: Any = settings.model_validate(options)
     except ValidationError as error:
         raise CheckpointError(f"options of {name}: {explain(error, settings)}") from error
+    for part in checked.parts if name == STACK else ():
+        parse_options(part.model, part.options)
+    return checked

@@ -133,6 +133,16 @@ class SegmentationModel(nn.Module):
         return bool(self._towers) and all(towers.trainable == "decoder" for towers in self._towers)
 
     @property
+    def num_features(self) -> int:
+        """Number of tensors that `encode_images` returns."""
+        return 1
+
+    @property
+    def num_text_features(self) -> int:
+        """Number of tensors that `encode_prompts` returns."""
+        return 1
+
+    @property
     def learns_text(self) -> bool:
         """Whether text features change during training, so that prompts must be encoded at every step."""
         return any(towers.trainable == "all" for towers in self._towers)

@@ -1,7 +1,7 @@
 """The cost of each model in the table: parameters, and operations per image and per prompt."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from vlsm.models import MODELS, find_model, parse_options
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.cris import CRIS
 from vlsm.models.decoder import PromptDecoder, initialize_decoder
+from vlsm.models.options import STACK
 from vlsm.models.sam3 import CONTEXT, SAM3
+from vlsm.models.stack import Stack
 from vlsm.models.towers import Towers
 from vlsm.models.untrained import (
     write_biomedclip,
@@ -24,6 +26,8 @@ from vlsm.models.untrained import (
     write_siglip,
 )
 
+# members of the stack that is measured
+_STACKED = ("clipseg", "unet_d")
 # for models without default towers
 _EXAMPLES = {"openclip_seg": "ViT-B-16", "transformers_seg": "google/medsiglip-448"}
 
@@ -77,6 +81,8 @@ def build_architecture(
     Raises:
         CheckpointError: an option is unknown or has a wrong value.
     """
+    if name == STACK:
+        return _build_stack(folder / name, device, options or {})
     towers = folder / name
     write_clipseg(towers / "clipseg", weights=False)
     if name == "openclip_seg":
@@ -99,6 +105,17 @@ def build_architecture(
     return model
 
 
+def _build_stack(folder: Path, device: str, options: dict[str, Any]) -> SegmentationModel:
+    members = [build_architecture(name, folder, device) for name in _STACKED]
+    parts = [
+        {"model": name, "options": member.options.model_dump(mode="json"), "image": asdict(member.image_spec)}
+        for name, member in zip(_STACKED, members, strict=True)
+    ]
+    checked = parse_options(STACK, {"members": _STACKED, "parts": parts} | options)
+    with torch.device(device):
+        return Stack(checked, members).eval()
+
+
 def _measure(name: str, model: SegmentationModel) -> Cost:
     size = model.image_spec.size
     with torch.no_grad():
@@ -110,6 +127,8 @@ def _measure(name: str, model: SegmentationModel) -> Cost:
     sources = [
         str(value) for key, value in model.options.model_dump().items() if key.endswith(("source", "weights")) and value
     ]
+    if name == STACK:
+        sources = [f"checkpoints; this row is {', '.join(_STACKED)}"]
     if name in _EXAMPLES:
         sources = [f"any; this row is {_EXAMPLES[name]}"]
     return Cost(
@@ -125,6 +144,8 @@ def _measure(name: str, model: SegmentationModel) -> Cost:
 
 def _text_features(model: SegmentationModel) -> Features:
     """Return text features of one prompt, by shape alone: transformers' text towers fail without values, as on meta."""
+    if isinstance(model, Stack):
+        return tuple(part for member in model.models for part in _text_features(member))
     if isinstance(model, SAM3):
         words = torch.empty(1, CONTEXT, model.towers.text_width, device="meta")
         return words, torch.empty(1, CONTEXT, dtype=torch.bool, device="meta")

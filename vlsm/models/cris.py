@@ -208,6 +208,16 @@ class CRIS(SegmentationModel):
         """Write open_clip's configuration."""
         self.towers.save_files(folder)
 
+    @property
+    def num_features(self) -> int:
+        """Number of tensors that `encode_images` returns."""
+        return 3
+
+    @property
+    def num_text_features(self) -> int:
+        """Number of tensors that `encode_prompts` returns."""
+        return 3
+
     def encode_prompts(self, prompts: list[str]) -> Features:
         """Return sentence embeddings (T, D), word features (T, 77, 512), and a bool (T, 77) that is true at padding."""
         context = self.towers.tokenizer.context_length

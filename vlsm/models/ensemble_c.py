@@ -61,6 +61,16 @@ class EnsembleC(SegmentationModel):
         self.a.save_files(folder)
         self.b.save_files(folder)
 
+    @property
+    def num_features(self) -> int:
+        """Number of tensors that `encode_images` returns."""
+        return self.a.num_features + self.b.num_features
+
+    @property
+    def num_text_features(self) -> int:
+        """Number of tensors that `encode_prompts` returns."""
+        return 2
+
     def encode_prompts(self, prompts: list[str]) -> Features:
         """Return the text embeddings of A and of B. Each member uses its own tokenizer."""
         return self.a.encode_prompts(prompts) + self.b.encode_prompts(prompts)

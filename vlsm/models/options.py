@@ -1,11 +1,11 @@
 """The options of each model, without its network: a driver checks them and does not import torch or transformers."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlsm.config import Settings
-from vlsm.images.preprocess import Resize
+from vlsm.images.preprocess import ImageSpec, Resize
 
 PUBLISHED = "CIDAS/clipseg-rd64-refined"
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
@@ -14,6 +14,8 @@ PAIR_HELP = "hub id or local folder of a SigLIP, SigLIP 2, CLIP, MetaCLIP 2, AIM
 DECODER_HELP = "CLIPSeg whose decoder is used, hub id or local folder; null: the decoder is untrained"
 
 
+STACK = "stack"  # the model whose members are checkpoints
+MOST_MEMBERS = 8  # of a stack
 MAX_SIDE = 4096  # the memory of a larger input is hundreds of gigabytes, whatever the weights
 
 
@@ -165,7 +167,65 @@ class PixelOptions(InputOptions):
     image_size: int = Field(32, le=MAX_SIDE, ge=1, description="side of the input square in pixels")
 
 
-OPTIONS: dict[str, type[InputOptions]] = {
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ImageSettings(Settings):
+    """The input of a model, as a checkpoint states it."""
+
+    size: int = Field(ge=1)
+    mean: tuple[_Finite, _Finite, _Finite]
+    std: tuple[_Positive, _Positive, _Positive]
+    resize: Resize = "squeeze"  # absent in checkpoints of version 0
+
+    @property
+    def spec(self) -> ImageSpec:
+        """The input of the model, as an ImageSpec."""
+        return ImageSpec(**self.model_dump())
+
+
+class StackPart(Settings):
+    """What the checkpoint of a stack states of a member: the model, options and input of the member's checkpoint."""
+
+    model: str
+    options: dict[str, Any]
+    image: ImageSettings
+
+
+class StackOptions(Settings):
+    """Trained checkpoints, which stay as they are, and the convolution that joins their logits.
+
+    In the checkpoint of a stack, `members` has the names of the checkpoints, and `parts` describes their models.
+    """
+
+    members: tuple[str, ...] = Field(
+        min_length=2,
+        max_length=MOST_MEMBERS,
+        description="checkpoints to join; they do not learn: --set 'options.members=[first/checkpoint, "
+        "second/checkpoint]'",
+    )
+    kernel: Literal[1, 3, 5] = Field(
+        1, description="side of the convolution in pixels; 1: a weight for each member, and a bias"
+    )
+    image_size: int | None = Field(
+        None,
+        le=MAX_SIDE,
+        ge=1,
+        description="side of the square in which logits are joined, in pixels; null: the largest side of the members",
+    )
+    parts: tuple[StackPart, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.parts and len(self.parts) != len(self.members):
+            raise ValueError(f"there are {len(self.members)} members, but parts describes {len(self.parts)}")
+        if any(part.model == STACK for part in self.parts):
+            raise ValueError("a member is a stack itself; a stack has no stacks in it")
+        return self
+
+
+OPTIONS: dict[str, type[Settings]] = {
     "clipseg": CLIPSegOptions,
     "biomedclipseg": BiomedCLIPSegOptions,
     "biomedclipseg_d": BiomedCLIPSegDOptions,
@@ -181,4 +241,5 @@ OPTIONS: dict[str, type[InputOptions]] = {
     "vlsm_a": EnsembleAOptions,
     "vlsm_b": EnsembleBOptions,
     "vlsm_c": EnsembleCOptions,
+    STACK: StackOptions,
 }

@@ -20,7 +20,10 @@ from torch.nn.modules.module import (
 
 from vlsm.documents import parse_json
 from vlsm.errors import CheckpointError, VlsmError
+from vlsm.models import find_model, parse_options
 from vlsm.models.contract import SegmentationModel
+from vlsm.models.options import StackPart
+from vlsm.models.stack import Stack
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -88,11 +91,27 @@ def restore_model(
 def _restore(
     model_class: type[SegmentationModel], options: Any, folder: Path, shapes: Shapes, uri: str
 ) -> SegmentationModel:
+    if issubclass(model_class, Stack):
+        return _restore_stack(model_class, options, folder, shapes, uri)
     if model_class.has_sizes:
         with torch.device("meta"), _bounded(shapes, uri):
             check_shapes(model_class.restore(options, folder), shapes, uri)
     with _bounded(shapes, uri):
         model = model_class.restore(options, folder)
+    check_shapes(model, shapes, uri)
+    return model
+
+
+def _restore_stack(model_class: type[Stack], options: Any, folder: Path, shapes: Shapes, uri: str) -> SegmentationModel:
+    """Build each member as the model of a checkpoint of its own, whose weights are its part of the weights."""
+
+    def restore(number: int, part: StackPart, member_folder: Path) -> SegmentationModel:
+        prefix = f"members.{number}."
+        own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        member_options = parse_options(part.model, part.options)
+        return restore_model(find_model(part.model), member_options, member_folder, own, f"{uri}, member {number + 1}")
+
+    model = model_class.restore(options, folder, restore)
     check_shapes(model, shapes, uri)
     return model
 

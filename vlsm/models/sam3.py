@@ -156,6 +156,16 @@ class SAM3(SegmentationModel):
         """Write the configuration and the tokenizer."""
         self.towers.save_files(folder)
 
+    @property
+    def num_features(self) -> int:
+        """Number of tensors that `encode_images` returns."""
+        return len(self.towers.vision.neck.fpn_layers)
+
+    @property
+    def num_text_features(self) -> int:
+        """Number of tensors that `encode_prompts` returns."""
+        return 2
+
     def encode_prompts(self, prompts: list[str]) -> Features:
         """Return the features of each token, (T, 32, D), and a bool (T, 32), true at tokens."""
         return self.towers.encode_words(self.towers.tokenize(prompts))

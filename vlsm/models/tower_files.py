@@ -13,8 +13,11 @@ from typing import Any
 from vlsm.documents import parse_json
 from vlsm.errors import CheckpointError
 from vlsm.limits import MAX_JSON_BYTES
+from vlsm.models.options import MOST_MEMBERS
 
 TOWER_FOLDERS = ("clipseg", "openclip", "transformers")
+# in the checkpoint of a stack, such as members/0/clipseg
+MEMBER_FOLDERS = tuple(f"members/{number}" for number in range(MOST_MEMBERS))
 PAIRS = (
     "siglip",
     "siglip2",
@@ -50,7 +53,7 @@ def write_tower_files(files: Mapping[str, bytes], folder: Path, uri: str) -> Non
 
     Args:
         files: contents by the path within the checkpoint.
-        folder: receives the folders of TOWER_FOLDERS.
+        folder: receives the folders of TOWER_FOLDERS, and those in MEMBER_FOLDERS.
         uri: location of the checkpoint, for messages.
 
     Raises:
@@ -59,19 +62,21 @@ def write_tower_files(files: Mapping[str, bytes], folder: Path, uri: str) -> Non
     for name, data in files.items():
         where = f"{name} of checkpoint {uri!r}"
         room, _, base = name.rpartition("/")
+        member, _, kind = room.rpartition("/")
+        is_room = kind in TOWER_FOLDERS and member in ("", *MEMBER_FOLDERS)
         content = None
         if name.endswith(".json"):
             if len(data) > MAX_JSON_BYTES:
                 raise CheckpointError(f"{where} is longer than {MAX_JSON_BYTES:,} bytes")
             tree = parse_json(data, where, CheckpointError)
             _refuse_code(tree, where)
-            if base == "config.json" and room == "transformers":
+            if base == "config.json" and kind == "transformers":
                 content = json.dumps(clean_config(tree, where, (*PAIRS, *SAMS))).encode()
             elif clean := _CLEANERS.get(base):
                 content = json.dumps(clean(tree, where)).encode()
         elif base in _VOCABULARIES:
             content = data
-        if content is not None and room in TOWER_FOLDERS:
+        if content is not None and is_room:
             (folder / room).mkdir(parents=True, exist_ok=True)
             (folder / room / base).write_bytes(content)
 

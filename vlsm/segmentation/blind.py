@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from vlsm.checkpoints import CheckpointSettings
 from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError
-from vlsm.models import BLIND
 from vlsm.shown import show
 
 logger = logging.getLogger("vlsm")
@@ -23,11 +22,24 @@ _LISTS = (".parquet", ".csv", ".tsv", ".jsonl")
 
 
 class Reader(NamedTuple):
-    """A member of an ensemble: the name of its model, its stored prompt, and the texts that it gets for others."""
+    """A member of an ensemble.
+
+    Attributes:
+        model: name of its model.
+        is_blind: whether the model ignores text.
+        stored: its stored prompt.
+        replaced: texts that it gets for others.
+    """
 
     model: str
+    is_blind: bool
     stored: str
     replaced: Mapping[str, str] = {}
+
+
+def reader_of(checkpoint: CheckpointSettings, replaced: Mapping[str, str] | None = None) -> Reader:
+    """Return the member with a checkpoint."""
+    return Reader(checkpoint.model, checkpoint.is_blind, checkpoint.prompt, replaced or {})
 
 
 class Verdict(NamedTuple):
@@ -44,7 +56,7 @@ def judge_prompts(texts: Sequence[Sequence[str]], members: Sequence[Reader]) -> 
         texts: for each prompt its name, and the texts that the models see.
         members: one model, or the members of an ensemble.
     """
-    blind = [member for member in members if member.model in BLIND]
+    blind = [member for member in members if member.is_blind]
     if not blind or not texts:
         return None
     names = list(dict.fromkeys(member.model for member in blind))
@@ -117,7 +129,7 @@ def watch_prompts(
         ConfigError: the first row against the rule, if may_stop.
     """
     readers = _readers(settings, checkpoints)
-    is_watching = not settings.allow_equal_masks and any(reader.model in BLIND for reader in readers)
+    is_watching = not settings.allow_equal_masks and any(reader.is_blind for reader in readers)
     for row in rows:
         if is_watching and tuple(row["prompts"]) != settings.prompts:
             verdict = judge_prompts(_names_and_texts(settings, row["prompts"]), readers)
@@ -136,7 +148,7 @@ def _names_and_texts(settings: SegmentSettings, prompts: Sequence[str]) -> list[
 
 def _readers(settings: SegmentSettings, checkpoints: Sequence[CheckpointSettings]) -> list[Reader]:
     pairs = zip(settings.members, checkpoints, strict=True)
-    return [Reader(checkpoint.model, checkpoint.prompt, member.prompts) for member, checkpoint in pairs]
+    return [reader_of(checkpoint, member.prompts) for member, checkpoint in pairs]
 
 
 def _way_out(prompts: Sequence[str], checkpoints: Sequence[CheckpointSettings]) -> str:

@@ -17,7 +17,7 @@ from vlsm.models.compiling import Network
 from vlsm.models.contract import Features
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
-from vlsm.segmentation.blind import Reader, judge_prompts
+from vlsm.segmentation.blind import judge_prompts, reader_of
 from vlsm.segmentation.published import find_checkpoint
 from vlsm.segmentation.results import Segmentation, segmentation_of
 
@@ -116,7 +116,7 @@ class Segmenter:
         """
         several, is_one = as_list(images)
         texts = _list_texts(self.settings.prompt if prompts is None else prompts)
-        verdict = judge_prompts([(text,) for text in texts], [Reader(self.settings.model, self.settings.prompt)])
+        verdict = judge_prompts([(text,) for text in texts], [reader_of(self.settings)])
         if verdict is not None and not allow_equal_masks:
             raise ValueError(f"{verdict.message}; leave prompts out, or pass allow_equal_masks=True")
         threshold = self.settings.threshold if threshold is None else threshold

@@ -12,6 +12,7 @@ from vlsm.datasets.inspection import good_records
 from vlsm.datasets.records import Record, locations_of
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.locations import LOCAL, split_scheme
+from vlsm.models.options import STACK
 from vlsm.runs.record import describe_differences
 from vlsm.training.settings import TrainSettings
 from vlsm.words import count
@@ -19,21 +20,28 @@ from vlsm.words import count
 logger = logging.getLogger("vlsm")
 
 
-def digest_start(settings: TrainSettings) -> dict[str, str]:
-    """Return the digest of the checkpoint in start_from, as a fact for `make_record`; nothing without start_from."""
-    start = settings.start_from
-    return {} if start is None else {"start_from_digest": digest_files(read_checkpoint(start))}
+def digest_start(settings: TrainSettings) -> dict[str, Any]:
+    """Return the digest of the checkpoint in start_from, or those of a stack's members, as facts for `make_record`."""
+    if settings.start_from is not None:
+        return {"start_from_digest": digest_files(read_checkpoint(settings.start_from))}
+    if settings.model == STACK:
+        return {"member_digests": [digest_files(read_checkpoint(uri)) for uri in settings.options["members"]]}
+    return {}
 
 
 def refuse_other_settings(record: dict[str, Any], settings: TrainSettings) -> None:
-    """Raise a ConfigError if the run has other settings, or if start_from had another content when the run began.
+    """Raise a ConfigError if the run has other settings, or if its checkpoints had another content when it began.
 
-    The frozen weights of a resumed run come from start_from again. Earlier versions did not record its digest; then it
-    is not compared.
+    The frozen weights of a resumed run come from start_from, or from the members of a stack, again. Earlier versions
+    did not record the digest of start_from; then it is not compared.
     """
     differences = describe_differences(record, settings, {})
-    if "start_from_digest" in record and not digest_start(settings).items() <= record.items():
-        differences.append(f"the checkpoint in start_from {settings.start_from!r} has changed since the run began")
+    if not differences and record.keys() & {"start_from_digest", "member_digests"}:
+        now, which = digest_start(settings), f"the checkpoint in start_from {settings.start_from!r} has"
+        if settings.model == STACK:
+            which = "checkpoints in options.members have"
+        if not now.items() <= record.items():
+            differences.append(f"{which} changed since the run began")
     _refuse(settings.output, "settings", differences)
 
 

@@ -2,6 +2,7 @@
 
 OUTPUT/config.yaml        resolved settings, digest of the data, versions, git revision, planned records and steps
 OUTPUT/examples.parquet   every record with its split and the facts of its files; a list for --dataset, too
+OUTPUT/known.parquet      images that start_from, or the members of a stack, learned from; absent if none are known
 OUTPUT/last.safetensors   state of the run: trained weights, optimiser, all metrics; one file, so that it is consistent
 OUTPUT/checkpoint/        checkpoint of the best epoch, for `jobs.segment`
 OUTPUT/metrics.parquet    one row per epoch, split and dataset; curves.png and tensorboard/ show the same values
@@ -11,7 +12,7 @@ OUTPUT/lease/             while a job works on the run: who it is and how far it
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,23 +22,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.checkpoints import load_checkpoint, read_settings
+from vlsm.checkpoints import build_model, check_members, load_checkpoint, read_settings
 from vlsm.datasets.changes import Inspect, add_versions, list_versions, renew_signatures
 from vlsm.datasets.inspection import check_facts, describe_findings, digest_examples, examples_table, good_records
 from vlsm.datasets.mask_checks import describe_foreground
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
-from vlsm.datasets.splits import MAKE, make_splits, release_train
+from vlsm.datasets.splits import MAKE, divide_val, make_splits, release_train, release_val
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.images.preprocess import Square
-from vlsm.models import build_model, parse_options
-from vlsm.models.tower_files import TOWER_FOLDERS
+from vlsm.models import parse_options
+from vlsm.models.options import STACK
+from vlsm.models.tower_files import MEMBER_FOLDERS, TOWER_FOLDERS
 from vlsm.runs.lease import Lease
 from vlsm.runs.record import SUMMARY_NAME, forget_run, make_record, read_record, write_record
 from vlsm.training.checks import check_training, require_train_and_val
 from vlsm.training.examples import EXAMPLES_NAME, read_examples_table
 from vlsm.training.history import METRICS_NAME
 from vlsm.training.missing import require_complete
+from vlsm.training.origin import KNOWN_NAME, read_sources, warn_of_known, write_known
 from vlsm.training.resume import digest_start, refuse_other_data, refuse_other_settings
 from vlsm.training.sampling import ExampleOrder, choose_prompt
 from vlsm.training.settings import TrainSettings
@@ -49,8 +52,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vlsm")
 
-_NAMES = (LAST_NAME, EXAMPLES_NAME, METRICS_NAME, CURVES_NAME)
+_NAMES = (LAST_NAME, EXAMPLES_NAME, KNOWN_NAME, METRICS_NAME, CURVES_NAME)
 _FOLDERS = (CHECKPOINT_NAME, *(f"{CHECKPOINT_NAME}/{folder}" for folder in TOWER_FOLDERS), "tensorboard")
+_STACK_FOLDERS = tuple(f"{CHECKPOINT_NAME}/{member}/{folder}" for member in MEMBER_FOLDERS for folder in TOWER_FOLDERS)
 
 
 def read_all_records(settings: TrainSettings) -> list[Record]:
@@ -68,6 +72,9 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
         with storage.name_errors(f"dataset {name}", uri):
             records += read_dataset(name, uri, data)
     records = release_train(records, settings.data.split)
+    learns_val = settings.data.learn_from == "val"
+    if learns_val:
+        records = release_val(records)
     for name, uri in settings.external.items():
         with storage.name_errors(f"dataset {name}", uri):
             external = read_dataset(name, uri, data)
@@ -78,7 +85,7 @@ def read_all_records(settings: TrainSettings) -> list[Record]:
         if all(record.split for record in records):
             require_train_and_val(records, settings)
 
-    advice = MAKE if settings.data.split.is_off else None
+    advice = MAKE if settings.data.split.is_off and not learns_val else None
     require_complete(records, lambda record: choose_prompt(record, settings.data, None), advice, require_two)
     return records
 
@@ -105,12 +112,14 @@ def check_examples(
     facts = inspect(records)
     lines: list[str] = []
     if settings.data.skip_broken or not any(fact.error for fact in facts):  # else the run ends, and says why
-        records, lines = make_splits(records, facts, settings.data.split)
+        divide = divide_val if settings.data.learn_from == "val" else make_splits
+        records, lines = divide(records, facts, settings.data.split)
     findings = check_facts(records, facts)
     warnings, errors = check_training(settings, records, facts, model)
     lines += describe_findings(records, findings, num_shown)
     lines += describe_foreground(records, facts, settings.data.mask_threshold)
-    return add_versions(examples_table(records, facts), versions), lines + warnings, errors
+    table = add_versions(examples_table(records, facts), versions)
+    return table, lines + warnings + warn_of_known(settings, table), errors
 
 
 def prepare_training(
@@ -148,15 +157,16 @@ def prepare_training(
             logger.info("%s", line)
         if errors:
             raise errors[0]
-        _take(lease, output)
+        _take(lease, settings)
         if settings.start_over:
-            forget_run(output, _NAMES, [(folder, "") for folder in _FOLDERS])
+            forget_run(output, _NAMES, [(folder, "") for folder in (*_FOLDERS, *_STACK_FOLDERS)])
         elif read_record(output) is not None:  # another job has planned this run during the inspection, and has ended
             return prepare_training(settings, inspect, begin, lease)
         records = good_records(table)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         storage.write_bytes(storage.join(output, EXAMPLES_NAME), sink.getvalue().to_pybytes())
+        write_known(output, read_sources(settings))
         facts = {"data_digest": digest_examples(table.filter(pc.is_null(table["error"])))} | digest_start(settings)
         write_record(output, make_record(settings, facts, _plan(settings, records)))
     return records
@@ -176,7 +186,7 @@ def _resume(
     refuse_other_settings(record, settings)
     is_finished = storage.exists(storage.join(output, SUMMARY_NAME))
     if not is_finished:
-        _take(lease, output)
+        _take(lease, settings)
         begin()
     examples = _read_table(output)
     current = refuse_other_data(
@@ -185,20 +195,25 @@ def _resume(
     return renew_signatures(good_records(examples), current)
 
 
-def _take(lease: Lease | None, output: str) -> None:
+def _take(lease: Lease | None, settings: TrainSettings) -> None:
     """Take the lease, and remove the temporary files that killed processes left in the folders of the run."""
     if lease is not None:
         lease.take()
-        for folder in _FOLDERS:
-            storage.remove_leftovers(storage.join(output, folder))
+        for folder in (*_FOLDERS, *(_STACK_FOLDERS if settings.model == STACK else ())):
+            storage.remove_leftovers(storage.join(settings.output, folder))
 
 
-def check_model(settings: TrainSettings) -> None:
+def check_model(settings: TrainSettings, planned: Collection[str] = ()) -> None:
     """Check the settings of the model and of the trackers without building the model.
+
+    Args:
+        settings: settings of the run.
+        planned: checkpoints that do not exist yet: other trainings will write them before this one begins.
 
     Raises:
         ConfigError: a tracker's package is missing, or options are given together with start_from.
-        CheckpointError: the model does not have such options, or there is no checkpoint at start_from.
+        CheckpointError: the model does not have such options, or there is no checkpoint at start_from, or none that can
+            be the member of a stack.
     """
     check_trackers(settings)
     if settings.start_from is not None:
@@ -208,8 +223,14 @@ def check_model(settings: TrainSettings) -> None:
             raise ConfigError(
                 "options are set, and start_from too; a checkpoint already has its options, so leave them out"
             )
-    else:
-        parse_options(str(settings.model), settings.options)
+        return
+    options = parse_options(str(settings.model), settings.options)
+    if settings.model == STACK:
+        members = []
+        for uri in options.members:
+            with storage.name_errors("options.members", uri):
+                members += [] if uri in planned else [read_settings(uri)]
+        check_members(options, members)
 
 
 def input_square(settings: TrainSettings) -> Square:
@@ -217,7 +238,7 @@ def input_square(settings: TrainSettings) -> Square:
     if settings.start_from is not None:
         return read_settings(settings.start_from).image.spec.square
     options = parse_options(str(settings.model), settings.options)
-    if options.image_size is None:  # the tower decides
+    if options.image_size is None or settings.model == STACK:  # the tower or the members decide
         return build_learning_model(settings).image_spec.square
     return Square(options.image_size, options.resize)
 

@@ -65,6 +65,11 @@ class DataSettings(DatasetSettings):
     sampling: Literal["proportional", "uniform"] | dict[str, float] = Field(
         "proportional", description="uniform: the same number of examples from each dataset; or a weight per dataset"
     )
+    learn_from: Literal["train", "val"] = Field(
+        "train",
+        description="val: learn from half of the val records, choose the best epoch by the other half, and leave out "
+        "the train records; for a stack, whose members know those",
+    )
     negatives: float | None = Field(
         None,
         ge=0,
@@ -210,12 +215,15 @@ class TrainSettings(Settings):
     @field_validator("options")
     @classmethod
     def _make_local_sources_absolute(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: storage.absolute(source)
-            if key.endswith(("source", "weights")) and isinstance(source, str) and Path(source).exists()
-            else source
-            for key, source in value.items()
-        }
+        """Make locations absolute: the sources that exist here, and the checkpoints of a stack."""
+
+        def locate(key: str, source: Any) -> Any:
+            if key == "members" and isinstance(source, list | tuple):
+                return [storage.absolute(uri) if isinstance(uri, str) else uri for uri in source]
+            is_source = key.endswith(("source", "weights")) and isinstance(source, str)
+            return storage.absolute(source) if is_source and Path(source).exists() else source
+
+        return {key: locate(key, source) for key, source in value.items()}
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
