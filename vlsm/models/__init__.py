@@ -9,11 +9,10 @@ from pydantic import ValidationError
 
 from vlsm.config import explain
 from vlsm.errors import CheckpointError
-from vlsm.models.options import OPTIONS
+from vlsm.models.options import OPTIONS, Trainable
 
 if TYPE_CHECKING:
     from vlsm.models.contract import SegmentationModel
-    from vlsm.models.towers import Trainable
 
 # The module and class of each model. A module is imported when its model is built: transformers alone takes seconds
 # to import, and only the process that runs a model needs it.
@@ -40,7 +39,7 @@ BLIND = frozenset(
 )  # models that ignore the text of prompts
 
 
-def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any) -> "SegmentationModel":
+def build_model(name: str, /, trainable: Trainable = "decoder", **options: Any) -> "SegmentationModel":
     """Build a model of the table, in training mode.
 
     Args:
@@ -52,7 +51,7 @@ def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any
         CheckpointError: the name or an option is unknown, or pretrained weights cannot be loaded.
     """
     checked = parse_options(name, options)
-    model = find_model(name).build(checked)
+    model = find_model(name).build(checked).add_adapters()
     model.image_spec = replace(model.image_spec, resize=checked.resize)
     return model.set_trainable(trainable)
 

@@ -20,7 +20,7 @@ from vlsm.models.towers import encode_by_length
 class ResNetTowers(OpenCLIPTowers):
     """CLIP's modified ResNet and its text transformer."""
 
-    lora_targets = r"attnpool\.(q|k|v|c)_proj"
+    lora_targets = r"attnpool\.(q|k|v|c)_proj|.*\bresblocks\.\d+\.attn"
 
     @property
     def channels(self) -> tuple[int, int, int, int]:

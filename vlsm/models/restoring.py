@@ -90,9 +90,9 @@ def _restore(
 ) -> SegmentationModel:
     if model_class.has_sizes:
         with torch.device("meta"), _bounded(shapes, uri):
-            check_shapes(model_class.restore(options, folder), shapes, uri)
+            check_shapes(model_class.restore(options, folder).add_adapters(), shapes, uri)
     with _bounded(shapes, uri):
-        model = model_class.restore(options, folder)
+        model = model_class.restore(options, folder).add_adapters()
     check_shapes(model, shapes, uri)
     return model
 
