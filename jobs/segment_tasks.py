@@ -124,7 +124,7 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
             of_list = image.get(CARRIED) or {}
             rows += [row | of_list for row in image_rows]
         carried, patience_s = carried_of_plan(images.schema), settings.run.outage_patience_s
-        write_part(settings.output, batch.shard, rows, task.run_id, patience_s, carried)
+        write_part(settings.output, batch.shard, rows, task.run_id, patience_s, carried, batch.embedding_width)
     failed = [entry.error for entry in batch.entries if entry.error is not None]
     metrics.count("vlsm_written_parts", 1)
     metrics.count("vlsm_written_images", len(undone) - len(failed), status="ok")
@@ -167,10 +167,13 @@ class _SegmentedShard:
         with self._watch.image(position):
             records = describe_entry(self._batch, entry, texts, self._settings, self._squares)
         common |= {"status": "ok", "height": entry.height, "width": entry.width, "grey_rule": entry.grey_rule}
-        return [
+        rows = [
             common | {"prompt": prompt, "kind": kind, **vars(record)}
             for (prompt, kind), record in zip(keys, records, strict=True)
         ]
+        if entry.embedding is not None:
+            rows[0]["embedding"] = np.frombuffer(entry.embedding, np.float16)
+        return rows
 
 
 def _vanished_rows(image: Row, old: Sequence[Row], model: str, kinds: list[str]) -> list[Row]:

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
@@ -211,7 +212,7 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
 
     rows = [
         {
-            "image_id": f"{number:03d}.png",
+            "image_id": f"scans/{number:03d}.png",
             "image_uri": "x",
             "prompt": "lesion",
             "kind": "mask",
@@ -220,6 +221,7 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
         }
         | {"area_fraction": number / 200, "confidence": 0.5 + (number * 37 % 100) / 200}
         | {"area_px": number, "site": "ab"[number % 2]}
+        | {"embedding": [np.cos(np.radians(number)), np.sin(np.radians(number)), *[0.0] * 766]}
         for number in range(100)
     ]
     failed = {
@@ -231,13 +233,19 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
         "status": "failed",
     }
     rows_and_failure = [*rows, failed | {"error": "corrupt: bad.png is no image", "site": "a"}]
-    write_part(str(tmp_path / "OUTPUT"), 0, rows_and_failure, "run", 0, pa.struct([("site", pa.string())]))
+    write_part(str(tmp_path / "OUTPUT"), 0, rows_and_failure, "run", 0, pa.struct([("site", pa.string())]), 768)
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```sql\n(.*?)```", "\n".join((README, JOBS, LIBRARY, MEASURED)), re.S)
-    uncertain, reasons, sites = (duckdb.sql(query).fetchall() for query in block.split(";") if query.strip())
+    queries = [query for query in block.split(";") if query.strip()]
+    uncertain, alike, reasons, sites = (duckdb.sql(query).fetchall() for query in queries)
     wanted = sorted((row for row in rows if row["area_fraction"] > 0.05), key=lambda row: row["confidence"])[:50]
     assert [row[0] for row in uncertain] == [row["image_id"] for row in wanted]
     assert reasons == [("corrupt", 1)]
+    # every image points one degree further than the one before it
+    assert {row[0] for row in alike} == {f"scans/{number:03d}.png" for number in range(2, 13) if number != 7}
+    assert [row[1] for row in alike] == pytest.approx(
+        [np.cos(np.radians(n)) for n in (1, 1, 2, 2, 3, 3, 4, 4, 5, 5)], abs=2e-3
+    )
     # without the empty mask of number 0: the mean of 2, 4 ... 98, and of 1, 3 ... 99
     assert sites == [("a", 50.0, 49), ("b", 50.0, 50)]
     query = README.partition("`SELECT site")[2].partition("`")[0].replace("masks/masks", "OUTPUT/masks")

@@ -20,7 +20,18 @@ def test_parameters_and_operations_are_the_published_ones(costs):
     assert costs["biomedclipseg"].image_gflop - costs["biomedclipseg"].prompt_gflop == pytest.approx(
         35 * 11 / 12, abs=1
     )
-    assert costs["clipseg"].num_trainable == costs["biomedclipseg"].num_trainable == 1_127_009
+    assert costs["biomedclipseg"].num_trainable["decoder"] == 1_127_009
+    blocks = 10
+    low_rank, magnitudes = blocks * 4 * 8 * (768 + 768), blocks * 4 * 768
+    small_layers = blocks * 2 * (2 * 768 * 64 + 64 + 768)
+    more = {"decoder": 0, "lora": low_rank, "dora": low_rank + magnitudes, "adapters": small_layers}
+    assert costs["clipseg"].num_trainable == {trainable: 1_127_009 + number for trainable, number in more.items()}
+
+
+def test_what_cannot_learn_is_not_counted(costs):
+    assert [costs["unet_d"].num_trainable[name] for name in ("lora", "dora", "adapters")] == [None] * 3
+    assert costs["cris"].num_trainable["adapters"] is costs["openclip_seg"].num_trainable["dora"] is None
+    assert costs["cris"].num_trainable["lora"] > costs["cris"].num_trainable["decoder"]
 
 
 def test_a_further_prompt_costs_only_what_it_changes(costs):

@@ -216,11 +216,16 @@ def test_vision_transformers_of_open_clip_are_understood(name, taps):
         size = towers.image_spec.size
         activations = towers.encode_images(torch.empty(2, 3, size, size))
         sum(activation.sum() for activation in activations).backward()
+        adapters = [parameter for parameter in towers.parameters() if parameter.requires_grad]
+        assert len(adapters) >= 4 * (taps[-1] + 1)
+        assert all(parameter.grad is not None for parameter in adapters)
+        towers.set_trainable("adapters")
+        sum(activation.sum() for activation in towers.encode_images(torch.empty(2, 3, size, size))).backward()
     assert towers.taps == taps
     expected = (2, towers.grid**2 + towers.num_prefix_tokens, towers.image_width)
     assert [activation.shape for activation in activations] == [expected] * 3
     adapters = [parameter for parameter in towers.parameters() if parameter.requires_grad]
-    assert len(adapters) >= 4 * (taps[-1] + 1)
+    assert len(adapters) == 8 * (taps[-1] + 1)  # two layers with biases after the attention, and after the MLP
     assert all(parameter.grad is not None for parameter in adapters)
 
 

@@ -17,7 +17,7 @@ def test_every_model_has_options():
         ("unet_d", {"widht": 3}, "unknown key 'widht'; did you mean 'width'?"),
         ("unet_d", {"image_size": 100}, "image_size is 100"),
         ("unet_d", {"trainable": "lora"}, "UNetD has no pretrained towers that lora could adapt"),
-        ("unet_d", {"trainable": "towers"}, "trainable is 'towers'; it must be decoder, lora or all"),
+        ("unet_d", {"trainable": "towers"}, "trainable is 'towers'; it must be decoder, lora, dora, adapters or all"),
     ],
 )
 def test_an_unknown_model_or_option_names_the_nearest(name, options, message):

@@ -38,7 +38,8 @@ def make_settings(source, model="clipseg", **changes):
 
 def build(settings):
     torch.manual_seed(0)
-    return vlsm.build_model(settings.model, settings.trainable, **settings.options).train()
+    model = vlsm.build_model(settings.model, **settings.options)
+    return model.set_trainable(settings.trainable, settings.lora_rank, settings.adapt, settings.adapter_width).train()
 
 
 def draw(batch):
@@ -112,9 +113,18 @@ def test_two_processes_learn_what_one_learns_and_go_on_from_its_state(source, tm
     assert largest_difference(weights_of(alone), together) < 2e-4
 
 
-@pytest.mark.parametrize("model", ["clipseg", "unet_d", "unet"])
-def test_a_learner_goes_on_from_its_state_as_if_nothing_had_been(source, model):
-    settings = make_settings(source, model)
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("clipseg", {}),
+        ("clipseg", {"trainable": "dora", "adapt": "both"}),
+        ("clipseg", {"trainable": "adapters", "adapt": "both"}),
+        ("unet_d", {}),
+        ("unet", {}),
+    ],
+)
+def test_a_learner_goes_on_from_its_state_as_if_nothing_had_been(source, model, changes):
+    settings = make_settings(source, model, **changes)
     undisturbed, expected = learn(settings)
     first, _ = learn(settings, epochs=[0])
     weights, optimizer = first.state()
@@ -147,6 +157,27 @@ def test_frozen_towers_stay_and_learning_towers_have_their_own_rate(source):
         decoder = max((after[n] - before[n]).abs().max().item() for n in before if n.startswith("decoder."))
         assert (moved == 0) if trainable == "decoder" else (0 < moved < 1e-4)
         assert decoder > 1e-3
+
+
+@pytest.mark.parametrize("trainable", ["lora", "dora", "adapters"])
+def test_a_text_tower_that_learns_encodes_its_prompts_at_every_step(source, tmp_path, trainable):
+    cache = FeatureCache(tmp_path / "features", max_bytes=1 << 30)
+    settings = make_settings(source, trainable=trainable, adapt="text", run={"micro_batch_size": 5})
+    model = build(settings)
+    with torch.no_grad():
+        (before,) = model.encode_prompts(["polyp"])
+    calls, encode = [], model.encode_prompts
+    model.encode_prompts = lambda prompts: calls.append(torch.is_grad_enabled()) or encode(prompts)
+    learner = Learner(model, settings, 2, CPU, cache)
+    assert learner.features is cache  # the image tower stays as it is
+    learn(settings, learner=learner)
+    assert calls == [True] * 4  # two epochs of two steps
+    with torch.no_grad():
+        (after,) = model.encode_prompts(["polyp"])
+    assert (after - before).abs().max() > 1e-3
+    frozen = [name for name, parameter in build(settings).named_parameters() if not parameter.requires_grad]
+    expected, found = dict(build(settings).named_parameters()), dict(model.named_parameters())
+    assert all(torch.equal(found[name], expected[name]) for name in frozen)
 
 
 def test_kept_features_change_nothing(source, tmp_path):
@@ -200,7 +231,8 @@ def test_features_keep_to_their_bytes(source, tmp_path):
 
 def test_features_are_left_out_where_they_change(source, tmp_path):
     cache = FeatureCache(tmp_path / "features", max_bytes=1 << 30)
-    for changes in ({"trainable": "lora"}, {"data": {"augment": {"flip": True}}}, {"data": {"tile_size": 32}}):
+    others = {"trainable": "lora"}, {"trainable": "adapters", "adapt": "both"}
+    for changes in (*others, {"data": {"augment": {"flip": True}}}, {"data": {"tile_size": 32}}):
         settings = make_settings(source, **changes)
         assert Learner(build(settings), settings, 2, CPU, cache).features is None
 

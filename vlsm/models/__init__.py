@@ -10,11 +10,10 @@ from pydantic import ValidationError
 
 from vlsm.config import explain
 from vlsm.errors import CheckpointError
-from vlsm.models.options import OPTIONS, STACK
+from vlsm.models.options import OPTIONS, STACK, Trainable
 
 if TYPE_CHECKING:
     from vlsm.models.contract import SegmentationModel
-    from vlsm.models.towers import Trainable
 
 # The module and class of each model. A module is imported when its model is built: transformers alone takes seconds
 # to import, and only the process that runs a model needs it.
@@ -55,7 +54,7 @@ def ignores_text(name: str, options: Mapping[str, Any]) -> bool:
     return bool(parts) and all(part.model in BLIND for part in parts)
 
 
-def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any) -> "SegmentationModel":
+def build_model(name: str, /, trainable: Trainable = "decoder", **options: Any) -> "SegmentationModel":
     """Build a model of the table, in training mode. `vlsm.checkpoints.build_model` builds stacks too.
 
     Args:
@@ -67,7 +66,7 @@ def build_model(name: str, /, trainable: "Trainable" = "decoder", **options: Any
         CheckpointError: the name or an option is unknown, or pretrained weights cannot be loaded.
     """
     checked = parse_options(name, options)
-    model = find_model(name).build(checked)
+    model = find_model(name).build(checked).add_adapters()
     model.image_spec = replace(model.image_spec, resize=checked.resize)
     return model.set_trainable(trainable)
 

@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print every model with its parameters in millions (M), its input size in pixels, and its cost in GFLOP."""
+    """Print every model: parameters, also those that each trainable lets learn, side of its input, cost in GFLOP."""
     name = make_parser().parse_args(argv).name
     if name:
         try:
@@ -28,15 +28,16 @@ def main(argv: list[str] | None = None) -> int:
             say_error(error)
             return 2
         return 0
-    from vlsm.models.costs import measure_costs  # late import: it loads the libraries of all models
+    from vlsm.models.costs import LEARNING, measure_costs  # late import: it loads the libraries of all models
 
-    numbers = ("parameters (M)", "trainable (M)", "image side (px)", "GFLOP, first prompt", "GFLOP, next prompt")
+    learning = tuple(f"{trainable} (M)" for trainable in LEARNING)
+    numbers = ("parameters (M)", *learning, "image side (px)", "GFLOP, first prompt", "GFLOP, next prompt")
     heads = ("model", *numbers, "default weights")
     rows = [
         (
             cost.name,
             f"{cost.num_parameters / 1e6:.1f}",
-            f"{cost.num_trainable / 1e6:.1f}",
+            *("-" if number is None else f"{number / 1e6:.1f}" for number in cost.num_trainable.values()),
             str(cost.image_size),
             f"{cost.image_gflop:.1f}",
             f"{cost.prompt_gflop:.1f}",

@@ -28,6 +28,7 @@ class CLIPSegTowers(Towers):
     """
 
     lora_targets = r".*self_attn\.(q|k|v|out)_proj"
+    adapter_targets = r".*\blayers\.\d+\.(self_attn|mlp)"
 
     def __init__(self, config: CLIPSegConfig, clip: CLIPSegModel, tokenizer: Any, image_size: int) -> None:
         super().__init__()
@@ -57,6 +58,11 @@ class CLIPSegTowers(Towers):
     def image_tower(self) -> nn.Module:
         """The vision transformer."""
         return self.clip.vision_model
+
+    @property
+    def text_tower(self) -> nn.Module:
+        """CLIP's text transformer, without the projection."""
+        return self.clip.text_model
 
     def tokenize(self, prompts: list[str]) -> list[Tensor]:
         """Return the byte-pair ids of each prompt, (L,) int64; L is at most 77 in the published model."""

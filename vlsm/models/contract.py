@@ -7,11 +7,13 @@ from typing import Any, ClassVar, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vlsm.config import Settings
 from vlsm.errors import CheckpointError
 from vlsm.images.preprocess import ImageSpec
-from vlsm.models.towers import Towers, Trainable
+from vlsm.models.options import Adapted, TowerOptions, Trainable
+from vlsm.models.towers import Towers
 
 Features = tuple[Tensor, ...]
 
@@ -68,6 +70,19 @@ class SegmentationModel(nn.Module):
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return logits (B, 1, S, S) for B rows of image features and B rows of text features."""
 
+    def embed_images(self, activations: Features) -> Tensor:
+        """Return an embedding of each image, (B, `embedding_width`) float32 of length 1.
+
+        Args:
+            activations: results of `encode_towers` of a model that has towers.
+        """
+        return functional.normalize(self._towers[0].pool(activations), dim=1)
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of an embedding; 0 if the model has no image tower, and so no embeddings."""
+        return self._towers[0].image_width if self._towers else 0
+
     def forward(
         self, pixel_values: Tensor, prompts: Sequence[str] | Features, activations: Features | None = None
     ) -> Tensor:
@@ -94,26 +109,49 @@ class SegmentationModel(nn.Module):
             prompts = tuple(features[text_rows] for features in self.encode_prompts(distinct))
         return self.decode(self.encode_images(pixel_values, activations), cast(Features, prompts))
 
-    def set_trainable(self, trainable: Trainable = "decoder", lora_rank: int = 8) -> Self:
-        """Choose which towers learn, and return the model. All parameters outside the towers always learn.
+    def set_trainable(
+        self,
+        trainable: Trainable = "decoder",
+        lora_rank: int = 8,
+        adapt: Adapted = "image",
+        adapter_width: int = 64,
+    ) -> Self:
+        """Choose which parts of the towers learn, and return the model. All parts outside the towers always learn.
 
         Args:
             trainable: "decoder" freezes the towers: no gradients, eval mode. "lora" also trains low-rank adapters in
-                the attention of the image towers. "all" also trains the towers.
-            lora_rank: rank of the adapters.
+                the attention of the towers, and "dora" their magnitudes too; a saved checkpoint has them in its
+                weights. "adapters" trains a small layer after each attention and each MLP, which stays in the model.
+                "all" trains the towers.
+            lora_rank: rank of the adapters of lora and dora.
+            adapt: the towers that lora, dora and adapters adapt.
+            adapter_width: channels inside each layer of adapters.
 
         Raises:
-            CheckpointError: trainable is none of the three, or is lora and the model has no towers.
+            CheckpointError: trainable is none of these, or the model has no towers that can be adapted this way.
         """
         if trainable not in get_args(Trainable):
-            raise CheckpointError(f"trainable is {trainable!r}; it must be decoder, lora or all")
-        if trainable == "lora" and not self._towers:
+            *others, last = get_args(Trainable)
+            raise CheckpointError(f"trainable is {trainable!r}; it must be {', '.join(others)} or {last}")
+        if trainable not in ("decoder", "all") and not self._towers:
             raise CheckpointError(
-                f"{type(self).__name__} has no pretrained towers that lora could adapt; use trainable decoder"
+                f"{type(self).__name__} has no pretrained towers that {trainable} could adapt; use trainable decoder"
             )
         for towers in self._towers:
-            towers.set_trainable(trainable, lora_rank)
+            towers.set_trainable(trainable, lora_rank, adapt, adapter_width)
+        if trainable == "adapters":  # the options describe the network completely
+            names = ("image", "text") if adapt == "both" else (adapt,)
+            widths = cast(TowerOptions, self.options).adapters | dict.fromkeys(names, adapter_width)
+            self.options = self.options.model_copy(update={"adapters": widths})
         return self.train(self.training)
+
+    def add_adapters(self) -> Self:
+        """Add the adapters that the options name, and return the model. The caller loads their weights."""
+        if isinstance(self.options, TowerOptions):
+            for name, width in self.options.adapters.items():
+                for towers in self._towers:
+                    towers.add_adapters(name, width)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode (frozen towers stay in eval mode) or eval mode, and return the model.
@@ -129,8 +167,8 @@ class SegmentationModel(nn.Module):
 
     @property
     def has_frozen_towers(self) -> bool:
-        """Whether the model has towers and all of them are frozen, so that their activations can be stored."""
-        return bool(self._towers) and all(towers.trainable == "decoder" for towers in self._towers)
+        """Whether the model has image towers and all of them are frozen, so that their activations can be stored."""
+        return bool(self._towers) and not any(towers.learns_images for towers in self._towers)
 
     @property
     def num_features(self) -> int:
@@ -145,7 +183,7 @@ class SegmentationModel(nn.Module):
     @property
     def learns_text(self) -> bool:
         """Whether text features change during training, so that prompts must be encoded at every step."""
-        return any(towers.trainable == "all" for towers in self._towers)
+        return any(towers.learns_text for towers in self._towers)
 
     @property
     def _towers(self) -> list[Towers]:

@@ -1,5 +1,6 @@
 """The cost of each model in the table: parameters, and operations per image and per prompt."""
 
+import copy
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ import open_clip
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vlsm.errors import CheckpointError, ConfigError
 from vlsm.models import MODELS, find_model, parse_options
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.cris import CRIS
 from vlsm.models.decoder import PromptDecoder, initialize_decoder
-from vlsm.models.options import STACK
+from vlsm.models.options import STACK, Trainable
 from vlsm.models.sam3 import CONTEXT, SAM3
 from vlsm.models.stack import Stack
 from vlsm.models.towers import Towers
@@ -28,6 +30,7 @@ from vlsm.models.untrained import (
 
 # members of the stack that is measured
 _STACKED = ("clipseg", "unet_d")
+LEARNING: tuple[Trainable, ...] = ("decoder", "lora", "dora", "adapters")  # with `all`, all parameters learn
 # for models without default towers
 _EXAMPLES = {"openclip_seg": "ViT-B-16", "transformers_seg": "google/medsiglip-448"}
 
@@ -39,7 +42,8 @@ class Cost:
     Attributes:
         name: a key of MODELS.
         num_parameters: all parameters; models do not build parts that no output depends on.
-        num_trainable: parameters that learn with `trainable: decoder`.
+        num_trainable: parameters that learn with each of LEARNING, at its default rank or width in the image towers;
+            None if this model has no such adapters, or if peft is not installed.
         image_size: side of the input in pixels.
         image_gflop: 10^9 operations for an image with its first prompt, without the text tower. A multiplication and
             an addition count as two operations.
@@ -49,7 +53,7 @@ class Cost:
 
     name: str
     num_parameters: int
-    num_trainable: int
+    num_trainable: dict[Trainable, int | None]
     image_size: int
     image_gflop: float
     prompt_gflop: float
@@ -134,12 +138,22 @@ def _measure(name: str, model: SegmentationModel) -> Cost:
     return Cost(
         name,
         sum(parameter.numel() for parameter in parameters),
-        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        {trainable: _count_learning(model, trainable) for trainable in LEARNING},
         size,
         (image_counter.get_total_flops() + prompt_counter.get_total_flops()) / 1e9,
         prompt_counter.get_total_flops() / 1e9,
         ", ".join(sources) or "untrained",
     )
+
+
+def _count_learning(model: SegmentationModel, trainable: Trainable) -> int | None:
+    """Return the number of parameters that learn, counted in a copy of the model, or None if none can."""
+    try:
+        with torch.device("meta"):
+            model = copy.deepcopy(model).set_trainable(trainable)
+    except (CheckpointError, ConfigError):
+        return None
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _text_features(model: SegmentationModel) -> Features:

@@ -44,8 +44,15 @@ class OpenCLIPTowers(Towers):
             half and three quarters of the depth.
     """
 
-    # names in timm and EVA, then in open_clip's transformer, where the attention is a single module
-    lora_targets = r".*\bblocks\.\d+\.attn\.(qkv|proj|q_proj|k_proj|v_proj)|.*\bresblocks\.\d+\.attn"
+    # names in timm and EVA, then in open_clip's transformer, where the attention is a single module, then in BERT
+    lora_targets = (
+        r".*\bblocks\.\d+\.attn\.(qkv|proj|q_proj|k_proj|v_proj)|.*\bresblocks\.\d+\.attn|"
+        r".*\blayer\.\d+\.attention\.(self\.(query|key|value)|output\.dense)"
+    )
+    adapter_targets = (
+        r".*\b(res)?blocks\.\d+\.(attn|mlp)|"
+        r".*\blayer\.\d+\.(attention\.)?output\.dropout"  # what BERT adds to the input of attention and MLP
+    )
 
     def __init__(self, model: Any, config: dict[str, Any], tokenizer: Any, taps: tuple[int, ...] | None = None) -> None:
         super().__init__()
@@ -126,6 +133,11 @@ class OpenCLIPTowers(Towers):
     def image_tower(self) -> nn.Module:
         """The module that open_clip calls `visual`."""
         return self.visual
+
+    @property
+    def text_tower(self) -> nn.Module:
+        """The module that open_clip calls `text`."""
+        return self.text
 
     def tokenize(self, prompts: list[str]) -> list[Tensor]:
         """Return the ids of each prompt, without padding if the text tower ignores padding, else with padding."""

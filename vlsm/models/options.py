@@ -16,7 +16,10 @@ DECODER_HELP = "CLIPSeg whose decoder is used, hub id or local folder; null: the
 
 STACK = "stack"  # the model whose members are checkpoints
 MOST_MEMBERS = 8  # of a stack
+Trainable = Literal["decoder", "lora", "dora", "adapters", "all"]
+Adapted = Literal["image", "text", "both"]
 MAX_SIDE = 4096  # the memory of a larger input is hundreds of gigabytes, whatever the weights
+MAX_ADAPTER_WIDTH = 4096  # wider than the towers themselves
 
 
 class InputOptions(Settings):
@@ -24,6 +27,15 @@ class InputOptions(Settings):
 
     resize: Resize = Field(
         "squeeze", description="squeeze: stretch images to the square, as published; letterbox: keep the aspect ratio"
+    )
+
+
+class TowerOptions(InputOptions):
+    """What a training may add to the towers of a model."""
+
+    adapters: dict[Literal["image", "text"], Annotated[int, Field(ge=1, le=MAX_ADAPTER_WIDTH)]] = Field(
+        {},
+        description="width of the adapters in each tower, as {image: 64}; a training adds them",
     )
 
 
@@ -45,14 +57,14 @@ class UNetDOptions(UNetDSettings):
     )
 
 
-class CLIPSegOptions(InputOptions):
+class CLIPSegOptions(TowerOptions):
     """Source of the pretrained weights, and the input size."""
 
     source: str = Field(PUBLISHED, description="hub id or local folder, as for from_pretrained")
     image_size: int = Field(352, le=MAX_SIDE, ge=16, description="side of the input square in pixels")
 
 
-class BiomedCLIPSegOptions(InputOptions):
+class BiomedCLIPSegOptions(TowerOptions):
     """BiomedCLIP's towers and an untrained decoder.
 
     The default taps are the published ones, so that published results can be repeated. They are one block deeper than
@@ -74,7 +86,7 @@ class BiomedCLIPSegDOptions(BiomedCLIPSegOptions):
     decoder_source: str | None = Field(PUBLISHED, description=DECODER_HELP)
 
 
-class OpenCLIPSegOptions(UNetDSettings):
+class OpenCLIPSegOptions(TowerOptions, UNetDSettings):
     """Any vision transformer of open_clip, such as ViT-B-16-SigLIP/webli, and UNet-D if `unet` is set."""
 
     source: str = Field(description=SOURCE_HELP)
@@ -108,7 +120,7 @@ class EnsembleBOptions(CLIPSegOptions, UNetDSettings):
     image_size: int = Field(352, le=MAX_SIDE, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
-class EnsembleCOptions(UNetDSettings):
+class EnsembleCOptions(TowerOptions, UNetDSettings):
     """Sources of the members A and B, and their common options."""
 
     biomedclip_source: str = Field(BIOMEDCLIP, description=SOURCE_HELP)
@@ -118,7 +130,7 @@ class EnsembleCOptions(UNetDSettings):
     image_size: int = Field(224, le=MAX_SIDE, ge=16, multiple_of=16, description="side of the input square in pixels")
 
 
-class CRISOptions(InputOptions):
+class CRISOptions(TowerOptions):
     """Options of CRIS. Without `weights`, it starts from CLIP's towers and learns all other parts."""
 
     source: str = Field("RN50-quickgelu/openai", description=SOURCE_HELP)
@@ -135,7 +147,7 @@ class CRISOptions(InputOptions):
     )
 
 
-class SAM3Options(InputOptions):
+class SAM3Options(TowerOptions):
     """Options of SAM 3. Masks of its semantic head alone; its boxes and instances are not built."""
 
     source: str = Field("facebook/sam3", description="hub id or local folder of a SAM 3, or of a SAM 3 LiteText")

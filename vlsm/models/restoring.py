@@ -95,9 +95,9 @@ def _restore(
         return _restore_stack(model_class, options, folder, shapes, uri)
     if model_class.has_sizes:
         with torch.device("meta"), _bounded(shapes, uri):
-            check_shapes(model_class.restore(options, folder), shapes, uri)
+            check_shapes(model_class.restore(options, folder).add_adapters(), shapes, uri)
     with _bounded(shapes, uri):
-        model = model_class.restore(options, folder)
+        model = model_class.restore(options, folder).add_adapters()
     check_shapes(model, shapes, uri)
     return model
 

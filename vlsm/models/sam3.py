@@ -29,7 +29,8 @@ class SAM3Towers(Towers):
         image_size: side of the input in pixels.
     """
 
-    lora_targets = r"layers\.\d+\.attention\.(q|k|v|o)_proj"
+    lora_targets = r".*\blayers\.\d+\.(attention|self_attn)\.(q|k|v|o|out)_proj"
+    adapter_targets = r".*\blayers\.\d+\.(attention|self_attn|mlp)"
 
     def __init__(self, model: Any, tokenizer: Any, image_size: int) -> None:
         super().__init__()
@@ -52,6 +53,11 @@ class SAM3Towers(Towers):
     def image_tower(self) -> nn.Module:
         """The vision transformer, without the pyramid."""
         return self.vision.backbone
+
+    @property
+    def text_tower(self) -> nn.Module:
+        """The text transformer, without the projection."""
+        return self.text
 
     def tokenize(self, prompts: list[str]) -> list[Tensor]:
         """Return the byte-pair ids of each prompt, (L,) int64, L at most 32, without padding."""

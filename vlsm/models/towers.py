@@ -7,7 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub.errors import (
@@ -19,11 +19,12 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlsm.errors import CheckpointError, optional_packages
+from vlsm.errors import CheckpointError
 from vlsm.images.preprocess import ImageSpec
+from vlsm.models.adapters import add_bottlenecks, add_low_rank
+from vlsm.models.options import Adapted, Trainable
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Trainable = Literal["decoder", "lora", "all"]
 
 
 class Towers(nn.Module):
@@ -39,9 +40,13 @@ class Towers(nn.Module):
         taps: 0-based indices of the image-tower layers whose outputs are used.
         grid: number of patches along one side of the image.
         num_prefix_tokens: number of tokens before the patches, such as class tokens.
+        trainable: the last one of `set_trainable`.
+        learns_images, learns_text: whether the results of the image tower, and of the text tower, change in a training.
     """
 
-    lora_targets: ClassVar[str]  # regular expression for the linear layers of the image tower's attention
+    # regular expressions for both towers: the linear layers of the attention; attention and MLP of a block
+    lora_targets: ClassVar[str]
+    adapter_targets: ClassVar[str]
 
     image_spec: ImageSpec
     text_width: int
@@ -53,12 +58,18 @@ class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trainable: Trainable = "decoder"
+        self.learns_images = self.learns_text = False
         self._adapters: list[Any] = []  # peft's LoraModel; inside a list, torch does not register it as a child
 
     @property
     @abstractmethod
     def image_tower(self) -> nn.Module:
-        """The image tower, which `lora` adapts."""
+        """The image tower, as far as adapters may change it."""
+
+    @property
+    @abstractmethod
+    def text_tower(self) -> nn.Module:
+        """The text tower, as far as adapters may change it."""
 
     @abstractmethod
     def tokenize(self, prompts: list[str]) -> list[Tensor]:
@@ -75,6 +86,14 @@ class Towers(nn.Module):
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of the tapped layers, (B, L, W) each, shallowest first. The tower ends at the last tap."""
 
+    def pool(self, activations: tuple[Tensor, ...]) -> Tensor:
+        """Return one vector per image, (B, W) float32, from the results of `encode_images`.
+
+        It is the mean of the patches after the last tapped layer: the layers and the projection behind it, which would
+        lead into the space of the text embeddings, are not built.
+        """
+        return activations[-1][:, self.num_prefix_tokens :].float().mean(dim=1)
+
     @abstractmethod
     def save_files(self, folder: Path) -> None:
         """Write the architecture and the tokenizer in the format of their library."""
@@ -83,24 +102,42 @@ class Towers(nn.Module):
         """Return the text embeddings of prompts, (T, text_width)."""
         return self.encode_tokens(self.tokenize(prompts))
 
-    def set_trainable(self, trainable: Trainable, lora_rank: int = 8) -> None:
-        """Freeze both towers ("decoder"), adapt the image tower's attention ("lora"), or train both ("all").
+    def set_trainable(
+        self, trainable: Trainable, lora_rank: int = 8, adapt: Adapted = "image", adapter_width: int = 64
+    ) -> None:
+        """Freeze both towers, let adapters of the chosen towers learn, or all weights; see `SegmentationModel`.
 
-        Source: LoRA, arXiv 2106.09685, with the peft library; alpha is twice the rank.
+        Raises:
+            CheckpointError: a chosen tower cannot be adapted this way.
         """
         self.merge_adapters()
         self.trainable = trainable
         self.requires_grad_(trainable == "all")
-        if trainable == "lora":
-            with optional_packages("train"):
-                from peft import LoraConfig, LoraModel  # late import: it is slow, and inference does not need it
-
-            config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=self.lora_targets)
-            self._adapters = [LoraModel(self.image_tower, config, "default")]
+        has_adapters = trainable not in ("decoder", "all")
+        self.learns_images = trainable == "all" or (has_adapters and adapt != "text")
+        self.learns_text = trainable == "all" or (has_adapters and adapt != "image")
+        for tower in self._adapted(adapt) if has_adapters else ():
+            if trainable == "adapters":
+                add_bottlenecks(tower, self.adapter_targets, adapter_width)
+            else:
+                self._adapters.append(add_low_rank(tower, self.lora_targets, lora_rank, trainable == "dora"))
         self.train(self.training)
 
+    def add_adapters(self, adapt: Adapted, width: int) -> None:
+        """Add frozen bottlenecks, whose weights the caller loads."""
+        for tower in self._adapted(adapt):
+            add_bottlenecks(tower, self.adapter_targets, width)
+            tower.requires_grad_(False)
+
+    def _adapted(self, adapt: Adapted) -> list[nn.Module]:
+        return {
+            "image": [self.image_tower],
+            "text": [self.text_tower],
+            "both": [self.image_tower, self.text_tower],
+        }[adapt]
+
     def merge_adapters(self) -> None:
-        """Add the LoRA adapters to the weights that they adapt, in place, and remove them."""
+        """Add the low-rank adapters to the weights that they adapt, in place, and remove them. Bottlenecks stay."""
         for adapter in self._adapters:
             adapter.merge_and_unload()
         self._adapters = []
@@ -111,7 +148,7 @@ class Towers(nn.Module):
 
 
 def merged_copy(model: ModelT) -> ModelT:
-    """Return the model for inference: the model itself, or a copy with merged adapters if it has LoRA adapters."""
+    """Return the model for inference: the model itself, or a merged copy if it has low-rank adapters."""
     if not any(isinstance(module, Towers) and module._adapters for module in model.modules()):
         return model
     merged_model = copy.deepcopy(model)

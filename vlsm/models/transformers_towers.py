@@ -41,6 +41,7 @@ class TransformersTowers(Towers):
     """
 
     lora_targets = r".*\blayers?\.\d+\.(self_attn|attention)\.(q|k|v|out|o)_proj"
+    adapter_targets = r".*\blayers?\.\d+\.(self_attn|attention|mlp|ffn)"
 
     def __init__(self, model: Any, tokenizer: Any, image_spec: ImageSpec, taps: tuple[int, ...] | None = None) -> None:
         super().__init__()
@@ -91,6 +92,11 @@ class TransformersTowers(Towers):
     def image_tower(self) -> nn.Module:
         """The vision transformer."""
         return self.model.vision_model
+
+    @property
+    def text_tower(self) -> nn.Module:
+        """The text transformer."""
+        return self.model.text_model
 
     def tokenize(self, prompts: list[str]) -> list[Tensor]:
         """Return the ids of each prompt, (L,) int64, with padding for SigLIP's text towers, which attend to it."""

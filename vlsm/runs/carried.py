@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from vlsm.archive.column_types import travelling_type
 from vlsm.errors import ManifestError
 from vlsm.limits import MAX_CARRIED_COLUMNS
-from vlsm.runs.schema import PLAN_SCHEMA, RESULT_SCHEMA
+from vlsm.runs.schema import PLAN_SCHEMA, RESULT_SCHEMA, part_schema
 
 CARRIED = "carried"  # the column of the plan
 # names that columns of a list cannot have in results; the last ones are of `read_masks` and of the index of an export
@@ -71,9 +71,9 @@ def cast_carried(images: pa.Table, carried: pa.StructType | None) -> pa.Table:
     )
 
 
-def result_schema(carried: pa.StructType | None) -> pa.Schema:
-    """Return the columns of a part file, with the carried columns of its plan."""
-    schema = RESULT_SCHEMA
+def result_schema(carried: pa.StructType | None, embedding_width: int = 0) -> pa.Schema:
+    """Return the columns of a part file, with the carried columns of its plan; the width is as for `part_schema`."""
+    schema = part_schema(embedding_width)
     for field in carried or ():
         schema = schema.append(pa.field(field.name, field.type, metadata=_OF_A_LIST))
     return schema

@@ -256,7 +256,7 @@ def build_learning_model(settings: TrainSettings) -> "SegmentationModel":
         model = build_model(str(settings.model), **settings.options)
     else:
         model = load_checkpoint(settings.start_from).model
-    return model.set_trainable(settings.trainable, settings.lora_rank).train()
+    return model.set_trainable(settings.trainable, settings.lora_rank, settings.adapt, settings.adapter_width).train()
 
 
 def _plan(settings: TrainSettings, records: list[Record]) -> dict[str, Any]:

@@ -15,9 +15,7 @@ from vlsm import storage
 from vlsm.config import PlaceSettings, Settings, check_range
 from vlsm.datasets.settings import DatasetSettings, SplitSettings
 from vlsm.models import MODELS
-
-Trainable = Literal["decoder", "lora", "all"]
-
+from vlsm.models.options import MAX_ADAPTER_WIDTH, Adapted, Trainable
 
 # The changes of a preset. The kinds are those of nnU-Net, Nature Methods 2021, arXiv 1809.10486, and hue; nnU-Net also
 # has lower resolutions and gamma. The strengths are ours.
@@ -191,9 +189,15 @@ class TrainSettings(Settings):
         {}, description="options of the model: --set options.image_size=224; `vlsm models NAME` lists them"
     )
     trainable: Trainable = Field(
-        "decoder", description="weights to train: decoder, lora (also adapters in towers), all"
+        "decoder",
+        description="weights to train: decoder; lora or dora: also low-rank changes of the towers, which cost nothing "
+        "later; adapters: also small layers in the towers, which stay in the model; all",
     )
-    lora_rank: int = Field(8, ge=1, description="rank of the adapters of trainable=lora")
+    lora_rank: int = Field(8, ge=1, description="rank of trainable=lora and dora")
+    adapt: Adapted = Field("image", description="towers that trainable=lora, dora and adapters adapt")
+    adapter_width: int = Field(
+        64, ge=1, le=MAX_ADAPTER_WIDTH, description="channels inside each layer of trainable=adapters"
+    )
     start_from: str | None = Field(None, description="start from a checkpoint directory instead of a model")
     external: dict[str, str] = Field(
         {}, description="datasets for the test only, not for training: --set external.NAME=URI"

@@ -99,7 +99,7 @@ def check_trackers(settings: TrainSettings) -> None:
         ConfigError: a package is missing.
     """
     with optional_packages("train"):
-        for package in ("matplotlib", "tensorboardX", *(["peft"] if settings.trainable == "lora" else [])):
+        for package in ("matplotlib", "tensorboardX", *(["peft"] if settings.trainable in ("lora", "dora") else [])):
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(name=package)
     for package in ("mlflow", "wandb"):
