@@ -101,6 +101,7 @@ class CrashBoard(Milestones):
         self._attempts: dict[tuple[str, int], _Attempts] = {}
         self._errors: dict[tuple[str, int], str] = {}
         self._messages: dict[tuple[int, str], None] = {}
+        self._refusal: str | None = None
 
     def tell(self, level: int, message: str) -> None:
         """Keep a log message of an actor for the driver; the same message of several actors counts once."""
@@ -111,6 +112,14 @@ class CrashBoard(Milestones):
         """Return the level and text of all messages so far."""
         return list(self._messages)
 
+    def refuse(self, reason: str) -> None:
+        """Keep the reason why an actor must not segment; the driver ends the run with it."""
+        self._refusal = self._refusal or reason
+
+    def refusal(self) -> str | None:
+        """Return the first reason of an actor that must not segment."""
+        return self._refusal
+
     def note(self, shard: int, num_images: int) -> None:
         """Record the number of done images of an unfinished shard; a retry overwrites the earlier number."""
         self.reach("first image", time.time())
@@ -120,9 +129,9 @@ class CrashBoard(Milestones):
         """Forget the done images of a shard, because its part file is written and `Progress` counts them."""
         self._images.pop(shard, None)
 
-    def look(self) -> tuple[int, dict[str, float]]:
-        """Return the number of done images in shards that are not written yet, and the milestones."""
-        return sum(self._images.values()), self._milestones
+    def look(self) -> tuple[int, dict[str, float], str | None]:
+        """Return the number of done images in shards that are not written yet, the milestones, and `refusal`."""
+        return sum(self._images.values()), self._milestones, self._refusal
 
     def begin(self, stage: str, shard: int) -> EarlierAttempts:
         """Start an attempt and return its earlier deaths. An earlier attempt that never called `end` has died."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from jobs import metrics
 from jobs.command import logger
+from vlsm.errors import ProbeError
 from vlsm.events import event, shows_bars
 from vlsm.shown import public_uri
 from vlsm.words import count
@@ -57,6 +58,7 @@ class Progress:
         self._board = board
         self._shown: tuple[int, int, int] | None = None  # done, total and failed of the last line
         self._phase: str | None = ""  # None: images are counted
+        self._refusal: str | None = None
         self._model_ready_s, self._shown_s = time.time(), 0.0
         self._stop = threading.Event()
         self._bar = (
@@ -81,7 +83,13 @@ class Progress:
             self._bar.close()
 
     def finish_shard(self, shard: int, num_images: int, failed: Mapping[str, int]) -> None:
-        """Count the images of a shard whose part file is written, and the failed ones of them by reason."""
+        """Count the images of a shard whose part file is written, and the failed ones of them by reason.
+
+        Raises:
+            ProbeError: the device of an actor, perhaps of another one, computes otherwise than it should.
+        """
+        if self._refusal is not None:
+            raise ProbeError(self._refusal)
         if self._is_first_shard:
             self._is_first_shard = False
             logger.info("%s", ray.get(self._board.describe.remote()))
@@ -110,7 +118,7 @@ class Progress:
     def _tick(self) -> None:
         while not self._stop.wait(_LOOK_INTERVAL_S):
             try:
-                partial, milestones = ray.get(self._board.look.remote(), timeout=5)
+                partial, milestones, self._refusal = ray.get(self._board.look.remote(), timeout=5)
             except ray.exceptions.RayError:
                 partial, milestones = 0, {}  # a slow or ended cluster: show only finished shards
             done = min(self.total(), self.done + partial)

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from jobs import metrics
 from jobs.segment_tasks import Task
+from vlsm.errors import ProbeError
 from vlsm.segmentation.shard import ShardBatch
 
 
@@ -55,6 +56,11 @@ class SegmentActor:
         self._is_last = len(task.settings.members) - 1 in members
         self._predictor = Predictor(task.settings, files)
         self._predictor.warm_up()
+        try:
+            self._predictor.check_probes()
+        except ProbeError as error:
+            ray.get(task.board.refuse.remote(str(error)))
+            raise
         task.board.reach.remote("model", time.time())
 
     def __call__(self, table: pa.Table) -> pa.Table:

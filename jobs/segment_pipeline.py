@@ -11,7 +11,7 @@ from jobs.command import RaySession
 from jobs.segment_actor import SegmentActor
 from jobs.segment_pools import prepare_pools
 from jobs.segment_tasks import Task, fetch_shard, write_masks
-from vlsm.errors import VlsmError
+from vlsm.errors import ProbeError, VlsmError
 from vlsm.runs.compare import RunState
 from vlsm.runs.lifecycle import Run, check_failed_share
 
@@ -41,6 +41,7 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
     Raises:
         VlsmError: the fraction of failed images is too large, or a stage failed in all its retries.
         CheckpointError: the actors could not build the checkpoint's model.
+        ProbeError: a model computes otherwise on the device of an actor than where its checkpoint was written.
     """
     first = next(waves, None)
     if first is None:
@@ -71,6 +72,8 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
                         errors = json.loads(part["first_errors"])
                         check_failed_share(run.settings, progress.done, progress.failed, errors)
     except ray.exceptions.RayError as error:
+        if refusal := ray.get(board.refusal.remote()):
+            raise ProbeError(refusal) from error
         _check_checkpoints(run)
         reason = ray.get(board.last_error.remote()) or _root_cause(error)
         raise VlsmError(f"a stage failed in all its retries: {reason}; the same command goes on from here") from error

@@ -99,6 +99,9 @@ def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(bright_check
     told = json.loads(capsys.readouterr().out)
     assert told["num_images"] == 6 and told["error_after"] < told["error_before"]
     plain, calibrated = (vlsm.load_checkpoint(uri) for uri in (bright_checkpoint, tmp_path / "calibrated"))
+    assert calibrated.probe.image == plain.probe.image
+    checks = [vlsm.Segmenter(vlsm.load_checkpoint(uri), "cpu").check_probe() for uri in (words[0], words[1])]
+    assert checks[0].tolerance == checks[1].tolerance and max(check.difference for check in checks) < 1e-4
     assert calibrated.settings.threshold == told["threshold"] and calibrated.name != plain.name
     images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
     before, after = (

@@ -120,7 +120,11 @@ def test_what_a_replaced_checkpoint_had_besides_is_gone(tiny_checkpoint, tmp_pat
     (tmp_path / "clipseg" / "config.json").write_text("{}")
     model = vlsm.load_checkpoint(tiny_checkpoint).model
     vlsm.save_checkpoint(model, tmp_path, prompt="polyp")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.yaml", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.yaml",
+        "model.safetensors",
+        "probe.safetensors",
+    ]
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "checkpoint.yaml").stat().st_mode
 
 

@@ -2,6 +2,7 @@
 
     checkpoint.yaml     model name, options, image size, mean and std, threshold, prompt, versions
     model.safetensors   all weights
+    probe.safetensors   an image, and what the model makes of it; see vlsm.models.probe
     clipseg/...         other files of the model's library, such as its configuration and tokenizer
 
 `python -m vlsm.checkpoints DIR --model clipseg` writes one from pretrained weights.
@@ -30,6 +31,7 @@ from vlsm.hints import hint_at_checkpoint
 from vlsm.limits import MAX_JSON_BYTES
 from vlsm.models import BLIND, MODELS, check_name, find_model, ignores_text, parse_options
 from vlsm.models.options import STACK, ImageSettings, StackOptions, StackPart
+from vlsm.models.probe import PROBE_NAME, Probe, parse_probe
 from vlsm.models.tower_files import MEMBER_FOLDERS, TOWER_FOLDERS, write_tower_files
 from vlsm.shown import say, say_error, show
 from vlsm.version import FORMAT, __version__, newer_format
@@ -112,12 +114,17 @@ class CheckpointSettings(Settings):
 class Checkpoint:
     """A model that is ready for inference, with its settings.
 
-    `name` is the model's name and the start of the checkpoint's digest, so two trainings of one model have two names.
+    Attributes:
+        model: the model, in eval mode.
+        settings: the content of checkpoint.yaml.
+        name: the model's name and the start of the checkpoint's digest, so two trainings of one model have two names.
+        probe: checks the machine that runs the model; None in checkpoints of earlier versions.
     """
 
     model: "SegmentationModel"
     settings: CheckpointSettings
     name: str
+    probe: Probe | None = None
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.name}: {self.settings.summary}>"
@@ -137,14 +144,15 @@ def save_checkpoint(
         directory: created if missing; a checkpoint in it is replaced.
         prompt: default prompt for runs without prompts.
         threshold: a probability in (0, 1); at or above it a pixel is foreground. Default: the model's threshold.
-        weights: all weights, if the model holds only shards of them.
+        weights: all weights, if the model holds only shards of them. Then the probe comes from the written files.
 
     Raises:
-        CheckpointError: the threshold is not in (0, 1), the directory is a file or not on the local disk, or a
-            Segmenter has changed the model.
+        CheckpointError: the threshold is not in (0, 1), the directory is a file or not on the local disk, a Segmenter
+            has changed the model, or its logits are no numbers.
     """
     import safetensors.torch
 
+    from vlsm.models.probe_making import make_probe
     from vlsm.models.towers import merged_copy
 
     if model.is_folded:
@@ -166,11 +174,19 @@ def save_checkpoint(
     for stale in (*TOWER_FOLDERS, *MEMBER_FOLDERS):  # of the replaced checkpoint
         shutil.rmtree(folder / stale, ignore_errors=True)
     model.save_files(folder)
+    is_sharded = weights is not None
     weights = model.state_dict() if weights is None else weights
     state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     safetensors.torch.save_file(state, folder / _WEIGHTS_NAME)
+    content = dump_yaml(settings.model_dump(mode="json")).encode()
+    (folder / PROBE_NAME).unlink(missing_ok=True)
+    if is_sharded:  # one process alone cannot run it
+        paths = [path for path in folder.rglob("*") if path.suffix in _SUFFIXES]
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        model = build_checkpoint(files | {SETTINGS_NAME: content}, str(folder)).model
+    (folder / PROBE_NAME).write_bytes(make_probe(model, prompt))
     # written last; the weights get the mode of this file, because safetensors lets only the owner read them
-    (folder / SETTINGS_NAME).write_text(dump_yaml(settings.model_dump(mode="json")), encoding="utf-8")
+    (folder / SETTINGS_NAME).write_bytes(content)
     shutil.copymode(folder / SETTINGS_NAME, folder / _WEIGHTS_NAME)
 
 
@@ -275,8 +291,15 @@ def check_files(files: dict[str, bytes], uri: str) -> None:
     """
     settings = parse_settings(files, uri)
     parse_options(settings.model, settings.options)
+    _parse_probe(files, settings, uri)
     with tempfile.TemporaryDirectory() as folder:
         write_tower_files({name: data for name, data in files.items() if name != _WEIGHTS_NAME}, Path(folder), uri)
+
+
+def _parse_probe(files: dict[str, bytes], settings: CheckpointSettings, uri: str) -> Probe | None:
+    if PROBE_NAME not in files:
+        return None
+    return parse_probe(bytes(files[PROBE_NAME]), f"{PROBE_NAME} of checkpoint {uri!r}", settings.image.size)
 
 
 def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
@@ -289,6 +312,7 @@ def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
 
     settings = parse_settings(files, uri)
     options = parse_options(settings.model, settings.options)
+    probe = _parse_probe(files, settings, uri)
     from vlsm.models.restoring import read_shapes, restore_model
 
     shapes = read_shapes(files[_WEIGHTS_NAME], f"{_WEIGHTS_NAME} of checkpoint {uri!r}")
@@ -307,7 +331,7 @@ def build_checkpoint(files: dict[str, bytes], uri: str) -> Checkpoint:
         )
     # the checkpoint's mean and std may differ from the default of its model
     model.image_spec = settings.image.spec
-    return Checkpoint(model.eval(), settings, f"{settings.model}@{digest_files(files)[:12]}")
+    return Checkpoint(model.eval(), settings, f"{settings.model}@{digest_files(files)[:12]}", probe)
 
 
 def load_checkpoint(uri: str | Path) -> Checkpoint:

@@ -117,6 +117,11 @@ class RunSettings(PlaceSettings):
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="compile the models, which takes a minute at the first start on a machine; auto: on GPUs"
     )
+    probe: bool = Field(
+        True,
+        description="check at the start that each model computes on its device as where its checkpoint was written; "
+        "false: segment all the same",
+    )
     finish: Literal["auto", "device", "cpu"] = Field(
         "auto",
         description="where masks are made from logits: on the models' device, or in the writing tasks; auto: on GPUs. "

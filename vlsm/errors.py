@@ -28,6 +28,10 @@ class CheckpointError(VlsmError):
     """A checkpoint or pretrained weights cannot be loaded."""
 
 
+class ProbeError(VlsmError):
+    """A model computes otherwise than on the machine where its checkpoint was written."""
+
+
 class StorageError(VlsmError):
     """Storage failed in a way that may be temporary, and all retries failed too."""
 

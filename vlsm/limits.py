@@ -25,6 +25,8 @@ MAX_LISTED_BYTES = 1 << 29
 # A line of a list in text, a cell of a list in Parquet, a list that must be read as a whole (JSON).
 MAX_LINE_LETTERS, MAX_CELL_BYTES = 1 << 24, 1 << 16
 MAX_JSON_BYTES = 1 << 27  # the tokenizer with the largest vocabulary has a third of it
+# The probe of a checkpoint: its file, the pixels of its image, its prompts.
+MAX_PROBE_BYTES, MAX_PROBE_PIXELS, MAX_PROBE_PROMPTS = 1 << 22, 1 << 20, 12
 # A reply by HTTP: silence, and the slowest transfer.
 MAX_SILENCE_S, MIN_BYTES_PER_S = 60, 50_000
 # Columns of a list that travel into the results of a run, and all values of an image in them together.

@@ -237,6 +237,24 @@ def test_equal_files_go_through_the_model_once_and_say_that_they_are_equal(
     assert rows["content_sha256"].nunique() == len(names)
 
 
+def test_a_machine_that_computes_otherwise_ends_the_run_unless_it_may(
+    ray_cluster, archive, bright_checkpoint, tmp_path, capfd
+):
+    folder = shutil.copytree(bright_checkpoint, tmp_path / "ck")
+    settings = folder / "checkpoint.yaml"
+    settings.write_text(settings.read_text().replace("- 0.485", "- 0.985"))
+    words = [archive, tmp_path / "out", "--checkpoint", folder]
+    assert start(*words) == 1
+    *_, told = capfd.readouterr().err.strip().splitlines()
+    assert "the model does not compute on this machine (cpu, torch" in told and repr(str(folder)) in told
+    assert "normalised pixels of its probe differ by" in told and "--set run.probe=false" in told
+    assert not list((tmp_path / "out").glob("masks/*"))
+    assert start(*words, "--set", "run.probe=false") == 0  # the same run goes on
+    assert read_summary(tmp_path / "out")["ok"] == 6
+    assert start(archive, tmp_path / "right", "--checkpoint", bright_checkpoint) == 0
+    assert "computes as it should: the logits of its probe differ by" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_store_that_is_away_for_too_long_ends_the_run_and_no_image_is_blamed(tiny_checkpoint, tmp_path):
     rng = np.random.default_rng(0)

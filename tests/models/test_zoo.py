@@ -145,6 +145,15 @@ def test_a_segmenters_logits_never_depend_on_batch_mates(segmenter, case):
         ready.model.train()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_probe_of_a_checkpoint_passes_where_it_was_written(segmenter, case):
+    ready = segmenter(case)
+    exact = ready.check_probe()
+    assert exact.difference < 0.1 * exact.tolerance
+    ready.precision = "bf16"
+    assert ready.check_probe().difference > exact.difference
+
+
 @pytest.mark.parametrize("case", ["clipseg", "unet_d"])
 @pytest.mark.parametrize("prompts", ["ab", [], ["polyp"], ["a", "b", "c"]])
 def test_there_is_one_prompt_per_image(build, pixel_values, case, prompts):

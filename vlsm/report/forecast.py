@@ -93,6 +93,7 @@ def measure(settings: SegmentSettings, members: Sequence[Member], rows: Sequence
         raise ConfigError(f"none of the {len(rows)} images of the sample can be read; a run needs readable images")
     predictor = Predictor(settings, {number: member.files for number, member in enumerate(members)})
     predictor.warm_up()
+    predictor.check_probes()
     # before the measurement: this image makes the models encode its prompts and choose kernels
     first = min(good, key=lambda entry: entry.first_window)
     predictor.predict(replace(batch, entries=[replace(first, first_logit=0)]), [texts[first.position]], Unguarded())

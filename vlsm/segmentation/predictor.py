@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlsm.checkpoints import build_checkpoint
 from vlsm.config import MemberSettings, SegmentSettings
+from vlsm.errors import ProbeError
 from vlsm.images.preprocess import ImageSpec, Square
 from vlsm.models.sharing import share_towers
 from vlsm.segmentation.batch_size import CPU_BATCH_SIZE, Probe, choose_batch_size, probe_gpu
@@ -97,6 +98,25 @@ class Predictor:
             torch.cuda.empty_cache()
             logger.info("batches of %d images are the fastest on this GPU", self._batch_size)
         self._predict_black()
+
+    def check_probes(self) -> None:
+        """Check that each member computes on this device as where its checkpoint was written, if `run.probe` is set.
+
+        Raises:
+            ProbeError: it does not.
+        """
+        if not self._settings.run.probe:
+            return
+        for number, (member, segmenter) in self._members.items():
+            where = f"checkpoint {member.checkpoint!r}"
+            try:
+                agreement = segmenter.check_probe()
+            except ProbeError as error:
+                raise ProbeError(f"{where}: {error}; to segment all the same: --set run.probe=false") from error
+            if agreement is None:
+                logger.info("%s has no probe, as an earlier version wrote it: it is not checked", where)
+            else:
+                logger.info("%s computes as it should: %s", self.names[number], agreement)
 
     def _probe(self, batch_size: int) -> Probe:
         """Measure a batch size, without compiling, which would take a minute for each size."""

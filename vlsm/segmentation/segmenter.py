@@ -16,6 +16,8 @@ from vlsm.images.given import as_list, open_given
 from vlsm.models.compiling import Network
 from vlsm.models.contract import Features
 from vlsm.models.folding import fold_batch_norms
+from vlsm.models.probe import Agreement, Precision
+from vlsm.models.probe_making import measure
 from vlsm.models.prompts import PromptCache
 from vlsm.segmentation.blind import judge_prompts, reader_of
 from vlsm.segmentation.published import find_checkpoint
@@ -38,6 +40,9 @@ class Segmenter:
             speed.
         compile: whether torch compiles the model at the first batch. This takes a minute, and pays on a GPU for
             thousands of images. A model that cannot be compiled runs as it is, with a warning.
+
+    Attributes:
+        precision: of the model's arithmetic: float32 on a CPU, bfloat16 on a GPU. Text features are float32.
     """
 
     def __init__(
@@ -52,7 +57,8 @@ class Segmenter:
         torch.backends.mha.set_fastpath_enabled(False)
         fold_batch_norms(checkpoint.model)
         self.model = checkpoint.model.to(self.device).to(memory_format=torch.channels_last)
-        self.settings, self._name = checkpoint.settings, checkpoint.name
+        self.precision: Precision = "bf16" if self.device.type == "cuda" else "fp32"
+        self.settings, self._name, self._probe = checkpoint.settings, checkpoint.name, checkpoint.probe
         self.batch_size = batch_size
         self._temperature = self.settings.calibration.temperature if self.settings.calibration else 1.0
         self._prompts = PromptCache(self.model)
@@ -141,6 +147,24 @@ class Segmenter:
                 results[-1].embedding = vector
         return results[0] if is_one else results
 
+    def check_probe(self) -> Agreement | None:
+        """Segment the probe of the checkpoint by the path of any image, and compare the result with the stored one.
+
+        Returns:
+            The largest difference of the logits and its tolerance; None if the checkpoint has no probe, as those of
+            earlier versions.
+
+        Raises:
+            ProbeError: this machine computes otherwise than the one where the checkpoint was written.
+        """
+        if (probe := self._probe) is None:
+            return None
+        image = self.model.image_spec.square.resize_image(probe.decode())
+        pixel_values = self.prepare(torch.from_numpy(image[None].copy()).to(self.device))
+        logits = self.predict_tensor(pixel_values, [probe.prompts]) * self._temperature
+        found = measure(pixel_values, self._prompts.encode(probe.prompts), logits)
+        return probe.compare(found, self.precision, _name_machine(self.device))
+
     @torch.inference_mode()
     def predict_logits(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
         """Return logits at the model's size S. If the checkpoint is calibrated, they are divided by its temperature.
@@ -217,7 +241,7 @@ class Segmenter:
         texts = [text for image_prompts in prompts for text in image_prompts]
         distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         text_features = self._prompts.encode(list(distinct))
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             embeddings = None
             if embeds:
                 features, embeddings = self.network.encode_and_embed(pixel_values)
@@ -251,6 +275,11 @@ class Segmenter:
 def choose_device(device: str | None) -> torch.device:
     """Return a device by its name; None is the GPU if there is one, else the CPU."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _name_machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"this machine ({name}, torch {torch.__version__})"
 
 
 @overload
