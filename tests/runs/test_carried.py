@@ -81,7 +81,7 @@ def test_rows_have_the_values_of_the_list_also_of_images_that_failed(run):
     output, _, plan = run
     assert plan.carried == {"patient_id": "patient_id", "age": "age", "born": "born", "list_status": "status"}
     frame = pd.read_parquet(output / "masks")
-    assert list(frame.columns) == [*RESULT_SCHEMA.names, *plan.carried]
+    assert list(frame.columns) == [*result_schema(None).names, *plan.carried]
     assert list(frame["patient_id"]) == ["000", "001", "002", "003", "004"] and set(frame["status"]) == {"failed"}
     schema = pq.read_schema(output / "masks" / part_name(0))
     assert [str(schema.field(name).type) for name in plan.carried] == ["string", "int16", "date32[day]", "string"]

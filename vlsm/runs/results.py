@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vlsm import storage
 from vlsm.errors import ConfigError, DamageError, ImageError, ResultError
 from vlsm.runs.carried import CARRIED, carried_names, result_schema, with_carried
+from vlsm.runs.row_digest import DIGEST_KEY, RowDigest
 from vlsm.runs.schema import RESULT_SCHEMA, with_format
 from vlsm.runs.tables import TableFile, Tables, open_table
 from vlsm.segmentation.masks import decode_mask, decode_probability
@@ -48,7 +49,7 @@ def write_part(  # noqa: PLR0913 - all that decides a part file
     carried: pa.StructType | None = None,
     embedding_width: int = 0,
 ) -> None:
-    """Write a shard's part file atomically, with the run's id in its metadata.
+    """Write a shard's part file atomically, with the run's id and a digest of the rows in its metadata.
 
     Args:
         output: the run's output folder.
@@ -59,9 +60,12 @@ def write_part(  # noqa: PLR0913 - all that decides a part file
         carried: carried columns of the plan, or None.
         embedding_width: number of values in an embedding; 0 if the run keeps none.
     """
-    schema = with_format(result_schema(carried, embedding_width), **{_RUN_KEY: run_id})
-    sink = pa.BufferOutputStream()
+    schema, digest = result_schema(carried, embedding_width), RowDigest()
     table = pa.Table.from_pylist([_without_secrets(row) for row in rows], schema=schema)
+    for row in table.to_pylist():
+        digest.add(row)
+    table = table.cast(with_format(schema, **{_RUN_KEY: run_id, DIGEST_KEY: digest.hexdigest()}))
+    sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", compression_level=9)  # 5 % smaller, costs 0.02 ms per row
     storage.write_bytes(storage.join(output, "masks", part_name(shard)), sink.getvalue().to_pybytes(), patience_s)
 

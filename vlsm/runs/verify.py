@@ -22,6 +22,7 @@ from vlsm.runs.extremes import EMPTY, MASKS, WHOLE_IMAGE
 from vlsm.runs.plan import Plan, count_planned, plan_of, planned_keys, read_plan
 from vlsm.runs.record import SUMMARY_NAME, read_record, read_segment_summary
 from vlsm.runs.results import open_part, part_name, shard_of
+from vlsm.runs.row_digest import DIGEST_KEY, RowDigest
 from vlsm.segmentation.masks import decode_png, encode_mask
 from vlsm.words import count
 
@@ -126,13 +127,14 @@ def _verify_shard(
         missing = f"{name} is missing, damaged or of another run: no rows of {count(len(images), 'image')}"
         return Counter(), [*differences, missing]
     differences += _describe_state(name, images, state)
-    counts = state.counts + Counter(parts=1)
+    counts, digest = state.counts + Counter(parts=1), RowDigest()
     planned = sum(len(planned_keys(prompts, kinds)) for prompts in images["prompts"].to_pylist())
     try:
         # a damaged part may have millions of rows, and masks of any size: they pass one after the other
         rows = (row for piece in part.pieces() for row in piece.to_pylist())
         last_id = None
         for row in itertools.islice(rows, planned):
+            digest.add(row)
             counts["masks"] += row["mask_rle"] is not None
             needs_embedding = proof.has_embeddings and row["image_id"] != last_id
             if problem := _describe_problem(row, needs_embedding):
@@ -140,6 +142,9 @@ def _verify_shard(
             last_id = row["image_id"]
     except DamageError as error:
         differences.append(str(error))
+    # parts of earlier versions have no digest
+    if not differences and part.metadata.get(DIGEST_KEY.encode(), (found := digest.hexdigest().encode())) != found:
+        differences.append(f"{name}: its rows have been changed since the run wrote them")
     return counts, differences
 
 
