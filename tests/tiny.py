@@ -99,6 +99,8 @@ def tiny_options(folder):
     clipseg = {"source": str(folder / "clipseg"), "image_size": 64}
     biomedclip = {"source": str(folder / "biomedclip"), "image_size": 64, "taps": [1, 2, 4]}
     both = {"biomedclip_source": biomedclip["source"], "clipseg_source": clipseg["source"]}
+    sam3 = {"source": str(folder / "sam3"), "image_size": 64}
+    cris = {"source": str(folder / "clip_resnet"), "image_size": 64, "width": 32}
     cnn = {"encoder": "resnet18", "encoder_weights": None, "image_size": 64}
     return {
         "clipseg": clipseg,
@@ -108,8 +110,10 @@ def tiny_options(folder):
         "openclip_seg+unet": {"source": str(folder / "open_clip"), "unet": True, "width": 4},
         "transformers_seg": {"source": str(folder / "siglip")},
         "transformers_seg+unet": {"source": str(folder / "siglip"), "unet": True, "width": 4},
-        "sam3": {"source": str(folder / "sam3"), "image_size": 64},
-        "cris": {"source": str(folder / "clip_resnet"), "image_size": 64, "width": 32},
+        "sam3": sam3,
+        "sam3+unet": sam3 | {"unet": True, "width": 4},
+        "cris": cris,
+        "cris+unet": cris | {"unet": True, "unet_width": 4},
         "unet_d": {"image_size": 64, "width": 4},
         "unet": cnn,
         "unetplusplus": cnn,

@@ -210,6 +210,8 @@ def test_weights_in_metas_names(folder, tmp_path, start):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     loaded = build(tmp_path, weights=str(tmp_path / "sam3.pt"))
     torch.testing.assert_close(loaded(images(64), PROMPTS), model(images(64), PROMPTS), atol=1e-5, rtol=1e-5)
+    state_of_all = build(tmp_path, weights=str(tmp_path / "sam3.pt"), unet=True, width=4).state_dict()
+    assert all(torch.equal(value, state_of_all[name]) for name, value in model.state_dict().items())
     del state[f"{start}backbone.language_backbone.resizer.bias"]
     torch.save(state, tmp_path / "sam3.pt")
     with pytest.raises(CheckpointError, match=r"do not fit the model in 1 places: towers.text_projection.bias: none"):

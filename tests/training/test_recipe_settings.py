@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlsm
-from tests.tiny import save_tiny_clipseg, save_tiny_open_clip, save_tiny_sources, tiny_options
+from tests.tiny import save_tiny_clipseg, save_tiny_open_clip, save_tiny_sam3, save_tiny_sources, tiny_options
 from tests.training.test_learner import CPU, RECORDS, build, draw, largest_difference, learn, make_settings, weights_of
 from vlsm.training.groups import parameter_groups
 from vlsm.training.history import History
@@ -109,6 +109,14 @@ def test_layers_before_the_first_block_have_the_lowest_rate_and_those_after_the_
                 assert own == {1}, call
             else:
                 assert own and max(own) < 1 and min(own) > lowest, call
+
+
+def test_a_cnn_beside_towers_has_the_rate_of_the_decoder(source, tmp_path):
+    save_tiny_sam3(tmp_path / "sam3")
+    model = vlsm.build_model("sam3", "all", **tiny_options(tmp_path)["sam3+unet"])
+    rates = {n: group[0] for n, group in name_groups(model, lr=1, tower_lr=0.5).items()}
+    assert {rate for name, rate in rates.items() if name.startswith("fusion.")} == {1}
+    assert {rate for name, rate in rates.items() if name.startswith("towers.")} == {0.5}
 
 
 def test_a_state_of_an_earlier_version_goes_on_under_its_own_rules(source):

@@ -57,10 +57,10 @@ def measure_costs() -> list[Cost]:
     return [measure_cost(name) for name in MODELS]
 
 
-def measure_cost(name: str) -> Cost:
-    """Return the cost of one model."""
+def measure_cost(name: str, options: dict[str, Any] | None = None) -> Cost:
+    """Return the cost of one model, with options that differ from the published ones, such as `unet`."""
     with tempfile.TemporaryDirectory() as folder:
-        return _measure(name, build_architecture(name, Path(folder)))
+        return _measure(name, build_architecture(name, Path(folder), options=options))
 
 
 def build_architecture(
