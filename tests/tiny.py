@@ -95,7 +95,7 @@ def save_tiny_sources(folder):
 
 
 def tiny_options(folder):
-    """Return options that make every model tiny; `+unet` is the model before it with a UNet-D."""
+    """Return options that make every model tiny; `+unet` is the model before it with a UNet-D, `+presence` likewise."""
     clipseg = {"source": str(folder / "clipseg"), "image_size": 64}
     biomedclip = {"source": str(folder / "biomedclip"), "image_size": 64, "taps": [1, 2, 4]}
     both = {"biomedclip_source": biomedclip["source"], "clipseg_source": clipseg["source"]}
@@ -112,6 +112,7 @@ def tiny_options(folder):
         "transformers_seg+unet": {"source": str(folder / "siglip"), "unet": True, "width": 4},
         "sam3": sam3,
         "sam3+unet": sam3 | {"unet": True, "width": 4},
+        "sam3+presence": sam3 | {"presence": True},
         "cris": cris,
         "cris+unet": cris | {"unet": True, "unet_width": 4},
         "unet_d": {"image_size": 64, "width": 4},

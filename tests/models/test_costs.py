@@ -42,6 +42,13 @@ def test_options_that_add_a_cnn_add_its_costs(costs, name):
     assert alone.image_gflop / 4 < both.prompt_gflop - plain.prompt_gflop < 0.8 * alone.image_gflop
 
 
+def test_presence_costs_a_decoder_for_each_prompt(costs):
+    plain, both = costs["sam3"], measure_cost("sam3", {"presence": True})
+    assert both.num_trainable == plain.num_trainable and both.num_parameters > plain.num_parameters
+    added = both.prompt_gflop - plain.prompt_gflop
+    assert both.image_gflop - plain.image_gflop == pytest.approx(added) and 0 < added < plain.prompt_gflop
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_options_of_a_model_are_printed(name, capsys):
     assert main([name]) == 0

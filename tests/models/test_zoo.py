@@ -18,7 +18,7 @@ from vlsm.models.towers import Towers
 
 PROMPTS = ["polyp", "a round lesion of the left", "!", "polyp", "small, flat: bright!"]
 UNETS = ["openclip_seg+unet", "transformers_seg+unet", "sam3+unet", "cris+unet"]
-CASES = [*MODELS, *UNETS]
+CASES = [*MODELS, *UNETS, "sam3+presence"]
 TOWERS = [name for name in CASES if name not in ("unet_d", "unet", "unetplusplus", "deeplabv3plus", "pixel")]
 
 
@@ -190,7 +190,9 @@ def test_gradients_reach_what_learns_and_nothing_else(build, pixel_values, case,
     towers = {name for name, _ in model.named_parameters() if ".towers." in f".{name}"}
     adapters = {name for name in towers if "lora_" in name}
     learning = {"decoder": set(), "lora": adapters, "all": towers}[trainable]
-    assert reached == {name for name, _ in model.named_parameters()} - towers | learning
+    fixed = {name for name, _ in model.named_parameters() if name.startswith("detr_decoder.")}  # of the presence
+    assert reached == {name for name, _ in model.named_parameters()} - towers - fixed | learning
+    assert bool(fixed) == ("+presence" in case)
     assert bool(adapters) == (trainable == "lora")
     for part in (part for part in model.modules() if isinstance(part, Towers)):
         assert part.training == (trainable == "all")

@@ -53,6 +53,7 @@ SCORES_SCHEMA = pa.schema(
         pa.field("matched_iou", pa.float64()),
         pa.field("lesion_dice", pa.float64()),
         pa.field("max_probability", pa.float64()),
+        pa.field("presence", pa.float32()),
         pa.field("presence_threshold", pa.float64()),
         pa.field("is_present", pa.bool_()),
         pa.field("reference_dice", pa.float64()),
@@ -65,7 +66,8 @@ SCORES_SCHEMA = pa.schema(
         pa.field("target_rle", pa.string()),
     ]
 )
-_RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle", "max_probability")
+_PRESENCE = ("max_probability", "presence")
+_RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle", *_PRESENCE)
 
 
 @dataclass(frozen=True)

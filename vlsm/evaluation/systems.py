@@ -58,8 +58,8 @@ class System:
         output: OUTPUT of the segment run with the system's masks.
         segment: settings of that segment run, or None if the masks already exist (--masks).
         targets: one target per record.
-        presence_threshold: highest probability from which an image counts as showing the finding; None: any foreground
-            pixel counts.
+        presence_threshold: presence, or else highest probability, from which an image counts as showing the finding;
+            None: any foreground pixel counts.
     """
 
     name: str

@@ -105,7 +105,7 @@ def _measure(name: str, model: SegmentationModel) -> Cost:
         with FlopCounterMode(display=False) as image_counter:
             features = model.encode_images(torch.empty(1, 3, size, size, device="meta"))
         with FlopCounterMode(display=False) as prompt_counter:
-            model.decode(features, _text_features(model))
+            model.decode_with_presence(features, _text_features(model))
     parameters = list(model.parameters())
     sources = [
         str(value) for key, value in model.options.model_dump().items() if key.endswith(("source", "weights")) and value

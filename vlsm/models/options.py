@@ -137,7 +137,7 @@ class CRISOptions(InputOptions):
 
 
 class SAM3Options(UNetDSettings):
-    """SAM 3 with the masks of its semantic head, and UNet-D if `unet` is set; its boxes and instances are not built."""
+    """SAM 3 with the masks of its semantic head, UNet-D if `unet` is set, and the presence if `presence` is set."""
 
     source: str = Field("facebook/sam3", description="hub id or local folder of a SAM 3, or of a SAM 3 LiteText")
     image_size: int = Field(
@@ -145,6 +145,11 @@ class SAM3Options(UNetDSettings):
     )
     unet: bool = Field(
         False, description="add UNet-D, as in vlsm_a; image_size must then be a multiple of 112, such as 448 or 1008"
+    )
+    presence: bool = Field(
+        False,
+        description="also compute how probable it is that the image shows the prompt at all, with SAM 3's decoder of "
+        "objects; it keeps its published weights in a training, so that the parts that learn may make it wrong",
     )
     weights: str | None = Field(
         None, description="weights in the names of Meta's code, a local .pt file; source gives the rest"

@@ -108,8 +108,9 @@ class SAM3Towers(Towers):
 class SAM3(SegmentationModel):
     """SAM 3 with masks of its semantic head: all pixels of a prompt's concept in one mask; UNet-D if `unet` is set.
 
-    The parts for boxes, instances, presence and prompts by boxes are left out; no logit depends on them. The towers are
+    The parts for instances, their scores and prompts by boxes are left out; no result depends on them. The towers are
     the vision transformer with its pyramid and the text tower; the DETR encoder and the mask decoder are the decoder.
+    The DETR decoder, which looks for objects, is there only for the presence. It never learns: no loss depends on it.
 
     Source: SAM 3, arXiv 2511.16719.
     """
@@ -126,6 +127,7 @@ class SAM3(SegmentationModel):
         pixels = self.mask_decoder.pixel_decoder
         num_stages = len(towers.vision.neck.fpn_layers) - 1
         pixels.conv_layers, pixels.norms = pixels.conv_layers[:num_stages], pixels.norms[:num_stages]
+        self.detr_decoder = network.detr_decoder.requires_grad_(False) if options.presence else None
         self.fusion = build_unet_d(towers, options, options.image_size) if options.unet else None
 
     @classmethod
@@ -175,6 +177,22 @@ class SAM3(SegmentationModel):
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return logits (B, 1, S, S); those of the mask decoder have 4 times the grid's side and are enlarged."""
         return self._decode_mask(self._encode_pair(image_features, text_features), image_features, text_features)
+
+    def decode_with_presence(self, image_features: Features, text_features: Features) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of `decode`, and (B,) those of the presence token after the last layer, or None."""
+        encoded = self._encode_pair(image_features, text_features)
+        logits = self._decode_mask(encoded, image_features, text_features)
+        if self.detr_decoder is None:
+            return logits, None
+        words, is_token = text_features
+        presence = self.detr_decoder(
+            vision_features=encoded.last_hidden_state,
+            text_features=words,
+            vision_pos_encoding=encoded.pos_embeds_flattened,
+            text_mask=is_token[:, None, None],
+            spatial_shapes=torch.tensor([[self.towers.grid] * 2], device="cpu"),  # transformers reads them one by one
+        ).presence_logits  # (layers, B, 1)
+        return logits, presence[-1, :, 0]
 
     def _encode_pair(self, image_features: Features, text_features: Features) -> Any:
         """Return the output of the DETR encoder: the coarsest level of the pyramid after it has seen the words."""

@@ -18,6 +18,7 @@ from vlsm.models.contract import Features
 from vlsm.models.folding import fold_batch_norms
 from vlsm.models.prompts import PromptCache
 from vlsm.segmentation.blind import Reader, judge_prompts
+from vlsm.segmentation.outputs import Prediction
 from vlsm.segmentation.published import find_checkpoint
 from vlsm.segmentation.results import Segmentation, segmentation_of
 
@@ -105,7 +106,8 @@ class Segmenter:
 
         Returns:
             For each image an array (H, W) uint8 of 0 and 1 for one text, (T, H, W) for a sequence of T texts. It has
-            `mask`, `confidence`, `probability`, `image` and `overlay()`; see `vlsm.segmentation.results.Segmentation`.
+            `mask`, `confidence`, `presence`, `probability`, `image` and `overlay()`; see
+            `vlsm.segmentation.results.Segmentation`.
             For a single image its result, else a list.
 
         Raises:
@@ -128,13 +130,17 @@ class Segmenter:
         for start in range(0, len(openings), self.batch_size):
             pixels = [read() for read in openings[start : start + self.batch_size]]
             resized = np.stack([square.resize_image(image) for image in pixels])
-            for logits, image in zip(self.predict_logits(resized, [texts] * len(pixels)), pixels, strict=True):
+            for (logits, presence), image in zip(self.predict(resized, [texts] * len(pixels)), pixels, strict=True):
                 shown = texts if isinstance(prompts, Iterable) and not isinstance(prompts, str) else texts[0]
-                results.append(segmentation_of(logits, image, shown, threshold, square, probabilities))
+                results.append(segmentation_of(logits, image, shown, threshold, square, probabilities, presence))
         return results[0] if is_one else results
 
-    @torch.inference_mode()
     def predict_logits(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Return the logits of `predict`, which has the arguments: one array (T, S, S) per image."""
+        return [predicted.logits for predicted in self.predict(images, prompts)]
+
+    @torch.inference_mode()
+    def predict(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[Prediction[np.ndarray]]:
         """Return logits at the model's size S. If the checkpoint is calibrated, they are divided by its temperature.
 
         Args:
@@ -142,7 +148,7 @@ class Segmenter:
             prompts: the texts of each image, at least one.
 
         Returns:
-            One array per image: (T, S, S) float32 for its T texts.
+            For each image logits (T, S, S) for its T texts, and the presence (T,) of each text.
 
         Raises:
             ValueError: images and prompts disagree on N, or an image has no prompt.
@@ -151,13 +157,16 @@ class Segmenter:
             raise ValueError(
                 f"{len(images)} images come with {len(prompts)} lists of prompts; each image needs one prompt or more"
             )
-        logits: list[np.ndarray] = []
+        results: list[Prediction[np.ndarray]] = []
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
             pixel_values = self.prepare(torch.from_numpy(np.array(images[batch])).to(self.device))
-            predicted = self.predict_tensor(pixel_values, prompts[batch]).cpu().numpy()
-            logits += np.split(predicted, np.cumsum([len(image_prompts) for image_prompts in prompts[batch]])[:-1])
-        return logits
+            logits, presence = self.predict_tensor(pixel_values, prompts[batch])
+            ends = np.cumsum([len(image_prompts) for image_prompts in prompts[batch]])[:-1]
+            split = np.split(logits.cpu().numpy(), ends)
+            presences = [None] * len(split) if presence is None else np.split(presence.cpu().numpy(), ends)
+            results += [Prediction(*each) for each in zip(split, presences, strict=True)]
+        return results
 
     @torch.inference_mode()
     def prepare(self, images: Tensor) -> Tensor:
@@ -171,15 +180,16 @@ class Segmenter:
         return self.model.image_spec.normalize(images)
 
     @torch.inference_mode()
-    def predict_tensor(self, pixel_values: Tensor, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """Return the logits of one batch on the device, without waiting for them.
+    def predict_tensor(self, pixel_values: Tensor, prompts: Sequence[Sequence[str]]) -> Prediction[Tensor]:
+        """Return the prediction for one batch on the device, without waiting for it.
 
         Args:
             pixel_values: from `prepare`.
             prompts: the texts of each image; black images that `prepare` has added have none.
 
         Returns:
-            (texts of all images, S, S) float32, divided by the temperature of a calibrated checkpoint.
+            Logits (texts of all images, S, S) float32, divided by the temperature of a calibrated checkpoint, and the
+            presence of each text.
         """
         image_indices = [index for index, image_prompts in enumerate(prompts) for _ in image_prompts]
         texts = [text for image_prompts in prompts for text in image_prompts]
@@ -187,15 +197,17 @@ class Segmenter:
         text_features = self._prompts.encode(list(distinct))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             features = self.network.encode(pixel_values)
-            pieces = []
+            pieces, presences = [], []
             for start in range(0, len(texts), self.batch_size):
                 batch = slice(start, start + self.batch_size)
                 rows = [distinct[text] for text in texts[batch]]
-                decoded = self.network.decode(
+                decoded, presence = self.network.decode(
                     self._take(features, image_indices[batch]), self._take(text_features, rows)
                 )
                 pieces.append(decoded[: len(rows), 0].float())
-        return torch.cat(pieces) / self._temperature
+                if presence is not None:
+                    presences.append(presence[: len(rows)].float().sigmoid())
+        return Prediction(torch.cat(pieces) / self._temperature, torch.cat(presences) if presences else None)
 
     def _take(self, features: Features, rows: list[int]) -> Features:
         """Return these rows of every tensor, without a copy if all rows are equal or consecutive.
