@@ -71,6 +71,7 @@ TINY_SAM3 = {
     "text_config": {**_LAYERS, "num_hidden_layers": 2, "vocab_size": 500, "max_position_embeddings": 32},
     **{
         f"{part}_config": {"hidden_size": 16, "num_attention_heads": 2, "num_layers": 2, "intermediate_size": 24}
+        | {"dropout": 0.0}  # which differs from process to process: two could not learn what one learns
         for part in ("geometry_encoder", "detr_encoder", "detr_decoder")
     },
     "mask_decoder_config": {"hidden_size": 16, "num_attention_heads": 2},
