@@ -137,13 +137,13 @@ def test_images_without_a_validation_split_are_not_guessed(bright_checkpoint, tm
 @pytest.fixture
 def predicted_texts(monkeypatch):
     """The prompt of every prediction."""
-    texts, predict = [], Segmenter.predict_logits
+    texts, predict = [], Segmenter.predict
 
     def remember(self, images, prompts):
         texts.extend(text for row in prompts for text in row)
         return predict(self, images, prompts)
 
-    monkeypatch.setattr(Segmenter, "predict_logits", remember)
+    monkeypatch.setattr(Segmenter, "predict", remember)
     return texts
 
 
@@ -233,6 +233,21 @@ def test_the_threshold_of_presence_is_the_lowest_with_the_specificity(specificit
     assert (found.specificity, found.sensitivity, found.num_negatives) == (right, sensitivity, 4)
     limit = found.temperature * np.log(found.presence_threshold / (1 - found.presence_threshold))
     assert limit == pytest.approx({1.0: 3.5, 0.75: 0.5, 0.5: -1.5}[specificity], abs=0.01)
+
+
+def test_a_presence_takes_the_place_of_the_highest_logit():
+    """Whatever the temperature, which belongs to the logits of pixels."""
+    presences = [(0.9, 1), (0.6, 1), (0.3, 1), (0.7, 0), (0.2, 0)]
+    images = [
+        (np.full((8, 8), 5.0 if is_positive else -5.0), np.full((8, 8), is_positive, np.uint8), presence)
+        for presence, is_positive in presences
+    ]
+    found = calibrate(images, 0.5)
+    odds = np.log([0.2 / 0.8, 0.3 / 0.7])
+    assert found.presence_threshold == pytest.approx(1 / (1 + np.exp(-odds.mean())))  # in the middle of the logits
+    assert (found.specificity, found.sensitivity) == (0.5, 1)
+    assert calibrate(images, 1.0).sensitivity == pytest.approx(1 / 3)
+    assert calibrate([(*image[:2], None) for image in images], 1.0).sensitivity == 1
 
 
 def test_a_specificity_that_cannot_be_had_is_refused_and_none_is_asked_for_by_default():

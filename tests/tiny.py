@@ -72,6 +72,7 @@ TINY_SAM3 = {
     "text_config": {**_LAYERS, "num_hidden_layers": 2, "vocab_size": 500, "max_position_embeddings": 32},
     **{
         f"{part}_config": {"hidden_size": 16, "num_attention_heads": 2, "num_layers": 2, "intermediate_size": 24}
+        | {"dropout": 0.0}  # which differs from process to process: two could not learn what one learns
         for part in ("geometry_encoder", "detr_encoder", "detr_decoder")
     },
     "mask_decoder_config": {"hidden_size": 16, "num_attention_heads": 2},
@@ -105,10 +106,12 @@ def save_tiny_members(folder):
 
 
 def tiny_options(folder):
-    """Return options that make every model tiny; `+unet` is the model before it with a UNet-D."""
+    """Return options that make every model tiny; `+unet` is the model before it with a UNet-D, `+presence` likewise."""
     clipseg = {"source": str(folder / "clipseg"), "image_size": 64}
     biomedclip = {"source": str(folder / "biomedclip"), "image_size": 64, "taps": [1, 2, 4]}
     both = {"biomedclip_source": biomedclip["source"], "clipseg_source": clipseg["source"]}
+    sam3 = {"source": str(folder / "sam3"), "image_size": 64}
+    cris = {"source": str(folder / "clip_resnet"), "image_size": 64, "width": 32}
     cnn = {"encoder": "resnet18", "encoder_weights": None, "image_size": 64}
     return {
         "clipseg": clipseg,
@@ -118,8 +121,11 @@ def tiny_options(folder):
         "openclip_seg+unet": {"source": str(folder / "open_clip"), "unet": True, "width": 4},
         "transformers_seg": {"source": str(folder / "siglip")},
         "transformers_seg+unet": {"source": str(folder / "siglip"), "unet": True, "width": 4},
-        "sam3": {"source": str(folder / "sam3"), "image_size": 64},
-        "cris": {"source": str(folder / "clip_resnet"), "image_size": 64, "width": 32},
+        "sam3": sam3,
+        "sam3+unet": sam3 | {"unet": True, "width": 4},
+        "sam3+presence": sam3 | {"presence": True},
+        "cris": cris,
+        "cris+unet": cris | {"unet": True, "unet_width": 4},
         "unet_d": {"image_size": 64, "width": 4},
         "unet": cnn,
         "unetplusplus": cnn,

@@ -25,6 +25,7 @@ from vlsm.datasets.records import RECORD, Record
 from vlsm.datasets.settings import DatasetSettings
 from vlsm.datasets.splits import GIVE, require_splits
 from vlsm.errors import CheckpointError, ConfigError, ImageError, ManifestError, VlsmError
+from vlsm.segmentation.masks import logit
 from vlsm.segmentation.metrics import BAD_DICE
 from vlsm.segmentation.presence import fit_presence
 from vlsm.shown import say, say_error
@@ -72,7 +73,8 @@ class CalibrationSettings(Settings):
         return self
 
 
-Labelled = tuple[np.ndarray, np.ndarray]  # logits (H, W) float and mask (H, W) of 0 and 1
+# logits (H, W) float, mask (H, W) of 0 and 1, and the presence, from 0 to 1, if the model computes it
+Labelled = tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, float | None]
 
 
 def calibrate(examples: Iterable[Labelled], specificity: float | None = None) -> Calibration:
@@ -83,15 +85,19 @@ def calibrate(examples: Iterable[Labelled], specificity: float | None = None) ->
     middle; see `_middle_of_best`.
 
     Args:
-        examples: logits at the original size of each image, and its target mask.
+        examples: logits at the original size of each image, its target mask, and its presence if it has one.
         specificity: wanted share of right images among those without the finding; None for no presence threshold.
 
     Raises:
         ConfigError: there are no examples, or no threshold has the specificity.
     """
-    counted = [(_count(*example), float(example[0].max()), bool(example[1].any())) for example in examples]
-    images = [(peak, is_positive) for _, peak, is_positive in counted]
-    counts = np.array([count for count, *_ in counted])  # (N, 2, bins): background, foreground
+    counted, peaks, presences, positives = [], [], [], []
+    for logits, mask, *presence in examples:
+        counted.append(_count(logits, mask))
+        peaks.append(float(logits.max()))
+        presences += [logit(value) for value in presence if value is not None]
+        positives.append(bool(mask.any()))
+    counts = np.array(counted)  # (N, 2, bins): background, foreground
     if not len(counts):
         raise ConfigError("there are no labelled images; calibration needs one or more in the validation splits")
     shares = (counts / counts.sum(axis=(1, 2), keepdims=True)).mean(axis=0)
@@ -117,9 +123,18 @@ def calibrate(examples: Iterable[Labelled], specificity: float | None = None) ->
         min_confidence=_min_confidence(counts, best, temperature, dice[:, best]),
         area_fraction=tuple(np.percentile(areas, _USUAL_AREAS).round(5).tolist()),
         reliability=after,
-        **({} if specificity is None else fit_presence(images, round(temperature, 4), specificity)),
-        num_negatives=sum(not is_positive for _, is_positive in images),
+        **({} if specificity is None else _fit_presence(peaks, presences, positives, temperature, specificity)),
+        num_negatives=positives.count(False),
     )
+
+
+def _fit_presence(
+    peaks: list[float], presences: list[float], positives: list[bool], temperature: float, specificity: float
+) -> dict[str, Any]:
+    """Return the result of `fit_presence` for the logits of the presence, or else for the highest logits."""
+    if presences:
+        return fit_presence(list(zip(presences, positives, strict=True)), 1, specificity)
+    return fit_presence(list(zip(peaks, positives, strict=True)), round(temperature, 4), specificity)
 
 
 def reliability(shares: np.ndarray, temperature: float) -> list[tuple[float, float, float]]:
@@ -216,8 +231,9 @@ def _predict(segmenter: "Segmenter", records: list[Record], reader: ExampleReade
             say(f"skipped: {error}", sys.stderr)
             continue
         mask = example.target.mask
-        logits = segmenter.predict_logits(square.resize_image(example.image)[None], [[prompt]])[0][0]
-        yield square.enlarge_logits(logits, (mask.shape[0], mask.shape[1])), mask
+        ((logits, presence),) = segmenter.predict(square.resize_image(example.image)[None], [[prompt]])
+        enlarged = square.enlarge_logits(logits[0], (mask.shape[0], mask.shape[1]))
+        yield enlarged, mask, None if presence is None else float(presence[0])
 
 
 def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSettings) -> Calibration:

@@ -62,8 +62,8 @@ class Calibration(Settings):
         area_fraction: (low, high); the area fractions of nearly all target masks lie between them.
         reliability: for each bin the mean probability, the share of foreground and the share of all pixels; the record
             of a run leaves it out.
-        presence_threshold: an image whose highest probability reaches it counts as showing the finding; None if no
-            specificity was asked for.
+        presence_threshold: an image whose presence, or else highest probability, reaches it counts as showing the
+            finding; None if no specificity was asked for.
         specificity, sensitivity: shares of the validation images without and with the finding that this threshold
             judges right.
         num_negatives: number of validation images without the finding.

@@ -194,6 +194,12 @@ class ReviewSettings(Settings):
     min_agreement: float | None = Field(
         0.7, ge=0, le=1, description="mark masks for review below this agreement, the mean Dice between members"
     )
+    min_presence: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="mark masks with foreground for review below this presence, if the model computes it (sam3)",
+    )
     area_fraction: tuple[float, float] | None = Field(
         None, description="mark masks for review outside [lowest, highest] fraction of the image's area"
     )

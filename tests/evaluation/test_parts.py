@@ -36,7 +36,7 @@ def volume(path, plane, spacing):
 def score(tmp_path):
     """Return the scores of masks, given as pairs of a record and a mask, in one part file."""
 
-    def score(*pairs, threshold=None, highest=(), **given):
+    def score(*pairs, threshold=None, highest=(), presences=(), **given):
         settings = EvaluateSettings(output="x", datasets={"d": "x"}, checkpoints=("x",), prompts=("p1",), **given)
         rows, targets = [], {}
         for number, (record, mask) in enumerate(pairs):
@@ -44,6 +44,7 @@ def score(tmp_path):
             row |= {"prompt": "polyp", "kind": "mask", "status": "ok", "model": "m", "mask_rle": encode_mask(mask)}
             row |= {"height": SIZE[0], "width": SIZE[1], "area_px": int(mask.sum()), "area_fraction": mask.mean()}
             row |= {"max_probability": highest[number]} if highest else {}
+            row |= {"presence": presences[number]} if presences else {}
             rows.append(row)
             targets[str(number)] = [Target(record, str(number), {"p1": "polyp"})]
         write_part(str(tmp_path), 0, rows, "run", 1)
@@ -131,4 +132,6 @@ def test_a_threshold_of_presence_judges_the_highest_probability_and_not_the_mask
         (False, 0.7, 0.6), (True, 0.7, 0.8),
     ]  # fmt: skip
     assert [row["is_present"] for row in score(*pairs, threshold=0.7)] == [None, None]  # rows of an earlier version
+    rows = score(*pairs, threshold=0.7, highest=(0.6, 0.8), presences=(0.75, 0.25))
+    assert [(row["is_present"], row["presence"]) for row in rows] == [(True, 0.75), (False, 0.25)]
     assert [row["is_present"] for row in score(*pairs)] == [True, False]

@@ -74,6 +74,16 @@ def test_a_system_says_that_the_finding_is_there(area, highest, threshold, expec
     assert judge_presence({"area_fraction": area, "max_probability": highest}, threshold) is expected
 
 
+def test_the_presence_takes_the_place_of_the_highest_probability():
+    row = {"area_fraction": 0.1, "max_probability": 0.9, "presence": 0.2}
+    assert judge_presence(row, 0.5) is False and judge_presence(row | {"presence": None}, 0.5) is True
+    assert judge_presence(row, None) is True  # without a threshold any foreground counts, as before
+    rows = [one | {"presence": presence} for one, presence in zip(ROWS, (0.9, 0.5, 0.6, 0.1, 0.2), strict=True)]
+    assert add_presence(rows).presence_auroc == pytest.approx(5 / 6)  # only 0.5 and 0.6 are in the wrong order
+    rows[0]["presence"] = None  # both in one curve would be two scales
+    assert add_presence(rows).presence_auroc == add_presence(ROWS).presence_auroc
+
+
 def test_the_table_tells_how_many_records_are_negative_and_their_mean_apart():
     rows = [score("a", number, **one) for number, one in enumerate(ROWS)]
     (line,) = compare(rows, "a", 100, 0)

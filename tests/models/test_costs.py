@@ -2,7 +2,7 @@ import pytest
 
 from vlsm.models import MODELS
 from vlsm.models.__main__ import main
-from vlsm.models.costs import measure_costs
+from vlsm.models.costs import measure_cost, measure_costs
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,24 @@ def test_a_further_prompt_costs_only_what_it_changes(costs):
         assert (cost.prompt_gflop > 0) == sees_text
     assert costs["vlsm_a"].prompt_gflop < costs["vlsm_a"].image_gflop / 3
     assert costs["biomedclipseg"].prompt_gflop < costs["biomedclipseg"].image_gflop / 50
+
+
+@pytest.mark.parametrize("name", ["sam3", "cris", "transformers_seg"])
+def test_options_that_add_a_cnn_add_its_costs(costs, name):
+    plain, both = costs[name], measure_cost(name, {"unet": True})
+    alone = measure_cost("unet_d", {"image_size": plain.image_size})
+    assert both.num_trainable - plain.num_trainable == both.num_parameters - plain.num_parameters
+    assert both.num_parameters - plain.num_parameters > alone.num_parameters
+    # the CNN's, its map's, and in its bottleneck the map's
+    assert alone.image_gflop < both.image_gflop - plain.image_gflop < 1.5 * alone.image_gflop
+    assert alone.image_gflop / 4 < both.prompt_gflop - plain.prompt_gflop < 0.8 * alone.image_gflop
+
+
+def test_presence_costs_a_decoder_for_each_prompt(costs):
+    plain, both = costs["sam3"], measure_cost("sam3", {"presence": True})
+    assert both.num_trainable == plain.num_trainable and both.num_parameters > plain.num_parameters
+    added = both.prompt_gflop - plain.prompt_gflop
+    assert both.image_gflop - plain.image_gflop == pytest.approx(added) and 0 < added < plain.prompt_gflop
 
 
 @pytest.mark.parametrize("name", MODELS)

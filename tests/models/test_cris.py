@@ -162,6 +162,8 @@ def test_a_checkpoint_of_the_public_code_is_loaded_with_its_towers(model, folder
     vlsm.save_checkpoint(loaded, tmp_path / "checkpoint")
     again = vlsm.load_checkpoint(tmp_path / "checkpoint").model
     assert torch.equal(again(pixel_values, ["polyp"]), model(pixel_values, ["polyp"]))
+    with_cnn = vlsm.build_model("cris", **options | {"unet": True, "unet_width": 4}).state_dict()
+    assert all(torch.equal(with_cnn[name], value) for name, value in model.state_dict().items())
     with pytest.raises(CheckpointError, match=r"cris.pt' do not fit the model in \d+ places: layers.0.after.0.bias"):
         vlsm.build_model("cris", **options | {"width": 64})
 

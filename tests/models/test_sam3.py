@@ -45,18 +45,52 @@ def images(size):
     return torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-@pytest.mark.parametrize("size", [64, 72])  # 8 x 8 patches, and 9 x 9, which windows of 4 x 4 do not divide
-@torch.no_grad()
-def test_logits_equal_transformers_own(source, size):
+def theirs(source, size):
     config = transformers.AutoConfig.from_pretrained(source)
     config.image_size = size
     network = transformers.AutoModel.from_pretrained(source, config=config).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding="max_length", max_length=32)  # as the processor does
-    theirs = network(images(size), input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).semantic_seg
-    assert theirs.shape == (3, 1, size // 2, size // 2) and theirs.std() > 0
-    expected = functional.interpolate(theirs, (size, size), mode="bilinear")
+    return network(images(size), input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+
+def predict(model, pixel_values, prompts=PROMPTS):
+    return model.decode_with_presence(model.encode_images(pixel_values), model.encode_prompts(prompts))
+
+
+@pytest.mark.parametrize("size", [64, 72])  # 8 x 8 patches, and 9 x 9, which windows of 4 x 4 do not divide
+@torch.no_grad()
+def test_logits_equal_transformers_own(source, size):
+    masks = theirs(source, size).semantic_seg
+    assert masks.shape == (3, 1, size // 2, size // 2) and masks.std() > 0
+    expected = functional.interpolate(masks, (size, size), mode="bilinear")
     torch.testing.assert_close(build(source, size)(images(size), PROMPTS), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [64, 72])
+@torch.no_grad()
+def test_presence_equals_transformers_own(source, size):
+    expected = theirs(source, size).presence_logits
+    assert expected.shape == (3, 1) and expected.std() > 1e-3 and expected.abs().max() < 10  # their bound
+    model = build(source, size, presence=True)
+    logits, presence = predict(model, images(size))
+    torch.testing.assert_close(presence, expected[:, 0], atol=1e-4, rtol=1e-4)
+    plain, none = predict(build(source, size), images(size))
+    assert none is None and torch.equal(logits, plain) and torch.equal(model(images(size), PROMPTS), plain)
+    for number, prompt in enumerate(PROMPTS):  # whatever is in the batch
+        alone = predict(model, images(size)[number : number + 1], [prompt])[1]
+        torch.testing.assert_close(alone, presence[number : number + 1], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_checkpoint_has_the_decoder_of_the_presence(source, tmp_path):
+    expected = predict(build(source, presence=True), images(64))
+    for trainable in ("decoder", "all"):
+        model = build(source, trainable=trainable, presence=True)
+        assert not any(parameter.requires_grad for parameter in model.detr_decoder.parameters())
+    vlsm.save_checkpoint(model, tmp_path)
+    for one, other in zip(predict(vlsm.load_checkpoint(tmp_path).model.eval(), images(64)), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -141,6 +175,12 @@ META = {
     "towers.text.text_model.final_layer_norm": "backbone.language_backbone.encoder.ln_final",
     "towers.text.text_model.encoder.layers": "backbone.language_backbone.encoder.transformer.resblocks",
     "detr_encoder": "transformer.encoder",
+    "detr_decoder.presence_head": "transformer.decoder.presence_token_head",
+    "detr_decoder.presence_layer_norm": "transformer.decoder.presence_token_out_norm",
+    "detr_decoder.output_layer_norm": "transformer.decoder.norm",
+    "detr_decoder.box_head": "transformer.decoder.bbox_embed",
+    "detr_decoder.box_rpb_embed": "transformer.decoder.boxRPB_embed",
+    "detr_decoder": "transformer.decoder",
     "mask_decoder.semantic_projection": "segmentation_head.semantic_seg_head",
     "mask_decoder.prompt_cross_attn_norm": "segmentation_head.cross_attn_norm",
     "mask_decoder.prompt_cross_attn.": "segmentation_head.cross_attend_prompt.",
@@ -159,6 +199,12 @@ META_PARTS = {
     "transformer.encoder": {
         ".cross_attn.": ".cross_attn_image.", ".o_proj.": ".out_proj.", ".layer_norm": ".norm",
         ".mlp.fc": ".linear",
+    },
+    "transformer.decoder": {
+        ".vision_cross_attn_layer_norm.": ".norm1.", ".text_cross_attn_layer_norm.": ".catext_norm.",
+        ".self_attn_layer_norm.": ".norm2.", ".mlp_layer_norm.": ".norm3.", ".vision_cross_attn.": ".cross_attn.",
+        ".text_cross_attn.": ".ca_text.", ".o_proj.": ".out_proj.", ".mlp.fc": ".linear", ".layer1.": ".layers.0.",
+        ".layer2.": ".layers.1.", ".layer3.": ".layers.2.",
     },
     "segmentation_head": {".o_proj.": ".out_proj."},
 }  # fmt: skip
@@ -190,10 +236,10 @@ def publish(model):
     }
 
 
-@pytest.mark.parametrize("start", ["", "detector."])
+@pytest.mark.parametrize(("start", "presence"), [("", False), ("detector.", False), ("", True)])
 @torch.no_grad()
-def test_weights_in_metas_names(folder, tmp_path, start):
-    model = build(folder)
+def test_weights_in_metas_names(folder, tmp_path, start, presence):
+    model = build(folder, presence=presence)
     state = {start + name: value for name, value in publish(model).items()}
     names = " ".join(state)
     for part in (
@@ -202,15 +248,24 @@ def test_weights_in_metas_names(folder, tmp_path, start):
         "layers.1.cross_attn_image.in_proj_",
     ):
         assert part in names
-    unused = {f"{start}transformer.decoder.query_embed.weight": torch.zeros(2, 2), "tracker.maskmem": torch.zeros(1)}
+    unused = {f"{start}transformer.decoder.instance_query_embed.weight": torch.zeros(2), "tracker.x": torch.zeros(1)}
+    if not presence:
+        unused |= {f"{start}transformer.decoder.query_embed.weight": torch.zeros(2, 2)}
     unused |= {f"{start}backbone.vision_backbone.convs.3.conv_1x1.bias": torch.zeros(16)}
     torch.save({"model": state | unused, "epoch": 1}, tmp_path / "sam3.pt")
     for path in folder.iterdir():  # architecture and tokenizer are enough
         if path.suffix != ".safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    loaded = build(tmp_path, weights=str(tmp_path / "sam3.pt"))
-    torch.testing.assert_close(loaded(images(64), PROMPTS), model(images(64), PROMPTS), atol=1e-5, rtol=1e-5)
-    del state[f"{start}backbone.language_backbone.resizer.bias"]
-    torch.save(state, tmp_path / "sam3.pt")
-    with pytest.raises(CheckpointError, match=r"do not fit the model in 1 places: towers.text_projection.bias: none"):
-        build(tmp_path, weights=str(tmp_path / "sam3.pt"))
+    options = {"weights": str(tmp_path / "sam3.pt"), "presence": presence}
+    loaded, again = predict(build(tmp_path, **options), images(64)), build(tmp_path, unet=True, width=4, **options)
+    for one, other in zip(loaded, predict(model, images(64)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5) if other is not None else one is None
+    state_of_all = again.state_dict()  # with a CNN, which no such file has
+    assert all(torch.equal(value, state_of_all[name]) for name, value in model.state_dict().items())
+    for name, ours in (
+        ("backbone.language_backbone.resizer.bias", "towers.text_projection.bias"),
+        ("transformer.decoder.presence_token.weight", "detr_decoder.presence_token.weight"),
+    )[: 1 + presence]:
+        torch.save({key: value for key, value in state.items() if key != start + name}, tmp_path / "sam3.pt")
+        with pytest.raises(CheckpointError, match=f"do not fit the model in 1 places: {ours}: none"):
+            build(tmp_path, **options)

@@ -17,7 +17,8 @@ from vlsm.models.folding import fold_batch_norms
 from vlsm.models.towers import Towers
 
 PROMPTS = ["polyp", "a round lesion of the left", "!", "polyp", "small, flat: bright!"]
-CASES = [*MODELS, "openclip_seg+unet", "transformers_seg+unet"]
+UNETS = ["openclip_seg+unet", "transformers_seg+unet", "sam3+unet", "cris+unet"]
+CASES = [*MODELS, *UNETS, "sam3+presence"]
 TOWERS = [name for name in CASES if name not in ("unet_d", "unet", "unetplusplus", "deeplabv3plus", "pixel", "stack")]
 
 
@@ -193,7 +194,8 @@ def test_folded_batch_norms_change_nothing(build, pixel_values, case):
     if case == "deeplabv3plus":  # its separable convolutions are modules of their own
         assert len(left) == 5
     else:
-        assert left == (["neck.norm5.0"] if case == "cris" else [])  # that one follows a product with the sentence
+        # that one follows a product with the sentence
+        assert left == (["neck.norm5.0"] if case.startswith("cris") else [])
 
 
 @pytest.mark.parametrize("trainable", ["decoder", "lora", "all"])
@@ -205,12 +207,14 @@ def test_gradients_reach_what_learns_and_nothing_else(build, pixel_values, case,
     towers = {name for name, _ in model.named_parameters() if ".towers." in f".{name}"}
     adapters = {name for name in towers if "lora_" in name}
     learning = {"decoder": set(), "lora": adapters, "all": towers}[trainable]
-    assert reached == {name for name, _ in model.named_parameters()} - towers | learning
+    fixed = {name for name, _ in model.named_parameters() if name.startswith("detr_decoder.")}  # of the presence
+    assert reached == {name for name, _ in model.named_parameters()} - towers - fixed | learning
+    assert bool(fixed) == ("+presence" in case)
     assert bool(adapters) == (trainable == "lora")
     for part in (part for part in model.modules() if isinstance(part, Towers)):
         assert part.training == (trainable == "all")
         blocks = {re.search(r"(blocks|layers)\.\d+", name) for name, _ in part.named_parameters() if "lora_" in name}
-        if trainable == "lora" and case != "cris":  # whose attention is one pool
+        if trainable == "lora" and not case.startswith("cris"):  # whose attention is one pool
             assert len({found.group() for found in blocks}) == max(part.taps) + 1
 
 
@@ -250,6 +254,40 @@ def test_trainable_can_be_chosen_anew(build, pixel_values):
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == plain
     model.set_trainable("decoder")
     assert not any(parameter.requires_grad for parameter in model.a.towers.parameters())
+
+
+@pytest.mark.parametrize("case", UNETS)
+@torch.no_grad()
+def test_a_cnn_that_the_join_leaves_out_changes_nothing(build, pixel_values, case):
+    model, plain = build(case).eval(), build(case.partition("+")[0]).eval()
+    unknown = plain.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+    assert unknown and all(name.startswith("fusion.") for name in unknown)
+    expected, joined = plain(pixel_values, PROMPTS), model(pixel_values, PROMPTS)
+    assert difference(joined, expected) > 1e-4
+    model.fusion.join.weight.copy_(torch.tensor([1.0, 0.0])[None, :, None, None])
+    model.fusion.join.bias.zero_()
+    assert torch.equal(model(pixel_values, PROMPTS), expected)
+    model.fusion.join.weight[0, 1] = 1  # and all that is left out is the CNN's, which sees image and text
+    (one, two), cnn = model(pixel_values[[0, 0]], PROMPTS[:2]), model(pixel_values, PROMPTS) - expected
+    assert difference(cnn[:1], cnn[1:2]) > 1e-4
+    assert difference(one - plain(pixel_values[:1], PROMPTS[:1]), two - plain(pixel_values[:1], PROMPTS[1:2])) > 1e-6
+
+
+@pytest.mark.parametrize("case", UNETS)
+@torch.no_grad()
+def test_a_checkpoint_has_the_cnn(build, pixel_values, tmp_path, case):
+    model = build(case).eval()
+    vlsm.save_checkpoint(model, tmp_path)
+    restored = vlsm.load_checkpoint(tmp_path).model
+    assert torch.equal(restored(pixel_values, PROMPTS), model(pixel_values, PROMPTS))
+    assert restored.options == model.options and restored.options.unet
+
+
+@pytest.mark.parametrize("case", ["sam3+unet", "cris+unet"])
+def test_a_side_that_the_cnn_cannot_halve_is_refused(sources, case):
+    options = tiny_options(sources)[case] | {"image_size": 72}
+    with pytest.raises(CheckpointError, match="UNet-D needs a multiple of 16|multiple of 32"):
+        vlsm.build_model(case.partition("+")[0], **options)
 
 
 LOAD = """

@@ -227,5 +227,5 @@ def test_logits_of_calibrated_checkpoints_are_divided_on_the_device(folder, memb
     plain = vlsm.Segmenter(checkpoint, "cpu").predict_logits(image, [["x"]])[0]
     calibrated = checkpoint.settings.model_copy(update={"calibration": Calibration.model_construct(temperature=2.0)})
     segmenter = vlsm.Segmenter(replace(checkpoint, settings=calibrated), "cpu")
-    tensor = segmenter.predict_tensor(segmenter.prepare(torch.from_numpy(image)), [["x"]])
-    np.testing.assert_allclose(tensor.numpy(), plain / 2, rtol=1e-5)
+    logits, _ = segmenter.predict_tensor(segmenter.prepare(torch.from_numpy(image)), [["x"]])
+    np.testing.assert_allclose(logits.numpy(), plain / 2, rtol=1e-5)

@@ -129,7 +129,7 @@ def test_prompts_that_are_none_are_refused(segmenter, prompts, error, message):
 
 
 def test_wrong_input_is_named_by_its_number_before_any_work(segmenter, monkeypatch):
-    monkeypatch.setattr(segmenter, "predict_logits", lambda *args: pytest.fail("worked"))
+    monkeypatch.setattr(segmenter, "predict", lambda *args: pytest.fail("worked"))
     with pytest.raises(ValueError, match="image 2 is float64"):
         segmenter.segment([IMAGE, IMAGE / 255])
     with pytest.raises(ValueError, match=r"threshold is 50; .* such as 0\.5"):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 
 import vlsm
-from tests.tiny import save_tiny_clipseg, tiny_options
+from tests.tiny import save_tiny_clipseg, save_tiny_sam3, save_tiny_siglip, tiny_options
 from tests.training.test_sampling import make_records
 from vlsm.errors import VlsmError
 from vlsm.training.feature_cache import FeatureCache
@@ -26,12 +26,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return save_tiny_clipseg(tmp_path_factory.mktemp("sources") / "clipseg").parent
+    folder = tmp_path_factory.mktemp("sources")
+    save_tiny_sam3(folder / "sam3")
+    save_tiny_siglip(folder / "siglip")
+    return save_tiny_clipseg(folder / "clipseg").parent
 
 
 def make_settings(source, model="clipseg", **changes):
     """Group norms would be the same in every cut; batch norms are not, so models without them are compared."""
-    tree = {"output": "out", "datasets": {"a": "a"}, "model": model, "options": tiny_options(source)[model]}
+    options, model = tiny_options(source)[model], model.partition("+")[0]
+    tree = {"output": "out", "datasets": {"a": "a"}, "model": model, "options": options}
     optim = {"epochs": 2, "batch_size": 5, "lr": 1e-2} | changes.pop("optim", {})
     return TrainSettings.model_validate(tree | {"optim": optim} | changes)
 
@@ -98,12 +102,22 @@ def _learn_in_parallel(rank, folder, tree):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_learn_what_one_learns_and_go_on_from_its_state(source, tmp_path, fsdp):
+@pytest.mark.parametrize(
+    ("model", "trainable", "fsdp"),
+    [
+        ("clipseg", "all", False),
+        ("clipseg", "all", True),
+        ("sam3+presence", "all", False),
+        ("sam3", "all", True),
+        ("transformers_seg", "lora", False),
+    ],
+)
+def test_two_processes_learn_what_one_learns_and_go_on_from_its_state(source, tmp_path, model, trainable, fsdp):
     """Five examples a step do not divide by two."""
     # Adam makes steps of one size out of gradients that are float noise, so small steps are compared
     optim = {"lr": 2e-4}
-    settings = make_settings(source, trainable="all", optim=optim, run={"micro_batch_size": 1, "fsdp": fsdp})
+    run = {"micro_batch_size": 1, "fsdp": fsdp}
+    settings = make_settings(source, model, trainable=trainable, optim=optim, run=run)
     alone, _ = learn(settings)
     arguments = (str(tmp_path), settings.model_dump_json())
     # one process imports the libraries, from which all others are forked

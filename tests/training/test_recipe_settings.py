@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlsm
-from tests.tiny import save_tiny_clipseg, save_tiny_open_clip, tiny_options
+from tests.tiny import save_tiny_clipseg, save_tiny_open_clip, save_tiny_sam3, save_tiny_sources, tiny_options
 from tests.training.test_learner import CPU, RECORDS, build, draw, largest_difference, learn, make_settings, weights_of
 from vlsm.training.groups import parameter_groups
 from vlsm.training.history import History
@@ -67,6 +67,56 @@ def test_rates_fall_from_block_to_block_towards_the_input(source):
     rates = {n: group[0] for n, group in name_groups(other, lr=1, layer_decay=0.5).items()}
     assert rates["towers.text.text_projection"] == 1 and rates["towers.text.token_embedding.weight"] == 1 / 8
     assert len({rate for name, rate in rates.items() if "visual" in name}) == 5  # four blocks and the stem
+
+
+def order_of_calls(towers, run):
+    """The modules with weights of their own in the order of their calls, each with the tower that it belongs to."""
+    names, calls = {module: name for name, module in towers.named_modules()}, []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: calls.append(names[module]))
+        for module in towers.modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "sam3", "cris"])
+@torch.no_grad()
+def test_layers_before_the_first_block_have_the_lowest_rate_and_those_after_the_last_the_full_one(tmp_path, kind):
+    """The order of the calls says which these are, in towers of every library."""
+    model = vlsm.build_model(kind, "all", **tiny_options(save_tiny_sources(tmp_path))[kind]).eval()
+    rates = {n: group[0] for n, group in name_groups(model, lr=1, layer_decay=0.5).items()}
+    size = model.image_spec.size
+    tokens = model.towers.tokenize(["polyp"])
+    runs = lambda: model.encode_images(torch.zeros(1, 3, size, size)), lambda: model.towers.encode_tokens(tokens)
+    for run in runs:
+        calls = order_of_calls(model.towers, run)
+        numbers = [number for number, call in enumerate(calls) if re.search(r"\.(res)?(blocks|layers?)\.?\d", call)]
+        rates_of = {
+            call: {rates[f"towers.{call}.{name}"] for name, _ in module.named_parameters(recurse=False)}
+            for call in calls
+            for module in [model.towers.get_submodule(call)]
+        }
+        lowest = min(min(own) for own in rates_of.values())
+        for number, call in enumerate(calls):
+            own = rates_of[call]
+            if number < numbers[0]:
+                assert own == {lowest}, call
+            elif number > numbers[-1]:
+                assert own == {1}, call
+            else:
+                assert own and max(own) < 1 and min(own) > lowest, call
+
+
+def test_a_cnn_beside_towers_has_the_rate_of_the_decoder(source, tmp_path):
+    save_tiny_sam3(tmp_path / "sam3")
+    model = vlsm.build_model("sam3", "all", **tiny_options(tmp_path)["sam3+unet"])
+    rates = {n: group[0] for n, group in name_groups(model, lr=1, tower_lr=0.5).items()}
+    assert {rate for name, rate in rates.items() if name.startswith("fusion.")} == {1}
+    assert {rate for name, rate in rates.items() if name.startswith("towers.")} == {0.5}
 
 
 def test_a_state_of_an_earlier_version_goes_on_under_its_own_rules(source):

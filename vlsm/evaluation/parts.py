@@ -56,6 +56,7 @@ SCORES_SCHEMA = pa.schema(
         pa.field("matched_iou", pa.float64()),
         pa.field("lesion_dice", pa.float64()),
         pa.field("max_probability", pa.float64()),
+        pa.field("presence", pa.float32()),
         pa.field("presence_threshold", pa.float64()),
         pa.field("is_present", pa.bool_()),
         pa.field("reference_dice", pa.float64()),
@@ -68,7 +69,8 @@ SCORES_SCHEMA = pa.schema(
         pa.field("target_rle", pa.string()),
     ]
 )
-_RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle", "max_probability")
+_PRESENCE = ("max_probability", "presence")
+_RUN_COLUMNS = ("height", "width", "area_fraction", "confidence", "agreement", "review", "mask_rle", *_PRESENCE)
 
 
 def score_columns(settings: EvaluateSettings) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Whether an image shows the finding at all: scores of images, and of marks on images without the finding.
 
 **Negative** is a record whose label is empty: the dataset says `none`, or its mask has no foreground. All others are
-positive. **Present**: a system says that the image shows the finding. That is so if the highest probability of its
-pixels reaches the presence threshold; without a threshold, if its mask has any foreground pixel. The place of the mask
-does not matter: that is what Dice is for.
+positive. **Present**: a system says that the image shows the finding. That is so if the presence reaches the presence
+threshold, or the highest probability of the pixels if the model computes no presence; without a threshold, if the mask
+has any foreground pixel. The place of the mask does not matter: that is what Dice is for.
 
 **Dice and negatives.** The Dice of a negative record is 1 if the mask is empty, else 0. So the mean Dice of a dataset
 with many negatives says how often the system marks nothing. The mean over all records stays in the table, as in earlier
@@ -30,7 +30,8 @@ class PresenceTotals:
         positive_dice_mean: mean Dice over the positive records.
         sensitivity: share of the positive records that the system says are present.
         specificity: share of the negative records that it does not say are present.
-        presence_auroc: area under the ROC curve of the highest probability; 0.5 is chance. None if a record has none.
+        presence_auroc: area under the ROC curve of the presence if all records have one, else of the highest
+            probability; 0.5 is chance. None if a record has none.
         false_area_mean: mean share of the image that is foreground, over the negative records.
         presence_threshold: the threshold, or None if any foreground counts.
     """
@@ -47,15 +48,18 @@ class PresenceTotals:
 def add_presence(rows: Iterable[Mapping[str, Any]]) -> PresenceTotals:
     """Return the scores of images. Of rows of earlier versions, any foreground counts as present."""
     known = [row for row in rows if row.get("target_fraction") is not None]
-    positive, negative = ([row for row in known if (row["target_fraction"] == 0) is kind] for kind in (False, True))
-    highest = [[row.get("max_probability") for row in group] for group in (positive, negative)]
+    groups = positive, negative = [
+        [row for row in known if (row["target_fraction"] == 0) is kind] for kind in (False, True)
+    ]
+    has_presence = all(row.get("presence") is not None for row in known)
+    values = [[row.get("presence" if has_presence else "max_probability") for row in group] for group in groups]
     thresholds = {row.get("presence_threshold") for row in known}
     return PresenceTotals(
         negatives_n=len(negative),
         positive_dice_mean=_mean([row["dice"] for row in positive]),
         sensitivity=_mean(list(map(_is_present, positive))),
         specificity=_mean([None if (found := _is_present(row)) is None else not found for row in negative]),
-        presence_auroc=None if None in [*highest[0], *highest[1]] else _auroc(*highest),
+        presence_auroc=None if None in [*values[0], *values[1]] else _auroc(*values),
         false_area_mean=_mean([row.get("area_fraction") for row in negative]),
         presence_threshold=thresholds.pop() if len(thresholds) == 1 else None,
     )

@@ -77,8 +77,9 @@ class EvaluateSettings(Settings):
         None,
         gt=0,
         lt=1,
-        description="highest probability of an image from which it counts as showing the finding, for sensitivity and "
-        "specificity; default: stored in the checkpoint (vlsm calibrate with specificity=0.95), else any foreground",
+        description="presence, or else highest probability, from which an image counts as showing the finding, for "
+        "sensitivity and specificity; default: stored in the checkpoint (vlsm calibrate with specificity=0.95), else "
+        "any foreground",
     )
     tile: TileSettings = TileSettings()
     clean: CleanSettings = CleanSettings()

@@ -61,8 +61,8 @@ class System:
         output: OUTPUT of the segment run with the system's masks.
         segment: settings of that segment run, or None if the masks already exist (--masks).
         targets: one target per record.
-        presence_threshold: highest probability from which an image counts as showing the finding; None: any foreground
-            pixel counts.
+        presence_threshold: presence, or else highest probability, from which an image counts as showing the finding;
+            None: any foreground pixel counts.
         num_known: number of targets whose image a checkpoint of the system has learned from, as far as that is known.
     """
 

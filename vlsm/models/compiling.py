@@ -41,7 +41,7 @@ class Network:
         self.is_compiled = is_compiled
         if is_compiled:
             _prepare_compiler()
-            self._encode, self._decode = self._compile(model.encode_images), self._compile(model.decode)
+            self._encode, self._decode = self._compile(model.encode_images), self._compile(model.decode_with_presence)
             self._towers = [module for module in model.modules() if isinstance(module, Towers)]
             for towers in self._towers:
                 towers.encode_images = self._compile(towers.encode_images)  # type: ignore[method-assign]
@@ -60,9 +60,9 @@ class Network:
         step = self._encode if self.is_compiled else self._model.encode_images
         return step(pixel_values, activations), self._model.embed_images(activations)
 
-    def decode(self, image_features: Features, text_features: Features) -> Tensor:
-        """Return logits (B, 1, S, S), as `SegmentationModel.decode`."""
-        step = self._decode if self.is_compiled else self._model.decode
+    def decode(self, image_features: Features, text_features: Features) -> tuple[Tensor, Tensor | None]:
+        """Return logits (B, 1, S, S), and the presence, as `SegmentationModel.decode_with_presence`."""
+        step = self._decode if self.is_compiled else self._model.decode_with_presence
         return step(image_features, text_features)
 
     def _compile(self, step: Callable[ParamT, ResultT]) -> Callable[ParamT, ResultT]:

@@ -70,6 +70,13 @@ class SegmentationModel(nn.Module):
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return logits (B, 1, S, S) for B rows of image features and B rows of text features."""
 
+    def decode_with_presence(self, image_features: Features, text_features: Features) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of `decode`, and the presence: logits (B,) of the image showing the prompt at all.
+
+        The presence is None for models that do not compute it. Segmentation uses this step, training uses `decode`.
+        """
+        return self.decode(image_features, text_features), None
+
     def embed_images(self, activations: Features) -> Tensor:
         """Return an embedding of each image, (B, `embedding_width`) float32 of length 1.
 

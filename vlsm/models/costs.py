@@ -65,10 +65,10 @@ def measure_costs() -> list[Cost]:
     return [measure_cost(name) for name in MODELS]
 
 
-def measure_cost(name: str) -> Cost:
-    """Return the cost of one model."""
+def measure_cost(name: str, options: dict[str, Any] | None = None) -> Cost:
+    """Return the cost of one model, with options that differ from the published ones, such as `unet`."""
     with tempfile.TemporaryDirectory() as folder:
-        return _measure(name, build_architecture(name, Path(folder)))
+        return _measure(name, build_architecture(name, Path(folder), options=options))
 
 
 def build_architecture(
@@ -126,7 +126,7 @@ def _measure(name: str, model: SegmentationModel) -> Cost:
         with FlopCounterMode(display=False) as image_counter:
             features = model.encode_images(torch.empty(1, 3, size, size, device="meta"))
         with FlopCounterMode(display=False) as prompt_counter:
-            model.decode(features, _text_features(model))
+            model.decode_with_presence(features, _text_features(model))
     parameters = list(model.parameters())
     sources = [
         str(value) for key, value in model.options.model_dump().items() if key.endswith(("source", "weights")) and value

@@ -12,13 +12,19 @@ from vlsm.errors import CheckpointError
 from vlsm.images.preprocess import ImageSpec
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.cris_weights import load_published
+from vlsm.models.fusion import build_unet_d
 from vlsm.models.openclip import OpenCLIPTowers
-from vlsm.models.options import CRISOptions
+from vlsm.models.options import CRISOptions, UNetDSettings
 from vlsm.models.towers import encode_by_length
 
 
 class ResNetTowers(OpenCLIPTowers):
-    """CLIP's modified ResNet and its text transformer."""
+    """CLIP's modified ResNet and its text transformer.
+
+    Attributes:
+        image_width: channels of the finest map.
+        grid: side of the finest map; the model sets it, because the ResNet takes images of any size.
+    """
 
     lora_targets = r"attnpool\.(q|k|v|c)_proj|.*\bresblocks\.\d+\.attn"
 
@@ -79,7 +85,7 @@ class ResNetTowers(OpenCLIPTowers):
         if not self.is_causal:
             raise CheckpointError(f"CRIS needs CLIP's own text transformer, not a {type(self.text).__name__}")
         self.taps = (2, 3, 4)
-        self.image_width, self.num_prefix_tokens = self.visual.attnpool.c_proj.out_features, 0
+        self.image_width, self.num_prefix_tokens = self.channels[0], 0
 
 
 def _conv(channels_in: int, channels: int, kernel: int) -> nn.Sequential:
@@ -182,7 +188,7 @@ class _Projector(nn.Module):
 
 
 class CRIS(SegmentationModel):
-    """CLIP's ResNet-50 towers, a multi-modal neck, a vision-language decoder, and a text-to-pixel projector.
+    """CLIP's ResNet-50 towers, a multi-modal neck, a vision-language decoder, a text-to-pixel projector, maybe UNet-D.
 
     The published threshold is 0.35. The decoder does not attend to padding, which the tokenizer determines. The public
     code treats every id 0 as padding, but id 0 is also an exclamation mark.
@@ -203,6 +209,9 @@ class CRIS(SegmentationModel):
         self.layers = nn.ModuleList(_DecoderLayer(options.width, words_width, options.dropout) for _ in range(3))
         self.norm = nn.LayerNorm(options.width)
         self.projector = _Projector(options.width, towers.text_width)
+        towers.grid = options.image_size // 8
+        unet = UNetDSettings(width=options.unet_width, dropout=options.unet_dropout)
+        self.fusion = build_unet_d(towers, unet, options.image_size) if options.unet else None
 
     @classmethod
     def build(cls, options: CRISOptions) -> Self:
@@ -253,13 +262,18 @@ class CRIS(SegmentationModel):
         return self.towers.encode_images(pixel_values)
 
     def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
-        """Return the neck's three levels before the sentence is added."""
-        return self.neck.project(self.encode_towers(pixel_values) if activations is None else activations)
+        """Return the neck's three levels before the sentence is added, then the CNN's features if there is a CNN."""
+        maps = self.encode_towers(pixel_values) if activations is None else activations
+        levels = self.neck.project(maps)
+        if self.fusion is None:
+            return levels
+        finest = maps[0].flatten(2).transpose(1, 2)  # (B, L, C), as a vision transformer's
+        return levels + self.fusion.encode_images((finest,), pixel_values)
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return logits (B, 1, S, S); the projector's logits are enlarged four times, as options.enlarge says."""
         sentences, words, padding = text_features
-        fused = self.neck(image_features, sentences)
+        fused = self.neck(image_features[:3], sentences)
         pixels = fused.flatten(2).transpose(1, 2)  # (B, N, width)
         height, width = fused.shape[2:]
         pixel_positions = _plane_encoding(pixels.shape[2], height, width, pixels.device).to(pixels)
@@ -267,10 +281,10 @@ class CRIS(SegmentationModel):
         for layer in self.layers:
             pixels = layer(pixels, pixel_positions, words, word_positions, padding)
         logits = self.projector(self.norm(pixels).transpose(1, 2).unflatten(2, (height, width)), sentences)
-        size = (self.image_spec.size, self.image_spec.size)
-        if self.options.enlarge == "published":
-            return functional.interpolate(logits, size, mode="bicubic", align_corners=True)
-        return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+        size, is_published = (self.image_spec.size, self.image_spec.size), self.options.enlarge == "published"
+        mode = "bicubic" if is_published else "bilinear"
+        logits = functional.interpolate(logits, size, mode=mode, align_corners=is_published)
+        return logits if self.fusion is None else self.fusion.decode(image_features[3:], sentences, logits)
 
 
 def _sine_encoding(width: int, length: int, device: torch.device) -> Tensor:

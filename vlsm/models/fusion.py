@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from vlsm.errors import CheckpointError
 from vlsm.models.contract import Features
 from vlsm.models.options import UNetDSettings
 from vlsm.models.towers import Towers
@@ -130,3 +131,16 @@ class AllActivationsUNetD(FusedUNetD):
     def side_logits(self, fused: Tensor, vlsm_logits: Tensor) -> Tensor:
         """Return the VLSM's logits."""
         return vlsm_logits
+
+
+def build_unet_d(towers: Towers, settings: UNetDSettings, image_size: int) -> FirstActivationUNetD:
+    """Return the CNN that the option `unet` adds to a model with towers, untrained: the CNN of ensemble A.
+
+    Raises:
+        CheckpointError: the side of the input is no multiple of 16 pixels.
+    """
+    if image_size % 16:
+        raise CheckpointError(
+            f"the side of the input is {image_size} pixels; UNet-D needs a multiple of 16; change image_size"
+        )
+    return FirstActivationUNetD(towers, settings)

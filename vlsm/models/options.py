@@ -142,17 +142,28 @@ class CRISOptions(TowerOptions):
     enlarge: Literal["bilinear", "published"] = Field(
         "bilinear", description="enlargement of the logits; published: bicubic with aligned corners, as in MedVLSM"
     )
+    unet: bool = Field(False, description="add UNet-D, as in vlsm_a")
+    unet_width: int = Field(64, ge=4, description="of UNet-D: channels of the first level, as width in vlsm_a")
+    unet_dropout: float = Field(0.1, ge=0, lt=1, description="of UNet-D: dropout probability, as dropout in vlsm_a")
     weights: str | None = Field(
         None, description="the public code's CRIS that was trained on RefCOCO, a local cris.pt; source gives its towers"
     )
 
 
-class SAM3Options(TowerOptions):
-    """Options of SAM 3. Masks of its semantic head alone; its boxes and instances are not built."""
+class SAM3Options(UNetDSettings):
+    """SAM 3 with the masks of its semantic head, UNet-D if `unet` is set, and the presence if `presence` is set."""
 
     source: str = Field("facebook/sam3", description="hub id or local folder of a SAM 3, or of a SAM 3 LiteText")
     image_size: int = Field(
         1008, le=MAX_SIDE, ge=16, description="side of the input square in pixels; 504 costs less than a quarter"
+    )
+    unet: bool = Field(
+        False, description="add UNet-D, as in vlsm_a; image_size must then be a multiple of 112, such as 448 or 1008"
+    )
+    presence: bool = Field(
+        False,
+        description="also compute how probable it is that the image shows the prompt at all, with SAM 3's decoder of "
+        "objects; it keeps its published weights in a training, so that the parts that learn may make it wrong",
     )
     weights: str | None = Field(
         None, description="weights in the names of Meta's code, a local .pt file; source gives the rest"

@@ -49,13 +49,15 @@ def rename_start(name: str, names: Names) -> str | None:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], path: str, kind: str, advice: str) -> None:
-    """Load tensors into a model that has the same names and sizes.
+    """Load tensors into a model that has the same names and sizes. A CNN that the option `unet` adds stays untrained.
 
     Raises:
         CheckpointError: a name or a size differs; the message ends with the advice.
     """
+    own = model.state_dict()
+    state |= {name: value for name, value in own.items() if name.startswith("fusion.")}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    known = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    known = {name: tuple(value.shape) for name, value in own.items()}
     wrong = [
         f"{name}: {shapes.get(name, 'none')} instead of {known.get(name, 'none')}"
         for name in sorted(known.keys() | shapes.keys())

@@ -10,6 +10,7 @@ from transformers import AutoModel
 
 from vlsm.images.preprocess import ImageSpec
 from vlsm.models.contract import Features, SegmentationModel
+from vlsm.models.fusion import build_unet_d
 from vlsm.models.options import SAM3Options
 from vlsm.models.sam3_weights import load_meta_weights
 from vlsm.models.tower_files import SAMS
@@ -111,10 +112,11 @@ class SAM3Towers(Towers):
 
 
 class SAM3(SegmentationModel):
-    """SAM 3 with masks of its semantic head: all pixels of a prompt's concept in one mask.
+    """SAM 3 with masks of its semantic head: all pixels of a prompt's concept in one mask; UNet-D if `unet` is set.
 
-    The parts for boxes, instances, presence and prompts by boxes are left out; no logit depends on them. The towers are
+    The parts for instances, their scores and prompts by boxes are left out; no result depends on them. The towers are
     the vision transformer with its pyramid and the text tower; the DETR encoder and the mask decoder are the decoder.
+    The DETR decoder, which looks for objects, is there only for the presence. It never learns: no loss depends on it.
 
     Source: SAM 3, arXiv 2511.16719.
     """
@@ -131,6 +133,8 @@ class SAM3(SegmentationModel):
         pixels = self.mask_decoder.pixel_decoder
         num_stages = len(towers.vision.neck.fpn_layers) - 1
         pixels.conv_layers, pixels.norms = pixels.conv_layers[:num_stages], pixels.norms[:num_stages]
+        self.detr_decoder = network.detr_decoder.requires_grad_(False) if options.presence else None
+        self.fusion = build_unet_d(towers, options, options.image_size) if options.unet else None
 
     @classmethod
     def build(cls, options: SAM3Options) -> Self:
@@ -181,30 +185,63 @@ class SAM3(SegmentationModel):
         return self.towers.encode_images(pixel_values)
 
     def encode_images(self, pixel_values: Tensor, activations: Features | None = None) -> Features:
-        """Return the levels of the feature pyramid, finest first."""
+        """Return the levels of the feature pyramid, finest first, then the CNN's features if there is a CNN."""
         (hidden,) = self.encode_towers(pixel_values) if activations is None else activations
-        return self.towers.build_pyramid(hidden)
+        levels = self.towers.build_pyramid(hidden)
+        return levels if self.fusion is None else levels + self.fusion.encode_images((hidden,), pixel_values)
 
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return logits (B, 1, S, S); those of the mask decoder have 4 times the grid's side and are enlarged."""
+        return self._decode_mask(self._encode_pair(image_features, text_features), image_features, text_features)
+
+    def decode_with_presence(self, image_features: Features, text_features: Features) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of `decode`, and (B,) those of the presence token after the last layer, or None."""
+        encoded = self._encode_pair(image_features, text_features)
+        logits = self._decode_mask(encoded, image_features, text_features)
+        if self.detr_decoder is None:
+            return logits, None
         words, is_token = text_features
-        mask = is_token[:, None, None]  # (B, 1, 1, 32)
-        coarsest = image_features[-1]
-        encoded = self.detr_encoder(
+        presence = self.detr_decoder(
+            vision_features=encoded.last_hidden_state,
+            text_features=words,
+            vision_pos_encoding=encoded.pos_embeds_flattened,
+            text_mask=is_token[:, None, None],
+            spatial_shapes=torch.tensor([[self.towers.grid] * 2], device="cpu"),  # transformers reads them one by one
+        ).presence_logits  # (layers, B, 1)
+        return logits, presence[-1, :, 0]
+
+    def _encode_pair(self, image_features: Features, text_features: Features) -> Any:
+        """Return the output of the DETR encoder: the coarsest level of the pyramid after it has seen the words."""
+        words, is_token = text_features
+        coarsest = image_features[self._num_levels - 1]
+        return self.detr_encoder(
             vision_features=[coarsest],
             text_features=words,
             vision_pos_embeds=[self.towers.positions(coarsest)],
-            text_mask=mask,
-        ).last_hidden_state
+            text_mask=is_token[:, None, None],  # (B, 1, 1, 32)
+        )
+
+    def _decode_mask(self, encoded: Any, image_features: Features, text_features: Features) -> Tensor:
+        (words, is_token), hidden = text_features, encoded.last_hidden_state
+        *levels, coarsest = image_features[: self._num_levels]
         decoder = self.mask_decoder
         attended, _ = decoder.prompt_cross_attn(
-            query=decoder.prompt_cross_attn_norm(encoded), key=words, value=words, attention_mask=mask
+            query=decoder.prompt_cross_attn_norm(hidden), key=words, value=words, attention_mask=is_token[:, None, None]
         )
-        encoded = encoded + decoder.prompt_cross_attn_dropout(attended)
-        prompted = encoded.transpose(1, 2).unflatten(2, coarsest.shape[2:])  # replaces the coarsest level
-        logits = decoder.semantic_projection(decoder.pixel_decoder([*image_features[:-1], prompted]))
+        hidden = hidden + decoder.prompt_cross_attn_dropout(attended)
+        prompted = hidden.transpose(1, 2).unflatten(2, coarsest.shape[2:])  # replaces the coarsest level
+        logits = decoder.semantic_projection(decoder.pixel_decoder([*levels, prompted]))
         size = (self.image_spec.size, self.image_spec.size)
-        return functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+        logits = functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+        if self.fusion is None:
+            return logits
+        # one embedding for a prompt, as in SAM 3's own scores of objects: the mean of its tokens; padding is 0
+        sentences = words.sum(1) / is_token.sum(1, keepdim=True)
+        return self.fusion.decode(image_features[self._num_levels :], sentences, logits)
+
+    @property
+    def _num_levels(self) -> int:
+        return len(self.towers.vision.neck.fpn_layers)
 
 
 def _read_config(source: str, image_size: int) -> Any:

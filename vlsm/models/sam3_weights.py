@@ -5,12 +5,12 @@ import re
 import torch
 from torch import Tensor, nn
 
-from vlsm.models.public_weights import load_state, read_state, rename_start
+from vlsm.models.public_weights import Names, load_state, read_state, rename_start
 
 _VISION, _TEXT = r"backbone\.vision_backbone\.", r"backbone\.language_backbone\."
 _PREFIX = re.compile(r"^(detector|sam3_model)\.")  # a file with the tracker of videos has it
-# the start of a name in the public code, and of the same name here; no mask depends on any other weights
-_STARTS = {
+# the start of a name in the public code, and of the same name here; no result depends on any other weights
+_STARTS: Names = {
     rf"{_VISION}trunk\.blocks\.": "towers.vision.backbone.layers.",
     rf"{_VISION}trunk\.patch_embed\.proj\.": "towers.vision.backbone.embeddings.patch_embeddings.projection.",
     rf"{_VISION}trunk\.pos_embed$": "towers.vision.backbone.embeddings.position_embeddings",
@@ -22,18 +22,31 @@ _STARTS = {
     rf"{_TEXT}encoder\.positional_embedding$": "towers.text.text_model.embeddings.position_embedding.weight",
     rf"{_TEXT}encoder\.ln_final\.": "towers.text.text_model.final_layer_norm.",
     r"transformer\.encoder\.layers\.": "detr_encoder.layers.",
+    r"transformer\.decoder\.presence_token_head\.": "detr_decoder.presence_head.",
+    r"transformer\.decoder\.presence_token_out_norm\.": "detr_decoder.presence_layer_norm.",
+    r"transformer\.decoder\.norm\.": "detr_decoder.output_layer_norm.",
+    r"transformer\.decoder\.bbox_embed\.": "detr_decoder.box_head.",
+    r"transformer\.decoder\.boxRPB_embed_([xy])\.": r"detr_decoder.box_rpb_embed_\1.",
+    r"transformer\.decoder\.": "detr_decoder.",
     r"segmentation_head\.pixel_decoder\.": "mask_decoder.pixel_decoder.",
     r"segmentation_head\.semantic_seg_head\.": "mask_decoder.semantic_projection.",
     r"segmentation_head\.cross_attend_prompt\.": "mask_decoder.prompt_cross_attn.",
     r"segmentation_head\.cross_attn_norm\.": "mask_decoder.prompt_cross_attn_norm.",
 }
 # and of its parts
-_PARTS = {
+_PARTS: Names = {
+    r"^(detr_decoder\.\w+)\.layers\.(\d)\.": lambda match: f"{match[1]}.layer{int(match[2]) + 1}.",
+    r"^(detr_decoder\.layers\.\d+)\.cross_attn\.": r"\1.vision_cross_attn.",
+    r"^(detr_decoder\.layers\.\d+)\.ca_text\.": r"\1.text_cross_attn.",
+    r"^(detr_decoder\.layers\.\d+)\.norm1\.": r"\1.vision_cross_attn_layer_norm.",
+    r"^(detr_decoder\.layers\.\d+)\.catext_norm\.": r"\1.text_cross_attn_layer_norm.",
+    r"^(detr_decoder\.layers\.\d+)\.norm2\.": r"\1.self_attn_layer_norm.",
+    r"^(detr_decoder\.layers\.\d+)\.norm3\.": r"\1.mlp_layer_norm.",
     r"\.attn\.(qkv)\.": r".attention.\1.",
     r"\.attn\.proj\.": ".attention.o_proj.",
     r"\.attn\.(in_proj_|out_proj\.)": r".self_attn.\1",
     r"\.cross_attn_image\.": ".cross_attn.",
-    r"^((?:detr_encoder|mask_decoder)\..*attn)\.out_proj\.": r"\1.o_proj.",
+    r"^((?:detr_encoder|detr_decoder|mask_decoder)\..*attn)\.out_proj\.": r"\1.o_proj.",
     r"\.(?:ln_|norm)([123])\.": r".layer_norm\1.",
     r"\.mlp\.c_fc\.": ".mlp.fc1.",
     r"\.mlp\.c_proj\.": ".mlp.fc2.",

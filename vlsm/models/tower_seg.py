@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from vlsm.errors import CheckpointError
 from vlsm.models.decoder import build_decoder, load_decoder
-from vlsm.models.fusion import FirstActivationUNetD
+from vlsm.models.fusion import build_unet_d
 from vlsm.models.towers import Towers
 from vlsm.models.vlsm import VLSM
 
@@ -40,11 +39,5 @@ class TowerSeg(VLSM):
     @classmethod
     def assemble(cls, options: Any, towers: Towers) -> Self:
         """Build the model from towers, with an untrained decoder, and with UNet-D if `unet` is set."""
-        size = towers.image_spec.size
-        if not options.unet:
-            return cls(options, towers, build_decoder(towers))
-        if size % 16:
-            raise CheckpointError(
-                f"the side of the input is {size} pixels; UNet-D needs a multiple of 16; change image_size"
-            )
-        return cls(options, towers, build_decoder(towers), FirstActivationUNetD(towers, options))
+        unet = build_unet_d(towers, options, towers.image_spec.size) if options.unet else None
+        return cls(options, towers, build_decoder(towers), unet)

@@ -93,13 +93,14 @@ _NOTES = {
     "panoptic_quality": "lesion F1 times the mean intersection over union of the matches",
     "positive_dice_mean": "mean Dice over the labels that are not empty",
     "precision_mean": "share of the predicted pixels that are right",
-    "presence_auroc": "area under the ROC curve of the highest probability of an image; 0.5 is chance",
-    "presence_threshold": "highest probability from which an image counts as showing the finding; none: any foreground",
+    "presence_auroc": "area under the ROC curve of the presence, or else highest probability; 0.5 is chance",
+    "presence_threshold": "presence, or else highest probability, from which an image counts as showing the finding; "
+    "none: any foreground",
     "prompt_class": "known beforehand: the text does not depend on the mask (in files: honest). Reveals the answer: "
     "it describes the mask, or differs where it is empty (upper_bound). Other words: texts that test how much a model "
     "reads (robustness)",
     "recall_mean": "share of the target's pixels that are found",
-    "review": "why a person should look at a mask: low confidence, low agreement, odd area",
+    "review": "why a person should look at a mask: low confidence, low agreement, low presence, odd area",
     "sensitivity": "share of the images with the finding that the system says show it",
     "specificity": "share of the images without the finding that it does not say show it",
     "split": "train: the model learned from it; val: it chose the best epoch; test: neither",

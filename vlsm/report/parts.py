@@ -121,6 +121,7 @@ def reviews(survey: Survey, rules: dict[str, Any]) -> list[Section]:
     limits = {
         "low confidence": f"confidence below {rules.get('min_confidence')}",
         "low agreement": f"agreement below {rules.get('min_agreement')}",
+        "low presence": f"presence below {rules.get('min_presence')}",
         "odd area": f"area fraction outside {rules.get('area_fraction')}",
     }
     counts = [

@@ -48,8 +48,11 @@ COLUMN_NOTES = {
     "belongs to one pixel. Without calibration, a high confidence does not mean that the mask is good",
     "max_probability": "highest probability of any pixel of the image, from 0 to 1, before masks are cleaned: how sure "
     "the model is that the image shows the finding at all; null: an earlier version did not write it",
+    "presence": "probability that the image shows the prompt at all, of a model that computes it (sam3 with presence); "
+    "highest of all windows, mean of texts and members; null: the model does not compute it",
     "agreement": "mean Dice between the masks of an ensemble's members, from 0 to 1; null: one model only",
-    "review": "why a person should look at the mask: low confidence, low agreement, odd area; null: no reason",
+    "review": "why a person should look at the mask: low confidence, low agreement, low presence, odd area; null: no "
+    "reason",
     "embedding": "vector of the image by a model's image tower, of length 1, in the first row of each image: the "
     "projected embedding of CLIP for cris, else the mean of its last patches; null: other rows, or not kept",
     "model": "the model and the start of its checkpoint's digest",
@@ -78,6 +81,7 @@ _RESULT_COLUMNS = pa.schema(
         pa.field("bbox", pa.list_(pa.int32())),
         pa.field("confidence", pa.float64()),
         pa.field("max_probability", pa.float64()),
+        pa.field("presence", pa.float32()),
         pa.field("agreement", pa.float64()),
         pa.field("review", pa.string()),
         pa.field("embedding", pa.list_(pa.float16())),

@@ -15,6 +15,7 @@ MASK_TYPE = pa.struct(
         pa.field("probability_sum", pa.float64(), nullable=False),
         pa.field("max_probability", pa.float64()),
         pa.field("agreement", pa.float64()),
+        pa.field("presence", pa.float64()),
         pa.field("label_map", pa.large_binary()),
         pa.field("label_shape", pa.list_(pa.int32())),
         pa.field("label_bytes", pa.int32()),  # of one pixel
@@ -30,7 +31,7 @@ class FinishedMask:
         changes: (C,) uint32, in ascending order: the pixels whose value differs from the pixel before them. Pixels
             count from 0, column by column. Before the first pixel is background. Differences are COCO run lengths.
         probability_sum: sum of the probabilities of all pixels inside the mask.
-        max_probability, agreement: as in `MaskRecord`.
+        max_probability, agreement, presence: as in `MaskRecord`.
         label_map: (H, W) uint8 or uint16 for the row of a label map, else None.
     """
 
@@ -38,6 +39,7 @@ class FinishedMask:
     probability_sum: float
     max_probability: float | None = None
     agreement: float | None = None
+    presence: float | None = None
     label_map: np.ndarray | None = None
 
 
@@ -91,7 +93,7 @@ def mean_dice(areas: Sequence[int], intersections: Sequence[int]) -> float | Non
 
 def pack_mask(mask: FinishedMask) -> dict[str, Any]:
     """Return a mask as a value of MASK_TYPE."""
-    names = "probability_sum", "max_probability", "agreement"
+    names = "probability_sum", "max_probability", "agreement", "presence"
     packed: dict[str, Any] = {"changes": mask.changes.tobytes()} | {name: getattr(mask, name) for name in names}
     if (labels := mask.label_map) is None:
         return packed

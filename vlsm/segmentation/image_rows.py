@@ -21,10 +21,12 @@ from vlsm.segmentation.masks import (
     probabilities,
     values_inside,
 )
+from vlsm.segmentation.presence import join_presence
 from vlsm.segmentation.shard import Entry, ShardBatch
 from vlsm.segmentation.tiles import probability_map
 
 Logits = np.ndarray  # (K texts, T windows, S, S) of one prompt and one member
+Presences = Sequence[float | None]  # of one prompt: of the combined mask, then of each member
 
 
 def describe_entry(
@@ -47,7 +49,9 @@ def describe_entry(
     if entry.num_masks:
         masks = batch.masks[entry.first_mask : entry.first_mask + entry.num_masks]
         return describe_finished_image(masks, size, settings)
-    return list(describe_image(batch.logits_of(entry, texts), size, settings, squares))
+    weights = [member.weight for member in settings.members]
+    presences = [join_presence(members, weights) for members in batch.presences_of(entry, texts)]
+    return list(describe_image(batch.logits_of(entry, texts), size, settings, squares, presences))
 
 
 def describe_finished_image(
@@ -63,7 +67,11 @@ def describe_finished_image(
 
 
 def describe_image(
-    prompts: Sequence[Sequence[Logits]], size: tuple[int, int], settings: SegmentSettings, squares: Sequence[Square]
+    prompts: Sequence[Sequence[Logits]],
+    size: tuple[int, int],
+    settings: SegmentSettings,
+    squares: Sequence[Square],
+    presences: Sequence[Presences] | None = None,
 ) -> Iterator[MaskRecord]:
     """Yield the rows of an image, in the order of the plan.
 
@@ -74,6 +82,7 @@ def describe_image(
         settings: of the run: threshold, weights, the combination of the members, cleaning of masks, and the rows to
             write.
         squares: the input square of each member.
+        presences: for each prompt the presence, as `join_presence` returns it; None if no model computes it.
 
     Yields:
         For each prompt the combined mask of the members, then, if the settings ask for it, the mask of each member. The
@@ -85,11 +94,12 @@ def describe_image(
     if settings.label_maps:
         dtype = np.uint8 if len(prompts) < 256 else np.uint16
         best, labels = np.zeros(size, np.float32, order="F"), np.zeros(size, dtype, order="F")
-    for number, members in enumerate(prompts, start=1):
+    presences = presences or [[None] * (1 + len(members)) for members in prompts]
+    for number, (members, presence) in enumerate(zip(prompts, presences, strict=True), start=1):
         if labels is None and len(members) == members[0].shape[0] == members[0].shape[1] == 1:
-            yield _describe_single(members[0][0, 0], size, settings, squares[0])
+            yield _describe_single(members[0][0, 0], size, settings, squares[0], presence[0])
             continue
-        mean, mask, records = _describe_members(members, size, settings, squares)
+        mean, mask, records = _describe_members(members, size, settings, squares, presence)
         yield from records
         if best is not None and labels is not None:
             wins = mask & (mean > best)
@@ -99,28 +109,32 @@ def describe_image(
 
 
 def _describe_single(
-    logits: np.ndarray, size: tuple[int, int], settings: SegmentSettings, square: Square
+    logits: np.ndarray, size: tuple[int, int], settings: SegmentSettings, square: Square, presence: float | None
 ) -> MaskRecord:
     """Return the row of one model, one text and one window: only pixels inside the mask need a probability."""
     enlarged = square.enlarge_logits(logits, size)
     mask = clean_mask(enlarged >= logit(settings.threshold or 0.5), settings.clean)
     highest = float(probabilities(enlarged.max().astype(np.float64)))  # float32 knows few values near 1
-    record = replace(describe_mask(mask, probabilities(values_inside(enlarged, mask))), max_probability=highest)
-    record = _with_review(record, settings)
+    record = describe_mask(mask, probabilities(values_inside(enlarged, mask)))
+    record = _with_review(replace(record, max_probability=highest, presence=presence), settings)
     if not _keeps_map(record, settings):  # the probabilities of all pixels take time
         return record
     return _with_map(record, probabilities(enlarged), settings)
 
 
 def _describe_members(
-    members: Sequence[Logits], size: tuple[int, int], settings: SegmentSettings, squares: Sequence[Square]
+    members: Sequence[Logits],
+    size: tuple[int, int],
+    settings: SegmentSettings,
+    squares: Sequence[Square],
+    presences: Presences,
 ) -> tuple[np.ndarray, np.ndarray, list[MaskRecord]]:
     """Return the mean probability (H, W), the mask (H, W) and the rows of one prompt."""
     threshold, windows = settings.threshold or 0.5, plan_windows(size, settings.tile)
     weights = [member.weight for member in settings.members]
     mean, votes = np.zeros(size, np.float32, order="F"), np.zeros(size, np.float32, order="F")
     masks, records = [], []
-    for logits, weight, square in zip(members, weights, squares, strict=True):
+    for logits, weight, square, presence in zip(members, weights, squares, presences[1:], strict=True):
         share = weight / sum(weights)
         probability = probability_map(logits[0], windows, size, square)
         for text_logits in logits[1:]:
@@ -130,12 +144,13 @@ def _describe_members(
         mean += share * probability
         masks.append(clean_mask(probability >= threshold, settings.clean))
         if settings.has_member_rows:
-            records.append(_with_map(_describe(masks[-1], probability), probability, settings))
+            record = replace(_describe(masks[-1], probability), presence=presence)
+            records.append(_with_map(record, probability, settings))
     # rounding: the shares of half of the members may add up to slightly more than 0.5
     mask = clean_mask(votes > 0.5 + 1e-6 if settings.combine == "vote" else mean >= threshold, settings.clean)
     overlaps = [int(np.count_nonzero(first & second)) for first, second in itertools.combinations(masks, 2)]
     agreement = mean_dice([int(np.count_nonzero(member)) for member in masks], overlaps)
-    combined = replace(_describe(mask, mean), agreement=agreement)
+    combined = replace(_describe(mask, mean), agreement=agreement, presence=presences[0])
     return mean, mask, [_with_map(_with_review(combined, settings), mean, settings), *records]
 
 
@@ -160,13 +175,18 @@ def _with_map(record: MaskRecord, probability: np.ndarray, settings: SegmentSett
 def review_reasons(record: MaskRecord, settings: ReviewSettings) -> str | None:
     """Return why a person should review a mask, or None.
 
-    Reasons are "low confidence", "low agreement" and "odd area", joined by ", ".
+    Reasons are "low confidence", "low agreement", "low presence" and "odd area", joined by ", ". An empty mask agrees
+    with a low presence.
     """
     low, high = settings.area_fraction or (0, 1)
-    minimums = {"confidence": settings.min_confidence, "agreement": settings.min_agreement}
+    limits = {
+        "confidence": (record.confidence, settings.min_confidence),
+        "agreement": (record.agreement, settings.min_agreement),
+        "presence": (record.presence if record.area_px else None, settings.min_presence),
+    }
     reasons = [
         f"low {name}"
-        for name, minimum in minimums.items()
-        if minimum is not None and (value := getattr(record, name)) is not None and value < minimum
+        for name, (value, minimum) in limits.items()
+        if value is not None and minimum is not None and value < minimum
     ]
     return ", ".join([*reasons, *([] if low <= record.area_fraction <= high else ["odd area"])]) or None

@@ -27,6 +27,7 @@ class MaskRecord:
     label_map: bytes | None = None
     probability_map: bytes | None = None
     max_probability: float | None = None
+    presence: float | None = None
 
 
 def describe_mask(mask: np.ndarray, probability: np.ndarray) -> MaskRecord:
@@ -49,8 +50,8 @@ def describe_finished(mask: FinishedMask, size: tuple[int, int]) -> MaskRecord:
     counts = run_lengths(mask.changes, size[0] * size[1])
     encoded = coco.frPyObjects({"counts": counts, "size": list(size)}, *size)
     label_map = None if mask.label_map is None else encode_png(mask.label_map)
-    record = _describe(encoded, mask.probability_sum)
-    return replace(record, max_probability=mask.max_probability, agreement=mask.agreement, label_map=label_map)
+    copied = {name: getattr(mask, name) for name in ("max_probability", "agreement", "presence")}
+    return replace(_describe(encoded, mask.probability_sum), label_map=label_map, **copied)
 
 
 def _describe(encoded: dict[str, Any], probability_sum: float) -> MaskRecord:

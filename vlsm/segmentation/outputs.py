@@ -1,22 +1,45 @@
 """What the models' batches become: logits for the writing tasks, or masks made on the device."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlsm.config import SegmentSettings
 from vlsm.images.preprocess import Square
-from vlsm.segmentation.device_masks import ImageLogits, finish_images
-from vlsm.segmentation.finished import FinishedMask
+from vlsm.segmentation.device_masks import ImageLogits, finish_images, mirrored_mean
+from vlsm.segmentation.finished import FinishedMask, count_masks
+from vlsm.segmentation.presence import join_presence
 from vlsm.segmentation.shard import Entry, ShardBatch
 from vlsm.segmentation.staging import Staging
 
 _MAX_LOGIT = 60_000.0  # the largest float16 is 65,504
 
 Texts = Sequence[Sequence[Sequence[str]]]  # for each image, for each of its prompts: the texts for the models
+ArrayT = TypeVar("ArrayT", np.ndarray, Tensor)
+
+
+class Prediction(NamedTuple, Generic[ArrayT]):
+    """What a model says about pairs of an image and a text.
+
+    Attributes:
+        logits: (N, S, S) float32.
+        presence: (N,) float32, the probability that the image shows the text at all; None if the model computes none.
+    """
+
+    logits: ArrayT
+    presence: ArrayT | None
+
+
+def mean_prediction(prediction: Prediction[Tensor], mirrored: Prediction[Tensor]) -> Prediction[Tensor]:
+    """Return the mean over an image and its mirror image, whose prediction is mirrored too."""
+    logits = mirrored_mean(prediction.logits, mirrored.logits)
+    if prediction.presence is None or mirrored.presence is None:
+        return Prediction(logits, None)
+    return Prediction(logits, (prediction.presence + mirrored.presence) / 2)
 
 
 class WindowTexts(NamedTuple):
@@ -58,14 +81,14 @@ def distinct_windows(batch: ShardBatch, texts: Texts) -> list[WindowTexts]:
 
 
 class Output(Protocol):
-    """Takes the logits of batches, in the order of their windows."""
+    """Takes the predictions for batches, in the order of their windows."""
 
-    def add(self, windows: Sequence[WindowTexts], logits: Mapping[int, Tensor]) -> None:
+    def add(self, windows: Sequence[WindowTexts], predictions: Mapping[int, Prediction[Tensor]]) -> None:
         """Take a batch.
 
         Args:
             windows: the windows of the batch.
-            logits: of each member, (texts of all windows, S, S) float32 on the device.
+            predictions: of each member, for the texts of all windows, on the device.
         """
 
 
@@ -74,31 +97,39 @@ class LogitsOutput:
 
     Attributes:
         values: by the member's number, (L, S, S).
+        presence: by the member's number, (L,) float32; without members whose model computes none.
     """
 
     def __init__(self, batch: ShardBatch, squares: Mapping[int, Square], staging: Staging) -> None:
         self.values = {
             number: staging.empty((batch.num_logits, square.size, square.size)) for number, square in squares.items()
         }
+        self.presence: dict[int, np.ndarray] = {}
         for entry in batch.entries:
             if entry.error is not None:
                 for values in self.values.values():
                     values[entry.first_logit : entry.first_logit + entry.num_logits] = 0
 
-    def add(self, windows: Sequence[WindowTexts], logits: Mapping[int, Tensor]) -> None:
+    def add(self, windows: Sequence[WindowTexts], predictions: Mapping[int, Prediction[Tensor]]) -> None:
         """Copy the logits of a batch to their rows: one copy if the rows follow each other."""
         targets = [row for item in windows for row in item.logit_rows(item.entries[0])]
-        for number, member_logits in logits.items():
-            half = member_logits.clamp(-_MAX_LOGIT, _MAX_LOGIT).half()
+        for number, (logits, presence) in predictions.items():
+            half = logits.clamp(-_MAX_LOGIT, _MAX_LOGIT).half()
             for start, target, count in _join_rows(targets):
                 self.values[number][target : target + count].copy_(half[start : start + count], non_blocking=True)
+            if presence is not None:
+                values = self.presence.setdefault(number, np.zeros(len(self.values[number]), np.float32))
+                values[targets] = presence.cpu().numpy()
 
     def share(self, windows: Sequence[WindowTexts]) -> None:
         """Copy the logits of images to the other images with equal bytes and texts, after all batches."""
         for item in windows:
             for twin in item.entries[1:]:
+                target, source = list(item.logit_rows(twin)), list(item.logit_rows(item.entries[0]))
                 for values in self.values.values():
-                    values[list(item.logit_rows(twin))] = values[list(item.logit_rows(item.entries[0]))]
+                    values[target] = values[source]
+                for presence in self.presence.values():
+                    presence[target] = presence[source]
 
 
 def _join_rows(targets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -123,23 +154,46 @@ class MasksOutput:
     settings: SegmentSettings
     squares: Sequence[Square]
     masks: list[FinishedMask] = field(default_factory=list)
-    _windows: list[list[Tensor]] = field(default_factory=list)  # of the image that is not complete yet: by member
+    _windows: list[list[Prediction[Tensor]]] = field(default_factory=list)  # of the image to complete: by member
 
-    def add(self, windows: Sequence[WindowTexts], logits: Mapping[int, Tensor]) -> None:
+    def add(self, windows: Sequence[WindowTexts], predictions: Mapping[int, Prediction[Tensor]]) -> None:
         """Take a batch, and make the masks of the images that it completes."""
-        clipped = [logits[number].clamp(-_MAX_LOGIT, _MAX_LOGIT) for number in sorted(logits)]
         counts = [len(item.texts) for item in windows]
+        members = [_split(predictions[number], counts) for number in sorted(predictions)]
         complete, images = [], []
-        for item, *members in zip(windows, *(torch.split(values, counts) for values in clipped), strict=True):
-            self._windows.append(members)
+        for item, *window in zip(windows, *members, strict=True):
+            self._windows.append(window)
             entry = item.entries[0]
             if item.window == entry.num_windows - 1:
-                joined = [torch.stack(member_windows) for member_windows in zip(*self._windows, strict=True)]
+                joined = [torch.stack([each.logits for each in own]) for own in zip(*self._windows, strict=True)]
                 num_texts = tuple(map(len, item.prompts))
                 images.append(ImageLogits((entry.height, entry.width), num_texts, joined))
-                complete.append(item.entries)
+                complete.append((item.entries, self._presences(num_texts)))
                 self._windows = []
-        for entries, masks in zip(complete, finish_images(images, self.settings, self.squares), strict=True):
+        finished = finish_images(images, self.settings, self.squares)
+        for (entries, presences), masks in zip(complete, finished, strict=True):
             for entry in entries:
                 entry.first_mask = len(self.masks)
-            self.masks += masks
+            self.masks += [replace(mask, presence=presence) for mask, presence in zip(masks, presences, strict=True)]
+
+    def _presences(self, num_texts: Sequence[int]) -> list[float | None]:
+        """Return the presence of each mask of the image whose windows are there, in the order of its output rows."""
+        weights = [member.weight for member in self.settings.members]
+        values: list[np.ndarray | None] = []  # of each member: (texts, T windows)
+        for member in zip(*self._windows, strict=True):
+            known = [each.presence for each in member if each.presence is not None]
+            values.append(torch.stack(known, dim=1).numpy() if known else None)
+        presences, start = [], 0
+        for count in num_texts:
+            chosen = [None if member is None else member[start : start + count] for member in values]
+            presences += join_presence(chosen, weights)[: count_masks(self.settings, 1) - self.settings.label_maps]
+            start += count
+        return presences + [None] * self.settings.label_maps
+
+
+def _split(prediction: Prediction[Tensor], counts: list[int]) -> list[Prediction[Tensor]]:
+    """Return the predictions for each window: the logits on the device, the presence on the CPU."""
+    logits = torch.split(prediction.logits.clamp(-_MAX_LOGIT, _MAX_LOGIT), counts)
+    presence = prediction.presence
+    presences = [None] * len(counts) if presence is None else torch.split(presence.cpu(), counts)
+    return [Prediction(*each) for each in zip(logits, presences, strict=True)]

@@ -17,11 +17,19 @@ from vlsm.errors import ProbeError
 from vlsm.images.preprocess import ImageSpec, Square
 from vlsm.models.sharing import share_towers
 from vlsm.segmentation.batch_size import CPU_BATCH_SIZE, Probe, choose_batch_size, probe_gpu
-from vlsm.segmentation.device_masks import mirrored_mean
 from vlsm.segmentation.embeddings import Embeddings
 from vlsm.segmentation.finished import count_masks, cpu_reason
 from vlsm.segmentation.gpu_decode import decode_images
-from vlsm.segmentation.outputs import LogitsOutput, MasksOutput, Output, Texts, WindowTexts, distinct_windows
+from vlsm.segmentation.outputs import (
+    LogitsOutput,
+    MasksOutput,
+    Output,
+    Prediction,
+    Texts,
+    WindowTexts,
+    distinct_windows,
+    mean_prediction,
+)
 from vlsm.segmentation.segmenter import Segmenter, choose_device
 from vlsm.segmentation.shard import Guard, Logits, ShardBatch, count_logits
 from vlsm.segmentation.staging import Staging
@@ -38,14 +46,14 @@ class _Batch(NamedTuple):
 
     Attributes:
         windows: the windows.
-        logits: of each member, (texts of all windows, S, S) float32, complete at `end`.
+        predictions: of each member, for the texts of all windows, complete at `end`.
         end: of the work; None on a CPU, which has done it.
         started_s: when it was queued, by time.monotonic.
         embeddings: of the windows, (B or more, D) float32, complete at `end`; None if nobody asks for them.
     """
 
     windows: list[WindowTexts]
-    logits: dict[int, Tensor]
+    predictions: dict[int, Prediction[Tensor]]
     end: "torch.cuda.Event | None"
     started_s: float
     embeddings: Tensor | None = None
@@ -182,7 +190,10 @@ class Predictor:
         if embeddings is not None:
             embeddings.share(batch.entries)
             batch = replace(batch, embedding_width=embeddings.width)
-        values = {number: Logits(self.names[number], array.numpy()) for number, array in logits.values.items()}
+        values = {
+            number: Logits(self.names[number], array.numpy(), logits.presence.get(number))
+            for number, array in logits.values.items()
+        }
         return replace(batch, logits=batch.logits | values, masks=masks.masks)
 
     def _new_embeddings(self, batch: ShardBatch) -> Embeddings | None:
@@ -216,7 +227,7 @@ class Predictor:
             nonlocal last_s
             queued = queue.popleft()
             with self._staging.results(queued.end):
-                output.add(queued.windows, queued.logits)
+                output.add(queued.windows, queued.predictions)
                 if embeddings is not None and queued.embeddings is not None:
                     embeddings.add([item.row for item in queued.windows], queued.embeddings.cpu().numpy())
             started_s, last_s = max(last_s, queued.started_s), time.monotonic()
@@ -257,7 +268,7 @@ class Predictor:
         started_s, rows = time.monotonic(), [item.row for item in windows]
         images: dict[Square, Tensor] = {}
         inputs: dict[tuple[ImageSpec, bool], Tensor] = {}
-        logits: dict[int, Tensor] = {}
+        predictions: dict[int, Prediction[Tensor]] = {}
         embeddings: Tensor | None = None
         for number, (member, segmenter) in self._members.items():
             spec = segmenter.model.image_spec
@@ -270,9 +281,9 @@ class Predictor:
                     uploaded = images[spec.square]
                     inputs[spec, is_mirrored] = segmenter.prepare(uploaded.flip(2) if is_mirrored else uploaded)
                 if number == embedder and not is_mirrored:
-                    tensor, embeddings = segmenter.predict_and_embed(inputs[spec, is_mirrored], texts)
-                    predicted.append(tensor)
+                    prediction, embeddings = segmenter.predict_and_embed(inputs[spec, is_mirrored], texts)
+                    predicted.append(prediction)
                 else:
                     predicted.append(segmenter.predict_tensor(inputs[spec, is_mirrored], texts))
-            logits[number] = mirrored_mean(*predicted) if member.flip else predicted[0]
-        return _Batch(windows, logits, self._staging.mark(), started_s, embeddings)
+            predictions[number] = mean_prediction(*predicted) if member.flip else predicted[0]
+        return _Batch(windows, predictions, self._staging.mark(), started_s, embeddings)

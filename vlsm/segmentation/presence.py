@@ -1,4 +1,8 @@
-"""Whether a model says that an image shows the finding: by the highest probability of its pixels, or by its mask."""
+"""Whether a model says that an image shows the finding.
+
+Some models compute the presence: the probability that the image shows the prompt at all. For the others, the highest
+probability of a pixel stands for it, or the mask.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,13 +17,35 @@ def judge_presence(row: Mapping[str, Any], threshold: float | None) -> bool | No
     """Return whether a model says that an image shows the finding, or None if nobody knows.
 
     Args:
-        row: of a segment run, with the columns area_fraction and max_probability.
-        threshold: highest probability from which it does; None: any foreground pixel counts.
+        row: of a segment run, with the columns area_fraction and max_probability, and presence if it has one.
+        threshold: presence, or else highest probability, from which it does; None: any foreground pixel counts.
     """
-    value = row["area_fraction" if threshold is None else "max_probability"]
+    value = row["area_fraction"] if threshold is None else find_presence(row)
     if value is None:
         return None
     return bool(value > 0 if threshold is None else value >= threshold)
+
+
+def find_presence(row: Mapping[str, Any]) -> float | None:
+    """Return the presence of a row, or its highest probability if the model computes none, or None."""
+    presence: float | None = row.get("presence")
+    return row.get("max_probability") if presence is None else presence
+
+
+def join_presence(members: Sequence[np.ndarray | None], weights: Sequence[float]) -> list[float | None]:
+    """Return the presence of one prompt in one image: of the ensemble, then of each member.
+
+    An image shows the prompt if one of its windows does: the highest value of the windows counts. Values are averaged
+    over the texts of the prompt, then over the members that have one.
+
+    Args:
+        members: for each member (K texts, T windows) float, or None if its model computes no presence.
+        weights: of the members.
+    """
+    own = [None if values is None else float(values.max(axis=1).mean()) for values in members]
+    known = [(value, weight) for value, weight in zip(own, weights, strict=True) if value is not None]
+    total = sum(weight for _, weight in known)
+    return [sum(value * weight for value, weight in known) / total if known else None, *own]
 
 
 def fit_presence(images: Sequence[tuple[float, bool]], temperature: float, specificity: float) -> dict[str, Any]:
@@ -28,8 +54,8 @@ def fit_presence(images: Sequence[tuple[float, bool]], temperature: float, speci
     The threshold lies in the middle between the highest value that it must exclude and the next higher value.
 
     Args:
-        images: highest logit of each image, and whether the image shows the finding.
-        temperature: logits are divided by it.
+        images: highest logit of each image, or the logit of its presence, and whether the image shows the finding.
+        temperature: logits are divided by it; 1 for those of the presence.
         specificity: wanted share of right images among those without the finding.
 
     Returns:

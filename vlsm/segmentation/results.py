@@ -33,6 +33,7 @@ class Segmentation(np.ndarray):
         confidences: for each text the mean probability inside the mask; None if the mask is empty.
         probability: as the mask, float32: the probability of each pixel, after calibration; None if it was not kept.
         embedding: (D,) float16, the vector of the image; None if it was not kept.
+        presences: for each text the probability that the image shows it at all; empty if the model does not compute it.
     """
 
     image: np.ndarray | None = None  # None for a view or copy of a Segmentation, which no longer belongs to an image
@@ -40,8 +41,9 @@ class Segmentation(np.ndarray):
     confidences: tuple[float | None, ...] = ()
     probability: np.ndarray | None = None
     embedding: np.ndarray | None = None
+    presences: tuple[float, ...] = ()
 
-    def __new__(
+    def __new__(  # noqa: PLR0913 - the attributes
         cls,
         mask: np.ndarray,
         image: np.ndarray,
@@ -49,11 +51,13 @@ class Segmentation(np.ndarray):
         confidences: Sequence[float | None],
         probability: np.ndarray | None = None,
         embedding: np.ndarray | None = None,
+        presences: Sequence[float] = (),
     ) -> Self:
         """Return the masks as an array of this class; arguments are the attributes."""
         result = mask.view(cls)
         result.image, result.probability = image, probability
-        result.prompts, result.confidences, result.embedding = tuple(prompts), tuple(confidences), embedding
+        result.prompts, result.confidences, result.presences = tuple(prompts), tuple(confidences), tuple(presences)
+        result.embedding = embedding
         return result
 
     @property
@@ -70,6 +74,12 @@ class Segmentation(np.ndarray):
     def confidence(self) -> float | tuple[float | None, ...] | None:
         """The mean probability inside the mask, or one for each text if a sequence was given; None if it is empty."""
         return self.confidences[0] if self._is_single else self.confidences
+
+    @property
+    def presence(self) -> float | tuple[float, ...] | None:
+        """The probability that the image shows the text at all, or one for each text; None if it was not computed."""
+        is_single = self._is_single
+        return None if not self.presences else self.presences[0] if is_single else self.presences
 
     def overlay(self) -> Image.Image:
         """Return a picture of the image's size with the mask drawn on it; each of several prompts has its own colour.
@@ -129,8 +139,9 @@ class Segmentation(np.ndarray):
         if self.image is None or self.ndim != 3 or not is_number:
             return self.mask[key]
         probability = None if self.probability is None else self.probability[key]
+        presences = [self.presences[key]] if self.presences else []
         prompts, confidences = [self.prompts[key]], [self.confidences[key]]
-        return Segmentation(self.mask[key], self.image, prompts, confidences, probability, self.embedding)
+        return Segmentation(self.mask[key], self.image, prompts, confidences, probability, self.embedding, presences)
 
     def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
         """Return what NumPy has computed from this array as a plain array or number."""
@@ -139,8 +150,8 @@ class Segmentation(np.ndarray):
     def __reduce__(self) -> Any:
         if self.image is None:
             return self.mask.__reduce__()
-        values = self.mask, self.image, self.prompts, self.confidences, self.probability, self.embedding
-        return Segmentation, values
+        attributes = self.image, self.prompts, self.confidences, self.probability, self.embedding, self.presences
+        return Segmentation, (self.mask, *attributes)
 
 
 def segmentation_of(  # noqa: PLR0913 - what a mask depends on
@@ -150,6 +161,7 @@ def segmentation_of(  # noqa: PLR0913 - what a mask depends on
     threshold: float,
     square: Square,
     probability_maps: bool = False,
+    presence: np.ndarray | None = None,
 ) -> Segmentation:
     """Return the masks of one image at its original size.
 
@@ -162,6 +174,7 @@ def segmentation_of(  # noqa: PLR0913 - what a mask depends on
         threshold: a probability in (0, 1); at or above it a pixel is foreground.
         square: the input square of the model.
         probability_maps: whether to keep the probability of each pixel.
+        presence: (T,) float, the probability that the image shows each text; None if the model does not compute it.
     """
     masks, confidences, maps = [], [], []
     for text_logits in logits:
@@ -173,11 +186,11 @@ def segmentation_of(  # noqa: PLR0913 - what a mask depends on
         if probability_maps:
             maps.append(probabilities(enlarged))
     stacked, stacked_maps = np.stack(masks), np.stack(maps) if maps else None
+    presences = [] if presence is None else presence.tolist()
     if isinstance(prompts, str):
-        return Segmentation(
-            stacked[0], image, [prompts], confidences, None if stacked_maps is None else stacked_maps[0]
-        )
-    return Segmentation(stacked, image, prompts, confidences, stacked_maps)
+        first_map = None if stacked_maps is None else stacked_maps[0]
+        return Segmentation(stacked[0], image, [prompts], confidences, first_map, presences)
+    return Segmentation(stacked, image, prompts, confidences, stacked_maps, presences)
 
 
 def _draw(image: np.ndarray, masks: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from vlsm.models.probe import Agreement, Precision
 from vlsm.models.probe_making import measure
 from vlsm.models.prompts import PromptCache
 from vlsm.segmentation.blind import judge_prompts, reader_of
+from vlsm.segmentation.outputs import Prediction
 from vlsm.segmentation.published import find_checkpoint
 from vlsm.segmentation.results import Segmentation, segmentation_of
 
@@ -115,7 +116,7 @@ class Segmenter:
 
         Returns:
             For each image an array (H, W) uint8 of 0 and 1 for one text, (T, H, W) for a sequence of T texts. It has
-            `mask`, `confidence`, `probability`, `embedding`, `image` and `overlay()`; see
+            `mask`, `confidence`, `presence`, `probability`, `embedding`, `image` and `overlay()`; see
             `vlsm.segmentation.results.Segmentation`. For a single image its result, else a list.
 
         Raises:
@@ -141,9 +142,9 @@ class Segmenter:
             pixels = [read() for read in openings[start : start + self.batch_size]]
             resized = np.stack([square.resize_image(image) for image in pixels])
             predicted, vectors = self._predict_images(resized, [texts] * len(pixels), embedding)
-            for logits, image, vector in zip(predicted, pixels, vectors, strict=True):
+            for (logits, presence), image, vector in zip(predicted, pixels, vectors, strict=True):
                 shown = texts if isinstance(prompts, Iterable) and not isinstance(prompts, str) else texts[0]
-                results.append(segmentation_of(logits, image, shown, threshold, square, probabilities))
+                results.append(segmentation_of(logits, image, shown, threshold, square, probabilities, presence))
                 results[-1].embedding = vector
         return results[0] if is_one else results
 
@@ -161,12 +162,16 @@ class Segmenter:
             return None
         image = self.model.image_spec.square.resize_image(probe.decode())
         pixel_values = self.prepare(torch.from_numpy(image[None].copy()).to(self.device))
-        logits = self.predict_tensor(pixel_values, [probe.prompts]) * self._temperature
+        logits = self.predict_tensor(pixel_values, [probe.prompts]).logits * self._temperature
         found = measure(pixel_values, self._prompts.encode(probe.prompts), logits)
         return probe.compare(found, self.precision, _name_machine(self.device))
 
-    @torch.inference_mode()
     def predict_logits(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Return the logits of `predict`, which has the arguments: one array (T, S, S) per image."""
+        return [predicted.logits for predicted in self.predict(images, prompts)]
+
+    @torch.inference_mode()
+    def predict(self, images: np.ndarray, prompts: Sequence[Sequence[str]]) -> list[Prediction[np.ndarray]]:
         """Return logits at the model's size S. If the checkpoint is calibrated, they are divided by its temperature.
 
         Args:
@@ -174,7 +179,7 @@ class Segmenter:
             prompts: the texts of each image, at least one.
 
         Returns:
-            One array per image: (T, S, S) float32 for its T texts.
+            For each image logits (T, S, S) for its T texts, and the presence (T,) of each text.
 
         Raises:
             ValueError: images and prompts disagree on N, or an image has no prompt.
@@ -188,18 +193,20 @@ class Segmenter:
     @torch.inference_mode()
     def _predict_images(
         self, images: np.ndarray, prompts: Sequence[Sequence[str]], embeds: bool
-    ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
-        """Return the logits of each image, as `predict_logits`, and its embedding, (D,) float16, or None."""
-        logits: list[np.ndarray] = []
+    ) -> tuple[list[Prediction[np.ndarray]], list[np.ndarray | None]]:
+        """Return the prediction for each image, as `predict`, and its embedding, (D,) float16, or None."""
+        results: list[Prediction[np.ndarray]] = []
         vectors: list[np.ndarray | None] = []
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
             pixel_values = self.prepare(torch.from_numpy(np.array(images[batch])).to(self.device))
-            predicted, embeddings = self._predict(pixel_values, prompts[batch], embeds)
-            counts = [len(image_prompts) for image_prompts in prompts[batch]]
-            logits += np.split(predicted.cpu().numpy(), np.cumsum(counts)[:-1])
-            vectors += [None] * len(counts) if embeddings is None else [*embeddings[: len(counts)].half().cpu().numpy()]
-        return logits, vectors
+            (logits, presence), embeddings = self._predict(pixel_values, prompts[batch], embeds)
+            ends = np.cumsum([len(image_prompts) for image_prompts in prompts[batch]])[:-1]
+            split = np.split(logits.cpu().numpy(), ends)
+            presences = [None] * len(split) if presence is None else np.split(presence.cpu().numpy(), ends)
+            results += [Prediction(*each) for each in zip(split, presences, strict=True)]
+            vectors += [None] * len(split) if embeddings is None else [*embeddings[: len(split)].half().cpu().numpy()]
+        return results, vectors
 
     @torch.inference_mode()
     def prepare(self, images: Tensor) -> Tensor:
@@ -213,30 +220,33 @@ class Segmenter:
         return self.model.image_spec.normalize(images)
 
     @torch.inference_mode()
-    def predict_tensor(self, pixel_values: Tensor, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """Return the logits of one batch on the device, without waiting for them.
+    def predict_tensor(self, pixel_values: Tensor, prompts: Sequence[Sequence[str]]) -> Prediction[Tensor]:
+        """Return the prediction for one batch on the device, without waiting for it.
 
         Args:
             pixel_values: from `prepare`.
             prompts: the texts of each image; black images that `prepare` has added have none.
 
         Returns:
-            (texts of all images, S, S) float32, divided by the temperature of a calibrated checkpoint.
+            Logits (texts of all images, S, S) float32, divided by the temperature of a calibrated checkpoint, and the
+            presence of each text.
         """
         return self._predict(pixel_values, prompts, embeds=False)[0]
 
     @torch.inference_mode()
-    def predict_and_embed(self, pixel_values: Tensor, prompts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    def predict_and_embed(
+        self, pixel_values: Tensor, prompts: Sequence[Sequence[str]]
+    ) -> tuple[Prediction[Tensor], Tensor]:
         """Return the results of `predict_tensor`, and the embedding of each image, (N, D) float32 of length 1.
 
         The model must have an image tower, which runs once for both.
         """
-        logits, embeddings = self._predict(pixel_values, prompts, embeds=True)
-        return logits, cast(Tensor, embeddings)
+        prediction, embeddings = self._predict(pixel_values, prompts, embeds=True)
+        return prediction, cast(Tensor, embeddings)
 
     def _predict(
         self, pixel_values: Tensor, prompts: Sequence[Sequence[str]], embeds: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Prediction[Tensor], Tensor | None]:
         image_indices = [index for index, image_prompts in enumerate(prompts) for _ in image_prompts]
         texts = [text for image_prompts in prompts for text in image_prompts]
         distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
@@ -247,15 +257,18 @@ class Segmenter:
                 features, embeddings = self.network.encode_and_embed(pixel_values)
             else:
                 features = self.network.encode(pixel_values)
-            pieces = []
+            pieces, presences = [], []
             for start in range(0, len(texts), self.batch_size):
                 batch = slice(start, start + self.batch_size)
                 rows = [distinct[text] for text in texts[batch]]
-                decoded = self.network.decode(
+                decoded, presence = self.network.decode(
                     self._take(features, image_indices[batch]), self._take(text_features, rows)
                 )
                 pieces.append(decoded[: len(rows), 0].float())
-        return torch.cat(pieces) / self._temperature, embeddings
+                if presence is not None:
+                    presences.append(presence[: len(rows)].float().sigmoid())
+        presence = torch.cat(presences) if presences else None
+        return Prediction(torch.cat(pieces) / self._temperature, presence), embeddings
 
     def _take(self, features: Features, rows: list[int]) -> Features:
         """Return these rows of every tensor, without a copy if all rows are equal or consecutive.

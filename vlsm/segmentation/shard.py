@@ -44,6 +44,7 @@ _MEMBER = pa.struct(
         pa.field("number", pa.int32(), nullable=False),
         pa.field("name", pa.string(), nullable=False),
         pa.field("size", pa.int32(), nullable=False),
+        pa.field("presence", pa.list_(pa.float32())),
     ]
 )
 _ENCODED = pa.struct(
@@ -118,10 +119,12 @@ class Logits:
         name: the name of the member's model in output rows.
         values: (L, S, S) float16; `Entry.first_logit` numbers the L rows. Half precision halves the bytes to move. Near
             a threshold its error is at most 0.001.
+        presence: (L,) float32, the probability that the image shows the text at all; None if the model computes none.
     """
 
     name: str
     values: np.ndarray
+    presence: np.ndarray | None = None
 
 
 @dataclass
@@ -161,20 +164,25 @@ class ShardBatch:
             entry: the image.
             texts: for each of its prompts the K texts for the models.
         """
-        prompts, start = [], entry.first_logit
-        for prompt_texts in texts:
-            stop = start + len(prompt_texts) * entry.num_windows
-            members = [self.logits[number].values[start:stop] for number in sorted(self.logits)]
-            shape = len(prompt_texts), entry.num_windows
-            prompts.append([values.reshape(*shape, *values.shape[1:]) for values in members])
-            start = stop
-        return prompts
+        return _by_prompt(entry, texts, [logits.values for _, logits in sorted(self.logits.items())])
+
+    def presences_of(self, entry: Entry, texts: Sequence[Sequence[str]]) -> list[list[np.ndarray | None]]:
+        """Return the presence in one image: for each prompt one array (K, T) per member, or None if it has none.
+
+        The arguments are those of `logits_of`.
+        """
+        return _by_prompt(entry, texts, [logits.presence for _, logits in sorted(self.logits.items())])
 
     def pack(self) -> pa.Table:
         """Return the batch as a table of one row with SHARD_SCHEMA. Arrays are copied only to join several."""
         squares = sorted(self.pixels)
         members = [
-            {"number": number, "name": logits.name, "size": logits.values.shape[-1]}
+            {
+                "number": number,
+                "name": logits.name,
+                "size": logits.values.shape[-1],
+                "presence": logits.presence,
+            }
             for number, logits in sorted(self.logits.items())
         ]
         columns = {
@@ -205,12 +213,28 @@ class ShardBatch:
         pixels = _split(table["pixels"], [(num_windows, square.size, square.size, 3) for square in squares], np.uint8)
         shapes = [(num_logits, member["size"], member["size"]) for member in row["members"]]
         logits = {
-            member["number"]: Logits(member["name"], values)
+            member["number"]: Logits(member["name"], values, _as_floats(member["presence"]))
             for member, values in zip(row["members"], _split(table["logits"], shapes, np.float16), strict=True)
         }
         masks, pixels_of = [unpack_mask(**mask) for mask in row["masks"]], dict(zip(squares, pixels, strict=True))
         width = row["embedding_width"]
         return cls(row["shard"], row["exists"], entries, pixels_of, logits, masks, encoded, width)
+
+
+def _by_prompt(entry: Entry, texts: Sequence[Sequence[str]], members: Sequence[np.ndarray | None]) -> list[list[Any]]:
+    """Return the parts of members' arrays that belong to each prompt of an image, (K, T, ...), or None for no array."""
+    prompts, start = [], entry.first_logit
+    for prompt_texts in texts:
+        shape = len(prompt_texts), entry.num_windows
+        stop = start + shape[0] * shape[1]
+        parts = [None if values is None else values[start:stop] for values in members]
+        prompts.append([None if part is None else part.reshape(*shape, *part.shape[1:]) for part in parts])
+        start = stop
+    return prompts
+
+
+def _as_floats(values: list[float] | None) -> np.ndarray | None:
+    return None if values is None else np.array(values, np.float32)
 
 
 def _as_binary(arrays: Sequence[np.ndarray]) -> pa.Array:

@@ -14,6 +14,7 @@ from vlsm.training.settings import OptimSettings
 _BLOCK = re.compile(r"\.(?:layers|layer|blocks|resblocks)\.?(\d+)\.")
 _STEM = re.compile(
     r"(?<!attnpool.positional_)embed|cls_token|class_token|\.conv\d|\.bn\d|ln_pre|pre_layrnorm|norm_pre"
+    r"|\.backbone\.layer_norm\."  # of SAM 3
 )  # before the first block
 
 
