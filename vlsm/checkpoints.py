@@ -191,10 +191,11 @@ def save_checkpoint(
 
 
 def _settings_of(model: "SegmentationModel", prompt: str, threshold: float) -> CheckpointSettings:
-    kind = f"{type(model).__module__}:{type(model).__qualname__}"
+    names = {class_path: name for name, class_path in MODELS.items()}
+    paths = (f"{kind.__module__}:{kind.__qualname__}" for kind in type(model).__mro__)  # FSDP derives a class
     return CheckpointSettings(
         format=FORMAT,
-        model=next(name for name, class_path in MODELS.items() if class_path == kind),
+        model=next(names[path] for path in paths if path in names),
         options=model.options.model_dump(mode="json"),
         image=ImageSettings(**asdict(model.image_spec)),
         threshold=threshold,

@@ -10,6 +10,7 @@ import torch._inductor.config
 from safetensors.torch import load, save
 from torch.overrides import TorchFunctionMode
 
+import vlsm
 from tests.training.test_learner import (
     CPU,
     RECORDS,
@@ -29,6 +30,7 @@ from vlsm.training.memory import explain_out_of_memory
 from vlsm.training.parallel import is_sharded
 from vlsm.training.sampling import ExampleOrder
 from vlsm.training.staging import stage
+from vlsm.training.state import copy_best
 
 __all__ = ["source"]  # the fixture
 
@@ -202,6 +204,8 @@ def test_a_group_of_one_process_shards_and_goes_on(source, tmp_path):
     try:
         sharded, _ = learn(settings, epochs=[0])
         assert is_sharded(sharded.model) and not is_sharded(alone.model)
+        with copy_best(sharded.model, "polyp", sharded.state()[0]) as folder:
+            assert vlsm.Segmenter(vlsm.load_checkpoint(folder), "cpu").check_probe().difference < 1e-4
         again = Learner(build(settings), settings, 2, CPU)
         again.restore(*sharded.state())
         again, scores = learn(settings, epochs=[1], learner=again)

@@ -3,9 +3,14 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+import vlsm
+from tests.tiny import save_tiny_sources, tiny_options
 from vlsm.config import load_settings
+from vlsm.evaluation.sweep import read_models
 from vlsm.models import MODELS, parse_options
+from vlsm.training.groups import build_optimizer
 from vlsm.training.settings import TrainSettings
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "configs"
@@ -76,11 +81,75 @@ def test_papers_use_neither_augmentation_nor_averages(name):
     assert any("differs from the published training" in line for line in lines)  # each says what still differs
 
 
-@pytest.mark.parametrize("path", [*FOLDER.glob("*.yaml"), *FOLDER.glob("strong/*.yaml")], ids=lambda path: path.stem)
-def test_batch_norms_see_the_whole_batch(path):
-    settings, options = load(path.relative_to(FOLDER).with_suffix(""))
+def every_training():
+    """The trees of settings of all recipes, and of all models of the sweeps."""
+    trees = {
+        str(path.relative_to(FOLDER).with_suffix("")): yaml.safe_load(path.read_text())
+        for path in sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("strong/*.yaml")])
+    }
+    for path in sorted(FOLDER.glob("sweeps/*.yaml")):
+        sweep = yaml.safe_load(path.read_text())
+        models = read_models(sweep["models"], str(path.parent))
+        trees |= {f"sweeps/{path.stem} {name}": sweep.get("train", {}) | tree for name, tree in models.items()}
+    return [pytest.param(tree, id=name) for name, tree in trees.items()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_options(save_tiny_sources(tmp_path_factory.mktemp("sources")))
+
+
+@pytest.mark.parametrize("tree", every_training())
+def test_batch_norms_see_the_whole_batch(tree):
+    settings = TrainSettings.model_validate({"output": "out", "datasets": {"a": "a"}} | tree)
+    options = parse_options(settings.model, settings.options)
     if settings.model in WITH_BATCH_NORMS or getattr(options, "unet", False):
         assert settings.run.micro_batch_size == settings.optim.batch_size
+
+
+@pytest.mark.parametrize("tree", every_training())
+def test_every_named_setting_builds_a_model_that_can_learn(tree, tiny):
+    """With tiny weights in place of the published ones, which are on the hub."""
+    settings = TrainSettings.model_validate({"output": "out", "datasets": {"a": "a"}} | tree)
+    small = tiny[f"{settings.model}+unet" if settings.options.get("unet") else settings.model]
+    others = {name: value for name, value in settings.options.items() if name in ("enlarge", "normalize", "resize")}
+    model = vlsm.build_model(settings.model, settings.trainable, **small | others)
+    model.set_trainable(settings.trainable, settings.lora_rank)
+    groups = build_optimizer(model, settings.optim, is_fused=False).param_groups
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum(len(group["params"]) for group in groups) == len(learning) > 0
+    assert any("lora" in name for name in learning) == (settings.trainable == "lora")
+    if settings.trainable == "all" and settings.optim.tower_lr:
+        assert len({group["lr"] for group in groups}) > 2  # towers by layer, and the rest
+
+
+def test_the_newer_pretrained_models_have_recipes():
+    recipes = {name: load(f"strong/{name}") for name in ("transformers", "siglip2", "tipsv2", "sam3", "sam3_lora")}
+    sources = {name: options.source for name, (_, options) in recipes.items()}
+    assert sources == {
+        "transformers": "google/medsiglip-448",
+        "siglip2": "google/siglip2-so400m-patch16-384",
+        "tipsv2": "google/tipsv2-b14",
+        "sam3": "facebook/sam3",
+        "sam3_lora": "facebook/sam3",
+    }
+    assert all(options.unet for name, (_, options) in recipes.items() if not name.startswith("sam3"))
+    sides = [recipes[name][1].image_size for name in ("sam3", "sam3_lora")]
+    assert sides == [504, 504] and all(side % 14 == 0 for side in sides)  # SAM 3 and TIPSv2 have patches of 14 pixels
+    side = recipes["tipsv2"][1].image_size
+    assert side % 14 == side % 16 == 0  # UNet-D halves it four times
+    assert [recipes[name][0].trainable for name in recipes] == ["all", "all", "all", "decoder", "lora"]
+
+
+def test_the_models_of_the_newer_sweep_take_equal_steps():
+    path = FOLDER / "sweeps" / "today.yaml"
+    models = read_models(yaml.safe_load(path.read_text())["models"], str(path.parent))
+    assert len(models) == 9
+    steps = {
+        (tree["optim"]["epochs"], tree["optim"]["batch_size"], tree["optim"].get("early_stop"))
+        for tree in models.values()
+    }
+    assert steps == {(50, 16, None)}
 
 
 def test_every_family_has_a_strong_recipe():
