@@ -120,7 +120,8 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
                 # an image without rows was not fetched: the part has changed since; the final count finds the gap
                 image_rows = segmented.rows(position, image) or image_rows
             rows += image_rows
-        write_part(settings.output, batch.shard, rows, task.run_id, settings.run.outage_patience_s)
+        patience_s = settings.run.outage_patience_s
+        write_part(settings.output, batch.shard, rows, task.run_id, patience_s, batch.embedding_width)
     failed = [entry.error for entry in batch.entries if entry.error is not None]
     metrics.count("vlsm_written_parts", 1)
     metrics.count("vlsm_written_images", len(undone) - len(failed), status="ok")
@@ -163,10 +164,13 @@ class _SegmentedShard:
         with self._watch.image(position):
             records = describe_entry(self._batch, entry, texts, self._settings, self._squares)
         common |= {"status": "ok", "height": entry.height, "width": entry.width, "grey_rule": entry.grey_rule}
-        return [
+        rows = [
             common | {"prompt": prompt, "kind": kind, **vars(record)}
             for (prompt, kind), record in zip(keys, records, strict=True)
         ]
+        if entry.embedding is not None:
+            rows[0]["embedding"] = np.frombuffer(entry.embedding, np.float16)
+        return rows
 
 
 def _vanished_rows(image: Row, old: Sequence[Row], model: str, kinds: list[str]) -> list[Row]:

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -210,7 +211,7 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
 
     rows = [
         {
-            "image_id": f"{number:03d}.png",
+            "image_id": f"scans/{number:03d}.png",
             "image_uri": "x",
             "prompt": "lesion",
             "kind": "mask",
@@ -218,6 +219,7 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
             "status": "ok",
         }
         | {"area_fraction": number / 200, "confidence": 0.5 + (number * 37 % 100) / 200}
+        | {"embedding": [np.cos(np.radians(number)), np.sin(np.radians(number)), *[0.0] * 766]}
         for number in range(100)
     ]
     failed = {
@@ -228,13 +230,19 @@ def test_its_queries_answer_what_they_promise(tmp_path, monkeypatch):
         "model": "m",
         "status": "failed",
     }
-    write_part(str(tmp_path / "OUTPUT"), 0, [*rows, failed | {"error": "corrupt: bad.png is no image"}], "run", 0)
+    write_part(str(tmp_path / "OUTPUT"), 0, [*rows, failed | {"error": "corrupt: bad.png is no image"}], "run", 0, 768)
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```sql\n(.*?)```", "\n".join((README, JOBS, LIBRARY, MEASURED)), re.S)
-    uncertain, reasons = (duckdb.sql(query).fetchall() for query in block.split(";") if query.strip())
+    queries = [query for query in block.split(";") if query.strip()]
+    uncertain, alike, reasons = (duckdb.sql(query).fetchall() for query in queries)
     wanted = sorted((row for row in rows if row["area_fraction"] > 0.05), key=lambda row: row["confidence"])[:50]
     assert [row[0] for row in uncertain] == [row["image_id"] for row in wanted]
     assert reasons == [("corrupt", 1)]
+    # every image points one degree further than the one before it
+    assert {row[0] for row in alike} == {f"scans/{number:03d}.png" for number in range(2, 13) if number != 7}
+    assert [row[1] for row in alike] == pytest.approx(
+        [np.cos(np.radians(n)) for n in (1, 1, 2, 2, 3, 3, 4, 4, 5, 5)], abs=2e-3
+    )
 
 
 def test_the_measured_figures_are_those_of_the_files():

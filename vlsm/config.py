@@ -229,6 +229,9 @@ class SegmentSettings(Settings):
     probability_maps: Literal["none", "review", "all"] = Field(
         "none", description="which masks keep the probability of each pixel in their row, as an 8-bit PNG"
     )
+    embedding: bool = Field(
+        False, description="keep a vector per image, of the first member with an image tower, in the image's first row"
+    )
     threshold: float | None = Field(
         None, description=f"lowest probability of a foreground pixel, {A_PROBABILITY}; null: the checkpoint's"
     )

@@ -177,7 +177,7 @@ def test_millions_of_rows_and_repeated_large_masks_take_little_memory(output):
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(np.zeros(number, np.int32)), pa.array([mask]))
         if field.name == "mask_rle"
-        else pa.array([row[field.name]], field.type).take(pa.array(np.zeros(number, np.int64)))
+        else pa.array([row.get(field.name)], field.type).take(pa.array(np.zeros(number, np.int64)))
         for field in RESULT_SCHEMA
     ]
     table = pa.table(columns, names=RESULT_SCHEMA.names)

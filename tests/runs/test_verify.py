@@ -42,6 +42,28 @@ def test_a_probability_map_has_the_size_of_its_mask(tmp_path, probability_map, d
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("embedding", "difference"),
+    [
+        ([0.6, 0.8], None),
+        (None, "status is ok, but the first row of the image has no embedding"),
+        ([0.6, 0.6], "the embedding has the length 0.849; it must be 1"),
+        ([0.6, np.nan], "the embedding has the length nan; it must be 1"),
+    ],
+)
+def test_each_image_of_a_run_with_embeddings_has_one_of_length_1(tmp_path, embedding, difference):
+    output = str(tmp_path)
+    image = {"image_id": "a.png", "image_uri": "/a.png", "prompts": ["polyp", "lesion"]}
+    record = {"config": {"embedding": True}, "plan": dataclasses.asdict(write_plan(output, [image], 8)), "run_id": "r"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
+    row = {"image_id": "a.png", "image_uri": "/a.png", "prompt": "polyp", "kind": "mask", "model": "m", "status": "ok"}
+    row |= {"height": 3, "width": 4, "mask_rle": encode_mask(np.zeros((3, 4), np.uint8)), "area_px": 0}
+    write_part(output, 0, [row | {"embedding": embedding}, row | {"prompt": "lesion"}], "r", 0, 2)
+    *_, proof = verify_run(output)
+    found = [text for text in proof.differences if "is not finished" not in text]
+    assert found == ([f"masks/part-00000000.parquet: 'a.png', 'polyp': {difference}"] if difference else [])
+
+
 def write_run(output, num_parts, **plan):
     images = [{"image_id": str(number), "image_uri": f"/{number}", "prompts": ["polyp"]} for number in range(6)]
     plan = dataclasses.asdict(write_plan(str(output), images, 2)) | plan

@@ -54,6 +54,12 @@ class Network:
             return self._encode(pixel_values)
         return self._encode(pixel_values, self._model.encode_towers(pixel_values))
 
+    def encode_and_embed(self, pixel_values: Tensor) -> tuple[Features, Tensor]:
+        """Return the image features, and the embeddings of `SegmentationModel.embed_images`; the towers run once."""
+        activations = self._model.encode_towers(pixel_values)
+        step = self._encode if self.is_compiled else self._model.encode_images
+        return step(pixel_values, activations), self._model.embed_images(activations)
+
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return logits (B, 1, S, S), as `SegmentationModel.decode`."""
         step = self._decode if self.is_compiled else self._model.decode

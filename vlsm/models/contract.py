@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vlsm.config import Settings
 from vlsm.errors import CheckpointError
@@ -68,6 +69,19 @@ class SegmentationModel(nn.Module):
     @abstractmethod
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return logits (B, 1, S, S) for B rows of image features and B rows of text features."""
+
+    def embed_images(self, activations: Features) -> Tensor:
+        """Return an embedding of each image, (B, `embedding_width`) float32 of length 1.
+
+        Args:
+            activations: results of `encode_towers` of a model that has towers.
+        """
+        return functional.normalize(self._towers[0].pool(activations), dim=1)
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of an embedding; 0 if the model has no image tower, and so no embeddings."""
+        return self._towers[0].image_width if self._towers else 0
 
     def forward(
         self, pixel_values: Tensor, prompts: Sequence[str] | Features, activations: Features | None = None

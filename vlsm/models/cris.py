@@ -39,21 +39,39 @@ class ResNetTowers(OpenCLIPTowers):
         )["image_intermediates"]
         return third, fourth, self._attend(last), last
 
+    def pool(self, activations: tuple[Tensor, ...]) -> Tensor:
+        """Return CLIP's image embeddings, (B, text_width) float32, in the space of the sentence embeddings.
+
+        As in CLIP, the mean of all positions attends to itself and to them.
+        """
+        last = activations[-1]
+        mean = last.mean(dim=(2, 3)) + self.visual.attnpool.positional_embedding[0]
+        tokens = torch.cat([mean[:, None], self._add_positions(last)], dim=1)
+        return self._attend_to(tokens[:, :1], tokens)[:, 0].float()
+
     def _attend(self, x: Tensor) -> Tensor:
-        pool = self.visual.attnpool
-        height, width = x.shape[2:]
-        learned = pool.positional_embedding[1:]  # the first position belongs to the mean
+        tokens, (height, width) = self._add_positions(x), x.shape[2:]
+        attended = self._attend_to(tokens, tokens).transpose(1, 2)
+        return attended.unflatten(2, (height, width))  # type: ignore[no-untyped-call]
+
+    def _add_positions(self, x: Tensor) -> Tensor:
+        """Return a map (B, C, H, W) as tokens (B, H * W, C) with their positions."""
+        learned = self.visual.attnpool.positional_embedding[1:]  # the first position belongs to the mean
         side = math.isqrt(len(learned))
         positions = functional.interpolate(
-            learned.T.unflatten(1, (side, side))[None], (height, width), mode="bicubic", align_corners=False
+            learned.T.unflatten(1, (side, side))[None], x.shape[2:], mode="bicubic", align_corners=False
         )
-        tokens = (x + positions).flatten(2).transpose(1, 2)  # (B, height * width, C)
+        return (x + positions).flatten(2).transpose(1, 2)
+
+    def _attend_to(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """Return what queries (B, N, C) gather from tokens (B, L, C), projected."""
+        pool = self.visual.attnpool
         query, key, value = (
-            project(tokens).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
-            for project in (pool.q_proj, pool.k_proj, pool.v_proj)
+            project(x).unflatten(2, (pool.num_heads, -1)).transpose(1, 2)
+            for project, x in ((pool.q_proj, queries), (pool.k_proj, tokens), (pool.v_proj, tokens))
         )
         attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return pool.c_proj(attended).transpose(1, 2).unflatten(2, (height, width))
+        return pool.c_proj(attended)
 
     def _prepare_images(self, taps: tuple[int, ...] | None) -> None:
         if not hasattr(self.visual, "attnpool"):

@@ -78,6 +78,10 @@ class EnsembleC(SegmentationModel):
         pixels_b = self._normalized_for_b(pixel_values)
         return self.a.encode_images(pixel_values, activations_a) + self.b.encode_images(pixels_b, activations_b)
 
+    def embed_images(self, activations: Features) -> Tensor:
+        """Return the embeddings of A's tower."""
+        return self.a.embed_images(activations[: len(self.a.towers.taps)])
+
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return the joined logits (B, 1, S, S)."""
         split = self.a.num_features

@@ -86,6 +86,14 @@ class Towers(nn.Module):
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of the tapped layers, (B, L, W) each, shallowest first. The tower ends at the last tap."""
 
+    def pool(self, activations: tuple[Tensor, ...]) -> Tensor:
+        """Return one vector per image, (B, W) float32, from the results of `encode_images`.
+
+        It is the mean of the patches after the last tapped layer: the layers and the projection behind it, which would
+        lead into the space of the text embeddings, are not built.
+        """
+        return activations[-1][:, self.num_prefix_tokens :].float().mean(dim=1)
+
     @abstractmethod
     def save_files(self, folder: Path) -> None:
         """Write the architecture and the tokenizer in the format of their library."""

@@ -40,6 +40,7 @@ from vlsm.runs.record import (
 )
 from vlsm.runs.updates import update_plan
 from vlsm.segmentation.blind import check_prompts, watch_prompts
+from vlsm.segmentation.embeddings import check_embedding
 from vlsm.words import count
 
 logger = logging.getLogger("vlsm")
@@ -85,6 +86,7 @@ def resolve_settings(settings: SegmentSettings) -> tuple[SegmentSettings, tuple[
     """
     settings, checkpoints = _resolve(settings)
     check_prompts(settings, checkpoints)
+    check_embedding(settings, checkpoints)
     return settings, _read_members(settings, checkpoints)
 
 
@@ -199,6 +201,7 @@ def prepare_run(
         is_new = record is None
         if record is None:
             check_prompts(settings, checkpoints)
+            check_embedding(settings, checkpoints)
             storage.check_writable(output)
         archive = open_input(settings, checkpoints) if record is None else None
         if record is None or not describe_differences(record, settings, {}):

@@ -50,6 +50,8 @@ COLUMN_NOTES = {
     "the model is that the image shows the finding at all; null: an earlier version did not write it",
     "agreement": "mean Dice between the masks of an ensemble's members, from 0 to 1; null: one model only",
     "review": "why a person should look at the mask: low confidence, low agreement, odd area; null: no reason",
+    "embedding": "vector of the image by a model's image tower, of length 1, in the first row of each image: the "
+    "projected embedding of CLIP for cris, else the mean of its last patches; null: other rows, or not kept",
     "model": "the model and the start of its checkpoint's digest",
     "status": "ok, failed (see error) or vanished (no longer in INPUT)",
     "error": "REASON: message of a failed image; null: none",
@@ -78,12 +80,27 @@ _RESULT_COLUMNS = pa.schema(
         pa.field("max_probability", pa.float64()),
         pa.field("agreement", pa.float64()),
         pa.field("review", pa.string()),
+        pa.field("embedding", pa.list_(pa.float16())),
         pa.field("model", pa.string(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
     ]
 )
 RESULT_SCHEMA = pa.schema([field.with_metadata({"description": COLUMN_NOTES[field.name]}) for field in _RESULT_COLUMNS])
+
+
+def part_schema(embedding_width: int) -> pa.Schema:
+    """Return the schema of a part file.
+
+    Args:
+        embedding_width: number of values in an embedding. A run without embeddings (0) has no such column, since some
+            tools do not read float16 yet.
+    """
+    position = RESULT_SCHEMA.get_field_index("embedding")
+    if not embedding_width:
+        return RESULT_SCHEMA.remove(position)
+    field = RESULT_SCHEMA.field(position)
+    return RESULT_SCHEMA.set(position, field.with_type(pa.list_(pa.float16(), embedding_width)))
 
 
 def with_format(schema: pa.Schema, **metadata: str) -> pa.Schema:

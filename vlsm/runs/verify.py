@@ -26,6 +26,7 @@ from vlsm.words import count
 
 _SHARDS_AT_ONCE = 16
 _LARGE_PIXELS = 1 << 24  # larger maps are decoded one at a time
+_LENGTH_ERROR = 0.01  # of an embedding in half precision
 _one_large_map = threading.Lock()
 
 
@@ -39,12 +40,14 @@ class Proof:
         differences: one sentence for each error in the run; empty for a finished run without errors. Of a run that is
             not finished, the first one says so, and no other one is about rows that it has not written yet.
         is_finished: whether the run has a complete plan and its summary.
+        has_embeddings: whether the run keeps the embedding of each image.
     """
 
     plan: Plan
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
     is_finished: bool = True
+    has_embeddings: bool = False
 
 
 def verify_run(output: str) -> Iterator[Proof]:
@@ -70,6 +73,7 @@ def verify_run(output: str) -> Iterator[Proof]:
     proof.differences += [f"masks/{name} is no part of this run" for name in others]
     ids = array("q")  # hashes of the image_ids: 8 bytes per image
     numbered = enumerate(read_plan(output, plan))
+    proof.has_embeddings = (record.get("config") or {}).get("embedding") is True
 
     def verify(item: tuple[int, pa.Table]) -> tuple[Counter[str], list[str]]:
         return _verify_shard(output, record["run_id"], proof, *item)
@@ -130,20 +134,33 @@ def _verify_shard(
     try:
         # a damaged part may have millions of rows, and masks of any size: they pass one after the other
         rows = (row for piece in part.pieces() for row in piece.to_pylist())
+        last_id = None
         for row in itertools.islice(rows, planned):
             counts["masks"] += row["mask_rle"] is not None
-            if problem := _describe_problem(row):
+            needs_embedding = proof.has_embeddings and row["image_id"] != last_id
+            if problem := _describe_problem(row, needs_embedding):
                 differences.append(f"{name}: {row['image_id']!r}, {row['prompt']!r}: {problem}")
+            last_id = row["image_id"]
     except DamageError as error:
         differences.append(str(error))
     return counts, differences
 
 
-def _describe_problem(row: dict[str, Any]) -> str | None:
+def _describe_problem(row: dict[str, Any], needs_embedding: bool) -> str | None:
     try:
-        return _find_contradiction(row)
+        return _find_contradiction(row) or _describe_embedding(
+            row["embedding"], needs_embedding and row["status"] == "ok"
+        )
     except Exception as error:  # a damaged row can raise any error
         return f"the row cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _describe_embedding(embedding: Any, is_needed: bool) -> str | None:
+    """Return what is wrong with the embedding of a row, or None."""
+    if embedding is None:
+        return "status is ok, but the first row of the image has no embedding" if is_needed else None
+    length = float(np.linalg.norm(np.asarray(embedding, np.float32)))
+    return None if abs(length - 1) < _LENGTH_ERROR else f"the embedding has the length {length:.3g}; it must be 1"
 
 
 def _find_contradiction(row: dict[str, Any]) -> str | None:

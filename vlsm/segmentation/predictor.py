@@ -17,6 +17,7 @@ from vlsm.images.preprocess import ImageSpec, Square
 from vlsm.models.sharing import share_towers
 from vlsm.segmentation.batch_size import CPU_BATCH_SIZE, Probe, choose_batch_size, probe_gpu
 from vlsm.segmentation.device_masks import mirrored_mean
+from vlsm.segmentation.embeddings import Embeddings
 from vlsm.segmentation.finished import count_masks, cpu_reason
 from vlsm.segmentation.gpu_decode import decode_images
 from vlsm.segmentation.outputs import LogitsOutput, MasksOutput, Output, Texts, WindowTexts, distinct_windows
@@ -39,12 +40,14 @@ class _Batch(NamedTuple):
         logits: of each member, (texts of all windows, S, S) float32, complete at `end`.
         end: of the work; None on a CPU, which has done it.
         started_s: when it was queued, by time.monotonic.
+        embeddings: of the windows, (B or more, D) float32, complete at `end`; None if nobody asks for them.
     """
 
     windows: list[WindowTexts]
     logits: dict[int, Tensor]
     end: "torch.cuda.Event | None"
     started_s: float
+    embeddings: Tensor | None = None
 
 
 class Predictor:
@@ -149,20 +152,37 @@ class Predictor:
         others = [item for item in work if not item.entries[0].num_masks]
         masks = MasksOutput(self._settings, [square for _, square in sorted(self.squares.items())])
         logits = LogitsOutput(batch, self.squares, self._staging)
+        embeddings = self._new_embeddings(batch)
         done: set[int] = set()  # images, by their first windows
         for windows, output in ((with_masks, masks), (others, logits)):
-            for taken, seconds in self._run(pixels, windows, output, guard):
+            for taken, seconds in self._run(pixels, windows, output, guard, embeddings):
                 done.update(item.row - item.window for item in taken)
                 report(len(done), len(taken), seconds)
         logits.share(others)
+        if embeddings is not None:
+            embeddings.share(batch.entries)
+            batch = replace(batch, embedding_width=embeddings.width)
         values = {number: Logits(self.names[number], array.numpy()) for number, array in logits.values.items()}
         return replace(batch, logits=batch.logits | values, masks=masks.masks)
+
+    def _new_embeddings(self, batch: ShardBatch) -> Embeddings | None:
+        """Return what takes embeddings, or None if the run keeps none or an earlier pool has made them."""
+        if not self._settings.embedding or batch.embedding_width:
+            return None
+        widths = {number: segmenter.model.embedding_width for number, (_, segmenter) in self._members.items()}
+        member = next((number for number, width in sorted(widths.items()) if width), None)
+        return None if member is None else Embeddings(member, widths[member])
 
     def _logit_bytes(self, num_logits: int) -> int:
         return sum(4 * num_logits * square.size**2 for square in self.squares.values())
 
     def _run(
-        self, pixels: Mapping[Square, np.ndarray], windows: list[WindowTexts], output: Output, guard: Guard
+        self,
+        pixels: Mapping[Square, np.ndarray],
+        windows: list[WindowTexts],
+        output: Output,
+        guard: Guard,
+        embeddings: Embeddings | None,
     ) -> Iterator[tuple[list[WindowTexts], float]]:
         """Pass windows through the models to an output. Yields the windows of each batch, and its seconds.
 
@@ -177,12 +197,14 @@ class Predictor:
             queued = queue.popleft()
             with self._staging.results(queued.end):
                 output.add(queued.windows, queued.logits)
+                if embeddings is not None and queued.embeddings is not None:
+                    embeddings.add([item.row for item in queued.windows], queued.embeddings.cpu().numpy())
             started_s, last_s = max(last_s, queued.started_s), time.monotonic()
             return queued.windows, last_s - started_s
 
         for chosen in self._cut(windows, step):
             with guard.image(chosen[0].entries[0].position):
-                queue.append(self._launch(pixels, chosen))
+                queue.append(self._launch(pixels, chosen, None if embeddings is None else embeddings.member))
                 taken = take() if len(queue) > depth else None
             if taken is not None:
                 yield taken
@@ -204,8 +226,10 @@ class Predictor:
             yield batch
 
     @torch.inference_mode()
-    def _launch(self, pixels: Mapping[Square, np.ndarray], windows: list[WindowTexts]) -> _Batch:
-        """Queue the work of all members on some windows.
+    def _launch(
+        self, pixels: Mapping[Square, np.ndarray], windows: list[WindowTexts], embedder: int | None = None
+    ) -> _Batch:
+        """Queue the work of all members on some windows. The member `embedder` embeds them too, not mirrored.
 
         Every member sees a batch before the next one, and equal inputs are one tensor: members may share features. The
         settings of a member may replace texts, and may average over the image and its mirror image.
@@ -214,6 +238,7 @@ class Predictor:
         images: dict[Square, Tensor] = {}
         inputs: dict[tuple[ImageSpec, bool], Tensor] = {}
         logits: dict[int, Tensor] = {}
+        embeddings: Tensor | None = None
         for number, (member, segmenter) in self._members.items():
             spec = segmenter.model.image_spec
             if spec.square not in images:
@@ -224,6 +249,10 @@ class Predictor:
                 if (spec, is_mirrored) not in inputs:
                     uploaded = images[spec.square]
                     inputs[spec, is_mirrored] = segmenter.prepare(uploaded.flip(2) if is_mirrored else uploaded)
-                predicted.append(segmenter.predict_tensor(inputs[spec, is_mirrored], texts))
+                if number == embedder and not is_mirrored:
+                    tensor, embeddings = segmenter.predict_and_embed(inputs[spec, is_mirrored], texts)
+                    predicted.append(tensor)
+                else:
+                    predicted.append(segmenter.predict_tensor(inputs[spec, is_mirrored], texts))
             logits[number] = mirrored_mean(*predicted) if member.flip else predicted[0]
-        return _Batch(windows, logits, self._staging.mark(), started_s)
+        return _Batch(windows, logits, self._staging.mark(), started_s, embeddings)

@@ -32,12 +32,14 @@ class Segmentation(np.ndarray):
         prompts: the texts, T of them.
         confidences: for each text the mean probability inside the mask; None if the mask is empty.
         probability: as the mask, float32: the probability of each pixel, after calibration; None if it was not kept.
+        embedding: (D,) float16, the vector of the image; None if it was not kept.
     """
 
     image: np.ndarray | None = None  # None for a view or copy of a Segmentation, which no longer belongs to an image
     prompts: tuple[str, ...] = ()
     confidences: tuple[float | None, ...] = ()
     probability: np.ndarray | None = None
+    embedding: np.ndarray | None = None
 
     def __new__(
         cls,
@@ -46,11 +48,12 @@ class Segmentation(np.ndarray):
         prompts: Sequence[str],
         confidences: Sequence[float | None],
         probability: np.ndarray | None = None,
+        embedding: np.ndarray | None = None,
     ) -> Self:
         """Return the masks as an array of this class; arguments are the attributes."""
         result = mask.view(cls)
         result.image, result.probability = image, probability
-        result.prompts, result.confidences = tuple(prompts), tuple(confidences)
+        result.prompts, result.confidences, result.embedding = tuple(prompts), tuple(confidences), embedding
         return result
 
     @property
@@ -126,7 +129,8 @@ class Segmentation(np.ndarray):
         if self.image is None or self.ndim != 3 or not is_number:
             return self.mask[key]
         probability = None if self.probability is None else self.probability[key]
-        return Segmentation(self.mask[key], self.image, [self.prompts[key]], [self.confidences[key]], probability)
+        prompts, confidences = [self.prompts[key]], [self.confidences[key]]
+        return Segmentation(self.mask[key], self.image, prompts, confidences, probability, self.embedding)
 
     def __array_wrap__(self, array: np.ndarray, context: Any = None, return_scalar: bool = False) -> Any:
         """Return what NumPy has computed from this array as a plain array or number."""
@@ -135,7 +139,8 @@ class Segmentation(np.ndarray):
     def __reduce__(self) -> Any:
         if self.image is None:
             return self.mask.__reduce__()
-        return Segmentation, (self.mask, self.image, self.prompts, self.confidences, self.probability)
+        values = self.mask, self.image, self.prompts, self.confidences, self.probability, self.embedding
+        return Segmentation, values
 
 
 def segmentation_of(  # noqa: PLR0913 - what a mask depends on

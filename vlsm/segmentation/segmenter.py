@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ class Segmenter:
         threshold: float | None = None,
         probabilities: bool = False,
         allow_equal_masks: bool = False,
+        embedding: bool = False,
     ) -> Segmentation: ...
 
     @overload
@@ -79,6 +80,7 @@ class Segmenter:
         threshold: float | None = None,
         probabilities: bool = False,
         allow_equal_masks: bool = False,
+        embedding: bool = False,
     ) -> list[Segmentation]: ...
 
     def segment(
@@ -88,6 +90,7 @@ class Segmenter:
         threshold: float | None = None,
         probabilities: bool = False,
         allow_equal_masks: bool = False,
+        embedding: bool = False,
     ) -> Segmentation | list[Segmentation]:
         """Return one mask per image and prompt, at the original size of the image.
 
@@ -102,15 +105,16 @@ class Segmenter:
             probabilities: whether to keep the probability of each pixel too.
             allow_equal_masks: take several prompts, or others than the checkpoint's, for a model that ignores the text;
                 `vlsm.segmentation.blind` has the rule.
+            embedding: whether to keep a vector of each image too, which does not depend on the prompts.
 
         Returns:
             For each image an array (H, W) uint8 of 0 and 1 for one text, (T, H, W) for a sequence of T texts. It has
-            `mask`, `confidence`, `probability`, `image` and `overlay()`; see `vlsm.segmentation.results.Segmentation`.
-            For a single image its result, else a list.
+            `mask`, `confidence`, `probability`, `embedding`, `image` and `overlay()`; see
+            `vlsm.segmentation.results.Segmentation`. For a single image its result, else a list.
 
         Raises:
-            ValueError: an array is not uint8 or has another shape, there is no prompt, the model ignores these prompts,
-                or the threshold is not in (0, 1).
+            ValueError: an array is not uint8 or has another shape, there is no prompt, the model ignores these prompts
+                or has no embedding, or the threshold is not in (0, 1).
             TypeError: images or prompts are of another type.
             ImageError: a file cannot be read. Then no image has a result.
         """
@@ -119,6 +123,8 @@ class Segmenter:
         verdict = judge_prompts([(text,) for text in texts], [Reader(self.settings.model, self.settings.prompt)])
         if verdict is not None and not allow_equal_masks:
             raise ValueError(f"{verdict.message}; leave prompts out, or pass allow_equal_masks=True")
+        if embedding and not self.model.embedding_width:
+            raise ValueError(f"{self.settings.model} has no pretrained image tower, so it makes no embedding")
         threshold = self.settings.threshold if threshold is None else threshold
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is {threshold}; it must be {A_PROBABILITY}")
@@ -128,9 +134,11 @@ class Segmenter:
         for start in range(0, len(openings), self.batch_size):
             pixels = [read() for read in openings[start : start + self.batch_size]]
             resized = np.stack([square.resize_image(image) for image in pixels])
-            for logits, image in zip(self.predict_logits(resized, [texts] * len(pixels)), pixels, strict=True):
+            predicted, vectors = self._predict_images(resized, [texts] * len(pixels), embedding)
+            for logits, image, vector in zip(predicted, pixels, vectors, strict=True):
                 shown = texts if isinstance(prompts, Iterable) and not isinstance(prompts, str) else texts[0]
                 results.append(segmentation_of(logits, image, shown, threshold, square, probabilities))
+                results[-1].embedding = vector
         return results[0] if is_one else results
 
     @torch.inference_mode()
@@ -151,13 +159,23 @@ class Segmenter:
             raise ValueError(
                 f"{len(images)} images come with {len(prompts)} lists of prompts; each image needs one prompt or more"
             )
+        return self._predict_images(images, prompts, embeds=False)[0]
+
+    @torch.inference_mode()
+    def _predict_images(
+        self, images: np.ndarray, prompts: Sequence[Sequence[str]], embeds: bool
+    ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+        """Return the logits of each image, as `predict_logits`, and its embedding, (D,) float16, or None."""
         logits: list[np.ndarray] = []
+        vectors: list[np.ndarray | None] = []
         for start in range(0, len(images), self.batch_size):
             batch = slice(start, start + self.batch_size)
             pixel_values = self.prepare(torch.from_numpy(np.array(images[batch])).to(self.device))
-            predicted = self.predict_tensor(pixel_values, prompts[batch]).cpu().numpy()
-            logits += np.split(predicted, np.cumsum([len(image_prompts) for image_prompts in prompts[batch]])[:-1])
-        return logits
+            predicted, embeddings = self._predict(pixel_values, prompts[batch], embeds)
+            counts = [len(image_prompts) for image_prompts in prompts[batch]]
+            logits += np.split(predicted.cpu().numpy(), np.cumsum(counts)[:-1])
+            vectors += [None] * len(counts) if embeddings is None else [*embeddings[: len(counts)].half().cpu().numpy()]
+        return logits, vectors
 
     @torch.inference_mode()
     def prepare(self, images: Tensor) -> Tensor:
@@ -181,12 +199,30 @@ class Segmenter:
         Returns:
             (texts of all images, S, S) float32, divided by the temperature of a calibrated checkpoint.
         """
+        return self._predict(pixel_values, prompts, embeds=False)[0]
+
+    @torch.inference_mode()
+    def predict_and_embed(self, pixel_values: Tensor, prompts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """Return the results of `predict_tensor`, and the embedding of each image, (N, D) float32 of length 1.
+
+        The model must have an image tower, which runs once for both.
+        """
+        logits, embeddings = self._predict(pixel_values, prompts, embeds=True)
+        return logits, cast(Tensor, embeddings)
+
+    def _predict(
+        self, pixel_values: Tensor, prompts: Sequence[Sequence[str]], embeds: bool
+    ) -> tuple[Tensor, Tensor | None]:
         image_indices = [index for index, image_prompts in enumerate(prompts) for _ in image_prompts]
         texts = [text for image_prompts in prompts for text in image_prompts]
         distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         text_features = self._prompts.encode(list(distinct))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            features = self.network.encode(pixel_values)
+            embeddings = None
+            if embeds:
+                features, embeddings = self.network.encode_and_embed(pixel_values)
+            else:
+                features = self.network.encode(pixel_values)
             pieces = []
             for start in range(0, len(texts), self.batch_size):
                 batch = slice(start, start + self.batch_size)
@@ -195,7 +231,7 @@ class Segmenter:
                     self._take(features, image_indices[batch]), self._take(text_features, rows)
                 )
                 pieces.append(decoded[: len(rows), 0].float())
-        return torch.cat(pieces) / self._temperature
+        return torch.cat(pieces) / self._temperature, embeddings
 
     def _take(self, features: Features, rows: list[int]) -> Features:
         """Return these rows of every tensor, without a copy if all rows are equal or consecutive.
@@ -227,6 +263,7 @@ def segment(  # type: ignore[overload-overlap]  # a str is an iterable too
     probabilities: bool = False,
     device: str | None = None,
     allow_equal_masks: bool = False,
+    embedding: bool = False,
 ) -> Segmentation: ...
 
 
@@ -240,6 +277,7 @@ def segment(
     probabilities: bool = False,
     device: str | None = None,
     allow_equal_masks: bool = False,
+    embedding: bool = False,
 ) -> list[Segmentation]: ...
 
 
@@ -252,6 +290,7 @@ def segment(  # noqa: PLR0913 - as the method, and the model
     probabilities: bool = False,
     device: str | None = None,
     allow_equal_masks: bool = False,
+    embedding: bool = False,
 ) -> Segmentation | list[Segmentation]:
     """Return one mask per image and prompt: load a model, segment, forget the model.
 
@@ -266,6 +305,7 @@ def segment(  # noqa: PLR0913 - as the method, and the model
         probabilities: whether to keep the probability of each pixel too.
         device: such as "cpu" or "cuda". Default: the GPU if there is one, else the CPU.
         allow_equal_masks: as for `Segmenter.segment`.
+        embedding: whether to keep a vector of each image too.
 
     Returns:
         As `Segmenter.segment`.
@@ -275,7 +315,7 @@ def segment(  # noqa: PLR0913 - as the method, and the model
         ValueError, TypeError, ImageError: as for `Segmenter.segment`.
     """
     segmenter = Segmenter(find_checkpoint(checkpoint, prompts is not None), device)
-    return segmenter.segment(images, prompts, threshold, probabilities, allow_equal_masks)
+    return segmenter.segment(images, prompts, threshold, probabilities, allow_equal_masks, embedding)
 
 
 def _list_texts(prompts: Any) -> list[str]:

@@ -35,6 +35,7 @@ _ENTRY = pa.struct(
         pa.field("content_sha256", pa.string()),
         pa.field("grey_rule", pa.string()),
         pa.field("error", pa.string()),
+        pa.field("embedding", pa.binary()),
     ]
 )
 _SQUARE = pa.struct([pa.field("size", pa.int32(), nullable=False), pa.field("resize", pa.string(), nullable=False)])
@@ -65,6 +66,7 @@ SHARD_SCHEMA = pa.schema(
         pa.field("members", pa.list_(_MEMBER), nullable=False),
         pa.field("logits", pa.large_binary(), nullable=False),  # the arrays of the members, joined
         pa.field("masks", pa.list_(MASK_TYPE), nullable=False),
+        pa.field("embedding_width", pa.int32(), nullable=False),
     ]
 )
 
@@ -85,6 +87,7 @@ class Entry:
         content_sha256: `Content.digest` of the image, if its file could be read.
         grey_rule: the rule that gave its 8-bit levels, as in `vlsm.images.grey_levels`; None if it cannot be read.
         error: why the image cannot be segmented: "REASON: message".
+        embedding: float16 values of its embedding, if the run keeps them and a model has seen the image.
     """
 
     position: int
@@ -99,6 +102,7 @@ class Entry:
     content_sha256: str | None = None
     grey_rule: str | None = None
     error: str | None = None
+    embedding: bytes | None = None
 
     @property
     def num_logits(self) -> int:
@@ -131,6 +135,7 @@ class ShardBatch:
         pixels: the resized windows of all images, (W, S, S, 3) uint8, by square. Members with equal squares share them.
             They lack the rows of encoded images.
         encoded: the images that are not decoded yet.
+        embedding_width: number of values in an embedding; 0 before a member has made them, or if none has to.
         logits: by the member's number in the run.
         masks: masks that the models' device has made.
     """
@@ -142,6 +147,7 @@ class ShardBatch:
     logits: dict[int, Logits] = field(default_factory=dict)
     masks: list[FinishedMask] = field(default_factory=list)
     encoded: list[Encoded] = field(default_factory=list)
+    embedding_width: int = 0
 
     @property
     def num_logits(self) -> int:
@@ -181,13 +187,14 @@ class ShardBatch:
             "members": [members],
             "logits": _as_binary([self.logits[member["number"]].values for member in members]),
             "masks": [[pack_mask(mask) for mask in self.masks]],
+            "embedding_width": [self.embedding_width],
         }
         return pa.table(columns, schema=SHARD_SCHEMA)
 
     @classmethod
     def unpack(cls, table: pa.Table) -> Self:
         """Return the batch of a table from `pack`. Its arrays are read-only views of the table."""
-        names = ["shard", "exists", "entries", "squares", "encoded", "members", "masks"]
+        names = ["shard", "exists", "entries", "squares", "encoded", "members", "masks", "embedding_width"]
         row = table.select(names).to_pylist()[0]
         entries = [Entry(**entry) for entry in row["entries"]]
         encoded = [Encoded(**image) for image in row["encoded"]]
@@ -202,7 +209,8 @@ class ShardBatch:
             for member, values in zip(row["members"], _split(table["logits"], shapes, np.float16), strict=True)
         }
         masks, pixels_of = [unpack_mask(**mask) for mask in row["masks"]], dict(zip(squares, pixels, strict=True))
-        return cls(row["shard"], row["exists"], entries, pixels_of, logits, masks, encoded)
+        width = row["embedding_width"]
+        return cls(row["shard"], row["exists"], entries, pixels_of, logits, masks, encoded, width)
 
 
 def _as_binary(arrays: Sequence[np.ndarray]) -> pa.Array:
