@@ -143,6 +143,8 @@ def test_a_checkpoint_is_what_was_judged(undisturbed, labelled):
     from vlsm.training.settings import DataSettings
 
     segmenter = vlsm.Segmenter(vlsm.load_checkpoint(undisturbed / "checkpoint"), device="cpu")
+    agreement = segmenter.check_probe()  # of the averaged weights, in memory when the epoch ended
+    assert agreement.difference < 0.05 * agreement.tolerance
     square = segmenter.model.image_spec.square
     scores = []
     for record in (record for record in read_dataset("drawn", str(labelled)) if record.split == "val"):
