@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlsm.models.contract import SegmentationModel
-    from vlsm.models.towers import Trainable
+    from vlsm.models.options import Trainable
 
 SETTINGS_NAME = "checkpoint.yaml"
 _WEIGHTS_NAME = "model.safetensors"

@@ -34,7 +34,7 @@ EVENTS = {
 }
 
 
-def event(name: str, **fields: Any) -> dict[str, Any]:
+def event(name: str, /, **fields: Any) -> dict[str, Any]:
     """Return the argument `extra` of a logger's method for an event with this name of EVENTS.
 
     Args:

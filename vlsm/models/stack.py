@@ -17,9 +17,8 @@ from vlsm.images.preprocess import ImageSpec
 from vlsm.models import find_model, parse_options
 from vlsm.models.contract import Features, SegmentationModel
 from vlsm.models.ensemble_c import renormalize
-from vlsm.models.options import StackOptions, StackPart
+from vlsm.models.options import Adapted, StackOptions, StackPart, Trainable
 from vlsm.models.tower_files import MEMBER_FOLDERS
-from vlsm.models.towers import Trainable
 
 RestoreMember = Callable[[int, StackPart, Path], SegmentationModel]
 
@@ -103,17 +102,23 @@ class Stack(SegmentationModel):
         for member, room in zip(self.models, MEMBER_FOLDERS, strict=False):
             member.save_files(folder / room)
 
-    def set_trainable(self, trainable: Trainable = "decoder", lora_rank: int = 8) -> Self:
+    def set_trainable(
+        self,
+        trainable: Trainable = "decoder",
+        lora_rank: int = 8,
+        adapt: Adapted = "image",
+        adapter_width: int = 64,
+    ) -> Self:
         """Freeze the members, and return the model.
 
         Raises:
             CheckpointError: trainable is not decoder: the members never learn.
         """
-        if trainable in ("lora", "all"):
+        if trainable != "decoder":
             raise CheckpointError(
                 f"trainable is {trainable}; the members of a stack do not learn, so it must be decoder"
             )
-        super().set_trainable(trainable, lora_rank)
+        super().set_trainable(trainable)
         self.members.requires_grad_(False)
         return self
 

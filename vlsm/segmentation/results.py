@@ -189,8 +189,8 @@ def segmentation_of(  # noqa: PLR0913 - what a mask depends on
     presences = [] if presence is None else presence.tolist()
     if isinstance(prompts, str):
         first_map = None if stacked_maps is None else stacked_maps[0]
-        return Segmentation(stacked[0], image, [prompts], confidences, first_map, presences)
-    return Segmentation(stacked, image, prompts, confidences, stacked_maps, presences)
+        return Segmentation(stacked[0], image, [prompts], confidences, first_map, presences=presences)
+    return Segmentation(stacked, image, prompts, confidences, stacked_maps, presences=presences)
 
 
 def _draw(image: np.ndarray, masks: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
