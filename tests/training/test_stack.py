@@ -12,6 +12,7 @@ import vlsm
 from tests.training.test_learner import CPU, RECORDS, draw
 from tests.training.test_run_data import count, prepare, write_list
 from vlsm import storage
+from vlsm.calibration import CalibrationSettings, calibrate_checkpoint
 from vlsm.datasets.records import Record
 from vlsm.errors import CheckpointError, ConfigError
 from vlsm.runs.record import read_record
@@ -19,9 +20,10 @@ from vlsm.training.feature_cache import FeatureCache
 from vlsm.training.history import History
 from vlsm.training.learner import Learner
 from vlsm.training.origin import count_known, read_known
-from vlsm.training.run import build_learning_model, check_examples, check_model, input_square
+from vlsm.training.run import build_learning_model, check_examples, check_model, default_prompt, input_square
 from vlsm.training.sampling import ExampleOrder
 from vlsm.training.settings import TrainSettings
+from vlsm.training.state import copy_best, put_progress
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +241,22 @@ def test_other_members_are_another_run(folder):
     vlsm.save_checkpoint(vlsm.build_model("pixel", image_size=16), sources[1], prompt="other")
     with pytest.raises(ConfigError, match="checkpoints in options.members have changed since the run began"):
         prepare(settings)
+
+
+def test_a_stack_is_written_to_output_and_calibrated_as_any_model(folder, members, capsys):
+    datasets = write_splits(folder, train=range(6), val=range(6, 12))
+    settings = settings_of(members, datasets, output=str(folder / "stack"))
+    records, model = prepare(settings), build_learning_model(settings)
+    put_progress(settings.output, b"", copy_best(model, default_prompt(records, settings)))
+    checkpoint = f"{settings.output}/checkpoint"
+    values = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = model.eval()(values, ["polyp"])
+    torch.testing.assert_close(vlsm.load_checkpoint(checkpoint).model(values, ["polyp"]), expected)
+    calibration = calibrate_checkpoint(checkpoint, str(folder / "calibrated"), CalibrationSettings(datasets=datasets))
+    calibrated = vlsm.load_checkpoint(folder / "calibrated")
+    assert calibrated.settings.calibration == calibration and calibration.num_images == 6
+    torch.testing.assert_close(calibrated.model(values, ["polyp"]), expected)
+    assert "learned from" not in capsys.readouterr().err
+    write_splits(folder, train=range(6, 8), val=range(6))  # of which the stack has learned
+    calibrate_checkpoint(checkpoint, str(folder / "again"), CalibrationSettings(datasets=datasets))
+    assert "the checkpoint learned from 6 of these 6 val images" in capsys.readouterr().err
