@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from vlsm.archive.columns import normalize
+from vlsm.datasets.inspection import Facts, examples_table
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
 from vlsm.datasets.settings import DatasetSettings
@@ -229,6 +230,10 @@ def test_a_list_of_labelled_images_gives_its_records_the_columns_that_are_asked_
     assert "further" not in read_dataset("d", uri)[0].stated()  # digests of earlier evaluations stay
     check_groups(records, (), settings(groups=["patient_id", "sex"], patient="group"))
     check_groups(records, ("site",), settings(groups=["site"]))
+    table = examples_table(records, [Facts(), Facts()])  # as a training writes it
+    pq.write_table(table, tmp_path / "examples.parquet")
+    again = read_dataset("d", str(tmp_path / "examples.parquet"))
+    assert [record.further for record in again] == [record.further for record in records]
     with pytest.raises(ConfigError, match="groups names 'nothing'; no list of a dataset"):
         check_groups(records, ("site",), settings(groups=["nothing"]))
     with pytest.raises(ConfigError, match="patient names 'who'"):

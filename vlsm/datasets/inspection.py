@@ -288,7 +288,8 @@ def read_record_row(row: dict[str, Any]) -> Record:
     fields = {name: row[name] for name in Record.__dataclass_fields__ if name in row}
     prompts = {kind: tuple(texts) for kind, texts in row["prompts"]}
     lists = {name: tuple(fields[name]) for name in ("labels", "more_masks", "mask_size") if fields.get(name)}
-    lists |= {"further": tuple(map(tuple, fields["further"]))} if fields.get("further") else {}
+    further = tuple((name, value) for name, value in fields.get("further") or () if name and value)
+    lists |= {"further": further} if further else {}
     given = {name: value for name, value in fields.items() if value is not None and value != []}
     return Record(**given | lists | {"prompts": prompts})
 

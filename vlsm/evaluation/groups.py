@@ -15,6 +15,7 @@ from vlsm.archive.columns import normalize
 from vlsm.cells import CsvWriter, markdown_cell
 from vlsm.datasets.records import Record
 from vlsm.errors import ConfigError
+from vlsm.evaluation.prompts import ROBUSTNESS
 from vlsm.evaluation.sections import format_grid, format_number, name_cells
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.evaluation.statistics import (
@@ -197,7 +198,8 @@ corrected** for the number of groups."""
 
 
 def format_groups(rows: Sequence[GroupRow], settings: EvaluateSettings) -> list[str]:
-    """Return the section of table.md about groups, or none without groups."""
+    """Return the section of table.md about groups, or none without groups. Other words for a prompt have none."""
+    rows = [row for row in rows if row.prompt_class != ROBUSTNESS]
     if not rows:
         return []
     gaps = find_gaps(rows)

@@ -129,7 +129,7 @@ def read_test_records(settings: EvaluateSettings) -> list[Record]:
         num_all += len(split_records)
         for record in split_records:
             stated = record.stated() | {"prompts": sorted(record.prompts.items())}
-            key = repr([(key, value) for key, value in stated.items() if key not in ("where", "group")])
+            key = repr([(key, value) for key, value in stated.items() if key not in ("where", "group", "further")])
             unique_records.setdefault(key, record)
     if num_repeated := num_all - len(unique_records):
         logger.info(

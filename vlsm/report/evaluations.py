@@ -152,7 +152,8 @@ def _scores(table: list[dict[str, Any]]) -> list[Section]:
     }
     intro = "; ".join(f"{label(name)}: {shorten(name_value(name, value))}" for name, value in same.items())
     note = "The line beside a mean Dice shows its confidence interval on an axis from 0 to 1."
-    rows = [{name: name_value(name, value) for name, value in row.items() if name not in same} for row in table]
+    left_out = {*same, *({"patients_n"} if all(row.get("patients_n") is None for row in table) else ())}
+    rows = [{name: name_value(name, value) for name, value in row.items() if name not in left_out} for row in table]
     tables = [as_table(each, note * (not index)) for index, each in enumerate(_split_columns(rows))]
     return [Section("scores", "Scores", intro, tables=tables)]
 
