@@ -217,6 +217,7 @@ def test_an_evaluation_of_masks_has_the_groups_of_their_list(evaluated, tmp_path
     assert "## Groups" in text and "| 4 (0), 2 patients |" in text and "<b>" not in text
     page = open(write_report(str(evaluated), tmp_path / "page.html"), encoding="utf-8").read()
     assert 'id="groups"' in page and "&lt;b&gt;=A" in page and "no value" in page and "<b>=A" not in page
+    assert ">worst group<" in page.lower() and ">patients<" in page.lower()
 
 
 def test_a_list_of_labelled_images_gives_its_records_the_columns_that_are_asked_for(tmp_path):

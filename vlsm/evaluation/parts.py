@@ -215,7 +215,7 @@ def _score_target(
     spacing = None if settings.nsd_tolerance_mm is None else _read_spacing(target.record, reader)
     reference = _find_row(rows_by_prompt, target, settings.prompts[0])
     scores_by_mask: dict[str | None, dict[str, Any]] = {}  # many prompts give the same mask
-    of_run = next((row[CARRIED] for row in rows_by_prompt.values()), {})
+    of_run: Mapping[str, Any] = next((row[CARRIED] for row in rows_by_prompt.values()), {})
     for name in target.texts:
         row = _find_row(rows_by_prompt, target, name)
         scored = _describe(source.system, target, name, settings, of_run) | label_columns

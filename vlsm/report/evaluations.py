@@ -1,6 +1,7 @@
 """The report of an evaluation."""
 
 import io
+from dataclasses import fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.csv
 from vlsm import storage
 from vlsm.cells import read_cell
 from vlsm.checkpoints import Calibration
+from vlsm.evaluation.groups import Gap, GroupRow, find_gaps, show_value
 from vlsm.report import parts
 from vlsm.report.glossary import label, name_value
 from vlsm.report.page import Case, Page, Section, Stat, as_table, provenance
@@ -159,21 +161,39 @@ def _scores(table: list[dict[str, Any]]) -> list[Section]:
 
 
 def _groups(rows: list[dict[str, Any]]) -> list[Section]:
-    """Return the section about groups of images, the lowest mean Dice first, or no section without groups."""
+    """Return the section about groups of images: gaps, then groups, the lowest mean Dice first. None without groups."""
     if not rows:
         return []
-    shown = [
-        {
-            **{name: name_value(name, row[name]) for name in ("dataset", "prompt_name", "system")},
-            **{"column": row["column"], "value": row["value"] or "no value"},
-            **{name: row[name] for name in ("n", "n_failed", "patients_n")},
-            "small": "small" if row["is_small"] else "",
-            **{name: row[name] for name in ("dice_mean", "dice_low", "dice_high", "difference", "p")},
-        }
-        for row in sorted(rows, key=lambda row: (row["column"], row["dice_mean"] is None, row["dice_mean"]))
+    groups = [GroupRow(**{one.name: row[one.name] for one in fields(GroupRow)}) for row in rows]
+    gaps = find_gaps([replace(row, value=row.value or None) for row in groups])
+    intro = "Images with one value of a column of the list. Small groups, and those without a value, are in no gap."
+    tables = [
+        as_table([_name_group(gap.groups[0]) | _describe_gap(gap) for gap in gaps]),
+        as_table([_name_group(row) | _describe_group(row) for gap in gaps for row in gap.groups]),
     ]
-    intro = "Images with one value of a column of the list. The mean of a small group may be chance."
-    return [Section("groups", "Groups", intro, tables=[as_table(shown)])]
+    return [Section("groups", "Groups", intro, tables=tables)]
+
+
+def _name_group(row: GroupRow) -> dict[str, Any]:
+    names = {name: name_value(name, getattr(row, name)) for name in ("dataset", "prompt_name", "system")}
+    return names | {"column": row.column}
+
+
+def _describe_gap(gap: Gap) -> dict[str, Any]:
+    worst, best = (gap.rated[0], gap.rated[-1]) if gap.size is not None else (None, None)
+    ends = {
+        name: None if row is None else f"{row.value}: {row.dice_mean:.3f} (n {row.n:,})"
+        for name, row in (("worst group", worst), ("best group", best))
+    }
+    counts = {"groups": len(gap.groups), "small groups": sum(row.is_small for row in gap.groups)}
+    return counts | ends | {"gap": gap.size}
+
+
+def _describe_group(row: GroupRow) -> dict[str, Any]:
+    patients = {} if row.patients_n is None else {"patients_n": row.patients_n}
+    counts = {"n": row.n, "n_failed": row.n_failed} | patients | {"small": "small" if row.is_small else ""}
+    scores = {name: getattr(row, name) for name in ("dice_mean", "dice_low", "dice_high", "difference", "p")}
+    return {"group": show_value(row.value)} | counts | scores
 
 
 def _split_columns(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

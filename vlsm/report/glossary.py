@@ -42,6 +42,7 @@ _LABELS = {
     "nsd_mm_n": "masks with distance in mm",
     "p": "p value",
     "panoptic_quality": "panoptic quality",
+    "patients_n": "patients",
     "positive_dice_mean": "mean Dice with finding",
     "precision_mean": "mean precision",
     "presence_auroc": "AUROC",

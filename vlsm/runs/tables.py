@@ -92,7 +92,9 @@ class TableFile:
             DamageError: a column has a type that cannot be cast, or is absent or null where this is not allowed.
         """
         schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
-        known = [field.name for field in schema if self._has(field)]
+        # a column of a list is none of ours with the same name
+        found = {field.name: is_carried(field) for field in self.parquet.schema_arrow}
+        known = [field.name for field in schema if found.get(field.name) is is_carried(field)]
         footer = self.parquet.metadata
         with name_damage(self.uri):
             for number in range(footer.num_row_groups) if group is None else [group]:
@@ -104,11 +106,6 @@ class TableFile:
                 size = max(1, min(_PIECE_ROWS, _PIECE_BYTES // max(1, *sizes)))
                 for batch in self.parquet.iter_batches(size, [number], known, use_threads=False):
                     yield complete(pa.Table.from_batches([batch]), schema)
-
-    def _has(self, field: pa.Field) -> bool:
-        """Return whether the file has a column. A column of a list is none of ours with the same name."""
-        found = self.parquet.schema_arrow
-        return field.name in found.names and is_carried(found.field(field.name)) == is_carried(field)
 
     def read(
         self, columns: Sequence[str] | None = None, group: int | None = None, most_bytes: int = _WHOLE_BYTES
