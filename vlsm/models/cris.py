@@ -238,7 +238,7 @@ class CRIS(SegmentationModel):
     @property
     def num_features(self) -> int:
         """Number of tensors that `encode_images` returns."""
-        return 3
+        return 3 + (0 if self.fusion is None else self.fusion.num_features)
 
     @property
     def num_text_features(self) -> int:

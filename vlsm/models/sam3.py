@@ -169,7 +169,7 @@ class SAM3(SegmentationModel):
     @property
     def num_features(self) -> int:
         """Number of tensors that `encode_images` returns."""
-        return len(self.towers.vision.neck.fpn_layers)
+        return self._num_levels + (0 if self.fusion is None else self.fusion.num_features)
 
     @property
     def num_text_features(self) -> int:
