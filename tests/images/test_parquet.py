@@ -1,6 +1,9 @@
 """Images inside Parquet files, as hubs of datasets, img2dataset, Spark and pandas write them."""
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -319,3 +322,29 @@ def test_more_rows_than_the_limit_are_a_problem(tmp_path, monkeypatch):
     (row,) = rows(write(tmp_path / "b.parquet", 100, image=pa.nulls(51, pa.binary())))[0]
     assert row["problem"].startswith("too_large: ")
     assert "51 rows; 50 are the most" in row["problem"]
+
+
+def test_a_damaged_footer_ends_no_process(tmp_path):
+    """Pyarrow ends the process if the footer of a column is damaged, and somebody asks for the column's size."""
+    data = write(tmp_path / "x.parquet", 5, image=HUB[0]).read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    code = """
+import sys
+from pathlib import Path
+from tests.images.test_parquet import found
+from vlsm.errors import VlsmError
+path, footer = Path(sys.argv[1]), int(sys.argv[2])
+data = path.read_bytes()
+for position in range(footer, len(data) - 8, 5):
+    damaged = bytearray(data)
+    damaged[position] ^= 4
+    path.write_bytes(damaged)
+    try:
+        found(path)
+    except VlsmError:
+        pass
+print("all of them")
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "x.parquet"), str(footer)]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert ended.stdout == "all of them\n", ended.stderr[-1500:]

@@ -100,7 +100,7 @@ def test_calibration_compares_logits_with_masks_at_the_images_own_size(letterbox
         Record("drawn", "val", name, str(pictures / "images" / name), str(pictures / "masks" / name), {"p1": "bright"})
         for name in SIZES
     ]
-    for name, (logits, mask) in zip(
+    for name, (logits, mask, _) in zip(
         SIZES, calibration._predict(segmenter, records, ExampleReader(DataSettings()), "own"), strict=True
     ):
         np.testing.assert_array_equal(mask, right_mask(pictures, name))

@@ -13,7 +13,7 @@ from vlsm.models.adapters import Bottleneck
 from vlsm.models.towers import Towers
 
 PROMPTS = ["polyp", "a round lesion of the left", "polyp"]
-TOWERS = [name for name in MODELS if name not in BLIND]
+TOWERS = [name for name in MODELS if name not in (*BLIND, "stack")]
 ADAPTERS = ["lora", "dora", "adapters"]
 # the attention of open_clip's own transformers is one module, which peft's DoRA does not know; a ResNet has no blocks
 REFUSED = {

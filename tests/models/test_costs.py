@@ -46,7 +46,8 @@ def test_a_further_prompt_costs_only_what_it_changes(costs):
 def test_options_that_add_a_cnn_add_its_costs(costs, name):
     plain, both = costs[name], measure_cost(name, {"unet": True})
     alone = measure_cost("unet_d", {"image_size": plain.image_size})
-    assert both.num_trainable - plain.num_trainable == both.num_parameters - plain.num_parameters
+    learning = both.num_trainable["decoder"] - plain.num_trainable["decoder"]
+    assert learning == both.num_parameters - plain.num_parameters
     assert both.num_parameters - plain.num_parameters > alone.num_parameters
     # the CNN's, its map's, and in its bottleneck the map's
     assert alone.image_gflop < both.image_gflop - plain.image_gflop < 1.5 * alone.image_gflop

@@ -275,7 +275,7 @@ def test_a_folder_with_very_many_or_very_long_files_is_not_read(checkpoints, tmp
     (tmp_path / "ck" / "long.json").unlink()
     for number in range(100):
         (tmp_path / "ck" / f"{number}.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="has 102 files; a checkpoint has 100 at most"):
+    with pytest.raises(CheckpointError, match="has 103 files; a checkpoint has 100 at most"):
         vlsm.load_checkpoint(tmp_path / "ck")
 
 

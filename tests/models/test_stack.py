@@ -169,7 +169,7 @@ def test_members_with_equal_inputs_share_equal_towers(folder, stack, tmp_path):
         (["pixel", "unet_d"], {"kernel": 2}, "kernel is 2"),
         (["pixel", "unet_d"], {"trainable": "lora"}, "trainable is lora; the members of a stack do not learn"),
         (["pixel", "unet_d"], {"trainable": "all"}, "trainable is all; the members of a stack do not learn"),
-        (["pixel", "unet_d"], {"trainable": "some"}, "it must be decoder, lora or all"),
+        (["pixel", "unet_d"], {"trainable": "some"}, "it must be decoder, lora, dora, adapters or all"),
         (["pixel", "unet_d"], {"parts": [{"model": "pixel"}]}, "parts.0.options is missing"),
     ],
 )

@@ -21,7 +21,7 @@ from vlsm.segmentation.embeddings import check_embedding
 from vlsm.segmentation.predictor import Predictor
 from vlsm.segmentation.shard import Entry, ShardBatch, Unguarded, read_shard_images
 
-TOWERS = [name for name in MODELS if name not in BLIND]
+TOWERS = [name for name in MODELS if name not in (*BLIND, "stack")]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_the_first_member_with_a_tower_makes_the_embeddings(checkpoint_of, folde
     assert f"embeddings are those of member 2, transformers_seg ({members[1]})" in caplog.text
 
 
-@pytest.mark.parametrize("name", sorted(BLIND))
+@pytest.mark.parametrize("name", sorted({*BLIND, "stack"}))
 def test_models_without_towers_have_no_embedding(checkpoint_of, name):
     checkpoint = checkpoint_of(name)
     assert vlsm.load_checkpoint(checkpoint).model.embedding_width == 0

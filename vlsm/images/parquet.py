@@ -5,6 +5,7 @@ Hubs of datasets write a struct of bytes and path, img2dataset writes the bytes 
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeError, OverflowError)  # of
 
 _IMAGE_NAMES = ("image", "img", "image_bytes", "bytes", "content")
 _PATH_NAMES = ("path", "file_name", "filename")  # beside a binary column; a struct has its own field `path`
-_BATCH_ROWS = 8  # images that are unpacked at once
+_BATCH_ROWS, _BATCH_BYTES = 8, 1 << 28  # at most, of images that are unpacked at once
 _TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # of BigTIFF as well
 
 
@@ -211,11 +212,13 @@ class ParquetImages:
         return data, paths[0] if paths else None
 
     def _batch_rows(self, group: int) -> int:
-        """Return how many images of a row group are unpacked at once. Rows of a dictionary can repeat a huge image."""
-        chunks = self._parquet.metadata.row_group(group)
-        found = [chunks.column(number) for number in range(chunks.num_columns)]
-        repeats = any(chunk.has_dictionary_page for chunk in found if chunk.path_in_schema == self._bytes_leaf)
-        return 1 if repeats else _BATCH_ROWS
+        """Return how many images of a row group are unpacked at once.
+
+        Each row of a dictionary can repeat an image that is as large as the group. Whether there is one is not asked:
+        pyarrow ends the process if the footer of a column is damaged.
+        """
+        is_small = self._parquet.metadata.row_group(group).total_byte_size * _BATCH_ROWS <= _BATCH_BYTES
+        return _BATCH_ROWS if is_small else 1
 
 
 def open_texts(file: Any, opened: pq.ParquetFile, columns: list[str]) -> pq.ParquetFile:
@@ -224,9 +227,9 @@ def open_texts(file: Any, opened: pq.ParquetFile, columns: list[str]) -> pq.Parq
     A text of megabytes that stands in every row takes its place in the file once, and would be unpacked for each row.
     """
     schema = opened.metadata.schema
-    leaves = {schema.column(number).path for number in range(len(schema))}
+    leaves = Counter(schema.column(number).path for number in range(len(schema)))  # a flat a.b beside a struct: two
     flat = {name for name in opened.schema_arrow.names if "." in name}  # a name may have a dot
-    texts = [column for column in columns if column in leaves and ("." not in column or column in flat)]
+    texts = [column for column in columns if leaves[column] == 1 and ("." not in column or column in flat)]
     return pq.ParquetFile(file, metadata=opened.metadata, read_dictionary=texts, buffer_size=1 << 20, pre_buffer=False)
 
 

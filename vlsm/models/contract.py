@@ -88,7 +88,7 @@ class SegmentationModel(nn.Module):
     @property
     def embedding_width(self) -> int:
         """Width of an embedding; 0 if the model has no image tower, and so no embeddings."""
-        return self._towers[0].image_width if self._towers else 0
+        return self._towers[0].embedding_width if self._towers else 0
 
     def forward(
         self, pixel_values: Tensor, prompts: Sequence[str] | Features, activations: Features | None = None
@@ -230,3 +230,15 @@ class ImageOnlyModel(SegmentationModel):
     def decode(self, image_features: Features, text_features: Features) -> Tensor:
         """Return the logits of `encode_images`, the same for every prompt."""
         return image_features[0]
+
+
+def renormalize(pixel_values: Tensor, current: ImageSpec, wanted: ImageSpec) -> Tensor:
+    """Return normalised images (B, 3, S, S) with the mean and std of `wanted` instead of `current`."""
+    if (current.mean, current.std) == (wanted.mean, wanted.std):
+        return pixel_values
+
+    def column(values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values).to(pixel_values, non_blocking=True)[:, None, None]
+
+    pixels = pixel_values * column(current.std) + column(current.mean)
+    return (pixels - column(wanted.mean)) / column(wanted.std)

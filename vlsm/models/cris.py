@@ -45,6 +45,11 @@ class ResNetTowers(OpenCLIPTowers):
         )["image_intermediates"]
         return third, fourth, self._attend(last), last
 
+    @property
+    def embedding_width(self) -> int:
+        """Width of CLIP's embeddings."""
+        return self.text_width
+
     def pool(self, activations: tuple[Tensor, ...]) -> Tensor:
         """Return CLIP's image embeddings, (B, text_width) float32, in the space of the sentence embeddings.
 

@@ -9,9 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vlsm.images.preprocess import ImageSpec
 from vlsm.models.clipseg import CLIPSegTowers, load_towers, restore_towers
-from vlsm.models.contract import Features, SegmentationModel
+from vlsm.models.contract import Features, SegmentationModel, renormalize
 from vlsm.models.decoder import PromptDecoder, load_decoder
 from vlsm.models.ensemble_a import EnsembleA
 from vlsm.models.ensemble_b import EnsembleB
@@ -101,15 +100,3 @@ class EnsembleC(SegmentationModel):
 
     def _normalized_for_b(self, pixel_values: Tensor) -> Tensor:
         return renormalize(pixel_values, self.image_spec, self.b.image_spec)
-
-
-def renormalize(pixel_values: Tensor, current: ImageSpec, wanted: ImageSpec) -> Tensor:
-    """Return normalised images (B, 3, S, S) with the mean and std of `wanted` instead of `current`."""
-    if (current.mean, current.std) == (wanted.mean, wanted.std):
-        return pixel_values
-
-    def column(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values).to(pixel_values, non_blocking=True)[:, None, None]
-
-    pixels = pixel_values * column(current.std) + column(current.mean)
-    return (pixels - column(wanted.mean)) / column(wanted.std)

@@ -150,7 +150,7 @@ class CRISOptions(TowerOptions):
     )
 
 
-class SAM3Options(UNetDSettings):
+class SAM3Options(TowerOptions, UNetDSettings):
     """SAM 3 with the masks of its semantic head, UNet-D if `unet` is set, and the presence if `presence` is set."""
 
     source: str = Field("facebook/sam3", description="hub id or local folder of a SAM 3, or of a SAM 3 LiteText")

@@ -6,7 +6,7 @@ Source: stacked generalization, Wolpert 1992. VLSM-Ensemble C joins two models i
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self, cast
+from typing import Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,7 @@ from torch.nn import functional
 from vlsm.errors import CheckpointError
 from vlsm.images.preprocess import ImageSpec
 from vlsm.models import find_model, parse_options
-from vlsm.models.contract import Features, SegmentationModel
-from vlsm.models.ensemble_c import renormalize
+from vlsm.models.contract import Features, SegmentationModel, renormalize
 from vlsm.models.options import Adapted, StackOptions, StackPart, Trainable
 from vlsm.models.tower_files import MEMBER_FOLDERS
 
@@ -112,9 +111,9 @@ class Stack(SegmentationModel):
         """Freeze the members, and return the model.
 
         Raises:
-            CheckpointError: trainable is not decoder: the members never learn.
+            CheckpointError: trainable is not decoder: the members do not learn.
         """
-        if trainable != "decoder":
+        if trainable in get_args(Trainable) and trainable != "decoder":
             raise CheckpointError(
                 f"trainable is {trainable}; the members of a stack do not learn, so it must be decoder"
             )
@@ -151,6 +150,11 @@ class Stack(SegmentationModel):
     def encode_prompts(self, prompts: list[str]) -> Features:
         """Return the text features of all members, in their order."""
         return tuple(part for member in self.models for part in member.encode_prompts(prompts))
+
+    @property
+    def embedding_width(self) -> int:
+        """0: a stack makes no embeddings, because `encode_towers` returns what the members make of the towers."""
+        return 0
 
     def encode_towers(self, pixel_values: Tensor) -> Features:
         """Return the image features of all members, in their order."""

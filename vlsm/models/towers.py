@@ -86,6 +86,11 @@ class Towers(nn.Module):
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of the tapped layers, (B, L, W) each, shallowest first. The tower ends at the last tap."""
 
+    @property
+    def embedding_width(self) -> int:
+        """Width of the vectors of `pool`."""
+        return self.image_width
+
     def pool(self, activations: tuple[Tensor, ...]) -> Tensor:
         """Return one vector per image, (B, W) float32, from the results of `encode_images`.
 

@@ -1,7 +1,7 @@
 """Parquet files of an OUTPUT, which anybody may have written: checked first, then read in pieces that fit into memory.
 
-A footer states how large the columns of a row group are, unpacked. No cell is larger than its column, so the number of
-rows in a piece follows from it: many small rows, or a single row with a large mask.
+A footer states how large a row group is, unpacked. No cell is larger than its group, so the number of rows in a piece
+follows from it: many small rows, or a single row with a large mask.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ class TableFile:
         return dict(self.parquet.schema_arrow.metadata or {})
 
     def pieces(self, columns: Sequence[str] | None = None, group: int | None = None) -> Iterator[pa.Table]:
-        """Yield the rows in pieces of at most 256 rows, and of about 16 MB a column; no cell is split.
+        """Yield the rows in pieces of at most 256 rows and about 16 MB a column; no cell is split.
 
         Args:
             columns: names of columns in `schema`; None for all.
@@ -102,8 +102,8 @@ class TableFile:
                 if not known:  # pyarrow yields nothing then
                     yield complete(pa.table({"": pa.nulls(rows.num_rows)}), schema)
                     continue
-                sizes = [rows.column(column).total_uncompressed_size for column in range(rows.num_columns)]
-                size = max(1, min(_PIECE_ROWS, _PIECE_BYTES // max(1, *sizes)))
+                # not the sizes of its columns: pyarrow ends the process if the footer of a column is damaged
+                size = max(1, min(_PIECE_ROWS, _PIECE_BYTES // max(1, rows.total_byte_size)))
                 for batch in self.parquet.iter_batches(size, [number], known, use_threads=False):
                     yield complete(pa.Table.from_batches([batch]), schema)
 

@@ -9,6 +9,7 @@ from vlsm.checkpoints import CheckpointSettings
 from vlsm.config import SegmentSettings
 from vlsm.errors import ConfigError
 from vlsm.models import BLIND
+from vlsm.models.options import STACK
 from vlsm.segmentation.shard import Entry
 
 logger = logging.getLogger("vlsm")
@@ -23,12 +24,12 @@ def check_embedding(settings: SegmentSettings, checkpoints: Sequence[CheckpointS
     if not settings.embedding:
         return
     names = [checkpoint.model for checkpoint in checkpoints]
-    number = next((number for number, name in enumerate(names, start=1) if name not in BLIND), None)
+    number = next((number for number, name in enumerate(names, start=1) if name not in (*BLIND, STACK)), None)
     if number is None:
         known = ", ".join(dict.fromkeys(names))
         raise ConfigError(
-            f"embedding is true, but {known} has no pretrained image tower, which makes embeddings; set it to false, "
-            "or add a member with a tower"
+            f"embedding is true, but {known} has no pretrained image tower of its own, which makes embeddings; "
+            "set it to false, or add a member with a tower"
         )
     if len(names) > 1:
         checkpoint = settings.members[number - 1].checkpoint

@@ -131,7 +131,7 @@ class Segmenter:
         if verdict is not None and not allow_equal_masks:
             raise ValueError(f"{verdict.message}; leave prompts out, or pass allow_equal_masks=True")
         if embedding and not self.model.embedding_width:
-            raise ValueError(f"{self.settings.model} has no pretrained image tower, so it makes no embedding")
+            raise ValueError(f"{self.settings.model} has no pretrained image tower of its own; it makes no embedding")
         threshold = self.settings.threshold if threshold is None else threshold
         if not 0 < threshold < 1:
             raise ValueError(f"threshold is {threshold}; it must be {A_PROBABILITY}")
