@@ -18,7 +18,10 @@ FORMATS = ("text", "json")
 # name of an event: when it comes, and its fields beside `time`, `level`, `event` and `message`, as the README says it
 EVENTS = {
     "phase": ("The job begins something else.", "`phase`"),
-    "planned": ("The plan of a segment run is known.", "`images`, `rows`, `left`: images still to do"),
+    "planned": (
+        "The plan of a segment run is complete.",
+        "`images`, `rows`; in a run that goes on `left`: images still to do",
+    ),
     "progress": (
         "At most every 10 s.",
         "`done`, `total`, `unit`, `left_s`: null while unknown. `segment` also has `per_s`, `failed`, and "

@@ -21,6 +21,7 @@ from vlsm.checkpoints import CheckpointSettings, check_files, digest_files, read
 from vlsm.commands import call
 from vlsm.config import ReviewSettings, SegmentSettings
 from vlsm.errors import ConfigError, ResultError, VlsmError
+from vlsm.events import event
 from vlsm.images.formats import Look
 from vlsm.images.grey_levels import STORED
 from vlsm.images.preprocess import Square
@@ -299,7 +300,10 @@ def _plan_run(settings: SegmentSettings, facts: dict[str, Any], archive: Archive
 
 def _describe_plan(plan: Plan, archive: Archive) -> None:
     skipped = f"; skipped {_describe_skipped(archive)}" if archive.skipped else ""
-    logger.info("planned %s, %s%s", count(plan.num_images, "image"), count(plan.num_rows, "row"), skipped)
+    planned = event("planned", images=plan.num_images, rows=plan.num_rows)
+    logger.info(
+        "planned %s, %s%s", count(plan.num_images, "image"), count(plan.num_rows, "row"), skipped, extra=planned
+    )
 
 
 def _update_run(
