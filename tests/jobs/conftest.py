@@ -19,12 +19,15 @@ ROOT = Path(__file__).parents[2]
 def run(capfd, *words):
     """The job in this process, on the tests' cluster: exit code, the JSON line, what it logged."""
     capfd.readouterr()
-    handler = logging.StreamHandler()
+    handler, logger = logging.StreamHandler(), logging.getLogger("vlsm")
     logging.root.addHandler(handler)  # as a process of its own has it
+    level = logger.level
+    logger.setLevel(logging.INFO)
     try:
         code = segment.main([str(word) for word in words])
     finally:
         logging.root.removeHandler(handler)
+        logger.setLevel(level)
     captured = capfd.readouterr()
     assert captured.out.count("\n") == (1 if code == 0 else 0)
     return code, json.loads(captured.out) if code == 0 else None, captured.err

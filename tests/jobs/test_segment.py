@@ -125,10 +125,11 @@ def test_a_manifest_decides_images_ids_and_prompts(ray_cluster, archive, tiny_ch
         "--log-format",
         "json",
     )
-    events = [json.loads(line) for line in err.splitlines()]
+    # beside lines of Ray's C++ code, which the cluster of the tests writes
+    events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     told = {event["event"]: event for event in events}  # the last one of each
     assert told["planned"].items() >= {"images": 7, "rows": 7}.items()
-    assert told["phase"]["phase"] == "the model is ready: segmenting the first images"
+    assert "starting Ray" in {event["phase"] for event in events if event["event"] == "phase"}
     progress = {"done": 7, "total": 7, "unit": "image", "failed": 1, "failed_by_reason": {"missing": 1}, "left_s": 0}
     assert told["progress"].items() >= progress.items() and told["progress"]["per_s"] > 0
     assert told["progress"]["message"].startswith("7 of 7 images (100.0 %), ")
