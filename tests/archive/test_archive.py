@@ -109,7 +109,7 @@ def test_a_csv_is_text_all_through(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.csv", "uri,prompt\nx.png,a\n", "needs image_uri"),
+        ("m.csv", "bild,prompt\nx.png,a\n", "needs image_uri"),
         ("m.csv", "", "needs image_uri"),
         ("m.csv", "image_uri,prompt\n\nx.png\n,a\n", "image_uri is None"),
         ("m.jsonl", '{"image_uri": 3}\n', "image_uri is 3"),

@@ -160,7 +160,7 @@ def test_a_prompt_that_is_a_list_or_nothing_written_as_text(tmp_path, kind, colu
         ("x.jsonl", '[\n{"image_uri": "a.png"}\n]', "line 1 is not JSON: Expecting value at column 2; each"),
         ("x.jsonl", '{"image_uri": "a.png"},\n{"image_uri": "b.png"}', "line 1 is not JSON: Extra data at column 23;"),
         ("x.jsonl", '{"image_uri": "a.png", "prompt": "x", "prompt": "y"}', "line 1 is not JSON: a key stands twice"),
-        ("x.jsonl", '{"image_uri": "a.png"}\n{"path": "b.png"}', "row 2 has the keys path; a manifest needs image_uri"),
+        ("x.jsonl", '{"image_uri": "a.png"}\n{"bild": "b.png"}', "row 2 has the keys bild; a manifest needs image_uri"),
         ("x.jsonl", '{"image_uri": "a.png", "prompts": ["a", " "]}', "row 1: prompts are ['a', ' ']"),
         ("x.jsonl", '{"image_uri": "a.png", "prompts": [null]}', "row 1: prompts are [None]"),
     ],
@@ -176,31 +176,44 @@ def test_a_gzip_that_is_damaged_is_refused(tmp_path):
         assert "cannot be read as a manifest" in refusal(tmp_path / f"{number}.csv.gz")
 
 
-@pytest.mark.parametrize(
-    ("header", "setting"),
-    [
-        *((name, f"columns.image_uri={name}") for name in "path file filename file_name uri image image_path".split()),
-        ("filepath", "columns.image_uri=filepath"),
-        ("url", "columns.image_uri=url"),
-        ("File Name", "'columns.image_uri=File Name'"),
-        (" Path ", "'columns.image_uri=\" Path \"'"),
-        ("imageuri", "columns.image_uri=imageuri"),
-        ("bild", "columns.image_uri=NAME names its column"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
-def test_the_refusal_of_a_header_suggests_the_setting_that_reads_it(tmp_path, kind, header, setting):
-    import shlex
-
-    from vlsm.config import SegmentSettings, load_settings
-
-    path, record = tmp_path / f"x.{kind}", {"caption": "b", header: "a.png"}
+def list_with_header(folder, kind, **record):
+    path = folder / f"x.{kind}"
     if kind == "csv":
-        path.write_text(f"caption;{header}\nb;a.png\n")
+        path.write_text(";".join(record) + "\n" + ";".join(record.values()) + "\n")
     elif kind == "jsonl":
         path.write_text(json.dumps(record))
     else:
         pq.write_table(pa.Table.from_pylist([record]), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize(
+    "header", [*"path file filename file_name uri image image_path filepath url".split(), "File Name", " Path "]
+)
+def test_the_one_column_with_a_usual_name_for_locations_is_read_and_said(tmp_path, kind, header, caplog):
+    caplog.set_level(logging.INFO, logger="vlsm")
+    path = list_with_header(tmp_path, kind, caption="b", **{header: "a.png"})
+    assert read(path, prompt="caption") == [("a.png", ["b"])]
+    assert caplog.text.count(f"the column {header} of the list names the images; --set columns.image_uri=NAME") == 1
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("headers", "setting"),
+    [
+        (["path", "file_name"], "columns.image_uri=path"),
+        (["url", "Image Path"], "'columns.image_uri=Image Path'"),
+        (["imageuri"], "columns.image_uri=imageuri"),
+        (["bild"], "columns.image_uri=NAME names its column"),
+    ],
+)
+def test_the_refusal_of_a_header_suggests_the_setting_that_reads_it(tmp_path, kind, headers, setting):
+    import shlex
+
+    from vlsm.config import SegmentSettings, load_settings
+
+    path = list_with_header(tmp_path, kind, caption="b", **dict.fromkeys(headers, "a.png"))
     message = refusal(path)
     assert message.endswith(f"a manifest needs image_uri: --set {setting}")
     if "NAME" not in setting:

@@ -24,7 +24,7 @@ def test_columns_with_other_names_are_chosen(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("path,mask_uri", "a manifest needs image_uri: --set data.columns.image_uri=path"),
+        ("imageuri,mask_uri", "a manifest needs image_uri: --set data.columns.image_uri=imageuri"),
         ("x,y", "a manifest needs image_uri: --set data.columns.image_uri=NAME names its column"),
         ("image_uri,label", "has no mask_uri; --set data.columns.mask_uri=NAME names the column of the masks"),
     ],

@@ -55,8 +55,8 @@ def test_columns_of_a_list_travel_through_a_run_and_an_update_reads_no_image(arc
     frame = pd.DataFrame({"path": [f"archive/{name}" for name in names], "patient_id": [f"00{n}" for n in range(6)]})
     frame["site"], frame["view"] = ["north", "south"] * 3, [None, *"lrlrl"]
     frame.to_csv(source := tmp_path / "list.csv", index=False)
-    output, path = tmp_path / "out", "columns.image_uri=path"
-    summary, num_read = segment(source, output, path, "carry=[patient_id, view]")
+    output = tmp_path / "out"
+    summary, num_read = segment(source, output, "carry=[patient_id, view]")
     assert (summary["ok"], summary["failed"], num_read) == (5, 1, 6)
     rows = pd.read_parquet(output / "masks")
     assert list(rows["patient_id"]) == [f"00{number}" for number in range(6)]
@@ -65,7 +65,7 @@ def test_columns_of_a_list_travel_through_a_run_and_an_update_reads_no_image(arc
     assert verify.main([str(output)]) == 0
     frame["patient_id"] = [f"10{number}" for number in range(6)]
     frame[:5].to_csv(source, index=False)  # the last image is gone
-    summary, num_read = segment(source, output, path, "carry=[site, patient_id]", "update=true")
+    summary, num_read = segment(source, output, "carry=[site, patient_id]", "update=true")
     assert (summary["ok"], summary["failed"], summary["vanished"], num_read) == (4, 1, 1, 0)
     after = pd.read_parquet(output / "masks")
     assert list(after["patient_id"]) == ["100", "101", "102", "103", "104", "005"] and "view" not in after

@@ -238,8 +238,11 @@ def _further(
 ) -> Types:
     """Return the columns that the run does not read itself. None of a name that stands twice, or is none, travels."""
     names = [name for name, _ in pairs]
-    places = Columns(chosen).find(names, uri)
+    columns = Columns(chosen)
+    places = columns.find(names, uri)
     read = {position for known, position in places.items() if known in READ}
+    if "image_uri" not in places and (location := columns.guess_location(names)) is not None:
+        read.add(location)
     is_index = tuple(names[: len(INDEX_COLUMNS)]) == INDEX_COLUMNS
     ours = INDEX_COLUMNS if is_index else carry.reserved if set(names) >= _RUN else ()
     counts = Counter(name.strip(" ") for name in names)

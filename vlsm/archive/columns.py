@@ -25,7 +25,7 @@ KNOWN = (
 # names that other programs give to the location of an image, the likeliest first
 _LOCATIONS = (
     "path file_path filepath image_path img_path image_file file file_name filename uri url image_url image img"
-)
+).split()
 # texts that programs write for a missing value. "NA" is not among them: it may be an id or a short word.
 _MISSING = frozenset({"nan", "NaN", "NaT", "None", "null", "NULL", "N/A", "n/a", "#N/A", "<NA>"})
 # a text that begins like this was a list, even if its end is cut off
@@ -61,7 +61,7 @@ class Columns:
         self._met: set[str] = set()
         self._missing = Counter[str]()
         self._first: set[str] | None = None  # known columns of the first file
-        self._is_told = False
+        self._is_told = self._is_located = False
 
     def find(self, names: Sequence[str], where: str) -> dict[str, int]:
         """Return the position of each known column in a header or in the keys of a record.
@@ -111,8 +111,10 @@ class Columns:
             raise ManifestError(
                 f"{self._setting}.{absent[0]} is {self._chosen[absent[0]]!r}, but {uri} has the columns {listed}"
             )
+        found = self.locate(names, found)
         if "image_uri" not in found:
             raise ManifestError(f"{uri} has the columns {listed}; a manifest needs image_uri{self.suggest(names)}")
+        known |= found.keys()
         if self._first is not None and self._first != known:
             logger.warning("%s has the columns %s; the list's first file has %s", uri, _join(known), _join(self._first))
         self._first = self._first or known
@@ -121,6 +123,23 @@ class Columns:
             self._is_told = True
             logger.info("%s: columns that are not read: %s", uri, ", ".join(unread[:_SHOWN]))
         return found
+
+    def locate(self, names: Sequence[str], found: dict[str, int]) -> dict[str, int]:
+        """Return `found` with image_uri: without that name, the one column with a name that other programs give it."""
+        if "image_uri" in found or (position := self.guess_location(names)) is None:
+            return found
+        if not self._is_located:
+            self._is_located = True
+            other = assign("image_uri", "NAME", self._setting)
+            logger.info("the column %s of the list names the images; --set %s chooses another", names[position], other)
+        return found | {"image_uri": position}
+
+    def guess_location(self, names: Sequence[str]) -> int | None:
+        """Return the position of the one column that has a name such as path; None for no such column or several."""
+        if "image_uri" in self._chosen or not self._can_choose:
+            return None
+        likely = [position for position, name in enumerate(names) if normalize(name) in _LOCATIONS]
+        return likely[0] if len(likely) == 1 else None
 
     def check_met(self, uri: str) -> None:
         """Raise a ManifestError if no record of a list had a column that was chosen."""
@@ -134,7 +153,7 @@ class Columns:
         if not self._can_choose:
             return ""
         by_name = {normalize(name): name for name in reversed(names)}
-        likely = next((by_name[name] for name in _LOCATIONS.split() if name in by_name), None)
+        likely = next((by_name[name] for name in _LOCATIONS if name in by_name), None)
         if likely is None and (near := difflib.get_close_matches("image_uri", by_name, 1, 0.7)):
             likely = by_name[near[0]]
         word = assign("image_uri", likely, self._setting) if likely else f"{self._setting}.image_uri=NAME"

@@ -176,7 +176,7 @@ def read_json(text: IO[str], uri: str, columns: Columns) -> Cells:
         ManifestError: a line is no object, or has no image_uri.
     """
     for number, where, record in read_records(text, uri):
-        found = columns.find(tuple(record), where)
+        found = columns.locate(list(record), columns.find(tuple(record), where))
         if "image_uri" not in found:
             keys = ", ".join(list(record)[:20])
             hint = columns.suggest(list(record))
