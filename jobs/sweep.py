@@ -193,8 +193,10 @@ def _train_all(trials: list[Trial], settings: SweepSettings, lease: Lease) -> li
     """Train all unfinished trials. Return one message per failed trial."""
     import ray
 
+    from jobs.train_group import share_cpus
+
     waiting = [trial for trial in trials if not _is_finished(trial)]
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources, nodes = ray.cluster_resources(), ray.nodes()  # type: ignore[no-untyped-call]
     parallel = settings.run.parallel or max(1, int(resources.get("GPU", 1)))
     of_all = f"of {count(len(trials), 'training')}"
     logger.info("%d %s are to be done, %d at a time", len(waiting), of_all, parallel)
@@ -211,7 +213,8 @@ def _train_all(trials: list[Trial], settings: SweepSettings, lease: Lease) -> li
                 break
             waiting.remove(trial)
             logger.info("%s: started", trial.name, extra=_event(trial, "started", num_done, trials))
-            running[task.remote(trial.settings, f"{lease.owner} {trial.settings.output}")] = trial
+            shared = share_cpus(trial.settings, nodes, parallel)
+            running[task.remote(shared, f"{lease.owner} {trial.settings.output}")] = trial
         if not running:  # the others are stacks of trials that failed
             return failures + [f"{trial.name}: a member of the stack failed" for trial in waiting]
         lease.check()

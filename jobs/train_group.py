@@ -102,7 +102,8 @@ class GroupSize:
 def group_size(settings: TrainSettings, nodes: list[dict[str, Any]]) -> GroupSize:
     """Return the size of the group: by default one worker per GPU, or one worker on CPUs.
 
-    Workers on CPUs take three quarters of them. The tasks that load examples use the rest.
+    Workers on CPUs take three quarters of them. The tasks that load examples use the rest. A worker computes with as
+    many threads as it has CPUs; the default uses all, since loading waits most of the time.
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = sum(node.get("GPU", 0) for node in resources)
@@ -113,7 +114,20 @@ def group_size(settings: TrainSettings, nodes: list[dict[str, Any]]) -> GroupSiz
     most = max(node.get("CPU", 0) for node in resources)
     share = min(sum(node.get("CPU", 0) for node in resources) / high, most)
     cpus = run.cpus_per_worker or (1.0 if gpus_per_worker else max(0.01, int(75 * share) / 100))
-    return GroupSize((low, high), cpus, gpus_per_worker, max(1, round(cpus if gpus_per_worker else share)))
+    threads = cpus if gpus_per_worker or run.cpus_per_worker else share
+    return GroupSize((low, high), cpus, gpus_per_worker, max(1, round(threads)))
+
+
+def share_cpus(settings: TrainSettings, nodes: list[dict[str, Any]], parallel: int) -> TrainSettings:
+    """Return the settings of one of `parallel` trainings at the same time: without GPUs, each has its part of the CPUs.
+
+    With the default of a single training, the second would wait for the CPUs of the first.
+    """
+    size = group_size(settings, nodes)
+    if size.gpus or settings.run.cpus_per_worker:
+        return settings
+    run = settings.run.model_copy(update={"cpus_per_worker": max(0.01, int(100 * size.cpus / parallel) / 100)})
+    return settings.model_copy(update={"run": run})
 
 
 class Ended(threading.Event):
