@@ -119,12 +119,12 @@ def group_size(settings: TrainSettings, nodes: list[dict[str, Any]]) -> GroupSiz
 
 
 def share_cpus(settings: TrainSettings, nodes: list[dict[str, Any]], parallel: int) -> TrainSettings:
-    """Return the settings of one of `parallel` trainings at the same time: without GPUs, each has its part of the CPUs.
+    """Return the settings of one of `parallel` trainings at once: on CPUs, each of several has its part of them.
 
     With the default of a single training, the second would wait for the CPUs of the first.
     """
     size = group_size(settings, nodes)
-    if size.gpus or settings.run.cpus_per_worker:
+    if parallel == 1 or size.gpus or settings.run.cpus_per_worker:
         return settings
     run = settings.run.model_copy(update={"cpus_per_worker": max(0.01, int(100 * size.cpus / parallel) / 100)})
     return settings.model_copy(update={"run": run})

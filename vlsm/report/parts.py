@@ -179,7 +179,11 @@ def show(
         columns: columns of the part files that the painter needs.
         tables: the files of the rows; None if the rows have all columns already.
     """
-    groups = [(name, note, extremes.rows(MAX_CASES // max(5, len(ends)))) for name, note, extremes in ends]
+    most = MAX_CASES // max(5, len(ends))
+    groups = [(name, note, extremes.rows(most)) for name, note, extremes in ends]
+    images = {(row["dataset"], row["image_id"]) for *_, rows in groups for row in rows}
+    most = max(2, len(images) // 3)  # of few images, the best are not the worst once more
+    groups = [(name, note, rows[:most]) for name, note, rows in groups]
     extreme_rows = [row for *_, rows in groups for row in rows]
     cards = {row_key(row): row for row in (*extreme_rows, *sample.rows(MAX_CARDS))}
     cards = dict(itertools.islice(cards.items(), MAX_CARDS))
