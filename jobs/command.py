@@ -104,8 +104,6 @@ def run_command(
         log_format: one of `vlsm.events.FORMATS`.
     """
     set_up_log(log_format)
-    for noisy in ("aiobotocore", "botocore", "httpx", "s3fs"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = work()

@@ -297,11 +297,16 @@ def show_records(place: logging.Filterer) -> None:
     place.addFilter(_RECORDS)  # does nothing if it has it
 
 
+_NOISY = ("aiobotocore", "botocore", "httpx", "s3fs")  # they tell of credentials and requests at INFO
+
+
 def set_up_logging(form: str = "%(message)s") -> None:
     """Log to stderr from now on; foreign records are shown as our own are."""
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", stream=sys.stderr)
     for handler in logging.root.handlers:
         show_records(handler)
+    for noisy in _NOISY:
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _say_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -1,5 +1,8 @@
 """Exports of a run whose output and images are in an object store."""
 
+import subprocess
+import sys
+
 import botocore.exceptions
 import numpy as np
 import pytest
@@ -28,6 +31,14 @@ def test_masks_of_images_in_a_store_are_exported(s3_folder, tmp_path):
         ("gone.png", "", "missing"),
         ("gone.dcm", "", "missing"),
     ]
+
+
+def test_a_command_says_nothing_of_credentials_and_requests(s3_folder, tmp_path):
+    write_part(f"{s3_folder}/out", 0, [row("x.png", checkers((4, 5)))], "run", 0)
+    command = [sys.executable, "-m", "vlsm.export", f"{s3_folder}/out", str(tmp_path / "x"), "--format", "masks"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (tmp_path / "x" / "index.csv").exists()
+    assert "credentials" not in ended.stderr and "endpoint" not in ended.stderr
 
 
 @pytest.mark.parametrize("error", [botocore.exceptions.NoCredentialsError(), StorageError("down")], ids=str)
