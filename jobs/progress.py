@@ -21,6 +21,7 @@ from vlsm.words import count
 
 _LOG_INTERVAL_S = 10.0
 _LOOK_INTERVAL_S = 0.5
+_PHASE_INTERVAL_S = 60.0  # after this time, and again, a log repeats what the run waits for
 # what a run does until the first image is done: the last milestone that it has reached, and the words for a person
 _PHASES = {
     "model": "the model is ready: segmenting the first images",
@@ -58,6 +59,7 @@ class Progress:
         self._board = board
         self._shown: tuple[int, int, int] | None = None  # done, total and failed of the last line
         self._phase: str | None = ""  # None: images are counted
+        self._phase_s = self._phase_said_s = time.monotonic()
         self._refusal: str | None = None
         self._model_ready_s, self._shown_s = time.time(), 0.0
         self._stop = threading.Event()
@@ -133,13 +135,17 @@ class Progress:
     def _show_phase(self, milestones: Mapping[str, float]) -> None:
         """Say what the run does before its first image is done, when this changes."""
         phase = next((words for name, words in _PHASES.items() if name in milestones), self._phase)
+        now_s = time.monotonic()
         if phase != self._phase:
-            self._phase = phase
+            self._phase, self._phase_s, self._phase_said_s = phase, now_s, now_s
             self._note(phase or "")
             if self._bar is not None:
                 self._bar.set_description_str(phase)
             else:
                 logger.info("%s", phase, extra=event("phase", phase=phase))
+        elif phase and self._bar is None and now_s - self._phase_said_s >= _PHASE_INTERVAL_S:
+            self._phase_said_s = now_s
+            logger.info("%s, for %d s", phase, now_s - self._phase_s)
 
     def _begin_counting(self, milestones: Mapping[str, float]) -> None:
         """Measure the rate from the time at which the model was ready: a start says nothing about the time left."""

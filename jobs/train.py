@@ -45,6 +45,7 @@ _COMMON = (
     "optim.epochs", "optim.batch_size", "optim.lr", "run.workers", "start_over",
 )  # fmt: skip
 _KILLED_S = 10.0  # workers that are killed need some seconds to end
+_QUIET_S = 60.0  # after this time without a line, and again, the log says that it waits
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -212,10 +213,15 @@ def _follow(ended: "Ended", board: Any, lease: Lease | None) -> None:
     import ray
 
     logger.info("starting the workers", extra=event("phase", phase="starting the workers"))
+    news_s = said_s = time.monotonic()
     while not ended.wait(1.0):
         lines, progress = ray.get(board.take.remote())
         for line, extra in lines:
             logger.info("%s", line, extra=extra)
+            news_s = said_s = time.monotonic()
+        if time.monotonic() - said_s >= _QUIET_S:
+            said_s = time.monotonic()
+            logger.info("nothing new from the workers for %d s", said_s - news_s)
         if lease is not None:
             lease.check()
             lease.note(progress)

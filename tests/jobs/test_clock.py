@@ -1,6 +1,6 @@
 import pytest
 
-from jobs import clock
+from jobs import clock, progress
 from jobs.clock import TrainClock, describe_left, seconds_left
 from jobs.train_group import FIRST_STEP, TrainingBoard
 
@@ -64,3 +64,21 @@ def test_the_phases_of_a_training_are_told_once_each():
     lines = [text for text, _ in board.take()[0]]
     assert lines[:2] == ["the workers load the model", "the workers read the first images"]
     assert len(lines) == 3 and lines[2].startswith("seconds from the start: ")
+
+
+def test_a_log_repeats_each_minute_what_a_run_waits_for(now, caplog, monkeypatch):
+    """A model may load for minutes, on a slow disk or beside other work."""
+    monkeypatch.setattr(progress, "shows_bars", lambda: False)
+    caplog.set_level("INFO", logger="vlsm")
+    shown = progress.Progress(lambda: 8, 0, 0, None, "out")
+    for seconds in (0, 30, 61, 90, 121):
+        now[0] = float(seconds)
+        shown._show_phase({"Ray": 1.0, "model's process": 2.0} if seconds else {"Ray": 1.0})
+    phase = "loading the model"
+    assert caplog.messages == [
+        "reading images, and starting the model's process",
+        *(phase, f"{phase}, for 60 s"),
+    ]
+    now[0] = 150.0
+    shown._show_phase({"model's process": 2.0})
+    assert caplog.messages[3:] == [f"{phase}, for 120 s"]
