@@ -144,7 +144,7 @@ def test_the_newer_pretrained_models_have_recipes():
 def test_the_models_of_the_newer_sweep_take_equal_steps():
     path = FOLDER / "sweeps" / "today.yaml"
     models = read_models(yaml.safe_load(path.read_text())["models"], str(path.parent))
-    assert len(models) == 9
+    assert len(models) == 12
     steps = {
         (tree["optim"]["epochs"], tree["optim"]["batch_size"], tree["optim"].get("early_stop"))
         for tree in models.values()
