@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from importlib import import_module
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,6 +36,8 @@ _CONNECT_S = 10.0
 _STARTING_S = 10.0  # after this time, and again, the log says that Ray is still starting
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks the folder of a submitted job
 
+_RECIPES = Path(__file__).with_name("configs")
+
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 configuration or usage wrong, 130 interrupted"
 
 
@@ -43,7 +46,12 @@ def job_parser(
 ) -> argparse.ArgumentParser:
     """Return the parser of a job: `vlsm.commands.new_parser` with --config, --set and --dry-run."""
     parser = new_parser(module, description, examples, settings, common, EXIT_CODES)
-    parser.add_argument("--config", metavar="FILE", help="YAML with settings")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=_find_recipe,
+        help="YAML with settings; or a recipe of the package: strong/unet",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="key=value", help="one setting; may be repeated")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on a terminal too")
     parser.add_argument(
@@ -51,6 +59,18 @@ def job_parser(
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what would be done")
     return parser
+
+
+def _find_recipe(config: str) -> str:
+    """Return the file of `--config`: as given, or else a recipe of this package, with or without its folder and suffix.
+
+    An installed package has no clone beside it, and yet the commands of the README work.
+    """
+    if os.path.lexists(config):
+        return config
+    name = config.removeprefix(f"{_RECIPES.parent.name}/{_RECIPES.name}/")
+    recipes = {str(path.relative_to(_RECIPES).with_suffix("")): path for path in _RECIPES.rglob("*.yaml")}
+    return str(recipes.get(name.removesuffix(".yaml"), config))
 
 
 def parse_pairs(flag: str, words: list[str]) -> dict[str, str]:

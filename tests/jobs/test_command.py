@@ -8,9 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command import RaySession, check_address, locate, run_command, start_patiently
+from jobs.command import RaySession, check_address, job_parser, locate, run_command, start_patiently
 from tests.conftest import LONG_S
+from vlsm.config import load_settings
 from vlsm.errors import ConfigError, VlsmError
+from vlsm.training.settings import TrainSettings
+
+
+@pytest.mark.parametrize("name", ["strong/unet", "strong/unet.yaml", "jobs/configs/strong/unet.yaml"])
+def test_a_recipe_of_the_package_is_found_anywhere_but_a_file_comes_first(tmp_path, monkeypatch, name):
+    """An installed package has no clone beside it."""
+    monkeypatch.chdir(tmp_path)
+    parser = job_parser("jobs.train", "train", (), TrainSettings, ())
+    found = parser.parse_args(["--config", name]).config
+    assert load_settings(TrainSettings, found, [], {"output": "x", "datasets": {"a": "b"}}).optim.schedule == "cosine"
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("")
+    assert parser.parse_args(["--config", name]).config == name
+    assert parser.parse_args(["--config", "strong/unett"]).config == "strong/unett"
 
 
 @pytest.mark.ray
@@ -102,7 +117,7 @@ def test_a_start_that_nobody_needs_any_more_is_not_tried_again():
 NICENESS = """
 import os
 import socket
-from jobs.command import RaySession, check_address, locate, run_command
+from jobs.command import RaySession, check_address, job_parser, locate, run_command
 with RaySession() as session:
     session.wait()
     import ray
