@@ -135,7 +135,9 @@ class FaultyProxy:
         address: host:port of the server.
         rates: probability of each fault per request: "error" (status 500), "slow_down" (status 503), "reset" (the
             connection closes before the request reaches the server), "lost" (the connection closes after the server has
-            done the request), "stall" (a delay of `stall_s`), "truncate" (the response body ends early).
+            done the request), "stall" (a delay of `stall_s`), "truncate" (the response body ends early), "delay" (of
+            up to 2 s), "duplicate" (the server gets the request twice), "stale" (a listing that was asked for before
+            has its first answer).
         stall_s: delay of a stalled request in seconds.
         seed: seed of the random faults.
 
@@ -149,6 +151,7 @@ class FaultyProxy:
         self.faults: Counter[str] = Counter()
         self._server, self._rates, self._stall_s = address, dict(rates), stall_s
         self._random = random.Random(seed)
+        self._listings: dict[str, tuple[int, Any, bytes]] = {}  # the first answer of each
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -197,25 +200,35 @@ class FaultyProxy:
             return web.Response(status=status, text=text, content_type="application/xml")
         if fault == "reset":
             return self._hang_up(request)
-        if fault == "stall":
-            await asyncio.sleep(self._stall_s)
-        url = URL(f"http://{self._server}{request.raw_path}", encoded=True)
-        async with self._session.request(
-            request.method, url, headers=request.headers, data=data, allow_redirects=False
-        ) as answer:
-            body = await answer.read()
-            if fault == "lost":
-                return self._hang_up(request)
-            response = web.StreamResponse(status=answer.status, headers=_without_hops(answer.headers))
-            if request.method != "HEAD":
-                response.content_length = len(body)
-            await response.prepare(request)
-            if fault == "truncate" and len(body) > 1:
-                await response.write(body[: len(body) // 2])
-                self._hang_up(request)
-            elif request.method != "HEAD":
-                await response.write(body)
+        if fault in ("stall", "delay"):
+            await asyncio.sleep(self._stall_s if fault == "stall" else self._random.uniform(0, 2))
+        status, headers, body = await self._forward(request, data, fault)
+        if fault == "lost":
+            return self._hang_up(request)
+        response = web.StreamResponse(status=status, headers=_without_hops(headers))
+        if request.method != "HEAD":
+            response.content_length = len(body)
+        await response.prepare(request)
+        if fault == "truncate" and len(body) > 1:
+            await response.write(body[: len(body) // 2])
+            self._hang_up(request)
+        elif request.method != "HEAD":
+            await response.write(body)
         return response
+
+    async def _forward(self, request: web.Request, data: bytes, fault: str | None) -> tuple[int, Any, bytes]:
+        """Return the status, headers and body of the server's answer."""
+        url = URL(f"http://{self._server}{request.raw_path}", encoded=True)
+        answers = []
+        for _ in range(2 if fault == "duplicate" else 1):
+            async with self._session.request(
+                request.method, url, headers=request.headers, data=data, allow_redirects=False
+            ) as answer:
+                answers.append((answer.status, answer.headers, await answer.read()))
+        if request.method == "GET" and "list-type" in request.query:
+            first = self._listings.setdefault(request.raw_path, answers[0])
+            return first if fault == "stale" else answers[0]
+        return answers[0]
 
     @staticmethod
     def _hang_up(request: web.Request) -> web.StreamResponse:

@@ -1,5 +1,6 @@
 """The archive of the torture, the segment job over it, and the expected rows from an undisturbed run."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,18 @@ import numpy as np
 from PIL import Image
 
 import vlsm
-from vlsm.errors import ResultError
+from vlsm import storage
+from vlsm.errors import ResultError, VlsmError
 from vlsm.runs.verify import verify_run
 
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 LONGEST_S = 900.0  # time limit for one run of the job
 _PROMPTS = ["polyp", "flat lesion"]
 _EQUAL = ("allow_equal_masks=true",)  # UNet-D ignores the prompts
+
+
+class CannotTortureError(VlsmError):
+    """This machine lacks something that a scenario needs."""
 
 
 @dataclass
@@ -34,6 +41,7 @@ class Arena:
         shard_rows: rows per shard in every run.
         seed: random seed of images and of the times of faults.
         stall_s: delay of a stalled request to a faulty store, in seconds.
+        num_kills: kills of the scenario with random ones, at most.
         environment: variables of every job, in addition to those of this process.
     """
 
@@ -42,6 +50,7 @@ class Arena:
     shard_rows: int = 16
     seed: int = 0
     stall_s: float = 30.0
+    num_kills: int = 100
     environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,9 +71,22 @@ class Arena:
         self.expected = _read_rows(output)
 
     def start(
-        self, output: str, *settings: str, source: str | None = None, environment: dict[str, str] | None = None
+        self,
+        output: str,
+        *settings: str,
+        source: str | None = None,
+        environment: dict[str, str] | None = None,
+        root: Path = ROOT,
     ) -> "subprocess.Popen[str]":
-        """Start the job as a user does, and return its process. `source` replaces the archive as INPUT."""
+        """Start the job as a user does, and return its process.
+
+        Args:
+            output: OUTPUT.
+            settings: further settings.
+            source: INPUT; None for the archive.
+            environment: further variables.
+            root: the clone whose code runs.
+        """
         words = [source or str(self.archive), output, "--checkpoint", str(self.checkpoint)]
         for setting in (f"shard_rows={self.shard_rows}", f"prompts={json.dumps(_PROMPTS)}", *_EQUAL, *settings):
             words += ["--set", setting]
@@ -72,7 +94,7 @@ class Arena:
         with log:
             job = subprocess.Popen(
                 [sys.executable, "-m", "jobs.segment", *words],
-                cwd=_ROOT,
+                cwd=root,
                 env=os.environ | self.environment | (environment or {}),
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -145,5 +167,20 @@ def _read_rows(output: str) -> dict[tuple[str, str], tuple[Any, ...]]:
 
 
 def num_parts(output: str) -> int:
-    """Return the number of part files in OUTPUT, or 0 if OUTPUT is not a local folder."""
+    """Return the number of part files in OUTPUT."""
+    if "://" in output:
+        time.sleep(0.3)  # whoever waits for parts in a store asks again and again
+        return sum("/part-" in name for name in storage.list_times(f"{output}/masks"))
     return len(list(Path(output, "masks").glob("part-*")))
+
+
+@contextlib.contextmanager
+def environment(names: dict[str, str]) -> Iterator[None]:
+    """Set environment variables of this process, and restore them at the end of the context."""
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
