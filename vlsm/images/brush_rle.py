@@ -1,7 +1,8 @@
 """Run lengths of Label Studio's brush: a stream of bits with the four channels (RGBA) of each pixel, row by row.
 
-A header of 53 bits states the number of values, the bits of a value, and the bits of four kinds of counts. Blocks follow:
-a bit that tells a run from single values, two bits for the kind of the count, the count less 1, and the value or values.
+A header of 53 bits states the number of values, the bits of a value, and the bits of four kinds of counts. Blocks
+follow. A block has a bit that tells a run from single values, two bits for the kind of its count, the count less 1, and
+the value or the values.
 
 Source: https://github.com/thi-ng/umbrella/tree/develop/packages/rle-pack, which Label Studio uses.
 """

@@ -1,7 +1,7 @@
 """Polygons of masks, and masks of polygons.
 
-`trace_edges` follows the edges between pixels: corner (x, y) is the upper left corner of the pixel in column x and row y.
-So a polygon has the area of its pixels, and every tool that fills it by the centers of pixels gets the mask again.
+`trace_edges` follows the edges between pixels: (x, y) is the upper left corner of the pixel in column x and row y. So a
+polygon has the area of its pixels, and every tool that fills it by the centers of pixels gets the mask again.
 `trace_centers` goes through the centers of the outermost pixels, for tools that fill a polygon with its outline.
 """
 
