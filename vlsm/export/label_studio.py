@@ -20,7 +20,7 @@ from vlsm.shown import escape
 INTERFACE_NAME = "labeling_interface.xml"
 _TASKS_BYTES = 100_000_000  # of a file; Label Studio refuses uploads of more than 250 MB
 _TASKS_NAME = re.compile(r"tasks-\d{5}\.json")
-_DATA = ("image", "image_id", "image_uri", "selector")  # names in the data of a task
+_DATA = ("image", "image_id", "image_uri", "selector", "prompts")  # names in the data of a task
 
 Row = dict[str, Any]
 
@@ -62,11 +62,11 @@ def export_label_studio(  # noqa: PLR0913 - the options of the command
         for rows in read_images(output, filters, limit, ["model"]):
             with folder.attempt(rows):
                 _, link = links.name(rows[0])
-                regions = []
+                regions: list[Row] = []
                 for row in rows:
                     numbering[row["prompt"]]  # noqa: B018 - prompts are numbered as they occur
                     regions += [_region(row, value, len(regions)) for value in describe(row)]
-                name = files.write({"data": _data(rows[0], link), "predictions": [_prediction(rows, regions)]})
+                name = files.write({"data": _data(rows, link), "predictions": [_prediction(rows, regions)]})
                 for row in rows:
                     folder.note(name, row)
                 num_tasks += 1
@@ -88,10 +88,12 @@ def make_interface(prompts: Sequence[str]) -> str:
     return "\n".join(["<View>", image, *(line for group in groups for line in group), "</View>", ""])
 
 
-def _data(row: Row, link: str) -> Row:
-    selector = {"selector": row["selector"]} if row["selector"] is not None else {}
-    known = {"image": link, "image_id": row["image_id"], "image_uri": row["image_uri"]} | selector
-    return known | carried_values(row, _DATA)
+def _data(rows: list[Row], link: str) -> Row:
+    """Return what a task says about its image. `vlsm.labels` finds image and prompts by it."""
+    row = rows[0]
+    known = {"image": link, "image_id": row["image_id"], "image_uri": row["image_uri"]}
+    known |= {"selector": row["selector"]} if row["selector"] is not None else {}
+    return known | {"prompts": [each["prompt"] for each in rows]} | carried_values(row, _DATA)
 
 
 def _prediction(rows: list[Row], regions: list[Row]) -> Row:
