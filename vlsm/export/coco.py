@@ -61,6 +61,7 @@ def write_coco(  # noqa: PLR0913 - the options of all exports as COCO
     components: bool = False,
     use_image: Callable[[str, str], str] = lambda name, link: name,
     prefixes: Sequence[LinkPrefix] = (),
+    iscrowd: int = 0,
 ) -> tuple[int, list[str]]:
     """Write a COCO file; return the number of its annotations, and its prompts.
 
@@ -73,6 +74,7 @@ def write_coco(  # noqa: PLR0913 - the options of all exports as COCO
         components: as for `export_coco`.
         use_image: is called for each image with its name and its link, and returns its `file_name`.
         prefixes: other beginnings of the links.
+        iscrowd: value of this field: 1 makes datumaro, which CVAT uses, keep run lengths when it writes them.
 
     Raises:
         ConfigError: as for `export_coco`.
@@ -98,7 +100,7 @@ def write_coco(  # noqa: PLR0913 - the options of all exports as COCO
                 facts = {"image_id": numbers[key], "category_id": numbering[row["prompt"]]} | _score(row)
                 facts |= _attributes(row)
                 for shape in shapes:
-                    annotations.write({"id": annotations.length + 1} | facts | shape)
+                    annotations.write({"id": annotations.length + 1} | facts | shape | {"iscrowd": iscrowd})
         file.write('], "annotations": [')
         collected.seek(0)
         file.writelines(collected)
@@ -177,7 +179,6 @@ def _shape(rle: Row) -> Row:
         "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
         "area": int(coco.area(rle)),
         "bbox": [int(edge) for edge in coco.toBbox(rle)],
-        "iscrowd": 0,
     }
 
 

@@ -30,9 +30,10 @@ def export_cvat(
     with open_folder(directory) as folder:
         path = Path(folder, "instances_default.json")
         try:
-            number, prompts = write_coco(output, folder, filters, limit, path.name, components)
+            number, prompts = write_coco(output, folder, filters, limit, path.name, components, iscrowd=1)
             with zipfile.ZipFile(Path(folder, "cvat.zip"), "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.write(path, _IN_ZIP)
+                archive.mkdir("images")  # datumaro asks for the folder, even if it is empty
         finally:
             path.unlink(missing_ok=True)
         colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in prompt_colors(len(prompts))]

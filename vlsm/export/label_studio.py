@@ -65,7 +65,8 @@ def export_label_studio(  # noqa: PLR0913 - the options of the command
                 regions: list[Row] = []
                 for row in rows:
                     numbering[row["prompt"]]  # noqa: B018 - prompts are numbered as they occur
-                    regions += [_region(row, value, len(regions)) for value in describe(row)]
+                    for value in describe(row):
+                        regions.append(_region(row, value, len(regions)))
                 name = files.write({"data": _data(rows, link), "predictions": [_prediction(rows, regions)]})
                 for row in rows:
                     folder.note(name, row)

@@ -6,7 +6,7 @@ The rule, the first that fits:
 2. The name of a mask file is that of our own export: it tells the image and the prompt.
 3. The name equals the id, the location, or the exported name of one image of the run.
 4. Part by part from the right, and without the text behind the last dot, one of both names is the end of the other:
-   `b/a.png` fits `scans/b/a.jpg`, but not `ab/a.png`.
+   `b/a.png` fits `scans/b/a.jpg`, but not `ab/a.png`. The more parts they share, the better.
 
 If several images fit equally well, or several reviews fit one image, nobody knows which is meant: they are refused.
 """
@@ -60,10 +60,10 @@ class Matches:
 class _Best:
     """The images that fit a review best."""
 
-    rank: int = 0
+    rank: tuple[int, int] = (0, 0)
     images: dict[tuple[Key, str | None], str] = field(default_factory=dict)  # with their ids
 
-    def offer(self, rank: int, image: tuple[Key, str | None], image_id: str) -> None:
+    def offer(self, rank: tuple[int, int], image: tuple[Key, str | None], image_id: str) -> None:
         if rank > self.rank:
             self.rank, self.images = rank, {}
         if rank == self.rank and len(self.images) <= _SHOWN:
@@ -118,17 +118,19 @@ class _Index:
         row = rows[0]
         key = (row["image_uri"], row["selector"])
         for number in self._by_key.get(key, ()):
-            self.best[number].offer(4, (key, None), row["image_id"])
+            self.best[number].offer((4, 0), (key, None), row["image_id"])
         for each in rows:
             if (path := relative_path(each, ".png")) in self._by_path:
-                self.best[self._by_path[path]].offer(3, (key, each["prompt"]), row["image_id"])
+                self.best[self._by_path[path]].offer((3, 0), (key, each["prompt"]), row["image_id"])
         texts = {row["image_id"], file_name, relative_path(row | {"prompt": "", "kind": ""}, "")}
         texts |= {row["image_uri"]} if row["selector"] is None else set()
         known = {_split(text) for text in texts}
         for number in {number for name in known for number in self._by_stem.get(name[-1], ())}:
-            ranks = [_rank(one, name) for one in self._names[number] for name in known]
-            if rank := 2 if not texts.isdisjoint(self._reviews[number].names) else max(ranks):
-                self.best[number].offer(rank, (key, None), row["image_id"])
+            shared = max(_count_shared(one, name) for one in self._names[number] for name in known)
+            if not texts.isdisjoint(self._reviews[number].names):
+                self.best[number].offer((2, 0), (key, None), row["image_id"])
+            elif shared:
+                self.best[number].offer((1, shared), (key, None), row["image_id"])
 
 
 def _settle(reviews: Sequence[Review], best: Sequence[_Best]) -> Matches:
@@ -173,7 +175,7 @@ def _split(name: str) -> Name:
     return (*parts[:-1], posixpath.splitext(parts[-1])[0]) if parts else ("",)
 
 
-def _rank(one: Name, other: Name) -> int:
-    """Return 1 if one of two names is the end of the other, else 0."""
+def _count_shared(one: Name, other: Name) -> int:
+    """Return how many parts two names share if one of them is the end of the other, else 0."""
     length = min(len(one), len(other))
-    return int(one[-length:] == other[-length:])
+    return length if one[-length:] == other[-length:] else 0
