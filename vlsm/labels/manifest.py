@@ -9,20 +9,15 @@ from typing import Any, Self, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlsm.cells import CsvWriter
+from vlsm.cells import LABEL_COLUMNS, CsvWriter
 from vlsm.errors import ConfigError
 from vlsm.runs.carried import as_json
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 _COLUMNS = pa.schema(
     [
-        pa.field("image_uri", pa.string(), nullable=False),
-        pa.field("selector", pa.string()),
-        pa.field("mask_uri", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("outcome", pa.string(), nullable=False),
-        pa.field("prediction_dice", pa.float64(), nullable=False),
+        pa.field(name, pa.float64() if name == "prediction_dice" else pa.string(), nullable=name == "selector")
+        for name in LABEL_COLUMNS
     ]
 )
 _ROWS_AT_ONCE = 4096
