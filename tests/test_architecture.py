@@ -28,7 +28,7 @@ FLOORS = (
     {"segmentation"},
     {"runs"},
     {"export", "training"},
-    {"calibration", "evaluation"},
+    {"calibration", "evaluation", "labels"},
     {"report"},
 )
 

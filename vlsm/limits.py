@@ -31,3 +31,5 @@ MAX_PROBE_BYTES, MAX_PROBE_PIXELS, MAX_PROBE_PROMPTS = 1 << 22, 1 << 20, 12
 MAX_SILENCE_S, MIN_BYTES_PER_S = 60, 50_000
 # Columns of a list that travel into the results of a run, and all values of an image in them together.
 MAX_CARRIED_COLUMNS, MAX_CARRIED_BYTES = 100, 8192
+# Regions of one label in an image, in a file of an annotation tool.
+MAX_REGIONS = 100_000

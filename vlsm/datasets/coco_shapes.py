@@ -28,7 +28,7 @@ def encode_segmentation(segmentation: Any, size: tuple[int, int], where: str) ->
         ManifestError: it is no segmentation of this image.
     """
     if isinstance(segmentation, list) and segmentation:
-        polygons = [_check_polygon(polygon, size, where) for polygon in segmentation]
+        polygons = [check_polygon(polygon, size, where) for polygon in segmentation]
         merged: Rle = coco.merge(coco.frPyObjects(polygons, *size))
         return merged
     if isinstance(segmentation, dict):
@@ -44,7 +44,7 @@ def join(rles: list[Rle], size: tuple[int, int]) -> str:
     return counts.decode("ascii")
 
 
-def _check_polygon(polygon: Any, size: tuple[int, int], where: str) -> list[float]:
+def check_polygon(polygon: Any, size: tuple[int, int], where: str) -> list[float]:
     """Return x and y of the corners of a polygon in turn.
 
     Corners may lie a little outside of the image: the part outside is cut off. pycocotools needs memory for each pixel

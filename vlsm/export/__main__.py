@@ -16,11 +16,26 @@ from vlsm.commands import add_allow, new_parser
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
+from vlsm.export.links import LinkPrefix
 from vlsm.runs.results import check_columns, open_results, read_rows
 from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.shown import say, say_error, set_up_logging, show
 from vlsm.words import count
 
+# options of some formats: the formats, and the argument of their functions
+_OPTIONS = {
+    "components": (("coco", "cvat"), "components"),
+    "together": (("overlays",), "is_together"),
+    "polygons": (("label-studio",), "polygons"),
+    "link_prefix": (("label-studio", "fiftyone"), "prefixes"),
+}
+# what a format has in place of files, and where
+_UNITS = {
+    "coco": ("annotation", " in coco.json"),
+    "cvat": ("annotation", " in cvat.zip"),
+    "fiftyone": ("annotation", " in labels.json"),
+    "label-studio": ("task", ""),
+}
 _SHARES = ("confidence", "agreement", "area_fraction")  # columns with numbers from 0 to 1
 
 
@@ -100,12 +115,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, help="maximum number of rows to export")
     parser.add_argument(
-        "--components", action="store_true", help="with --format coco: one annotation per connected component of a mask"
+        "--components",
+        action="store_true",
+        help="with --format coco or cvat: one annotation per connected component of a mask",
     )
     parser.add_argument(
         "--together",
         action="store_true",
         help="with --format overlays: one picture per image, its prompts in colours with a legend",
+    )
+    parser.add_argument(
+        "--polygons", action="store_true", help="with --format label-studio: polygons in place of brush masks"
+    )
+    parser.add_argument(
+        "--link-prefix",
+        action="append",
+        default=[],
+        metavar="FROM=TO",
+        help="with --format label-studio or fiftyone: begin links to images in FROM with TO; repeatable",
     )
     add_allow(parser)
     return parser
@@ -117,27 +144,29 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 0:
         parser.error(f"--limit is {args.limit}; it must be 0 or more")
-    if args.components and args.format != "coco":
-        parser.error(f"--components needs --format coco, not {args.format}")
-    if args.together and args.format != "overlays":
-        parser.error(f"--together needs --format overlays, not {args.format}")
+    for option, (formats, _) in _OPTIONS.items():
+        if getattr(args, option) and args.format not in formats:
+            needed = " or ".join(formats)
+            parser.error(f"--{option.replace('_', '-')} needs --format {needed}, not {args.format}")
     set_up_logging()
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, ValueError, *storage.store_errors())
     try:
         is_of_list = any(_split_filter(words)[0] not in RESULT_SCHEMA.names for words in args.filter)
         schema = open_results(args.output).schema if is_of_list else RESULT_SCHEMA
         filters = [parse_filter(words, schema) for words in args.filter]
-        more = (True,) if args.components or args.together else ()
+        options = {name: getattr(args, option) for option, (_, name) in _OPTIONS.items() if getattr(args, option)}
+        if "prefixes" in options:
+            options["prefixes"] = [LinkPrefix.parse(words) for words in args.link_prefix]
         with ExportFolder(args.directory, args.allow) as folder:
-            num_written = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, *more)
+            num_written = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, **options)
     except failures as error:
         say_error(error)
         return 2 if isinstance(error, ConfigError) else 1
     if filters and not num_written and not folder.num_failed and args.limit != 0:
         say_error(describe_nothing(storage.absolute(args.output), args.filter, filters))
         return 1
-    unit = "annotation" if args.format == "coco" else "file"
-    say(f"{count(num_written, unit)}{' in coco.json' * (args.format == 'coco')} below {args.directory}")
+    unit, place = _UNITS.get(args.format, ("file", ""))
+    say(f"{count(num_written, unit)}{place} below {args.directory}")
     return 1 if folder.num_failed else 0
 
 

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import logging
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,15 +12,13 @@ import numpy as np
 from pycocotools import mask as coco
 
 from vlsm import storage
-from vlsm.export.coco_names import FileNames
-from vlsm.export.folder import INDEX_NAME, ExportFolder, open_folder
+from vlsm.export.folder import ExportFolder, open_folder
+from vlsm.export.links import ImageLinks, LinkPrefix
 from vlsm.export.origins import Filters, Numbering, read_settings
 from vlsm.runs.carried import CARRIED, as_json
 from vlsm.runs.record import read_record
-from vlsm.runs.results import check_columns, decode_ok_row, open_results, read_ok_rows, read_rows
+from vlsm.runs.results import check_columns, decode_ok_row, open_results, read_ok_rows
 from vlsm.version import __version__
-
-logger = logging.getLogger("vlsm")
 
 Row = dict[str, Any]
 
@@ -51,58 +48,68 @@ def export_coco(
     Raises:
         ConfigError: OUTPUT has no masks, or a filter names an unknown column.
     """
-    check_columns((column for column, *_ in filters or ()), open_results(output).schema)  # before a file is written
-    settings = read_settings(output)
-    # the names do not depend on the filters
-    names = FileNames((row["image_uri"] for row in read_rows(output, None, ["image_uri"])), settings.input)
-    numbering = Numbering(settings)
     with open_folder(directory) as folder:
-        folder.directory.mkdir(parents=True, exist_ok=True)
-        with (
-            Path(folder, "coco.json").open("w", encoding="utf-8") as file,
-            # the lists of images and of annotations grow together: the second one is collected beside the first
-            tempfile.TemporaryFile("w+", encoding="utf-8", dir=folder) as collected,
-        ):
-            images, annotations = _List(file), _List(collected)
-            file.write(f'{{"info": {json.dumps(_info(output, names.folder))}, "licenses": [], "images": [')
-            numbers: dict[bytes, int] = {}
-            for row in read_ok_rows(output, filters, limit, ["confidence"]):
-                with folder.attempt([row]):
-                    shapes = _shapes(row, components)
-                    key = _key(row)
-                    if key not in numbers:
-                        numbers[key] = len(numbers) + 1
-                        images.write(_image(numbers[key], names.name(row["image_uri"], row["selector"]), row, folder))
-                    facts = {"image_id": numbers[key], "category_id": numbering[row["prompt"]]} | _score(row)
-                    facts |= _attributes(row)
-                    for shape in shapes:
-                        annotations.write({"id": annotations.length + 1} | facts | shape)
-            file.write('], "annotations": [')
-            collected.seek(0)
-            file.writelines(collected)
-            categories = [
-                {"id": number, "name": prompt, "supercategory": ""} for prompt, number in numbering.numbers.items()
-            ]
-            file.write(f'], "categories": {json.dumps(categories)}}}\n')
-        _report(names)
-        return annotations.length
+        return write_coco(output, folder, filters, limit, components=components)[0]
 
 
-def _report(names: FileNames) -> None:
-    """Log which names need attention."""
-    logger.info("file_name starts from %s", names.folder)
-    if names.num_made_up:
-        logger.info(
-            "%d images are inside of other files or have impossible names; %s maps their file_name to them",
-            names.num_made_up,
-            INDEX_NAME,
-        )
-    if names.num_repeated:
-        logger.warning(
-            "%d images differ from another one only behind the last dot, or in case; their file_name starts with './'; "
-            "a tool that removes it takes both for one image",
-            names.num_repeated,
-        )
+def write_coco(  # noqa: PLR0913 - the options of all exports as COCO
+    output: str,
+    folder: ExportFolder,
+    filters: Filters,
+    limit: int | None,
+    name: str = "coco.json",
+    components: bool = False,
+    use_image: Callable[[str, str], str] = lambda name, link: name,
+    prefixes: Sequence[LinkPrefix] = (),
+    iscrowd: int = 0,
+) -> tuple[int, list[str]]:
+    """Write a COCO file; return the number of its annotations, and its prompts.
+
+    Args:
+        output: as for `export_coco`.
+        folder: the folder of the file.
+        filters: as for `export_coco`.
+        limit: as for `export_coco`.
+        name: name of the file.
+        components: as for `export_coco`.
+        use_image: is called for each image with its name and its link, and returns its `file_name`.
+        prefixes: other beginnings of the links.
+        iscrowd: value of this field: 1 makes datumaro, which CVAT uses, keep run lengths when it writes them.
+
+    Raises:
+        ConfigError: as for `export_coco`.
+    """
+    check_columns((column for column, *_ in filters or ()), open_results(output).schema)  # before a file is written
+    links, numbering = ImageLinks(output, prefixes), Numbering(read_settings(output))
+    folder.directory.mkdir(parents=True, exist_ok=True)
+    with (
+        Path(folder, name).open("w", encoding="utf-8") as file,
+        # the lists of images and of annotations grow together: the second one is collected beside the first
+        tempfile.TemporaryFile("w+", encoding="utf-8", dir=folder) as collected,
+    ):
+        images, annotations = _List(file), _List(collected)
+        file.write(f'{{"info": {json.dumps(_info(output, links.names.folder))}, "licenses": [], "images": [')
+        numbers: dict[bytes, int] = {}
+        for row in read_ok_rows(output, filters, limit, ["confidence"]):
+            with folder.attempt([row]):
+                shapes = _shapes(row, components)
+                key = _key(row)
+                if key not in numbers:
+                    numbers[key] = len(numbers) + 1
+                    images.write(_image(numbers[key], use_image(*links.name(row)), row, folder))
+                facts = {"image_id": numbers[key], "category_id": numbering[row["prompt"]]} | _score(row)
+                facts |= _attributes(row)
+                for shape in shapes:
+                    annotations.write({"id": annotations.length + 1} | facts | shape | {"iscrowd": iscrowd})
+        file.write('], "annotations": [')
+        collected.seek(0)
+        file.writelines(collected)
+        categories = [
+            {"id": number, "name": prompt, "supercategory": ""} for prompt, number in numbering.numbers.items()
+        ]
+        file.write(f'], "categories": {json.dumps(categories)}}}\n')
+    links.names.report()
+    return annotations.length, list(numbering.numbers)
 
 
 class _List:
@@ -172,7 +179,6 @@ def _shape(rle: Row) -> Row:
         "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
         "area": int(coco.area(rle)),
         "bbox": [int(edge) for edge in coco.toBbox(rle)],
-        "iscrowd": 0,
     }
 
 

@@ -1,14 +1,18 @@
-"""The `file_name` of images in a COCO file."""
+"""The `file_name` of images in a COCO file, and in the files of other tools."""
 
 import hashlib
 import itertools
+import logging
 import posixpath
 import re
 from collections.abc import Iterable
 
 from vlsm import storage
+from vlsm.export.folder import INDEX_NAME
 from vlsm.export.naming import MAX_NAME_BYTES, path_key
 from vlsm.images.formats import split_selector
+
+logger = logging.getLogger("vlsm")
 
 
 class FileNames:
@@ -50,6 +54,22 @@ class FileNames:
     def folder(self) -> str:
         """The folder that the names start from."""
         return "/".join(self._folder) or "/"
+
+    def report(self) -> None:
+        """Log where the names start, and which ones need attention."""
+        logger.info("file_name starts from %s", self.folder)
+        if self.num_made_up:
+            logger.info(
+                "%d images are inside of other files or have impossible names; %s maps their file_name to them",
+                self.num_made_up,
+                INDEX_NAME,
+            )
+        if self.num_repeated:
+            logger.warning(
+                "%d images differ from another one only behind the last dot, or in case; their file_name starts with "
+                "'./'; a tool that removes it takes both for one image",
+                self.num_repeated,
+            )
 
     def name(self, uri: str, selector: str | None) -> str:
         """Return the `file_name` of an image. Call it once for each image."""

@@ -144,10 +144,10 @@ def _import_later(module: str, function: str, extra: str = "all") -> Exporter:
         extra: the extra of vlsm that installs the libraries.
     """
 
-    def export(*args: Any) -> int:
+    def export(*args: Any, **options: Any) -> int:
         with optional_packages(extra):
             home = importlib.import_module(module)
-        return int(getattr(home, function)(*args))
+        return int(getattr(home, function)(*args, **options))
 
     return export
 
@@ -158,6 +158,12 @@ FORMATS: dict[str, Exporter] = {
     "probability": export_probability,
     "coco": export_coco,
     "labels": _import_later("vlsm.export.labels", "export_labels"),
+    "label-studio": _import_later("vlsm.export.label_studio", "export_label_studio"),
+    "cvat": _import_later("vlsm.export.coco_tools", "export_cvat"),
+    "fiftyone": _import_later("vlsm.export.coco_tools", "export_fiftyone"),
+    "yolo": _import_later("vlsm.export.yolo", "export_yolo"),
+    "voc": _import_later("vlsm.export.voc", "export_voc"),
+    "qupath": _import_later("vlsm.export.qupath", "export_qupath"),
     "nifti": _import_later("vlsm.export.volumes", "export_nifti"),
     "dicom-seg": _import_later("vlsm.export.dicom_seg", "export_dicom_seg", extra="dicom-seg"),
     "dicom-seg-series": _import_later("vlsm.export.dicom_seg", "export_dicom_seg_series", extra="dicom-seg"),

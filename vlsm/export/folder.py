@@ -79,7 +79,13 @@ class ExportFolder:
             )
 
     @contextlib.contextmanager
-    def file(self, row: dict[str, Any], suffix: str = ".png", rows: Sequence[dict[str, Any]] = ()) -> Iterator[Path]:
+    def file(
+        self,
+        row: dict[str, Any],
+        suffix: str = ".png",
+        rows: Sequence[dict[str, Any]] = (),
+        path: Path | None = None,
+    ) -> Iterator[Path]:
         """Return a context that gives the path for a row's file. The caller decodes the row and writes the file in it.
 
         Errors are treated as by `attempt`.
@@ -88,8 +94,9 @@ class ExportFolder:
             row: the row that names the file, as for `naming.relative_path`.
             suffix: end of the file name.
             rows: the rows in the file, for the index; default: the row that names it.
+            path: another path, from `claim`.
         """
-        path = self.path(row, suffix)
+        path = path or self.path(row, suffix)
         with self.attempt(rows or [row]):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +135,17 @@ class ExportFolder:
                 break
         self._taken.add(key)
         return self.directory / path
+
+    def claim(self, name: str) -> Path:
+        """Return the path of a file that must have this name, relative to the folder.
+
+        Raises:
+            ImageError: another file of this export has the name, or one that differs in case only.
+        """
+        if (key := hash(path_key(name))) in self._taken:
+            raise ImageError("unreadable", f"another image of the export has the file {name} already")
+        self._taken.add(key)
+        return self.directory / name
 
     def note(self, file: str, row: dict[str, Any]) -> None:
         """Write a line of the index.

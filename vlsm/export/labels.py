@@ -95,7 +95,7 @@ def _write_label_maps(output: str, folder: ExportFolder, filters: Filters, limit
                     "the classes of %s differ from those of earlier images; labels.json does not describe it",
                     row["image_id"],
                 )
-            _save(decode_labels(row), path)
+            save_labels(decode_labels(row), path)
             names = names or row_names
     return names
 
@@ -109,11 +109,11 @@ def _build_label_maps(output: str, folder: ExportFolder, filters: Filters, limit
     for _, image_rows in itertools.groupby(rows, key=lambda row: (row["image_uri"], row["selector"])):
         members = list(image_rows)
         with folder.file(members[0] | {"prompt": "", "kind": "labels"}, rows=members) as path:
-            _save(_paint(members, numbering), path)
+            save_labels(paint_labels(members, numbering), path)
     return numbering.numbers
 
 
-def _save(labels: np.ndarray, path: Path) -> None:
+def save_labels(labels: np.ndarray, path: Path) -> None:
     """Write a label map, (H, W) uint8 with the palette, or uint16 as it is."""
     picture = Image.fromarray(labels)
     if labels.dtype == np.uint8:
@@ -122,7 +122,7 @@ def _save(labels: np.ndarray, path: Path) -> None:
     picture.save(path, "PNG")
 
 
-def _paint(rows: list[dict[str, Any]], numbering: Numbering) -> np.ndarray:
+def paint_labels(rows: list[dict[str, Any]], numbering: Numbering) -> np.ndarray:
     """Return the label map of the masks of one image, (H, W) uint8.
 
     Raises:

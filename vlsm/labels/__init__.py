@@ -1,0 +1,1 @@
+"""Masks that people have corrected in annotation tools, as a labelled dataset."""
