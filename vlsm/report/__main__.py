@@ -23,13 +23,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--gallery",
         type=int,
         metavar="N",
-        help="most masks of a segment run in the gallery, for a review; 22 kB each at most. Default: 240",
+        help="most masks of a segment run in the gallery, for a review; up to 26 kB each. Default: 240",
     )
     parser.add_argument(
         "--gallery-px",
         type=int,
         metavar="PX",
-        help="longer side of their pictures in pixels; 640 take 55 kB each at most. Default: 400",
+        help="longer side of their pictures in pixels; 640 take up to 60 kB each. Default: 400",
     )
     add_allow(parser)
     return parser
