@@ -59,8 +59,16 @@ def _row(image, embedding):
     mask = np.zeros((20, 30), np.uint8)
     mask[2 : 2 + number, 3 : 3 + 2 * number] = 1  # that of image 0 is empty
     row |= {"status": "ok", "height": 20, "width": 30, "mask_rle": encode_mask(mask), "area_px": int(mask.sum())}
-    row |= {"area_fraction": float(mask.mean()), "bbox": [3, 2, 2 * number, number] if number else None, "presence": 0.1 * number}
-    row |= {"confidence": 1 / 3 if number else None, "max_probability": 0.7, "embedding": [0.6, 0.8] * embedding or None}
+    row |= {
+        "area_fraction": float(mask.mean()),
+        "bbox": [3, 2, 2 * number, number] if number else None,
+        "presence": 0.1 * number,
+    }
+    row |= {
+        "confidence": 1 / 3 if number else None,
+        "max_probability": 0.7,
+        "embedding": [0.6, 0.8] * embedding or None,
+    }
     return row | {"probability_map": encode_probability(np.full((20, 30), 0.7))}
 
 

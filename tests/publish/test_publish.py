@@ -90,7 +90,9 @@ def test_a_table_has_the_rows_and_types_of_the_run_and_a_second_publish_writes_n
     assert publish(output, tmp_path, engine)[0] == 0
     assert capsys.readouterr().out.startswith(f"already there, with {NUMBER} rows: ")
     after = files(tmp_path)
-    kept = {path for path in after if path.suffix in (".parquet", ".lance", ".avro", ".json") and "_vlsm" not in path.name}
+    kept = {
+        path for path in after if path.suffix in (".parquet", ".lance", ".avro", ".json") and "_vlsm" not in path.name
+    }
     assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
     assert verify(str(output))["rows"] == NUMBER  # the table in its folder is no part of the run
 
@@ -101,7 +103,9 @@ def test_nothing_is_copied_where_the_format_allows(tmp_path, engine):
     before = files(tmp_path)
     assert publish(output, tmp_path, engine)[0] == 0
     after = files(tmp_path)
-    assert [path for path in after if path.suffix == ".parquet"] == [path for path in before if path.suffix == ".parquet"]
+    assert [path for path in after if path.suffix == ".parquet"] == [
+        path for path in before if path.suffix == ".parquet"
+    ]
     assert {path: after[path] for path in before} == before
 
 
@@ -127,7 +131,9 @@ def test_only_new_and_changed_parts_are_added_to_a_delta_table(tmp_path):
     write_run(output, num_images=14)  # the first two parts stay as they were
     publish(output, tmp_path, "delta")
     logs = sorted((output / "masks" / "_delta_log").glob("*.json"))
-    added = [[json.loads(line)["add"]["path"] for line in log.read_text().splitlines() if '"add"' in line] for log in logs]
+    added = [
+        [json.loads(line)["add"]["path"] for line in log.read_text().splitlines() if '"add"' in line] for log in logs
+    ]
     names = [f"part-{number:08d}.parquet" for number in range(4)]
     assert added == [names[:3], names[2:]]
 

@@ -26,9 +26,7 @@ def write_run(output, number, ids=(), start=0):
     plan_row = dict.fromkeys(
         ("selector", "offset", "length", "problem", "image_version", "size_bytes", "etag", "mtime")
     ) | {"prompts": [PROMPT]}
-    images = [
-        plan_row | {"image_id": name, "image_uri": str(path)} for name, path in zip(names, paths, strict=True)
-    ]
+    images = [plan_row | {"image_id": name, "image_uri": str(path)} for name, path in zip(names, paths, strict=True)]
     words = {"input": str(KVASIR), "output": str(output), "members": [{"checkpoint": str(output.parent / "c")}]}
     settings = load_settings(SegmentSettings, None, [f"prompts=[{PROMPT}]"], words)
     plan = write_plan(str(output), images, 1000)

@@ -181,9 +181,7 @@ def test_the_outline_is_hidden_and_a_picture_is_zoomed(browser):
 
 @needs_chromium
 @pytest.mark.parametrize(("action", "name"), [("csv", CSV), ("json", JSON)])
-def test_a_saved_file_has_the_marks_of_every_name_and_is_loaded_again(
-    browser, page, output, tmp_path, action, name
-):
+def test_a_saved_file_has_the_marks_of_every_name_and_is_loaded_again(browser, page, output, tmp_path, action, name):
     """Names that a spreadsheet would take for formulas come back as they were."""
     marks = ("accept", "redo", "reject")
     order = ids(browser)
@@ -242,8 +240,10 @@ def test_the_later_mark_counts_and_marks_of_other_masks_stay(browser, tmp_path):
     order = ids(browser)
     press(browser, "jx")
     lines = [f"{RUN_ID},elsewhere.png,{PROMPT},redo,2026-01-01T00:00:00Z,{'0' * 16}"]
-    lines += [f"{RUN_ID},{name},{PROMPT},accept,{year}-01-01T00:00:00Z," for name, year in zip(order[-2:], (1999, 2099))]
-    lines += [f"{RUN_ID},\"{json.dumps(order[0])[1:-1]}\",{PROMPT},accept,1999-01-01T00:00:00Z,"]
+    lines += [
+        f"{RUN_ID},{name},{PROMPT},accept,{year}-01-01T00:00:00Z," for name, year in zip(order[-2:], (1999, 2099))
+    ]
+    lines += [f'{RUN_ID},"{json.dumps(order[0])[1:-1]}",{PROMPT},accept,1999-01-01T00:00:00Z,']
     (tmp_path / "more.csv").write_text("\n".join(["run_id,image_id,prompt,mark,time,mask_digest", *lines]))
     browser.choose_file("#load", tmp_path / "more.csv")
     wait_for(browser, "4 marks are loaded")

@@ -103,7 +103,10 @@ def test_what_is_no_csv_of_marks_is_one_sentence(tmp_path, content, reason):
         ('{"kind": "vlsm.marks", "run_id": "r", "marks": [7]}', "mark 1: run_id is None; it must be a text"),
         ('{"kind": "vlsm.marks", "run_id": "r", "marks": [{"image_id": 7}]}', "image_id is 7; it must be a text"),
         ('{"kind": "vlsm.marks", "run_id": "r", "marks": [{"x": 7}]}', "unknown member 'x'"),
-        ('{"kind": "vlsm.marks", "run_id": "r", "marks": [{"image_id": "\\ud800", "prompt": "", "mark": "redo"}]}', "1:"),
+        (
+            '{"kind": "vlsm.marks", "run_id": "r", "marks": [{"image_id": "\\ud800", "prompt": "", "mark": "redo"}]}',
+            "1:",
+        ),
     ],
 )
 def test_what_is_no_json_of_marks_is_one_sentence(tmp_path, content, reason):

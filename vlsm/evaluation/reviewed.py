@@ -42,7 +42,9 @@ def leave_out_rejected(records: Sequence[Record], settings: EvaluateSettings) ->
     rejected = rejected_images(marks)
     kept = [record for record, image_id in zip(records, image_ids, strict=True) if image_id not in rejected]
     num_left_out = len(records) - len(kept)
-    logger.info("marks %s: %s left out, because their images are rejected", settings.marks, count(num_left_out, "record"))
+    logger.info(
+        "marks %s: %s left out, because their images are rejected", settings.marks, count(num_left_out, "record")
+    )
     if not kept:
         raise ConfigError(f"marks {settings.marks!r}: all images of the {count(len(records), 'record')} are rejected")
     digest = hashlib.sha256(json.dumps([run_id, sorted(rejected)]).encode()).hexdigest()

@@ -48,9 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     set_up_logging()
     try:
-        place, is_there, number = publish(
-            args.output, args.place, args.to, args.catalog, args.name, args.partition_by
-        )
+        place, is_there, number = publish(args.output, args.place, args.to, args.catalog, args.name, args.partition_by)
     except (VlsmError, OSError, ValueError) as error:
         say_error(error)
         return 2 if isinstance(error, ConfigError) else 1

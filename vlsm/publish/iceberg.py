@@ -55,7 +55,11 @@ def _open_catalog(place: str | None, catalog: str | None) -> Any:
         raise ConfigError("--to iceberg needs a local folder DEST for its catalog, or --catalog NAME")
     os.makedirs(place, exist_ok=True)
     database = os.path.abspath(os.path.join(place, _CATALOG_FILE))
-    return load_catalog("vlsm", type="sql", uri=f"sqlite:///{database}", warehouse=f"file://{os.path.abspath(place)}")
+    # pyiceberg finds credentials of S3 as every client does, but neither the endpoint nor the region
+    known = {"s3.endpoint": "AWS_ENDPOINT_URL", "s3.region": "AWS_REGION"}
+    of_s3 = {key: value for key, name in known.items() if (value := os.environ.get(name))}
+    warehouse = f"file://{os.path.abspath(place)}"
+    return load_catalog("vlsm", type="sql", uri=f"sqlite:///{database}", warehouse=warehouse, **of_s3)
 
 
 def _register(run: ProvedRun, table: Any) -> None:

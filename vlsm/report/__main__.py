@@ -10,7 +10,6 @@ from vlsm.commands import add_allow, new_parser
 from vlsm.errors import ConfigError, VlsmError
 from vlsm.shown import say, say_error, set_up_logging
 
-
 _EXAMPLES = ("masks", "trained pages/training.html", "masks review.html --gallery 1000 --gallery-px 640")
 
 

@@ -1,4 +1,4 @@
-"""The gallery of a report as a place for a review: how many masks it shows, how large, and of which run the marks are."""
+"""The gallery of a report as a place for a review: how many masks it shows, how large, and of which run."""
 
 import re
 from dataclasses import dataclass
@@ -33,7 +33,9 @@ class Gallery:
         if not 1 <= self.cards <= MAX_REVIEW_CARDS:
             raise ConfigError(f"--gallery is {self.cards}; it must be a number of masks from 1 to {MAX_REVIEW_CARDS:,}")
         if not SIDES_PX[0] <= self.side_px <= SIDES_PX[1]:
-            raise ConfigError(f"--gallery-px is {self.side_px}; it must be from {SIDES_PX[0]} to {SIDES_PX[1]:,} pixels")
+            raise ConfigError(
+                f"--gallery-px is {self.side_px}; it must be from {SIDES_PX[0]} to {SIDES_PX[1]:,} pixels"
+            )
         if self.most_mb > MAX_PAGE_MB:
             raise ConfigError(
                 f"a gallery of {self.cards:,} masks with {self.side_px:,} pixels may take {self.most_mb:,.0f} MB, and "

@@ -135,14 +135,19 @@ def _read_mark(cells: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"prompt is {_brief(cells['prompt'])}; it must have at most {MAX_NAME_BYTES:,} bytes")
     if cells["mark"] not in MARKS:
         raise ValueError(f"mark is {_brief(cells['mark'])}; it must be {', '.join(MARKS[:-1])} or {MARKS[-1]}")
-    digest = cells.get("mask_digest") or None
-    if digest is not None and not (isinstance(digest, str) and re.fullmatch(_DIGEST, digest)):
-        raise ValueError(f"mask_digest is {_brief(digest)}; it must have 16 hex digits")
-    return cells | {"time": _read_time(cells.get("time") or None), "mask_digest": digest}
+    return cells | {"time": _read_time(cells.get("time")), "mask_digest": _read_digest(cells.get("mask_digest"))}
+
+
+def _read_digest(text: Any) -> str | None:
+    if text in (None, ""):
+        return None
+    if not isinstance(text, str) or not re.fullmatch(_DIGEST, text):
+        raise ValueError(f"mask_digest is {_brief(text)}; it must have 16 hex digits")
+    return text
 
 
 def _read_time(text: Any) -> datetime.datetime | None:
-    if text is None:
+    if text in (None, ""):
         return None
     try:
         time = datetime.datetime.fromisoformat(text)
