@@ -76,11 +76,26 @@ class Browser:
         return result["result"].get("value")
 
     def press(self, key):
-        """Press a key on the focused element."""
-        text = {"text": "\r"} if key == "Enter" else {}
-        code = {"Enter": 13, "Escape": 27, "ArrowRight": 39}[key]
+        """Press a key on the focused element: a letter, or one of those below by its name."""
+        text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
+        codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        code = codes[key] if key in codes else ord(key.upper())
         self.send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=code, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
+
+    def download(self, script, folder, name):
+        """Evaluate an expression that makes the page save a file, and return the file when it is complete."""
+        self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        self.run(script)
+        while not (Path(folder) / name).exists():  # Chromium gives it its name at the end
+            self.run("new Promise(resolve => setTimeout(resolve, 20))")
+        return Path(folder) / name
+
+    def choose_file(self, selector, path):
+        """Give a local file to an input of the page."""
+        root = self.send("DOM.getDocument")["root"]["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
     def screenshot(self, path, **options):
         """Write the visible page as a PNG file."""

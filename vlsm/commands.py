@@ -26,6 +26,7 @@ COMMANDS = {
     "report": ("vlsm.report", "an HTML page about a segment run, a training or an evaluation"),
     "export": ("vlsm.export", "masks as files for other tools"),
     "labels": ("vlsm.labels", "masks that people have corrected, as a labelled dataset"),
+    "publish": ("vlsm.publish", "a proved run as a table of Delta Lake, Iceberg, Lance or DuckDB"),
     "datasets": ("vlsm.datasets", "what labelled datasets are taken for"),
     "calibrate": ("vlsm.calibration", "temperature and threshold of a checkpoint"),
     "checkpoints": ("vlsm.checkpoints", "make a checkpoint from pretrained weights"),

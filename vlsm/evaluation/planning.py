@@ -44,10 +44,11 @@ GROUPS_NAME = "groups.csv"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A planned evaluation: resolved settings and all systems to score."""
+    """A planned evaluation: resolved settings, all systems to score, and how many records a reviewer rejected."""
 
     settings: EvaluateSettings
     systems: list[System]
+    num_rejected: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -63,7 +64,7 @@ def plan_evaluation(settings: EvaluateSettings) -> tuple[Evaluation, dict[str, A
     """
     settings = name_systems(_keep_earlier_prompts(settings))
     systems, facts = plan_systems(settings)
-    return Evaluation(settings, systems), facts
+    return Evaluation(settings, systems, facts.get("num_rejected", 0)), facts
 
 
 def _keep_earlier_prompts(settings: EvaluateSettings) -> EvaluateSettings:
@@ -245,12 +246,14 @@ def _write_results(
     storage.write_bytes(storage.join(output, CSV_NAME), format_csv(table_rows).encode())
     tolerances = (settings.nsd_tolerance_px, settings.nsd_tolerance_mm)
     known = [(system.name, system.num_known, len(system.targets)) for system in evaluation.systems if system.num_known]
-    markdown = format_markdown(table_rows, baseline, telling, tolerances, known, format_groups(groups, settings))
+    of_groups, num_rejected = format_groups(groups, settings), evaluation.num_rejected
+    markdown = format_markdown(table_rows, baseline, telling, tolerances, known, of_groups, num_rejected)
     storage.write_bytes(storage.join(output, MARKDOWN_NAME), markdown.encode())
     statuses = Counter(row["status"] for row in rows)
     summary = {
         "rows": len(rows),
         **{status: statuses[status] for status in ("ok", "failed")},
+        **({} if settings.marks is None else {"rejected": num_rejected}),
         "gives_answer_away": [" ".join(key) for key in telling],
         "dice": [
             {"dataset": row.dataset, "prompt": row.prompt_name, "system": row.system, "mean": row.dice_mean}

@@ -34,6 +34,11 @@ class EvaluateSettings(Settings):
         {}, description="ensembles by name: lists of members with checkpoint, weight, flip, prompts"
     )
     masks: dict[str, str] = Field({}, description="OUTPUT of finished segment runs by name, as in --masks")
+    marks: str | None = Field(
+        None,
+        description="file of a reviewer's marks, saved by the report of a run of --masks: rejected images are left out "
+        "for all systems, and counted",
+    )
     baseline: str | None = Field(
         None, description="the system that the other systems are compared with; default: the first system"
     )
@@ -115,10 +120,12 @@ class EvaluateSettings(Settings):
     _list_prompts = field_validator("prompts", "groups", mode="before")(one_is_a_list)
     _list_members = field_validator("systems", mode="before")(each_one_is_a_list)
 
-    @field_validator("datasets", "masks", "checkpoints")
+    @field_validator("datasets", "masks", "checkpoints", "marks")
     @classmethod
     def _make_absolute(cls, value: Any) -> Any:
         """Return absolute locations, because a rerun may start in another working directory."""
+        if value is None or isinstance(value, str):
+            return value and storage.absolute(value)
         if isinstance(value, dict):
             return {name: storage.absolute(uri) for name, uri in value.items()}
         return tuple(map(storage.absolute, value))

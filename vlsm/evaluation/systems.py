@@ -21,6 +21,7 @@ from vlsm.evaluation.groups import check_groups
 from vlsm.evaluation.matching import match_images
 from vlsm.evaluation.places import allow_images
 from vlsm.evaluation.prompts import match_texts, needs_stored, report_stored, texts_of
+from vlsm.evaluation.reviewed import leave_out_rejected
 from vlsm.evaluation.settings import EvaluateSettings
 from vlsm.runs.carried import carried_names
 from vlsm.runs.facts import checkpoint_fact
@@ -183,7 +184,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
     Raises:
         VlsmError: a dataset, a checkpoint or a segment run cannot be used.
     """
-    records = read_test_records(settings)
+    records, of_review = leave_out_rejected(read_test_records(settings), settings)
     systems, digests, checkpoints = [], {}, {}
     folders = _name_folders(settings.systems)
     image_ids, is_stored_used = _name_images(records), needs_stored(records, settings)
@@ -223,6 +224,7 @@ def plan_systems(settings: EvaluateSettings) -> tuple[list[System], dict[str, An
         "mask_runs": run_ids,
         "records_digest": digest,
         "num_records": dict(Counter(record.dataset for record in records)),
+        **of_review,
     }
 
 

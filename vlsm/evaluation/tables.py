@@ -24,6 +24,7 @@ from vlsm.evaluation.statistics import (
     values_of,
 )
 from vlsm.segmentation.metrics import BAD_DICE
+from vlsm.words import count
 
 
 @dataclass(frozen=True)
@@ -204,13 +205,14 @@ _KNOWN = """\
 good. The number of such labels, as far as the record of a training lies beside its checkpoint:"""
 
 
-def format_markdown(
+def format_markdown(  # noqa: PLR0913 - all that the file tells
     rows: Sequence[TableRow],
     baseline: str,
     telling: Mapping[tuple[str, str], str],
     tolerances: tuple[float, float | None] = (TOLERANCE_PX, None),
     known: Sequence[tuple[str, int, int]] = (),
     groups: Sequence[str] = (),
+    num_rejected: int = 0,
 ) -> str:
     """Return the table as Markdown: prompts known beforehand, upper bounds, robustness; presence, lesions, groups.
 
@@ -221,11 +223,14 @@ def format_markdown(
         tolerances: of the normalised surface distance, in pixels and in mm.
         known: systems that have learned from images here: name, number of such images, number of all images.
         groups: the section about groups.
+        num_rejected: number of records that are left out, because a reviewer rejected their images.
     """
     units = zip(tolerances, ("pixels", "mm"), strict=True)
     within = " or ".join(f"{value:g} {unit}" for value, unit in units if value is not None)
     rules = _RULES.format(baseline=markdown_cell(baseline), tolerances=within)
     sections = ["# Scores", rules.strip(), *([_PATIENTS] if any(row.patients_n is not None for row in rows) else [])]
+    if num_rejected:
+        sections.append(f"Left out, because a reviewer rejected their images: {count(num_rejected, 'record')}.")
     if known:
         notes = [f"- {markdown_cell(name)}: {number:,} of {total:,}" for name, number, total in known]
         sections.append(f"{_KNOWN}\n\n" + "\n".join(notes))

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Colour = tuple[int, int, int]
 
+_CONTOUR_LETTERS = 13  # of the shortest contour in a path
 _GREEN = (0, 230, 118)
 _MAGENTA = (255, 64, 200)
 # Okabe and Ito's colours without black, which differ for every kind of colour vision, and white
@@ -186,6 +187,41 @@ def shrink_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     share = np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BOX))
     return np.asarray(share >= min(128, max(1, int(share.max()))))
+
+
+def outline_path(mask: np.ndarray, side: int, most_letters: int) -> tuple[str, tuple[int, int]]:
+    """Return the outlines of a mask as the path of an SVG, and the (width, height) of the path's coordinates.
+
+    The lines run through the middle of the outermost pixels of each region and each hole. A mask whose path would be
+    longer than `most_letters` is drawn with coarser pixels.
+
+    Args:
+        mask: (H, W) uint8 of 0 and 1.
+        side: most pixels on the longer side of the coordinates; a smaller mask keeps its size.
+        most_letters: longest path; at least 1,000.
+
+    Returns:
+        The path, empty for an empty mask, and the size.
+    """
+    import cv2  # imported here because most users of this module draw no paths
+
+    while True:
+        scale = min(1.0, side / max(mask.shape))
+        size = (max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale)))
+        shape = shrink_mask(mask, size).astype(np.uint8) if mask.any() else np.zeros(size[::-1], np.uint8)
+        contours, _ = cv2.findContours(shape, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+        if len(contours) * _CONTOUR_LETTERS <= most_letters:
+            path = "".join(_contour_path(cv2.approxPolyDP(each, 0.7, True)[:, 0]) for each in contours)
+            if len(path) <= most_letters:
+                return path, size
+        side = max(size) // 2
+
+
+def _contour_path(points: np.ndarray) -> str:
+    """Return a closed line through points (N, 2) as a part of a path: its start, then the steps between points."""
+    (x, y), steps = points[0].tolist(), np.diff(points, axis=0).tolist()
+    lines = " ".join(f"{right} {down}" for right, down in steps).replace(" -", "-")
+    return f"M{x + 0.5} {y + 0.5}l{lines or '0 0'}z"  # a step of no length is a dot, for a region of one pixel
 
 
 def outline(mask: np.ndarray, thickness: int) -> np.ndarray:

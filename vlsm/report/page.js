@@ -1,5 +1,6 @@
 "use strict";
 // The gallery's filters and order, and the viewer. All text is set as text: names come from anywhere.
+const gallery = { onShow: () => {} }; // for review.js
 (() => {
   const viewer = document.getElementById("viewer");
   const shown = document.getElementById("shown");
@@ -9,7 +10,8 @@
     const item = button.closest("li");
     const pictures = document.createElement("div");
     pictures.className = "pictures";
-    for (const part of button.querySelectorAll("img, .problem")) pictures.append(part.cloneNode(true));
+    for (const part of button.querySelectorAll(":scope > :not(.title)")) pictures.append(part.cloneNode(true));
+    gallery.pictures = pictures;
     const title = document.createElement("h2");
     title.textContent = button.querySelector(".title").textContent;
     const texts = [...item.querySelectorAll(".keys, .facts")].map((part) => part.cloneNode(true));
@@ -17,12 +19,17 @@
     current = button;
     if (!viewer.open) viewer.showModal();
     viewer.scrollTop = 0;
+    gallery.onShow(item);
+  };
+  const neighbour = (item, by) => {
+    const items = [...item.closest("ul").querySelectorAll("li:not([hidden])")];
+    return items[items.indexOf(item) + by];
   };
   const step = (by) => {
-    const list = [...current.closest("ul").querySelectorAll("li:not([hidden]) .open")];
-    const next = list[list.indexOf(current) + by];
-    if (next) show(next);
+    const next = neighbour(current.closest("li"), by);
+    if (next) show(next.querySelector(".open"));
   };
+  Object.assign(gallery, { show, neighbour, viewer, shown: () => current });
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button.open");
     if (button) show(button);
@@ -30,8 +37,8 @@
   });
   viewer.addEventListener("close", () => current && current.focus());
   viewer.addEventListener("keydown", (event) => {
-    if (event.key === "ArrowLeft") step(-1);
-    if (event.key === "ArrowRight") step(1);
+    if (event.key === "ArrowLeft" || event.key === "k") step(-1);
+    if (event.key === "ArrowRight" || event.key === "j") step(1);
   });
   document.getElementById("close").addEventListener("click", () => viewer.close());
   document.getElementById("previous").addEventListener("click", () => step(-1));
@@ -58,6 +65,7 @@
   }));
   const search = document.getElementById("search");
   const sort = document.getElementById("sort");
+  const marks = document.getElementById("marks"); // of a review
   const bound = (input) => (input.value === "" ? null : Number(input.value));
 
   const inRange = (card, { name, inputs: [from, to] }) => {
@@ -69,6 +77,7 @@
   const matches = (card) =>
     selects.every((select) => !select.value || wordsOf(card, select.dataset.word).includes(select.value)) &&
     ranges.every((range) => inRange(card, range)) &&
+    (!marks?.value || marks.value === (card.item.dataset.row ? card.item.dataset.mark ?? "unmarked" : "")) &&
     `${card.title}\n${card.words.prompt ?? ""}`.toLowerCase().includes(search.value.trim().toLowerCase());
 
   const ordered = () => {
@@ -89,7 +98,8 @@
     const found = order.filter(matches);
     const visible = new Set(found.slice(0, limit));
     for (const card of cards) card.item.hidden = !visible.has(card);
-    list.append(...order.map((card) => card.item));
+    // an element that is moved loses the focus
+    if (order.some((card, index) => list.children[index] !== card.item)) list.append(...order.map((card) => card.item));
     more.hidden = found.length <= limit;
     document.getElementById("count").textContent = found.length
       ? `${found.length} of ${cards.length}`
@@ -103,7 +113,9 @@
     limit += STEP;
     draw();
   });
+  Object.assign(gallery, { draw, more });
   controls.addEventListener("input", update);
+  marks?.addEventListener("input", update);
   controls.addEventListener("submit", (event) => event.preventDefault());
   controls.addEventListener("reset", () => setTimeout(update));
   controls.hidden = false;

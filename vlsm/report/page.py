@@ -13,14 +13,15 @@ from markupsafe import Markup
 
 from vlsm.report.charts import LineChart, Ridge
 from vlsm.report.glossary import OF_LIST, explain, explain_all, label, name_value, title
-from vlsm.report.pictures import Key, Picture, shorten
+from vlsm.report.pictures import Key, Layer, Picture, shorten
 from vlsm.report.survey import METRICS, carried_values, review_reasons, row_key
 from vlsm.runs.extremes import WHOLE
-from vlsm.shown import hide_secrets_in, show, show_lines
+from vlsm.shown import hide_secrets_in, public_uri, show, show_lines
 from vlsm.version import __version__
 
 PART = "part of the image"  # of a mask that is neither empty nor whole; not worth a line
 _CARD_WORDS = ("dataset", "split", "system", "prompt_name", "prompt", "status", "review", "mask")
+_FILES = {"css": ("page",), "js": ("page",)}
 _MAX_CONFIG = 100_000  # characters; the page stays small also if the run has many settings
 _MAX_TABLE_ROWS = 300
 
@@ -65,6 +66,8 @@ class Case:
         words: texts of the row, for display and for the gallery's filters; several of one kind as a tuple.
         numbers: metrics of the row, for the gallery's ranges.
         keys: colours (#rrggbb) and names of what is drawn in the picture.
+        layer: the outline on the picture of the gallery, which a reviewer can hide; or None.
+        row: image_id, prompt and digest of the mask, by which a reviewer's mark names the mask; empty: no mask.
     """
 
     title: str
@@ -74,6 +77,8 @@ class Case:
     words: dict[str, str | tuple[str, ...]]
     numbers: dict[str, float]
     keys: Sequence[tuple[str, str]] = ()
+    layer: Layer | None = None
+    row: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class Page:
         record: content of config.yaml.
         facts: label and text of each fact about the origin of the results.
         about: label, text and tone ("warn" or "") of what the results are of, on the first screen.
+        run_id: the segment run whose masks a reviewer marks in the gallery; empty: none.
     """
 
     kind: str
@@ -119,6 +125,7 @@ class Page:
     record: dict[str, Any] = field(default_factory=dict)
     facts: Sequence[tuple[str, str]] = ()
     about: Sequence[tuple[str, str, str]] = ()
+    run_id: str = ""
 
 
 def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = False) -> Case:
@@ -137,7 +144,17 @@ def as_case(row: dict[str, Any], pictures: dict[Key, Picture], is_large: bool = 
     facts = [(METRICS[name], format_number(value)) for name, value in numbers.items()]
     picture = pictures.get(row_key(row)) or Picture(problem="its mask is no longer in the run")
     uris = picture.case if is_large else (picture.card,) if picture.card else ()
-    return Case(shorten(str(row["image_id"]), 200), uris, picture.problem, facts, words, numbers)
+    key = (public_uri(str(row["image_id"])), str(row.get("prompt") or ""), picture.mask_digest)
+    return Case(
+        title=shorten(str(row["image_id"]), 200),
+        uris=uris,
+        problem=picture.problem,
+        facts=facts,
+        words=words,
+        numbers=numbers,
+        layer=None if is_large else picture.layer,
+        row=key if picture.mask_digest else (),
+    )
 
 
 def as_table(rows: Iterable[dict[str, Any]], note: str = "") -> Table:
@@ -194,7 +211,8 @@ def provenance(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def render(page: Page) -> str:
     """Return the page as HTML. All data are escaped; a security policy forbids scripts and sources from outside."""
-    parts = {name: _read(f"page.{name}") for name in ("css", "js")}
+    files = {"css": ("page", "review"), "js": ("page", "mark_files", "review")} if page.run_id else _FILES
+    parts = {kind: "\n".join(_read(f"{name}.{kind}") for name in names) for kind, names in files.items()}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_show
     )

@@ -167,8 +167,13 @@ def failures(survey: Survey, unit: str) -> list[Section]:
     return [Section("failures", "Failures", tables=[table])]
 
 
-def show(
-    ends: Ends, sample: Sample, painter: Painter, columns: Sequence[str], tables: Tables | None
+def show(  # noqa: PLR0913 - all that decides the cards
+    ends: Ends,
+    sample: Sample,
+    painter: Painter,
+    columns: Sequence[str],
+    tables: Tables | None,
+    most_cards: int = MAX_CARDS,
 ) -> tuple[list[tuple[str, str, list[Case]]], list[Case]]:
     """Return the extreme rows as groups of large cases, and these rows and a sample as cards, with their pictures.
 
@@ -178,6 +183,7 @@ def show(
         painter: draws a row.
         columns: columns of the part files that the painter needs.
         tables: the files of the rows; None if the rows have all columns already.
+        most_cards: the most cards.
     """
     most = MAX_CASES // max(5, len(ends))
     groups = [(name, note, extremes.rows(most)) for name, note, extremes in ends]
@@ -185,8 +191,8 @@ def show(
     most = max(2, len(images) // 3)  # of few images, the best are not the worst once more
     groups = [(name, note, rows[:most]) for name, note, rows in groups]
     extreme_rows = [row for *_, rows in groups for row in rows]
-    cards = {row_key(row): row for row in (*extreme_rows, *sample.rows(MAX_CARDS))}
-    cards = dict(itertools.islice(cards.items(), MAX_CARDS))
+    cards = {row_key(row): row for row in (*extreme_rows, *sample.rows(most_cards))}
+    cards = dict(itertools.islice(cards.items(), most_cards))
     pictures = paint(cards.values(), {row_key(row) for row in extreme_rows}, painter, columns, tables)
     large = [
         (name, note, [as_case(row, pictures, is_large=True) for row in rows]) for name, note, rows in groups if rows

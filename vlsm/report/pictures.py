@@ -14,9 +14,10 @@ from PIL import Image
 
 from vlsm import storage
 from vlsm.errors import StorageError, VlsmError
-from vlsm.images.overlays import draw_outlines, outline, shrink_mask
+from vlsm.images.overlays import draw_outlines, outline, outline_path, shrink_mask
 from vlsm.images.reader import Reader
 from vlsm.report.survey import FILE, KEY, row_key
+from vlsm.runs.marks import digest_mask
 from vlsm.runs.tables import Tables
 from vlsm.segmentation import masks
 from vlsm.shown import hide_secrets, public_uri
@@ -24,10 +25,11 @@ from vlsm.shown import hide_secrets, public_uri
 # Okabe and Ito's sky blue and orange differ for every kind of colour vision. The dashes also differ without colours.
 PREDICTION, TARGET = (86, 180, 233), (230, 159, 0)
 # A page has at most 30 cases with two pictures each, 6 pictures of all prompts, and 240 cards:
-# (66 * 45 kB + 240 * 14 kB) * 4 / 3 = 8.4 MB in base64.
+# (66 * 45 kB + 240 * 14 kB) * 4 / 3 = 8.4 MB in base64. With cards for a review, 9.8 MB.
 MAX_CASES, MAX_CARDS = 30, 240
 _CASE_PX, _CASE_BYTES = 600, 45_000
 _CARD_PX, _CARD_BYTES = 240, 14_000
+_LAYER_LETTERS = 3_000
 
 _FOLDERS = re.compile(r"(?<![\w.])(?:\w+:/)?/(?:[^\s/#]+/)+")
 
@@ -36,18 +38,45 @@ Masks = tuple[np.ndarray | None, np.ndarray | None]
 
 
 @dataclass(frozen=True)
+class CardSize:
+    """The size of the pictures of cards.
+
+    Attributes:
+        side_px: longer side in pixels.
+        num_bytes: most bytes of a picture.
+        has_layer: the prediction's outline is a layer of its own, which a reviewer can hide.
+    """
+
+    side_px: int = _CARD_PX
+    num_bytes: int = _CARD_BYTES
+    has_layer: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An outline as the path of an SVG, and the (width, height) of its coordinates."""
+
+    path: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Picture:
     """The pictures of a row.
 
     Attributes:
-        card: data URI of the small image with outlines.
+        card: data URI of the small image with outlines, or without them if there is a layer.
         case: data URIs of the large image with outlines and without; empty if the row is shown only as a card.
         problem: why there are no pictures, or None.
+        layer: the prediction's outline on the card, which the page can hide; or None.
+        mask_digest: see `vlsm.runs.marks.digest_mask`.
     """
 
     card: str = ""
     case: tuple[str, ...] = ()
     problem: str | None = None
+    layer: Layer | None = None
+    mask_digest: str = ""
 
 
 class Painter:
@@ -56,10 +85,13 @@ class Painter:
     Args:
         reader: reader of the images.
         read_masks: returns a row's prediction and target, each (H, W) with values 0 and 1, or None.
+        size: size of the cards.
     """
 
-    def __init__(self, reader: Reader, read_masks: Callable[[dict[str, Any]], Masks]) -> None:
-        self._reader, self._read_masks = reader, read_masks
+    def __init__(
+        self, reader: Reader, read_masks: Callable[[dict[str, Any]], Masks], size: CardSize | None = None
+    ) -> None:
+        self._reader, self._read_masks, self._size = reader, read_masks, size or CardSize()
         self._away: set[str] = set()
         self._store_errors: tuple[type[Exception], ...] = (StorageError, *storage.store_errors())
         unreadable = (VlsmError, ValueError, TypeError)  # also damaged run lengths
@@ -82,7 +114,8 @@ class Painter:
             return Picture(problem=describe_error(row | {"error": str(error)}))
         if any(mask is not None and mask.shape != image.shape[:2] for mask in (prediction, target)):
             return Picture(problem="the size of its image has changed since the run")
-        return draw_outlined(image, (prediction, target), is_case)
+        picture = draw_outlined(image, (prediction, target), is_case, self._size)
+        return replace(picture, mask_digest=digest_mask(row.get("mask_rle")))
 
     def draw_together(self, row: dict[str, Any], masks: Sequence[np.ndarray]) -> str | None:
         """Return the image of a row with the outlines of several masks, as a data URI; None if it cannot be read."""
@@ -166,13 +199,17 @@ def read_rle_masks(row: dict[str, Any]) -> Masks:
     return prediction, target
 
 
-def draw_outlined(image: np.ndarray, outlines: Masks, is_case: bool) -> Picture:
+def draw_outlined(image: np.ndarray, outlines: Masks, is_case: bool, size: CardSize | None = None) -> Picture:
     """Return the pictures of an image (H, W, 3) uint8 with the outlines of its prediction and target."""
-    outlined, _ = _fit(image, outlines, _CARD_PX)
-    card = _data_uri(outlined, _CARD_BYTES)
-    return Picture(
-        card, tuple(_data_uri(each, _CASE_BYTES) for each in _fit(image, outlines, _CASE_PX)) if is_case else ()
-    )
+    size, layer = size or CardSize(), None
+    if size.has_layer:
+        card = _resize(image, size.side_px)
+        if outlines[0] is not None:
+            layer = Layer(*outline_path(outlines[0], 2 * size.side_px, _LAYER_LETTERS))  # fine enough for a zoom
+    else:
+        card, _ = _fit(image, outlines, size.side_px)
+    case = tuple(_data_uri(each, _CASE_BYTES) for each in _fit(image, outlines, _CASE_PX)) if is_case else ()
+    return Picture(_data_uri(card, size.num_bytes), case, layer=layer)
 
 
 def _fit(image: np.ndarray, outlines: Masks, side: int) -> tuple[Image.Image, Image.Image]:

@@ -11,6 +11,7 @@ from vlsm.report import parts
 from vlsm.report.page import Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks
 from vlsm.report.prompts import draw_prompts
+from vlsm.report.reviews import Gallery, review_id
 from vlsm.report.survey import Extremes, Survey, scan
 from vlsm.runs.extremes import EMPTY, MASKS, WHOLE, WHOLE_IMAGE, describe_extremes, find_empty, find_whole
 from vlsm.runs.facts import recorded_calibrations
@@ -19,8 +20,8 @@ from vlsm.runs.results import open_results
 from vlsm.words import count
 
 
-def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
-    """Return the report page of a segment run.
+def segmentation_page(output: str, title: str, allow: tuple[str, ...] = (), gallery: Gallery | None = None) -> Page:
+    """Return the report page of a segment run. Its gallery is for a review, if the record of the run has its id.
 
     Raises:
         ConfigError: there is no run at OUTPUT, or the run has no masks yet.
@@ -32,7 +33,8 @@ def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> P
     uris = [member.checkpoint for member in members]
     checkpoints = parts.name_checkpoints(uris, 1)
     known = parts.read_calibrations(checkpoints, output, allow, recorded_calibrations(uris, record.get("checkpoints")))
-    survey = Survey(metric="confidence", group="prompt", counts_images=True)
+    gallery, run_id = gallery or Gallery(), review_id(record)
+    survey = Survey(metric="confidence", group="prompt", counts_images=True, most_rows=gallery.cards)
     ends = [
         ("Least confident", "lowest mean probability inside the mask", Extremes("confidence")),
         ("Least agreement", "between the ensemble's members", Extremes("agreement")),
@@ -50,9 +52,9 @@ def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> P
     if survey.num_whole:
         ends.append(("Masks of the whole image", "a random sample of the masks that cover it", whole))
 
-    painter = Painter(parts.open_reader(config, output, allow), read_rle_masks)
+    painter = Painter(parts.open_reader(config, output, allow), read_rle_masks, gallery.card_size(bool(run_id)))
     columns = ["mask_rle", "height", "width"]
-    groups, cards = parts.show(ends, survey.sample, painter, columns, results)
+    groups, cards = parts.show(ends, survey.sample, painter, columns, results, gallery.cards)
     return Page(
         kind="Segment run",
         title=title,
@@ -75,6 +77,7 @@ def segmentation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> P
         record=record,
         facts=[*provenance(record), ("Model", ", ".join(survey.values["model"]))],
         about=_about(record, survey, len(checkpoints), known),
+        run_id=run_id if any(card.row for card in cards) else "",
     )
 
 

@@ -34,7 +34,7 @@ ROW = pa.schema(
 _BATCH_ROWS, _BATCH_BYTES = 1 << 14, 1 << 26
 _MOST_LETTERS = 1 << 13  # of a text; lists have no longer ones
 _MAX_VALUES = 1000  # distinct values that are counted separately; a run may have as many prompts as images
-_MAX_STRATA, _PER_STRATUM, _CANDIDATES = 200, 240, 512
+_MAX_STRATA, _SAMPLE_ROWS, _CANDIDATES = 200, 240, 512
 _OTHERS = "others"
 
 
@@ -154,10 +154,15 @@ class Extremes:
 
 
 class Sample:
-    """A random sample, stratified by dataset, split, system, prompt, status, review and range of a metric."""
+    """A random sample, stratified by dataset, split, system, prompt, status, review and range of a metric.
 
-    def __init__(self, metric: str) -> None:
-        self._metric = metric
+    Args:
+        metric: a metric of ROW.
+        most_rows: the most rows that `rows` is asked for.
+    """
+
+    def __init__(self, metric: str, most_rows: int = _SAMPLE_ROWS) -> None:
+        self._metric, self._most_rows = metric, most_rows
         self._strata: dict[str, int] = {}
         self._kept = ROW.append(pa.field("stratum", pa.int64())).empty_table()
 
@@ -174,17 +179,19 @@ class Sample:
                 self._strata.setdefault(text, len(self._strata))
         strata = pc.fill_null(pc.index_in(texts, pa.array(list(self._strata), pa.string())), _MAX_STRATA)
         merged = pa.concat_tables([self._kept, table.append_column("stratum", strata.cast(pa.int64()))])
-        merged = merged.sort_by([("stratum", "ascending"), ("priority", "ascending")])
-        numbers = merged["stratum"].to_numpy()
-        rank = np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
-        self._kept = merged.filter(pa.array(rank < _PER_STRATUM)).combine_chunks()
+        # more rows only push others back: a row that is not among the first now is not among them later
+        self._kept = self._first(merged, self._most_rows).combine_chunks()
 
     def rows(self, number: int) -> list[dict[str, Any]]:
         """Return `number` rows, evenly from all strata: one of each stratum, then a second one of each, and so on."""
-        numbers = self._kept["stratum"].to_numpy()
+        return self._first(self._kept, number).drop_columns(["stratum"]).to_pylist()
+
+    @staticmethod
+    def _first(table: pa.Table, number: int) -> pa.Table:
+        table = table.sort_by([("stratum", "ascending"), ("priority", "ascending")])
+        numbers = table["stratum"].to_numpy()
         rank = np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
-        order = np.lexsort((self._kept["priority"].to_numpy(), rank))[:number]
-        return self._kept.take(pa.array(order)).to_pylist()
+        return table.take(pa.array(np.lexsort((table["priority"].to_numpy(), rank))[:number]))
 
 
 @dataclass
@@ -203,12 +210,14 @@ class Survey:
         num_empty, num_whole: number of good rows whose mask is empty, and whose mask covers the whole image.
         reasons: number of failures by reason.
         examples: the first failed rows of each reason.
+        most_rows: the most rows of its sample.
         counts_images: count failures of images, as status and summary of a segment run do, and not of rows.
     """
 
     metric: str
     group: str
     counts_images: bool = False
+    most_rows: int = _SAMPLE_ROWS
     num_rows: int = 0
     images: Counter[str] = field(default_factory=Counter)
     values: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -222,7 +231,7 @@ class Survey:
     _last_id: str | None = None
 
     def __post_init__(self) -> None:
-        self.sample = Sample(self.metric)
+        self.sample = Sample(self.metric, self.most_rows)
 
     def total(self, metric: str) -> Distribution | None:
         """Return the distribution of a metric over all groups, or None if no row has the metric."""

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from vlsm.checkpoints import Calibration, CheckpointSettings
 from vlsm.shown import public_uri
 
-DESCRIPTIVE = {"checkpoints", "num_records"}
+DESCRIPTIVE = {"checkpoints", "num_records", "num_rejected"}
 
 
 def checkpoint_fact(checkpoint: CheckpointSettings) -> dict[str, Any]:
