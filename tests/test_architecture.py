@@ -27,7 +27,7 @@ FLOORS = (
     {"checkpoints", "datasets"},
     {"segmentation"},
     {"runs"},
-    {"export", "training"},
+    {"export", "select", "training"},
     {"calibration", "evaluation"},
     {"report"},
 )

@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": ("jobs.verify", "prove that every planned image has its rows"),
     "report": ("vlsm.report", "an HTML page about a segment run, a training or an evaluation"),
     "export": ("vlsm.export", "masks as files for other tools"),
+    "select": ("vlsm.select", "a list of the images to label next"),
     "datasets": ("vlsm.datasets", "what labelled datasets are taken for"),
     "calibrate": ("vlsm.calibration", "temperature and threshold of a checkpoint"),
     "checkpoints": ("vlsm.checkpoints", "make a checkpoint from pretrained weights"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from vlsm.archive.columns import Cells, Columns, parse_texts, shorten
-from vlsm.cells import INDEX_COLUMNS, read_cell
+from vlsm.cells import CHOICE_COLUMNS, INDEX_COLUMNS, read_cell
 from vlsm.documents import parse_json
 from vlsm.errors import ManifestError
 from vlsm.images.formats import file_name
@@ -71,7 +71,8 @@ def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -
     header, delimiter, lines = read_header(text, uri, columns)
     is_padded = any(name != name.strip(" ") for name in header)
     found = columns.require(header, uri, also)
-    is_ours = tuple(header[: len(INDEX_COLUMNS)]) == INDEX_COLUMNS  # the index of an export
+    # the index of an export, or the images to label next
+    is_ours = any(tuple(header[: len(ours)]) == ours for ours in (INDEX_COLUMNS, CHOICE_COLUMNS))
     rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=is_padded)
     for number, cells in enumerate(_read_rows(rows, uri)):
         if number == 0 or not any(map(str.strip, cells)):  # the header, or blank cells
