@@ -166,9 +166,9 @@ def write_page(output: Path, arms: Sequence[Arm]) -> Path:
     reasons = Counter((row["round"], row["why"]) for arm in arms for row in arm.chosen)
     counts = [{"round": number, "why": why, "images": images} for (number, why), images in sorted(reasons.items())]
     intro = (
-        f"A model learned from {sizes[0]} images. In each of {NUM_ROUNDS} rounds, {NUM_CHOSEN} more were labelled: those "
-        "that vlsm select chose with the last model, or random ones. This is one seed and a small test: the curves of "
-        "another seed differ."
+        f"A model learned from {sizes[0]} images. In each of {NUM_ROUNDS} rounds, {NUM_CHOSEN} more were labelled: "
+        "those that vlsm select chose with the last model, or random ones. This is one seed and a small test: the "
+        "curves of another seed differ."
     )
     page = Page(
         kind="Labelling in rounds",

@@ -271,6 +271,14 @@ def test_the_embedding_of_an_image_serves_all_its_prompts(select, tmp_path):
     assert [row["distance"] for row in found] == [None, 1, 1, 1]
 
 
+def test_rows_are_found_in_every_piece_of_a_large_part(select, tmp_path):
+    sure = {3: 0.5, 700: 0.6, 1029: 0.7}  # parts are read in pieces of 256 rows
+    rows = [make_row(number, confidence=sure.get(number, 0.99)) for number in range(1030)]
+    output = write_run(tmp_path / "out", rows, parts=1)
+    found = select(output, "--count", 3, "--by", "uncertainty")
+    assert [(row["image_id"], row["confidence"]) for row in found] == [("003", 0.5), ("700", 0.6), ("1029", 0.7)]
+
+
 def test_a_csv_has_the_same_rows_is_safe_in_a_spreadsheet_and_is_a_list_itself(segmented, select, tmp_path):
     rows = [row | {"patient_id": "=1+1"} for row in segmented if row["status"] == "ok"]
     output = write_run(tmp_path / "out", rows)

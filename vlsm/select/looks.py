@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from vlsm.datasets.inspection import perceptual_hash
 from vlsm.errors import ImageError, ResultError
@@ -36,7 +37,8 @@ def rows_at(
         start = before[1] if before[0] == uri else 0
         before = uri, start + len(piece)
         wanted = sorted(row for row in by_part[numbers[uri]] if start <= row < before[1])
-        for row, values in zip(wanted, piece.take([row - start for row in wanted]).to_pylist(), strict=True):
+        chosen = piece.take(pa.array([row - start for row in wanted], pa.int64()))
+        for row, values in zip(wanted, chosen.to_pylist(), strict=True):
             yield (numbers[uri], row), values
 
 
