@@ -128,7 +128,9 @@ def add_round(output: Path, arm: Arm, number: int, seed: int) -> None:
     # the random images need no masks of their own: the masks only name the images that there are
     masks, list_path, known = output / "chosen" / str(number) / "masks", folder / "next.csv", folder / "known.csv"
     if not masks.exists():
-        logger.info("python -m jobs.segment '%s/drawn/images/pool_*' %s --checkpoint %s", output, masks, arm.model)
+        logger.info(
+            "python -m jobs.segment '%s/drawn/images/pool_*' %s --checkpoint %s/checkpoint", output, masks, arm.model
+        )
         segment(
             SegmentSettings(
                 input=str(output / "drawn" / "images" / "pool_*"),
@@ -139,8 +141,9 @@ def add_round(output: Path, arm: Arm, number: int, seed: int) -> None:
         )
     with known.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("image_uri",), *((image,) for image in arm.labelled)])
-    logger.info("python -m vlsm.select %s %s --count %d --exclude %s", masks, list_path, NUM_CHOSEN, known)
     wish = Wish(NUM_CHOSEN, random_share=ARMS[arm.name], seed=seed + number)
+    words = f"--count {wish.number} --random {wish.random_share:g} --seed {wish.seed} --exclude {known}"
+    logger.info("python -m vlsm.select %s %s %s", masks, list_path, words)
     logger.info("%s", select_images(str(masks), str(list_path), wish, Scope(exclude=[str(known)])))
     with list_path.open(encoding="utf-8", newline="") as file:
         chosen = [row | {"round": str(number)} for row in csv.DictReader(file)]

@@ -94,11 +94,12 @@ class Looks:
         return found
 
     def _hashes(self, places: Sequence[Place]) -> dict[Place, Vector | None]:
-        logger.info(
-            "OUTPUT has no embeddings: %s are read again, and compared by perceptual hashes; a run with "
-            "embedding=true compares better",
-            count(len(places), "image"),
-        )
+        if not self._known:
+            logger.info(
+                "OUTPUT has no embeddings: %s are read again, and compared by perceptual hashes; a run with "
+                "embedding=true keeps embeddings",
+                count(len(places), "image"),
+            )
         reader = self._open_reader()
 
         def look(row: dict[str, Any]) -> Vector | None:
