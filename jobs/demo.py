@@ -1,5 +1,7 @@
 """Run the whole workflow in a few minutes: draw a labelled archive, train, segment another archive, score, report.
 
+With --loop it labels in rounds, as `jobs.demo_loop` says, which takes about ten minutes.
+
 labelled/        drawn images with a lesion and a stone each, and a mask of each object: `anns/ images/ masks/`
 clipseg/         a tiny CLIPSeg with random weights; it replaces the published one
 training/        output of `python -m jobs.train training --dataset drawn=labelled --set model=vlsm_b ...`
@@ -34,8 +36,8 @@ from vlsm.training.settings import OptimSettings, TrainRunSettings, TrainSetting
 from vlsm.words import count
 
 SPLITS, NUM_ARCHIVE = {"train": 240, "val": 20}, 60
-_SIDES_PX = (96, 256)  # range of the height and width of images
-_IMAGE_SIZE, _WIDTH = 80, 8  # 1/8 of the width of the published UNet-D
+SIDES_PX = (96, 256)  # range of the height and width of images
+IMAGE_SIZE, WIDTH = 80, 8  # 1/8 of the width of the published UNet-D
 _LAYERS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 OPTIM = OptimSettings(epochs=8, lr=4e-3, batch_size=8, ce_weight=1.0, clip_norm=1.0, warmup_epochs=1)
 
@@ -49,13 +51,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed of the images and the training (0)"
     )
+    parser.add_argument(
+        "--loop",
+        action="store_true",
+        help="train on few images, segment, select, label, train again; compare it with a random choice",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = make_parser().parse_args(argv)
-    return run_command(lambda: tell(Path(args.output).resolve(), args.seed))
+    output = Path(args.output).resolve()
+    if args.loop:
+        from jobs.demo_loop import tell_loop
+
+        return run_command(lambda: tell_loop(output, args.seed))
+    return run_command(lambda: tell(output, args.seed))
 
 
 def tell(output: Path, seed: int = 0) -> None:
@@ -65,7 +77,7 @@ def tell(output: Path, seed: int = 0) -> None:
         output=str(output / "training"),
         datasets={"drawn": str(output / "labelled")},
         model="vlsm_b",
-        options={"source": str(output / "clipseg"), "image_size": _IMAGE_SIZE, "width": _WIDTH, "dropout": 0},
+        options={"source": str(output / "clipseg"), "image_size": IMAGE_SIZE, "width": WIDTH, "dropout": 0},
         seed=seed,
         start_over=True,
         optim=OPTIM,
@@ -108,8 +120,8 @@ def tell(output: Path, seed: int = 0) -> None:
 def draw(output: Path, seed: int) -> None:
     """Write the labelled images, the archive with two broken files, and the tiny CLIPSeg."""
     logger.info("drawing %d labelled and %d other images below %s", sum(SPLITS.values()), NUM_ARCHIVE, output)
-    write_labelled(output / "labelled", SPLITS, seed, _SIDES_PX)
-    write_labelled(output / "archive", {"test": NUM_ARCHIVE}, seed + 1000, _SIDES_PX)
+    write_labelled(output / "labelled", SPLITS, seed, SIDES_PX)
+    write_labelled(output / "archive", {"test": NUM_ARCHIVE}, seed + 1000, SIDES_PX)
     images = output / "archive" / "images"
     (images / "broken_truncated.jpg").write_bytes((images / "test_0001.jpg").read_bytes()[:1500])
     (images / "broken_empty.png").write_bytes(b"")
@@ -126,7 +138,7 @@ def write_tiny_clipseg(folder: Path, seed: int) -> None:
     write_clipseg(
         folder,
         text_config={**_LAYERS, "num_hidden_layers": 2, "vocab_size": 500, "max_position_embeddings": 16},
-        vision_config={**_LAYERS, "num_hidden_layers": 4, "image_size": _IMAGE_SIZE},
+        vision_config={**_LAYERS, "num_hidden_layers": 4, "image_size": IMAGE_SIZE},
         projection_dim=64,
         reduce_dim=32,
         extract_layers=[0, 1, 3],

@@ -27,7 +27,7 @@ FLOORS = (
     {"checkpoints", "datasets"},
     {"segmentation"},
     {"runs"},
-    {"export", "publish", "training"},
+    {"export", "publish", "select", "training"},
     {"calibration", "evaluation", "labels"},
     {"report"},
 )

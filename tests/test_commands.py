@@ -105,7 +105,7 @@ def test_a_shell_completes_commands_and_arguments(as_vlsm, tmp_path):
         command = ["bash", "-c", ask, "bash", "vlsm", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
 
-    assert complete("se") == ["segment"]
+    assert complete("seg") == ["segment"]
     assert complete("segment", "--chec") == ["--checkpoint"]
     assert "dicom-seg" in complete("export", "--format", "dic")
 

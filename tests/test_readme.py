@@ -160,6 +160,7 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_pat
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
     monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 1 for name in export.FORMATS})
     monkeypatch.setattr(datasets, "show_datasets", lambda *args: seen.append(args))
+    monkeypatch.setattr("vlsm.select.__main__.select_images", lambda *args: seen.append(args) or "next.csv")
     monkeypatch.setattr("vlsm.report.write.write_report", lambda *args: seen.append(args) or "report.html")
     for name in benchmark.BENCHMARKS:
         monkeypatch.setattr(f"jobs.benchmarks.{name}.measure", lambda args: seen.append(args) or 0)

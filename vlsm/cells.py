@@ -20,6 +20,8 @@ from vlsm.shown import escape
 INDEX_COLUMNS = ("file", "image_id", "image_uri", "selector", "prompt", "kind", "error")
 # the list of corrected masks, which a training reads
 LABEL_COLUMNS = ("image_uri", "selector", "mask_uri", "prompt", "image_id", "outcome", "prediction_dice")
+# the first columns of a list of images to label, which is read again with masks
+CHOICE_COLUMNS = ("rank", "image_id", "image_uri", "selector", "prompt", "why")
 
 _BLANK = r"[\s\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
 _FORMULA = re.compile(rf"'*(?:[\t\r\n\0]|{_BLANK}*[=+\-@\uff1d\uff0b\uff0d\uff20\ufe66\ufe62\ufe63\ufe6b\u2212])")

@@ -27,6 +27,7 @@ COMMANDS = {
     "export": ("vlsm.export", "masks as files for other tools"),
     "labels": ("vlsm.labels", "masks that people have corrected, as a labelled dataset"),
     "publish": ("vlsm.publish", "a proved run as a table of Delta Lake, Iceberg, Lance or DuckDB"),
+    "select": ("vlsm.select", "a list of the images to label next"),
     "datasets": ("vlsm.datasets", "what labelled datasets are taken for"),
     "calibrate": ("vlsm.calibration", "temperature and threshold of a checkpoint"),
     "checkpoints": ("vlsm.checkpoints", "make a checkpoint from pretrained weights"),

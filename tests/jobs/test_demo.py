@@ -1,3 +1,4 @@
+import csv
 import json
 import re
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import demo
+from jobs import demo, demo_loop
 from tests.conftest import read_mask_rows
 
 
@@ -40,3 +41,30 @@ def test_the_demo_tells_its_story_and_says_where_everything_is(ray_cluster, tmp_
 def test_the_demo_learns_what_it_drew(ray_cluster, tmp_path, capfd, seed):
     lesion, stone = tell(tmp_path, capfd, 60, "--seed", str(seed))
     assert lesion > 0.8 and stone > 0.8  # one that does not listen to its prompt has half of that
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_loop_labels_in_rounds_and_ends_with_both_curves(ray_cluster, tmp_path, capfd, monkeypatch):
+    for name, value in {"NUM_POOL": 12, "NUM_START": 4, "NUM_CHOSEN": 3, "NUM_ROUNDS": 2}.items():
+        monkeypatch.setattr(demo_loop, name, value)
+    monkeypatch.setattr(demo_loop, "SPLITS", {"val": 3, "test": 3})
+    monkeypatch.setattr(demo_loop, "OPTIM", demo_loop.OPTIM.model_copy(update={"epochs": 1}))
+    assert demo.main([str(tmp_path), "--loop"]) == 0
+    out = capfd.readouterr().out
+    assert out.rstrip().endswith(f"{tmp_path}/loop.html")
+    dice = re.search(
+        r"Dice on the test: ([\d.]+) with 4 labelled images; with 10: chosen ([\d.]+), random ([\d.]+)", out
+    )
+    page = (tmp_path / "loop.html").read_text()
+    assert all(value in page for value in dice.groups())
+    assert len(re.findall(r'class="line c-\d[^>]*d="M[\d. L]+"><title>(?:chosen|random)', page)) == 2
+    assert page.count("<img") == 6
+    for arm in ("chosen", "random"):
+        rows = [row for n in (1, 2) for row in csv.DictReader((tmp_path / arm / str(n) / "next.csv").open(newline=""))]
+        images = {row["image_uri"] for row in rows}
+        assert len(images) == 6 and all(f"pool_{number:04d}" not in image for number in range(4) for image in images)
+        assert {row["why"] for row in rows} == {"random" if arm == "random" else "uncertain, diverse"}
+        with (tmp_path / arm / "2" / "labelled.csv").open(newline="") as file:
+            labelled = [row for row in csv.DictReader(file) if row["split"] == "train"]
+        assert len(labelled) == 10 and images < {row["image_uri"] for row in labelled}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from vlsm.archive.columns import Cells, Columns, parse_texts, shorten
-from vlsm.cells import INDEX_COLUMNS, LABEL_COLUMNS, read_cell
+from vlsm.cells import CHOICE_COLUMNS, INDEX_COLUMNS, LABEL_COLUMNS, read_cell
 from vlsm.documents import parse_json
 from vlsm.errors import ManifestError
 from vlsm.images.formats import file_name
@@ -71,8 +71,9 @@ def read_csv(text: IO[str], uri: str, columns: Columns, also: tuple[str, ...]) -
     header, delimiter, lines = read_header(text, uri, columns)
     is_padded = any(name != name.strip(" ") for name in header)
     found = columns.require(header, uri, also)
-    # the index of an export, or a list of corrected masks
-    is_ours = any(tuple(header[: len(names)]) == names for names in (INDEX_COLUMNS, LABEL_COLUMNS))
+    # the index of an export, corrected masks, or the images to label next
+    ours = (INDEX_COLUMNS, LABEL_COLUMNS, CHOICE_COLUMNS)
+    is_ours = any(tuple(header[: len(names)]) == names for names in ours)
     rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=is_padded)
     for number, cells in enumerate(_read_rows(rows, uri)):
         if number == 0 or not any(map(str.strip, cells)):  # the header, or blank cells

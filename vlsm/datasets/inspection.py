@@ -90,7 +90,7 @@ def inspect_record(record: Record, reader: ExampleReader, square: Square | None 
         image_sha256=example.image_sha256,
         mask_sha256=example.target.sha256,
         area_fraction=float(mask.mean()),
-        image_hash=_perceptual_hash(example.image),
+        image_hash=perceptual_hash(example.image),
         mask_values=values,
         num_mask_values=num_values,
         image_orientation=example.orientation,
@@ -121,7 +121,7 @@ def _inspect_mask(record: Record, reader: ExampleReader) -> Facts:
     return Facts(area_fraction=float(target.mask.mean()), mask_values=values, num_mask_values=num_values)
 
 
-def _perceptual_hash(image: np.ndarray) -> int:
+def perceptual_hash(image: np.ndarray) -> int:
     """Return 64 bits that are alike for images that look alike: the signs of their lowest frequencies.
 
     Source: pHash as the package imagehash computes it, with equal results.

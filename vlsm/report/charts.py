@@ -125,31 +125,56 @@ def format_count(count: int) -> str:
 
 def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> LineChart:
     """Return a chart of one column of metrics.parquet over the epochs: one colour per dataset, train dashed."""
+    rows = [row for row in metrics.to_pylist() if np.isfinite(row[name])]
+    datasets = [name for name in dict.fromkeys(row["dataset"] for row in rows) if name != MEAN]
+    curves = []
+    for number, dataset in enumerate(datasets if len(datasets) == 1 else [*datasets, MEAN]):
+        for split in ("train", "val"):
+            points = [(row["epoch"], row[name]) for row in rows if (row["dataset"], row["split"]) == (dataset, split)]
+            color = "mean" if dataset == MEAN else str(number % 6)
+            curves.append((f"{dataset}, {split}", color, split == "train", points))
+    highest = 1.0 if name == "dice" else max([row[name] for row in rows] or [1.0])
+    span = [row["epoch"] for row in rows] or [1]
+    return draw_curves(title, curves, (min(span), max(span)), highest, best=best_epoch)
+
+
+Points = Sequence[tuple[float, float]]
+
+
+def draw_curves(  # noqa: PLR0913 - what a chart shows
+    title: str,
+    curves: Sequence[tuple[str, str, bool, Points]],
+    span: tuple[int, int],
+    highest: float,
+    x_label: str = "epoch",
+    best: int = 0,
+) -> LineChart:
+    """Return a chart of curves over whole numbers.
+
+    Args:
+        title: title of the chart.
+        curves: name, colour (as in `Curve`), whether it is dashed, and points (x, y); one without points is left out.
+        span: the lowest and the highest x.
+        highest: the vertical axis ends there; it begins at 0.
+        x_label: the quantity of the horizontal axis.
+        best: x of the best epoch, which gets a line; 0 for none.
+    """
     with optional_packages("train"):
         from matplotlib.ticker import MaxNLocator
 
-    rows = [row for row in metrics.to_pylist() if np.isfinite(row[name])]
-    datasets = [name for name in dict.fromkeys(row["dataset"] for row in rows) if name != MEAN]
-    shown = datasets if len(datasets) == 1 else [*datasets, MEAN]
-    epochs = [row["epoch"] for row in rows] or [1]
-    first, last = min(epochs), max(max(epochs), min(epochs) + 1)
-    highest = 1.0 if name == "dice" else max([row[name] for row in rows] or [1.0])
+    first, last = span[0], max(span[1], span[0] + 1)
     y_ticks = [tick for tick in MaxNLocator(5).tick_values(0, highest) if tick >= 0]
     bottom, top = 200.0, 12.0
 
-    def to_point(epoch: float, value: float) -> tuple[float, float]:
-        x = _LEFT + (epoch - first) / (last - first) * (WIDTH - _LEFT - _RIGHT)
-        return round(x, 1), round(bottom - value / y_ticks[-1] * (bottom - top), 1)
+    def to_point(x: float, value: float) -> tuple[float, float]:
+        shown = _LEFT + (x - first) / (last - first) * (WIDTH - _LEFT - _RIGHT)
+        return round(shown, 1), round(bottom - value / y_ticks[-1] * (bottom - top), 1)
 
-    lines = []
-    for number, dataset in enumerate(shown):
-        for split in ("train", "val"):
-            chosen = [row for row in rows if (row["dataset"], row["split"]) == (dataset, split)]
-            if chosen:
-                points = [to_point(row["epoch"], row[name]) for row in chosen]
-                path = "M" + " L".join(f"{x} {y}" for x, y in points)
-                color = "mean" if dataset == MEAN else str(number % 6)
-                lines.append(Curve(f"{dataset}, {split}", color, split == "train", path))
+    lines = [
+        Curve(name, color, is_dashed, "M" + " L".join("{} {}".format(*to_point(*point)) for point in points))
+        for name, color, is_dashed, points in curves
+        if points
+    ]
     x_ticks = [tick for tick in MaxNLocator(6, integer=True).tick_values(first, last) if first <= tick <= last]
     return LineChart(
         title,
@@ -158,7 +183,8 @@ def draw_lines(metrics: pa.Table, name: str, title: str, best_epoch: int) -> Lin
         [(to_point(tick, 0)[0], f"{tick:.0f}") for tick in x_ticks],
         [(to_point(first, tick)[1], f"{tick:.3g}") for tick in y_ticks],
         bottom,
-        to_point(best_epoch, 0)[0] if best_epoch else None,
+        to_point(best, 0)[0] if best else None,
+        x_label,
     )
 
 

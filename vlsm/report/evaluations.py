@@ -18,6 +18,7 @@ from vlsm.report.page import Case, Page, Section, Stat, as_table, provenance
 from vlsm.report.pictures import Painter, read_rle_masks, shorten
 from vlsm.report.survey import FILE, ROW, Extremes, Survey, scan
 from vlsm.runs.facts import recorded_calibrations
+from vlsm.runs.reading import open_reader
 from vlsm.runs.record import read_summary
 from vlsm.runs.tables import Tables
 
@@ -70,7 +71,7 @@ def evaluation_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Pag
         survey.add(rows)
     leader = _leader(table)
     leader_survey, ends = _ends(scores, leader)
-    painter = Painter(parts.open_reader(record["config"], output, allow), read_rle_masks)
+    painter = Painter(open_reader(record["config"], output, allow), read_rle_masks)
     columns = ["mask_rle", "target_rle", "height", "width"]
     checkpoints, recorded = _checkpoints(record)
     known = parts.read_calibrations(checkpoints, output, allow, recorded)

@@ -11,33 +11,19 @@ from pydantic import ValidationError
 from vlsm import storage
 from vlsm.archive.places import lies_outside
 from vlsm.checkpoints import SETTINGS_NAME, Calibration
-from vlsm.config import RunSettings, SegmentSettings
-from vlsm.datasets.settings import READING
 from vlsm.documents import read_yaml
-from vlsm.errors import ConfigError, ResultError, VlsmError
-from vlsm.images.reader import Reader
+from vlsm.errors import ConfigError, VlsmError
 from vlsm.report.charts import Ridge, draw_reliability, draw_ridge
 from vlsm.report.page import Case, Cell, Section, Stat, Table, as_case
 from vlsm.report.pictures import MAX_CARDS, MAX_CASES, Painter, describe_error, paint, shorten
 from vlsm.report.survey import METRICS, Extremes, Sample, Survey, row_key
 from vlsm.runs.extremes import WHOLE
-from vlsm.runs.locations import Locations
-from vlsm.runs.record import read_record, settings_of
+from vlsm.runs.record import read_record
 from vlsm.runs.tables import Tables
 from vlsm.shown import public_uri
 
-_READING = (
-    "columns",
-    "fields",
-    "slices",
-    "frames",
-    "window",
-    "max_pixels",
-    "max_image_bytes",
-)  # settings that change the decoded image
 _MAX_GROUPS = 6
 EMPTY, WHOLE_IMAGE = "empty mask", "mask of the whole image"
-SHORT_WAIT = RunSettings(outage_patience_s=storage.QUICK_S, image_timeout_s=30.0)
 
 Ends = Sequence[tuple[str, str, Extremes]]
 
@@ -54,17 +40,6 @@ def read_config(output: str) -> dict[str, Any]:
             f"there is no run in {output!r}; a report needs the OUTPUT of a segment, train or evaluate run"
         )
     return record
-
-
-def open_reader(config: dict[str, Any], output: str, allow: Sequence[str]) -> Reader:
-    """Return a reader that decodes images in the same way as the run, but waits only a short time for a store."""
-    data = config.get("data", {})  # an evaluation has its settings of reading in this group
-    if not isinstance(data, dict):
-        raise ResultError("config.yaml is damaged: data is no group of settings")
-    known = {name: config[name] for name in _READING if name in config}
-    known |= {name: data[name] for name in READING if name in data}
-    fixed = {"input": "", "output": "", "members": [{"checkpoint": ""}], "run": SHORT_WAIT}
-    return Reader(settings_of(fixed | known, SegmentSettings), Locations(output, allow))
 
 
 def metric_stats(survey: Survey, metrics: tuple[str, ...], notes: dict[str, str] | None = None) -> list[Stat]:

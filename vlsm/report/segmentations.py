@@ -15,6 +15,7 @@ from vlsm.report.reviews import Gallery, review_id
 from vlsm.report.survey import Extremes, Survey, scan
 from vlsm.runs.extremes import EMPTY, MASKS, WHOLE, WHOLE_IMAGE, describe_extremes, find_empty, find_whole
 from vlsm.runs.facts import recorded_calibrations
+from vlsm.runs.reading import open_reader
 from vlsm.runs.record import read_segment_summary, settings_of
 from vlsm.runs.results import open_results
 from vlsm.words import count
@@ -52,7 +53,7 @@ def segmentation_page(output: str, title: str, allow: tuple[str, ...] = (), gall
     if survey.num_whole:
         ends.append(("Masks of the whole image", "a random sample of the masks that cover it", whole))
 
-    painter = Painter(parts.open_reader(config, output, allow), read_rle_masks, gallery.card_size(bool(run_id)))
+    painter = Painter(open_reader(config, output, allow), read_rle_masks, gallery.card_size(bool(run_id)))
     columns = ["mask_rle", "height", "width"]
     groups, cards = parts.show(ends, survey.sample, painter, columns, results, gallery.cards)
     return Page(

@@ -25,6 +25,7 @@ from vlsm.report.survey import Survey, file_names, scan
 from vlsm.report.twins import compare_splits
 from vlsm.report.validation import predict_examples
 from vlsm.runs.locations import Locations
+from vlsm.runs.reading import SHORT_WAIT
 from vlsm.runs.record import read_summary, settings_of
 from vlsm.runs.tables import Tables
 from vlsm.training.examples import EXAMPLES_NAME, read_examples_table
@@ -56,8 +57,8 @@ def training_page(output: str, title: str, allow: tuple[str, ...] = ()) -> Page:
     examples = read_examples_table(uri)
     records = {record.where: record for record in good_records(examples) if not _lies_outside(record, output, allow)}
     data = settings_of({name: config["data"][name] for name in _READ if name in config["data"]}, DatasetSettings)
-    masks = ExampleReader(data, parts.SHORT_WAIT)
-    reader = Reader(data.reading(parts.SHORT_WAIT), Locations(output, allow))
+    masks = ExampleReader(data, SHORT_WAIT)
+    reader = Reader(data.reading(SHORT_WAIT), Locations(output, allow))
 
     def read_target(row: dict[str, Any]) -> tuple[None, np.ndarray]:
         if row["where"] not in records:

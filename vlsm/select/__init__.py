@@ -1,0 +1,1 @@
+"""Which images of a segment run a person should label next, as a list."""
