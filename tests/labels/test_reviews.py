@@ -5,11 +5,15 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from tests.labels.conftest import PROMPTS, annotation, submit, write_json
 from vlsm.images.brush_rle import encode_brush
+from vlsm.runs.marks import digest_mask
+from vlsm.runs.results import read_rows
 from vlsm.segmentation.masks import encode_mask
 
 RINGS, BORDER = "drawn/rings.png", "drawn/border.png"
@@ -259,3 +263,34 @@ def test_lines_of_text_tell_what_was_reviewed(small_run, capsys):
     assert first.startswith("4 masks of 4 reviewed: 4 accepted, 0 corrected (0 of them emptied), 0 rejected; 0 refused")
     assert second == "polyp: Dice of the predictions 1.000 on average, median 1.000, over 2 masks"
     assert last.startswith("4 examples in ") and "train with --dataset NAME=" in last
+
+
+def test_marks_of_the_report_accept_masks_as_they_are_and_leave_out_the_others(small_run, capsys, caplog):
+    caplog.set_level("INFO", logger="vlsm")
+    config = yaml.safe_load((small_run.output / "config.yaml").read_text())
+    (small_run.output / "config.yaml").write_text(yaml.safe_dump(config | {"run_id": "run"}))
+    rows = {(row["image_id"], row["prompt"]): row for row in read_rows(str(small_run.output))}
+    (first, second), (prompt, other) = sorted({image_id for image_id, _ in rows}), PROMPTS
+    digests = {key: digest_mask(row["mask_rle"]) for key, row in rows.items()}
+
+    def save(*marks, run="run"):
+        keys = ("image_id", "prompt", "mark", "mask_digest")
+        content = {"kind": "vlsm.marks", "run_id": run, "marks": [dict(zip(keys, mark, strict=True)) for mark in marks]}
+        return write_json(small_run.folder / "marks.json", content)
+
+    accepted, redo = (first, prompt, "accept", digests[first, prompt]), (first, other, "redo", None)
+    source = save(accepted, redo, (second, prompt, "reject", None), (second, other, "accept", None))
+    frame = pd.read_csv(small_run.read(source, "marks"))
+    assert frame[["image_id", "prompt", "outcome", "prediction_dice"]].values.tolist() == [
+        [first, prompt, "accepted", 1]
+    ]
+    mask = np.asarray(Image.open(small_run.folder / "new" / frame["mask_uri"][0]))
+    assert np.array_equal(mask > 0, small_run.masks[first, prompt] > 0)
+    assert "1 accepted, 0 corrected (0 of them emptied), 2 rejected" in capsys.readouterr().out
+    assert "1 mask must be made again: not in the list" in caplog.text
+    small_run.read(save((first, prompt, "accept", "0" * 16)), "marks", code=1, name="again/corrected.csv")
+    assert (
+        "the mask was made again after the mark" in (small_run.folder / "again/corrected_masks/index.csv").read_text()
+    )
+    small_run.read(save(accepted, run="another"), "marks", code=2, name="other/corrected.csv")
+    assert "are of the segment run another" in capsys.readouterr().err

@@ -25,13 +25,15 @@ def make_parser() -> argparse.ArgumentParser:
     examples = (
         "project.json corrected.csv --format label-studio --run masks",
         "task.zip corrected.parquet --format cvat --run s3://bucket/masks",
-        "edited corrected.csv --format masks --run masks --filter 'prompt == polyp'",
+        "marks.csv accepted.csv --format marks --run masks",
     )
     epilog = "exit codes: 0 done, 1 some reviews were refused or the import failed, 2 usage or a file is wrong"
     parser = new_parser("vlsm.labels", str(main.__doc__), examples, epilog=epilog)
     parser.add_argument("source", metavar="IN", help="the export of the tool: a file, or a folder of files")
     parser.add_argument("manifest", metavar="MANIFEST", help="the list to write: .parquet, .csv or .jsonl")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="format of IN")
+    parser.add_argument(
+        "--format", choices=FORMATS, required=True, help="format of IN; marks: saved by the report of the run"
+    )
     parser.add_argument("--run", required=True, metavar="OUTPUT", help="the segment run whose masks were reviewed")
     parser.add_argument(
         "--filter", action="append", default=[], help="the filters of the export: other masks were not reviewed"

@@ -26,7 +26,8 @@ _ADVICE = "; export the project in parts"
 
 Read = Callable[[Any, str], Iterator[Review]]
 
-FORMATS = ("label-studio", "cvat", "coco", "masks", "geojson")
+MARKS = "marks"  # of a report, see `vlsm.labels.marks`
+FORMATS = ("label-studio", "cvat", "coco", "masks", "geojson", MARKS)
 _READERS: dict[str, Read] = {"label-studio": read_tasks, "cvat": read_coco_reviews, "coco": read_coco_reviews}
 
 
@@ -35,7 +36,7 @@ def read_reviews(uri: str, format_name: str) -> Iterator[list[Review]]:
 
     Args:
         uri: a file or a folder, local or in a store. A zip may hold COCO files.
-        format_name: one of FORMATS.
+        format_name: one of FORMATS, but not MARKS.
 
     Raises:
         ConfigError: there is no such file.

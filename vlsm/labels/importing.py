@@ -29,13 +29,15 @@ from vlsm.errors import ImageError
 from vlsm.export.folder import ExportFolder
 from vlsm.export.links import read_images
 from vlsm.export.origins import Filters
-from vlsm.labels.files import read_reviews
+from vlsm.labels.files import MARKS, read_reviews
 from vlsm.labels.geojson import UNLABELLED
 from vlsm.labels.manifest import ListWriter
+from vlsm.labels.marks import read_mark_reviews
 from vlsm.labels.masks import make_mask_reader, read_mask
 from vlsm.labels.matching import Match, Matches, match_reviews
-from vlsm.labels.reviews import MaskFile, Review, draw_shapes
+from vlsm.labels.reviews import MaskFile, Prediction, Review, draw_shapes
 from vlsm.runs.carried import CARRIED, carried_fields
+from vlsm.runs.marks import digest_mask
 from vlsm.runs.results import choose_rows, decode_ok_row, open_results, read_rows
 from vlsm.segmentation.metrics import dice_score
 from vlsm.shown import escape
@@ -107,7 +109,8 @@ def import_labels(  # noqa: PLR0913 - the options of the command
     summary = Summary({prompt: Counts() for prompt in prompts}, num_planned=prompts.total())
     with ListWriter(manifest, carried) as rows, folder:
         importer = _Importer(output, filters, rows, folder, summary, [one.name for one in carried])
-        for reviews in read_reviews(uri, format_name):
+        reader = read_mark_reviews(uri, output) if format_name == MARKS else read_reviews(uri, format_name)
+        for reviews in reader:
             importer.add(match_reviews(reviews, output))
         summary.num_refused = folder.num_failed
     return summary
@@ -201,6 +204,10 @@ class _Importer:
     def _draw(self, review: Review, row: Row, is_only: bool) -> np.ndarray:
         """Return the reviewed mask of a row, (H, W) uint8 of 0 and 1."""
         size = (row["height"], row["width"])
+        if isinstance(shape := next(iter(review.shapes.get(row["prompt"], ())), None), Prediction):
+            if shape.digest not in (None, digest_mask(row["mask_rle"])):
+                raise ImageError("corrupt", f"{review.where}: the mask was made again after the mark")
+            return decode_ok_row(row)
         labels = dict.fromkeys([row["prompt"], escape(row["prompt"]), *([UNLABELLED] if is_only else [])])
         if review.is_mask_file:
             (shape,) = review.shapes[UNLABELLED]

@@ -51,7 +51,18 @@ class MaskFile:
     uri: str
 
 
-Shape = Brush | Outline | Segmentation | MaskFile
+@dataclass(frozen=True)
+class Prediction:
+    """The mask of the run itself, which a reviewer has accepted.
+
+    Attributes:
+        digest: of the mask that the reviewer saw, see `vlsm.runs.marks.digest_mask`; None if nobody noted it.
+    """
+
+    digest: str | None
+
+
+Shape = Brush | Outline | Segmentation | MaskFile | Prediction
 
 
 @dataclass
