@@ -139,6 +139,8 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_pat
     from vlsm import calibration, checkpoints
     from vlsm.datasets import __main__ as datasets
     from vlsm.export import __main__ as export
+    from vlsm.labels import __main__ as labels
+    from vlsm.labels.importing import Summary
     from vlsm.models import __main__ as models
 
     words = shlex.split(command, comments=True)
@@ -158,7 +160,10 @@ def test_every_command_is_understood_by_its_parser(command, monkeypatch, tmp_pat
     monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *args: seen.append(args))
     monkeypatch.setattr(calibration, "calibrate_checkpoint", lambda *args: seen.append(args) or CALIBRATION)
     monkeypatch.setattr(checkpoints, "build_model", lambda name, **options: seen.append(options))
-    monkeypatch.setattr(export, "FORMATS", {name: lambda *args: seen.append(args) or 1 for name in export.FORMATS})
+    monkeypatch.setattr(
+        export, "FORMATS", {name: lambda *args, **more: seen.append(args) or 1 for name in export.FORMATS}
+    )
+    monkeypatch.setattr(labels, "import_labels", lambda *args: seen.append(args) or Summary())
     monkeypatch.setattr(datasets, "show_datasets", lambda *args: seen.append(args))
     monkeypatch.setattr("vlsm.select.__main__.select_images", lambda *args: seen.append(args) or "next.csv")
     monkeypatch.setattr("vlsm.report.write.write_report", lambda *args: seen.append(args) or "report.html")

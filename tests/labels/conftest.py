@@ -15,7 +15,7 @@ from vlsm.labels.__main__ import main as labels_main
 from vlsm.runs.results import write_part
 
 CARRIED = pa.struct([("patient_id", pa.string()), ("age", pa.int64())])
-PROMPTS = ("polyp", 'flat "polyp" & <fold>')
+PROMPTS = ("polyp", '=flat "polyp" & <fold>')  # the second one is a formula in a spreadsheet
 
 
 def hard_masks():

@@ -108,7 +108,7 @@ def test_voc_has_the_label_maps_and_their_names(run):
             assert picture.mode == "P" and image_id.removesuffix(".png") in names
             np.testing.assert_array_equal(np.asarray(picture) == 1, run.masks[image_id, "polyp"] == 1)
     lines = (folder / "labelmap.txt").read_text().splitlines()
-    assert [line.split(":")[0] for line in lines[1:]] == ["background", "polyp", 'flat "polyp" & <fold>']
+    assert [line.split(":")[0] for line in lines[1:]] == ["background", *PROMPTS]
 
 
 def test_fiftyone_finds_each_image_and_the_zip_of_cvat_has_no_images(run):

@@ -60,6 +60,17 @@ def parse_filter(words: str, schema: pa.Schema = RESULT_SCHEMA) -> tuple[str, st
         raise ConfigError(f"--filter {words!r}: {text!r} does not fit the column {column}; {error}") from None
 
 
+def parse_filters(filters: Sequence[str], output: str) -> list[tuple[str, str, Any]]:
+    """Return filters of the command line as (column, operator, value). They may name columns of the run's list.
+
+    Raises:
+        ConfigError: as for `parse_filter`, or OUTPUT has no masks.
+    """
+    is_of_list = any(_split_filter(words)[0] not in RESULT_SCHEMA.names for words in filters)
+    schema = open_results(output).schema if is_of_list else RESULT_SCHEMA
+    return [parse_filter(words, schema) for words in filters]
+
+
 def _split_filter(words: str) -> tuple[str, str, str]:
     match = re.fullmatch(r"\s*([^=!<>]+?)\s*(==|=|!=|<=|>=|<|>)\s*(.+?)\s*", words, re.DOTALL)
     if match is None:
@@ -151,9 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging()
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, ValueError, *storage.store_errors())
     try:
-        is_of_list = any(_split_filter(words)[0] not in RESULT_SCHEMA.names for words in args.filter)
-        schema = open_results(args.output).schema if is_of_list else RESULT_SCHEMA
-        filters = [parse_filter(words, schema) for words in args.filter]
+        filters = parse_filters(args.filter, args.output)
         options = {name: getattr(args, option) for option, (_, name) in _OPTIONS.items() if getattr(args, option)}
         if "prefixes" in options:
             options["prefixes"] = [LinkPrefix.parse(words) for words in args.link_prefix]

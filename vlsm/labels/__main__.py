@@ -12,10 +12,9 @@ from typing import Any
 from vlsm import storage
 from vlsm.commands import add_allow, new_parser
 from vlsm.errors import ConfigError, ManifestError, VlsmError
-from vlsm.export.__main__ import parse_filter
+from vlsm.export.__main__ import parse_filters
 from vlsm.labels.files import FORMATS
 from vlsm.labels.importing import OUTCOMES, Counts, Summary, import_labels
-from vlsm.runs.results import open_results
 from vlsm.shown import say, say_error, set_up_logging, show
 from vlsm.words import count
 
@@ -49,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging()
     failures: tuple[type[Exception], ...] = (VlsmError, OSError, *storage.store_errors())
     try:
-        schema = open_results(args.run).schema
-        filters = [parse_filter(words, schema) for words in args.filter]
+        filters = parse_filters(args.filter, args.run)
         summary = import_labels(args.source, args.format, args.run, args.manifest, filters, args.allow)
     except failures as error:
         say_error(error)
