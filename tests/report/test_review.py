@@ -241,7 +241,8 @@ def test_the_later_mark_counts_and_marks_of_other_masks_stay(browser, tmp_path):
     press(browser, "jx")
     lines = [f"{RUN_ID},elsewhere.png,{PROMPT},redo,2026-01-01T00:00:00Z,{'0' * 16}"]
     lines += [
-        f"{RUN_ID},{name},{PROMPT},accept,{year}-01-01T00:00:00Z," for name, year in zip(order[-2:], (1999, 2099))
+        f"{RUN_ID},{name},{PROMPT},accept,{year}-01-01T00:00:00Z,"
+        for name, year in zip(order[-2:], (1999, 2099), strict=True)
     ]
     lines += [f'{RUN_ID},"{json.dumps(order[0])[1:-1]}",{PROMPT},accept,1999-01-01T00:00:00Z,']
     (tmp_path / "more.csv").write_text("\n".join(["run_id,image_id,prompt,mark,time,mask_digest", *lines]))
