@@ -39,8 +39,8 @@ _EXAMPLES = (
     "scores --masks ours=masks --dataset kvasir=data/kvasir",
 )
 _COMMON = (
-    "split", "prompts", "limit", "baseline", "systems", "threshold", "data.mask_threshold",
-    "groups", "patient", "marks", "retry_failed", "start_over",
+    "split", "prompts", "limit", "baseline", "systems", "combine", "threshold", "data.mask_threshold",
+    "groups", "patient", "retry_failed", "start_over",
 )  # fmt: skip
 _TASK_SCORES = 500  # minimum per task: about 15 s of work, as long as a process needs for its imports
 
