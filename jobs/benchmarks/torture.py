@@ -57,7 +57,8 @@ def measure(args: Namespace) -> int:
         for scenario in args.scenario or SCENARIOS:
             started_s = time.monotonic()
             try:
-                disturbances, outcome = SCENARIOS[scenario](arena), "proved"
+                disturbances = SCENARIOS[scenario](arena)
+                outcome = "proved" if sum(disturbances.values()) else "proved, but nothing was disturbed"
             except CannotTortureError as error:
                 disturbances, outcome = {}, f"left out: {error}"
             except VlsmError as error:

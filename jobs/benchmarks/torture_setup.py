@@ -170,7 +170,7 @@ def num_parts(output: str) -> int:
     """Return the number of part files in OUTPUT."""
     if "://" in output:
         time.sleep(0.3)  # whoever waits for parts in a store asks again and again
-        return sum("/part-" in name for name in storage.list_times(f"{output}/masks"))
+        return sum(name.rpartition("/")[2].startswith("part-") for name in storage.list_times(f"{output}/masks"))
     return len(list(Path(output, "masks").glob("part-*")))
 
 
