@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from vlsm.errors import ConfigError
-from vlsm.labels.reviews import Prediction, Review
+from vlsm.labels.reviews import Prediction, Review, Shape
 from vlsm.runs.marks import ACCEPT, REDO, read_marks, rejected_images
 from vlsm.runs.record import read_record
 from vlsm.words import count
@@ -45,6 +45,6 @@ def read_mark_reviews(uri: str, output: str) -> Iterator[list[Review]]:
         logger.info("%s must be made again: not in the list", count(num_redo, "mask"))
     reviews = [Review(f"{uri}, {name!r}", (name,), is_rejected=True) for name in sorted(rejected)]
     for name, digests in accepted.items():
-        shapes = {prompt: [Prediction(digest)] for prompt, digest in digests.items()}
-        reviews.append(Review(f"{uri}, {name!r}", (name,), shapes=dict(shapes), prompts=tuple(shapes)))
+        shapes: dict[str, list[Shape]] = {prompt: [Prediction(digest)] for prompt, digest in digests.items()}
+        reviews.append(Review(f"{uri}, {name!r}", (name,), shapes=shapes, prompts=tuple(shapes)))
     yield reviews
