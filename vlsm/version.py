@@ -7,7 +7,7 @@ A change that an older reader would misunderstand raises FORMAT; a new nullable 
 not.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 FORMAT = 1  # of OUTPUT's records and parts, checkpoints and training states; 0: the file states no format
 
