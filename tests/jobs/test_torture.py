@@ -16,7 +16,7 @@ def arena(ray_cluster, tmp_path_factory):
     return arena
 
 
-_QUICK = ["kill_driver", "kill_actor", "kill_node", "faulty_store", "fill_disk"]
+_QUICK = ["kill_driver", "kill_actor", "faulty_store", "fill_disk"]  # the nightly run has all of them
 
 
 @pytest.mark.parametrize("name", [*_QUICK, *slow(*(name for name in SCENARIOS if name not in _QUICK))])
