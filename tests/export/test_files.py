@@ -139,7 +139,7 @@ def test_wrong_words_are_one_sentence(output, tmp_path, capsys, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "masks", "--components"], "--components needs --format coco, not masks"),
+        (["--format", "masks", "--components"], "--components needs --format coco or cvat, not masks"),
         (["--limit", "-1"], "--limit is -1; it must be 0 or more"),
     ],
 )

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from tests.labels.conftest import PROMPTS, annotation, submit, write_json
+from vlsm.cells import read_cell
 from vlsm.images.brush_rle import encode_brush
 from vlsm.runs.marks import digest_mask
 from vlsm.runs.results import read_rows
@@ -28,7 +29,8 @@ def tasks(small_run):
 
 def rows_of(path):
     with path.open(newline="") as file:
-        return {(row["image_id"], row["prompt"]): row for row in csv.DictReader(file)}
+        rows = [{name: read_cell(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    return {(row["image_id"], row["prompt"]): row for row in rows}
 
 
 def errors_of(path):
