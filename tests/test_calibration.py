@@ -1,10 +1,13 @@
 """Temperature and threshold: what is fitted on made-up images, and what a calibrated checkpoint does."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import vlsm
 from vlsm import calibration
@@ -122,6 +125,19 @@ def test_a_calibrated_checkpoint_is_used_by_the_library_and_by_runs(bright_check
     assert section.lines[0].lines[0].path.count("L") == len(calibrated.settings.calibration.reliability) - 1
     assert calibration.main(words) == 2
     assert "does not exist yet" in capsys.readouterr().err
+
+
+def test_a_model_that_computes_otherwise_than_its_probe_is_not_calibrated(
+    bright_checkpoint, move_split, tmp_path, capsys
+):
+    """A temperature of wrong logits would make them look right."""
+    folder = Path(shutil.copytree(bright_checkpoint, tmp_path / "broken"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, folder / "model.safetensors")
+    words = [str(folder), str(tmp_path / "calibrated"), "--dataset", f"drawn={move_split()}"]
+    assert calibration.main(words) == 1
+    assert "the logits of its probe differ by" in capsys.readouterr().err
+    assert not (tmp_path / "calibrated").exists()
 
 
 def test_images_without_a_validation_split_are_not_guessed(bright_checkpoint, tmp_path, capsys):

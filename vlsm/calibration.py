@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -248,6 +249,7 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
 
     Raises:
         VlsmError: a checkpoint or dataset is missing, there are no labelled images, or nearly all masks are empty.
+        ProbeError: this machine computes otherwise than the one where the checkpoint was written.
     """
     if "://" in directory or Path(directory).exists():
         raise ConfigError(f"CALIBRATED is {directory}; it must be a local folder that does not exist yet")
@@ -276,7 +278,8 @@ def calibrate_checkpoint(source: str, directory: str, settings: CalibrationSetti
         )
     from vlsm.segmentation.segmenter import Segmenter  # here: --help does not wait for torch
 
-    segmenter = Segmenter(type(checkpoint)(checkpoint.model, plain, checkpoint.name))
+    segmenter = Segmenter(replace(checkpoint, settings=plain))
+    segmenter.check_probe()  # a temperature of wrong logits would make them look right
     calibration = calibrate(_predict(segmenter, records, reader, choice), settings.specificity)
     calibrated = plain.model_copy(update={"threshold": calibration.threshold, "calibration": calibration})
     folder = Path(directory)
