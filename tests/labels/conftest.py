@@ -1,6 +1,7 @@
 """A run with real and hard masks, and what annotation tools send back."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -72,8 +73,10 @@ class Run:
         return target
 
     def read(self, source, format_name, *words, code=0, name="new/corrected.csv"):
-        """Import reviews; return the path of the list."""
+        """Import reviews in place of an earlier list; return the path of the list."""
         path = self.folder / name
+        path.unlink(missing_ok=True)
+        shutil.rmtree(path.with_name(f"{path.stem}_masks"), ignore_errors=True)
         assert labels_main([str(source), str(path), "--format", format_name, "--run", str(self.output), *words]) == code
         return path
 

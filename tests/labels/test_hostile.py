@@ -203,4 +203,5 @@ def test_a_run_in_a_store_lends_no_other_place_to_the_list(tmp_path, s3_folder, 
     assert main(words) == 1
     assert json.loads(capsys.readouterr().out)["refused"] == 1
     assert "passwd" not in (tmp_path / "a.csv").read_text()
+    words[1] = str(tmp_path / "again.csv")
     assert main([*words, "--allow", "/etc"]) == 0

@@ -10,9 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.labels.conftest import PROMPTS, annotation, submit, write_json
+from tests.labels.conftest import PROMPTS, Run, annotation, hard_masks, submit, write_json
 from vlsm.cells import read_cell
+from vlsm.export.__main__ import main as export_main
 from vlsm.images.brush_rle import encode_brush
+from vlsm.labels.__main__ import main as labels_main
 from vlsm.runs.marks import digest_mask
 from vlsm.runs.results import read_rows
 from vlsm.segmentation.masks import encode_mask
@@ -296,3 +298,55 @@ def test_marks_of_the_report_accept_masks_as_they_are_and_leave_out_the_others(s
     )
     small_run.read(save(accepted, run="another"), "marks", code=2, name="other/corrected.csv")
     assert "are of the segment run another" in capsys.readouterr().err
+
+
+def test_a_label_with_another_name_is_no_emptied_mask(small_run, tasks, capsys):
+    done = submit(tasks.values())
+    for task in done:
+        task["annotations"][0]["result"] = [
+            one | {"value": {**one["value"], "brushlabels": ["Polyp"]}} for one in task["annotations"][0]["result"]
+        ]
+    small_run.read(write_json(small_run.folder / "a.json", done), "label-studio", "--json", code=1)
+    counts = told(capsys)
+    assert (counts["corrected"], counts["emptied"]) == (0, 0)  # what was empty before is accepted as empty
+    reasons = (small_run.folder / "new/corrected_masks/index.csv").read_text()
+    assert "has no 'polyp', but 'Polyp', which is no prompt of the run" in reasons
+
+
+def test_nothing_of_people_or_of_a_run_is_replaced(small_run, tasks, capsys):
+    source = write_json(small_run.folder / "a.json", submit(tasks.values()))
+    words = ["--format", "label-studio", "--run", str(small_run.output)]
+    (small_run.folder / "mine.csv").write_text("mine")
+    (small_run.folder / "hand_masks").mkdir()
+    part = next((small_run.output / "masks").iterdir())
+    before = part.read_bytes()
+    for path, reason in (
+        ("mine.csv", "exists, and may hold the work of people"),
+        ("hand.csv", "exists, and may hold the work of people"),
+        ("out/masks/new.csv", "lies in OUTPUT, which belongs to its run"),
+        (f"out/masks/{part.name}", "lies in OUTPUT, which belongs to its run"),
+    ):
+        assert labels_main([str(source), str(small_run.folder / path), *words]) == 2
+        assert reason in capsys.readouterr().err
+    assert part.read_bytes() == before and (small_run.folder / "mine.csv").read_text() == "mine"
+    assert export_main([str(small_run.output), str(small_run.output / "masks"), "--format", "masks"]) == 2
+
+
+@pytest.mark.parametrize("values", [(0, 2), (0, 127), (20, 120), None], ids=str)
+def test_a_file_that_is_no_mask_is_refused(tmp_path, values, capsys):
+    run = Run(tmp_path, {"drawn/rings.png": hard_masks()["drawn/rings.png"]})
+    source = run.folder / "edited"
+    names = [path.relative_to(run.export("masks")) for path in run.export("masks").rglob("*polyp*.png")]
+    for name in names:
+        mask = np.asarray(Image.open(run.folder / "masks" / name)) > 0
+        noise = np.random.default_rng(0).integers(0, 256, mask.shape).astype(np.uint8)
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise if values is None else np.where(mask, values[1], values[0]).astype(np.uint8)).save(
+            source / name
+        )
+    run.read(source, "masks", "--json", code=1)
+    assert told(capsys)["corrected"] == 0
+    assert (
+        "is no mask of 0 and 255, or 0 and 1; it has values such as"
+        in (run.folder / "new/corrected_masks/index.csv").read_text()
+    )

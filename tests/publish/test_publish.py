@@ -109,6 +109,16 @@ def test_nothing_is_copied_where_the_format_allows(tmp_path, engine):
     assert {path: after[path] for path in before} == before
 
 
+def test_no_copy_lies_in_the_output_of_its_run(tmp_path, capsys):
+    """A reader of the folder would see each row twice."""
+    write_run(tmp_path / "out")
+    assert (
+        main([str(tmp_path / "out"), str(tmp_path / "out/masks/by"), "--to", "parquet", "--partition-by", "site"]) == 2
+    )
+    assert "lies in OUTPUT, which belongs to its run" in capsys.readouterr().err
+    assert not (tmp_path / "out/masks/by").exists()
+
+
 @pytest.mark.parametrize("engine", ["delta", "iceberg", "lance", "duckdb", "delta copy"])
 def test_a_run_with_more_rows_is_published_again(tmp_path, capsys, engine):
     output = write_run(tmp_path / "masks")

@@ -391,6 +391,8 @@ def test_the_report_lies_beside_its_run_wherever_the_command_is_called(trained, 
     assert main([str(run), "mine/page.html"]) == 0
     assert (tmp_path / "here" / "mine" / "page.html").read_bytes() == (run.parent / "first.html").read_bytes()
     assert main([str(tmp_path / "nowhere")]) == 2
+    (tmp_path / "labels.csv").write_text("mine")
+    assert main([str(run), str(tmp_path / "labels.csv")]) == 2 and (tmp_path / "labels.csv").read_text() == "mine"
     assert "there is no run in" in capsys.readouterr().err
 
 

@@ -17,6 +17,7 @@ from vlsm.errors import ConfigError, VlsmError
 from vlsm.export.files import FORMATS
 from vlsm.export.folder import ExportFolder
 from vlsm.export.links import LinkPrefix
+from vlsm.runs.links import refuse_inside
 from vlsm.runs.results import check_columns, open_results, read_rows
 from vlsm.runs.schema import RESULT_SCHEMA
 from vlsm.shown import say, say_error, set_up_logging, show
@@ -166,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         options = {name: getattr(args, option) for option, (_, name) in _OPTIONS.items() if getattr(args, option)}
         if "prefixes" in options:
             options["prefixes"] = [LinkPrefix.parse(words) for words in args.link_prefix]
+        refuse_inside("DIR", args.directory, args.output)
         with ExportFolder(args.directory, args.allow) as folder:
             num_written = FORMATS[args.format](storage.absolute(args.output), folder, filters, args.limit, **options)
     except failures as error:

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from typing import Any
@@ -89,7 +90,8 @@ def describe(summary: Summary, manifest: str) -> str:
                 f"over {count(len(counts.dice), 'mask')}"
             )
     kept = summary.total("accepted") + summary.total("corrected")
-    lines.append(f"{count(kept, 'example')} in {manifest}; train with --dataset NAME={manifest}")
+    advice = f"; train with --dataset {shlex.quote(f'NAME={manifest}')}" if kept else ""
+    lines.append(f"{count(kept, 'example')} in {manifest}{advice}")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ A reviewed mask without foreground is a negative example: its `mask_uri` is `non
 """
 
 import logging
+import os
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from PIL import Image
 from vlsm import storage
 from vlsm.archive.places import lies_outside
 from vlsm.datasets.records import NO_MASK
-from vlsm.errors import ImageError
+from vlsm.errors import ConfigError, ImageError
 from vlsm.export.folder import ExportFolder
 from vlsm.export.links import read_images
 from vlsm.export.origins import Filters
@@ -37,6 +38,7 @@ from vlsm.labels.masks import make_mask_reader, read_mask
 from vlsm.labels.matching import Match, Matches, match_reviews
 from vlsm.labels.reviews import MaskFile, Prediction, Review, draw_shapes
 from vlsm.runs.carried import CARRIED, carried_fields
+from vlsm.runs.links import refuse_inside
 from vlsm.runs.marks import digest_mask
 from vlsm.runs.results import choose_rows, decode_ok_row, open_results, read_rows
 from vlsm.segmentation.metrics import dice_score
@@ -98,12 +100,19 @@ def import_labels(  # noqa: PLR0913 - the options of the command
         allow: places whose images the list may name, if OUTPUT is in a store and they lie outside of it.
 
     Raises:
-        ConfigError: there is no such file or run, or a filter names an unknown column.
+        ConfigError: there is no such file or run, the list or its masks exist, or a filter names an unknown column.
         ManifestError: a file is not in the format, or is beyond a limit.
     """
     output = storage.absolute(output)
+    refuse_inside("MANIFEST", manifest, output)
+    masks = Path(manifest).with_suffix("").as_posix() + "_masks"
+    for place in (manifest, masks):
+        if "://" not in manifest and os.path.lexists(place):
+            raise ConfigError(
+                f"{place!r} exists, and may hold the work of people: remove it or choose another MANIFEST"
+            )
     carried = carried_fields(open_results(output).schema)
-    folder = ExportFolder(Path(manifest).with_suffix("").as_posix() + "_masks", allow)
+    folder = ExportFolder(masks, allow)
     chosen = choose_rows(filters, ("mask",))
     prompts = Counter(row["prompt"] for row in read_rows(output, chosen, ["prompt"]))
     summary = Summary({prompt: Counts() for prompt in prompts}, num_planned=prompts.total())
@@ -170,16 +179,22 @@ class _Importer:
             chosen = [row for row in rows if row["prompt"] in review.prompts]
         if review.is_mask_file:
             chosen = [row for row in rows if row["prompt"] == match.prompt] if match.prompt is not None else rows
+        known = {text for row in rows for text in (row["prompt"], escape(row["prompt"]), UNLABELLED)}
+        unknown = [] if review.is_mask_file else [label for label in review.shapes if label not in known]
         for row in chosen:
             with self._folder.attempt([row]):
                 self._check(match, row, len(rows))
                 if review.is_rejected:
                     self._summary.prompts[row["prompt"]].outcomes["rejected"] += 1
-                else:
-                    self._add_mask(row, self._draw(review, row, len(rows) == 1))
-        known = {text for row in rows for text in (row["prompt"], escape(row["prompt"]))}
-        unknown = [label for label in review.shapes if label not in known and label != UNLABELLED]
-        for label in unknown if not review.is_mask_file else ():
+                    continue
+                mask = self._draw(review, row, len(rows) == 1)
+                if unknown and row["area_px"] and not mask.any():  # a label with another name is no emptied mask
+                    reason = (
+                        f"{review.where} has no {row['prompt']!r}, but {unknown[0]!r}, which is no prompt of the run"
+                    )
+                    raise ImageError("corrupt", reason)
+                self._add_mask(row, mask)
+        for label in unknown:
             self._refuse(review, f"{review.where}: the label {label!r} is no prompt of the run")
 
     def _check(self, match: Match, row: Row, num_prompts: int) -> None:

@@ -5,7 +5,8 @@ The rules:
 - A file with the name of our own export (`--format masks`) is the mask of its image and prompt. In a run with one
   prompt, a file may also be named after its image: `a.png` for `a.jpg`.
 - Pixels are foreground above 127, or above 0 if no value of the file is higher than 1. Deep and colour images are read
-  as those of labelled datasets.
+  as those of labelled datasets. A file with other values in more than a twentieth of its pixels, or without a value
+  near 255, is refused: it is a photograph, or has classes.
 - Each file counts as reviewed. A prompt without a file was not reviewed. A mask without foreground is empty.
 """
 
@@ -19,6 +20,9 @@ from vlsm.errors import ImageError
 from vlsm.images.formats import FORMATS, kind_of
 from vlsm.images.reader import Reader
 from vlsm.labels.reviews import MaskFile, Review
+
+# JPEGs have noise around 0 and 255; what is between, or brighter than 1 and dark everywhere, is another kind of file
+_DARK, _BRIGHT, _MOST_BETWEEN = 32, 223, 0.05
 
 
 def read_mask_files(folder: str, names: list[str]) -> Iterator[Review]:
@@ -54,5 +58,9 @@ def read_mask(shape: MaskFile, reader: Reader, size: tuple[int, int]) -> np.ndar
     if values.shape != size:
         height, width = values.shape
         raise ImageError("size", f"{shape.uri} has {width} x {height} pixels; the image has {size[1]} x {size[0]}")
+    highest, between = values.max(initial=0), np.mean((values > _DARK) & (values < _BRIGHT))
+    if 1 < highest < _BRIGHT or (highest > 1 and between > _MOST_BETWEEN):
+        found = ", ".join(map(str, np.unique(values)[:5]))
+        raise ImageError("corrupt", f"{shape.uri} is no mask of 0 and 255, or 0 and 1; it has values such as {found}")
     threshold = 0 if values.max(initial=0) <= 1 else 127
     return (values > threshold).astype(np.uint8)

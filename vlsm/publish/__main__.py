@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from vlsm import storage
 from vlsm.commands import new_parser
 from vlsm.errors import ConfigError, VlsmError
+from vlsm.runs.links import refuse_inside
 from vlsm.shown import say, say_error, set_up_logging
 from vlsm.words import count
 
@@ -20,7 +21,7 @@ _EXAMPLES = (
     "s3://bucket/masks --to iceberg --catalog prod --name vision.polyps",
     "masks by_site --to parquet --partition-by site",
 )
-_PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg", "lance": "lance", "duckdb": "duckdb"}
+_PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg", "lance": "pylance", "duckdb": "duckdb"}
 ENGINES = ("delta", "iceberg", "lance", "duckdb", "parquet")
 
 
@@ -80,7 +81,9 @@ def publish(  # noqa: PLR0913 - the arguments of the command
     from vlsm.publish import copies, delta, duckdb_view, iceberg
     from vlsm.publish.proved import prove
 
-    place = None if place is None else storage.absolute(place)
+    if place is not None:
+        place = storage.absolute(place)
+        refuse_inside("DEST", place, storage.absolute(output))
     run = prove(storage.absolute(output))
     with _name_engine(engine):
         if engine == "delta":
@@ -98,7 +101,7 @@ def publish(  # noqa: PLR0913 - the arguments of the command
 
 def _require(engine: str) -> None:
     package = _PACKAGES.get(engine)
-    if package is not None and importlib.util.find_spec(package) is None:
+    if package is not None and importlib.util.find_spec("lance" if engine == "lance" else package) is None:
         raise ConfigError(f"--to {engine} needs the package {package}: pip install 'vlsm[publish]'")
 
 

@@ -124,10 +124,9 @@ def check_rows(run: ProvedRun, found: Iterable[pa.Table | pa.RecordBatch], place
     """
     rows = sum_rows(found)
     if rows != run.rows:
-        what = "other values" if rows.number == run.rows.number else f"{rows.number:,} rows"
-        raise ResultError(
-            f"the table in {place} has {what} than the run, which has {run.rows.number:,} rows; remove it"
-        )
+        numbers = f"{rows.number:,} rows; the run has {run.rows.number:,}"
+        what = "other values than the run" if rows.number == run.rows.number else numbers
+        raise ResultError(f"the table in {place} has {what}; remove it")
 
 
 def refuse_half_floats(run: ProvedRun, engine: str, advice: str) -> None:

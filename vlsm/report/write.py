@@ -28,11 +28,13 @@ def write_report(
         Location of the report.
 
     Raises:
-        ConfigError: there is no run at OUTPUT, or its gallery has a fixed size.
+        ConfigError: there is no run at OUTPUT, FILE is no .html, or its gallery has a fixed size.
         ResultError: a file of OUTPUT is damaged.
     """
     output = storage.absolute(output)
     uri = f"{output}.html" if file is None else storage.absolute(str(file))
+    if not uri.endswith((".html", ".htm")):
+        raise ConfigError(f"FILE is {uri!r}; a report must end in .html, so that it replaces no other file")
     with name_damage(f"OUTPUT {output!r}"):  # a page shows hundreds of values, and each may be of another type
         text = render(_page(output, tuple(map(storage.absolute, allow)), gallery))
     with storage.name_errors("FILE", uri):

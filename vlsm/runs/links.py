@@ -1,4 +1,4 @@
-"""Links in an OUTPUT: a job never writes or deletes outside of the folder that its user has named."""
+"""The borders of an OUTPUT: a job writes nowhere else, whatever links lie in it, and only jobs write there."""
 
 import os
 
@@ -29,3 +29,21 @@ def check_links(output: str) -> None:
                     "folder, or choose another OUTPUT"
                 )
         names[:] = [name for name in names if name not in _FLAT]
+
+
+def refuse_inside(name: str, place: str, output: str) -> None:
+    """Do nothing if a place to write to lies outside of OUTPUT: a file there would replace or double a part of the run.
+
+    Args:
+        name: of the argument, for the message.
+        place: the file or folder to write.
+        output: OUTPUT of a run.
+
+    Raises:
+        ConfigError: it lies in OUTPUT.
+    """
+    inner, outer = (
+        uri if "://" in uri else os.path.realpath(uri) for uri in (storage.absolute(place), storage.absolute(output))
+    )
+    if f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/"):
+        raise ConfigError(f"{name} {place!r} lies in OUTPUT, which belongs to its run; choose a place outside of it")

@@ -15,6 +15,7 @@ import pyarrow as pa
 from vlsm import storage
 from vlsm.commands import add_allow, new_parser
 from vlsm.errors import ConfigError, VlsmError
+from vlsm.runs.links import refuse_inside
 from vlsm.runs.reading import open_reader
 from vlsm.runs.record import read_record, read_summary
 from vlsm.runs.results import check_columns, open_results
@@ -127,6 +128,7 @@ def select_images(output: str, list_uri: str, wish: Wish, scope: Scope | None = 
     check_list(list_uri)
     with storage.name_errors("OUTPUT", output):
         tables = open_results(output)
+    refuse_inside("LIST", list_uri, output)
     with name_damage(f"OUTPUT {output!r}"):
         if scope.group is not None:
             _check_group(scope.group, tables.schema)
