@@ -174,11 +174,14 @@ def ray_cluster(s3_server):
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """A SeaweedFS server that speaks the S3 protocol; the standard AWS variables point to it."""
+    from s3fs import S3FileSystem
+
     server = S3Server(tmp_path_factory.mktemp("weed"))
     server.start()
     environment = server.environment()
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
+    S3FileSystem.clear_instance_cache()  # clients of earlier tests of this process have no credentials
     try:
         yield server
     finally:
