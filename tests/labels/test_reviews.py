@@ -350,3 +350,11 @@ def test_a_file_that_is_no_mask_is_refused(tmp_path, values, capsys):
         "is no mask of 0 and 255, or 0 and 1; it has values such as"
         in (run.folder / "new/corrected_masks/index.csv").read_text()
     )
+
+
+def test_an_export_without_masks_leaves_the_tasks_of_an_earlier_one(small_run):
+    folder = small_run.export("label-studio")
+    before = {path.name: path.read_bytes() for path in folder.glob("tasks-*.json")}
+    words = ["--format", "label-studio", "--filter", "confidence > 0.99"]
+    assert export_main([str(small_run.output), str(folder), *words]) == 1
+    assert before and {path.name: path.read_bytes() for path in folder.glob("tasks-*.json")} == before

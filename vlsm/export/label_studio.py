@@ -71,8 +71,9 @@ def export_label_studio(  # noqa: PLR0913 - the options of the command
                 for row in rows:
                     folder.note(name, row)
                 num_tasks += 1
-        interface = make_interface(list(numbering.numbers))
-        Path(folder, INTERFACE_NAME).write_text(interface, encoding="utf-8")
+        if num_tasks:
+            interface = make_interface(list(numbering.numbers))
+            Path(folder, INTERFACE_NAME).write_text(interface, encoding="utf-8")
     return num_tasks
 
 
@@ -137,15 +138,12 @@ def _describe_polygons(row: Row) -> list[Row]:
 
 
 class _TaskFiles:
-    """Writes tasks to files of limited size, each a JSON list. Those of an earlier export are removed."""
+    """Writes tasks to files of limited size, each a JSON list. The first one removes those of an earlier export."""
 
     def __init__(self, folder: ExportFolder) -> None:
-        folder.directory.mkdir(parents=True, exist_ok=True)
         self._folder, self._number, self._size = folder.directory, 0, 0
         self._file: TextIO | None = None
-        for path in self._folder.iterdir():
-            if _TASKS_NAME.fullmatch(path.name):
-                path.unlink()
+        self._is_first = True
 
     def write(self, task: Row) -> str:
         """Write a task. Return the name of its file."""
@@ -154,6 +152,12 @@ class _TaskFiles:
             self._end()
             self._number += 1
         name = f"tasks-{self._number:05d}.json"
+        if self._is_first:  # not before: an export without masks leaves the tasks that people work on
+            self._is_first = False
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.iterdir():
+                if _TASKS_NAME.fullmatch(path.name):
+                    path.unlink()
         if self._file is None:
             self._file, self._size = (self._folder / name).open("w", encoding="utf-8"), 0
         self._size += self._file.write(("[\n" if not self._size else ",\n") + text)
