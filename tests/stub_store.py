@@ -108,10 +108,11 @@ class StubStore:
             handler.close_connection = True
 
     def _send_for_ever(self, handler, request):
-        end = int(request.headers["range"].partition("-")[2])
-        handler.send_response(206)
-        for name, value in {"Content-Range": f"bytes 0-{end}/{end + 1}", "Content-Length": 1 << 40}.items():
-            handler.send_header(name, str(value))
+        end = request.headers.get("range", "").partition("-")[2]
+        handler.send_response(206 if end else 200)
+        if end:
+            handler.send_header("Content-Range", f"bytes 0-{end}/{int(end) + 1}")
+        handler.send_header("Content-Length", str(1 << 40))
         handler.send_header("ETag", '"1"')
         handler.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
         handler.end_headers()

@@ -61,8 +61,8 @@ def client(store, each_client):
     return each_client
 
 
-def read(uri=URI, **limits):
-    return read_image_bytes(uri, len(CONTENT), 10**6, **limits)
+def read(uri=URI, size=len(CONTENT), **limits):
+    return read_image_bytes(uri, size, 10**6, **limits)
 
 
 def opened(store, uri=URI):
@@ -80,6 +80,40 @@ def test_obstore_serves_a_bucket_that_has_answered(store):
     assert store.objects["/bucket/part"] == b"masks" and store.objects["/bucket/empty"] == b""
     assert read_image_bytes(URI, None, 10**6, span=(10, 20)) == CONTENT[10:30]
     assert store.clients()[-1] == "obstore"
+
+
+def test_a_file_whose_size_no_list_states_takes_one_request(store):
+    store.objects |= {"/bucket/large": bytes(10**6 + 1), "/bucket/most": bytes(10**6), "/bucket/empty": b""}
+    opened(store)
+    assert read(size=None) == CONTENT and read("s3://bucket/most", None) == bytes(10**6)
+    assert [(request.client, request.method) for request in store.requests] == [("obstore", "GET")] * 2
+    for name, reason in {"large": "too_large", "empty": "empty", "gone": "missing"}.items():
+        with pytest.raises(ImageError) as caught:
+            read(f"s3://bucket/{name}", None)
+        assert caught.value.reason == reason
+    store.requests.clear()
+    assert read(size=100) == CONTENT  # it has grown since the list was made
+    assert store.clients() == ["obstore"] * 2
+
+
+@pytest.mark.parametrize("fault", [refusal(503, "SlowDown"), "reset", "cut"], ids=["busy", "reset", "cut"])
+def test_a_file_of_unknown_size_comes_whole_or_not_at_all(client, store, delays, fault):
+    opened(store)
+    store.fault = lambda request: fault if request.method == "GET" and "a.png" in request.path else None
+    with pytest.raises(ImageError) as caught:
+        read(size=None, patience_s=2.5)
+    assert (caught.value.reason, len(delays)) == ("unavailable", 2)
+    store.fault = None
+    assert read(size=None) == CONTENT
+
+
+def test_a_file_of_unknown_size_that_is_too_large_is_not_read(store):
+    opened(store)
+    store.fault = lambda _: "endless"
+    with pytest.raises(ImageError, match="has 1,099,511,627,776 bytes"):
+        read(size=None)
+    store.stopped.wait(20)
+    assert store.num_sent_bytes < 30 << 20  # buffers of the sockets
 
 
 def test_threads_share_one_client(store):

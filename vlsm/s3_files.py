@@ -1,4 +1,4 @@
-"""Files in S3. s3fs does everything; where obstore does the same, it reads parts of files and writes small files.
+"""Files in S3. s3fs does everything; where obstore does the same, it reads files and writes small ones.
 
 **The answer of s3fs counts.** obstore delivers bytes, or nothing: after any failure, the same call goes to s3fs. So
 reasons, messages, retries, refreshed credentials and redirects to other regions are those of s3fs, and nobody sees the
@@ -7,7 +7,8 @@ messages of obstore, which quote requests and answers.
 - s3fs opens each bucket: obstore serves it after an answer to s3fs, and after a failure not before the next answer.
 - What obstore would do differently stays with s3fs (see `vlsm.s3_clients`); one line of the log says why.
 - Names that obstore would change or refuse stay with s3fs: with empty parts, `.`, `..`, or invisible characters.
-- Whole files stay with s3fs, which compares checksums; so do files of 100 MiB and writes that must not replace a file.
+- Whole files without a limit stay with s3fs, which compares checksums; so do files of 100 MiB and writes that must not
+  replace a file.
 - obstore cannot be used in a fork of a process that has used it; s3fs serves the fork.
 """
 
@@ -37,7 +38,7 @@ _STATUS = re.compile(r"status code: (\d{3})|HTTP error: ([a-z ]+)")
 
 
 class S3Files(S3FileSystem):  # type: ignore[misc] # s3fs has no types
-    """A file system of s3fs whose `cat_file` and `pipe_file` use obstore where it does the same.
+    """A file system of s3fs whose `cat_file`, `cat_within` and `pipe_file` use obstore where it does the same.
 
     Threads share an instance, and so its connections.
     """
@@ -54,6 +55,21 @@ class S3Files(S3FileSystem):  # type: ignore[misc] # s3fs has no types
         if options or start is None or end is None or not 0 <= start < end:
             return bytes(sync(self.loop, slow, timeout=timeout))
         return bytes(self._serve(path, lambda store, key: _read(store, key, start, end), slow, timeout))
+
+    def cat_within(self, path: str, max_bytes: int, timeout: float | None = None) -> tuple[bytes, int]:
+        """Return the bytes of a file whose size nobody knows yet, and its size; no bytes if it has more than max_bytes.
+
+        obstore needs one request for both. A list of images rarely states sizes.
+        """
+
+        async def slow() -> tuple[bytes, int]:
+            size = int((await self._info(path))["size"])
+            return bytes(await self._cat_file(path, start=0, end=size + 1)) if 0 < size <= max_bytes else b"", size
+
+        found: tuple[bytes, int] = self._serve(
+            path, lambda store, key: _read_within(store, key, max_bytes), slow, timeout
+        )
+        return found
 
     def pipe_file(
         self, path: str, value: bytes, mode: str = "overwrite", timeout: float | None = None, **options: Any
@@ -209,9 +225,20 @@ def _interruptible(call: Callable[[], T]) -> T:
 def _read(store: Any, key: str, start: int, end: int) -> bytes:
     import obstore
 
+    return _first_bytes(obstore.get(store, key, options={"range": (start, end)}), end - start)
+
+
+def _read_within(store: Any, key: str, max_bytes: int) -> tuple[bytes, int]:
+    import obstore
+
+    reply = obstore.get(store, key)
+    size = int(reply.meta["size"])
+    return _first_bytes(reply, size) if 0 < size <= max_bytes else b"", size
+
+
+def _first_bytes(reply: Any, left: int) -> bytes:
     content: list[bytes] = []
-    left = end - start
-    for block in obstore.get(store, key, options={"range": (start, end)}).stream(min_chunk_size=left):
+    for block in reply.stream(min_chunk_size=left):
         content.append(bytes(block)[:left])
         left -= len(content[-1])
         if left <= 0:  # a server may send more

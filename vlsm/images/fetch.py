@@ -89,6 +89,8 @@ class _Fetch:
                 check_file(self._path)  # before its size: a pipe has none
             if size_bytes and len(data := self._read(size_bytes, max_bytes)) <= size_bytes:
                 return data
+            if hasattr(self._fs, "cat_within"):
+                return with_retries(lambda: self._read_within(max_bytes), self.uri, self.patience_s)
             size_bytes = with_retries(self._ask_size, self.uri, self.patience_s)
             if size_bytes is None:
                 return self._read_unsized(max_bytes)
@@ -130,6 +132,14 @@ class _Fetch:
         if data := with_retries(get, self.uri, self.patience_s):
             return data
         raise ImageError("empty", f"{self.uri} has 0 bytes")
+
+    def _read_within(self, max_bytes: int) -> bytes:
+        """Return the content of a file of S3, whose size comes with it."""
+        data, size_bytes = self._ask(self._fs.cat_within, max_bytes=max_bytes)
+        check_size(self.uri, size_bytes, max_bytes)
+        if len(data) != size_bytes:
+            raise OSError(f"{len(data):,} of its {size_bytes:,} bytes came")
+        return bytes(data)
 
     def _read_unsized(self, max_bytes: int) -> bytes:
         """Return the content of a file of which the server states no length."""
