@@ -26,6 +26,7 @@ from vlsm.stores import open_uri
 
 URI = "s3://bucket/folder/a.png"
 CONTENT = bytes(range(256)) * 40
+SIZE = len(CONTENT)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def client(store, each_client):
     return each_client
 
 
-def read(uri=URI, size=len(CONTENT), **limits):
+def read(uri=URI, size=SIZE, **limits):
     return read_image_bytes(uri, size, 10**6, **limits)
 
 

@@ -185,7 +185,64 @@ def test_rows_of_a_run_as_a_list_give_only_what_is_not_ours(tmp_path):
 def test_carry_names_columns_of_lists_only(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     assert carry(tmp_path) == ({}, [])
-    assert "carry names columns of a list, but INPUT" in refusal(tmp_path, ("site",), ConfigError)
+    assert "carry names columns of a list or of Parquet files with images, but INPUT" in refusal(
+        tmp_path, ("site",), ConfigError
+    )
+
+
+def write_images(folder, name="i.parquet", struct=True, **columns):
+    """Parquet with two images in it, as hubs of datasets write them, or with a column of bytes."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": b"x", "path": f"{number}.png"} for number in range(2)] if struct else [b"x", b"y"]
+    pq.write_table(pa.table({"image": images} | columns), path)
+    return path
+
+
+def test_columns_beside_images_in_parquet_travel(tmp_path):
+    columns = {"patient_id": ["007", None], "age": pa.array([61, None], pa.int8()), "file_name": ["a.png", "b.png"]}
+    columns |= {"prompt": ["polyp", "p"], "image_uri": ["s3://b/a", "s3://b/b"], "boxes": [[1], [2]]}
+    path = write_images(tmp_path, struct=False, **columns)
+    archive = open_archive(str(path), ("p",), look=Look(columns={"image": "image"}), carry=Carry("all", RESERVED))
+    rows = list(archive.rows)
+    assert not archive.is_listed  # its values are checked before the work
+    assert [row["prompts"] for row in rows] == [["polyp"], ["p"]]
+    assert [row["carried"] for row in rows] == [
+        {"patient_id": "007", "age": 61, "file_name": "a.png", "list_image_uri": "s3://b/a"},
+        {"patient_id": None, "age": None, "file_name": "b.png", "list_image_uri": "s3://b/b"},
+    ]
+    assert archive.carried.type.field("age").type == pa.int8()
+    assert carry(path, ("age",), image="image") == ({"age": "int8"}, [{"age": 61}, {"age": None}])
+
+
+def test_files_with_images_are_united_and_a_damaged_one_fails_alone(tmp_path):
+    write_images(tmp_path, "site=A/a.parquet", age=pa.array([1, 2], pa.int8()))
+    write_images(tmp_path, "site=B/b.parquet", age=pa.array([3.5, None]), sex=["f", "m"])
+    (tmp_path / "site=C").mkdir()
+    (tmp_path / "site=C" / "c.parquet").write_bytes(b"PAR1 damaged PAR1")
+    types, values = carry(tmp_path)
+    assert types == {"age": "double", "site": "string", "sex": "string"}
+    assert [tuple(value.values()) for value in values] == [
+        *((1.0, "A", None), (2.0, "A", None), (3.5, "B", "f"), (None, "B", "m"), (None, None, None))
+    ]
+    problems = [row["problem"] for row in open_archive(str(tmp_path), ("p",), carry=Carry("all", RESERVED)).rows]
+    assert problems[:4] == [None] * 4 and problems[4].startswith("corrupt: ")
+
+
+def test_images_in_parquet_without_other_columns_are_listed_while_the_run_works(tmp_path):
+    path = write_images(tmp_path)
+    assert open_archive(str(path), ("p",), carry=Carry("all", RESERVED)).is_listed
+    assert carry(path) == carry(write_images(tmp_path, age=[1, 2]), ()) == ({}, [])
+
+
+def test_values_beside_images_are_checked_as_those_of_lists(tmp_path):
+    path = write_images(tmp_path, note=["x" * (MAX_CARRIED_BYTES + 1), ""], site=["A", "B"])
+    assert "most of them in 'note'" in (message := refusal(path)) and "carry=[site]" in message
+    assert carry(path, ("site",))[1] == [{"site": "A"}, {"site": "B"}]
+    path = write_images(tmp_path, note=["x" * (1 << 17), ""], site=["A", "B"])
+    assert "column 'note': a text has 131,072 bytes" in refusal(path)
+    days = pa.array([1 << 30, None], pa.int32()).cast(pa.date32())
+    assert "has a date that no calendar has; leave it out" in refusal(write_images(tmp_path, born=days))
 
 
 def test_a_date_that_no_calendar_has_is_one_sentence(tmp_path):

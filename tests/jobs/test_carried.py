@@ -4,6 +4,8 @@ import contextlib
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import segment_tasks, verify
@@ -72,6 +74,30 @@ def test_columns_of_a_list_travel_through_a_run_and_an_update_reads_no_image(arc
     assert list(after["site"][:5]) == ["north", "south", "north", "south", "north"] and after["site"].isna()[5]
     ours = [name for name in rows if name not in ("patient_id", "view", "status")]
     pd.testing.assert_frame_equal(after[ours], rows[ours])
+    assert verify.main([str(output)]) == 0
+    capfd.readouterr()
+
+
+def test_columns_beside_images_in_parquet_travel_through_a_run(archive, segment, tmp_path, capfd):
+    names = sorted(path.name for path in archive.iterdir())
+    images = [{"bytes": (archive / name).read_bytes(), "path": name} for name in names]
+    images[1] = {"bytes": b"no image", "path": names[1]}
+    table = pa.table({"image": images, "site": ["north", "south"] * 3, "age": pa.array(range(6), pa.int16())})
+    source, output = tmp_path / "hub", tmp_path / "out"
+    source.mkdir()
+    pq.write_table(table, source / "train-0.parquet")
+    (source / "train-1.parquet").write_bytes(b"PAR1 damaged PAR1")
+    summary, num_read = segment(source, output, "run.max_failed_fraction=1")
+    assert (summary["ok"], summary["failed"], num_read) == (5, 2, 7)
+    rows = pd.read_parquet(output / "masks")
+    assert [None if pd.isna(site) else site for site in rows["site"]] == ["north", "south"] * 3 + [None]
+    assert list(rows["age"][:6]) == list(range(6)) and rows["status"].tolist().count("failed") == 2
+    assert verify.main([str(output)]) == 0
+    pq.write_table(table.set_column(2, "age", [list(range(10, 16))]), source / "train-0.parquet")
+    (source / "train-1.parquet").unlink()
+    summary, _ = segment(source, output, "update=true", "run.max_failed_fraction=1")
+    assert (summary["ok"], summary["vanished"]) == (5, 1)
+    assert list(pd.read_parquet(output / "masks")["age"][:6]) == list(range(10, 16))
     assert verify.main([str(output)]) == 0
     capfd.readouterr()
 

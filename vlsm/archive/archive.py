@@ -27,9 +27,11 @@ class Archive:
 
     Attributes:
         rows: a stream of dicts with the columns of PLAN_SCHEMA but `vanished`.
-        is_listed: whether INPUT is a folder, prefix or glob, not a manifest.
+        is_listed: whether INPUT is a folder, prefix or glob whose rows may be listed while the run works. The rows of
+            a manifest, and of Parquet files with images and further columns, are all checked before the work.
         skipped: number of skipped files, by extension or description; complete once `rows` is exhausted.
-        carried: the further columns of a manifest that each row has in `carried`, or None.
+        carried: the further columns of a manifest, or of Parquet files with images, that each row has in `carried`;
+            None if there are none.
     """
 
     rows: Iterable[dict[str, Any]]
@@ -58,10 +60,11 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
         allow: the setting `run.allow`; see `vlsm.archive.places`.
         after: the last image_uri and selector of an interrupted listing; only images after them are returned.
         look: options for listing the images in a file.
-        carry: which further columns of a manifest travel with its images; None for none.
+        carry: which further columns travel with the images of a manifest, or of Parquet files and nothing else; None
+            for none.
 
     Raises:
-        ConfigError: there is nothing at the location, or `carry` names columns and it is no manifest.
+        ConfigError: there is nothing at the location, or `carry` names columns and it is neither.
         ManifestError: the manifest cannot be read, lacks a column or a value, or has an image_uri that is not allowed.
     """
     check_input("INPUT", uri)
@@ -72,27 +75,34 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     after = after if after is None else (_respell(after[0], uri), after[1])
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
     lists = find_lists(uri, fs.isfile(path), excluded) if after is None else []
-    archive = Archive(rows=(), is_listed=not lists or holds_images(lists[0], look.columns, allow))
-    if not archive.is_listed:
-        archive.carried = carry and _find_carried(uri, lists, carry, look)
+    is_inside = bool(lists) and holds_images(lists[0], look.columns, allow)
+    carried = _find_carried(uri, lists, carry, look, is_inside) if lists and carry else None
+    archive = Archive(rows=(), is_listed=not lists or (is_inside and carried is None), carried=carried)
+    if lists and not is_inside:
         rows = read_image_list(uri, lists, prompts, allow, look.columns, archive.carried)
         archive.rows = expand_rows(rows, look, archive.skipped, is_list=True)
         return archive
-    if carry is not None and carry.columns not in ("all", ()):
-        raise ConfigError(f"carry names columns of a list, but INPUT {uri!r} is none; leave the setting out")
+    if not lists and after is None and carry is not None and carry.columns not in ("all", ()):
+        raise ConfigError(
+            f"carry names columns of a list or of Parquet files with images, but INPUT {uri!r} is neither; leave the "
+            "setting out"
+        )
     last = None if after is None else storage.open_uri(after[0])[1]
     root, infos = _find_files(fs, path, uri, last)
     if after is not None and after[1] is not None and fs.isfile(last):  # more images of this file may follow
         infos = itertools.chain([fs.info(last)], infos)
-    rows = expand_rows(_file_rows(fs, root, infos, prompts, (excluded, archive.skipped)), look, archive.skipped)
+    files = _file_rows(fs, root, infos, prompts, (excluded, archive.skipped))
+    if carried is not None:  # a file that cannot be read has no values
+        files = (file | {"carried": carried.collect({}, uri)} for file in files)
+    rows = expand_rows(files, look, archive.skipped, carried=carried)
     archive.rows = rows if after is None else _rows_after(rows, after, archive.skipped)
     return archive
 
 
-def _find_carried(uri: str, lists: list[str], carry: Carry, look: Look) -> Carried | None:
+def _find_carried(uri: str, lists: list[str], carry: Carry, look: Look, is_inside: bool) -> Carried | None:
     folder = storage.absolute(uri)
     partition = {} if lists == [uri] else {name: None for file in lists for name in read_partition(file, folder)}
-    return find_carried(uri, lists, look.columns, partition, carry, look.allow)
+    return find_carried(uri, lists, look.columns, partition, carry, look.allow, is_inside)
 
 
 def _respell(place: str, uri: str) -> str:

@@ -1,5 +1,7 @@
 """Columns of a list that travel with its images into the results of a run: the setting `carry`.
 
+Parquet files with images in them are a list as well, of the images in their rows.
+
 **Which columns.** All that the run does not read itself, if each cell holds one value: a text, a number, true or false,
 a date or a time. Lists, structs and bytes do not travel; the log names them. A list made of rows of a run, or the index
 of an export, gives only the columns that are not ours.
@@ -20,7 +22,9 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -31,18 +35,20 @@ from vlsm.archive.column_types import travelling_type, types_of_records, unite
 from vlsm.archive.columns import CARRIED, Columns, normalize, shorten
 from vlsm.archive.text_tables import open_text, read_header
 from vlsm.cells import INDEX_COLUMNS
-from vlsm.errors import ManifestError
+from vlsm.errors import ImageError, ManifestError
 from vlsm.images.formats import file_name
-from vlsm.images.parquet import PARQUET_ERRORS
+from vlsm.images.parquet import PARQUET_ERRORS, ParquetImages
 from vlsm.limits import MAX_CARRIED_BYTES, MAX_CARRIED_COLUMNS
 from vlsm.shown import public_uri
 
 logger = logging.getLogger("vlsm")
 
 READ = ("image_uri", "image_id", "selector", "prompt", "prompts", "size_bytes", "etag", "mtime")  # by the run itself
+STATED = ("image_id", "prompt", "prompts")  # of these, by Parquet files for the images in them
 _PREFIX = "list_"
 _MAX_NAME_BYTES = 255
 _RUN = {"image_id", "prompt", "kind", "mask_rle"}  # a list with these columns is made of rows of a run
+_AHEAD = 16  # headers that are read in parallel
 _SHOWN, _SHOWN_LETTERS = 20, 60  # columns that a message names, and letters of each
 
 Types = dict[str, pa.DataType | None]  # the further columns of a list file; None: it does not travel
@@ -131,6 +137,7 @@ def find_carried(  # noqa: PLR0913 - every property of a list
     partition: Iterable[str],
     carry: Carry,
     allow: tuple[str, ...] = (),
+    is_inside: bool = False,
 ) -> Carried | None:
     """Return the columns of a list that travel, or None if there are none. The headers of all files are read.
 
@@ -141,15 +148,19 @@ def find_carried(  # noqa: PLR0913 - every property of a list
         partition: columns that the folders of the files state.
         carry: what shall travel.
         allow: the setting `run.allow`.
+        is_inside: whether the list is Parquet files with images in them. Then a file that cannot be read has no
+            columns: its image fails later.
 
     Raises:
         ManifestError: as for `vlsm.archive.tables.read_manifest_rows`; a column that `carry` names is absent or cannot
             travel; there are too many; or the files of the list have it in types that do not fit.
     """
     found: dict[str, list[tuple[str, pa.DataType | None]]] = {}  # by name: the files, and the types there
-    of_folders = _further(uri, [(name, pa.string()) for name in partition], chosen, carry)
-    for file in files:
-        types = _read_types(file, chosen, carry, allow)
+    read_types = partial(_read_inside if is_inside else _read_types, chosen=chosen, carry=carry, allow=allow)
+    of_folders = _further(uri, [(name, pa.string()) for name in partition], chosen, carry, is_inside)
+    with ThreadPoolExecutor(_AHEAD) as pool:  # stores answer slowly
+        types_of_files = list(pool.map(read_types, files))
+    for file, types in zip(files, types_of_files, strict=True):
         for name, kind in (types | {name: of_folders[name] for name in of_folders if name not in types}).items():
             if kind not in [known for _, known in found.setdefault(name, [])]:
                 found[name].append((file, kind))
@@ -213,6 +224,22 @@ def _name_columns(names: Sequence[str], reserved: Collection[str]) -> dict[str, 
     return sources
 
 
+def _read_inside(uri: str, chosen: Mapping[str, str], carry: Carry, allow: tuple[str, ...]) -> Types:
+    """Return the types of the further columns of a Parquet file with images. A damaged one has none."""
+    fs, path = storage.open_uri(uri, allow)
+
+    def read() -> ParquetImages:
+        with fs.open(path, "rb") as file:
+            return ParquetImages(file, chosen.get("image"))
+
+    try:
+        images = storage.with_retries(read, uri, storage.PATIENT_S)
+    except ImageError:
+        return {}
+    pairs = [(field.name, travelling_type(field.type)) for field in images.schema if field.name != images.column]
+    return _further(uri, pairs, chosen, carry, is_inside=True) if images.column is not None else {}
+
+
 def _read_types(uri: str, chosen: Mapping[str, str], carry: Carry, allow: tuple[str, ...]) -> Types:
     """Return the types of the further columns of a list file, without blanks around their names."""
     fs, path = storage.open_uri(uri, allow)
@@ -234,14 +261,18 @@ def _read_types(uri: str, chosen: Mapping[str, str], carry: Carry, allow: tuple[
 
 
 def _further(
-    uri: str, pairs: Sequence[tuple[str, pa.DataType | None]], chosen: Mapping[str, str], carry: Carry
+    uri: str,
+    pairs: Sequence[tuple[str, pa.DataType | None]],
+    chosen: Mapping[str, str],
+    carry: Carry,
+    is_inside: bool = False,
 ) -> Types:
     """Return the columns that the run does not read itself. None of a name that stands twice, or is none, travels."""
     names = [name for name, _ in pairs]
     columns = Columns(chosen)
     places = columns.find(names, uri)
-    read = {position for known, position in places.items() if known in READ}
-    if "image_uri" not in places and (location := columns.guess_location(names)) is not None:
+    read = {position for known, position in places.items() if known in (STATED if is_inside else READ)}
+    if not is_inside and "image_uri" not in places and (location := columns.guess_location(names)) is not None:
         read.add(location)
     is_index = tuple(names[: len(INDEX_COLUMNS)]) == INDEX_COLUMNS
     ours = INDEX_COLUMNS if is_index else carry.reserved if set(names) >= _RUN else ()

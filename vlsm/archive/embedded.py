@@ -1,22 +1,26 @@
-"""Lists the images inside a Parquet file, with the prompts and the image_id that the file states for each."""
+"""Lists the images inside a Parquet file, with the columns that the file states for each: prompts, image_id, others."""
 
 import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, BinaryIO
 
-from vlsm.archive.columns import Columns, Row
+import pyarrow as pa
+
+from vlsm.archive.carried import STATED, Carried
+from vlsm.archive.columns import CARRIED, Columns, Row
 from vlsm.archive.manifest import check_text, read_prompts, read_text
 from vlsm.archive.tables import read_partition
 from vlsm.errors import ImageError, ManifestError
 from vlsm.images.formats import Inside, Look, describe_other, list_frames
-from vlsm.images.parquet import ParquetImages, kind_by_bytes, kind_by_name
-
-_STATED = ("image_id", "prompt", "prompts")  # columns that have the same meaning as in a manifest
+from vlsm.images.parquet import PARQUET_ERRORS, ParquetImages, kind_by_bytes, kind_by_name, read_texts
 
 
-def list_rows(file: BinaryIO, uri: str, look: Look, skipped: Counter[str]) -> list[Inside]:
+def list_rows(
+    file: BinaryIO, uri: str, look: Look, skipped: Counter[str], carried: Carried | None = None
+) -> list[Inside]:
     """Return the images of a Parquet file, in the order of its rows. A file without images has none.
 
     Their bytes are read only where they decide the number of images or windows: a row with a TIFF, DICOM or NIfTI file,
@@ -27,10 +31,11 @@ def list_rows(file: BinaryIO, uri: str, look: Look, skipped: Counter[str]) -> li
         uri: of the file. Folders such as prompt=polyp in it are columns, as in Hive.
         look: options for listing.
         skipped: counter of skipped files, by description; this function adds to it.
+        carried: further columns; each image states their values as `carried`, by their names in the results.
 
     Raises:
         ImageError: the file cannot be read, or it has several columns of images.
-        ManifestError: a prompt or an image_id in it cannot be used.
+        ManifestError: a prompt, an image_id or a further value in it cannot be used.
     """
     images = ParquetImages(file, look.columns.get("image"))
     if images.column is None:
@@ -38,34 +43,60 @@ def list_rows(file: BinaryIO, uri: str, look: Look, skipped: Counter[str]) -> li
         return []
     return [
         image
-        for row, path, stated in _read_rows(images, uri, look)
+        for row, path, stated in _read_rows(images, uri, look, carried)
         for image in _list_row(images, row, path, stated, look)
     ]
 
 
-def _read_rows(images: ParquetImages, uri: str, look: Look) -> Iterator[tuple[int, str | None, Row]]:
+def _read_rows(
+    images: ParquetImages, uri: str, look: Look, carried: Carried | None
+) -> Iterator[tuple[int, str | None, Row]]:
     """Yield the number of each row, the path of its image, and the columns of the plan that the row states."""
-    columns = Columns(look.columns)
+    columns = Columns(look.columns, carried=carried)
     found = columns.find(images.schema.names, uri)
-    names = {known: images.schema.names[found[known]] for known in _STATED if known in found}
+    names = {
+        known: images.schema.names[position]
+        for known, position in found.items()
+        if known in STATED or known.startswith(CARRIED)
+    }
     partition = read_partition(uri)
     folder = columns.read(list(partition.values()), columns.find(tuple(partition), uri), uri)
-    for known in _STATED:
+    for known in STATED:
         if known in look.columns and known not in names and known not in folder:
             raise ManifestError(f"columns.{known} is {look.columns[known]!r}; {uri} has no such column")
     positions = {known: position for position, known in enumerate(names)}
-    for row, (path, cells) in enumerate(images.read_cells(list(names.values()))):
+    convert = partial(_read_cells, list(names.items()), carried, uri)
+    for row, (path, cells) in enumerate(images.read_cells(list(names.values()), convert)):
         where = f"{uri}, row {row}"
-        values = folder | columns.read(cells, positions, where)
-        stated: Row = {}
-        if (image_id := read_text(values.get("image_id"))) is not None:
-            stated["image_id"] = image_id
-        if prompts := read_prompts(values, (), where):
-            stated["prompts"] = prompts
-        for text in (image_id or "", *prompts):
-            check_text(text, where)
-        yield row, path, stated
+        yield row, path, _state(folder | columns.read(cells, positions, where), carried, where)
     columns.report(uri)
+
+
+def _read_cells(
+    names: list[tuple[str, str]], carried: Carried | None, uri: str, position: int, column: pa.Array
+) -> list[Any]:
+    """Return the cells of a column by its position among these (known name, name in the file)."""
+    known, name = names[position]
+    if carried is None or not known.startswith(CARRIED):
+        return read_texts(column)
+    try:
+        return read_texts(carried.cast(known, column))
+    except PARQUET_ERRORS as error:
+        raise ManifestError(f"{uri}: column {name!r}: {error}; leave it out with the setting carry") from error
+
+
+def _state(values: Row, carried: Carried | None, where: str) -> Row:
+    """Return the columns of the plan that a row states, checked."""
+    stated: Row = {}
+    if (image_id := read_text(values.get("image_id"))) is not None:
+        stated["image_id"] = image_id
+    if prompts := read_prompts(values, (), where):
+        stated["prompts"] = prompts
+    for text in (image_id or "", *prompts):
+        check_text(text, where)
+    if carried is not None:
+        stated["carried"] = carried.collect(values, where)
+    return stated
 
 
 def _list_row(images: ParquetImages, row: int, path: str | None, stated: Row, look: Look) -> list[Inside]:

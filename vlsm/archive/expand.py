@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from vlsm import storage
+from vlsm.archive.carried import Carried
 from vlsm.archive.embedded import list_rows
 from vlsm.errors import ImageError, StorageError
 from vlsm.images.containers import list_images
@@ -38,7 +39,9 @@ Row = dict[str, Any]
 Found = tuple[list[Inside], Counter[str]]  # the images in a file, and its skipped members
 
 
-def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list: bool = False) -> Iterator[Row]:
+def expand_rows(
+    rows: Iterable[Row], look: Look, skipped: Counter[str], is_list: bool = False, carried: Carried | None = None
+) -> Iterator[Row]:
     """Yield rows of images, with `selector`, `offset`, `length` and `problem`, from rows of files in the same order.
 
     Args:
@@ -47,6 +50,7 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
         skipped: counter of skipped files and members, by description; this function adds to it.
         is_list: whether a manifest names every file. A file without images then gives a row, which fails later. A row
             with a selector stands for this image of the file.
+        carried: further columns of Parquet files with images. Each row has their values in `carried`.
 
     Raises:
         StorageError: a store does not answer.
@@ -63,7 +67,7 @@ def expand_rows(rows: Iterable[Row], look: Look, skipped: Counter[str], is_list:
             num_unnamed += kind == UNNAMED
             is_plain = kind is None or (kind == "image" and look.tile.size is None)
             if not is_plain and (last is None or last[0] != row["image_uri"] or row.get("selector") is None):
-                last = row["image_uri"], pool.submit(_look_into, row, look)
+                last = row["image_uri"], pool.submit(_look_into, row, look, carried)
             waiting.append((row, None if is_plain or last is None else last[1]))
             weight += _weight(row)
             # Yield rows that need no header as soon as all rows before them are done.
@@ -89,7 +93,7 @@ def _weight(row: Row) -> int:
     return _AHEAD // _ARCHIVES_AHEAD if is_archive(row["image_uri"]) else 1
 
 
-def _look_into(row: Row, look: Look) -> Found:
+def _look_into(row: Row, look: Look, carried: Carried | None) -> Found:
     """Return the images in a file and its skipped members. A file that cannot be read gives an item with a problem."""
     uri, size_bytes = row["image_uri"], row.get("size_bytes")
     options: dict[str, Any] = {"block_size": _ARCHIVE_BLOCK if is_archive(uri) else _HEADER_BLOCK}
@@ -108,7 +112,7 @@ def _look_into(row: Row, look: Look) -> Found:
         try:
             if kind_of(uri) == "parquet":
                 with open_file() as file:
-                    return list_rows(file, uri, look, skipped)
+                    return list_rows(file, uri, look, skipped, carried)
             images = list_images(open_file, uri, look, skipped, size_bytes)
             return _check_pair(images, open_file, uri, look.allow) if is_header(uri) else images
         finally:  # a decoder may report an error of the store as damage of the file
@@ -153,7 +157,7 @@ def _images_of(
         selector = image.selector and storage.spell_out(image.selector)
         details = {"offset": image.offset, "length": image.length, "problem": image.problem}
         details |= {"image_id": _name(row, selector, image), "selector": selector, "num_windows": image.num_windows}
-        yield row | details | {"prompts": image.stated.get("prompts", row["prompts"])}
+        yield row | details | {key: image.stated[key] for key in ("prompts", "carried") if key in image.stated}
 
 
 def _choose_image(row: Row, images: list[Inside]) -> Row:

@@ -6,7 +6,7 @@ Hubs of datasets write a struct of bytes and path, img2dataset writes the bytes 
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -166,9 +166,17 @@ class ParquetImages:
             return f"{self.column}.bytes", f"{self.column}.path" if has_path else None
         return self.column, next((name for name in _PATH_NAMES if name in self.schema.names), None)
 
-    def read_cells(self, columns: list[str]) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-        """Yield the path of each image, and the values of some columns in its row. No bytes of images are read."""
-        leaves = [*columns, *([self._path_leaf] if self._path_leaf else [])]
+    def read_cells(
+        self, columns: list[str], convert: Callable[[int, pa.Array], list[Any]] | None = None
+    ) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
+        """Yield the path of each image, and the values of some columns in its row. No bytes of images are read.
+
+        Args:
+            columns: their names.
+            convert: returns the cells of a column, by its position among these; None for `read_texts`. It may raise an
+                error of its own.
+        """
+        leaves = list(dict.fromkeys([*columns, *([self._path_leaf] if self._path_leaf else [])]))
         if not leaves:
             yield from ((None, ()) for _ in range(self.num_rows))
             return
@@ -178,7 +186,8 @@ class ParquetImages:
         while (batch := self._next(batches, "the file")) is not None:
             with self._damage("the file"):
                 paths = read_texts(_values(batch, self._path_leaf)) if self._path_leaf else [None] * len(batch)
-                cells = [read_texts(batch.column(name)) for name in columns]
+                read = convert or (lambda _, column: read_texts(column))
+                cells = [read(position, batch.column(name)) for position, name in enumerate(columns)]
             yield from zip(paths, zip(*cells, strict=True) if cells else [()] * len(batch), strict=True)
 
     def _next(self, batches: Iterator[pa.RecordBatch], name: str) -> pa.RecordBatch | None:
