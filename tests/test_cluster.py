@@ -24,6 +24,7 @@ from vlsm.config import SegmentSettings, load_settings
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+CONTAINER = (ROOT / "jobs" / "Containerfile").read_text(encoding="utf-8")
 *POLICIES, JOB = yaml.safe_load_all((ROOT / "jobs" / "rayjob.yaml").read_text(encoding="utf-8"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TAG = re.fullmatch(r"rayproject/ray:([^@]+)@sha256:EDIT", CLUSTER["docker"]["image"])[1]
@@ -71,8 +72,8 @@ def test_the_version_of_ray_and_python_is_the_packages():
     assert Version(ray) in wanted.specifier
     assert f"Programming Language :: Python :: 3.{python[1:]}" in PROJECT["classifiers"]
     assert SPEC["rayVersion"] == ray
-    text = (ROOT / "jobs" / "rayjob.yaml").read_text(encoding="utf-8")
-    assert f"FROM rayproject/ray:{TAG}@sha256:DIGEST\n" in text and f"docker push REGISTRY/vlsm:{TAG}\n" in text
+    assert f"FROM rayproject/ray:{TAG}@sha256:DIGEST\n" in CONTAINER and f"REGISTRY/vlsm:{TAG} ." in CONTAINER
+    assert f"docker push REGISTRY/vlsm:{TAG}\n" in (ROOT / "jobs" / "rayjob.yaml").read_text(encoding="utf-8")
 
 
 def test_images_have_digests_and_the_files_do_not_work_before_these_are_filled_in():
@@ -80,7 +81,7 @@ def test_images_have_digests_and_the_files_do_not_work_before_these_are_filled_i
     assert images == {"REGISTRY/vlsm@sha256:DIGEST"}
     for image in (*images, CLUSTER["docker"]["image"]):
         assert not re.search(r"@sha256:[0-9a-f]{64}$", image)  # what Docker and Kubernetes take
-    for path, word in (("cluster.yaml", "EDIT"), ("jobs/rayjob.yaml", "DIGEST")):
+    for path, word in (("cluster.yaml", "EDIT"), ("jobs/Containerfile", "DIGEST")):
         text = (ROOT / path).read_text(encoding="utf-8")
         assert "docker buildx imagetools inspect" in text and f"sha256:{word}" in text
 
@@ -315,10 +316,9 @@ INSTALL = "python -m pip install -q --require-hashes -r requirements.lock"
 
 
 def test_nodes_and_the_image_install_nothing_without_its_hash():
-    text = (ROOT / "jobs" / "rayjob.yaml").read_text(encoding="utf-8")
     (setup,) = CLUSTER["setup_commands"]
-    (build,) = re.findall(r"#   RUN cd vlsm && (.*?)\n#   END", text, re.S)
-    for command in (setup.removeprefix("cd ~/vlsm && "), re.sub(r"\\\n#\s+", "", build)):
+    (build,) = re.findall(r"^RUN cd vlsm && (.*?[^\\])$", CONTAINER, re.S | re.M)
+    for command in (setup.removeprefix("cd ~/vlsm && "), re.sub(r"\\\n\s+", "", build)):
         first, second = command.strip().split(" && ")
         assert first == INSTALL and second == "python -m pip install -q --no-deps --no-build-isolation ."
     build_system = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
