@@ -269,4 +269,4 @@ def test_json_is_valid_where_nothing_matches(tmp_path, export_rows):
 def test_scripts_call_it_with_a_path(tmp_path, export_rows):
     export_rows([make_row(tmp_path / "in/a.png")])
     assert export.export_coco(str(tmp_path / "out"), tmp_path / "y") == 1
-    assert export.export_coco(str(tmp_path / "out"), str(tmp_path / "y"), components=True) == 1
+    assert export.export_coco(str(tmp_path / "out"), str(tmp_path / "z"), components=True) == 1

@@ -1,5 +1,6 @@
 """DICOM segmentations of unusual sources, read again by highdicom, and by dcmqi where the source has a position."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,7 @@ def export(tmp_path, write):  # noqa: F811
             for frame, mask in enumerate(masks_of(dataset)):
                 selector = f"frame={frame}" if dataset.get("NumberOfFrames", 1) > 1 else None
                 rows.append(row(path, mask, prompt, selector))
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
         names = run(write(rows, prompts=[prompt]), kind, tmp_path / "x", code=code)
         return {name: hd.seg.segread(tmp_path / "x" / name) for name in names}
 

@@ -1,4 +1,5 @@
 import errno
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -249,8 +250,8 @@ def test_all_prompts_of_an_image_are_one_picture_with_a_legend(output, tmp_path)
     assert (86, 180, 233) in {*map(tuple, picture[:30].reshape(-1, 3))}
     assert {(86, 180, 233), (230, 159, 0)} <= {*map(tuple, picture[30:].reshape(-1, 3))}
     (tmp_path / "images" / "1.png").unlink()
-    assert main([str(output), str(folder), "--together"]) == 1
-    assert sum(bool(line["error"]) for line in index(folder)) == 2  # both rows of the image
+    assert main([str(output), str(tmp_path / "y"), "--together"]) == 1
+    assert sum(bool(line["error"]) for line in index(tmp_path / "y")) == 2  # both rows of the image
 
 
 def test_one_picture_needs_overlays(output, tmp_path, capsys):
@@ -306,17 +307,29 @@ def test_a_wrong_folder_is_a_usage_error(output, tmp_path, capsys, kind):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", sorted(set(FORMATS) - {"probability", "dicom-seg", "dicom-seg-series", "rtstruct"}))
+def test_an_export_replaces_no_file(output, tmp_path, capsys, kind):
+    """Every file of an export may hold the work of people by now, be a link, or belong to another program."""
+    folder, words = tmp_path / "x", ["--format", kind]
+    assert main([str(output), str(folder), *words]) == 0
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main([str(output), str(folder), *words]) == 2
+    assert f"{folder} holds an export already (index.csv): remove it or choose another DIR" in capsys.readouterr().err
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    for name in before:
+        shutil.rmtree(folder)
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).symlink_to(outside := tmp_path / "outside")
+        assert main([str(output), str(folder), *words]) == 2, name
+        assert str(folder) in capsys.readouterr().err and not outside.exists()
+
+
 @pytest.mark.parametrize("words", [["--limit", "0"], ["--filter", "image_id = none"]])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_index_of_an_earlier_export_does_not_stay(output, tmp_path, kind, words):
+def test_an_export_of_no_rows_has_no_index(output, tmp_path, kind, words):
     code = int("--filter" in words)  # it leaves nothing, which the last line says
     assert main([str(output), str(tmp_path / "x"), "--format", kind, *words]) == code
-    (tmp_path / "x").mkdir(exist_ok=True)
-    (tmp_path / "x" / "index.csv").write_text("file,image_id\nold.png,old\n")
-    assert main([str(output), str(tmp_path / "x"), "--format", kind, *words]) == code
-    assert index(tmp_path / "x") == []
-    assert main([str(output), str(tmp_path / "x"), "--format", kind, "--filter", "colour = 3"]) == 2
-    assert (tmp_path / "x" / "index.csv").read_text().startswith("file,image_id,image_uri")
+    assert not (tmp_path / "x" / "index.csv").exists()
 
 
 def test_failed_rows_make_the_exit_code_1(output, tmp_path, capsys):

@@ -68,7 +68,8 @@ class Run:
         (self.output / "config.yaml").write_text(yaml.safe_dump({"config": config, "plan": {}}))
 
     def export(self, format_name, *words):
-        target = self.folder / format_name
+        """Export masks in place of an earlier export; return the folder."""
+        shutil.rmtree(target := self.folder / format_name, ignore_errors=True)
         assert export_main([str(self.output), str(target), "--format", format_name, *words]) == 0
         return target
 

@@ -81,9 +81,8 @@ def write_coco(  # noqa: PLR0913 - the options of all exports as COCO
     """
     check_columns((column for column, *_ in filters or ()), open_results(output).schema)  # before a file is written
     links, numbering = ImageLinks(output, prefixes), Numbering(read_settings(output))
-    folder.directory.mkdir(parents=True, exist_ok=True)
     with (
-        Path(folder, name).open("w", encoding="utf-8") as file,
+        folder.new(name).open("w", encoding="utf-8") as file,
         # the lists of images and of annotations grow together: the second one is collected beside the first
         tempfile.TemporaryFile("w+", encoding="utf-8", dir=folder) as collected,
     ):
@@ -108,7 +107,7 @@ def write_coco(  # noqa: PLR0913 - the options of all exports as COCO
             {"id": number, "name": prompt, "supercategory": ""} for prompt, number in numbering.numbers.items()
         ]
         file.write(f'], "categories": {json.dumps(categories)}}}\n')
-    links.names.report()
+    links.report()
     return annotations.length, list(numbering.numbers)
 
 

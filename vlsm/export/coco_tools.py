@@ -28,10 +28,11 @@ def export_cvat(
     `file_name`: the task must have the images under these names, or in a folder that holds them so.
     """
     with open_folder(directory) as folder:
-        path = Path(folder, "instances_default.json")
+        zipped, listed = folder.new("cvat.zip"), folder.new("labels.json")
+        path = folder.new("instances_default.json")
         try:
             number, prompts = write_coco(output, folder, filters, limit, path.name, components, iscrowd=1)
-            with zipfile.ZipFile(Path(folder, "cvat.zip"), "w", zipfile.ZIP_DEFLATED) as archive:
+            with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.write(path, _IN_ZIP)
                 archive.mkdir("images")  # datumaro asks for the folder, even if it is empty
         finally:
@@ -41,7 +42,7 @@ def export_cvat(
             {"name": prompt, "color": color, "attributes": []} for prompt, color in zip(prompts, colors, strict=True)
         ]
         text = json.dumps(labels, indent=2, ensure_ascii=False) + "\n"
-        Path(folder, "labels.json").write_text(text, encoding="utf-8")
+        listed.write_text(text, encoding="utf-8")
         return number
 
 
@@ -65,8 +66,7 @@ def export_fiftyone(
         prefixes: other beginnings of the links to the images.
     """
     with open_folder(directory) as folder:
-        folder.directory.mkdir(parents=True, exist_ok=True)
-        with Path(folder, "data.json").open("w", encoding="utf-8") as file:
+        with folder.new("data.json").open("w", encoding="utf-8") as file:
 
             def use_image(name: str, link: str) -> str:
                 plain = name.removeprefix("./")

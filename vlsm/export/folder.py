@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -29,27 +30,30 @@ class ExportFolder:
 
     `index.csv` has the columns INDEX_COLUMNS, then those of the list that was INPUT: `file` is relative to the folder.
     A row that failed has no file, and its `error` states the reason. A file of several rows has a line for each. The
-    index describes the last export. The folder and the index are created at the first row. Without rows, the index of
-    an earlier export becomes empty.
+    folder and the index are created at the first row. No file is replaced: people may have worked on it.
 
     Args:
-        directory: a local folder, which may exist.
+        directory: a local folder, which may exist, without an earlier export.
         allow: places whose images the export may read again, if OUTPUT is in a store and they lie outside of it.
+        verb: what happens to rows, for messages.
 
     Raises:
-        ConfigError: the folder is not local, or a file is in its place.
+        ConfigError: the folder is not local, has an index already, or a file is in its place.
 
     Attributes:
         num_written, num_failed: numbers of files and of failed rows.
     """
 
-    def __init__(self, directory: str | Path, allow: Sequence[str] = ()) -> None:
+    def __init__(self, directory: str | Path, allow: Sequence[str] = (), verb: str = "exported") -> None:
+        self._verb = verb
         self.directory, self.allow = Path(directory), tuple(map(storage.absolute, allow))
         if "://" in str(directory):
             raise ConfigError(f"{directory} is not a local folder; exports write local files")
         nearest = next((path for path in (self.directory, *self.directory.parents) if path.exists()), None)
         if nearest is not None and not nearest.is_dir():
             raise ConfigError(f"{nearest} is not a folder; exports need one")
+        if os.path.lexists(self.directory / INDEX_NAME):
+            raise ConfigError(f"{directory} holds an export already ({INDEX_NAME}): remove it or choose another DIR")
         self.num_written = self.num_failed = 0
         self._index: TextIO | None = None
         self._rows: CsvWriter | None = None
@@ -63,17 +67,16 @@ class ExportFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, error_type: object, *error: object) -> None:
-        if self._index is None and error_type is None and Path(self, INDEX_NAME).exists():
-            self._open_index()
+    def __exit__(self, *error: object) -> None:
         if self._index is not None:
             self._index.close()
         if self.num_failed:
             more = ", ..." if self.num_failed > len(self._first_errors) else ""
             logger.warning(
-                "%s could not be exported; %s lists them: %s%s",
+                "%s could not be %s; %s lists them: %s%s",
                 count(self.num_failed, "row"),
-                INDEX_NAME,
+                self._verb,
+                self.directory / INDEX_NAME,
                 "; ".join(self._first_errors),
                 more,
             )
@@ -98,8 +101,8 @@ class ExportFolder:
         """
         path = path or self.path(row, suffix)
         with self.attempt(rows or [row]):
+            self._prepare(path)
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 yield path
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -147,6 +150,20 @@ class ExportFolder:
         self._taken.add(key)
         return self.directory / name
 
+    def new(self, name: str) -> Path:
+        """Return the path of a file that describes the whole export; its folder exists.
+
+        Raises:
+            ConfigError: there is such a file already.
+        """
+        self._prepare(path := self.directory / name)
+        return path
+
+    def _prepare(self, path: Path) -> None:
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} exists, and may hold the work of people: remove it or choose another DIR")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
     def note(self, file: str, row: dict[str, Any]) -> None:
         """Write a line of the index.
 
@@ -174,8 +191,7 @@ class ExportFolder:
         (self._rows or self._open_index(of_list)).write(shown | of_list)
 
     def _open_index(self, of_list: Iterable[str] = ()) -> CsvWriter:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._index = (self.directory / INDEX_NAME).open("w", encoding="utf-8", newline="")
+        self._index = self.new(INDEX_NAME).open("w", encoding="utf-8", newline="")
         self._rows = CsvWriter(self._index, [*INDEX_COLUMNS, *of_list])
         return self._rows
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -19,7 +18,6 @@ from vlsm.shown import escape
 
 INTERFACE_NAME = "labeling_interface.xml"
 _TASKS_BYTES = 100_000_000  # of a file; Label Studio refuses uploads of more than 250 MB
-_TASKS_NAME = re.compile(r"tasks-\d{5}\.json")
 _DATA = ("image", "image_id", "image_uri", "selector", "prompts")  # names in the data of a task
 
 Row = dict[str, Any]
@@ -71,9 +69,10 @@ def export_label_studio(  # noqa: PLR0913 - the options of the command
                 for row in rows:
                     folder.note(name, row)
                 num_tasks += 1
+        links.report()
         if num_tasks:
             interface = make_interface(list(numbering.numbers))
-            Path(folder, INTERFACE_NAME).write_text(interface, encoding="utf-8")
+            folder.new(INTERFACE_NAME).write_text(interface, encoding="utf-8")
     return num_tasks
 
 
@@ -138,12 +137,11 @@ def _describe_polygons(row: Row) -> list[Row]:
 
 
 class _TaskFiles:
-    """Writes tasks to files of limited size, each a JSON list. The first one removes those of an earlier export."""
+    """Writes tasks to files of limited size, each a JSON list."""
 
     def __init__(self, folder: ExportFolder) -> None:
-        self._folder, self._number, self._size = folder.directory, 0, 0
+        self._folder, self._number, self._size = folder, 0, 0
         self._file: TextIO | None = None
-        self._is_first = True
 
     def write(self, task: Row) -> str:
         """Write a task. Return the name of its file."""
@@ -152,14 +150,8 @@ class _TaskFiles:
             self._end()
             self._number += 1
         name = f"tasks-{self._number:05d}.json"
-        if self._is_first:  # not before: an export without masks leaves the tasks that people work on
-            self._is_first = False
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for path in self._folder.iterdir():
-                if _TASKS_NAME.fullmatch(path.name):
-                    path.unlink()
         if self._file is None:
-            self._file, self._size = (self._folder / name).open("w", encoding="utf-8"), 0
+            self._file, self._size = self._folder.new(name).open("w", encoding="utf-8"), 0
         self._size += self._file.write(("[\n" if not self._size else ",\n") + text)
         return name
 

@@ -48,14 +48,14 @@ def export_labels(
     label_filters = [("kind", "==", "labels"), *(filters or [])]
     has_labels = next(read_rows(output, choose_rows(label_filters, None), ["kind"]), None) is not None
     with open_folder(directory) as folder:
-        folder.directory.mkdir(parents=True, exist_ok=True)
+        listed = folder.new("labels.json")
         if has_labels:
             names = _write_label_maps(output, folder, label_filters, limit)
         else:
             names = _build_label_maps(output, folder, filters, limit)
         values = {"0": "background"} | {str(number): name for name, number in names.items()}
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-        Path(folder, "labels.json").write_text(text, encoding="utf-8")
+        listed.write_text(text, encoding="utf-8")
         return folder.num_written
 
 

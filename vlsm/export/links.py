@@ -1,6 +1,7 @@
 """Links to the images of a run, for tools that open the images by themselves."""
 
 import itertools
+import logging
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from vlsm.export.origins import Filters, read_settings
 from vlsm.images.formats import split_selector
 from vlsm.runs.carried import CARRIED, as_json
 from vlsm.runs.results import check_columns, open_results, read_ok_rows, read_rows
+
+logger = logging.getLogger("vlsm")
 
 Row = dict[str, Any]
 
@@ -68,6 +71,7 @@ class ImageLinks:
         uris = (row["image_uri"] for row in read_rows(output, None, ["image_uri"]))
         self.names = FileNames(uris, read_settings(output).input)
         self._prefixes = sorted(prefixes, key=lambda prefix: -len(prefix.location))
+        self._unused, self._first = list(prefixes), ""
 
     def name(self, row: Row) -> tuple[str, str]:
         """Return the name of an image below the folder of all images, and the link to the image."""
@@ -77,7 +81,17 @@ class ImageLinks:
         location = row["image_uri"] if is_file else f"{self.names.folder.rstrip('/')}/{name.removeprefix('./')}"
         fitting = (prefix for prefix in self._prefixes if location.startswith(prefix.location))
         prefix = next(fitting, None)
+        self._first = self._first or location
+        if prefix in self._unused:
+            self._unused.remove(prefix)
         return name, location if prefix is None else prefix.apply(location)
+
+    def report(self) -> None:
+        """Warn of names that are alike, and of prefixes that no image has. Call it at the end."""
+        self.names.report()
+        if self._first and self._unused:
+            prefixes = ", ".join(prefix.location for prefix in self._unused)
+            logger.warning("--link-prefix: no link begins with %s; the first one is %s", prefixes, self._first)
 
 
 def read_images(

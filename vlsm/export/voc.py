@@ -30,9 +30,8 @@ def export_voc(
     """
     numbering, links = Numbering(read_settings(output)), ImageLinks(output)
     with open_folder(directory) as folder:
-        sets = Path(folder, "ImageSets", "Segmentation")
-        sets.mkdir(parents=True, exist_ok=True)
-        with (sets / "train.txt").open("w", encoding="utf-8") as file:
+        description = folder.new("labelmap.txt")
+        with folder.new("ImageSets/Segmentation/train.txt").open("w", encoding="utf-8") as file:
             for rows in read_images(output, [("kind", "==", "mask"), *(filters or [])], limit):
                 name = PurePosixPath(links.name(rows[0])[0]).with_suffix("").as_posix()
                 with (
@@ -43,8 +42,8 @@ def export_voc(
                     if len(numbering.numbers) > _MOST_CLASSES:
                         raise ConfigError(f"there are {len(numbering.numbers)} prompts; VOC can hold {_MOST_CLASSES}")
                     file.write(f"{name}\n")
-        Path(folder, "labelmap.txt").write_text(_describe(numbering), encoding="utf-8")
-        links.names.report()
+        description.write_text(_describe(numbering), encoding="utf-8")
+        links.report()
         return folder.num_written
 
 

@@ -37,13 +37,13 @@ def export_yolo(
     """
     numbering, links = Numbering(read_settings(output)), ImageLinks(output)
     with open_folder(directory) as folder:
+        description = folder.new("data.yaml")
         for rows in read_images(output, filters, limit):
             name = PurePosixPath("labels", links.name(rows[0])[0]).with_suffix(".txt").as_posix()
             with folder.attempt(rows), folder.file(rows[0], rows=rows, path=folder.claim(name)) as path:
                 path.write_text("".join(line for row in rows for line in _lines(row, numbering)), encoding="ascii")
-        folder.directory.mkdir(parents=True, exist_ok=True)
-        Path(folder, "data.yaml").write_text(_describe(numbering, links.names.folder), encoding="utf-8")
-        links.names.report()
+        description.write_text(_describe(numbering, links.names.folder), encoding="utf-8")
+        links.report()
         return folder.num_written
 
 

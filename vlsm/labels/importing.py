@@ -112,7 +112,7 @@ def import_labels(  # noqa: PLR0913 - the options of the command
                 f"{place!r} exists, and may hold the work of people: remove it or choose another MANIFEST"
             )
     carried = carried_fields(open_results(output).schema)
-    folder = ExportFolder(masks, allow)
+    folder = ExportFolder(masks, allow, verb="imported")
     chosen = choose_rows(filters, ("mask",))
     prompts = Counter(row["prompt"] for row in read_rows(output, chosen, ["prompt"]))
     summary = Summary({prompt: Counts() for prompt in prompts}, num_planned=prompts.total())
