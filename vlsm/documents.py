@@ -86,9 +86,16 @@ def read_yaml(uri: str, name: str, error: type[VlsmError] = VlsmError) -> Any:
 
 
 def read_json(
-    uri: str, name: str, error: type[VlsmError] = VlsmError, advice: str = "", max_bytes: int = MAX_JSON_BYTES
+    uri: str,
+    name: str,
+    error: type[VlsmError] = VlsmError,
+    advice: str = "",
+    max_bytes: int = MAX_JSON_BYTES,
+    too_long: str = "",
 ) -> Any:
     """Return the value of a JSON file. Of a file that is too long, only the beginning is read.
+
+    `too_long` is the advice for such a file, `advice` for any other.
 
     Raises:
         VlsmError: as for `parse_json`, or the file has more than `max_bytes`.
@@ -96,7 +103,7 @@ def read_json(
     """
     data = storage.read_bytes(uri, max_bytes=max_bytes)
     if len(data) > max_bytes:
-        raise error(f"{name} is longer than {max_bytes:,} bytes{advice}")
+        raise error(f"{name} is longer than {max_bytes:,} bytes{too_long or advice}")
     return parse_json(data, name, error, advice)
 
 

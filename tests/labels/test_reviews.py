@@ -88,6 +88,30 @@ def test_a_task_without_annotations_was_not_reviewed(small_run, tasks, capsys):
     assert (found["planned"], found["accepted"], found["corrected"], found["refused"]) == (4, 2, 0, 0)
 
 
+@pytest.mark.parametrize("annotations", ["x", {"result": []}, ["x"], 3])
+def test_annotations_that_are_no_list_are_refused(small_run, tasks, capsys, annotations):
+    done = [tasks[RINGS] | {"annotations": annotations}, *submit([tasks[BORDER]])]
+    small_run.read(write_json(small_run.folder / "p.json", done), "label-studio", "--json", code=1)
+    assert told(capsys)["refused"] == 2  # of both prompts
+    assert "annotations are no list" in (small_run.folder / "new/corrected_masks/index.csv").read_text()
+
+
+def test_only_a_long_file_is_to_be_exported_in_parts(small_run, tasks, capsys):
+    text = json.dumps(list(tasks.values()))
+    (small_run.folder / "p.json").write_text(text[: len(text) // 2])
+    small_run.read(small_run.folder / "p.json", "label-studio", code=2)
+    assert "is not JSON" in (error := capsys.readouterr().err) and "in parts" not in error
+
+
+def test_masks_that_a_program_wrote_in_another_format_are_found(small_run, capsys):
+    source = small_run.export("masks")
+    for path in source.rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".tif"))
+        path.unlink()
+    small_run.read(source, "masks", "--json")
+    assert (told := json.loads(capsys.readouterr().out.splitlines()[-1]))["accepted"] == 4 and not told["refused"]
+
+
 def test_the_latest_annotation_counts_unless_one_is_the_ground_truth(small_run, tasks):
     empty = annotation(tasks[RINGS], result=[], updated_at="2026-05-05T00:00:00Z")
     early = annotation(tasks[RINGS])
@@ -350,11 +374,3 @@ def test_a_file_that_is_no_mask_is_refused(tmp_path, values, capsys):
         "is no mask of 0 and 255, or 0 and 1; it has values such as"
         in (run.folder / "new/corrected_masks/index.csv").read_text()
     )
-
-
-def test_an_export_without_masks_leaves_the_tasks_of_an_earlier_one(small_run):
-    folder = small_run.export("label-studio")
-    before = {path.name: path.read_bytes() for path in folder.glob("tasks-*.json")}
-    words = ["--format", "label-studio", "--filter", "confidence > 0.99"]
-    assert export_main([str(small_run.output), str(folder), *words]) == 1
-    assert before and {path.name: path.read_bytes() for path in folder.glob("tasks-*.json")} == before

@@ -137,6 +137,13 @@ def test_geojson_has_the_area_of_the_masks_and_a_class_for_each_prompt(run):
     assert area == run.masks["drawn/rings.png", "polyp"].sum()
 
 
+def test_a_prefix_that_no_image_has_is_told(run, caplog):
+    words = [f"--link-prefix={run.folder}/inn/=https://a/", f"--link-prefix={run.folder}/in/=https://b/"]
+    run.export("label-studio", *words)
+    (told,) = [record.getMessage() for record in caplog.records if "--link-prefix" in record.getMessage()]
+    assert told.startswith(f"--link-prefix: no link begins with {run.folder}/inn/; the first one is {run.folder}/in/")
+
+
 def test_tasks_have_links_scores_and_columns_and_no_secret(run):
     prefix = f"{run.folder}/in/"
     folder = run.export("label-studio", "--link-prefix", f"{prefix}=/data/local-files/?d=scans/")

@@ -80,12 +80,12 @@ def _read_folder(uri: str, format_name: str) -> Iterator[list[Review]]:
 def _read_file(uri: str, name: str, format_name: str) -> Iterator[list[Review]]:
     """Yield the reviews of a JSON file, or of each COCO file in a zip."""
     if format_name == "geojson":
-        yield list(read_geojson(read_json(uri, uri, ManifestError, _ADVICE), uri, name))
+        yield list(read_geojson(read_json(uri, uri, ManifestError, too_long=_ADVICE), uri, name))
     elif name.lower().endswith(".zip") and format_name in ("cvat", "coco"):
         for member, content in _read_zip(uri):
             yield list(_READERS[format_name](content, f"{uri}#{member}"))
     else:
-        yield list(_READERS[format_name](read_json(uri, uri, ManifestError, _ADVICE), uri))
+        yield list(_READERS[format_name](read_json(uri, uri, ManifestError, too_long=_ADVICE), uri))
 
 
 def _read_zip(uri: str) -> Iterator[tuple[str, Any]]:

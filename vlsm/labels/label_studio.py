@@ -41,8 +41,13 @@ def read_tasks(content: Any, where: str) -> Iterator[Review]:
         place = f"{where}, task {number}"
         if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
             raise ManifestError(f"{place} has no data; export the project as JSON, not as JSON-MIN")
-        annotations = [each for each in list_of(task.get("annotations", task.get("completions"))) if dict_of(each)]
-        if annotations:
+        annotations = task.get("annotations", task.get("completions"))
+        is_list = isinstance(annotations, list) and all(isinstance(each, dict) for each in annotations)
+        if annotations is not None and not is_list:
+            review = _read_task(task["data"], [], place)
+            review.is_rejected, review.problem = False, "its annotations are no list of objects"
+            yield review
+        elif annotations:
             yield _read_task(task["data"], annotations, place)
 
 

@@ -3,7 +3,7 @@
 The rule, the first that fits:
 
 1. The tool has kept the image itself: its location and its selector.
-2. The name of a mask file is that of our own export: it tells the image and the prompt.
+2. The name of a mask file is that of our own export, in any format: it tells the image and the prompt.
 3. The name equals the id, the location, or the exported name of one image of the run.
 4. Part by part from the right, and without the text behind the last dot, one of both names is the end of the other:
    `b/a.png` fits `scans/b/a.jpg`, but not `ab/a.png`. The more parts they share, the better.
@@ -99,7 +99,7 @@ class _Index:
     def __init__(self, reviews: Sequence[Review]) -> None:
         self._reviews, self.best = reviews, [_Best() for _ in reviews]
         self._names = [[_split(name) for name in review.names] for review in reviews]
-        self._by_path = {review.names[0]: number for number, review in enumerate(reviews) if review.is_mask_file}
+        self._by_path: dict[str, list[int]] = defaultdict(list)
         self._by_stem: dict[str, set[int]] = defaultdict(set)
         self._by_key: dict[Key, set[int]] = defaultdict(set)
         for number, review in enumerate(reviews):
@@ -107,6 +107,8 @@ class _Index:
                 self._by_stem[name[-1]].add(number)
             if review.key is not None:
                 self._by_key[review.key].add(number)
+            if review.is_mask_file:  # a program may have written another format
+                self._by_path[posixpath.splitext(review.names[0])[0]].append(number)
 
     def offer(self, rows: list[Row], file_name: str) -> None:
         """Note an image for the reviews that it fits.
@@ -120,8 +122,8 @@ class _Index:
         for number in self._by_key.get(key, ()):
             self.best[number].offer((4, 0), (key, None), row["image_id"])
         for each in rows:
-            if (path := relative_path(each, ".png")) in self._by_path:
-                self.best[self._by_path[path]].offer((3, 0), (key, each["prompt"]), row["image_id"])
+            for number in self._by_path.get(posixpath.splitext(relative_path(each, ".png"))[0], ()):
+                self.best[number].offer((3, 0), (key, each["prompt"]), row["image_id"])
         texts = {row["image_id"], file_name, relative_path(row | {"prompt": "", "kind": ""}, "")}
         texts |= {row["image_uri"]} if row["selector"] is None else set()
         known = {_split(text) for text in texts}
