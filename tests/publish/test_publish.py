@@ -224,6 +224,10 @@ def test_folders_are_named_after_values_and_one_is_read_alone(tmp_path, output):
         (["--to", "delta", "--partition-by", "site"], "--partition-by writes a copy: give its place, DEST"),
         (["place", "--to", "lance", "--partition-by", "site"], "is for --to parquet and --to delta"),
         (["place", "--to", "lance", "--catalog", "x"], "--catalog is for --to iceberg"),
+        (
+            ["place", "--to", "parquet", "--name", "x"],
+            "--name is for --to iceberg and --to duckdb, not for",
+        ),
         (["--to", "iceberg"], "--to iceberg needs a local folder DEST"),
         (["--to", "iceberg", "--catalog", "no such catalog"], "--to iceberg failed: "),
     ],

@@ -22,6 +22,8 @@ _EXAMPLES = (
     "masks by_site --to parquet --partition-by site",
 )
 _PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg", "lance": "pylance", "duckdb": "duckdb"}
+_OPTIONS = {"partition-by": ("parquet", "delta"), "catalog": ("iceberg",), "name": ("iceberg", "duckdb")}
+_NAME = "vlsm.masks"
 ENGINES = ("delta", "iceberg", "lance", "duckdb", "parquet")
 
 
@@ -37,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--to", required=True, choices=ENGINES, help="the engine; parquet: folders by --partition-by")
     parser.add_argument("--catalog", metavar="NAME", help="a catalog in the settings of pyiceberg, instead of DEST")
-    parser.add_argument("--name", default="vlsm.masks", help="table of iceberg, view of duckdb. Default: %(default)s")
+    parser.add_argument("--name", help=f"table of iceberg, view of duckdb. Default: {_NAME}")
     parser.add_argument(
         "--partition-by", action="append", default=[], metavar="COLUMN", help="of a copy: a folder for each value"
     )
@@ -63,7 +65,7 @@ def publish(  # noqa: PLR0913 - the arguments of the command
     place: str | None,
     engine: str,
     catalog: str | None = None,
-    name: str = "vlsm.masks",
+    name: str | None = None,
     partition_by: list[str] | None = None,
 ) -> tuple[str, bool, int]:
     """Publish a run, and return its place, whether it was there already, and its number of rows.
@@ -73,11 +75,11 @@ def publish(  # noqa: PLR0913 - the arguments of the command
         ResultError: the run is not proved, or the table does not have its rows.
     """
     _require(engine)
-    columns = partition_by or []
-    if columns and engine not in ("delta", "parquet"):
-        raise ConfigError(f"--partition-by is for --to parquet and --to delta, not for --to {engine}")
-    if catalog is not None and engine != "iceberg":
-        raise ConfigError(f"--catalog is for --to iceberg, not for --to {engine}")
+    for option, value in {"partition-by": partition_by, "catalog": catalog, "name": name}.items():
+        if value and engine not in _OPTIONS[option]:
+            engines = " and ".join(f"--to {each}" for each in _OPTIONS[option])
+            raise ConfigError(f"--{option} is for {engines}, not for --to {engine}")
+    name, columns = name or _NAME, partition_by or []
     from vlsm.publish import copies, delta, duckdb_view, iceberg
     from vlsm.publish.proved import prove
 
