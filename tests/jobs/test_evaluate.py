@@ -11,8 +11,10 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 import vlsm
@@ -179,6 +181,36 @@ def test_masks_of_another_run_give_the_same_scores_and_are_joined_by_name(
             assert row["status"] == "failed" and row["error"].startswith("missing: ")
         else:
             assert row["dice"] == expected[(row["record"],)]["dice"] and row["prompt"] == "lesion"
+
+
+def test_the_list_of_a_hospital_is_scored_by_site_and_patient_after_a_review(
+    labelled, bright_checkpoint, tmp_path, run
+):
+    """The columns are those of the list that was segmented; a reviewer has rejected one image of the north."""
+    names = sorted(path.name for path in (labelled / "images").iterdir())
+    sites, patients = ["north", "north", "south", "south", "south", "north"], [1, 1, 2, 2, 3, 4]
+    columns = {"image_uri": [str(labelled / "images" / name) for name in names], "image_id": names}
+    frame = pd.DataFrame(columns | {"site": sites, "patient_id": patients})
+    frame.to_csv(tmp_path / "list.csv", index=False)
+    words = [str(tmp_path / "list.csv"), str(tmp_path / "masks"), "--checkpoint", str(bright_checkpoint)]
+    assert segment.main([*words, "--set", "prompts=[lesion]", "--set", "allow_equal_masks=true"]) == 0
+    made = {"reject": names[0], "redo": names[2], "accept": names[3]}
+    marks = [{"image_id": image_id, "prompt": "lesion", "mark": mark} for mark, image_id in made.items()]
+    run_id = yaml.safe_load((tmp_path / "masks" / "config.yaml").read_text())["run_id"]
+    (tmp_path / "marks.json").write_text(json.dumps({"kind": "vlsm.marks", "run_id": run_id, "marks": marks}))
+    words = [tmp_path / "out", "--masks", f"old={tmp_path / 'masks'}", "--dataset", f"drawn={labelled}"]
+    words += ["--set", "groups=[site]", "--set", "patient=patient_id", "--set", "small_group=1"]
+    code, summary, log = run(*words, "--set", f"marks={tmp_path / 'marks.json'}")
+    assert code == 0 and "2 records left out, because their images are rejected" in log
+    rows = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    assert len(rows) == summary["rows"] == 10 and not any(names[0] in row["image_uri"] for row in rows)
+    lesions = {Path(row["image_uri"]).name: row["dice"] for row in rows if row["status"] == "ok"}
+    groups = {row["value"]: row for row in pd.read_csv(tmp_path / "out" / "groups.csv").to_dict("records")}
+    assert groups.keys() == {"north", "south"}
+    for site, num_patients in {"north": 1, "south": 2}.items():  # the label of names[1], of patient 1, is broken
+        scores = [lesions[name] for name, where in zip(names, sites, strict=True) if where == site and name in lesions]
+        assert (groups[site]["n"], groups[site]["patients_n"]) == (len(scores), num_patients)
+        assert groups[site]["dice_mean"] == pytest.approx(np.mean(scores), abs=1e-6)
 
 
 def test_masks_of_an_evaluation_are_scored_by_another(evaluated, rows, labelled, bright_checkpoint, tmp_path, run):
