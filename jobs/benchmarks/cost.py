@@ -70,7 +70,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--source", action="append", choices=("disk", "S3"), help="location of the images (default: S3)"
     )
-    parser.add_argument("--images", type=int, nargs=2, default=(1024, 3072), metavar="N", help="of the two runs")
+    parser.add_argument("--images", type=int, nargs=2, default=(2048, 12288), metavar="N", help="of the two runs")
     parser.add_argument("--shard-rows", type=int, default=256, metavar="N", help="images per shard (256)")
     parser.add_argument("--repeats", type=int, default=2, metavar="N", help="pairs of runs; the median counts (2)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="further settings of the job")

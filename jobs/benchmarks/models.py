@@ -15,9 +15,9 @@ from torch import Tensor
 from jobs.benchmarks.figures import alternate, write_json
 from vlsm.checkpoints import Checkpoint, CheckpointSettings
 from vlsm.models import MODELS
+from vlsm.models.clipseg import CLIPSegTowers
 from vlsm.models.costs import build_architecture
 from vlsm.models.openclip import OpenCLIPTowers
-from vlsm.models.towers import Towers
 from vlsm.segmentation.segmenter import Segmenter
 
 _PROMPTS = [
@@ -45,12 +45,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--repeats", type=int, default=5, choices=range(1, 1000), metavar="N", help="rounds; the median counts (5)"
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="side of the input (default: as published)")
 
 
 def measure(args: Namespace) -> int:
     """Measure seconds per image of each model at its published size on the CPU, ours against the plain way.
 
-    The plain way pads prompts to the context length of the text tower, and runs the whole model, text tower included,
+    The plain way pads prompts as CLIP does, and runs the whole model, text tower included,
     once per image and prompt, with unfolded batch norms and channels first. Ours is the Segmenter, with prompts encoded
     beforehand; a network without text input runs once for all prompts. The two ways run interleaved. The benchmark
     fails if their logits differ by 0.001 of the largest logit or more.
@@ -60,7 +61,7 @@ def measure(args: Namespace) -> int:
     print(f"{'':15} {'1 prompt, s':>22} {'':>6} {'10 prompts, s':>22} {'':>6} {'10 to 1':>8}")
     print(f"{'model':15} {'ours':>11}{'plain':>11} {'ratio':>6} {'ours':>11}{'plain':>11} {'ratio':>6} {'ours':>8}")
     for name in args.model or MODELS:
-        speed = _measure_model(name, args.repeats)
+        speed = _measure_model(name, args.repeats, args.image_size)
         speeds.append(speed)
         print(
             f"{name:15} {speed.ours_1_s:11.3f}{speed.plain_1_s:11.3f} {speed.plain_1_s / speed.ours_1_s:5.2f}x "
@@ -97,14 +98,15 @@ def tell(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _measure_model(name: str, repeats: int) -> ModelSpeed:
+def _measure_model(name: str, repeats: int, image_size: int | None) -> ModelSpeed:
+    options = None if image_size is None else {"image_size": image_size}
     with tempfile.TemporaryDirectory() as folder:
-        plain = build_architecture(name, Path(folder), "cpu")
+        plain = build_architecture(name, Path(folder), "cpu", options)
     spec = plain.image_spec
     settings = CheckpointSettings(model=name, options={}, image=asdict(spec))
     segmenter = Segmenter(Checkpoint(copy.deepcopy(plain), settings, name), device="cpu")
     images = np.random.default_rng(0).integers(0, 255, (1, spec.size, spec.size, 3), dtype=np.uint8)
-    for towers in (part for part in plain.modules() if isinstance(part, Towers)):
+    for towers in (part for part in plain.modules() if isinstance(part, OpenCLIPTowers | CLIPSegTowers)):
         towers.tokenize = _PaddingTokenizer(towers)  # type: ignore[method-assign] # the plain way
 
     def run_plain(prompts: list[str]) -> Tensor:
@@ -125,9 +127,9 @@ def _measure_model(name: str, repeats: int) -> ModelSpeed:
 
 
 class _PaddingTokenizer:
-    """A tokenizer that pads prompts to the context length of the text tower, as the public code does."""
+    """A tokenizer that pads prompts to the context length of CLIP's text tower, as the public code does."""
 
-    def __init__(self, towers: Towers) -> None:
+    def __init__(self, towers: OpenCLIPTowers | CLIPSegTowers) -> None:
         self.tokenizer: Any = towers.tokenizer
         self.calls_open_clip = isinstance(towers, OpenCLIPTowers)
 

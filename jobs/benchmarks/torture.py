@@ -68,7 +68,7 @@ def measure(args: Namespace) -> int:
             counts = ", ".join(f"{count} {name}" for name, count in disturbances.items())
             print(f"{scenario:15} {seconds:7.0f} s  {counts}: {outcome}", flush=True)
             results.append({"scenario": scenario, "seconds": round(seconds, 1), **disturbances, "outcome": outcome})
-    write_json(args.json, "torture", {"images": args.images, "seed": args.seed, "runs": results})
+            write_json(args.json, "torture", {"images": args.images, "seed": args.seed, "runs": results})
     return int(any(str(result["outcome"]).startswith("FAILED") for result in results))
 
 
