@@ -20,7 +20,6 @@ import torch
 import vlsm
 from tests.tiny import save_tiny_sources, tiny_options
 from vlsm.errors import VlsmError
-from vlsm.images.decode import decode_image
 
 TOLERANCE = 1e-3  # of a probability
 LEVELS = 1  # of 255, in a resized square
@@ -44,8 +43,10 @@ def write(folder):
 def _write_images(folder):
     """Photographs of the earlier version, and drawn images in formats with decoders of their own."""
     import nibabel
+    import pydicom
     import tifffile
     from PIL import Image
+    from pydicom.data import get_testdata_file
 
     folder.mkdir()
     for path in sorted((V0 / "archive").iterdir()):
@@ -59,23 +60,26 @@ def _write_images(folder):
     tifffile.imwrite(folder / "deep.tif", deep, compression="zlib")
     tifffile.imwrite(folder / "float.tif", smooth[..., 0] / np.float32(255), compression="lzw")
     Image.fromarray(deep).save(folder / "deep.png")
+    scan = pydicom.dcmread(get_testdata_file("MR_small.dcm"))
+    scan.save_as(folder / "scan.dcm")
     nibabel.save(nibabel.Nifti1Image(deep.astype(np.int16)[..., None], np.eye(4)), folder / "slice.nii.gz")
 
 
 def make(folder):
     """Return the pixels of all images, and the probabilities of every model for each image and prompt, by name."""
     torch.set_num_threads(1)
-    found, images = {}, {}
-    for path in sorted((folder / "images").iterdir()):
-        images[path.name] = found[f"pixels {path.name}"] = decode_image(path.read_bytes(), path.name)
+    paths = sorted((folder / "images").iterdir())
+    places = [f"{path}#slice=0" if path.suffixes[-2:] == [".nii", ".gz"] else str(path) for path in paths]
+    found = {}
     for checkpoint in sorted((folder / "checkpoints").iterdir()):
         segmenter = vlsm.Segmenter(vlsm.load_checkpoint(checkpoint), device="cpu")
         square = segmenter.model.image_spec.square
-        found[f"square {checkpoint.name}"] = np.stack([square.resize_image(image) for image in images.values()])
-        results = segmenter.segment(images.values(), PROMPTS, probabilities=True, allow_equal_masks=True)
-        for name, result in zip(images, results, strict=True):
-            found[f"mask {checkpoint.name} {name}"] = np.asarray(result)
-            found[f"probability {checkpoint.name} {name}"] = np.float32(result.probability)
+        results = segmenter.segment(places, PROMPTS, probabilities=True, allow_equal_masks=True)
+        found[f"square {checkpoint.name}"] = np.stack([square.resize_image(result.image) for result in results])
+        for path, result in zip(paths, results, strict=True):
+            found[f"pixels {path.name}"] = result.image
+            found[f"mask {checkpoint.name} {path.name}"] = np.asarray(result)
+            found[f"probability {checkpoint.name} {path.name}"] = np.float32(result.probability)
     return found
 
 

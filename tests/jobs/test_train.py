@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 import vlsm
-from jobs import train
+from jobs import segment, train
 from jobs.phantoms import write_labelled
 from tests.conftest import LONG_S
 
@@ -264,6 +265,29 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_dataset(ray_clu
     assert code == 1
     assert re.search(r"error: dataset drawn, .*train.json, record \d+: the loss .* at epoch 1, step \d", err)
     assert "try a lower optim.lr" in err
+
+
+@pytest.mark.slow
+def test_a_stack_of_trained_models_is_trained_and_segments(ray_cluster, labelled, tmp_path, capfd):
+    """By two workers, from the val records: its members have learned from the others."""
+    for seed, side in enumerate((64, 32)):
+        torch.manual_seed(seed)
+        vlsm.save_checkpoint(
+            vlsm.build_model("unet_d", image_size=side, width=4), tmp_path / str(side), prompt="lesion"
+        )
+    settings = ["model=stack", f"options.members={[str(tmp_path / '64'), str(tmp_path / '32')]}", "run.workers=2"]
+    settings += ["data.learn_from=val", "optim.epochs=2", "optim.batch_size=4", "run.micro_batch_size=2"]
+    arguments = [tmp_path / "out", "--dataset", f"drawn={labelled}"]
+    code, summary, _ = run(capfd, *arguments, *(word for setting in settings for word in ("--set", setting)))
+    assert code == 0 and read_metrics(tmp_path / "out")["epoch"].max() == 2
+    checkpoint = tmp_path / "out" / "checkpoint"
+    stack = vlsm.load_checkpoint(checkpoint).model
+    for number, side in enumerate((64, 32)):
+        alone = vlsm.load_checkpoint(tmp_path / str(side)).model.state_dict()
+        assert all(torch.equal(stack.members[number].state_dict()[key], value) for key, value in alone.items())
+    arguments = [str(labelled / "images"), str(tmp_path / "masks"), "--checkpoint", str(checkpoint)]
+    assert segment.main([*arguments, "--set", "prompts=[lesion]"]) == 0
+    assert len(list(vlsm.read_masks(str(tmp_path / "masks")))) == 27
 
 
 def test_broken_records_are_listed_before_anything_is_trained(ray_cluster, labelled, tmp_path, capfd):
