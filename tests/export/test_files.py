@@ -324,6 +324,15 @@ def test_an_export_replaces_no_file(output, tmp_path, capsys, kind):
         assert str(folder) in capsys.readouterr().err and not outside.exists()
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(output, tmp_path, capsys):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a").write_text("mine")  # the images lie in a/
+    (tmp_path / "y").symlink_to(tmp_path / "nowhere")
+    for name, place in (("x", "x/a"), ("y", "y")):
+        assert main([str(output), str(tmp_path / name), "--format", "masks"]) == 2
+        assert f"the folder {tmp_path / place}" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("words", [["--limit", "0"], ["--filter", "image_id = none"]])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_export_of_no_rows_has_no_index(output, tmp_path, kind, words):

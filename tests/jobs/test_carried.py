@@ -1,6 +1,7 @@
 """A hospital's list through the tasks of a run: its columns are in the rows, proven, and changed without models."""
 
 import contextlib
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from jobs.segment import dry_run
 from jobs.segment_tasks import Task, fetch_shard, write_masks
 from tests.jobs.conftest import run
 from vlsm.config import SegmentSettings, load_settings
+from vlsm.errors import ConfigError
 from vlsm.runs.compare import compare_run
 from vlsm.runs.lifecycle import finish_run, prepare_run
 from vlsm.segmentation.predictor import Predictor
@@ -99,6 +101,10 @@ def test_columns_beside_images_in_parquet_travel_through_a_run(archive, segment,
     assert (summary["ok"], summary["vanished"]) == (5, 1)
     assert list(pd.read_parquet(output / "masks")["age"][:6]) == list(range(10, 16))
     assert verify.main([str(output)]) == 0
+    shutil.copy(archive / names[0], source)  # the columns would be lost
+    with pytest.raises(ConfigError, match=r"have the columns site, age, but INPUT .* carry=\[\] drops the columns"):
+        segment(source, output, "update=true")
+    assert "site" in pd.read_parquet(output / "masks")
     capfd.readouterr()
 
 

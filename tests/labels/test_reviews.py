@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -94,6 +95,26 @@ def test_annotations_that_are_no_list_are_refused(small_run, tasks, capsys, anno
     small_run.read(write_json(small_run.folder / "p.json", done), "label-studio", "--json", code=1)
     assert told(capsys)["refused"] == 2  # of both prompts
     assert "annotations are no list" in (small_run.folder / "new/corrected_masks/index.csv").read_text()
+
+
+@pytest.mark.parametrize("result", ["x", [1], {"type": "brushlabels"}, None])
+def test_a_damaged_result_is_no_empty_mask(small_run, tasks, capsys, result):
+    done = submit([tasks[RINGS], tasks[BORDER]])
+    done[0]["annotations"][0]["result"] = result
+    small_run.read(write_json(small_run.folder / "p.json", done), "label-studio", "--json", code=1)
+    assert (found := told(capsys))["refused"] == 2 and found["corrected"] == 0
+    assert "result is no list of regions" in (small_run.folder / "new/corrected_masks/index.csv").read_text()
+
+
+def test_a_volume_is_not_found_by_the_name_of_a_mask(small_run, capsys):
+    """Its pixels may lie otherwise."""
+    source = small_run.export("masks")
+    for path in source.rglob("*.png"):
+        mask = (np.asarray(Image.open(path)) > 0).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), path.with_suffix(".nii"))
+        path.unlink()
+    small_run.read(source, "masks", "--json", code=1)
+    assert (found := told(capsys))["accepted"] == found["corrected"] == 0 and found["refused"] == 4
 
 
 def test_only_a_long_file_is_to_be_exported_in_parts(small_run, tasks, capsys):

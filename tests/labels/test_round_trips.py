@@ -138,7 +138,7 @@ def test_geojson_has_the_area_of_the_masks_and_a_class_for_each_prompt(run):
 
 
 def test_a_prefix_that_no_image_has_is_told(run, caplog):
-    words = [f"--link-prefix={run.folder}/inn/=https://a/", f"--link-prefix={run.folder}/in/=https://b/"]
+    words = [f"--link-prefix={run.folder}/{name}=https://a/" for name in ("inn/", "in/", "in/drawn/")]
     run.export("label-studio", *words)
     (told,) = [record.getMessage() for record in caplog.records if "--link-prefix" in record.getMessage()]
     assert told.startswith(f"--link-prefix: no link begins with {run.folder}/inn/; the first one is {run.folder}/in/")

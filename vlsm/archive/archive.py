@@ -17,6 +17,8 @@ from vlsm.images.formats import Look, describe_other, header_of, kind_of
 from vlsm.shown import public_uri
 from vlsm.stores import check_input
 
+_WILD = "*?["  # characters of a glob
+_MOST_LOOKS = 20  # files of a folder that are opened to see what it is
 _ETAG_KEYS = ("ETag", "etag")  # stores use different names
 _MTIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -74,9 +76,8 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     look = replace(look or Look(), allow=allow)
     after = after if after is None else (_respell(after[0], uri), after[1])
     excluded = None if exclude is None else storage.open_uri(exclude)[1].rstrip("/") + "/"
-    lists = find_lists(uri, fs.isfile(path), excluded) if after is None else []
-    is_inside = bool(lists) and holds_images(lists[0], look.columns, allow)
-    carried = _find_carried(uri, lists, carry, look, is_inside) if lists and carry else None
+    lists, is_inside = _find_lists(fs, path, uri, excluded, look) if after is None else ([], False)
+    carried = _find_carried(uri, lists, carry, look, is_inside) if lists and carry and carry.columns else None
     archive = Archive(rows=(), is_listed=not lists or (is_inside and carried is None), carried=carried)
     if lists and not is_inside:
         rows = read_image_list(uri, lists, prompts, allow, look.columns, archive.carried)
@@ -84,8 +85,8 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
         return archive
     if not lists and after is None and carry is not None and carry.columns not in ("all", ()):
         raise ConfigError(
-            f"carry names columns of a list or of Parquet files with images, but INPUT {uri!r} is neither; leave the "
-            "setting out"
+            f"carry is [{', '.join(carry.columns)}]: columns of a list, or of Parquet files with images and no image "
+            f"beside them; INPUT {uri!r} is neither: set carry=[]"
         )
     last = None if after is None else storage.open_uri(after[0])[1]
     root, infos = _find_files(fs, path, uri, last)
@@ -99,10 +100,33 @@ def open_archive(  # noqa: PLR0913 - every property of an INPUT
     return archive
 
 
+def _find_lists(fs: Any, path: str, uri: str, excluded: str | None, look: Look) -> tuple[list[str], bool]:
+    """Return the files of a list, and whether they are Parquet files with images in them.
+
+    The first file that can be read tells that. Beside Parquet files with images, lists of other kinds do not count.
+    """
+    lists, others = find_lists(uri, fs.isfile(path), excluded)
+    if not lists and _is_glob(path):
+        found = sorted(fs.glob(path))
+        lists = [name if storage.is_local(fs) else fs.unstrip_protocol(name) for name in found]
+        if not all(kind_of(name) == "parquet" for name in lists):
+            return [], False
+    looks = (holds_images(name, look.columns, look.allow) for name in lists[:_MOST_LOOKS])
+    is_inside = next((found for found in looks if found is not None), False)
+    is_list = bool(lists) and not others and not _is_glob(path)
+    return (lists, is_inside) if is_inside or is_list else ([], False)
+
+
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in _WILD)
+
+
 def _find_carried(uri: str, lists: list[str], carry: Carry, look: Look, is_inside: bool) -> Carried | None:
-    folder = storage.absolute(uri)
+    plain = uri[: min((uri.index(character) for character in _WILD if character in uri), default=len(uri))]
+    folder = storage.absolute(plain if plain == uri else plain.rpartition("/")[0])
     partition = {} if lists == [uri] else {name: None for file in lists for name in read_partition(file, folder)}
-    return find_carried(uri, lists, look.columns, partition, carry, look.allow, is_inside)
+    carried = find_carried(uri, lists, look.columns, partition, carry, look.allow, is_inside)
+    return carried and replace(carried, folder=folder)
 
 
 def _respell(place: str, uri: str) -> str:
@@ -122,8 +146,8 @@ def _find_files(fs: Any, path: str, uri: str, after: str | None) -> tuple[str, I
     infos = iter(()) if storage.is_local(fs) and not fs.isdir(path) else list_files(uri)
     if (first := next(infos, None)) is not None:
         return path, itertools.chain([first], infos) if after is None else list_files(uri, after)
-    if any(character in path for character in "*?["):
-        plain = path[: min(path.index(character) for character in "*?[" if character in path)]
+    if _is_glob(path):
+        plain = path[: min(path.index(character) for character in _WILD if character in path)]
         matches = sorted(fs.glob(path, detail=True).values(), key=lambda info: info["name"])
         return plain.rsplit("/", 1)[0], [follow_link(info) for info in matches if not after or info["name"] > after]
     if storage.is_local(fs) and fs.isdir(path):

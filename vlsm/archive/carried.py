@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlsm import storage
@@ -37,7 +38,7 @@ from vlsm.archive.text_tables import open_text, read_header
 from vlsm.cells import INDEX_COLUMNS
 from vlsm.errors import ImageError, ManifestError
 from vlsm.images.formats import file_name
-from vlsm.images.parquet import PARQUET_ERRORS, ParquetImages
+from vlsm.images.parquet import PARQUET_ERRORS, ParquetImages, read_texts
 from vlsm.limits import MAX_CARRIED_BYTES, MAX_CARRIED_COLUMNS
 from vlsm.shown import public_uri
 
@@ -48,6 +49,7 @@ STATED = ("image_id", "prompt", "prompts")  # of these, by Parquet files for the
 _PREFIX = "list_"
 _MAX_NAME_BYTES = 255
 _RUN = {"image_id", "prompt", "kind", "mask_rle"}  # a list with these columns is made of rows of a run
+CARRIED_ROWS = 256  # of a batch of a Parquet file: 100 columns of texts of 8,192 bytes are 210 MB
 _AHEAD = 16  # headers that are read in parallel
 _SHOWN, _SHOWN_LETTERS = 20, 60  # columns that a message names, and letters of each
 
@@ -69,10 +71,12 @@ class Carried:
     Attributes:
         sources: the name of each column in the list, by its name in the results.
         type: a struct of their values, with the names in the results.
+        folder: folders below this one state columns.
     """
 
     sources: dict[str, str]
     type: pa.StructType
+    folder: str = ""
 
     def find(self, names: Sequence[str]) -> dict[str, int]:
         """Return the positions of these columns in a header or in the keys of a record, by their marked names."""
@@ -86,12 +90,30 @@ class Carried:
             return column
         if not pa.types.is_temporal(kind):
             return column.cast(kind)
-        cast = column.cast(kind, safe=False)  # without what is below microseconds
+        cast = pc.cast(column, options=pc.CastOptions(kind, allow_time_truncate=True))  # what is below microseconds
         try:
             cast.to_pylist()
         except (ValueError, OverflowError) as error:
             raise OverflowError(f"column {name.removeprefix(CARRIED)!r} has a date that no calendar has") from error
         return cast
+
+    def read(self, name: str, column: pa.Array) -> list[Any]:
+        """Return the cells of a column of a Parquet file, by its marked name.
+
+        Raises:
+            OverflowError: a text is too long to travel, or a date is in no calendar.
+            ArrowException: a value does not fit the type.
+        """
+        cast = self.cast(name, column)
+        stored = cast.dictionary if pa.types.is_dictionary(cast.type) else cast
+        if pa.types.is_string(stored.type) and (longest := pc.max(pc.binary_length(stored)).as_py() or 0):
+            if longest > MAX_CARRIED_BYTES:  # a text of a dictionary may stand in every row
+                source = self.sources[name.removeprefix(CARRIED)]
+                raise OverflowError(
+                    f"a text of {source!r} has {longest:,} bytes; {MAX_CARRIED_BYTES:,} are the most that travel; "
+                    + _hint(each for each in self.sources.values() if each != source)
+                )
+        return read_texts(cast)
 
     def collect(self, row: dict[str, Any], where: str) -> dict[str, Any]:
         """Return the values that travel from a row with marked names, checked; passwords in locations are left out.
@@ -234,7 +256,7 @@ def _read_inside(uri: str, chosen: Mapping[str, str], carry: Carry, allow: tuple
 
     try:
         images = storage.with_retries(read, uri, storage.PATIENT_S)
-    except ImageError:
+    except (ImageError, FileNotFoundError, PermissionError):
         return {}
     pairs = [(field.name, travelling_type(field.type)) for field in images.schema if field.name != images.column]
     return _further(uri, pairs, chosen, carry, is_inside=True) if images.column is not None else {}

@@ -24,6 +24,8 @@ def travelling_type(kind: pa.DataType) -> pa.DataType | None:
         return travelling_type(kind.value_type)
     if any(is_kept(kind) for is_kept in _KEPT):
         return kind
+    if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+        return pa.decimal128(kind.precision, kind.scale)
     if pa.types.is_timestamp(kind):
         moment = pa.timestamp("us", kind.tz)
         try:

@@ -1,6 +1,7 @@
 """Lists the images inside a Parquet file, with the columns that the file states for each: prompts, image_id, others."""
 
 import io
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,13 +10,15 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from vlsm.archive.carried import STATED, Carried
+from vlsm.archive.carried import CARRIED_ROWS, STATED, Carried
 from vlsm.archive.columns import CARRIED, Columns, Row
 from vlsm.archive.manifest import check_text, read_prompts, read_text
 from vlsm.archive.tables import read_partition
 from vlsm.errors import ImageError, ManifestError
 from vlsm.images.formats import Inside, Look, describe_other, list_frames
 from vlsm.images.parquet import PARQUET_ERRORS, ParquetImages, kind_by_bytes, kind_by_name, read_texts
+
+logger = logging.getLogger("vlsm")
 
 
 def list_rows(
@@ -41,11 +44,16 @@ def list_rows(
     if images.column is None:
         skipped[f"{describe_other(uri)} without images"] += 1
         return []
-    return [
-        image
-        for row, path, stated in _read_rows(images, uri, look, carried)
-        for image in _list_row(images, row, path, stated, look)
-    ]
+    try:
+        rows = list(_read_rows(images, uri, look, carried))
+    except ImageError as error:
+        if carried is None:
+            raise
+        rows = list(_read_rows(images, uri, look, None))  # it fails too if more than further columns is damaged
+        for _, _, stated in rows:
+            stated["carried"] = carried.collect({}, uri)
+        logger.warning("%s: further columns cannot be read, so its images have none: %s", uri, error)
+    return [image for row, path, stated in rows for image in _list_row(images, row, path, stated, look)]
 
 
 def _read_rows(
@@ -57,19 +65,30 @@ def _read_rows(
     names = {
         known: images.schema.names[position]
         for known, position in found.items()
-        if known in STATED or known.startswith(CARRIED)
+        if known in STATED or (known.startswith(CARRIED) and images.schema.names[position] != images.column)
     }
-    partition = read_partition(uri)
-    folder = columns.read(list(partition.values()), columns.find(tuple(partition), uri), uri)
+    folder = _read_folders(columns, uri, carried)
     for known in STATED:
         if known in look.columns and known not in names and known not in folder:
             raise ManifestError(f"columns.{known} is {look.columns[known]!r}; {uri} has no such column")
     positions = {known: position for position, known in enumerate(names)}
     convert = partial(_read_cells, list(names.items()), carried, uri)
-    for row, (path, cells) in enumerate(images.read_cells(list(names.values()), convert)):
+    batch_rows = 4096 if carried is None else CARRIED_ROWS
+    for row, (path, cells) in enumerate(images.read_cells(list(names.values()), convert, batch_rows)):
         where = f"{uri}, row {row}"
         yield row, path, _state(folder | columns.read(cells, positions, where), carried, where)
     columns.report(uri)
+
+
+def _read_folders(columns: Columns, uri: str, carried: Carried | None) -> Row:
+    """Return the columns that the folders of a file state. Columns travel from folders below INPUT only."""
+    partition, inner = read_partition(uri), {}
+    if carried is not None and uri.startswith(f"{carried.folder.rstrip('/')}/"):
+        inner = read_partition(uri, carried.folder)
+    found = columns.find(tuple(partition), uri)
+    names = list(partition)
+    known = {name: place for name, place in found.items() if name in STATED or names[place] in inner}
+    return columns.read([inner.get(name, value) for name, value in partition.items()], known, uri)
 
 
 def _read_cells(
@@ -80,9 +99,10 @@ def _read_cells(
     if carried is None or not known.startswith(CARRIED):
         return read_texts(column)
     try:
-        return read_texts(carried.cast(known, column))
+        return carried.read(known, column)
     except PARQUET_ERRORS as error:
-        raise ManifestError(f"{uri}: column {name!r}: {error}; leave it out with the setting carry") from error
+        hint = "" if "carry=" in str(error) else "; leave it out with the setting carry"
+        raise ManifestError(f"{uri}: column {name!r}: {error}{hint}") from error
 
 
 def _state(values: Row, carried: Carried | None, where: str) -> Row:

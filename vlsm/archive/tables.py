@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlsm import storage
-from vlsm.archive.carried import Carried
+from vlsm.archive.carried import CARRIED_ROWS, Carried
 from vlsm.archive.columns import CARRIED, Cells, Columns, Row
 from vlsm.archive.listing import list_files
 from vlsm.archive.text_tables import open_text, read_csv, read_json
@@ -27,8 +27,10 @@ _NOTES = ("readme", "license", "notice")  # names without an extension, as an im
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # the folder of rows without a value
 
 
-def find_lists(uri: str, is_file: bool, exclude: str | None) -> list[str]:
+def find_lists(uri: str, is_file: bool, exclude: str | None) -> tuple[list[str], bool]:
     """Return the list files that INPUT is: one file, or a folder with list files of one kind and no image.
+
+    If list files are of several kinds, those of Parquet are returned, and True: only images in them can be meant.
 
     Hidden files, and names that begin with "_", do not count: _SUCCESS, _metadata, .part-0.parquet.crc. Nor do other
     files that cannot be images, such as README.md.
@@ -42,23 +44,23 @@ def find_lists(uri: str, is_file: bool, exclude: str | None) -> list[str]:
         ManifestError: the folder is a Delta table, whose log says which of its files are valid.
     """
     if is_file:
-        return [uri] if ending_of(uri) else []
+        return ([uri] if ending_of(uri) else []), False
     fs, path = storage.open_uri(uri)
     if storage.is_local(fs) and not fs.isdir(path):
-        return []
-    names: list[str] = []
+        return [], False
+    names: dict[str, list[str]] = {}  # by their ending
     is_delta = False
     for info in list_files(uri):
         name = info["name"]
         inner = name.removeprefix(path.rstrip("/") + "/")
         is_delta = is_delta or inner.startswith("_delta_log/")
         if _counts(inner) and not (exclude and name.startswith(exclude)):
-            if (ending := ending_of(name)) is None or ending_of(names[0] if names else name) != ending:
-                return []
-            names.append(name if storage.is_local(fs) else fs.unstrip_protocol(name))
+            if (ending := ending_of(name)) is None:
+                return [], False
+            names.setdefault(ending, []).append(name if storage.is_local(fs) else fs.unstrip_protocol(name))
     if names and is_delta:
         raise ManifestError(f"{uri} is a Delta table; its log says which files count: write it as plain Parquet files")
-    return names
+    return (names.get(".parquet", []), True) if len(names) > 1 else (next(iter(names.values()), []), False)
 
 
 def _counts(inner: str) -> bool:
@@ -75,10 +77,11 @@ def ending_of(name: str) -> str | None:
     return next((ending for ending in MANIFEST_EXTENSIONS if base.endswith(ending)), None)
 
 
-def holds_images(uri: str, columns: Mapping[str, str], allow: tuple[str, ...] = ()) -> bool:
+def holds_images(uri: str, columns: Mapping[str, str], allow: tuple[str, ...] = ()) -> bool | None:
     """Return whether a file is Parquet with images in it, not a list of images: it has no column with locations.
 
-    The setting `columns` decides where it names `image` or `image_uri`. `allow` is the setting `run.allow`.
+    None if it cannot be read. The setting `columns` decides where it names `image` or `image_uri`. `allow` is the
+    setting `run.allow`.
 
     Raises:
         ManifestError: it has several columns that may be the images.
@@ -100,7 +103,7 @@ def holds_images(uri: str, columns: Mapping[str, str], allow: tuple[str, ...] = 
     except ImageError as error:
         raise ManifestError(f"{uri}: {str(error).removeprefix(f'{error.reason}: ')}") from error
     except PARQUET_ERRORS:
-        return False  # whoever reads it as a list says why that fails
+        return None  # whoever reads it says why that fails
 
 
 def read_manifest_rows(  # noqa: PLR0913 - every property of a list
@@ -169,7 +172,7 @@ def _parquet_cells(file: Any, uri: str, columns: Columns, also: tuple[str, ...])
     chosen = list(dict.fromkeys(read.values()))  # the list's `group` may travel too
     texts = open_texts(file, table, chosen)
     found = {known: position for position, known in enumerate(read)}
-    for batch in texts.iter_batches(batch_size=4096, columns=chosen):
+    for batch in texts.iter_batches(batch_size=CARRIED_ROWS if columns.carried else 4096, columns=chosen):
         for cells in zip(*(_read_cells(batch, name, known, columns) for known, name in read.items()), strict=True):
             number += 1
             yield number, found, cells
@@ -177,4 +180,4 @@ def _parquet_cells(file: Any, uri: str, columns: Columns, also: tuple[str, ...])
 
 def _read_cells(batch: pa.RecordBatch, name: str, known: str, columns: Columns) -> list[Any]:
     column = batch.column(batch.schema.names.index(name))
-    return read_texts(columns.carried.cast(known, column) if columns.carried and known.startswith(CARRIED) else column)
+    return columns.carried.read(known, column) if columns.carried and known.startswith(CARRIED) else read_texts(column)

@@ -55,7 +55,8 @@ def _read_layout(name: str, uri: str, settings: DatasetSettings) -> Iterable[Rec
         return read_annotations(name, uri, splits)
     if (not is_file or file_name(uri).endswith(".json")) and (files := find_coco(uri)):
         return read_coco(name, files, settings)
-    if lists := find_lists(uri, is_file, None):
+    lists, is_mixed = find_lists(uri, is_file, None)
+    if lists and not is_mixed:
         return read_list(name, uri, lists, settings.columns, settings.allow, settings.further)
     if is_file:
         raise ConfigError(

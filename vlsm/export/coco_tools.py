@@ -66,6 +66,7 @@ def export_fiftyone(
         prefixes: other beginnings of the links to the images.
     """
     with open_folder(directory) as folder:
+        folder.new("labels.json")
         with folder.new("data.json").open("w", encoding="utf-8") as file:
 
             def use_image(name: str, link: str) -> str:

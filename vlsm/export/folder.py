@@ -100,8 +100,8 @@ class ExportFolder:
             path: another path, from `claim`.
         """
         path = path or self.path(row, suffix)
+        self._prepare(path)
         with self.attempt(rows or [row]):
-            self._prepare(path)
             try:
                 yield path
             except BaseException:
@@ -162,7 +162,10 @@ class ExportFolder:
     def _prepare(self, path: Path) -> None:
         if os.path.lexists(path):
             raise ConfigError(f"{path} exists, and may hold the work of people: remove it or choose another DIR")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:  # a file or a broken link
+            raise ConfigError(f"the folder {path.parent} cannot be made: choose another DIR ({error})") from error
 
     def note(self, file: str, row: dict[str, Any]) -> None:
         """Write a line of the index.

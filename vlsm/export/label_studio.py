@@ -72,7 +72,7 @@ def export_label_studio(  # noqa: PLR0913 - the options of the command
         links.report()
         if num_tasks:
             interface = make_interface(list(numbering.numbers))
-            folder.new(INTERFACE_NAME).write_text(interface, encoding="utf-8")
+            Path(folder, INTERFACE_NAME).write_text(interface, encoding="utf-8")
     return num_tasks
 
 
@@ -142,6 +142,7 @@ class _TaskFiles:
     def __init__(self, folder: ExportFolder) -> None:
         self._folder, self._number, self._size = folder, 0, 0
         self._file: TextIO | None = None
+        self._is_first = True
 
     def write(self, task: Row) -> str:
         """Write a task. Return the name of its file."""
@@ -150,6 +151,9 @@ class _TaskFiles:
             self._end()
             self._number += 1
         name = f"tasks-{self._number:05d}.json"
+        if self._is_first:  # not before: an export without masks makes no folder
+            self._folder.new(INTERFACE_NAME)
+            self._is_first = False
         if self._file is None:
             self._file, self._size = self._folder.new(name).open("w", encoding="utf-8"), 0
         self._size += self._file.write(("[\n" if not self._size else ",\n") + text)

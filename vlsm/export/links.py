@@ -79,12 +79,10 @@ class ImageLinks:
         member, inner = split_selector(row["image_uri"], row["selector"])
         is_file = member is None and inner is None
         location = row["image_uri"] if is_file else f"{self.names.folder.rstrip('/')}/{name.removeprefix('./')}"
-        fitting = (prefix for prefix in self._prefixes if location.startswith(prefix.location))
-        prefix = next(fitting, None)
+        fitting = [prefix for prefix in self._prefixes if location.startswith(prefix.location)]
         self._first = self._first or location
-        if prefix in self._unused:
-            self._unused.remove(prefix)
-        return name, location if prefix is None else prefix.apply(location)
+        self._unused = [prefix for prefix in self._unused if prefix not in fitting]
+        return name, fitting[0].apply(location) if fitting else location
 
     def report(self) -> None:
         """Warn of names that are alike, and of prefixes that no image has. Call it at the end."""

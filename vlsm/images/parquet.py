@@ -167,7 +167,7 @@ class ParquetImages:
         return self.column, next((name for name in _PATH_NAMES if name in self.schema.names), None)
 
     def read_cells(
-        self, columns: list[str], convert: Callable[[int, pa.Array], list[Any]] | None = None
+        self, columns: list[str], convert: Callable[[int, pa.Array], list[Any]] | None = None, batch_rows: int = 4096
     ) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
         """Yield the path of each image, and the values of some columns in its row. No bytes of images are read.
 
@@ -175,6 +175,7 @@ class ParquetImages:
             columns: their names.
             convert: returns the cells of a column, by its position among these; None for `read_texts`. It may raise an
                 error of its own.
+            batch_rows: rows whose cells are in memory at once.
         """
         leaves = list(dict.fromkeys([*columns, *([self._path_leaf] if self._path_leaf else [])]))
         if not leaves:
@@ -182,7 +183,7 @@ class ParquetImages:
             return
         with self._damage("the file"):
             texts = open_texts(self._file, self._parquet, leaves)
-        batches = texts.iter_batches(batch_size=4096, columns=leaves)
+        batches = texts.iter_batches(batch_size=batch_rows, columns=leaves)
         while (batch := self._next(batches, "the file")) is not None:
             with self._damage("the file"):
                 paths = read_texts(_values(batch, self._path_leaf)) if self._path_leaf else [None] * len(batch)

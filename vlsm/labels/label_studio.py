@@ -68,9 +68,11 @@ def _read_task(data: Item, annotations: list[Item], where: str) -> Review:
     if not valid:
         review.is_rejected = True
         return review
-    chosen = max(enumerate(valid), key=_rank)[1]
+    result = max(enumerate(valid), key=_rank)[1].get("result")
     try:
-        _add_regions(list_of(chosen.get("result")), review)
+        if not isinstance(result, list) or not all(isinstance(item, dict) for item in result):
+            raise ManifestError("its result is no list of regions")
+        _add_regions(result, review)
     except (ManifestError, ValueError, TypeError) as error:
         review.problem = str(error)
     return review

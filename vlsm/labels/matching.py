@@ -3,7 +3,8 @@
 The rule, the first that fits:
 
 1. The tool has kept the image itself: its location and its selector.
-2. The name of a mask file is that of our own export, in any format: it tells the image and the prompt.
+2. The name of a mask file is that of our own export, whatever the ending of the picture: it tells the image and the
+   prompt.
 3. The name equals the id, the location, or the exported name of one image of the run.
 4. Part by part from the right, and without the text behind the last dot, one of both names is the end of the other:
    `b/a.png` fits `scans/b/a.jpg`, but not `ab/a.png`. The more parts they share, the better.
@@ -22,11 +23,13 @@ from typing import Any
 from vlsm.export.coco_names import FileNames
 from vlsm.export.naming import relative_path
 from vlsm.export.origins import read_settings
+from vlsm.images.formats import kind_of
 from vlsm.labels.reviews import Key, Review
 from vlsm.runs.results import read_rows
 
 Row = dict[str, Any]
 Name = tuple[str, ...]
+_PICTURES = ("image", "tiff")  # kinds of files whose pixels lie as in our own; those of a volume may not
 _SHOWN = 2  # images that a message names
 
 
@@ -107,7 +110,7 @@ class _Index:
                 self._by_stem[name[-1]].add(number)
             if review.key is not None:
                 self._by_key[review.key].add(number)
-            if review.is_mask_file:  # a program may have written another format
+            if review.is_mask_file and kind_of(review.names[0]) in _PICTURES:  # a program may write another format
                 self._by_path[posixpath.splitext(review.names[0])[0]].append(number)
 
     def offer(self, rows: list[Row], file_name: str) -> None:

@@ -312,6 +312,11 @@ def _update_run(
     """Plan the archive again and return the new record, or the same record if the archive has not changed."""
     output, before = settings.output, plan_of(record, settings.output)
     archive = open_input(settings, checkpoints)
+    if before.carried and archive.is_listed and settings.carry:
+        raise ConfigError(
+            f"the images of {output!r} have the columns {', '.join(list(before.carried)[:20])}, but INPUT "
+            f"{settings.input!r} is no list any more, and no folder of Parquet files alone; carry=[] drops the columns"
+        )
     plan, update = update_plan(output, before, archive.rows, settings.shard_rows, archive.carried)
     *counts, num_renewed, num_relisted = asdict(update).values()
     logger.info("images since the last plan: %d new, %d changed, %d vanished", *counts)
@@ -344,7 +349,8 @@ def make_planner(run: Run) -> Planner:
         _describe_plan(plan, archive or Archive(rows=()))
 
     def open_after(after: tuple[str, str | None] | None) -> Archive:
-        return open_input(settings, [member.settings for member in run.members], after)
+        # what is listed while the run works has no further columns
+        return open_input(settings.model_copy(update={"carry": ()}), [member.settings for member in run.members], after)
 
     return Planner(settings.output, run.plan, settings.shard_rows, open_after, save)
 
