@@ -202,7 +202,7 @@ def _waves_of_planner(planner: Planner, num_shards: int, names: set[str]) -> Ite
 def _stream_missing(stream: Stream, run: Run) -> RunState:
     """Count all rows and segment shards that lack rows, until no row is missing. Returns the last count."""
     for _ in range(_MORE_ROUNDS):
-        state = compare_run(run.settings.output, run.plan, run.run_id)
+        state = compare_run(run.settings.output, run.plan, run.run_id, are_written=True)
         if not state.pending:
             break
         stream(run, _waves(state.pending.items()), state, lambda: run.plan.num_images)

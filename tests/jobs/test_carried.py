@@ -47,7 +47,7 @@ def segment(monkeypatch, tiny_checkpoint):
             num_read += len(batch.entries)
             texts = [task.settings.texts_of(prompts) for prompts in table["prompts"][0].as_py()]
             write_masks(predictor.predict(batch, texts, Watch()).pack(), task)
-        state = compare_run(run.settings.output, run.plan, run.run_id)
+        state = compare_run(run.settings.output, run.plan, run.run_id, are_written=True)
         return finish_run(run, state, before.num_done, 1.0), num_read
 
     return segment

@@ -15,6 +15,7 @@ import yaml
 
 import vlsm
 from jobs import status, verify
+from vlsm import storage
 from vlsm.errors import ConfigError, DamageError, ResultError, VlsmError
 from vlsm.evaluation.planning import _remove_evaluation
 from vlsm.export.__main__ import main as export
@@ -192,6 +193,16 @@ def test_millions_of_rows_and_repeated_large_masks_take_little_memory(output):
         file.read()
     plan = plan_of(read_record(str(output)), str(output))
     assert compare_run(str(output), plan, "r").pending == {0: True}
+
+
+def test_an_old_listing_hides_no_part(output, monkeypatch):
+    plan = plan_of(read_record(str(output)), str(output))
+    assert compare_run(str(output), plan, "r").pending == {}
+    monkeypatch.setattr(storage, "list_names", lambda folder: [])
+    assert compare_run(str(output), plan, "r").pending == dict.fromkeys(range(plan.num_shards), False)
+    assert compare_run(str(output), plan, "r", are_written=True).pending == {}
+    first_part(output).unlink()
+    assert compare_run(str(output), plan, "r", are_written=True).pending == {0: False}
 
 
 def test_an_honest_part_with_large_masks_is_read_whole(output):

@@ -128,23 +128,36 @@ def _is_done(image: dict[str, Any], rows: list[dict[str, Any]], kinds: list[str]
     return statuses == {"ok"} or (statuses == {"failed"} and not retry_failed)
 
 
-def compare_run(output: str, plan: Plan, run_id: str, retry_failed: bool = False) -> RunState:
-    """Compare all part files with the plan, 64 shards in memory at a time; arguments as for `compare_shard`."""
-    names = set(storage.list_names(storage.join(output, "masks")))
+def compare_run(
+    output: str, plan: Plan, run_id: str, retry_failed: bool = False, are_written: bool = False
+) -> RunState:
+    """Compare all part files with the plan, 64 shards in memory at a time.
+
+    Args:
+        output: the run's output folder.
+        plan: the plan.
+        run_id: id of the run.
+        retry_failed: as for `compare_shard`.
+        are_written: whether all parts should exist. Each is then asked for by its name: a listing of the store may be
+            older than the parts. Otherwise the listing saves the requests for those that do not exist.
+    """
+    names = set() if are_written else set(storage.list_names(storage.join(output, "masks")))
     state = RunState()
 
-    def compare(numbered: tuple[int, pa.Table]) -> tuple[int, ShardState]:
+    def compare(numbered: tuple[int, pa.Table]) -> tuple[int, bool, ShardState]:
         shard, images = numbered
-        rows = read_part(output, shard, run_id, COMPARED) if part_name(shard) in names else None
-        return shard, compare_shard(images, rows, plan.kinds, retry_failed)
+        is_expected = are_written or part_name(shard) in names
+        rows = read_part(output, shard, run_id, COMPARED) if is_expected else None
+        exists = rows is not None if are_written else is_expected
+        return shard, exists, compare_shard(images, rows, plan.kinds, retry_failed)
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         for chunk in _chunks(enumerate(read_plan(output, plan)), SHARDS_PER_FILE):
-            for shard, shard_state in pool.map(compare, chunk):
+            for shard, exists, shard_state in pool.map(compare, chunk):
                 state.counts += shard_state.counts
                 state.num_stale += shard_state.num_stale
                 if shard_state.undone or shard_state.num_extra or shard_state.num_stale:
-                    state.pending[shard] = part_name(shard) in names
+                    state.pending[shard] = exists
     return state
 
 
