@@ -280,6 +280,20 @@ def test_other_files_beside_parquet_with_images_change_nothing(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["list[1]", "what?", "a*b"])
+def test_a_name_with_the_characters_of_a_glob_is_a_name(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    assert carry(write(folder, f"{name}.csv", "image_uri,site\na.png,A\n"))[1] == [{"site": "A"}]
+    assert carry(folder)[1] == [{"site": "A"}]
+    (folder / f"{name}.csv").unlink()
+    write_images(folder, f"site=B/{name}.parquet", age=[1, 2])
+    expected = [{"age": 1, "site": "B"}, {"age": 2, "site": "B"}]
+    assert carry(folder)[1] == expected
+    assert carry(folder / "site=B" / f"{name}.parquet")[1] == [{"age": 1}, {"age": 2}]
+    assert carry(f"{tmp_path}/*/site=*/*.parquet")[1] == expected
+
+
 def test_images_are_never_taken_for_text(tmp_path):
     """A caption in one file has the name of the images in another."""
     jpegs = [b"\xff\xd8\xff", b"plain ASCII"]

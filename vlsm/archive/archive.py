@@ -106,14 +106,14 @@ def _find_lists(fs: Any, path: str, uri: str, excluded: str | None, look: Look) 
     The first file that can be read tells that. Beside Parquet files with images, lists of other kinds do not count.
     """
     lists, others = find_lists(uri, fs.isfile(path), excluded)
-    if not lists and _is_glob(path):
+    if is_glob := not lists and _is_glob(path):
         found = sorted(fs.glob(path))
         lists = [name if storage.is_local(fs) else fs.unstrip_protocol(name) for name in found]
         if not all(kind_of(name) == "parquet" for name in lists):
             return [], False
     looks = (holds_images(name, look.columns, look.allow) for name in lists[:_MOST_LOOKS])
     is_inside = next((found for found in looks if found is not None), False)
-    is_list = bool(lists) and not others and not _is_glob(path)
+    is_list = bool(lists) and not others and not is_glob
     return (lists, is_inside) if is_inside or is_list else ([], False)
 
 
@@ -122,8 +122,9 @@ def _is_glob(path: str) -> bool:
 
 
 def _find_carried(uri: str, lists: list[str], carry: Carry, look: Look, is_inside: bool) -> Carried | None:
-    plain = uri[: min((uri.index(character) for character in _WILD if character in uri), default=len(uri))]
-    folder = storage.absolute(plain if plain == uri else plain.rpartition("/")[0])
+    folder = storage.absolute(uri)
+    if lists != [uri] and not all(file.startswith(folder) for file in lists):  # a glob
+        folder = folder[: min(folder.index(character) for character in _WILD if character in folder)].rpartition("/")[0]
     partition = {} if lists == [uri] else {name: None for file in lists for name in read_partition(file, folder)}
     carried = find_carried(uri, lists, look.columns, partition, carry, look.allow, is_inside)
     return carried and replace(carried, folder=folder)
