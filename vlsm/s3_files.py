@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from fsspec.asyn import FSTimeoutError, sync
 from s3fs import S3FileSystem
-from s3fs.core import _error_wrapper
+from s3fs.core import _error_wrapper  # private, as `_call_s3`: what s3fs puts around its own requests
 
 from vlsm.s3_clients import Access, NotAlike, find_access, make_store
 
