@@ -1,6 +1,7 @@
 """Shared fixtures: tiny checkpoints in the real formats, drawn archives, one Ray cluster and one S3 server."""
 
 import gc
+import logging
 import math
 import os
 import shutil
@@ -69,7 +70,11 @@ ORDER = "train failures torture demo segment resuming evaluate archives ensemble
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Run each module in one process, so that its fixtures exist once; each process has one Ray cluster."""
-    with_ray = {item.path for item in items if "ray_cluster" in item.fixturenames}
+    with_ray = set()
+    for item in items:
+        if "ray_cluster" in item.fixturenames:
+            with_ray.add(item.path)
+            item.add_marker(pytest.mark.ray)
     _cluster.modules = frozenset(with_ray)
     with_store = {item.path for item in items if "s3_server" in item.fixturenames} - with_ray
     for item in items:
@@ -190,6 +195,33 @@ def s3_server(tmp_path_factory):
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """The segment and evaluate jobs without Ray; see `tests.in_process`."""
+    from tests.in_process import InProcess
+
+    return InProcess(monkeypatch)
+
+
+@pytest.fixture
+def without_ray(monkeypatch, capfd, caplog):
+    """Calls the main function of a job where ray cannot be imported, to test what comes before the start of Ray.
+
+    Returns the exit code and what it has printed; stderr begins with the lines of its log.
+    """
+
+    def call(main, *words):
+        monkeypatch.setitem(sys.modules, "ray", None)
+        caplog.set_level(logging.INFO, logger="vlsm")
+        caplog.clear()
+        capfd.readouterr()
+        code, told = main([str(word) for word in words]), capfd.readouterr()
+        log = "".join(f"{record.getMessage()}\n" for record in caplog.records)
+        return subprocess.CompletedProcess(words, code, told.out, log + told.err)
+
+    return call
+
+
 @pytest.fixture(params=["obstore", "s3fs"])
 def each_client(request, monkeypatch):
     """Runs a test with obstore where it can serve, and with s3fs alone."""
@@ -228,16 +260,6 @@ def read_mask_rows(output):
         assert key not in rows, f"{key} has two rows"
         rows[key] = row
     return rows
-
-
-def without_ray(*words):
-    """Run the segment job in a process that cannot import ray, to test everything before the start of Ray."""
-    code = (
-        f"import sys; sys.modules['ray'] = None; from jobs.segment import main; sys.exit(main({[*map(str, words)]!r}))"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=LONG_S
-    )
 
 
 def save_square(path, size=(60, 90), corner="top left", **options):

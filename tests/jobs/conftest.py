@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -33,12 +34,33 @@ def run(capfd, *words):
     return code, json.loads(captured.out) if code == 0 else None, captured.err
 
 
+def exit_code(*words):
+    """Of the job in this process."""
+    return segment.main([str(word) for word in words])
+
+
 def start(*words, **environment):
     """The job as a user starts it."""
     command = [sys.executable, "-m", "jobs.segment", *map(str, words)]
     return subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def read_rows(output):
+    frame = pd.read_parquet(Path(output) / "masks")
+    assert not frame.duplicated(["image_id", "prompt"]).any()
+    return frame.set_index("image_id").sort_index()
+
+
+def reasons_of(output):
+    rows = read_rows(output)
+    failed = rows[rows["status"] == "failed"]
+    return {name: error.partition(":")[0] for name, error in failed["error"].items()}
+
+
+def read_summary(output):
+    return json.loads((Path(output) / "summary.json").read_text())
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,6 @@ from PIL import Image
 from jobs import segment, verify
 from vlsm import read_masks
 
-pytestmark = pytest.mark.ray
-
 SIZE = (60, 90)
 
 
@@ -135,7 +133,7 @@ def stored(s3_folder):
     return s3_folder, wanted
 
 
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("in_process")
 def test_everything_that_images_are_kept_in_is_segmented(stored, bright_checkpoint, capfd):
     folder, wanted = stored
     members = [{"checkpoint": str(bright_checkpoint)}, {"checkpoint": str(bright_checkpoint), "flip": True}]

@@ -1,54 +1,30 @@
 """A hospital's list through the tasks of a run: its columns are in the rows, proven, and changed without models."""
 
-import contextlib
 import shutil
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import segment_tasks, verify
+import jobs.segment
+from jobs import verify
 from jobs.segment import dry_run
-from jobs.segment_tasks import Task, fetch_shard, write_masks
-from tests.jobs.conftest import run
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError
-from vlsm.runs.compare import compare_run
-from vlsm.runs.lifecycle import finish_run, prepare_run
-from vlsm.segmentation.predictor import Predictor
-from vlsm.segmentation.shard import ShardBatch, Unguarded
-
-
-class Watch(Unguarded, contextlib.AbstractContextManager):
-    """Takes the place of the engine's watch over processes that may die."""
-
-    def __exit__(self, *error):
-        return None
 
 
 @pytest.fixture
-def segment(monkeypatch, tiny_checkpoint):
-    """Run the tasks of the segment job one after the other, as Ray would; return the summary and how many are read."""
-    monkeypatch.setattr(Task, "watch", lambda *_: Watch())
-    monkeypatch.setattr(segment_tasks.metrics, "count", lambda *_, **__: None)
+def segment(in_process, tiny_checkpoint):
+    """Run the segment job; return the summary and how many images it has read."""
 
     def segment(source, output, *words):
         arguments = {"input": str(source), "output": str(output), "members": [{"checkpoint": str(tiny_checkpoint)}]}
-        run = prepare_run(load_settings(SegmentSettings, None, ["shard_rows=2", *words], arguments))
-        squares = tuple(member.square for member in run.members)
-        task = Task(run.settings, run.run_id, run.plan.id, squares, run.settings.retry_failed, None)
-        predictor = Predictor(run.settings, {number: member.files for number, member in enumerate(run.members)})
-        before, num_read = compare_run(run.settings.output, run.plan, run.run_id), 0
-        for shard, exists in before.pending.items():
-            table = fetch_shard({"shard": np.array([shard]), "exists": np.array([exists])}, task)
-            batch = ShardBatch.unpack(table)
-            num_read += len(batch.entries)
-            texts = [task.settings.texts_of(prompts) for prompts in table["prompts"][0].as_py()]
-            write_masks(predictor.predict(batch, texts, Watch()).pack(), task)
-        state = compare_run(run.settings.output, run.plan, run.run_id, are_written=True)
-        return finish_run(run, state, before.num_done, 1.0), num_read
+        settings, before = (
+            load_settings(SegmentSettings, None, ["shard_rows=2", *words], arguments),
+            in_process.num_read,
+        )
+        return jobs.segment.segment(settings), in_process.num_read - before
 
     return segment
 
@@ -115,32 +91,3 @@ def test_a_dry_run_tells_which_columns_travel(archive, tiny_checkpoint, tmp_path
     dry_run(SegmentSettings(**arguments, members=[{"checkpoint": str(tiny_checkpoint)}]))
     assert "columns that travel into the results: site" in caplog.text
     assert "# 1 image, 1 output row" in capfd.readouterr().out and not (tmp_path / "out").exists()
-
-
-@pytest.mark.ray
-def test_an_update_of_columns_segments_nothing_on_ray(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd):
-    names = sorted(path.name for path in archive.iterdir())
-    (archive / names[1]).write_bytes(b"no image")
-    frame = pd.DataFrame({"path": [f"archive/{name}" for name in names], "patient_id": [f"00{n}" for n in range(6)]})
-    frame["site"], frame["view"] = ["north", "south"] * 3, [None, *"lrlrl"]
-    frame.to_csv(tmp_path / "list.csv", index=False)
-    words = [tmp_path / "list.csv", tmp_path / "out", "--checkpoint", tiny_checkpoint, "--set", "shard_rows=2"]
-    words += ["--set", "columns.image_uri=path", "--set", "carry=[patient_id, view]"]
-    assert run(capfd, *words)[0] == 0
-    rows = pd.read_parquet(tmp_path / "out" / "masks")
-    assert list(rows["patient_id"]) == [f"00{number}" for number in range(6)]
-    assert list(rows["status"]) == ["ok", "failed", *["ok"] * 4]
-    assert rows["view"].isna().tolist() == [True] + 5 * [False] and "site" not in rows
-    assert verify.main([str(tmp_path / "out")]) == 0
-    capfd.readouterr()
-    for name in names[2:]:
-        (archive / name).write_bytes(b"a run that read this image again would fail")
-    frame["patient_id"] = [f"10{number}" for number in range(6)]
-    frame.to_csv(tmp_path / "list.csv", index=False)
-    code, summary, _ = run(capfd, *words[:-1], "carry=[site, patient_id]", "--set", "update=true")
-    assert (code, summary["ok"], summary["failed"], summary["done_before"]) == (0, 5, 1, 6)
-    after = pd.read_parquet(tmp_path / "out" / "masks")
-    assert list(after["patient_id"]) == [f"10{number}" for number in range(6)] and "view" not in after
-    assert list(after["site"]) == ["north", "south"] * 3
-    pd.testing.assert_frame_equal(after.drop(columns=["site", "patient_id"]), rows.drop(columns=["patient_id", "view"]))
-    assert verify.main([str(tmp_path / "out")]) == 0

@@ -13,10 +13,8 @@ from jobs import segment, verify
 from tests.tiny import save_tiny_clipseg
 from vlsm.runs.results import read_rows
 
-pytestmark = pytest.mark.ray
 
-
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("in_process")
 def test_a_run_keeps_one_vector_of_each_image(archive, tiny_checkpoint, tmp_path, caplog):
     import torch
 

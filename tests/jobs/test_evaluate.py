@@ -2,11 +2,7 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nibabel
@@ -19,7 +15,6 @@ from PIL import Image
 
 import vlsm
 from jobs import evaluate, segment
-from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
@@ -27,7 +22,6 @@ from vlsm.images.decode import decode_image, decode_mask_file
 from vlsm.segmentation.masks import decode_mask
 from vlsm.segmentation.metrics import dice_score
 
-pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 
 
@@ -158,7 +152,7 @@ def test_a_rerun_does_nothing_and_other_settings_are_refused(evaluated, words, r
 
 
 def test_masks_of_another_run_give_the_same_scores_and_are_joined_by_name(
-    rows, labelled, bright_checkpoint, tmp_path, run
+    rows, labelled, bright_checkpoint, tmp_path, run, in_process
 ):
     """Of an archive elsewhere, in which one image is missing and another is too much."""
     archive = Path(shutil.copytree(labelled / "images", tmp_path / "archive"))
@@ -184,7 +178,7 @@ def test_masks_of_another_run_give_the_same_scores_and_are_joined_by_name(
 
 
 def test_the_list_of_a_hospital_is_scored_by_site_and_patient_after_a_review(
-    labelled, bright_checkpoint, tmp_path, run
+    labelled, bright_checkpoint, tmp_path, run, in_process
 ):
     """The columns are those of the list that was segmented; a reviewer has rejected one image of the north."""
     names = sorted(path.name for path in (labelled / "images").iterdir())
@@ -213,6 +207,7 @@ def test_the_list_of_a_hospital_is_scored_by_site_and_patient_after_a_review(
         assert groups[site]["dice_mean"] == pytest.approx(np.mean(scores), abs=1e-6)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_masks_of_an_evaluation_are_scored_by_another(evaluated, rows, labelled, bright_checkpoint, tmp_path, run):
     name = bright_checkpoint.name
     words = [tmp_path / "out", "--masks", f"{name}={evaluated}/runs/{name}", "--dataset", f"drawn={labelled}"]
@@ -226,7 +221,7 @@ def test_masks_of_an_evaluation_are_scored_by_another(evaluated, rows, labelled,
     assert errors == {"missing: the segment run has no prompt 'elsewhere'"}
 
 
-def test_slices_and_classes_are_scored_each_with_its_own_mask(bright_checkpoint, ray_cluster, tmp_path, monkeypatch):
+def test_slices_and_classes_are_scored_each_with_its_own_mask(bright_checkpoint, in_process, tmp_path, monkeypatch):
     """A volume that is cut into coronal slices, with a label volume of two classes."""
     volume, labels = np.zeros((2, 24, 3, 20), np.uint8)
     volume[2:12, 0], labels[2:12, 0] = 255, 1  # the first slice has class 1, the last one both, the second one nothing
@@ -263,7 +258,7 @@ def test_slices_and_classes_are_scored_each_with_its_own_mask(bright_checkpoint,
 
 
 def test_it_goes_on_where_it_was_interrupted_and_starts_over_when_told(
-    labelled, bright_checkpoint, ray_cluster, s3_folder, run
+    labelled, bright_checkpoint, in_process, s3_folder, run
 ):
     """In an object store, with images on a local disk."""
     words = [f"{s3_folder}/out", "--checkpoint", bright_checkpoint, "--dataset", f"drawn={labelled}"]
@@ -303,21 +298,13 @@ def test_it_goes_on_where_it_was_interrupted_and_starts_over_when_told(
         (["--checkpoint", "CHECKPOINT", "--dataset", "d=DATA", "--set", "baseline=x"], "baseline is 'x'"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence_before_ray_starts(words, message, drawn, bright_checkpoint, tmp_path):
+def test_what_is_wrong_is_said_in_one_sentence_before_ray_starts(
+    words, message, drawn, bright_checkpoint, tmp_path, without_ray
+):
     places = {"DATA": str(drawn), "CHECKPOINT": str(bright_checkpoint)}
     given = [word.replace("DATA", places["DATA"]).replace("CHECKPOINT", places["CHECKPOINT"]) for word in words]
-    code = f"import sys; sys.modules['ray'] = None; from jobs.evaluate import main; sys.exit(main(['out', *{given!r}]))"
-    started_s = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=LONG_S,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = without_ray(evaluate.main, tmp_path / "out", *given)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
-    assert time.monotonic() - started_s < 20
     assert not (tmp_path / "out").exists()

@@ -122,9 +122,8 @@ def test_training_sees_image_and_mask_in_the_same_place(pictures):
             assert not padding.any()
 
 
-@pytest.mark.ray
 def test_the_job_and_an_ensemble_with_a_squeezed_member(
-    ray_cluster, letterboxed, bright_checkpoint, pictures, tmp_path, capfd
+    in_process, letterboxed, bright_checkpoint, pictures, tmp_path, capfd
 ):
     from jobs import segment
 
@@ -141,7 +140,6 @@ def test_the_job_and_an_ensemble_with_a_squeezed_member(
         assert_right(row["mask"], pictures, row["image_id"])
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_a_letterboxed_model_is_trained_and_evaluated(ray_cluster, tmp_path, capfd):
     from jobs import evaluate, segment, train

@@ -19,9 +19,8 @@ from PIL import Image
 import vlsm
 from jobs import segment, train
 from jobs.phantoms import write_labelled
-from tests.conftest import LONG_S
+from tests.conftest import LONG_S, slow
 
-pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 EPOCHS = 16  # of some tenths of a second: whatever ends a run comes in the middle of it
 # momentum and dropout carry over from step to step: whatever is lost of a run's state shows in its metrics
@@ -96,6 +95,23 @@ def held(processes):
                 getattr(process, act)()
         if act == "suspend":
             yield
+
+
+def replace_worker(job):
+    """Kill a worker of a running job, and wait for another."""
+    first = set(training_workers())
+    training_workers()[-1].kill()
+    wait_for(job, lambda: set(training_workers()) - first)
+
+
+def end_job(job, is_interrupted, log):
+    """Interrupt or kill a job and its workers."""
+    with held(training_workers()):
+        job.send_signal(signal.SIGINT if is_interrupted else signal.SIGKILL)
+    out, _ = job.communicate(timeout=LONG_S)
+    if is_interrupted:
+        assert (job.returncode, out) == (130, "")  # whatever Ray had to say of the death
+        assert "interrupted; the same command goes on from here" in log.read_text()
 
 
 def read_metrics(output):
@@ -189,70 +205,69 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(undisturbed
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
 
 
-@pytest.mark.parametrize("loses_node", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
-    ray_cluster, labelled, undisturbed, s3_folder, tmp_path, loses_node
-):
-    """A worker that dies, an interrupt, a driver that dies, a node that is lost; each costs nothing but time.
-
-    It takes two minutes alone on two cores: a training starts four times, each in 35 s of imports.
-    """
-    import s3fs
+@pytest.fixture
+def lossy_cluster(ray_cluster):
+    """A cluster of two nodes for training, and a function that replaces one of them."""
     from ray.cluster_utils import Cluster
 
     from jobs.command import start_patiently
 
+    node = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=node | {"num_cpus": 0}))
+    try:
+        nodes = [start_patiently(lambda: cluster.add_node(**node)) for _ in range(2)]
+
+        def replace():
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            nodes.append(start_patiently(lambda: cluster.add_node(**node)))
+
+        yield cluster.address, replace
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.parametrize("ends", ["worker, driver", *slow("worker, interrupt, driver", "node, driver")])
+def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
+    labelled, undisturbed, s3_folder, tmp_path, ends, request
+):
+    """A worker that dies, a driver that dies, an interrupt, a node that is lost; each costs nothing but time.
+
+    It takes over a minute alone on two cores: a training starts three times, each in 20 s of imports.
+    """
+    import s3fs
+
     fs = s3fs.S3FileSystem(use_listings_cache=False)
     fs.put(f"{labelled}/", f"{s3_folder}/drawn/", recursive=True)
-    output = f"{s3_folder}/out"
-    arguments = words(output, f"{s3_folder}/drawn")
+    output, log = f"{s3_folder}/out", tmp_path / "log"
+    address, replace_node = os.environ["RAY_ADDRESS"], None
+    if "node" in ends:
+        address, replace_node = request.getfixturevalue("lossy_cluster")
 
-    def written(name):
-        return fs.info(f"{output}/{name}")["LastModified"] if fs.exists(f"{output}/{name}") else None
+    def written():
+        name = f"{output}/last.safetensors"
+        return fs.info(name)["LastModified"] if fs.exists(name) else None
 
     def wait_for_steps():
-        before = written("last.safetensors")
-        wait_for(job, lambda: written("last.safetensors") != before)
+        before = written()
+        wait_for(job, lambda: written() != before)
 
-    log = tmp_path / "log"
-    job = start(log, *arguments)
-    wait_for(job, lambda: written("metrics.parquet"))
-    first = set(training_workers())
-    training_workers()[-1].kill()
-    wait_for(job, lambda: set(training_workers()) - first)
-    wait_for_steps()
-    with held(set(training_workers()) - first):
-        wait_for(job, lambda: re.search(r"goes on at epoch \d+, step \d", log.read_text()))
-        job.send_signal(signal.SIGINT)
-    out, _ = job.communicate(timeout=LONG_S)
-    assert (job.returncode, out) == (130, "")  # whatever Ray had to say of the death
-    assert "interrupted; the same command goes on from here" in log.read_text()
-
-    if loses_node:
-        node = {"num_cpus": 1, "object_store_memory": 100 << 20}
-        cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=node | {"num_cpus": 0}))
-        try:
-            nodes = [start_patiently(lambda: cluster.add_node(**node)) for _ in range(2)]
-            job = start(log, *arguments, RAY_ADDRESS=cluster.address)
-            wait_for_steps()
-            cluster.remove_node(nodes[0], allow_graceful=False)
-            start_patiently(lambda: cluster.add_node(**node))
-            wait_for_steps()
-            job.kill()
-            job.communicate()
-        finally:
-            cluster.shutdown()
-    else:
-        job = start(log, *arguments)
+    job = None
+    for end in ends.split(", "):
+        if job is None or job.poll() is not None:
+            job = start(log, *words(output, f"{s3_folder}/drawn"), RAY_ADDRESS=address)
         wait_for_steps()
-        with held(training_workers()):
-            job.kill()
-            job.communicate()
-    assert not fs.exists(f"{output}/summary.json")
+        if end == "node":
+            replace_node()
+        elif end == "worker":
+            replace_worker(job)
+        else:
+            end_job(job, end == "interrupt", log)
+        assert not fs.exists(f"{output}/summary.json")
 
-    job = start(log, *arguments)
+    job = start(log, *words(output, f"{s3_folder}/drawn"), RAY_ADDRESS=address)
     out, _ = job.communicate(timeout=LONG_S)
     assert job.returncode == 0, log.read_text()
+    assert len(re.findall(r"goes on at epoch \d+, step \d", log.read_text())) >= len(ends.split(", "))
     assert json.loads(out)["steps"] == EPOCHS * 5
     assert_same_run(output, undisturbed)
     assert b"secret" not in b"".join(fs.cat_file(name) for name in fs.find(output))
@@ -318,13 +333,10 @@ def test_broken_records_are_listed_before_anything_is_trained(ray_cluster, label
         (["out", "--dataset", "a=x", "--set", "optim.lrr=1"], "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence_without_ray(tmp_path, arguments, message):
+def test_what_is_wrong_is_said_in_one_sentence_without_ray(tmp_path, arguments, message, without_ray, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "val.csv").write_text("image_uri,mask_uri,prompt,split\na.png,b.png,polyp,val\n")
-    code = "import sys; sys.modules['ray'] = None; from jobs.train import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=LONG_S,
-    )  # fmt: skip
+    done = without_ray(train.main, *arguments)
     assert done.returncode == 2
     assert re.search(message, done.stderr) and done.stderr.count("\n") == 1
 

@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from jobs import segment
-from tests.conftest import without_ray
 from vlsm.config import SegmentSettings, load_settings
 from vlsm.errors import ConfigError
 from vlsm.report import forecast
@@ -92,9 +91,9 @@ def test_hours_shrink_with_the_nodes_and_the_cost_does_not():
     assert "  2 nodes like this one: 0.30 minutes at 55.6 images/s, costs 0.0150" in describe_forecast(found, 1000, 1.5)
 
 
-def test_a_dry_run_with_a_sample_needs_no_ray(archive, tiny_checkpoint, tmp_path):
+def test_a_dry_run_with_a_sample_needs_no_ray(without_ray, archive, tiny_checkpoint, tmp_path):
     words = [archive, tmp_path / "out", "--checkpoint", tiny_checkpoint, "--dry-run"]
-    done = without_ray(*words, "--sample", 4, "--node-price", 2)
+    done = without_ray(segment.main, *words, "--sample", 4, "--node-price", 2)
     assert done.returncode == 0, done.stderr
     assert "# 6 images, 6 output rows" in done.stdout and "# measured on 4 images, of which 0 " in done.stdout
     assert "#   8 nodes like this one: " in done.stdout and "# assumed: " in done.stdout

@@ -108,8 +108,7 @@ def test_trainings_are_read(stored, tmp_path):
     assert "drawn" in Path(write_report(f"{ROOT}/evaluation", tmp_path / "scores.html")).read_text(encoding="utf-8")
 
 
-@pytest.mark.ray
-def test_a_run_of_an_earlier_version_is_continued_and_updated(ray_cluster, stored, capfd):
+def test_a_run_of_an_earlier_version_is_continued_and_updated(in_process, stored, capfd):
     """A part is lost and an image is gone: the same command writes both, and the rest stays as it was."""
     from jobs import segment
 
@@ -135,7 +134,6 @@ def test_a_run_of_an_earlier_version_is_continued_and_updated(ray_cluster, store
     assert any(row["status"] == "vanished" and row["mask"] is not None for row in after.values())
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_a_training_of_an_earlier_version_is_continued(ray_cluster, stored, capfd):
     from jobs import train

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import vlsm
+from jobs import train
 from jobs.phantoms import write_labelled
 from tests.conftest import LONG_S
 from vlsm import storage
@@ -94,14 +95,11 @@ def test_a_finished_run_needs_no_lease(labelled, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
 
 
-def test_the_command_says_who_has_output_and_ends_with_1(labelled, tmp_path):
-    code = "import sys; sys.modules['ray'] = None; from jobs.train import main; sys.exit(main(sys.argv[1:]))"
+def test_the_command_says_who_has_output_and_ends_with_1(without_ray, labelled, tmp_path):
     words = [str(tmp_path / "out"), "--dataset", f"drawn={labelled}", "--set", "model=unet_d"]
     with lease_of(tmp_path / "out") as first:
         first.take()
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=LONG_S
-        )
+        done = without_ray(train.main, *words)
     assert done.returncode == 1
     assert "is in use by jobs.train, process " in done.stderr and done.stderr.count("\n") == 1
 
