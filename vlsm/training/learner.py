@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from vlsm.errors import VlsmError
 from vlsm.models.contract import SegmentationModel
@@ -154,6 +153,9 @@ class Learner:
         The state is on the CPU and complete only in rank 0. Frozen weights are not in it; they are loaded from their
         original source again.
         """
+        # here and below: this import takes 3 s, and the first step need not wait for it
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
         average, is_in_model = self.average, self.average is not None and self.average.is_in_model
         if average is not None and is_in_model:
             average.exchange()
@@ -175,6 +177,8 @@ class Learner:
         The state of an earlier version has other groups of weights. A run with such a state keeps the rules of that
         version, so that it ends as if nothing had happened: all weights decay, and step t has the rate of step t + 1.
         """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
         optimizer, weights = dict(optimizer), dict(weights)
         self.scaler.load_state_dict(optimizer.pop("scaler"))
         self._rules = optimizer.pop("rules", 1)

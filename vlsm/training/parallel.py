@@ -1,11 +1,10 @@
 """Training of one model in several processes, with torch's DDP or FSDP. A single process does not use DDP."""
 
 import inspect
+import sys
 from typing import Any, TypeVar
 
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vlsm.errors import VlsmError
@@ -41,6 +40,9 @@ def parallelize(model: SegmentationModel, settings: TrainSettings) -> nn.Module:
     if settings.run.compile:
         compile_or_warn(model)
     if settings.run.fsdp and distributed.is_initialized():  # in a group of one, too: so it can be tried on one GPU
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(device.type, (world_size(),))
         for block in _transformer_blocks(model):
             fully_shard(block, mesh=mesh)
@@ -56,7 +58,8 @@ def parallelize(model: SegmentationModel, settings: TrainSettings) -> nn.Module:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether FSDP has sharded the model, so that its weights are no complete tensors."""
-    return isinstance(model, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # its import takes 3 s, and nothing is sharded without it
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def describe_batch_norms(model: nn.Module, settings: TrainSettings, num_workers: int) -> str | None:
