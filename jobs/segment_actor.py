@@ -39,8 +39,11 @@ class SegmentActor:
     """
 
     def __init__(self, task: Task, weights: list[Any], members: tuple[int, ...], num_threads: int) -> None:
-        task.board.reach.remote("model's process", time.time())
         import ray
+
+        task.board.reach.remote("model's process", time.time())
+        if refusal := ray.get(task.board.refusal.remote()):  # Ray starts an actor again, whatever ended it
+            raise ProbeError(refusal)
         import torch
 
         from vlsm.segmentation.predictor import Predictor
