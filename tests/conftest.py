@@ -246,8 +246,24 @@ def s3_folder(s3_server, request):
 
 
 def slow(*values):
-    """Test parameters that only `.ci/nightly` runs."""
+    """Test parameters of one value that only `.ci/nightly` runs."""
     return [pytest.param(value, marks=pytest.mark.slow, id=str(value)) for value in values]
+
+
+def rare(*values):
+    """A test parameter of one or more values that only `.ci/nightly` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# those that others resemble: of each library of networks, CI has one model
+_ALIKE = "biomedclipseg biomedclipseg_d openclip_seg sam3 unetplusplus deeplabv3plus vlsm_a vlsm_b".split()
+_ALIKE += ["openclip_seg+unet", "transformers_seg+unet", "sam3+unet"]
+
+
+def each_model(cases):
+    """Test parameters: names of models, or tuples that begin with one. What others resemble runs each night."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [rare(*case) if case[0] in _ALIKE else pytest.param(*case) for case in cases]
 
 
 def read_mask_rows(output):

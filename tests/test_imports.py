@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import LONG_S
+from tests.conftest import LONG_S, rare
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = {"transformers", "open_clip", "timm", "torchvision", "segmentation_models_pytorch"}
@@ -83,6 +83,13 @@ score_mask(mask, mask.T[::-1].copy())
     assert not modules & (NOTHING_HEAVY - {"scipy"})
 
 
+@pytest.mark.slow
+def test_a_training_worker_imports_no_compiler_and_no_tracker():
+    """Until it makes an optimiser: then torch imports its compiler, whatever it is for."""
+    modules = modules_after("import jobs.train_worker")
+    assert not modules & (NETWORKS | COMPILERS | TRAINING | PICTURES | SCORES | READERS)
+
+
 def test_the_report_imports_what_draws_and_no_network():
     modules = modules_after("import vlsm.report.write")
     assert not modules & ({"torch", "ray", "matplotlib.pyplot"} | NETWORKS | COMPILERS | TRAINING | SCORES | READERS)
@@ -99,36 +106,33 @@ vlsm.Segmenter(vlsm.load_checkpoint({folder!r}), device="cpu").segment(
 """
 
 
-def rare(*words):
-    return pytest.param(*words, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """A tiny checkpoint of each kind of library."""
+@pytest.fixture
+def tiny(tmp_path):
+    """Write a tiny checkpoint of a model, and return its folder."""
     import vlsm
     from tests.tiny import save_tiny_sources, tiny_options
 
-    folder = tmp_path_factory.mktemp("checkpoints")
-    options = tiny_options(save_tiny_sources(folder / "sources"))
-    for name in ("unet_d", "clipseg", "vlsm_b", "cris", "unet"):
-        vlsm.save_checkpoint(vlsm.build_model(name, **options[name]), folder / name, prompt="polyp")
-    shutil.rmtree(folder / "sources")  # a checkpoint needs nothing but itself
-    return folder
+    def write(name):
+        options = tiny_options(save_tiny_sources(tmp_path / "sources"))
+        vlsm.save_checkpoint(vlsm.build_model(name, **options[name]), tmp_path / name, prompt="polyp")
+        shutil.rmtree(tmp_path / "sources")  # a checkpoint needs nothing but itself
+        return tmp_path / name
+
+    return write
 
 
 @pytest.mark.parametrize(
     ("name", "needs", "may_not"),
     [
         ("unet_d", {"torch"}, NETWORKS | COMPILERS),
-        ("vlsm_b", {"transformers"}, {"open_clip", "timm", "segmentation_models_pytorch"}),
+        rare("vlsm_b", {"transformers"}, {"open_clip", "timm", "segmentation_models_pytorch"}),
         rare("clipseg", {"transformers"}, {"open_clip", "timm", "segmentation_models_pytorch"}),
         rare("cris", {"open_clip"}, {"transformers.models.clipseg.modeling_clipseg", "segmentation_models_pytorch"}),
         rare("unet", {"segmentation_models_pytorch"}, {"transformers", "open_clip"}),
     ],
 )
-def test_segmenting_imports_the_libraries_of_its_model_and_no_other(checkpoints, name, needs, may_not):
-    modules = modules_after(SEGMENT.format(folder=str(checkpoints / name)))
+def test_segmenting_imports_the_libraries_of_its_model_and_no_other(tiny, name, needs, may_not):
+    modules = modules_after(SEGMENT.format(folder=str(tiny(name))))
     assert needs <= modules
     found = modules & (may_not | TRAINING | READERS | {"matplotlib", "ray", "pandas", "scipy.stats"})
     assert not found  # transformers imports jinja2, for chats

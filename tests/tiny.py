@@ -1,5 +1,10 @@
 """Tiny weights in the formats of their libraries, and options to build every model with them."""
 
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -86,14 +91,24 @@ def save_tiny_sam3(folder):
 
 
 def save_tiny_sources(folder):
-    """Write one folder per kind of weights."""
-    save_tiny_clipseg(folder / "clipseg")
-    save_tiny_biomedclip(folder / "biomedclip")
-    save_tiny_clip_resnet(folder / "clip_resnet")
-    save_tiny_open_clip(folder / "open_clip")
-    save_tiny_siglip(folder / "siglip")
-    save_tiny_sam3(folder / "sam3")
-    save_tiny_members(folder)
+    """Write one folder per kind of weights, which are the same in each call."""
+    shutil.copytree(_sources().name, folder, dirs_exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _sources():
+    """The folders, made once in each process, since that takes seconds."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name)
+    torch.manual_seed(0)
+    save_tiny_clipseg(path / "clipseg")
+    save_tiny_biomedclip(path / "biomedclip")
+    save_tiny_clip_resnet(path / "clip_resnet")
+    save_tiny_open_clip(path / "open_clip")
+    save_tiny_siglip(path / "siglip")
+    save_tiny_sam3(path / "sam3")
+    save_tiny_members(path)
     return folder
 
 

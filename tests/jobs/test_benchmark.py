@@ -58,6 +58,7 @@ def test_the_job_is_compared_with_a_usual_way_and_its_masks_are_the_same(ray_clu
     assert "| card | 2 |" in "\n".join(peers.tell(figures))
 
 
+@pytest.mark.slow
 def test_decoding_is_compared_with_other_libraries_and_keeps_to_pillows_pixels(tmp_path):
     path = tmp_path / "decode.json"
     assert main(["decode", "--images", "2", "--repeats", "1", "--json", str(path)]) == 0
@@ -104,6 +105,7 @@ def _tiny_clipseg(monkeypatch, module, folder):
     monkeypatch.setattr(module, "build_architecture", build)
 
 
+@pytest.mark.slow
 def test_every_way_to_train_is_compared_with_a_bare_loop(tmp_path, capsys, monkeypatch):
     _tiny_clipseg(monkeypatch, learner, tmp_path)
     ways = [name for name, way in learner.WAYS.items() if not way.compile]  # a compiler takes half a minute

@@ -126,6 +126,7 @@ print(os.nice(0), found)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize(("given", "found"), [(None, "3 3"), pytest.param("4", "3 7", marks=pytest.mark.slow)])
 def test_workers_of_a_cluster_that_a_job_starts_have_its_niceness(given, found):

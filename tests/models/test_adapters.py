@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vlsm
+from tests.conftest import each_model
 from tests.tiny import save_tiny_sources, tiny_options
 from vlsm.errors import CheckpointError
 from vlsm.models import BLIND, MODELS
@@ -73,7 +74,7 @@ def change(model, scale=0.3):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * scale)
 
 
-@pytest.mark.parametrize(("name", "trainable", "adapt"), CASES)
+@pytest.mark.parametrize(("name", "trainable", "adapt"), each_model(CASES))
 def test_untrained_adapters_change_nothing_and_only_they_learn_in_the_towers(
     build, pixel_values, name, trainable, adapt
 ):
@@ -102,7 +103,9 @@ def test_towers_that_cannot_be_adapted_are_one_sentence(build, name, trainable, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "sam3", "vlsm_c"])
+@pytest.mark.parametrize(
+    "name", each_model(["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "sam3", "vlsm_c"])
+)
 @torch.no_grad()
 def test_small_layers_stay_in_a_checkpoint(build, pixel_values, tmp_path, name):
     model = build(name, "adapters", 8, "both", 16)
@@ -120,7 +123,7 @@ def test_small_layers_stay_in_a_checkpoint(build, pixel_values, tmp_path, name):
 
 
 @pytest.mark.parametrize("trainable", ["lora", "dora"])
-@pytest.mark.parametrize("name", ["clipseg", "biomedclipseg", "transformers_seg", "sam3", "vlsm_b"])
+@pytest.mark.parametrize("name", each_model(["clipseg", "biomedclipseg", "transformers_seg", "sam3", "vlsm_b"]))
 @torch.no_grad()
 def test_low_rank_adapters_of_both_towers_merge_in_a_checkpoint(build, pixel_values, tmp_path, name, trainable):
     model = build(name, trainable, 4, "both")
@@ -135,7 +138,7 @@ def test_low_rank_adapters_of_both_towers_merge_in_a_checkpoint(build, pixel_val
     assert added(model)  # the model itself goes on learning
 
 
-@pytest.mark.parametrize("name", ["openclip_seg", "cris"])
+@pytest.mark.parametrize("name", each_model(["openclip_seg", "cris"]))
 @torch.no_grad()
 def test_low_rank_adapters_of_open_clips_own_text_tower_merge(build, pixel_values, tmp_path, name):
     model = build(name, "lora", 4, "both")

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vlsm
+from tests.conftest import each_model
 from tests.tiny import save_tiny_sources, tiny_options
 from vlsm.checkpoints import check_files, read_checkpoint
 from vlsm.config import SegmentSettings
@@ -64,7 +65,7 @@ def check(folder, precision="fp32"):
     return segmenter.check_probe()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", each_model(KINDS))
 def test_an_honest_machine_passes_in_every_precision(checkpoints, name):
     exact, rounded = check(checkpoints / name), check(checkpoints / name, "bf16")
     assert exact.difference < 0.05 * exact.tolerance  # batch norms are folded, and the image is alone in its batch

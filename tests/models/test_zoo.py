@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlsm
-from tests.conftest import LONG_S
+from tests.conftest import LONG_S, each_model
 from tests.tiny import save_tiny_sources, tiny_options
 from vlsm.errors import CheckpointError
 from vlsm.models import MODELS
@@ -58,7 +59,7 @@ def test_the_table_is_covered(sources):
     assert {case.partition("+")[0] for case in tiny_options(sources)} == set(MODELS)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each_model(CASES))
 @torch.no_grad()
 def test_a_prediction_never_depends_on_its_batch_mates(build, pixel_values, case):
     model = build(case).eval()
@@ -73,7 +74,7 @@ def test_a_prediction_never_depends_on_its_batch_mates(build, pixel_values, case
     assert difference(others[1:], together[1:]) < 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each_model(CASES))
 @torch.no_grad()
 def test_the_numbers_of_features_are_stated(build, pixel_values, case):
     model = build(case).eval()
@@ -81,21 +82,21 @@ def test_the_numbers_of_features_are_stated(build, pixel_values, case):
     assert counts == (model.num_features, model.num_text_features)
 
 
-@pytest.mark.parametrize("case", TOWERS)
+@pytest.mark.parametrize("case", each_model(TOWERS))
 @torch.no_grad()
 def test_the_prompt_decides(build, pixel_values, case):
     one, two = build(case).eval()(pixel_values[[0, 0]], ["polyp", "a large mass"])
     assert difference(one, two) > 1e-4
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each_model(CASES))
 @torch.no_grad()
 def test_text_features_stand_for_their_prompts(build, pixel_values, case):
     model = build(case).eval()
     assert difference(model(pixel_values, model.encode_prompts(PROMPTS)), model(pixel_values, PROMPTS)) < 1e-5
 
 
-@pytest.mark.parametrize("case", TOWERS)
+@pytest.mark.parametrize("case", each_model(TOWERS))
 @torch.no_grad()
 def test_kept_activations_stand_for_the_towers(build, pixel_values, case):
     model = build(case).eval()
@@ -112,28 +113,37 @@ def _forbid(module, args):
     raise AssertionError(f"{type(module).__name__} ran again")
 
 
-@pytest.fixture
-def segmenter(build, tmp_path):
+@pytest.fixture(scope="module")
+def segmenter(build, tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("saved"), {}
+
     def make(case):
-        vlsm.save_checkpoint(build(case), tmp_path / case)
-        return vlsm.Segmenter(vlsm.load_checkpoint(tmp_path / case), device="cpu", batch_size=3)
+        if case not in made:
+            vlsm.save_checkpoint(build(case), folder / case)
+            made[case] = vlsm.Segmenter(vlsm.load_checkpoint(folder / case), device="cpu", batch_size=3)
+        return made[case]
 
     return make
 
 
-@pytest.mark.parametrize("case", TOWERS)
+@pytest.mark.parametrize("case", each_model(TOWERS))
 def test_attention_maps_are_never_made(segmenter, case):
     """Fused attention needs no softmax of its own."""
-    ready = segmenter(case)
+    ready, called = segmenter(case), set()
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(str(function))
+            return function(*args, **(kwargs or {}))
+
     images = np.zeros((2, 64, 64, 3), np.uint8)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with Note():
         ready.predict_logits(images, [["polyp"], ["a flat lesion", "polyp"]])
-    called = {event.key for event in profile.key_averages()}
     assert any("scaled_dot_product" in name for name in called)
     assert not {name for name in called if "softmax" in name or "_native_multi_head_attention" in name}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each_model(CASES))
 def test_a_segmenters_logits_never_depend_on_batch_mates(segmenter, case):
     ready = segmenter(case)
     images = np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8)
@@ -146,13 +156,16 @@ def test_a_segmenters_logits_never_depend_on_batch_mates(segmenter, case):
         ready.model.train()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each_model(CASES))
 def test_the_probe_of_a_checkpoint_passes_where_it_was_written(segmenter, case):
     ready = segmenter(case)
     exact = ready.check_probe()
     assert exact.difference < 0.1 * exact.tolerance
     ready.precision = "bf16"
-    assert ready.check_probe().difference > exact.difference
+    try:
+        assert ready.check_probe().difference > exact.difference
+    finally:
+        ready.precision = "fp32"
 
 
 @pytest.mark.parametrize("case", ["clipseg", "unet_d"])
@@ -183,7 +196,7 @@ def test_the_published_threshold_of_cris(build, tmp_path):
         assert vlsm.load_checkpoint(tmp_path / case).settings.threshold == threshold
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each_model(CASES))
 @torch.no_grad()
 def test_folded_batch_norms_change_nothing(build, pixel_values, case):
     model = build(case).eval()
@@ -199,7 +212,7 @@ def test_folded_batch_norms_change_nothing(build, pixel_values, case):
 
 
 @pytest.mark.parametrize("trainable", ["decoder", "lora", "all"])
-@pytest.mark.parametrize("case", TOWERS)
+@pytest.mark.parametrize("case", each_model(TOWERS))
 def test_gradients_reach_what_learns_and_nothing_else(build, pixel_values, case, trainable):
     model = build(case, trainable).train()
     model(pixel_values, PROMPTS).sum().backward()
@@ -226,7 +239,7 @@ def test_all_of_a_cnn_learns(build, pixel_values, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "cris", "sam3", "vlsm_c"]
+    "case", each_model(["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "cris", "sam3", "vlsm_c"])
 )
 def test_lora_is_merged_in_a_checkpoint(build, pixel_values, tmp_path, case):
     model = build(case, "lora")
@@ -256,7 +269,7 @@ def test_trainable_can_be_chosen_anew(build, pixel_values):
     assert not any(parameter.requires_grad for parameter in model.a.towers.parameters())
 
 
-@pytest.mark.parametrize("case", UNETS)
+@pytest.mark.parametrize("case", each_model(UNETS))
 @torch.no_grad()
 def test_a_cnn_that_the_join_leaves_out_changes_nothing(build, pixel_values, case):
     model, plain = build(case).eval(), build(case.partition("+")[0]).eval()
@@ -273,7 +286,7 @@ def test_a_cnn_that_the_join_leaves_out_changes_nothing(build, pixel_values, cas
     assert difference(one - plain(pixel_values[:1], PROMPTS[:1]), two - plain(pixel_values[:1], PROMPTS[1:2])) > 1e-6
 
 
-@pytest.mark.parametrize("case", UNETS)
+@pytest.mark.parametrize("case", each_model(UNETS))
 @torch.no_grad()
 def test_a_checkpoint_has_the_cnn(build, pixel_values, tmp_path, case):
     model = build(case).eval()

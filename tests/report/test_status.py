@@ -234,14 +234,9 @@ def test_what_is_no_run_is_refused(tmp_path):
             core.read_status(str(output))
 
 
-def test_the_command_needs_no_ray_and_prints_lines_or_json(tmp_path):
+def test_the_command_needs_no_ray_and_prints_lines_or_json(tmp_path, without_ray):
     write_run(tmp_path, num_images=40, num_parts=5)
-    code = "import sys; sys.modules['ray'] = None; from jobs.status import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    texts = [
-        subprocess.run([*command, *more], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-        for more in ([], ["--json"])
-    ]
+    texts = [without_ray(status.main, tmp_path, *more) for more in ([], ["--json"])]
     assert texts[0].stdout.startswith("state: not finished (segment run)\nplanned: 40 images in 10 parts\n")
     assert json.loads(texts[1].stdout)["ok"] == 15
     assert status.main([str(tmp_path / "nowhere")]) == 2

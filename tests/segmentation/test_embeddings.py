@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import vlsm
+from tests.conftest import each_model
 from tests.tiny import save_tiny_sources, tiny_options
 from vlsm.checkpoints import read_checkpoint, read_settings
 from vlsm.config import SegmentSettings
@@ -52,7 +53,7 @@ def random_images(number, side=64):
     return np.random.default_rng(number).integers(0, 255, (number, side, side, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", each_model(TOWERS))
 @torch.no_grad()
 def test_an_embedding_is_the_mean_of_the_last_patches_and_the_tower_runs_once(segmenter, name):
     ready = segmenter(name)
@@ -163,7 +164,7 @@ def test_the_first_member_with_a_tower_makes_the_embeddings(checkpoint_of, folde
     assert f"embeddings are those of member 2, transformers_seg ({members[1]})" in caplog.text
 
 
-@pytest.mark.parametrize("name", sorted({*BLIND, "stack"}))
+@pytest.mark.parametrize("name", each_model(sorted({*BLIND, "stack"})))
 def test_models_without_towers_have_no_embedding(checkpoint_of, name):
     checkpoint = checkpoint_of(name)
     assert vlsm.load_checkpoint(checkpoint).model.embedding_width == 0

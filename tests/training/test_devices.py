@@ -226,6 +226,7 @@ def test_a_compiled_model_learns_the_same(source, caplog):
     assert largest_difference(weights_of(eager), weights_of(compiled)) < 1e-4
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_model_goes_on_with_one_warning(source, monkeypatch, caplog):
     torch.compiler.reset()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load, save
 
 import vlsm
+from tests.conftest import rare
 from tests.tiny import save_tiny_clipseg, save_tiny_sam3, save_tiny_siglip, tiny_options
 from tests.training.test_sampling import make_records
 from vlsm.errors import VlsmError
@@ -107,9 +108,9 @@ def _learn_in_parallel(rank, folder, tree):
     [
         ("clipseg", "all", False),
         ("clipseg", "all", True),
-        ("sam3+presence", "all", False),
-        ("sam3", "all", True),
-        ("transformers_seg", "lora", False),
+        rare("sam3+presence", "all", False),
+        rare("sam3", "all", True),
+        rare("transformers_seg", "lora", False),
     ],
 )
 def test_two_processes_learn_what_one_learns_and_go_on_from_its_state(source, tmp_path, model, trainable, fsdp):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vlsm
+from tests.conftest import each_model
 from tests.tiny import save_tiny_clipseg, save_tiny_open_clip, save_tiny_sam3, save_tiny_sources, tiny_options
 from tests.training.test_learner import CPU, RECORDS, build, draw, largest_difference, learn, make_settings, weights_of
 from vlsm.training.groups import parameter_groups
@@ -83,7 +84,9 @@ def order_of_calls(towers, run):
     return calls
 
 
-@pytest.mark.parametrize("kind", ["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "sam3", "cris"])
+@pytest.mark.parametrize(
+    "kind", each_model(["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "sam3", "cris"])
+)
 @torch.no_grad()
 def test_layers_before_the_first_block_have_the_lowest_rate_and_those_after_the_last_the_full_one(tmp_path, kind):
     """The order of the calls says which these are, in towers of every library."""
