@@ -1,5 +1,6 @@
 """Shared fixtures: tiny checkpoints in the real formats, drawn archives, one Ray cluster and one S3 server."""
 
+import functools
 import gc
 import logging
 import math
@@ -22,11 +23,15 @@ os.environ["RAY_num_workers_soft_limit"] = "16"  # several jobs at once: keep th
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # this machine is not preemptible
 os.environ["OMP_NUM_THREADS"] = "1"  # threads of torch: pytest-xdist already runs one process per core
 
+import botocore.session
 import numpy as np
 import pytest
 from PIL import Image
 
 from jobs.benchmarks.stores import BUCKET, S3Server
+
+# each client of S3 parses botocore's description of the service, for 0.13 s; here one parse serves all
+botocore.session.create_loader = functools.cache(botocore.session.create_loader)
 
 # a shell without job control starts background commands with SIGINT ignored; the jobs of the tests would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import vlsm
 from jobs import evaluate, segment
+from tests.in_process import InProcess
 from vlsm import storage
 from vlsm.datasets.read import read_dataset
 from vlsm.datasets.records import Record
@@ -46,9 +47,11 @@ def words(labelled, bright_checkpoint, tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def evaluated(ray_cluster, words, tmp_path_factory):
+def evaluated(words, tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluated") / "out"
-    assert evaluate.main([str(output), *words, "--set", "prompt_robustness=true"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        InProcess(patch)
+        assert evaluate.main([str(output), *words, "--set", "prompt_robustness=true"]) == 0
     return output
 
 
@@ -85,6 +88,15 @@ def test_every_record_prompt_and_system_is_there_once(rows, evaluated, bright_ch
     assert {row["prompt_class"] for row in rows if row["prompt_name"] == "p2"} == {"upper_bound"}
     summary = json.loads((evaluated / "summary.json").read_text())
     assert (summary["rows"], summary["failed"]) == (288, 2 * 8 * 3)
+
+
+def test_scores_are_the_same_on_ray(rows, words, ray_cluster, tmp_path):
+    checkpoint, dataset = words[1], words[words.index("--dataset") :][:2]
+    more = ["--set", "prompts=[text:lesion, p1, p2]", "--set", "shard_rows=4", "--set", "prompt_robustness=true"]
+    assert evaluate.main([str(tmp_path / "out"), "--checkpoint", checkpoint, *dataset, *more]) == 0
+    found = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    expected = by_key([row for row in rows if row["system"] == Path(checkpoint).name], "record", "prompt_name")
+    assert by_key(found, "record", "prompt_name") == expected
 
 
 def test_scores_are_those_of_the_library(rows, labelled, bright_checkpoint):

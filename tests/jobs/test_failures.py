@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jobs import verify
-from tests.conftest import LONG_S, save_square
+from tests.conftest import LONG_S, rare, save_square
 from tests.jobs.conftest import exit_code, read_summary, reasons_of
 
 ROOT = Path(__file__).parents[2]
@@ -46,14 +46,17 @@ builtins.__import__ = patched
 """
 
 
+@pytest.mark.parametrize("poisoned", [["decoder.png", "model.png"], rare(["decoder.png", "hangs.png", "model.png"])])
 def test_images_that_kill_their_process_are_failed_rows_and_their_neighbours_have_masks(
-    archive, bright_checkpoint, tmp_path
+    archive, bright_checkpoint, tmp_path, poisoned
 ):
+    """It takes over half a minute alone on two cores: each poisoned image ends two processes, which Ray starts anew."""
     for number in range(6):
         save_square(archive / f"good {number}.png")
     good = (archive / "good 0.png").read_bytes()
     (archive / "decoder.png").write_bytes(good + b"POISON")
-    (archive / "hangs.png").write_bytes(good + b"HANG")
+    if "hangs.png" in poisoned:
+        (archive / "hangs.png").write_bytes(good + b"HANG")
     Image.new("RGB", (40, 40), (77, 77, 77)).save(archive / "model.png")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(POISON)
@@ -63,14 +66,14 @@ def test_images_that_kill_their_process_are_failed_rows_and_their_neighbours_hav
     environment = os.environ | {"PYTHONPATH": paths, "RAY_ADDRESS": "local"}
     job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONG_S)
     assert job.returncode == 0, job.stderr[-3000:]
-    assert reasons_of(tmp_path / "out") == dict.fromkeys(["decoder.png", "hangs.png", "model.png"], "crashed")
+    assert reasons_of(tmp_path / "out") == dict.fromkeys(poisoned, "crashed")
     summary = read_summary(tmp_path / "out")
-    assert (summary["ok"], summary["failed_by_reason"]) == (12, {"crashed": 3})
+    assert (summary["ok"], summary["failed_by_reason"]) == (12, {"crashed": len(poisoned)})
     assert verify.main([str(tmp_path / "out")]) == 0
 
 
 def test_too_many_failures_stop_the_run_and_it_goes_on_when_the_cause_is_mended(
-    ray_cluster, archive, bright_checkpoint, tmp_path, capfd
+    ray_cluster, archive, bright_checkpoint, tmp_path, capfd, request
 ):
     good = {path.name: path.read_bytes() for path in archive.iterdir()}
     for name in good:
@@ -82,6 +85,7 @@ def test_too_many_failures_stop_the_run_and_it_goes_on_when_the_cause_is_mended(
     assert "repair the cause and --set retry_failed=true" in message
     for name, data in good.items():
         (archive / name).write_bytes(data)
+    request.getfixturevalue("in_process")
     assert exit_code(*words, "--set", "retry_failed=true") == 0
     assert (read_summary(tmp_path / "out")["ok"], reasons_of(tmp_path / "out")) == (6, {})
 

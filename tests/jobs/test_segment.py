@@ -136,9 +136,8 @@ def test_a_run_from_s3_to_s3_and_again_after_a_part_is_lost(
     assert {key: row["mask_rle"] for key, row in first.items()} == {key: row["mask_rle"] for key, row in again.items()}
 
 
-@pytest.mark.slow
 def test_too_many_failures_end_the_run_and_a_higher_limit_finishes_it(
-    ray_cluster, archive, tiny_checkpoint, tmp_path, capfd
+    in_process, archive, tiny_checkpoint, tmp_path, capfd
 ):
     for number in range(8):
         (archive / f"broken {number}.png").write_bytes(b"")
