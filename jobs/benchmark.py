@@ -51,6 +51,7 @@ BENCHMARKS = {
     "torture": "the segment job under faults: killed processes, lost nodes, a failing store, a full disk",
     "fuzz": "damaged files, against every reader",
 }
+_ON_GPU = {"gpu", "decoders", "learner"}
 MEASURED = Path(__file__).parent / "measured"  # figures, as benchmarks have written them
 PAGE = MEASURED / "README.md"
 _TITLE = """\
@@ -107,8 +108,9 @@ def measured_page() -> str:
         for (benchmark, machine), figures in tables.items():
             if benchmark == name:
                 lines += [f"`python -m jobs.benchmark {name}` on {machine}:", "", *_module(name).tell(figures), ""]
-    missing = [f"`{name}`" for name in BENCHMARKS if name not in measured]
-    lines += [f"Still to be measured: {', '.join(missing)}.", ""] if missing else []
+    for where, names in (("", BENCHMARKS.keys() - _ON_GPU), (", on a GPU", _ON_GPU)):
+        missing = [f"`{name}`" for name in BENCHMARKS if name in names and name not in measured]
+        lines += [f"Still to be measured{where}: {', '.join(missing)}.", ""] if missing else []
     return "\n".join(lines)
 
 
