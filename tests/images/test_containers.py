@@ -328,6 +328,20 @@ def test_a_zip_cannot_unpack_more_than_it_tells(tmp_path):
     assert list(values(path).values()) == ["unreadable", "corrupt"]
 
 
+def test_a_member_before_the_beginning_of_its_zip_is_damage_and_no_outage(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", png(0))
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x05\x06") + 19] += 1  # the table is said to lie 16 MiB later, and so do the members before it
+    path.write_bytes(data)
+    assert list(values(path).values()) == ["corrupt"]
+    row = {"image_uri": str(path), "selector": "a.png", "problem": None}  # of a list that names the member
+    with pytest.raises(ImageError, match="lies 16,777,216 bytes before") as caught:
+        Reader(SegmentSettings(input="", output="", members=[{"checkpoint": ""}])).open(row)
+    assert caught.value.reason == "corrupt"
+
+
 def test_a_thumbnail_before_the_image_is_not_taken_for_it(tmp_path):
     file = io.BytesIO()
     first, second = (Image.fromarray(np.full((8, 12), value, np.uint8)) for value in (1, 2))

@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.labels.conftest import submit, write_json
@@ -37,6 +37,7 @@ def sources(run):
 
 @many
 @given(number=st.integers(0, 4), changes=edits, end=st.one_of(st.just(1.0), st.floats(0, 1)))
+@example(number=2, changes=[(0.99609375, b"\x01")], end=1.0)  # a zip whose members lie before its beginning
 def test_mutated_files_are_reviews_or_errors_of_ours(number, changes, end, small_run):
     kept = small_run.folder / "sources"
     if not kept.exists():

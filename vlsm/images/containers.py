@@ -75,10 +75,13 @@ def is_compressed_tar(name: str) -> bool:
 
 
 def check_zip_member(name: str, info: zipfile.ZipInfo) -> None:
-    """Raise an ImageError if a zip member is encrypted or uses another compression than deflate.
+    """Raise an ImageError if a zip member is encrypted, uses another compression than deflate, or lies before the file.
 
-    Only stored and deflated members can be unpacked in bounded memory.
+    Only stored and deflated members can be unpacked in bounded memory. A place before the file is refused here, because
+    files refuse it with the errors of a store that is away.
     """
+    if info.header_offset < 0:
+        raise ImageError("corrupt", f"{name} lies {-info.header_offset:,} bytes before the beginning of the zip")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ImageError(
             "unreadable", f"{name} has the compression method {info.compress_type}; it must be stored or deflated"
