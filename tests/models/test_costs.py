@@ -20,6 +20,12 @@ def test_the_costs_of_the_first_models_are_the_published_ones():
     assert vlsm.num_trainable["decoder"] == 1_127_009 and vlsm.prompt_gflop > 0
 
 
+@pytest.mark.parametrize("name", ["openclip_seg", "transformers_seg", "cris", "sam3", "stack"])
+def test_costs_of_every_kind_of_model_are_counted(name):
+    cost = measure_cost(name)
+    assert 0 < cost.num_trainable["decoder"] < cost.num_parameters and 0 < cost.prompt_gflop < cost.image_gflop
+
+
 @pytest.mark.slow
 def test_parameters_and_operations_are_the_published_ones(costs):
     assert set(costs) == set(MODELS)
