@@ -74,9 +74,11 @@ def dice(one, other):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_members_agree_together_and_apart(archive, members, probabilities, tmp_path):
-    together = run(archive, tmp_path / "together", members, "threshold=0.5")
+def test_members_agree_together_and_apart(archive, members, probabilities, tmp_path, request):
+    """Apart they are in processes of their own, so on Ray; together in this process, as in the tests of other runs."""
     apart = run(archive, tmp_path / "apart", members, "threshold=0.5", "run.placement=apart")
+    request.getfixturevalue("in_process")
+    together = run(archive, tmp_path / "together", members, "threshold=0.5")
     for name, (first, second) in probabilities.items():
         row, mean = together[name], (2 * first + second) / 3
         assert (row["mask"] != (mean >= 0.5)).mean() < 0.005  # float16, and where a probability lies on the threshold
