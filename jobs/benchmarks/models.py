@@ -69,7 +69,8 @@ def measure(args: Namespace) -> int:
             f"{speed.ours_10_s / speed.ours_1_s:7.2f}x",
             flush=True,
         )
-    figures = {"threads": args.threads, "repeats": args.repeats, "runs": [asdict(speed) for speed in speeds]}
+    runs = [asdict(speed) | {"repeats": args.repeats} for speed in speeds]
+    figures = {"threads": args.threads, "runs": runs}
     write_json(args.json, "models", figures)
     wrong = [speed.name for speed in speeds if not speed.largest_difference < 1e-3]
     if wrong:
@@ -83,16 +84,16 @@ def measure(args: Namespace) -> int:
 def tell(figures: dict[str, Any]) -> list[str]:
     """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
-        f"Seconds an image of the Segmenter and of the plain way, {figures['threads']} threads, medians of "
-        f"{figures['repeats']}:",
+        f"Seconds an image of the Segmenter and of the plain way, {figures['threads']} threads, medians of the rounds:",
         "",
-        "| model | pixels | 1 prompt: ours | plain | ratio | 10 prompts: ours | plain | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | pixels | rounds | 1 prompt: ours | plain | ratio | 10 prompts: ours | plain | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["runs"]:
         ours_1, plain_1, ours_10, plain_10 = (row[f"{way}_s"] for way in ("ours_1", "plain_1", "ours_10", "plain_10"))
         lines.append(
-            f"| `{row['name']}` | {row['image_size']} | {ours_1:.3f} | {plain_1:.3f} | {plain_1 / ours_1:.2f}x | "
+            f"| `{row['name']}` | {row['image_size']} | {row['repeats']} | "
+            f"{ours_1:.3f} | {plain_1:.3f} | {plain_1 / ours_1:.2f}x | "
             f"{ours_10:.3f} | {plain_10:.3f} | {plain_10 / ours_10:.2f}x |"
         )
     return lines
