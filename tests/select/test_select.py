@@ -29,6 +29,7 @@ from vlsm.select.__main__ import main
 from vlsm.select.lists import LIST_SCHEMA
 
 KVASIR = SHARED / "data" / "kvasir_seg"
+pytestmark = pytest.mark.skipif(not KVASIR.is_dir(), reason="needs ../shared/data/kvasir_seg")
 CARRIED = pa.struct([("patient_id", pa.string()), ("rank", pa.int64())])
 NUM_IMAGES = 24
 
