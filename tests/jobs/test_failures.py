@@ -46,6 +46,7 @@ builtins.__import__ = patched
 """
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("poisoned", [["decoder.png", "model.png"], rare(["decoder.png", "hangs.png", "model.png"])])
 def test_images_that_kill_their_process_are_failed_rows_and_their_neighbours_have_masks(
     archive, bright_checkpoint, tmp_path, poisoned
@@ -108,6 +109,7 @@ def test_a_machine_that_computes_otherwise_ends_the_run_unless_it_may(
     assert read_summary(tmp_path / "out")["ok"] == 6
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_store_that_is_away_for_too_long_ends_the_run_and_no_image_is_blamed(tiny_checkpoint, tmp_path):
     rng = np.random.default_rng(0)
