@@ -3,6 +3,7 @@
 import functools
 import gzip
 import io
+import struct
 import tarfile
 import zipfile
 from collections import Counter
@@ -328,16 +329,31 @@ def test_a_zip_cannot_unpack_more_than_it_tells(tmp_path):
     assert list(values(path).values()) == ["unreadable", "corrupt"]
 
 
-def test_a_member_before_the_beginning_of_its_zip_is_damage_and_no_outage(tmp_path):
+def place_before(data):
+    """The table is said to lie 16 MiB later, and so do the members before it."""
+    data[data.rindex(b"PK\x05\x06") + 19] += 1
+
+
+def place_behind(data):
+    """A zip of 64 bits says that its member lies at a place which no file system has."""
+    entry, end = data.rindex(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
+    data[end + 12] += 12  # the length of the table
+    data[entry + 42 : entry + 46] = b"\xff" * 4
+    data[entry + 30] = 12
+    data[end:end] = struct.pack("<HHQ", 1, 8, 1 << 62)
+
+
+@pytest.mark.parametrize("place", [place_before, place_behind])
+def test_a_member_outside_of_its_zip_is_damage_and_no_outage(tmp_path, place):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.png", png(0))
     data = bytearray(path.read_bytes())
-    data[data.rindex(b"PK\x05\x06") + 19] += 1  # the table is said to lie 16 MiB later, and so do the members before it
+    place(data)
     path.write_bytes(data)
     assert list(values(path).values()) == ["corrupt"]
     row = {"image_uri": str(path), "selector": "a.png", "problem": None}  # of a list that names the member
-    with pytest.raises(ImageError, match="lies 16,777,216 bytes before") as caught:
+    with pytest.raises(ImageError, match=r"begins at byte -?[\d,]+, which is outside of the zip") as caught:
         Reader(SegmentSettings(input="", output="", members=[{"checkpoint": ""}])).open(row)
     assert caught.value.reason == "corrupt"
 

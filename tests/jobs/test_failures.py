@@ -51,7 +51,7 @@ builtins.__import__ = patched
 def test_images_that_kill_their_process_are_failed_rows_and_their_neighbours_have_masks(
     archive, bright_checkpoint, tmp_path, poisoned
 ):
-    """It takes over half a minute alone on two cores: each poisoned image ends two processes, which Ray starts anew."""
+    """It takes a minute: each poisoned image ends two processes, and Ray starts others."""
     for number in range(6):
         save_square(archive / f"good {number}.png")
     good = (archive / "good 0.png").read_bytes()

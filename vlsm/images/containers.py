@@ -74,14 +74,14 @@ def is_compressed_tar(name: str) -> bool:
     return file_name(name).endswith(("gz", ".tgz"))
 
 
-def check_zip_member(name: str, info: zipfile.ZipInfo) -> None:
-    """Raise an ImageError if a zip member is encrypted, uses another compression than deflate, or lies before the file.
+def check_zip_member(name: str, info: zipfile.ZipInfo, archive: zipfile.ZipFile) -> None:
+    """Raise an ImageError if a zip member is encrypted, uses another compression than deflate, or lies outside the zip.
 
-    Only stored and deflated members can be unpacked in bounded memory. A place before the file is refused here, because
-    files refuse it with the errors of a store that is away.
+    Only stored and deflated members can be unpacked in bounded memory. A file refuses a place outside of it with the
+    error of a store that is away, so such a place is found here.
     """
-    if info.header_offset < 0:
-        raise ImageError("corrupt", f"{name} lies {-info.header_offset:,} bytes before the beginning of the zip")
+    if not 0 <= info.header_offset < archive.start_dir:  # where the table begins
+        raise ImageError("corrupt", f"{name} begins at byte {info.header_offset:,}, which is outside of the zip")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ImageError(
             "unreadable", f"{name} has the compression method {info.compress_type}; it must be stored or deflated"
@@ -179,7 +179,7 @@ def _list_zip(file: BinaryIO, name: str, look: Look, skipped: Counter[str], budg
     members: Members = {}
 
     def look_into(info: zipfile.ZipInfo) -> list[Inside]:
-        check_zip_member(f"{name}#{info.filename}", info)
+        check_zip_member(f"{name}#{info.filename}", info, archive)
 
         def opening() -> BinaryIO:
             member = archive.open(info)

@@ -373,7 +373,7 @@ def _read_row(images: ParquetImages, member: str, name: str) -> tuple[bytes, str
 
 def _unzip(archive: zipfile.ZipFile, member: str, name: str, max_bytes: int) -> bytes:
     info = archive.getinfo(member)
-    check_zip_member(name, info)
+    check_zip_member(name, info, archive)
     check_size(name, info.file_size, max_bytes)
     with archive.open(info) as file:
         data = file.read(info.file_size)

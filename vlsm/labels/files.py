@@ -100,7 +100,7 @@ def _read_zip(uri: str) -> Iterator[tuple[str, Any]]:
             infos = [info for info in archive.infolist() if _IN_ZIP.search(info.filename)]
             for info in infos:
                 name = f"{uri}#{info.filename}"
-                check_zip_member(name, info)
+                check_zip_member(name, info, archive)
                 with archive.open(info) as member:
                     data = member.read(MAX_JSON_BYTES + 1)
                 if len(data) > MAX_JSON_BYTES:
