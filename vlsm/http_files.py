@@ -4,10 +4,11 @@ fsspec reads a reply to its end. A server may state a false length or none, igno
 its reply, or send a byte each second.
 """
 
+import contextlib
 import tempfile
 import time
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import IO, Any
 
 import aiohttp
@@ -48,33 +49,62 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
             content += block
         return bytes(content)
 
+    async def _cat_within(self, url: str, max_bytes: int) -> tuple[bytes, int | None]:
+        """Return the bytes of a file whose size nobody knows yet, and its size if the server states it.
+
+        Of a larger file, no bytes if the server states its size, else max_bytes + 1 bytes. One request asks for both.
+        """
+        async with self._reply(url, {}, {}) as reply:
+            size = None if _is_packed(reply) else reply.content_length
+            content = bytearray()
+            if size is None or size <= max_bytes:
+                async for block in _read(reply, url):
+                    content += block
+                    if len(content) > max_bytes:
+                        break
+            if (len(content) if size is None else size) > max_bytes:
+                reply.close()  # the rest is not read
+            return bytes(content[: max_bytes + 1]), size
+
+    cat_within = sync_wrapper(_cat_within)
+
     async def _copy(self, url: str, max_bytes: int, target: IO[bytes]) -> None:
         async for block in self._blocks(url, 0, max_bytes, {}):
             target.write(block)
 
     async def _blocks(self, url: str, start: int, end: int | None, options: dict[str, Any]) -> AsyncIterator[bytes]:
         """Yield the bytes of a file from start to end, or to its own end."""
-        headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+        headers = options.pop("headers", {})
         if start or end is not None:
-            headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
-        session = await self.set_session()
-        options = {"timeout": _TIMEOUT, "auto_decompress": False} | options
-        async with session.get(self.encode_url(url), headers=headers, **options) as reply:
+            headers = {**headers, "Range": f"bytes={start}-{'' if end is None else end - 1}"}
+        async with self._reply(url, headers, options) as reply:
             if reply.status == 416:  # the file ends before
                 return
-            _raise_for_status(reply.status, url)
-            self._raise_not_found_for_status(reply, url)
-            is_packed = reply.headers.get("Content-Encoding", "").lower() in _UNPACKED
-            if start and (reply.status != 206 or is_packed):
+            if start and (reply.status != 206 or _is_packed(reply)):
                 raise ValueError("its server sends no parts of files; copy it to a disk or a bucket before the run")
             left = None if end is None else end - start
-            is_longer = left is not None and not 0 <= (-1 if is_packed else reply.content_length or -1) <= left
-            async for block in _watch_speed(_unpack(reply) if is_packed else _read(reply), url):
+            stated = -1 if _is_packed(reply) else reply.content_length or -1
+            is_longer = left is not None and not 0 <= stated <= left
+            async for block in _read(reply, url):
                 yield block[:left]
                 left = None if left is None else max(left - len(block), 0)
                 if is_longer and left == 0:
                     reply.close()  # the rest is not read; any other reply ends here, and its connection is kept
                     break
+
+    @contextlib.asynccontextmanager
+    async def _reply(
+        self, url: str, headers: Mapping[str, str], options: dict[str, Any]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Yield the reply to a GET. Its status is a success, or 416 if the headers ask for a range."""
+        session = await self.set_session()
+        options = {"timeout": _TIMEOUT, "auto_decompress": False} | options
+        headers = {**headers, "Accept-Encoding": "identity"}
+        async with session.get(self.encode_url(url), headers=headers, **options) as reply:
+            if not (reply.status == 416 and "Range" in headers):
+                _raise_for_status(reply.status, url)
+                self._raise_not_found_for_status(reply, url)
+            yield reply
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
         """Return a file that reads blocks. A file without a stated length is copied to a temporary file."""
@@ -118,15 +148,19 @@ def _raise_for_status(status: int, url: str, cause: BaseException | None = None)
         raise OSError(f"its server answers with {status}") from cause
 
 
-async def _read(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    async for block in reply.content.iter_chunked(_BLOCK):
-        yield block
+def _is_packed(reply: aiohttp.ClientResponse) -> bool:
+    return reply.headers.get("Content-Encoding", "").lower() in _UNPACKED
+
+
+def _read(reply: aiohttp.ClientResponse, url: str) -> AsyncIterator[bytes]:
+    """Return the blocks of a reply, unpacked. They raise an ImageError if they come too slowly."""
+    return _watch_speed(_unpack(reply) if _is_packed(reply) else reply.content.iter_chunked(_BLOCK), url)
 
 
 async def _unpack(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """Yield the unpacked content of a packed reply; of a part of it, what can be unpacked."""
     unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)  # gzip or zlib
-    async for packed in _read(reply):
+    async for packed in reply.content.iter_chunked(_BLOCK):
         while packed and not unpacker.eof:
             yield unpacker.decompress(packed, _BLOCK)
             packed = unpacker.unconsumed_tail

@@ -91,9 +91,7 @@ class _Fetch:
                 return data
             if hasattr(self._fs, "cat_within"):
                 return with_retries(lambda: self._read_within(max_bytes), self.uri, self.patience_s)
-            size_bytes = with_retries(self._ask_size, self.uri, self.patience_s)
-            if size_bytes is None:
-                return self._read_unsized(max_bytes)
+            size_bytes = with_retries(self._ask_size, self.uri, self.patience_s) or max_bytes
             if len(data := self._read(size_bytes, max_bytes)) > size_bytes:
                 raise ImageError("unreadable", f"{self.uri} grows beyond {size_bytes:,} bytes while it is read")
             return data
@@ -134,22 +132,14 @@ class _Fetch:
         raise ImageError("empty", f"{self.uri} has 0 bytes")
 
     def _read_within(self, max_bytes: int) -> bytes:
-        """Return the content of a file of S3, whose size comes with it."""
+        """Return the content of a file whose size comes with it, if its store states it."""
         data, size_bytes = self._ask(self._fs.cat_within, max_bytes=max_bytes)
-        check_size(self.uri, size_bytes, max_bytes)
-        if len(data) != size_bytes:
+        if size_bytes is None and len(data) > max_bytes:
+            raise ImageError("too_large", f"{self.uri} has more bytes than max_image_bytes, which is {max_bytes:,}")
+        check_size(self.uri, len(data) if size_bytes is None else size_bytes, max_bytes)
+        if size_bytes not in (len(data), None):
             raise OSError(f"{len(data):,} of its {size_bytes:,} bytes came")
         return bytes(data)
-
-    def _read_unsized(self, max_bytes: int) -> bytes:
-        """Return the content of a file of which the server states no length."""
-        data = bytes(
-            with_retries(lambda: self._ask(self._fs.cat_file, start=0, end=max_bytes + 1), self.uri, self.patience_s)
-        )
-        if len(data) > max_bytes:
-            raise ImageError("too_large", f"{self.uri} has more bytes than max_image_bytes, which is {max_bytes:,}")
-        check_size(self.uri, len(data), max_bytes)
-        return data
 
     def _ask_size(self) -> int | None:
         """Return the size of the file in bytes; None if an HTTP server does not state it."""
