@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 Resize = Literal["squeeze", "letterbox"]
 
-_FLOATS_OF_HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)  # by the bits of a float16
+with np.errstate(invalid="ignore"):  # processors of ARM report the NaNs
+    _FLOATS_OF_HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)  # by their bits
 
 
 class Square(NamedTuple):
