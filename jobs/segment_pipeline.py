@@ -2,8 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from jobs.segment_tasks import Task, fetch_shard, write_masks
 from vlsm.errors import ProbeError, VlsmError
 from vlsm.runs.compare import RunState
 from vlsm.runs.lifecycle import Run, check_failed_share
+
+if TYPE_CHECKING:
+    from jobs.progress import Progress
 
 Wave = list[tuple[int, bool]]  # shards for one Ray dataset: number, and whether a part file exists
 
@@ -67,16 +70,25 @@ def stream_shards(  # noqa: PLR0913 - all that one stream of shards depends on
         ) as progress:
             for wave in itertools.chain([first], waves):
                 for part in plan_stream(wave, task, weights).iter_rows():
-                    progress.finish_shard(part["shard"], part["num_images"], json.loads(part["failed"]))
-                    if progress.done >= min(run.settings.run.judge_after, count_images()):
-                        errors = json.loads(part["first_errors"])
-                        check_failed_share(run.settings, progress.done, progress.failed, errors)
+                    finish_part(part, run, progress, count_images)
     except ray.exceptions.RayError as error:
         if refusal := ray.get(board.refusal.remote()):
             raise ProbeError(refusal) from error
         _check_checkpoints(run)
         reason = ray.get(board.last_error.remote()) or _root_cause(error)
         raise VlsmError(f"a stage failed in all its retries: {reason}; the same command goes on from here") from error
+
+
+def finish_part(part: Mapping[str, Any], run: Run, progress: "Progress", count_images: Callable[[], int]) -> None:
+    """Count the images of a written part: a row of `plan_stream`'s pipeline.
+
+    Raises:
+        VlsmError: the fraction of failed images is too large.
+        ProbeError: the device of an actor computes otherwise than it should.
+    """
+    progress.finish_shard(part["shard"], part["num_images"], json.loads(part["failed"]))
+    if progress.done >= min(run.settings.run.judge_after, count_images()):
+        check_failed_share(run.settings, progress.done, progress.failed, json.loads(part["first_errors"]))
 
 
 def configure_ray_data() -> None:

@@ -5,14 +5,14 @@ What Ray adds (processes, retries, deaths, placement) has tests of its own.
 """
 
 import contextlib
-import json
+from dataclasses import dataclass
 
 import numpy as np
 
 from jobs import evaluate, segment, segment_tasks
+from jobs.segment_pipeline import finish_part
 from jobs.segment_tasks import Task, fetch_shard, write_masks
 from vlsm.evaluation.parts import missing_rows, open_source
-from vlsm.runs.lifecycle import check_failed_share
 from vlsm.segmentation.predictor import Predictor
 from vlsm.segmentation.shard import ShardBatch, Unguarded
 
@@ -39,6 +39,18 @@ class _Watch(Unguarded, contextlib.AbstractContextManager):
         return None
 
 
+@dataclass
+class _Progress:
+    """Takes the place of the progress line."""
+
+    done: int
+    failed: int
+
+    def finish_shard(self, shard, num_images, failed):
+        self.done += num_images
+        self.failed += sum(failed.values())
+
+
 class InProcess:
     """Puts the tasks of both jobs into this process.
 
@@ -58,7 +70,7 @@ class InProcess:
     def _stream_shards(self, session, run, waves, state, count_images, retry_failed=False, **_):
         squares = tuple(member.square for member in run.members)
         task = Task(run.settings, run.run_id, run.plan.id, squares, retry_failed, None)
-        predictor, done, failed = None, state.num_done, state.counts["failed"]
+        predictor, progress = None, _Progress(state.num_done, state.counts["failed"])
         for wave in waves:
             predictor = predictor or _start_models(run)
             for shard, exists in wave:
@@ -67,10 +79,8 @@ class InProcess:
                 self.num_read += len(batch.entries)
                 texts = [task.settings.texts_of(prompts) for prompts in table["prompts"][0].as_py()]
                 written = write_masks(predictor.predict(batch, texts, _Watch()).pack(), task)
-                done += written["num_images"][0]
-                failed += sum(json.loads(written["failed"][0]).values())
-                if done >= min(run.settings.run.judge_after, count_images()):
-                    check_failed_share(run.settings, done, failed, json.loads(written["first_errors"][0]))
+                part = {name: values[0] for name, values in written.items()}
+                finish_part(part, run, progress, count_images)
 
 
 def _start_models(run):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,22 @@ class Arena:
         self.expected: dict[tuple[str, str], tuple[Any, ...]] = {}
         self._jobs: list[subprocess.Popen[str]] = []
 
-    def prepare(self) -> None:
-        """Write the images and the checkpoint, run the job undisturbed, and keep its rows in `expected`."""
+    def prepare(self, run: Callable[[list[str]], object] | None = None) -> None:
+        """Write the images and the checkpoint, run the job undisturbed, and keep its rows in `expected`.
+
+        Args:
+            run: runs the job with these words of a command line; None to start it as a user does.
+        """
         import torch
 
         _draw_archive(self.archive, self.num_images, self.seed)
         torch.manual_seed(3)
         vlsm.save_checkpoint(vlsm.build_model("unet_d", image_size=32, width=4), self.checkpoint, prompt=_PROMPTS[0])
         output = str(self.folder / "undisturbed")
-        self.finish(output)
+        if run is None:
+            self.finish(output)
+        else:
+            run(self._words(output))
         self.expected = _read_rows(output)
 
     def start(
@@ -87,9 +94,7 @@ class Arena:
             environment: further variables.
             root: the clone whose code runs.
         """
-        words = [source or str(self.archive), output, "--checkpoint", str(self.checkpoint)]
-        for setting in (f"shard_rows={self.shard_rows}", f"prompts={json.dumps(_PROMPTS)}", *_EQUAL, *settings):
-            words += ["--set", setting]
+        words = self._words(output, *settings, source=source)
         log = (self.folder / "jobs.log").open("a")
         with log:
             job = subprocess.Popen(
@@ -102,6 +107,12 @@ class Arena:
             )
         self._jobs.append(job)
         return job
+
+    def _words(self, output: str, *settings: str, source: str | None = None) -> list[str]:
+        words = [source or str(self.archive), output, "--checkpoint", str(self.checkpoint)]
+        for setting in (f"shard_rows={self.shard_rows}", f"prompts={json.dumps(_PROMPTS)}", *_EQUAL, *settings):
+            words += ["--set", setting]
+        return words
 
     def stop(self) -> None:
         """Kill the jobs that a failed scenario left running."""

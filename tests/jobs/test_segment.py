@@ -97,8 +97,8 @@ def test_a_manifest_decides_images_ids_and_prompts(ray_cluster, archive, tiny_ch
     assert rows["gone", "polyp"]["error"] == f"missing: there is no file {tmp_path}/archive/vanished.png"
 
 
-def test_a_run_from_s3_to_s3_and_again_after_a_part_is_lost(
-    ray_cluster, s3_folder, archive, tiny_checkpoint, tmp_path, capfd
+def test_a_run_from_s3_to_s3_and_again_after_a_part_is_lost(  # noqa: PLR0913 - fixtures
+    ray_cluster, s3_folder, archive, tiny_checkpoint, tmp_path, capfd, request
 ):
     import s3fs
 
@@ -130,6 +130,7 @@ def test_a_run_from_s3_to_s3_and_again_after_a_part_is_lost(
     assert manifest["etag"].str.fullmatch(r"[0-9a-f]{32}").all()
     assert b"secret" not in b"".join(fs.cat_file(name) for name in fs.find(f"{s3_folder}/out"))
     fs.rm([f"{s3_folder}/out/masks/part-00000002.parquet", f"{s3_folder}/out/summary.json"])
+    request.getfixturevalue("in_process")
     code, summary, _ = run(capfd, *words)
     assert (code, summary["done_before"], summary["rows"]) == (0, len(first) - 4, len(first))
     again = read_mask_rows(f"{s3_folder}/out")

@@ -4,18 +4,21 @@ import shutil
 
 import pytest
 
-from jobs import verify
+from jobs import segment, verify
 from jobs.benchmarks.stores import FaultyProxy
 from jobs.benchmarks.torture import SCENARIOS
 from jobs.benchmarks.torture_setup import Arena, CannotTortureError
 from tests.conftest import read_mask_rows, slow
+from tests.in_process import InProcess
 from tests.jobs.conftest import exit_code
 
 
 @pytest.fixture(scope="module")
 def arena(ray_cluster, tmp_path_factory):
     arena = Arena(tmp_path_factory.mktemp("torture"), num_images=48, stall_s=3, num_kills=5)
-    arena.prepare()
+    with pytest.MonkeyPatch.context() as patch:
+        InProcess(patch)  # nothing disturbs it
+        arena.prepare(segment.main)
     return arena
 
 
