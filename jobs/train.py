@@ -193,11 +193,9 @@ def train_with_ray(
         records, settings.data.allowing(settings.run.allow), input_square(settings), settings.run.cache_images
     )
     token = lease.token if lease is not None else None
-    work = Work(
-        settings, _run_id(settings.output), decoded, board, size.num_threads, _features_kind(settings.output), token
-    )
+    work = Work(settings, _run_id(settings.output), decoded, board, size, _features_kind(settings.output), token)
     with PrivateFolder("train") as folder:
-        ended = fit_in_background(work, size, folder, worker or TRAIN_WORKER)
+        ended = fit_in_background(work, folder, worker or TRAIN_WORKER)
         _follow(ended, board, lease)
     if message := ray.get(board.failure.remote()):
         raise VlsmError(message)

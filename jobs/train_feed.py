@@ -1,14 +1,17 @@
 """Feeds examples to training workers: Ray tasks and actors on CPUs inspect, read, decode, resize and augment them.
 
-A micro-batch of a worker's plan is one row in Ray Data, in the order of the plan. Each worker has its own stream. Ray
-Train can split one dataset, but it gives the next block to the first worker that asks, so no run could be repeated.
+Each worker has loading actors of its own, which load the micro-batches of its plan in their order. Ray Data is not used
+here. It gives the next block of a dataset to the first worker that asks, so no run could be repeated. And a dataset in
+each worker costs four processes that import Ray Data, before the first step.
 """
 
 import itertools
-import json
+import math
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,9 +33,10 @@ from vlsm.words import count
 _TASK_CPUS = 0.25  # a task mostly waits for storage; on a small machine the workers need half of the CPUs
 _MOST_DEATHS = 5  # of processes that inspect the same records; more are not accidents
 _CHUNK = 32  # images in one object of Ray's store: 16 MB at 352 pixels
-_MAX_LOADERS = 16  # per worker; Ray Data starts only as many as it needs
-_WAVE = 512  # micro-batches in one Ray dataset: Ray Data plans some hundreds of blocks a second
-_CACHED_SHARE = 0.3  # of the object store; the rest is for batches in transit
+_MAX_LOADERS = 16  # per worker
+_AHEAD = 2  # micro-batches of each loading actor: it loads one while the other is fetched
+_CACHED_SHARE = 0.3  # of the object store
+_TRANSIT_SHARE = 0.3  # of it, for the micro-batches of all workers that nobody has fetched yet
 
 T = TypeVar("T")
 Loaded = tuple[MicroBatch, np.ndarray, np.ndarray]  # with images and target masks, as in `Feed.stream`
@@ -83,7 +87,7 @@ class Decoded:
     def fetch(self, examples: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return image and target mask of each example by its number; chunks on this node are not copied."""
         wanted = list(dict.fromkeys(example // _CHUNK for example in examples))
-        chunks = dict(zip(wanted, ray.get([self.chunks[number] for number in wanted]), strict=True))
+        chunks = dict(zip(wanted, _get([self.chunks[number] for number in wanted]), strict=True))
         return [tuple(part[example % _CHUNK] for part in chunks[example // _CHUNK]) for example in examples]
 
 
@@ -139,19 +143,21 @@ def _decode(
 class Feed:
     """The source of a worker's micro-batches: the decoded examples in the object store, or a pool of loading actors.
 
-    Loading uses actors, not tasks, because Ray ends the process of a task after one idle second.
-
     Attributes:
         records: the examples.
         settings: settings to read and augment them.
         square: the input square of the model.
         decoded: the decoded examples, or None if they are not kept.
+        num_loaders: number of loading actors; see `num_loaders`.
+        max_bytes: the most bytes of loaded micro-batches that nobody has fetched yet.
     """
 
     records: Sequence[Record]
     settings: DataSettings
     square: Square
     decoded: Decoded | None
+    num_loaders: int
+    max_bytes: int
 
     def stream(self, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
         """Yield micro-batches in order, with images (B, S, S, 3) uint8 and target masks (B, S, S) uint8 of 0 and 1."""
@@ -160,39 +166,49 @@ class Feed:
         else:
             yield from self._load(batches)
 
+    @cached_property
+    def _loaders(self) -> "_Loaders":
+        return _Loaders(self.num_loaders, (self.settings, self.square, self.decoded))
+
     def _load(self, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
         """Yield micro-batches that actors read, decode and augment."""
-        import ray.data  # here and below, not above: it imports pandas, and inspecting and decoding tasks need neither
+        ahead: deque[tuple[MicroBatch, Any]] = deque()
+        for batch in batches:
+            records = [] if self.decoded is not None else [self.records[example] for example in batch.examples]
+            loader, num_ready = self._loaders.next()
+            ahead.append((batch, loader.load.remote(batch, records)))
+            batch_bytes = 4 * self.square.size**2 * len(batch.examples)
+            if len(ahead) >= min(_AHEAD * num_ready, max(1, self.max_bytes // batch_bytes)):
+                yield _fetch(*ahead.popleft())
+        while ahead:
+            yield _fetch(*ahead.popleft())
 
-        for wave in _batched(batches, _WAVE):
-            rows = [{"batch": json.dumps(self._describe(batch))} for batch in wave]
-            loaded = (
-                ray.data.from_items(rows, override_num_blocks=len(rows))
-                .map_batches(
-                    _Loader,
-                    fn_constructor_args=(self.settings, self.square, self.decoded),
-                    batch_size=1,
-                    num_cpus=_TASK_CPUS,
-                    compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_MAX_LOADERS),
-                )
-                .iter_rows()
-            )
-            for batch, row in zip(wave, loaded, strict=True):
-                yield batch, np.array(row["images"]), np.array(row["masks"])
 
-    def _describe(self, batch: MicroBatch) -> dict[str, Any]:
-        """Return the description of a micro-batch from which an actor loads it."""
-        records = [asdict(self.records[example]) for example in batch.examples] if self.decoded is None else []
-        return {
-            "examples": batch.examples, "records": records, "seeds": batch.seeds, "is_training": batch.split == "train",
+class _Loaders:
+    """Loading actors that take turns. An actor that Ray has not started yet takes no part.
+
+    Ray starts an actor again after its death, and then repeats its micro-batches.
+    """
+
+    def __init__(self, count: int, arguments: tuple[Any, ...]) -> None:
+        options = {
+            "num_cpus": _TASK_CPUS, "max_restarts": -1, "max_task_retries": _MOST_DEATHS,
+            "scheduling_strategy": "DEFAULT",  # not in the room of the worker
         }  # fmt: skip
+        kind: Any = ray.remote(_Loader).options(**options)
+        actors = [kind.remote(*arguments) for _ in range(count)]
+        self._starting = {actor.is_ready.remote(): actor for actor in actors}
+        self._ready: deque[Any] = deque()
 
-
-def _take(decoded: Decoded, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
-    """Stream micro-batches of decoded examples that need no augmentation."""
-    for batch in batches:
-        images, masks = zip(*decoded.fetch(batch.examples), strict=True)
-        yield batch, np.stack(images), np.stack(masks)
+    def next(self) -> tuple[Any, int]:
+        """Return the actor whose turn it is, and how many take turns now."""
+        if self._starting:
+            started, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)
+            if not self._ready and not started:
+                started, _ = ray.wait(list(self._starting))
+            self._ready.extendleft(self._starting.pop(reference) for reference in started)
+        self._ready.rotate(-1)
+        return self._ready[-1], len(self._ready)
 
 
 class _Loader:
@@ -202,44 +218,68 @@ class _Loader:
         self.settings, self.square, self.decoded = settings, square, decoded
         self._reader = ExampleReader(settings)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the images and target masks of one micro-batch, augmented if it is for training."""
-        description = json.loads(batch["batch"][0])
+    def is_ready(self) -> bool:
+        """Return True, as soon as the actor has started."""
+        return True
+
+    def load(self, batch: MicroBatch, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images and target masks of a micro-batch, augmented if it is for training.
+
+        Args:
+            batch: the micro-batch.
+            records: its examples; unused if all decoded examples are kept.
+        """
         if self.decoded is None:
-            records = [Record(**fields) for fields in description["records"]]
+            tile_size = self.settings.tile_size
             pairs = [
-                _decode(record, self._reader, self.square, self.settings.tile_size, seed)
-                for record, seed in zip(records, description["seeds"], strict=True)
+                _decode(record, self._reader, self.square, tile_size, seed)
+                for record, seed in zip(records, batch.seeds, strict=True)
             ]
         else:
-            pairs = self.decoded.fetch(description["examples"])
+            pairs = self.decoded.fetch(batch.examples)
         augment = self.settings.augment
-        if description["is_training"] and not augment.is_off:
+        if batch.split == "train" and not augment.is_off:
             pairs = [
                 augment_example(image, mask, augment, seed)
-                for (image, mask), seed in zip(pairs, description["seeds"], strict=True)
+                for (image, mask), seed in zip(pairs, batch.seeds, strict=True)
             ]
         images, masks = zip(*pairs, strict=True)
-        return {"images": np.stack(images)[None], "masks": np.stack(masks)[None]}
+        return np.stack(images), np.stack(masks)
+
+
+def _fetch(batch: MicroBatch, reference: Any) -> Loaded:
+    images, masks = _get(reference)
+    return batch, np.array(images), np.array(masks)  # copies: arrays in the object store are read-only
+
+
+def _get(references: Any) -> Any:
+    """Call `ray.get`, and raise what a task raised: the message of Ray's own error is a traceback."""
+    try:
+        return ray.get(references)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def _take(decoded: Decoded, batches: Iterable[MicroBatch]) -> Iterator[Loaded]:
+    """Stream micro-batches of decoded examples that need no augmentation."""
+    for batch in batches:
+        images, masks = zip(*decoded.fetch(batch.examples), strict=True)
+        yield batch, np.stack(images), np.stack(masks)
+
+
+def plan_loaders(num_workers: int, worker_cpus: float) -> tuple[int, int]:
+    """Return the number of loading actors of a worker, and the most bytes that its loaded micro-batches may take.
+
+    A worker has as many actors as its share of the CPUs that no worker requests, rounded up, but 16 at most. The
+    micro-batches of all workers may take 30 % of the object store.
+    """
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free = resources.get("CPU", 0) / num_workers - worker_cpus
+    num_bytes = _TRANSIT_SHARE * resources.get("object_store_memory", 0) / num_workers
+    return max(1, min(_MAX_LOADERS, math.ceil(free))), int(num_bytes)
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
-
-
-def prepare_streams(num_workers: int) -> None:
-    """Set up Ray Data in this worker: rows in order, no progress output, and an equal share of the object store.
-
-    All num_workers workers together may use 30 % of it, and the decoded examples another 30 %.
-    """
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    options = context.execution_options
-    options.preserve_order = True
-    store_bytes = ray.cluster_resources().get("object_store_memory", 0)  # type: ignore[no-untyped-call]
-    options.resource_limits = options.resource_limits.copy(object_store_memory=0.3 * store_bytes / num_workers)

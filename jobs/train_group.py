@@ -27,6 +27,16 @@ TRAIN_WORKER = "jobs.train_worker:train_worker"
 
 
 @dataclass(frozen=True)
+class GroupSize:
+    """The smallest and the largest number of workers, and the CPUs, GPUs and torch threads of each worker."""
+
+    num_workers: tuple[int, int]
+    cpus: float
+    gpus: float
+    num_threads: int
+
+
+@dataclass(frozen=True)
 class Work:
     """The work that the driver gives to each worker.
 
@@ -35,7 +45,7 @@ class Work:
         run_id: id of the run; a resumed run has the same id.
         decoded: the decoded examples in Ray's object store, or None if they are not kept there.
         board: handle of the `TrainingBoard` actor.
-        num_threads: number of threads that torch may use.
+        size: size of the group.
         features_kind: kind of the temporary folders for the feature cache; see `vlsm.temporary`.
         lease: the lease of OUTPUT; the first worker checks it before it writes. None: nothing is checked.
     """
@@ -44,7 +54,7 @@ class Work:
     run_id: str
     decoded: Decoded | None
     board: Any
-    num_threads: int
+    size: GroupSize
     features_kind: str
     lease: Token | None = None
 
@@ -89,16 +99,6 @@ class TrainingBoard(Milestones):
         return self._failure
 
 
-@dataclass(frozen=True)
-class GroupSize:
-    """The smallest and the largest number of workers, and the CPUs, GPUs and torch threads of each worker."""
-
-    num_workers: tuple[int, int]
-    cpus: float
-    gpus: float
-    num_threads: int
-
-
 def group_size(settings: TrainSettings, nodes: list[dict[str, Any]]) -> GroupSize:
     """Return the size of the group: by default one worker per GPU, or one worker on CPUs.
 
@@ -136,20 +136,20 @@ class Ended(threading.Event):
     error: BaseException | None = None
 
 
-def fit_in_background(work: Work, size: GroupSize, folder: Path, worker: str = TRAIN_WORKER) -> Ended:
+def fit_in_background(work: Work, folder: Path, worker: str = TRAIN_WORKER) -> Ended:
     """Start Ray Train in a thread and return the event of its end.
 
     In the main thread, Ray Train would handle Ctrl-C itself and end the process with exit code 0.
 
     Args:
         work: work for each worker.
-        size: size of the group.
         folder: a temporary folder; Ray Train needs one, although vlsm keeps nothing there.
         worker: MODULE:NAME of the function that each worker calls with the work.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    size = work.size
     low, high = size.num_workers
     trainer = TorchTrainer(
         _train,

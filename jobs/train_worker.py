@@ -18,7 +18,7 @@ import torch
 import vlsm
 from jobs.clock import TrainClock
 from jobs.train_artifacts import copy_artifacts
-from jobs.train_feed import Feed, prepare_streams
+from jobs.train_feed import Feed, plan_loaders
 from jobs.train_group import FIRST_STEP, Work
 from vlsm import storage
 from vlsm.errors import ResultError, VlsmError
@@ -55,7 +55,7 @@ def train_worker(work: Work) -> None:
     if ray.get(work.board.failure.remote()):
         return
     work.board.reach.remote("workers", time.time())
-    torch.set_num_threads(work.num_threads)
+    torch.set_num_threads(work.size.num_threads)
     try:
         with features_folder(work) as folder:
             Worker(work, folder).run()
@@ -115,7 +115,6 @@ class Worker:
         self.settings, self.output, self.board = work.settings, work.settings.output, work.board
         self.lease = work.lease
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
-        prepare_streams(self.num_workers)
         self.records = read_examples(self.output)
         are_negative = read_negatives(self.output) if self.settings.data.negatives is not None else None
         self.order = ExampleOrder(self.records, self.settings, self.rank, self.num_workers, are_negative)
@@ -127,7 +126,8 @@ class Worker:
         if warning := describe_batch_norms(model, self.settings, self.num_workers):
             self.say(warning)
         data = self.settings.data.allowing(self.settings.run.allow)
-        self.feed = Feed(self.records, data, model.image_spec.square, work.decoded)
+        loaders = plan_loaders(self.num_workers, work.size.cpus)
+        self.feed = Feed(self.records, data, model.image_spec.square, work.decoded, *loaders)
         max_bytes, num_sharing = self.settings.run.feature_cache_bytes, context.get_local_world_size()
         self.features = FeatureCache(features_folder, max_bytes, num_sharing) if features_folder else None
         self.learner = Learner(model, self.settings, self.order.num_steps, self.device, self.features)

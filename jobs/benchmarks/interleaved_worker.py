@@ -24,7 +24,7 @@ LAST_TIME = "bare_s"  # the last of the seconds of an epoch
 
 def train_in_turns(work: Work) -> None:
     """Train with an interleaved bare loop. `jobs.benchmarks.train` passes this function to its workers."""
-    torch.set_num_threads(work.num_threads)
+    torch.set_num_threads(work.size.num_threads)
     with features_folder(work) as folder:
         _InterleavedWorker(work, folder).run()
 

@@ -1,12 +1,10 @@
 """What a loading actor of a training with data.tile_size makes of a micro-batch. No cluster is needed here."""
 
-import json
-
 import numpy as np
 import pytest
 
 from jobs.phantoms import write_labelled
-from jobs.train_feed import Feed, _Loader
+from jobs.train_feed import _Loader
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.read import read_dataset
 from vlsm.images.preprocess import Square
@@ -28,13 +26,13 @@ def test_an_example_is_a_window_of_the_stored_image(tmp_path, split):
     settings = TrainSettings.model_validate(tree)
     records = read_dataset("drawn", str(tmp_path / "drawn"), settings.data)
     order, square = ExampleOrder(records, settings), Square(24)
-    feed, loader = Feed(records, settings.data, square, None), _Loader(settings.data, square, None)
+    loader = _Loader(settings.data, square, None)
     loaded = []
     for epoch in (0, 1):
         (batch, *_) = order.train(epoch) if split == "train" else order.evaluate("val", epoch)
-        rows = loader({"batch": [json.dumps(feed._describe(batch))]})
-        loaded.append(dict(zip(batch.examples, rows["masks"][0], strict=True)))
-        for example, seed, image in zip(batch.examples, batch.seeds, rows["images"][0], strict=True):
+        images, masks = loader.load(batch, [records[example] for example in batch.examples])
+        loaded.append(dict(zip(batch.examples, masks, strict=True)))
+        for example, seed, image in zip(batch.examples, batch.seeds, images, strict=True):
             stored = ExampleReader(settings.data).read(records[example])
             window = draw_window(stored.target.mask, 24, seed)
             assert (image == window.cut(stored.image)).all()  # as large as the model's square: not resized
