@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from vlsm.shown import show
 
@@ -14,6 +15,16 @@ class VlsmError(Exception):
 
     def __init__(self, *parts: object) -> None:
         super().__init__(*(show(part) if isinstance(part, str) else part for part in parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the error as it is: its class may be made from other arguments."""
+        return _unpickle, (type(self), self.args, self.__dict__)
+
+
+def _unpickle(kind: type[VlsmError], parts: tuple[object, ...], attributes: dict[str, Any]) -> VlsmError:
+    error = kind.__new__(kind, *parts)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(VlsmError):
