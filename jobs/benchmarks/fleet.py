@@ -3,26 +3,22 @@
 import os
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import psutil
-import pyarrow as pa
 
 from jobs import segment_pipeline
+from jobs.benchmarks import fleet_stages
 from jobs.benchmarks.cost import kind_of
 from jobs.benchmarks.figures import write_json
-from jobs.segment_tasks import Task
 from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.images.preprocess import Square
-from vlsm.segmentation.shard import Entry, Logits, ShardBatch
 
-_SIDE_PX = 352
 _TASK_CPUS = 6  # of the simulated cluster beside its actors: eight tasks at once
 _WARM_SHARDS = 0.25  # share of the shards before the measurement
+_Times = dict[tuple[int, float], tuple[str, float]]  # kind and CPU seconds of a process, by its number and its start
 
 
 @dataclass(frozen=True)
@@ -112,52 +108,6 @@ def tell(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
-class _Simulated(Task):
-    """The data of a simulated run."""
-
-    shard_rows: int = 256
-    rate: float = 4000
-    has_pixels: bool = False
-
-
-def _fetch_shard(batch: Mapping[str, np.ndarray], task: _Simulated) -> pa.Table:
-    shard = int(batch["shard"][0])
-    with task.watch("fetch", shard):
-        entries = [
-            Entry(number, 1, 560, 560, number if task.has_pixels else 0, int(task.has_pixels), number)
-            for number in range(task.shard_rows)
-        ]
-        count = task.shard_rows if task.has_pixels else 0
-        return ShardBatch(shard, False, entries, {task.squares[0]: _pixels(count)}).pack()
-
-
-class _SegmentActor:
-    def __init__(self, task: _Simulated, weights: list[Any], members: tuple[int, ...], num_threads: int) -> None:
-        self._task = task
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        batch = ShardBatch.unpack(table)
-        with self._task.watch("segment 0", batch.shard) as watch:
-            time.sleep(self._task.shard_rows / self._task.rate)
-            watch.note(self._task.shard_rows)
-        batch.pixels = {}
-        count = self._task.shard_rows if self._task.has_pixels else 0
-        # packed bits of a mask take a fifth of float16 logits of 352 x 352
-        batch.logits = {0: Logits("simulated", np.zeros((batch.num_logits, 140, 140), np.float16))} if count else {}
-        return batch.pack()
-
-
-def _write_masks(table: pa.Table, task: _Simulated) -> dict[str, Any]:
-    batch = ShardBatch.unpack(table)
-    with task.watch("write", batch.shard):
-        return {"shard": [batch.shard], "num_images": [len(batch.entries)], "failed": ["{}"], "first_errors": ["[]"]}
-
-
-def _pixels(count: int) -> np.ndarray:
-    return np.zeros((count, _SIDE_PX, _SIDE_PX, 3), np.uint8)
-
-
 def _simulate(num_actors: int, args: Namespace) -> Fleet:
     import ray
 
@@ -168,36 +118,40 @@ def _simulate(num_actors: int, args: Namespace) -> Fleet:
     ray.data.DataContext.get_current().enable_progress_bars = False
     settings = SegmentSettings(input="in", output="out", members=(MemberSettings(checkpoint="none"),))
     board = start_board(CrashBoard, {"start": time.time()})
-    squares = (Square(_SIDE_PX),)
-    task = _Simulated(settings, "run", "plan", squares, False, board, args.shard_rows, args.rate, args.pixels)
-    stages: dict[str, Any] = {"fetch_shard": _fetch_shard, "SegmentActor": _SegmentActor, "write_masks": _write_masks}
+    squares = (Square(fleet_stages.SIDE_PX),)
+    simulation = args.shard_rows, args.rate, args.pixels
+    task = fleet_stages.Simulated(settings, "run", "plan", squares, False, board, *simulation)
+    stages = {name: getattr(fleet_stages, name) for name in ("fetch_shard", "SegmentActor", "write_masks")}
     total = args.shards * args.shard_rows
-    first, before = int(args.shards * _WARM_SHARDS), dict[str, float]()
+    first, before = int(args.shards * _WARM_SHARDS), _Times()
     start_s = 0.0
     with mock.patch.multiple(segment_pipeline, **stages), Progress(lambda: total, 0, 0, board, "out") as progress:
         rows = segment_pipeline.plan_stream([(shard, False) for shard in range(args.shards)], task, []).iter_rows()
         for number, part in enumerate(rows, start=1):
             progress.finish_shard(part["shard"], part["num_images"], {})
             if number == first:
-                start_s, before = time.monotonic(), _core_seconds()
+                before, start_s = _core_seconds(), time.monotonic()
         seconds, after = time.monotonic() - start_s, _core_seconds()
     count = args.shards - first
-    core_ms = {kind: 1000 * (after[kind] - before.get(kind, 0.0)) / count for kind in after}
+    core_ms = dict[str, float]()
+    for process, (kind, core_s) in after.items():
+        core_ms[kind] = core_ms.get(kind, 0.0) + 1000 * (core_s - before.get(process, (kind, 0.0))[1]) / count
     rate = count / seconds
     return Fleet(
         num_actors, args.shard_rows, args.pixels, rate, rate * args.shard_rows, core_ms, 1000 / core_ms["driver"]
     )
 
 
-def _core_seconds() -> dict[str, float]:
-    """Return the CPU seconds of this process and of its children, by kind."""
-    driver = psutil.Process()
-    times = driver.cpu_times()
-    seconds = {"driver": times.user + times.system}
-    for process in driver.children(recursive=True):
+def _core_seconds() -> _Times:
+    """Return the kind and the CPU seconds of this process and of its children.
+
+    A worker changes its kind with each task: that of the later reading counts. A worker that has ended is not counted.
+    """
+    driver, found = psutil.Process(), _Times()
+    for process in [*driver.children(recursive=True), driver]:
         try:
-            kind, times = kind_of(process), process.cpu_times()
+            times, kind = process.cpu_times(), "driver" if process == driver else kind_of(process)
+            found[process.pid, process.create_time()] = kind, times.user + times.system
         except psutil.Error:  # it has ended meanwhile
             continue
-        seconds[kind] = seconds.get(kind, 0.0) + times.user + times.system
-    return seconds
+    return found
