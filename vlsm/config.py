@@ -112,7 +112,9 @@ class RunSettings(PlaceSettings):
     gpus_per_actor: float | None = Field(None, ge=0, description="GPUs per actor; null: 1 if there are GPUs, else 0")
     cpus_per_actor: float | None = Field(None, gt=0, description="CPUs per actor; null: 1 with a GPU, else most CPUs")
     batch_size: int | str = Field(
-        "auto", description="images in one model call; auto: the fastest on a GPU, by a short probe, and 8 on CPUs"
+        "auto",
+        description="images in one model call; auto: the fastest on a GPU, by a short probe; on CPUs, one for two "
+        "threads, at most 8",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="compile the models, which takes a minute at the first start on a machine; auto: on GPUs"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlsm.segmentation.batch_size import Probe, choose_batch_size
+from vlsm.segmentation.batch_size import Probe, choose_batch_size, cpu_batch_size
 
 
 def gpu(rates, most=10**9, memory=lambda size: 0.1):
@@ -43,3 +43,9 @@ def test_a_gpu_without_room_for_one_image_is_an_error():
     measure, _ = gpu(lambda size: size, most=0)
     with pytest.raises(torch.OutOfMemoryError):
         choose_batch_size(measure)
+
+
+@pytest.mark.parametrize(("threads", "size"), [(1, 1), (2, 1), (5, 2), (64, 8)])
+def test_on_cpus_a_batch_is_small(threads, size, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert cpu_batch_size() == size

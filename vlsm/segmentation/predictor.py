@@ -16,7 +16,7 @@ from vlsm.config import MemberSettings, SegmentSettings
 from vlsm.errors import ProbeError
 from vlsm.images.preprocess import ImageSpec, Square
 from vlsm.models.sharing import share_towers
-from vlsm.segmentation.batch_size import CPU_BATCH_SIZE, Probe, choose_batch_size, probe_gpu
+from vlsm.segmentation.batch_size import FIRST_BATCH_SIZE, Probe, choose_batch_size, cpu_batch_size, probe_gpu
 from vlsm.segmentation.embeddings import Embeddings
 from vlsm.segmentation.finished import count_masks, cpu_reason
 from vlsm.segmentation.gpu_decode import decode_images
@@ -81,7 +81,9 @@ class Predictor:
         self.names: dict[int, str] = {}
         self._device = choose_device(device)
         is_gpu, run = self._device.type == "cuda", settings.run
-        self._batch_size = run.batch_size if isinstance(run.batch_size, int) else CPU_BATCH_SIZE
+        self._batch_size = FIRST_BATCH_SIZE if is_gpu else cpu_batch_size()
+        if isinstance(run.batch_size, int):
+            self._batch_size = run.batch_size
         is_compiled = run.compile == "on" or (run.compile == "auto" and is_gpu)
         for number, member_files in files.items():
             member = settings.members[number]
