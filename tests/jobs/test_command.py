@@ -1,9 +1,11 @@
 import logging
 import os
+import py_compile
 import socket
 import subprocess
 import sys
 import threading
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,22 @@ def test_a_recipe_of_the_package_is_found_anywhere_but_a_file_comes_first(tmp_pa
     (tmp_path / name).write_text("")
     assert parser.parse_args(["--config", name]).config == name
     assert parser.parse_args(["--config", "strong/unett"]).config == "strong/unett"
+
+
+@pytest.mark.parametrize(("is_forbidden", "is_compiled"), [(True, False), (True, True), (False, False)])
+def test_libraries_that_every_process_compiles_anew_are_told(tmp_path, monkeypatch, caplog, is_forbidden, is_compiled):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "__init__.py").write_text("")
+    if is_compiled:
+        py_compile.compile(tmp_path / "ray" / "__init__.py")
+    monkeypatch.setattr("jobs.command.find_spec", lambda name: PathFinder.find_spec(name, [str(tmp_path)]))
+    monkeypatch.setattr(sys, "dont_write_bytecode", is_forbidden)
+    monkeypatch.setattr(RaySession, "_run_ray", lambda session: session._is_imported.set())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    RaySession().start()
+    told = [record.message for record in caplog.records if "compiles its libraries anew" in record.message]
+    assert len(told) == (is_forbidden and not is_compiled)
+    assert all(text.endswith(f"python -m compileall -q {tmp_path} writes these") for text in told)
 
 
 @pytest.mark.ray
