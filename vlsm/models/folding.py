@@ -9,6 +9,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from vlsm.models.contract import SegmentationModel
 from vlsm.models.unet_d import UpBlock
 
+_SMALL_PX = 64
+
 
 def fold_batch_norms(model: SegmentationModel) -> None:
     """Fold batch norms in place and leave the model in eval mode. Afterwards it cannot be trained or saved.
@@ -58,7 +60,8 @@ def _find_pairs(model: SegmentationModel) -> set[tuple[nn.Module, nn.Module]]:
 
     hooks = [m.register_forward_hook(record_output) for m in model.modules() if type(m) is nn.Conv2d]
     hooks += [m.register_forward_pre_hook(match_input) for m in model.modules() if type(m) is nn.BatchNorm2d]
-    size = model.image_spec.size
+    # which layers follow each other does not depend on the size, but towers take one size only
+    size = model.image_spec.size if model.embedding_width else min(_SMALL_PX, model.image_spec.size)
     try:
         model(torch.zeros(1, 3, size, size, device=model.device), [""])
     finally:
