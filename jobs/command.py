@@ -247,6 +247,7 @@ class RaySession(contextlib.AbstractContextManager["RaySession"]):
         os.environ.setdefault("RAY_worker_niceness", "0")
         # training workers do not read preemption notices, and the watcher process takes seconds to start
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to the makers of Ray
         os.environ.setdefault("RAY_verbose_spill_logs", "0")  # the raylet logs to the terminal what it moves to a disk
         # what will change in Ray is for those who change this code
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray(\.|$)")

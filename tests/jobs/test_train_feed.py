@@ -31,31 +31,38 @@ def loaders():
     return [process for process in children if "ray::_Loader" in "".join(process.cmdline())]
 
 
-@pytest.mark.parametrize("are_kept", [False, True])
-def test_micro_batches_come_in_order_whatever_becomes_of_a_loading_actor(ray_cluster, drawn, are_kept):
-    data, records, batches = drawn
-    decoded = keep_decoded(records, data, SQUARE, True) if are_kept else None
-    expected = [_Loader(data, SQUARE, None).load(batch, [records[n] for n in batch.examples]) for batch in batches]
-    stream = Feed(records, data, SQUARE, decoded, num_loaders=2, max_bytes=1 << 20).stream(iter(batches))
-    found = [next(stream)]
-    first = loaders()
-    first[0].kill()
-    found += stream
+def loaded(drawn, batches):
+    data, records, _ = drawn
+    return [_Loader(data, SQUARE, None).load(batch, [records[n] for n in batch.examples]) for batch in batches]
+
+
+def assert_equal(found, expected, batches):
     assert [batch for batch, _, _ in found] == batches
     for (_, *arrays), wanted in zip(found, expected, strict=True):
         assert all((array == other).all() for array, other in zip(arrays, wanted, strict=True))
+
+
+def test_micro_batches_come_in_order_whatever_becomes_of_the_loading_actors(ray_cluster, drawn):
+    data, records, batches = drawn
+    stream = Feed(records, data, SQUARE, None, num_loaders=2, max_bytes=1 << 20).stream(iter(batches))
+    found = [next(stream)]
+    first = loaders()
+    for process in first:
+        process.kill()
+    found += stream
+    assert_equal(found, loaded(drawn, batches), batches)
     assert {process.pid for process in loaders()} - {process.pid for process in first}
 
 
-def test_few_micro_batches_wait_where_they_are_large(ray_cluster, drawn):
-    """One at a time if the limit is a single one."""
+def test_decoded_examples_are_augmented_one_micro_batch_at_a_time_where_these_are_large(ray_cluster, drawn):
     data, records, batches = drawn
     taken = []
-    feed = Feed(records, data, SQUARE, None, num_loaders=1, max_bytes=1)
-    stream = feed.stream(taken.append(batch) or batch for batch in batches)
-    for number in range(3):
-        next(stream)
+    feed = Feed(records, data, SQUARE, keep_decoded(records, data, SQUARE, True), num_loaders=1, max_bytes=1)
+    stream, found = feed.stream(taken.append(batch) or batch for batch in batches), []
+    for number in range(len(batches)):
+        found.append(next(stream))
         assert len(taken) == number + 1
+    assert_equal(found, loaded(drawn, batches), batches)
 
 
 def test_what_a_loading_actor_cannot_read_is_its_own_error(ray_cluster, drawn, tmp_path):
