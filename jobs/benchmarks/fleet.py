@@ -13,7 +13,7 @@ from jobs import segment_pipeline
 from jobs.benchmarks import fleet_stages
 from jobs.benchmarks.cost import kind_of
 from jobs.benchmarks.figures import write_json
-from vlsm.config import MemberSettings, SegmentSettings
+from vlsm.config import MemberSettings, RunSettings, SegmentSettings
 from vlsm.images.preprocess import Square
 
 _TASK_CPUS = 6  # of the simulated cluster beside its actors: eight tasks at once
@@ -116,7 +116,8 @@ def _simulate(num_actors: int, args: Namespace) -> Fleet:
 
     segment_pipeline.configure_ray_data()
     ray.data.DataContext.get_current().enable_progress_bars = False
-    settings = SegmentSettings(input="in", output="out", members=(MemberSettings(checkpoint="none"),))
+    run = RunSettings(actors=f"{num_actors}..{num_actors}")  # all of them, also where these cores cannot feed them
+    settings = SegmentSettings(input="in", output="out", members=(MemberSettings(checkpoint="none"),), run=run)
     board = start_board(CrashBoard, {"start": time.time()})
     squares = (Square(fleet_stages.SIDE_PX),)
     simulation = args.shard_rows, args.rate, args.pixels

@@ -44,7 +44,8 @@ def assert_equal(found, expected, batches):
 
 def test_micro_batches_come_in_order_whatever_becomes_of_the_loading_actors(ray_cluster, drawn):
     data, records, batches = drawn
-    stream = Feed(records, data, SQUARE, None, num_loaders=2, max_bytes=1 << 20).stream(iter(batches))
+    feed = Feed(records, data, SQUARE, None, num_loaders=2, max_bytes=1 << 20)  # its actors live as long
+    stream = feed.stream(iter(batches))
     found = [next(stream)]
     first = loaders()
     for process in first:
