@@ -182,10 +182,17 @@ class _Clock:
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), time.monotonic() - start_s)
 
 
+_OWED = (
+    "Still to be measured: what `Segmenter`, the model actor and the whole job make of these rates, with one prompt and "
+    "with ten."
+)
+
+
 def tell(figures: dict[str, Any]) -> list[str]:
     """Return the measured figures as lines of Markdown for the documentation. Earlier figures have no part `job`."""
-    lines = _tell_job(figures["job"], figures["batch_size"]) if figures.get("job") else []
-    return [*lines, *(_tell_models(figures) if figures["runs"] else [])]
+    job = _tell_job(figures["job"], figures["batch_size"]) if figures.get("job") else []
+    models = _tell_models(figures) if figures["runs"] else []
+    return [*job, *models] if job else [*models, "", _OWED]
 
 
 def _tell_job(rows: list[dict[str, Any]], batch_size: int) -> list[str]:
