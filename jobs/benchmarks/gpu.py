@@ -183,8 +183,8 @@ class _Clock:
 
 
 _OWED = (
-    "Still to be measured: what `Segmenter`, the model actor and the whole job make of these rates, with one prompt and "
-    "with ten."
+    "Still to be measured: what `Segmenter`, the model actor and the whole job make of these rates, with one prompt "
+    "and with ten."
 )
 
 
