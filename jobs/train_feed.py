@@ -1,8 +1,9 @@
 """Feeds examples to training workers: Ray tasks and actors on CPUs inspect, read, decode, resize and augment them.
 
 Each worker has loading actors of its own, which load the micro-batches of its plan in their order. Ray Data is not used
-here. It gives the next block of a dataset to the first worker that asks, so no run could be repeated. And a dataset in
-each worker costs four processes that import Ray Data, before the first step.
+here, for two reasons. Split by Ray Train, one dataset gives its next block to the first worker that asks, so no run could
+be repeated. And with a dataset for each worker, all workers, loading actors and two more processes import Ray Data before
+the first step.
 """
 
 import itertools
@@ -148,7 +149,7 @@ class Feed:
         settings: settings to read and augment them.
         square: the input square of the model.
         decoded: the decoded examples, or None if they are not kept.
-        num_loaders: number of loading actors; see `num_loaders`.
+        num_loaders: number of loading actors; see `plan_loaders`.
         max_bytes: the most bytes of loaded micro-batches that nobody has fetched yet.
     """
 
