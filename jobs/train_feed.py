@@ -1,9 +1,9 @@
 """Feeds examples to training workers: Ray tasks and actors on CPUs inspect, read, decode, resize and augment them.
 
 Each worker has loading actors of its own, which load the micro-batches of its plan in their order. Ray Data is not used
-here, for two reasons. Split by Ray Train, one dataset gives its next block to the first worker that asks, so no run could
-be repeated. And with a dataset for each worker, all workers, loading actors and two more processes import Ray Data before
-the first step.
+here, for two reasons. Split by Ray Train, a dataset gives its next block to the first worker that asks, so no run could
+be repeated. And with a dataset for each worker, all workers, all loading actors and two more processes import Ray Data
+before the first step.
 """
 
 import itertools

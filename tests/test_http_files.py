@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{end}/*")
         else:
-            self.send_response(200)
+            self.send_response(206 if self.path == "/part" else 200)
         if self.path in ("/packed", "/bomb"):
             data = gzip.compress(data if self.path == "/packed" else bytes(ENDLESS // 8), 1)
             self.send_header("Content-Encoding", "gzip")
@@ -144,6 +144,12 @@ def test_a_file_that_is_longer_than_announced_stops_there(server, path, size_byt
 def test_a_file_that_is_shorter_than_announced_is_an_error(server):
     with pytest.raises(ImageError):
         read(server, "/short", max_bytes=5000)
+
+
+def test_a_part_that_nobody_asked_for_is_no_image(server):
+    with pytest.raises(ImageError, match="sends a part") as caught:
+        read(server, "/part")
+    assert caught.value.reason == "unavailable"
 
 
 def test_a_part_of_a_file_is_read(server):

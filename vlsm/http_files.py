@@ -55,6 +55,8 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
         Of a larger file, no bytes if the server states its size, else max_bytes + 1 bytes. One request asks for both.
         """
         async with self._reply(url, {}, {}) as reply:
+            if reply.status == 206:
+                raise OSError("its server sends a part, although nobody asked for one")
             size = None if _is_packed(reply) else reply.content_length
             content = bytearray()
             if size is None or size <= max_bytes:
