@@ -17,7 +17,8 @@ from vlsm.errors import ResultError
 
 _ROOT = Path(__file__).parents[2]
 _LONGEST_S = 300.0  # time limit for the next file
-_EVEN = {"RAY_worker_niceness": "0"}  # otherwise Ray's workers have a lower priority than all other processes
+# its Ray is its own, so that all processes are its children; Ray's workers have the priority of all others
+_OWN = {"RAY_ADDRESS": "local", "RAY_worker_niceness": "0"}
 
 
 class Held:
@@ -47,7 +48,7 @@ class Held:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=_ROOT,
-            env=os.environ | _EVEN | (environment or {}),
+            env=os.environ | _OWN | (environment or {}),
             stdout=self._log,
             stderr=self._log,
         )
