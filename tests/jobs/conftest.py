@@ -63,6 +63,15 @@ def read_summary(output):
     return json.loads((Path(output) / "summary.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def _environment():
+    """Benchmarks name their store in the environment: its certificates are gone after the test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def hard_archive(tmp_path_factory):
     """300 images in three folders, 12 of which no one can read."""
