@@ -146,10 +146,13 @@ def test_a_file_that_is_shorter_than_announced_is_an_error(server):
         read(server, "/short", max_bytes=5000)
 
 
-def test_a_part_that_nobody_asked_for_is_no_image(server):
+def test_a_part_that_nobody_asked_for_is_no_image_and_no_list(server):
     with pytest.raises(ImageError, match="sends a part") as caught:
         read(server, "/part")
     assert caught.value.reason == "unavailable"
+    fs, path = storage.open_uri(server.url + "/part")
+    with pytest.raises(OSError, match="sends a part"):
+        fs.cat_file(path)
 
 
 def test_a_part_of_a_file_is_read(server):

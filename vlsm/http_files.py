@@ -55,8 +55,6 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
         Of a larger file, no bytes if the server states its size, else max_bytes + 1 bytes. One request asks for both.
         """
         async with self._reply(url, {}, {}) as reply:
-            if reply.status == 206:
-                raise OSError("its server sends a part, although nobody asked for one")
             size = None if _is_packed(reply) else reply.content_length
             content = bytearray()
             if size is None or size <= max_bytes:
@@ -98,7 +96,11 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
     async def _reply(
         self, url: str, headers: Mapping[str, str], options: dict[str, Any]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Yield the reply to a GET. Its status is a success, or 416 if the headers ask for a range."""
+        """Yield the reply to a GET. Its status is a success, or 416 if the headers ask for a range.
+
+        Raises:
+            OSError: the server answers with an error, or with a part although the headers ask for none.
+        """
         session = await self.set_session()
         options = {"timeout": _TIMEOUT, "auto_decompress": False} | options
         headers = {**headers, "Accept-Encoding": "identity"}
@@ -106,6 +108,8 @@ class BoundedHttpFiles(HTTPFileSystem):  # type: ignore[misc] # fsspec has no ty
             if not (reply.status == 416 and "Range" in headers):
                 _raise_for_status(reply.status, url)
                 self._raise_not_found_for_status(reply, url)
+            if reply.status == 206 and "Range" not in headers:
+                raise OSError("its server sends a part, although nobody asked for one")
             yield reply
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
