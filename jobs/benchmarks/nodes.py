@@ -26,6 +26,7 @@ from vlsm.errors import ConfigError, ResultError
 
 _ROOT = Path(__file__).parents[2]
 _STORE_BYTES = 400 << 20  # object store of each node
+_AGENT_S = 300.0  # a cluster is waited for so long that takes no jobs yet
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,18 @@ def _cluster(cores: list[int]) -> Iterator[str]:
 
 
 def _submit(address: str, *words: str) -> float:
-    """Submit a job, wait for its end, and return the time of submission in seconds since 1970."""
-    submitted_s = time.time()
+    """Submit a job, wait for its end, and return the time of submission in seconds since 1970.
+
+    A cluster takes no job until an agent runs. This takes long on a busy machine, so the job is submitted again.
+    """
     submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address]
     command = [*submit, "--working-dir", str(_ROOT), "--", sys.executable, "-m", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    deadline_s = time.monotonic() + _AGENT_S
+    while True:
+        submitted_s = time.time()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline_s:
+            break
     if done.returncode:
         raise ResultError(f"the job failed: {done.stdout[-3000:]} {done.stderr[-1000:]}")
     return submitted_s
