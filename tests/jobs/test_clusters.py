@@ -66,7 +66,12 @@ def segment_and_train(cluster, bucket):
     assert code == 0, log
     assert re.search(r"^[\d:]+ [\d,]+ of 18 images \([\d.]+ %\), [\d.]+ images/s, 0 failed, ", log, re.M)
     summary = json.loads(re.search(r'^\{"planned": .*\}$', log, re.M)[0])
-    assert {key: summary[key] for key in ("planned", "ok", "rows", "parts")} == {"planned": 18, "ok": 18, "rows": 18, "parts": 5}
+    assert {key: summary[key] for key in ("planned", "ok", "rows", "parts")} == {
+        "planned": 18,
+        "ok": 18,
+        "rows": 18,
+        "parts": 5,
+    }
     prove(f"{bucket}/masks")
     train = TRAIN.replace("vlsm_b", "unet_d").replace("run.gpus_per_worker=1", "run.gpus_per_worker=0")
     code, train_log = cluster.call(there(train, bucket, *SMALL))

@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlsm
 from tests.tiny import save_tiny_sources, tiny_options
@@ -286,3 +287,25 @@ def test_a_job_refuses_code_and_places_before_it_loads_torch(checkpoints):
     text = files[name].decode()
     with pytest.raises(CheckpointError, match="has the key auto_map, which asks to run code"):
         check_files(files | {name: text.replace("{", '{"\\u0061uto_map": {"AutoModel": "x--y"}, ', 1).encode()}, "x")
+
+
+class _Draws(TorchDispatchMode):
+    """Counts the random numbers that are drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_drawn = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.__name__.partition(".")[0] in {"normal_", "uniform_", "randn", "rand"} and not result.is_meta:
+            self.num_drawn += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("kind", ["clipseg", "sam3", "unet_d"])
+def test_no_random_weights_are_drawn_where_those_of_a_checkpoint_come(checkpoints, kind):
+    """Drawing them took more than half of the seconds in which a full-size CLIPSeg is loaded."""
+    with _Draws() as draws:
+        model = vlsm.load_checkpoint(checkpoints / kind).model
+    assert draws.num_drawn < sum(weight.numel() for weight in model.parameters()) / 50

@@ -6,7 +6,7 @@ many tensors and values there are. The model is first built on torch's meta devi
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from vlsm.documents import parse_json
 from vlsm.errors import CheckpointError, VlsmError
@@ -32,6 +33,11 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
 _MAX_NAME = 300
 # Towers are built whole, then the layers above the last tap are cut off: of 64 layers, one may stay.
 _SPARE_FACTOR, _SPARE_TENSORS, _SPARE_VALUES = 20, 2_000, 10_000_000
+
+# Of torch.nn.init, and of transformers, which puts its own in their place. The methods of a tensor are left alone: what
+# draws by them may draw until the values lie within bounds, as trunc_normal_ does.
+_DRAWING = {"normal_", "uniform_", "kaiming_uniform_"}
+_DRAWING_MODULES = {"torch.nn.init", "transformers.initialization"}
 
 
 def read_shapes(data: bytes, name: str) -> dict[str, tuple[int, ...]]:
@@ -94,9 +100,9 @@ def _restore(
     if issubclass(model_class, Stack):
         return _restore_stack(model_class, options, folder, shapes, uri)
     if model_class.has_sizes:
-        with torch.device("meta"), _bounded(shapes, uri):
+        with torch.device("meta"), _Undrawn(), _bounded(shapes, uri):
             check_shapes(model_class.restore(options, folder).add_adapters(), shapes, uri)
-    with _bounded(shapes, uri):
+    with _Undrawn(), _bounded(shapes, uri):
         model = model_class.restore(options, folder).add_adapters()
     check_shapes(model, shapes, uri)
     return model
@@ -123,6 +129,19 @@ def check_shapes(model: nn.Module, shapes: Shapes, uri: str) -> None:
     if wrong:
         shown = "; ".join(f"{key}: {shapes.get(key, 'none')} instead of {known.get(key, 'none')}" for key in wrong[:3])
         raise CheckpointError(f"the weights of checkpoint {uri!r} do not fit its model in {len(wrong)} places: {shown}")
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights as they were allocated where a library would draw random ones: the caller replaces them all."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the tensor of a drawing function as it is; call any other function."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) in _DRAWING_MODULES and func.__name__ in _DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
