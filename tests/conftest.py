@@ -29,6 +29,7 @@ import pytest
 from PIL import Image
 
 from jobs.benchmarks.stores import BUCKET, S3Server
+from tests.slow import is_slow, read_table
 
 # each client of S3 parses botocore's description of the service, for 0.13 s; here one parse serves all
 botocore.session.create_loader = functools.cache(botocore.session.create_loader)
@@ -75,8 +76,10 @@ ORDER = "train failures torture demo segment resuming evaluate archives ensemble
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Run each module in one process, so that its fixtures exist once; each process has one Ray cluster."""
-    with_ray = set()
+    with_ray, slow_names = set(), read_table()
     for item in items:
+        if item.get_closest_marker("nightly") or is_slow(item.nodeid, slow_names):
+            item.add_marker(pytest.mark.slow)
         if "ray_cluster" in item.fixturenames:
             with_ray.add(item.path)
             item.add_marker(pytest.mark.ray)
@@ -87,8 +90,8 @@ def pytest_collection_modifyitems(items):
         module = str(item.path).replace("test_resuming", "test_segment")
         item.add_marker(pytest.mark.xdist_group("store" if item.path in with_store else module))
     order = {name: number for number, name in enumerate(ORDER)}
-    slow = {path: order.get(path.stem.removeprefix("test_"), len(ORDER)) for path in {item.path for item in items}}
-    items.sort(key=lambda item: (slow[item.path], item.path not in with_ray))
+    ranks = {path: order.get(path.stem.removeprefix("test_"), len(ORDER)) for path in {item.path for item in items}}
+    items.sort(key=lambda item: (ranks[item.path], item.path not in with_ray))
 
 
 def pytest_runtest_setup(item):
@@ -252,12 +255,12 @@ def s3_folder(s3_server, request):
 
 def slow(*values):
     """Test parameters of one value that only `.ci/nightly` runs."""
-    return [pytest.param(value, marks=pytest.mark.slow, id=str(value)) for value in values]
+    return [pytest.param(value, marks=pytest.mark.nightly, id=str(value)) for value in values]
 
 
 def rare(*values):
     """A test parameter of one or more values that only `.ci/nightly` runs."""
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.nightly)
 
 
 # those that others resemble: of each library of networks, CI has one model

@@ -83,7 +83,7 @@ score_mask(mask, mask.T[::-1].copy())
     assert not modules & (NOTHING_HEAVY - {"scipy"})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_training_worker_imports_no_compiler_and_no_tracker():
     """Until it makes an optimiser: then torch imports its compiler, whatever it is for."""
     modules = modules_after("import jobs.train_worker")

@@ -18,7 +18,7 @@ from vlsm.images.formats import HEAD_BYTES
 
 FOLDER = Path(pydicom.data.__file__).parent
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore")]
 
 
 def scale(values, low, high):

@@ -17,7 +17,7 @@ from tests.tiny import TINY_CLIPSEG, save_tiny_clipseg, tiny_options
 
 
 @pytest.mark.parametrize(
-    "names", [["pixel"], pytest.param(["biomedclipseg", "unet_d"], marks=pytest.mark.slow)], ids="-".join
+    "names", [["pixel"], pytest.param(["biomedclipseg", "unet_d"], marks=pytest.mark.nightly)], ids="-".join
 )
 def test_models_are_measured_against_the_plain_way_and_agree_with_it(tmp_path, capsys, names):
     path = tmp_path / "models.json"
@@ -31,7 +31,7 @@ def test_models_are_measured_against_the_plain_way_and_agree_with_it(tmp_path, c
     assert names[0] in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_the_jobs_steady_state_is_compared_with_the_bare_model_loop(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setitem(pipeline.CASES, "pixel", pipeline.Case({}, 8, 16, 40_000, 16, (48, 49)))
@@ -44,7 +44,7 @@ def test_the_jobs_steady_state_is_compared_with_the_bare_model_loop(ray_cluster,
     assert "| `pixel` | disk |" in "\n".join(pipeline.tell(figures))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_the_job_is_compared_with_a_usual_way_and_its_masks_are_the_same(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "CLIPSEG", TINY_CLIPSEG)
@@ -58,7 +58,7 @@ def test_the_job_is_compared_with_a_usual_way_and_its_masks_are_the_same(ray_clu
     assert "| card | 2 |" in "\n".join(peers.tell(figures))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_decoding_is_compared_with_other_libraries_and_keeps_to_pillows_pixels(tmp_path):
     path = tmp_path / "decode.json"
     assert main(["decode", "--images", "2", "--repeats", "1", "--json", str(path)]) == 0
@@ -78,7 +78,7 @@ def test_masks_in_parquet_are_compared_with_png_files(tmp_path):
     assert "| drawn (4) | 352 |" in "\n".join(output.tell(figures))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_the_train_jobs_loop_is_compared_with_a_bare_one(ray_cluster, tmp_path):
     path = tmp_path / "train.json"
@@ -105,7 +105,7 @@ def _tiny_clipseg(monkeypatch, module, folder):
     monkeypatch.setattr(module, "build_architecture", build)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_way_to_train_is_compared_with_a_bare_loop(tmp_path, capsys, monkeypatch):
     _tiny_clipseg(monkeypatch, learner, tmp_path)
     ways = [name for name, way in learner.WAYS.items() if not way.compile]  # a compiler takes half a minute
@@ -206,7 +206,7 @@ def test_busy_loops_end_with_a_killed_benchmark():
     _wait_until(lambda: not loop.is_running() or loop.status() == psutil.STATUS_ZOMBIE)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_both_clients_of_s3_read_over_http_and_over_tls(tmp_path):
     path = tmp_path / "s3.json"
     assert main(["s3", "--gets", "64", "--threads", "2", "--repeats", "1", "--json", str(path)]) == 0
@@ -217,7 +217,7 @@ def test_both_clients_of_s3_read_over_http_and_over_tls(tmp_path):
     assert "| obstore | https |" in "\n".join(s3.tell(figures))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_start_of_both_jobs_is_told_by_its_milestones(tmp_path):
     path = tmp_path / "start.json"
     assert main(["start", "--model", "pixel", "--repeats", "1", "--json", str(path)]) == 0

@@ -1,4 +1,4 @@
-"""The commands of jobs/README.md on clusters of several nodes: `pytest -m slow`, with the package's `cluster` extra."""
+"""The commands of jobs/README.md on clusters of several nodes (`pytest -m nightly`), with the extra `cluster`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.conftest import LONG_S
 from vlsm import storage
 from vlsm.runs.verify import verify_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.timeout(3600)]
 SEGMENT, TRAIN = SUBMISSIONS
 SMALL = ["model=unet_d", "options.image_size=32", "options.width=4", "optim.epochs=2", "optim.batch_size=8"]
 

@@ -144,9 +144,9 @@ print(os.nice(0), found)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
-@pytest.mark.parametrize(("given", "found"), [(None, "3 3"), pytest.param("4", "3 7", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("given", "found"), [(None, "3 3"), pytest.param("4", "3 7", marks=pytest.mark.nightly)])
 def test_workers_of_a_cluster_that_a_job_starts_have_its_niceness(given, found):
     """Unless the user has set another one, which Ray adds."""
     environment = {name: os.environ[name] for name in os.environ if name not in ("RAY_worker_niceness", "RAY_ADDRESS")}

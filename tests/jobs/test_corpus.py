@@ -25,7 +25,7 @@ from vlsm.images.reader import Reader
 from vlsm.runs.results import read_masks
 from vlsm.runs.verify import verify_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.filterwarnings("ignore")]
 
 # The images that fail, by the folder and the start of the file's name: damaged, made to be hostile, or not supported.
 FAILED = {

@@ -35,7 +35,7 @@ def test_the_demo_tells_its_story_and_says_where_everything_is(ray_cluster, tmp_
     assert max(tell(tmp_path, capfd, 8)) < 0.9  # it has hardly learned anything
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.parametrize("seed", range(5))
 def test_the_demo_learns_what_it_drew(ray_cluster, tmp_path, capfd, seed):
@@ -43,7 +43,7 @@ def test_the_demo_learns_what_it_drew(ray_cluster, tmp_path, capfd, seed):
     assert lesion > 0.8 and stone > 0.8  # one that does not listen to its prompt has half of that
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.ray
 def test_the_loop_labels_in_rounds_and_ends_with_both_curves(ray_cluster, tmp_path, capfd, monkeypatch):
     for name, value in {"NUM_POOL": 12, "NUM_START": 4, "NUM_CHOSEN": 3, "NUM_ROUNDS": 2}.items():

@@ -111,7 +111,7 @@ def test_a_machine_that_computes_otherwise_ends_the_run_unless_it_may(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_store_that_is_away_for_too_long_ends_the_run_and_no_image_is_blamed(tiny_checkpoint, tmp_path):
     rng = np.random.default_rng(0)
     pd.DataFrame({"image_uri": [f"s3://images/{rng.integers(1e9)}.png" for _ in range(3)]}).to_csv(

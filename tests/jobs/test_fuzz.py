@@ -20,7 +20,7 @@ from vlsm.errors import ImageError
 SEED = "0"  # one that does not choose the checkpoint of CLIPSeg, whose library takes seconds to import
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_reader_accepts_its_seeds_and_survives_some_damage(tmp_path, capsys):
     path = tmp_path / "fuzz.json"
     code = main(["fuzz", "--tries", "2", "--seed", SEED, "--json", str(path)])

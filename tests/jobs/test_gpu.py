@@ -29,7 +29,7 @@ sys.exit(main({words!r}))
     return done.stdout, json.loads(path.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_is_measured_without_ray_and_agrees_with_itself_in_float32(run):
     shown, report = run
     assert report["device"] == "CPU" and report["torch"] == torch.__version__
@@ -40,7 +40,7 @@ def test_a_model_is_measured_without_ray_and_agrees_with_itself_in_float32(run):
     assert "pixel" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_figures_follow_from_each_other(run):
     _, report = run
     (speed,) = report["runs"]

@@ -140,7 +140,7 @@ def test_the_job_and_an_ensemble_with_a_squeezed_member(
         assert_right(row["mask"], pictures, row["image_id"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_letterboxed_model_is_trained_and_evaluated(ray_cluster, tmp_path, capfd):
     from jobs import evaluate, segment, train
 

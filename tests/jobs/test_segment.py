@@ -152,7 +152,7 @@ def test_too_many_failures_end_the_run_and_a_higher_limit_finishes_it(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_parts_are_written_while_the_images_of_others_are_segmented(tmp_path):
     """With few CPUs Ray Data may count so few for a run that fetching has all that the model leaves."""
     import vlsm

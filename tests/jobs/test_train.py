@@ -273,7 +273,7 @@ def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
     assert b"secret" not in b"".join(fs.cat_file(name) for name in fs.find(output))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_dataset(ray_cluster, labelled, tmp_path, capfd):
     settings = ["optim.lr=1e30", "optim.clip_norm=null", "run.workers=1", "data.augment.rotate_degrees=10"]
     code, _, err = run(capfd, *words(tmp_path / "out", labelled, *settings))
@@ -282,7 +282,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step_and_dataset(ray_clu
     assert "try a lower optim.lr" in err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_stack_of_trained_models_is_trained_and_segments(ray_cluster, labelled, tmp_path, capfd):
     """By two workers, from the val records: its members have learned from the others."""
     for seed, side in enumerate((64, 32)):

@@ -17,7 +17,7 @@ from vlsm.segmentation.masks import encode_mask
 TOOLS = os.environ.get("VLSM_TOOLS_PYTHON")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not TOOLS, reason="VLSM_TOOLS_PYTHON names no Python with label-studio-sdk and datumaro")
 def test_the_tools_read_our_files_and_we_read_theirs(run, capsys):
     rows = [

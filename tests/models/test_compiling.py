@@ -97,7 +97,7 @@ def test_an_error_of_the_model_is_not_hidden(tiny_checkpoint, monkeypatch):
         segmenter.network.encode(torch.zeros(2, 5, 32, 32))
 
 
-@pytest.mark.slow  # a minute
+@pytest.mark.nightly  # a minute
 @pytest.mark.parametrize("compiler", ["g++", "/nonexistent"])
 def test_the_compiler_of_this_machine_and_a_missing_one(compiler, tiny_checkpoint, tmp_path):
     """In a process of its own, whose results stay in the user's private cache folder."""

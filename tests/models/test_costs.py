@@ -26,7 +26,7 @@ def test_costs_of_every_kind_of_model_are_counted(name):
     assert 0 < cost.num_trainable["decoder"] < cost.num_parameters and 0 < cost.prompt_gflop < cost.image_gflop
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_parameters_and_operations_are_the_published_ones(costs):
     assert set(costs) == set(MODELS)
     assert costs["unet_d"].num_parameters == 11_833_593
@@ -45,14 +45,14 @@ def test_parameters_and_operations_are_the_published_ones(costs):
     assert costs["clipseg"].num_trainable == {trainable: 1_127_009 + number for trainable, number in more.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_cannot_learn_is_not_counted(costs):
     assert [costs["unet_d"].num_trainable[name] for name in ("lora", "dora", "adapters")] == [None] * 3
     assert costs["cris"].num_trainable["adapters"] is costs["openclip_seg"].num_trainable["dora"] is None
     assert costs["cris"].num_trainable["lora"] > costs["cris"].num_trainable["decoder"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_further_prompt_costs_only_what_it_changes(costs):
     for name, cost in costs.items():
         sees_text = name not in ("unet_d", "unet", "unetplusplus", "deeplabv3plus", "pixel")
@@ -61,7 +61,7 @@ def test_a_further_prompt_costs_only_what_it_changes(costs):
     assert costs["biomedclipseg"].prompt_gflop < costs["biomedclipseg"].image_gflop / 50
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["sam3", "cris", "transformers_seg"])
 def test_options_that_add_a_cnn_add_its_costs(costs, name):
     plain, both = costs[name], measure_cost(name, {"unet": True})
@@ -74,7 +74,7 @@ def test_options_that_add_a_cnn_add_its_costs(costs, name):
     assert alone.image_gflop / 4 < both.prompt_gflop - plain.prompt_gflop < 0.8 * alone.image_gflop
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_presence_costs_a_decoder_for_each_prompt(costs):
     plain, both = costs["sam3"], measure_cost("sam3", {"presence": True})
     assert both.num_trainable == plain.num_trainable and both.num_parameters > plain.num_parameters
@@ -88,7 +88,7 @@ def test_the_options_of_a_model_are_printed(name, capsys):
     assert "image_size=" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_table_is_printed(costs, monkeypatch, capsys):
     monkeypatch.setattr("vlsm.models.costs.measure_costs", lambda: list(costs.values()))
     assert main([]) == 0

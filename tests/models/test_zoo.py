@@ -314,7 +314,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_checkpoints_need_nothing_but_themselves(sources, build, pixel_values, tmp_path):
     """Saved here, moved, loaded in a new process that knows no source folder and has no network."""
     expected = {}
@@ -359,6 +359,6 @@ def _train_in_parallel(rank, folder, options):
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_model_learns_in_two_processes(sources, tmp_path):
     torch.multiprocessing.spawn(_train_in_parallel, (str(tmp_path), tiny_options(sources)), nprocs=2)

@@ -134,7 +134,7 @@ def test_a_run_of_an_earlier_version_is_continued_and_updated(in_process, stored
     assert any(row["status"] == "vanished" and row["mask"] is not None for row in after.values())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_training_of_an_earlier_version_is_continued(ray_cluster, stored, capfd):
     from jobs import train
 

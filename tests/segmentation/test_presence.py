@@ -151,7 +151,7 @@ def test_a_segmentation_of_other_models_has_no_presence(bright_checkpoint):
     assert (mask.presence, mask.presences) == (None, ())
 
 
-@pytest.mark.slow  # tracing takes most of a minute
+@pytest.mark.nightly  # tracing takes most of a minute
 def test_a_compiled_model_has_the_same_presence(folder, checkpoint, monkeypatch):
     from tests.models.test_compiling import eager_compiler
 

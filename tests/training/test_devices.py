@@ -215,7 +215,7 @@ def test_a_group_of_one_process_shards_and_goes_on(source, tmp_path):
     assert np.allclose([s.loss for s in scores], [s.loss for s in expected[10:]], atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_compiled_model_learns_the_same(source, caplog):
     torch.compiler.reset()
     settings = make_settings(source, optim={"lr": 2e-4, "epochs": 3})
@@ -226,7 +226,7 @@ def test_a_compiled_model_learns_the_same(source, caplog):
     assert largest_difference(weights_of(eager), weights_of(compiled)) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_a_compiler_the_model_goes_on_with_one_warning(source, monkeypatch, caplog):
     torch.compiler.reset()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
