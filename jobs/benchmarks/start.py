@@ -1,5 +1,6 @@
 """Seconds from a command to its first image, per milestone, for both jobs on one machine."""
 
+import json
 import os
 import re
 import statistics
@@ -19,6 +20,27 @@ from vlsm.models import MODELS
 
 _ROOT = Path(__file__).parents[2]
 _NUM_IMAGES = 9
+# what a model's process imports besides ray.data and torch
+_LIBRARIES: dict[str, list[str]] = {
+    "pixel": [],
+    "unet_d": [],
+    "clipseg": ["transformers.models.clipseg.modeling_clipseg"],
+}
+_LOAD_LIBRARIES = """
+import importlib, json, os, sys, time
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+import ray
+ray.init("local", include_dashboard=False, log_to_driver=False)
+reached = {"Ray": time.time()}
+@ray.remote
+class Actor:
+    def load(self, names):
+        for name in names:
+            importlib.import_module(name)
+        return time.time()
+reached["libraries"] = ray.get(Actor.remote().load.remote(["ray.data", "torch", *sys.argv[1:]]))
+print(json.dumps(reached))
+"""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -30,7 +52,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def measure(args: Namespace) -> int:
     """Measure both jobs over a few drawn images, each in a new process that starts Ray. The jobs log their milestones.
 
-    Models have their published sizes and random weights.
+    Models have their published sizes and random weights. "libraries alone" is the floor of a segment run: Ray
+    starts, and an actor imports ray.data, torch and the library of the model, with nothing else on the machine.
     """
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -41,9 +64,12 @@ def measure(args: Namespace) -> int:
             vlsm.save_checkpoint(vlsm.build_model(name, **options), folder / name, prompt="lesion")
             for job in ("segment", "train"):
                 runs = [_run(job, name, options, folder, repeat) for repeat in range(args.repeats)]
-                medians = {key: round(statistics.median(run[key] for run in runs), 1) for key in runs[0]}
-                rows.append({"job": job, "model": name, "seconds": medians})
-                print(f"{job:8} {name:10} {', '.join(f'{key} {value}' for key, value in medians.items())}", flush=True)
+                rows.append({"job": job, "model": name, "seconds": _medians(runs)})
+                _show(rows[-1])
+            if name in _LIBRARIES:
+                runs = [_load_libraries(_LIBRARIES[name]) for _ in range(args.repeats)]
+                rows.append({"job": "libraries alone", "model": name, "seconds": _medians(runs)})
+                _show(rows[-1])
     write_json(args.json, "start", {"repeats": args.repeats, "runs": rows})
     return 0
 
@@ -52,7 +78,8 @@ def tell(figures: dict[str, Any]) -> list[str]:
     """Return the measured figures as lines of Markdown for the documentation."""
     lines = [
         f"Seconds from the command, medians of {figures['repeats']}, with Ray started by the job itself. "
-        "Models have their published sizes.",
+        "Models have their published sizes. `libraries alone` is the floor of a segment run: a process starts Ray, and "
+        "an actor imports `ray.data`, torch and the library of the model.",
         "",
         "| job | model | milestones, s |",
         "|---|---|---|",
@@ -61,6 +88,26 @@ def tell(figures: dict[str, Any]) -> list[str]:
         milestones = ", ".join(f"{name} {seconds}" for name, seconds in row["seconds"].items())
         lines.append(f"| {row['job']} | `{row['model']}` | {milestones} |")
     return lines
+
+
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: round(statistics.median(run[key] for run in runs), 1) for key in runs[0]}
+
+
+def _show(row: dict[str, Any]) -> None:
+    told = ", ".join(f"{key} {value}" for key, value in row["seconds"].items())
+    print(f"{row['job']:15} {row['model']:10} {told}", flush=True)
+
+
+def _load_libraries(names: list[str]) -> dict[str, float]:
+    """Return the seconds from the command until Ray has started, and until an actor of its has the libraries."""
+    started_s = time.time()
+    command = [sys.executable, "-c", _LOAD_LIBRARIES, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ResultError(f"Ray and the libraries did not start: {done.stderr[-2000:]}")
+    reached = json.loads(done.stdout.splitlines()[-1])
+    return {key: time_s - started_s for key, time_s in reached.items()}
 
 
 def _options(name: str, folder: Path) -> dict[str, Any]:
