@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 TABLE = Path(__file__).with_suffix(".txt")
-_TEST_S = 0.3  # mean of a function's tests, with what is set up for each
+_TEST_S = 0.15  # mean of a function's tests, with what is set up for each
 _FIXTURE_S = 2.0  # of one test: it is set up for all tests of the module
 _PHASE = re.compile(r"^ *(\d+\.\d+)s (call|setup) +(tests/[^\s\[@]+)", re.MULTILINE)
 
