@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from jobs import metrics
 from jobs.crash_watch import Watch
+from vlsm.allocator import keep_freed_memory
 from vlsm.config import SegmentSettings
 from vlsm.images.preprocess import Square
 from vlsm.runs.carried import CARRIED, carried_of_plan
@@ -78,6 +79,7 @@ def fetch_shard(batch: Mapping[str, np.ndarray], task: Task) -> pa.Table:
     """
     from PIL import Image
 
+    keep_freed_memory()
     Image.MAX_IMAGE_PIXELS = None  # decode_image checks max_pixels; Pillow's limit would forbid a higher one
     shard, exists = int(batch["shard"][0]), bool(batch["exists"][0])
     with task.watch("fetch", shard) as watch:
@@ -103,6 +105,7 @@ def write_masks(table: pa.Table, task: Task) -> dict[str, Any]:
     """
     import cv2
 
+    keep_freed_memory()
     cv2.setNumThreads(1)  # there are as many tasks as cores
     batch, settings = ShardBatch.unpack(table), task.settings
     with task.watch("write", batch.shard) as watch:

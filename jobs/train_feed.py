@@ -20,6 +20,7 @@ import ray
 
 from jobs.clock import PROGRESS_S, describe_left, seconds_left
 from jobs.command import logger
+from vlsm.allocator import keep_freed_memory
 from vlsm.datasets.examples import ExampleReader
 from vlsm.datasets.inspection import Facts, inspect_record
 from vlsm.datasets.records import Record
@@ -71,6 +72,7 @@ def inspect_records(records: Sequence[Record], settings: DataSettings, square: S
 
 
 def _inspect_chunk(records: list[Record], settings: DataSettings, square: Square | None) -> list[Facts]:
+    keep_freed_memory()
     reader = ExampleReader(settings)
     return [inspect_record(record, reader, square) for record in records]
 
@@ -119,6 +121,7 @@ def keep_decoded(
 
 
 def _decode_chunk(records: list[Record], settings: DataSettings, square: Square) -> tuple[np.ndarray, np.ndarray]:
+    keep_freed_memory()
     reader = ExampleReader(settings)
     pairs = [_decode(record, reader, square) for record in records]
     images, masks = zip(*pairs, strict=True)
@@ -216,6 +219,7 @@ class _Loader:
     """A CPU actor that reads, decodes and resizes examples, or fetches decoded ones, and augments them."""
 
     def __init__(self, settings: DataSettings, square: Square, decoded: Decoded | None) -> None:
+        keep_freed_memory()
         self.settings, self.square, self.decoded = settings, square, decoded
         self._reader = ExampleReader(settings)
 
