@@ -32,7 +32,7 @@ from vlsm.limits import MAX_JSON_BYTES
 from vlsm.models import BLIND, MODELS, check_name, find_model, ignores_text, parse_options
 from vlsm.models.options import STACK, ImageSettings, StackOptions, StackPart
 from vlsm.models.probe import PROBE_NAME, Probe, parse_probe
-from vlsm.models.tower_files import MEMBER_FOLDERS, TOWER_FOLDERS, write_tower_files
+from vlsm.models.tower_files import MEMBER_FOLDERS, TOWER_FOLDERS, check_tower_files, write_tower_files
 from vlsm.shown import say, say_error, show
 from vlsm.version import FORMAT, __version__, newer_format
 
@@ -285,7 +285,7 @@ def parse_settings(files: dict[str, bytes], uri: str) -> CheckpointSettings:
 
 
 def check_files(files: dict[str, bytes], uri: str) -> None:
-    """Check all files of a checkpoint but its weights, without torch: a job refuses them before it starts Ray.
+    """Check all files of a checkpoint but its weights, without torch and transformers, before a job starts Ray.
 
     Raises:
         CheckpointError: the settings or other files are invalid, or ask to run code.
@@ -293,8 +293,7 @@ def check_files(files: dict[str, bytes], uri: str) -> None:
     settings = parse_settings(files, uri)
     parse_options(settings.model, settings.options)
     _parse_probe(files, settings, uri)
-    with tempfile.TemporaryDirectory() as folder:
-        write_tower_files({name: data for name, data in files.items() if name != _WEIGHTS_NAME}, Path(folder), uri)
+    check_tower_files({name: data for name, data in files.items() if name != _WEIGHTS_NAME}, uri)
 
 
 def _parse_probe(files: dict[str, bytes], settings: CheckpointSettings, uri: str) -> Probe | None:

@@ -4,6 +4,8 @@ import builtins
 import json
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -287,6 +289,17 @@ def test_a_job_refuses_code_and_places_before_it_loads_torch(checkpoints):
     text = files[name].decode()
     with pytest.raises(CheckpointError, match="has the key auto_map, which asks to run code"):
         check_files(files | {name: text.replace("{", '{"\\u0061uto_map": {"AutoModel": "x--y"}, ', 1).encode()}, "x")
+
+
+@pytest.mark.parametrize("kind", ["clipseg", "openclip_seg", "sam3"])
+def test_a_driver_checks_the_files_without_the_libraries_of_the_models(checkpoints, kind):
+    """Their import takes seconds, in which Ray starts on the same cores."""
+    code = (
+        "import sys; from vlsm.checkpoints import check_files, read_checkpoint; "
+        "check_files(read_checkpoint(sys.argv[1]), 'x'); print({'torch', 'transformers', 'open_clip'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", code, str(checkpoints / kind)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 class _Draws(TorchDispatchMode):

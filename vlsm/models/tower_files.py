@@ -6,7 +6,7 @@ comes from other people: everything that is not on a list here is left out, and 
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +59,50 @@ def write_tower_files(files: Mapping[str, bytes], folder: Path, uri: str) -> Non
     Raises:
         CheckpointError: a file is not JSON, asks to run code, or names a model or tokenizer that is not known here.
     """
-    for name, data in files.items():
-        where = f"{name} of checkpoint {uri!r}"
+    for name, where, tree in _read_documents(files, uri):
         room, _, base = name.rpartition("/")
         member, _, kind = room.rpartition("/")
-        is_room = kind in TOWER_FOLDERS and member in ("", *MEMBER_FOLDERS)
         content = None
+        if base == "config.json":
+            content = json.dumps(clean_config(tree, where, _kinds_of(room))).encode()
+        elif clean := _CLEANERS.get(base):
+            content = json.dumps(clean(tree, where)).encode()
+        elif base in _VOCABULARIES:
+            content = files[name]
+        if content is not None and kind in TOWER_FOLDERS and member in ("", *MEMBER_FOLDERS):
+            (folder / room).mkdir(parents=True, exist_ok=True)
+            (folder / room / base).write_bytes(content)
+
+
+def check_tower_files(files: Mapping[str, bytes], uri: str) -> None:
+    """Check files as `write_tower_files`, but for what needs transformers, whose import takes seconds.
+
+    Raises:
+        CheckpointError: as `write_tower_files`. Whether the installed transformers knows a model is not checked.
+    """
+    for name, where, tree in _read_documents(files, uri):
+        room, _, base = name.rpartition("/")
+        if base == "config.json":
+            _check_kind(tree, where, _kinds_of(room))
+        elif clean := _CLEANERS.get(base):
+            clean(tree, where)
+
+
+def _read_documents(files: Mapping[str, bytes], uri: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield each file's name, its name for messages, and its content if it is JSON; it asks to run no code."""
+    for name, data in files.items():
+        where, tree = f"{name} of checkpoint {uri!r}", None
         if name.endswith(".json"):
             if len(data) > MAX_JSON_BYTES:
                 raise CheckpointError(f"{where} is longer than {MAX_JSON_BYTES:,} bytes")
             tree = parse_json(data, where, CheckpointError)
             _refuse_code(tree, where)
-            if base == "config.json" and kind == "transformers":
-                content = json.dumps(clean_config(tree, where, (*PAIRS, *SAMS))).encode()
-            elif clean := _CLEANERS.get(base):
-                content = json.dumps(clean(tree, where)).encode()
-        elif base in _VOCABULARIES:
-            content = data
-        if content is not None and is_room:
-            (folder / room).mkdir(parents=True, exist_ok=True)
-            (folder / room / base).write_bytes(content)
+        yield name, where, tree
+
+
+def _kinds_of(room: str) -> Collection[str]:
+    """Return the values of model_type that the config.json of a folder may have."""
+    return (*PAIRS, *SAMS) if room.rpartition("/")[2] == "transformers" else _MODEL_TYPES
 
 
 def clean_config(tree: Any, where: str, kinds: Collection[str] = _MODEL_TYPES) -> dict[str, Any]:
@@ -92,14 +116,20 @@ def clean_config(tree: Any, where: str, kinds: Collection[str] = _MODEL_TYPES) -
     Raises:
         CheckpointError: it describes none of the models that are known here.
     """
+    kind = _check_kind(tree, where, kinds)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = tree.get("model_type") if isinstance(tree, dict) else None
-    if not isinstance(kind, str) or kind not in kinds:
-        raise CheckpointError(f"{where}: model_type is {kind!r:.80}; it must be one of {', '.join(sorted(kinds))}")
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(f"{where}: model_type is {kind!r}; a newer transformers is needed")
     return _known_keys(tree, CONFIG_MAPPING[kind]) | {"model_type": kind}
+
+
+def _check_kind(tree: Any, where: str, kinds: Collection[str]) -> str:
+    """Return the model_type of a configuration. Raise a CheckpointError if it is none of `kinds`."""
+    kind = tree.get("model_type") if isinstance(tree, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise CheckpointError(f"{where}: model_type is {kind!r:.80}; it must be one of {', '.join(sorted(kinds))}")
+    return kind
 
 
 def _known_keys(tree: dict[str, Any], config: Any) -> dict[str, Any]:
@@ -206,7 +236,6 @@ def _unchanged(tree: Any, where: str) -> Any:
 
 
 _CLEANERS = {
-    "config.json": clean_config,
     "open_clip_config.json": check_open_clip,
     "tokenizer_config.json": _clean_tokenizer_config,
     "tokenizer.json": _check_tokenizer,
