@@ -10,13 +10,13 @@ import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_BYTES = 128 << 20  # free memory at the end of a heap; more goes back to the kernel
-_MOST_BUFFER_BYTES = 32 << 20  # larger buffers still come from the kernel, so that a giant image leaves nothing behind
+_KEPT_BYTES = 32 << 20  # free memory at the end of a heap, of which 16 threads have some; more goes back to the kernel
+_MOST_BUFFER_BYTES = 16 << 20  # larger buffers still come from the kernel, so that a giant image leaves nothing behind
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let this process keep freed buffers of up to 32 MB, 128 MB per heap. Further calls do nothing.
+    """Let this process keep freed buffers of up to 16 MB, 32 MB per heap. Further calls do nothing.
 
     It needs glibc, as most Linux has it, and does nothing elsewhere, or where the environment sets up malloc.
     """
