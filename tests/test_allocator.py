@@ -8,22 +8,22 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc is of Linux")
 
-# page faults of 16 threads that fill buffers of a megabyte and free them, as decoding does
+# Page faults of three buffers at a time. By itself, glibc keeps twice the largest buffer. In many threads it keeps less,
+# but how much depends on their order.
 COUNT = """
 import resource, sys
-from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from vlsm.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
-def work(number):
-    decoded = np.ones(1 << 20, np.uint8)
-    copied = decoded.tobytes()
-with ThreadPoolExecutor(16) as pool:
-    list(pool.map(work, range(300)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    list(pool.map(work, range(1000)))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def work():
+    decoded, copied, resized = (np.ones(8 << 20, np.uint8) for _ in range(3))
+for _ in range(10):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
@@ -34,9 +34,8 @@ def faults(*words, **environment):
 
 
 def test_freed_buffers_come_back_without_page_faults():
-    assert 2 * faults("kept") < faults("plain")
+    assert 10 * (faults("kept") + 1) < faults("plain")
 
 
 def test_what_the_environment_sets_for_malloc_stays():
-    every_page = 2 * 1000 * (1 << 20) / 4096
-    assert faults("kept", MALLOC_MMAP_THRESHOLD_="65536") > every_page / 2
+    assert 10 * (faults("kept") + 1) < faults("kept", MALLOC_MMAP_THRESHOLD_="65536")
