@@ -8,8 +8,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc is of Linux")
 
-# Page faults of three buffers at a time. By itself, glibc keeps twice the largest buffer. In many threads it keeps less,
-# but how much depends on their order.
+# Page faults of three buffers at a time. By itself, glibc keeps twice the largest buffer. In many threads it keeps
+# less, but how much depends on their order.
 COUNT = """
 import resource, sys
 import numpy as np
