@@ -253,7 +253,7 @@ def s3_folder(s3_server, request):
     return f"s3://{BUCKET}/{request.node.name}-{time.time_ns()}"
 
 
-def slow(*values):
+def nightly(*values):
     """Test parameters of one value that only `.ci/nightly` runs."""
     return [pytest.param(value, marks=pytest.mark.nightly, id=str(value)) for value in values]
 

@@ -7,7 +7,7 @@ import pytest
 
 import vlsm
 from jobs import segment
-from tests.conftest import read_mask_rows, slow
+from tests.conftest import nightly, read_mask_rows
 from tests.tiny import save_tiny_clipseg
 from vlsm.images.decode import decode_image
 from vlsm.images.preprocess import Square
@@ -15,7 +15,7 @@ from vlsm.images.preprocess import Square
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module", params=["pixel", *slow("clipseg")])
+@pytest.fixture(scope="module", params=["pixel", *nightly("clipseg")])
 def members(tmp_path_factory, request):
     """Two models with squares and weights of their own; the second listens where it has a tower for that."""
     import torch

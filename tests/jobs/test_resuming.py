@@ -6,7 +6,7 @@ import time
 import pytest
 
 from jobs import segment
-from tests.conftest import LONG_S, slow
+from tests.conftest import LONG_S, nightly
 from tests.jobs.conftest import run, start
 from vlsm.report.status import read_status
 
@@ -50,7 +50,7 @@ def test_other_settings_on_the_same_output_are_refused_by_name(
         assert key in done.stderr
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], *slow([signal.SIGINT, signal.SIGTERM])])
+@pytest.mark.parametrize("signals", [[signal.SIGINT], *nightly([signal.SIGINT, signal.SIGTERM])])
 def test_an_interrupted_job_ends_cleanly_and_goes_on_later(
     ray_cluster, hard_archive, tiny_checkpoint, tmp_path, capfd, signals
 ):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.conftest import read_mask_rows, save_square, slow
+from tests.conftest import nightly, read_mask_rows, save_square
 from tests.jobs.conftest import run, start
 from tests.jobs.test_masks import save_readable_oddities
 from vlsm.runs.record import read_record
@@ -51,7 +51,7 @@ def test_the_output_folder_is_what_the_readme_says(undisturbed):
     assert sorted(pd.read_parquet(undisturbed / "manifest")["image_id"]) == sorted(set(frame["image_id"]))
 
 
-@pytest.mark.parametrize("kind", ["csv", *slow("jsonl", "parquet")])
+@pytest.mark.parametrize("kind", ["csv", *nightly("jsonl", "parquet")])
 def test_a_manifest_decides_images_ids_and_prompts(ray_cluster, archive, tiny_checkpoint, tmp_path, capfd, kind):
     names = sorted(path.name for path in archive.iterdir())
     frame = pd.DataFrame(

@@ -8,7 +8,7 @@ from jobs import segment, verify
 from jobs.benchmarks.stores import FaultyProxy
 from jobs.benchmarks.torture import SCENARIOS
 from jobs.benchmarks.torture_setup import Arena, CannotTortureError
-from tests.conftest import read_mask_rows, slow
+from tests.conftest import nightly, read_mask_rows
 from tests.in_process import InProcess
 from tests.jobs.conftest import exit_code
 
@@ -25,7 +25,7 @@ def arena(ray_cluster, tmp_path_factory):
 _QUICK = ["kill_driver", "kill_actor"]  # the nightly run has all of them
 
 
-@pytest.mark.parametrize("name", [*_QUICK, *slow(*(name for name in SCENARIOS if name not in _QUICK))])
+@pytest.mark.parametrize("name", [*_QUICK, *nightly(*(name for name in SCENARIOS if name not in _QUICK))])
 def test_nothing_is_lost_and_nothing_done_twice(arena, name):
     try:
         disturbances = SCENARIOS[name](arena)

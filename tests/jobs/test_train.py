@@ -19,7 +19,7 @@ from PIL import Image
 import vlsm
 from jobs import segment, train
 from jobs.phantoms import write_labelled
-from tests.conftest import LONG_S, slow
+from tests.conftest import LONG_S, nightly
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 16  # of some tenths of a second: whatever ends a run comes in the middle of it
@@ -227,7 +227,7 @@ def lossy_cluster(ray_cluster):
         cluster.shutdown()
 
 
-@pytest.mark.parametrize("ends", ["worker, driver", *slow("worker, interrupt, driver", "node, driver")])
+@pytest.mark.parametrize("ends", ["worker, driver", *nightly("worker, interrupt, driver", "node, driver")])
 def test_whatever_ends_it_a_run_goes_on_to_the_same_end_from_s3_to_s3(
     labelled, undisturbed, s3_folder, tmp_path, ends, request
 ):

@@ -291,7 +291,7 @@ def test_a_job_refuses_code_and_places_before_it_loads_torch(checkpoints):
         check_files(files | {name: text.replace("{", '{"\\u0061uto_map": {"AutoModel": "x--y"}, ', 1).encode()}, "x")
 
 
-@pytest.mark.parametrize("kind", ["clipseg", "openclip_seg", "sam3"])
+@pytest.mark.parametrize("kind", ["clipseg", "biomedclipseg", "openclip_seg", "transformers_seg", "sam3"])
 def test_a_driver_checks_the_files_without_the_libraries_of_the_models(checkpoints, kind):
     """Their import takes seconds, in which Ray starts on the same cores."""
     code = (
